@@ -1,0 +1,62 @@
+"""The one error that a user sees, and the exit codes.
+
+A leaf: it imports nothing of ours, so that every part of the house can raise `UserError` where the trouble is known.
+It is caught once, in each script's `main()`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+CONFIG = 2
+DATA = 3
+CHECKPOINT = 4
+NON_FINITE = 5
+DISK_OR_MEMORY = 6
+IN_USE = 7
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class UserError(Exception):
+    """Something the user can mend. `message` says what is wrong, where, and what to do, in one line."""
+
+    def __init__(self, message: str, exit_code: int = CONFIG) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def printable(text: object) -> str:
+    """`text` with control characters and lone surrogates escaped, so that no file name or token drives a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run a script: a `UserError` becomes one line on stderr and its exit code; any other error is a bug.
+
+    `--debug` anywhere on the command line shows the traceback of a `UserError` too. A reader that goes away
+    (`| head`) ends the program quietly.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character gets its code, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    argv = sys.argv[1:]
+    debug = "--debug" in argv
+    try:
+        main([a for a in argv if a != "--debug"])
+        sys.stdout.flush()
+    except UserError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {printable(line)}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Python would complain again while it flushes stdout at exit; there is nobody left to read.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
