@@ -1,0 +1,95 @@
+"""Writing text: logits → a token → the text, one longer. Pure functions with an explicit generator.
+
+A text that outgrows the context goes on by one rule, with and without a cache (`window_start`): when the window is
+full, its older half is let go and the rest is read anew from position 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from model.cache import KVCache
+from model.gpt import GPT
+
+
+def window_start(length: int, context: int) -> int:
+    """First position that the model reads in a text of `length` tokens.
+
+    0 while the text fits; after that the start moves on by half a context at a time, so that between half a
+    context and a whole one is always read, and a cache has to be filled anew only once in half a context.
+    """
+    if length <= context:
+        return 0
+    half = max(1, context // 2)
+    return -(-(length - context) // half) * half
+
+
+def filter_logits(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
+    """Set to -inf what may not be drawn: all but the `top_k` best, and all beyond the nucleus of mass `top_p`.
+
+    The nucleus is the smallest set of most likely tokens whose probabilities reach top_p (Holtzman et al. 2020,
+    section 3.1). `top_k` 0 or above the vocabulary keeps all; so does `top_p` 1.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        beyond = probability.cumsum(dim=-1) - probability >= top_p  # the mass of all better ones is enough
+        beyond[:, 0] = False  # the best is always kept
+        logits = logits.masked_fill(beyond.gather(-1, order.argsort(dim=-1)), -torch.inf)
+    return logits
+
+
+def next_token(
+    logits: Float[Tensor, "B V"],
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Int[Tensor, "B"]:
+    """Draw one token a row from softmax(logits / temperature), after `filter_logits`; temperature 0 takes the best."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probability = filter_logits(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
+    return torch.multinomial(probability, 1, generator=generator)[:, 0]
+
+
+def last_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
+    """Logits of the token after `text`. A cache that holds the beginning of the window saves reading it again.
+
+    The cache belongs to one growing text: it is filled anew whenever the window moves.
+    """
+    start = window_start(text.shape[1], model.config.context)
+    window = text[:, start:]
+    if cache is None:
+        return model(window)[:, -1]
+    if cache.start != start or cache.length >= window.shape[1]:  # the window has moved, and with it every position
+        cache.clear(start)
+    return model(window[:, cache.length :], cache)[:, -1]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt: Int[Tensor, "B N"],
+    count: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    use_cache: bool = True,
+) -> Iterator[Int[Tensor, "B"]]:
+    """Yield `count` times the next token of each row of `prompt` (at least one token long)."""
+    text = torch.empty(prompt.shape[0], prompt.shape[1] + count, dtype=torch.long, device=prompt.device)
+    text[:, : prompt.shape[1]] = prompt
+    cache = KVCache(model.config, prompt.shape[0], model.token_embedding.weight) if use_cache else None
+    for end in range(prompt.shape[1], text.shape[1]):
+        logits = last_logits(model, text[:, :end], cache)
+        text[:, end] = next_token(logits, generator, temperature, top_k, top_p)
+        yield text[:, end]

@@ -1,0 +1,216 @@
+"""The model, bottom-up: norms, causal self-attention, MLP, block, GPT.
+
+It maps tokens to logits and knows nothing else: no loss, no optimizer, no tokenizer, no file. Weights start as
+`initialise` says; what each operation computes stands in `model/ops.py`.
+
+Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from model import ops
+from model.cache import KVCache
+from model.config import ModelConfig
+
+Angles = tuple[Tensor, Tensor]
+
+
+class LayerNorm(nn.Module):
+    """Mean 0, variance 1, then a learned gain and, where the preset has biases, a learned shift."""
+
+    def __init__(self, width: int, eps: float, bias: bool, fused: bool) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.eps, self.fused = eps, fused
+
+    def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        norm = ops.fused_layer_norm if self.fused else ops.layer_norm
+        return norm(x, self.gain, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Mean square 1, then a learned gain."""
+
+    def __init__(self, width: int, eps: float, fused: bool) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+        self.eps, self.fused = eps, fused
+
+    def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        norm = ops.fused_rms_norm if self.fused else ops.rms_norm
+        return norm(x, self.gain, self.eps)
+
+
+def block_norm(config: ModelConfig) -> nn.Module:
+    """The norm that stands before attention, MLP and head."""
+    preset, fused = config.architecture, config.kernels == "fused"
+    if preset.norm == "rms":
+        return RMSNorm(config.d_model, preset.norm_eps, fused)
+    return LayerNorm(config.d_model, preset.norm_eps, preset.biases, fused)
+
+
+class AttentionWeights(nn.Module):
+    """Which positions each query reads. A module of its own, so that a hook can read the very weights that are used."""
+
+    def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
+        return ops.attention_weights(q, k)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position asks (query), offers (key), and hands over (value); each head reads by its own measure."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        preset, fused = config.architecture, config.kernels == "fused"
+        self.layer, self.fused, self.dropout = layer, fused, config.dropout
+        self.n_heads, self.n_kv_heads, self.head_width = config.n_heads, config.kv_heads, config.width_of_head
+        self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_width, bias=preset.biases)
+        self.out = nn.Linear(self.n_heads * self.head_width, config.d_model, bias=preset.biases)
+        self.q_norm = RMSNorm(self.head_width, preset.norm_eps, fused) if preset.qk_norm else None
+        self.k_norm = RMSNorm(self.head_width, preset.norm_eps, fused) if preset.qk_norm else None
+        self.weights = AttentionWeights()
+
+    def project(
+        self, x: Float[Tensor, "B T C"], angles: Angles | None
+    ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
+        """Queries, keys and values of each head; with rotary positions, queries and keys turned by their place."""
+        H, G, D = self.n_heads, self.n_kv_heads, self.head_width
+        q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).transpose(1, 2).split([H, G, G], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = ops.rotate(q, *angles), ops.rotate(k, *angles)
+        return q, k, v
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], angles: Angles | None = None, cache: KVCache | None = None
+    ) -> Float[Tensor, "B T C"]:
+        q, k, v = self.project(x, angles)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        k, v = ops.share_heads(k, self.n_heads), ops.share_heads(v, self.n_heads)
+        dropout = self.dropout if self.training else 0.0
+        if self.fused:
+            y = ops.fused_attention(q, k, v, dropout)
+        else:
+            y = nn.functional.dropout(self.weights(q, k), dropout) @ v
+        return self.out(y.transpose(1, 2).flatten(-2))  # the heads side by side again, then mixed
+
+
+class MLP(nn.Module):
+    """Two projections with a bend between them, at each position alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        preset, width = config.architecture, config.width_of_mlp
+        self.activation = {
+            ("gelu", False): ops.gelu,
+            ("gelu", True): ops.fused_gelu,
+            ("relu2", False): ops.relu2,
+            ("relu2", True): ops.relu2,
+            ("swiglu", False): ops.swiglu,
+            ("swiglu", True): ops.fused_swiglu,
+        }[preset.activation, config.kernels == "fused"]
+        gates = 2 if preset.activation == "swiglu" else 1
+        self.up = nn.Linear(config.d_model, gates * width, bias=preset.biases)
+        self.down = nn.Linear(width, config.d_model, bias=preset.biases)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention moves information between positions, the MLP works on it in place; both add to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = block_norm(config)
+        self.attention = CausalSelfAttention(config, layer)
+        self.norm2 = block_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], angles: Angles | None = None, cache: KVCache | None = None
+    ) -> Float[Tensor, "B T C"]:
+        x = x + self.dropout(self.attention(self.norm1(x), angles, cache))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer: for each position, the logits of the token that comes next.
+
+    Args:
+        config: the shape; its `kernels` must be `explicit` or `fused` (`runtime/device.py` decides `auto`).
+        vocab_size: V, the tokenizer's number of tokens.
+        seed: of the generator that draws the first weights.
+
+    Raises:
+        ValueError: if the configuration contradicts itself.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
+        super().__init__()
+        if found := config.problems():
+            raise ValueError("; ".join(found))
+        preset = config.architecture
+        self.config, self.vocab_size = config, vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, config.d_model)
+        self.position_embedding = (
+            nn.Embedding(config.context, config.d_model) if preset.positions == "learned" else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = block_norm(config)
+        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        if preset.tied_head:
+            self.head.weight = self.token_embedding.weight
+        if not self.head.weight.is_meta:  # a model without memory has nothing to draw
+            self.initialise(seed)
+
+    def initialise(self, seed: int) -> None:
+        """Draw the first weights: matrices from N(0, 0.02²), biases 0, gains 1 (Radford et al. 2019, section 2.3).
+
+        What writes into the residual stream starts at N(0, 0.02² / 2L), so that the sum over 2L writers keeps its
+        size, or, in the preset `glass`, at zero, as does its head: the first prediction is then uniform.
+        """
+        generator = torch.Generator(device=self.token_embedding.weight.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.constant_(parameter, 1.0 if name.endswith("gain") else 0.0)
+                continue
+            writes = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            if self.config.architecture.zero_outputs and (writes or name == "head.weight"):
+                nn.init.zeros_(parameter)
+            else:
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
+        """Logits (B, T, V): row t scores every token as the successor of tokens[:, : t + 1].
+
+        With a cache, `tokens` are the positions that come after those which the cache holds.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        assert end <= self.config.context, f"{end} positions in a context of {self.config.context}"
+        positions = torch.arange(start, end, device=tokens.device)
+        x = self.token_embedding(tokens)
+        angles = None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        else:
+            angles = ops.rotary_angles(positions, self.config.width_of_head, self.config.architecture.rope_theta)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, angles, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.head(self.final_norm(x))

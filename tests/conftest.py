@@ -1,0 +1,30 @@
+"""What every test stands on: shape annotations are checked, nothing reaches the network or the user's cache.
+
+pytest reads this file before any test module: the import hook is there before `model` or `inspection` loads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["model", "inspection"], "beartype.beartype")
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, on import
+os.environ["MPLBACKEND"] = "Agg"
+# Threads that wait by spinning slow a small model a hundredfold on a machine that is busy with other things.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache folder for the session: tests share what they prepare, the user's own stays untouched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
