@@ -170,8 +170,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = block_norm(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
-        if preset.tied_head:
-            self.head.weight = self.token_embedding.weight
+        self.head.weight = self.token_embedding.weight  # tied: what is read can be written as it is
         if not self.head.weight.is_meta:  # a model without memory has nothing to draw
             self.initialise(seed)
 
@@ -179,19 +178,19 @@ class GPT(nn.Module):
         """Draw the first weights: matrices from N(0, 0.02²), biases 0, gains 1 (Radford et al. 2019, section 2.3).
 
         What writes into the residual stream starts at N(0, 0.02² / 2L), so that the sum over 2L writers keeps its
-        size, or, in the preset `glass`, at zero, as does its head: the first prediction is then uniform.
+        size, or, in the preset `glass`, at zero, so that every block begins as the identity; and there the token
+        embeddings, which are the head as well, start at N(0, 0.2²).
         """
+        preset = self.config.architecture
         generator = torch.Generator(device=self.token_embedding.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 nn.init.constant_(parameter, 1.0 if name.endswith("gain") else 0.0)
                 continue
-            writes = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            if self.config.architecture.zero_outputs and (writes or name == "head.weight"):
-                nn.init.zeros_(parameter)
-            else:
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02
-                nn.init.normal_(parameter, std=std, generator=generator)
+            std = preset.embedding_std if name == "token_embedding.weight" else 0.02
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                std = 0.0 if preset.zero_outputs else 0.02 / math.sqrt(2 * self.config.n_layers)
+            nn.init.normal_(parameter, std=std, generator=generator)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
         """Logits (B, T, V): row t scores every token as the successor of tokens[:, : t + 1].

@@ -73,15 +73,19 @@ def test_gradients_are_the_slopes_of_the_loss(preset: Preset) -> None:
 def first_loss(preset: Preset, seed: int) -> float:
     tokens = random_tokens(8, SHAPES[preset].context + 1)
     logits = GPT(SHAPES[preset], VOCAB, seed)(tokens[:, :-1])
-    if preset == "glass":
-        assert (logits == 0).all()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-def test_the_first_guess_is_uniform() -> None:
-    assert first_loss("glass", 0) == pytest.approx(math.log(VOCAB), abs=1e-6)
-    for preset in ("gpt2", "qwen3"):
-        assert first_loss(preset, 0) == pytest.approx(math.log(VOCAB), abs=0.05)
+@pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
+def test_the_first_guess_is_nearly_uniform(preset: Preset) -> None:
+    assert first_loss(preset, 0) == pytest.approx(math.log(VOCAB), abs=0.05)
+
+
+def test_glass_begins_as_the_identity() -> None:
+    """Its blocks write nothing yet: what is read goes straight to the head."""
+    model, tokens = GPT(SHAPES["glass"], VOCAB), random_tokens(2, 9)
+    expected = model.head(model.final_norm(model.token_embedding(tokens)))
+    assert torch.equal(model(tokens), expected)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -93,10 +97,9 @@ def test_weights_start_as_documented(preset: Preset) -> None:
         elif name.endswith("bias"):
             assert (parameter == 0).all(), name
         else:
-            writes = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            std = 0.02 / math.sqrt(2 * 8) if writes else 0.02
-            if preset == "glass" and (writes or name == "head.weight"):
-                std = 0.0
+            std = 0.2 if preset == "glass" and name == "token_embedding.weight" else 0.02
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                std = 0.0 if preset == "glass" else 0.02 / math.sqrt(2 * 8)
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(parameter.mean().item()) <= 5 * std / math.sqrt(parameter.numel()), name
 
@@ -115,14 +118,9 @@ def test_weights_can_be_drawn_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_head_is_the_embedding(preset: Preset) -> None:
     check_tied_head(preset)
-
-
-def test_the_head_of_glass_is_its_own() -> None:
-    model = random_model("glass")
-    assert model.head.weight.data_ptr() != model.token_embedding.weight.data_ptr()
 
 
 def test_gpt2_has_the_published_number_of_parameters() -> None:

@@ -1,0 +1,214 @@
+"""Batches: every target once an epoch, the same batch for the same seed and step, however many processes
+share it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.batches import (
+    IGNORED,
+    batch,
+    document_windows,
+    evaluation_windows,
+    read_windows,
+    shuffled,
+)
+from data.shards import TokenSplit
+from runtime.errors import DATA, UserError
+
+EOT = 0
+document_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+
+
+def split_of(lengths: list[int], shard: int = 10**9) -> TokenSplit:
+    """Documents of these lengths in the stream's layout; every token but EOT is its own position, so that it
+    can be told."""
+    stream, starts = [EOT], []
+    for length in lengths:
+        starts.append(len(stream) - 1)
+        stream += range(len(stream), len(stream) + length)
+        stream.append(EOT)
+    tokens = np.array(stream, np.uint16)
+    shards = tuple(tokens[i : i + shard] for i in range(0, len(tokens), shard))
+    return TokenSplit(shards, np.array(starts, np.int64), n_bytes=sum(lengths))
+
+
+def counted(split: TokenSplit, context: int) -> np.ndarray:
+    """Positions of the targets that count, over all windows in order."""
+    windows = document_windows(split, context)
+    return np.concatenate([s + 1 + np.arange(c) for s, c in zip(windows.starts, windows.counts, strict=True)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(document_lengths, st.integers(1, 50))
+def test_every_target_counts_exactly_once(lengths, context):
+    split = split_of(lengths)
+    assert counted(split, context).tolist() == list(range(1, len(split)))
+    windows = document_windows(split, context)
+    assert windows.counts.min() >= 1 and windows.counts.max() <= context
+
+
+@settings(max_examples=200, deadline=None)
+@given(document_lengths, st.integers(1, 50))
+def test_documents_are_read_from_their_start(lengths, context):
+    """A window begins at a document's start, or goes on with a document that is longer than what was read of
+    it."""
+    split = split_of(lengths)
+    windows = document_windows(split, context)
+    starts = split.document_starts
+    for start in windows.starts.tolist():
+        if start in starts:
+            continue
+        begun = int(starts[np.searchsorted(starts, start, side="right") - 1])
+        # The whole stretch between is a chain of full windows from that document's start.
+        assert (start - begun) % context == 0
+        assert {*range(begun, start, context)} <= {*windows.starts.tolist()}
+    # A document that fits a window has all of its targets in one window that reads its start.
+    for i, length in enumerate(lengths):
+        if length + 1 > context:
+            continue
+        start, end = int(starts[i]), int(starts[i]) + length + 1
+        row = int(np.searchsorted(windows.starts, start, side="right")) - 1
+        assert windows.starts[row] <= start and end <= windows.starts[row] + windows.counts[row]
+
+
+def test_one_document_is_tiled_without_gaps():
+    windows = document_windows(split_of([100]), 16)
+    assert windows.starts.tolist() == [0, 16, 32, 48, 64, 80, 96]
+    assert windows.counts.tolist() == [16, 16, 16, 16, 16, 16, 5]
+
+
+def test_a_cut_document_is_left_to_the_next_window():
+    # EOT a a a EOT b b EOT c c c c c EOT: starts 0, 4, 7; a window of 9 targets from 0 ends inside c.
+    windows = document_windows(split_of([3, 2, 5]), 9)
+    assert windows.starts.tolist() == [0, 7]
+    assert windows.counts.tolist() == [7, 6]
+    rows = read_windows(split_of([3, 2, 5]), windows, np.arange(2))
+    assert rows.targets[0].tolist() == [1, 2, 3, EOT, 5, 6, EOT, IGNORED, IGNORED]
+    assert rows.tokens[0].tolist() == [EOT, 1, 2, 3, EOT, 5, 6, EOT, 8]
+    assert rows.tokens[1].tolist() == [EOT, 8, 9, 10, 11, 12, EOT, EOT, EOT], "padded with end-of-text"
+    assert rows.targets[1].tolist() == [8, 9, 10, 11, 12, EOT, IGNORED, IGNORED, IGNORED]
+
+
+@settings(max_examples=50, deadline=None)
+@given(document_lengths, st.integers(1, 50), st.integers(1, 20))
+def test_targets_are_the_next_tokens_and_shards_do_not_show(lengths, context, shard):
+    split = split_of(lengths)
+    windows = document_windows(split, context)
+    whole = read_windows(split, windows, np.arange(len(windows)))
+    assert whole.tokens.shape == whole.targets.shape == (len(windows), context)
+    assert whole.tokens.dtype == whole.targets.dtype == torch.int64
+    valid = whole.targets != IGNORED
+    assert valid.sum(1).tolist() == windows.counts.tolist()
+    assert whole.targets[valid].tolist() == split.read(1, len(split)).tolist()
+    following = valid[:, 1:]
+    assert torch.equal(whole.tokens[:, 1:][following], whole.targets[:, :-1][following])
+    sharded = read_windows(split_of(lengths, shard), windows, np.arange(len(windows)))
+    assert torch.equal(sharded.tokens, whole.tokens) and torch.equal(sharded.targets, whole.targets)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 700), st.integers(-(2**70), 2**70), st.integers(0, 2**30))
+def test_each_epoch_is_a_permutation(n, seed, epoch):
+    drawn = shuffled(np.arange(epoch * n, (epoch + 1) * n), n, seed)
+    assert sorted(drawn.tolist()) == list(range(n))
+
+
+def test_permutations_look_random():
+    """Each window is equally likely at each place (chi-square over many epochs), and epochs and seeds are
+    unrelated."""
+    n, epochs = 7, 20_000
+    order = shuffled(np.arange(n * epochs), n, seed=3).reshape(epochs, n)
+    observed = np.stack([np.bincount(order[:, place], minlength=n) for place in range(n)])
+    chi_square = ((observed - epochs / n) ** 2 / (epochs / n)).sum()
+    assert chi_square < 80, "36 degrees of freedom: 80 is beyond one in 30,000"
+    one, two = shuffled(np.arange(2000), 1000, 1).reshape(2, 1000)
+    other = shuffled(np.arange(1000), 1000, 2)
+    for a, b in ((one, two), (one, other), (one, np.arange(1000)), (one[1:], one[:-1])):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.12
+
+
+def test_a_huge_permutation_costs_nothing():
+    n = 3 * 10**12
+    drawn = shuffled(np.arange(n - 500, n + 500), n, seed=1)
+    assert len(np.unique(drawn[:500])) == len(np.unique(drawn[500:])) == 500
+    assert drawn.min() >= 0 and drawn.max() < n
+
+
+def test_an_epoch_visits_each_window_once_and_the_next_begins_in_the_same_batch():
+    split = split_of([5] * 23)
+    windows = document_windows(split, 6)
+    assert len(windows) == 23
+    rows = torch.cat([batch(split, windows, seed=1, step=s, batch_size=4).tokens for s in range(12)])
+    first, second = rows[:23, 1].tolist(), rows[23:46, 1].tolist()
+    assert sorted(first) == sorted(second) == (windows.starts + 1).tolist()
+    assert first != second
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_hold_the_global_batch(world):
+    split = split_of([3, 9, 30, 2, 7, 7, 1, 12])
+    windows = document_windows(split, 8)
+    whole = batch(split, windows, seed=5, step=3, batch_size=8)
+    shares = [batch(split, windows, 5, 3, 8, rank, world) for rank in range(world)]
+    assert torch.equal(whole.tokens, torch.cat([share.tokens for share in shares]))
+    assert torch.equal(whole.targets, torch.cat([share.targets for share in shares]))
+
+
+def test_the_batch_is_a_function_of_seed_and_step():
+    split = split_of([4] * 200)
+    windows = document_windows(split, 5)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    here = batch(split, windows, seed=1, step=7, batch_size=16)
+    torch.manual_seed(2)
+    np.random.seed(2)
+    assert torch.equal(here.tokens, batch(split, windows, 1, 7, 16).tokens)
+    assert not torch.equal(here.tokens, batch(split, windows, 2, 7, 16).tokens)
+    assert not torch.equal(here.tokens, batch(split, windows, 1, 8, 16).tokens)
+
+
+def test_the_order_of_a_seed_never_changes():
+    """Resuming an older run relies on it."""
+    assert shuffled(np.arange(10), 10, seed=1).tolist() == PINNED
+
+
+PINNED = [6, 1, 9, 0, 3, 7, 8, 4, 5, 2]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    split = split_of([9])
+    with pytest.raises(UserError, match="shared evenly by 3"):
+        batch(split, document_windows(split, 4), 1, 0, 4, 0, 3)
+
+
+def test_a_split_without_text_is_refused():
+    with pytest.raises(UserError) as caught:
+        document_windows(TokenSplit((np.zeros(1, np.uint16),), np.zeros(0, np.int64), 0), 4)
+    assert caught.value.exit_code == DATA
+
+
+@pytest.mark.parametrize("wanted", [1, 60, 600, 3000, 10**9])
+def test_evaluation_reads_a_fixed_spread_of_about_the_wanted_size(wanted):
+    split = split_of([5] * 500)
+    windows = document_windows(split, 6)
+    chosen = evaluation_windows(windows, wanted)
+    assert len(np.unique(chosen)) == len(chosen) and chosen.min() >= 0 and chosen.max() < len(windows)
+    assert abs(windows.counts[chosen].sum() - min(wanted, len(split) - 1)) <= 6
+    if len(chosen) > 1:
+        gaps = np.diff(chosen)
+        assert gaps.max() - gaps.min() <= 1
+    assert chosen.tolist() == evaluation_windows(windows, wanted).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(-3, 70), st.integers(-3, 70))
+def test_reading_a_split_is_slicing_it(sizes, start, stop):
+    whole = np.arange(sum(sizes), dtype=np.uint16)
+    split = TokenSplit(tuple(np.split(whole, np.cumsum(sizes)[:-1])), np.zeros(1, np.int64), 0)
+    assert len(split) == len(whole)
+    assert split.read(start, stop).tolist() == whole[max(start, 0) : max(stop, 0)].tolist()
