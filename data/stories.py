@@ -16,7 +16,8 @@ possibility for it, and the `evidence` says which.
   was named last.
 * pronoun: `Ben gave a pie to Tom because he was hungry. Then Tom felt`: hunger is the receiver's, wealth the
   giver's.
-* cause: `Mia was happy and Ann was scared. Soon Mia sang and Ann hid`: a reaction follows from a feeling.
+* cause: `Mia was happy and Ann was scared. Soon Mia sang and Ann hid`: a reaction follows from a feeling. They
+  come in the same order, for learning whose is whose in any order takes half as long again.
 * agreement: `The trees near the house were`: the verb follows the first noun, not the nearest one.
 * crossing: `The dog did not cross the road because it was too wide. "What was too wide?" ... "The road,"`.
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from inspection import dump
 from inspection.capture import capture_batch
-from inspection.figures import head_grid
+from inspection.figures import head_grid, one_head
 from inspection.probes import Probe, examine, sentence
-from inspection.words import token_text
+from inspection.words import head_name, token_text
 from model.gpt import GPT
 
 
@@ -49,13 +50,35 @@ class Observer:
         write_dump(path, self.model, self.texts, self.token_bytes, metadata)
         return path
 
-    def report(self, picture: Path) -> list[str]:
-        """Draw every head on the first text into `picture`; what the heads read, in words."""
+    def report(self, folder: Path) -> tuple[list[str], list[Path]]:
+        """What the heads read: in words, and as pictures in `folder`.
+
+        `attention.png` has every head on the first text; `head.png`, where a head passes, the one that reads what
+        decides most surely, at the place where the answer is due.
+        """
         name, tokens = self.texts[0]
-        seen = capture_batch(self.model, [tokens])[0]
-        labels = [token_text(self.token_bytes(token)) for token in tokens]
-        head_grid(picture, seen.pattern.numpy(), labels, f"what each head reads: {name}")
-        return sentence(examine(self.model, self.probes)) if self.probes else []
+        picture = folder / "attention.png"
+        head_grid(picture, self.pattern(tokens), self.labels(tokens), f"what each head reads: {name}")
+        readings = examine(self.model, self.probes)
+        passed = [reading for reading in readings if reading.passes]
+        if not passed:
+            return sentence(readings) if readings else [], [picture]
+        best = max(passed, key=lambda reading: reading.weight)
+        probe = next(probe for probe in self.probes if probe.kind == best.kind)
+        layer, head = best.head
+        title = f"{head_name(layer, head)} where an answer is due: {best.kind}"
+        last = len(probe.tokens) - 1
+        one_head(folder / "head.png", self.pattern(probe.tokens)[layer, head], self.labels(probe.tokens), title, last)
+        return sentence(readings), [picture, folder / "head.png"]
+
+    def pattern(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """The weights (L, H, T, T) while the model reads `tokens`."""
+        weights: NDArray[np.float32] = capture_batch(self.model, [tokens])[0].pattern.numpy()
+        return weights
+
+    def labels(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as it may be shown."""
+        return [token_text(self.token_bytes(token)) for token in tokens]
 
 
 def write_dump(

@@ -17,6 +17,8 @@ class Architecture:
     biases: bool
     embedding_std: float
     """Spread of the first token embeddings; wide ones keep every token recognisable while classes are learned."""
+    final_gain: float
+    """The last norm's gain at the start; below 1 it keeps wide embeddings from being sure of the first guess."""
     zero_outputs: bool
     """The projections that write into the residual stream start at zero, so that every block starts as the identity."""
     mlp_ratio: int
@@ -26,11 +28,11 @@ class Architecture:
 
 PRESETS = {
     # Ours: what learned fastest on two cores (benchmarks/NOTES.md has the measurements).
-    "glass": Architecture("layer", "rotary", "relu2", True, False, 0.2, True, 4, 1e-5, 10_000.0),
+    "glass": Architecture("layer", "rotary", "relu2", True, False, 0.2, 0.25, True, 4, 1e-5, 10_000.0),
     # Exactly GPT-2 (Radford et al. 2019), so that other programs can run what is trained here.
-    "gpt2": Architecture("layer", "learned", "gelu", False, True, 0.02, False, 4, 1e-5, 0.0),
+    "gpt2": Architecture("layer", "learned", "gelu", False, True, 0.02, 1.0, False, 4, 1e-5, 0.0),
     # Exactly Qwen3 (Qwen team 2025), dense and with a tied head.
-    "qwen3": Architecture("rms", "rotary", "swiglu", True, False, 0.02, False, 3, 1e-6, 1_000_000.0),
+    "qwen3": Architecture("rms", "rotary", "swiglu", True, False, 0.02, 1.0, False, 3, 1e-6, 1_000_000.0),
 }
 
 

@@ -178,8 +178,8 @@ class GPT(nn.Module):
         """Draw the first weights: matrices from N(0, 0.02²), biases 0, gains 1 (Radford et al. 2019, section 2.3).
 
         What writes into the residual stream starts at N(0, 0.02² / 2L), so that the sum over 2L writers keeps its
-        size, or, in the preset `glass`, at zero, so that every block begins as the identity; and there the token
-        embeddings, which are the head as well, start at N(0, 0.2²).
+        size, or, in the preset `glass`, at zero, so that every block begins as the identity; there the token
+        embeddings, which are the head as well, start at N(0, 0.2²) and the last gain at 1/4.
         """
         preset = self.config.architecture
         generator = torch.Generator(device=self.token_embedding.weight.device).manual_seed(seed)
@@ -191,6 +191,7 @@ class GPT(nn.Module):
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 std = 0.0 if preset.zero_outputs else 0.02 / math.sqrt(2 * self.config.n_layers)
             nn.init.normal_(parameter, std=std, generator=generator)
+        nn.init.constant_(self.final_norm.gain, preset.final_gain)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
         """Logits (B, T, V): row t scores every token as the successor of tokens[:, : t + 1].

@@ -30,8 +30,8 @@ def attention_weights(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) 
     S = k.shape[-2]
     scores = q @ k.transpose(-2, -1)  # how well each query matches each key
     scores = scores / math.sqrt(D)  # a sum of D products grows like √D; undo that, or softmax saturates
-    scores = scores.masked_fill(~causal_mask(T, S, q.device), -torch.inf)  # nobody reads the future
-    return scores.softmax(dim=-1)
+    forbidden = torch.zeros_like(scores[0, 0]).masked_fill(~causal_mask(T, S, q.device), -torch.inf)
+    return (scores + forbidden).softmax(dim=-1)  # nobody reads the future
 
 
 def fused_attention(
@@ -54,9 +54,9 @@ def layer_norm(
     x: Float[Tensor, "*batch C"], gain: Float[Tensor, "C"], bias: Float[Tensor, "C"] | None, eps: float
 ) -> Float[Tensor, "*batch C"]:
     """Layer normalisation (Ba et al. 2016, equation 4): mean 0 and variance 1, then a learned gain and shift."""
-    mean = x.mean(dim=-1, keepdim=True)
-    variance = (x - mean).square().mean(dim=-1, keepdim=True)
-    normalised = (x - mean) / torch.sqrt(variance + eps)
+    centred = x - x.mean(dim=-1, keepdim=True)
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    normalised = centred * torch.rsqrt(variance + eps)
     return normalised * gain if bias is None else normalised * gain + bias
 
 
@@ -69,7 +69,7 @@ def fused_layer_norm(
 
 def rms_norm(x: Float[Tensor, "*batch C"], gain: Float[Tensor, "C"], eps: float) -> Float[Tensor, "*batch C"]:
     """Root-mean-square normalisation (Zhang & Sennrich 2019, equation 4): layer norm without mean and shift."""
-    return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * gain
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * gain
 
 
 def fused_rms_norm(x: Float[Tensor, "*batch C"], gain: Float[Tensor, "C"], eps: float) -> Float[Tensor, "*batch C"]:

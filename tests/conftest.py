@@ -6,6 +6,7 @@ pytest reads this file before any test module: the import hook is there before `
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 from jaxtyping import install_import_hook
@@ -19,12 +20,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from data.config import cache_folder  # noqa: E402
+
 torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cache folder for the session: tests share what they prepare, the user's own stays untouched."""
+    cache = tmp_path_factory.mktemp("cache")
+    downloaded = cache_folder() / "tinyshakespeare.txt"  # what would need the network is taken over where it is there
+    if downloaded.is_file():
+        shutil.copy(downloaded, cache)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLASSGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GLASSGPT_CACHE", str(cache))
         yield

@@ -1,0 +1,135 @@
+"""From a command line to a dataclass, or to one clear line for each mistake.
+
+tyro judges every value. What is added here: all problems are reported at once, each with the nearest right name, and
+settings read from a file take the same way as those that were typed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import typing
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
+
+import tyro
+
+from runtime.errors import CONFIG, UserError
+
+
+class Settings(Protocol):
+    """A dataclass that can judge its own values."""
+
+    def problems(self) -> list[str]: ...
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def option_types(settings: type, prefix: str = "") -> dict[str, Any]:
+    """Every option of a (nested) dataclass, such as `model.n_layers`, with the type of its value."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(settings).items():
+        if dataclasses.is_dataclass(kind):
+            found |= option_types(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+def expected(kind: Any) -> str:
+    """The kind of value an option takes, in words."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    return {int: "a whole number", float: "a number", bool: "True or False"}.get(kind, "a value")
+
+
+def split_options(args: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(option, value) pairs: the option with its dashes, or '' for a word on its own; a missing value is None."""
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            yield "", word
+        elif "=" in word:
+            option, value = word.split("=", 1)
+            yield option, value
+        else:
+            yield word, rest.pop(0) if rest and not rest[0].startswith("--") else None
+
+
+def accepts(settings: type[S], args: list[str]) -> S | None:
+    """What tyro makes of `args`, or None where it refuses them."""
+    silent = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            return tyro.cli(settings, args=args)
+    except SystemExit:
+        return None
+
+
+def judge(settings: type[S], option: str, value: str | None, known: dict[str, Any], words: list[str]) -> str | None:
+    """What is wrong with one option and its value, in a line; None when nothing is.
+
+    Args:
+        words: what has to stand on the line besides, for tyro to accept it.
+    """
+    name = option.removeprefix("--").replace("-", "_")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
+            key for key in known if key.rsplit(".", 1)[-1] == name
+        ]
+        return f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the options")
+    if value is None:
+        return f"{option} needs a value: {expected(known[name])}"
+    if typing.get_origin(known[name]) is typing.Literal and value not in typing.get_args(known[name]):
+        near = difflib.get_close_matches(value, typing.get_args(known[name]), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{option} is {value!r}; it takes {expected(known[name])}{hint}"
+    if accepts(settings, [*words, f"{option}={value}"]) is None:
+        return f"{option} is {value!r}; it takes {expected(known[name])}"
+    return None
+
+
+def parse(settings: type[S], args: list[str], description: str, positional: str | None = None) -> S:
+    """The settings that `args` describe.
+
+    Args:
+        settings: a dataclass, perhaps of dataclasses, with a method `problems()`.
+        positional: the one field that is given without an option's name.
+
+    Raises:
+        UserError: with a line for each problem (exit code 2).
+        SystemExit: after `--help`.
+    """
+    if "--help" in args or "-h" in args:
+        tyro.cli(settings, args=["--help"], description=description)
+    known = {name: kind for name, kind in option_types(settings).items() if name != positional}
+    needed = ["."] if positional else []
+    wrong: list[str] = []
+    good: list[str] = []
+    words = 0
+    for option, value in split_options(args):
+        if option:
+            problem = judge(settings, option, value, known, needed)
+        else:
+            words += 1
+            problem = None if positional and words == 1 else f"unexpected {value!r}; options begin with two dashes"
+        if problem:
+            wrong.append(problem)
+        else:
+            good.append(f"{option}={value}" if option else str(value))
+    if positional and not words:
+        wrong.append(f"{positional} is missing; --help shows the usage")
+        good.insert(0, ".")
+    result = accepts(settings, good)
+    if result is not None:
+        wrong += result.problems()
+    elif not wrong:
+        wrong.append(f"these options do not go together: {' '.join(good)}")
+    if wrong:
+        raise UserError("\n".join(wrong), CONFIG)
+    assert result is not None
+    return result

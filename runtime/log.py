@@ -1,0 +1,157 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, and, on request, Weights & Biases.
+
+Telling never stops training: an outage of wandb is one line on stderr, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from runtime.config import RunConfig
+from runtime.errors import DISK_OR_MEMORY, UserError
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, each with its step. A resumed run drops the lines beyond its step.
+
+    Args:
+        step: where the run begins; 0 for a new one.
+
+    Raises:
+        UserError: if the file can't be written (exit code 6).
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= step and "final_val_loss" not in line]
+        temporary = path.with_suffix(".writing")
+        try:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line, at once."""
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}", DISK_OR_MEMORY) from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that was cut short by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+class Progress:
+    """A bar with loss, tokens/s and the time left; plain lines where stderr is no terminal."""
+
+    def __init__(self, first: int, steps: int, tokens_per_step: int, visible: bool) -> None:
+        self.steps, self.tokens_per_step, self.first = steps, tokens_per_step, first
+        self.visible, self.plain = visible, not sys.stderr.isatty()
+        self.start = self.told = time.perf_counter()
+        self.bar = tqdm(
+            total=steps, initial=first, unit="step", disable=not visible or self.plain, dynamic_ncols=True, leave=False
+        )
+
+    def speed(self, step: int) -> float:
+        """Tokens a second since the start."""
+        return (step - self.first) * self.tokens_per_step / max(1e-9, time.perf_counter() - self.start)
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Move on to `step`; `loss` where it is known."""
+        self.bar.update(step - self.bar.n)
+        if loss is None:
+            return
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.speed(step):,.0f} tokens/s")
+        now = time.perf_counter()
+        if self.visible and self.plain and now - self.told > 10:
+            self.told = now
+            left = (now - self.start) * (self.steps - step) / max(1, step - self.first)
+            self.say(f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed(step):,.0f} tokens/s  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self.visible:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
+
+
+class Wandb:
+    """Weights & Biases, imported only when asked for. Every failure is said once and then forgotten."""
+
+    def __init__(self, config: RunConfig, folder: Path, name: str, visible: bool) -> None:
+        self.run: Any = None
+        if config.log.wandb == "disabled" or not visible:
+            return
+        try:
+            import wandb
+
+            self.run = wandb.init(
+                project=config.log.wandb_project,
+                name=name,
+                dir=str(folder),
+                mode=config.log.wandb,
+                config=dataclasses.asdict(config),
+                settings=wandb.Settings(init_timeout=30, silent=True),
+            )
+        except Exception as error:  # any outage: the run matters more than its log
+            self.give_up(error)
+
+    def log(self, step: int, values: Mapping[str, Any], sample: str | None = None, image: Path | None = None) -> None:
+        """Send numbers, and perhaps a sample of text and a picture."""
+        if self.run is None:
+            return
+        try:
+            import wandb
+
+            row: dict[str, Any] = dict(values)
+            if sample is not None:
+                row["sample"] = wandb.Html(f"<pre>{escape(sample)}</pre>", inject=False)
+            if image is not None:
+                row[image.stem] = wandb.Image(str(image))
+            self.run.log(row, step=step)
+        except Exception as error:
+            self.give_up(error)
+
+    def close(self) -> None:
+        """End the run there."""
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:
+                self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        """Say once that wandb is out, and go on without it."""
+        self.run = None
+        first = (str(error).splitlines() or [""])[0][:150]
+        print(f"wandb is out ({type(error).__name__}: {first}); training goes on without it", file=sys.stderr)
+
+
+def escape(text: str) -> str:
+    """Text that a page shows as it is."""
+    import html
+
+    return html.escape(text)

@@ -1,0 +1,101 @@
+"""How weights follow gradients: parameter groups, AdamW and Muon from torch.optim, the rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from runtime.config import OptimConfig
+
+
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """The learning rate of a step as a share of its peak: a pure function of the step.
+
+    It rises in a line over `warmup` steps; then `cosine` falls along a half cosine to `final_share`
+    (Loshchilov & Hutter 2017, equation 5), while `linear` stays at 1 until the last `decay_share` of the steps and
+    falls in a line (the trapezoid of Hägele et al. 2024).
+
+    Args:
+        step: counted from 0, below `steps`.
+    """
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    if config.schedule == "cosine":
+        progress = (step - config.warmup) / max(1, steps - config.warmup)
+        falling = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        falling = min(1.0, (steps - step) / max(1.0, config.decay_share * steps))
+    return config.final_share + (1 - config.final_share) * falling
+
+
+class Optimizer:
+    """AdamW, or Muon for the matrices inside the blocks and AdamW for the rest, stepped as one.
+
+    Muon (Jordan et al. 2024) orthogonalises the update of a matrix, which makes sense where a matrix maps one hidden
+    space to another; embeddings, the head, gains and biases stay with AdamW. Matrices decay, gains and biases do not.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig, fused: bool) -> None:
+        hidden, matrices, vectors = [], [], []
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                vectors.append(parameter)
+            elif config.name == "muon" and ".blocks." in f".{name}":
+                hidden.append(parameter)
+            else:
+                matrices.append(parameter)
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        betas = (config.beta1, config.beta2)
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)]
+        if hidden:
+            muon = torch.optim.Muon(
+                hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.momentum
+            )
+            self.parts.append(muon)
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def set_rate(self, share: float) -> None:
+        """Set every learning rate to `share` of its peak."""
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = share * peak
+
+    def step(self) -> None:
+        """Move the weights, and forget the gradient."""
+        for part in self.parts:
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every moment, named by its parameter, such as `blocks.0.attention.qkv.weight/momentum_buffer`."""
+        return {
+            f"{self.names[parameter]}/{key}": value
+            for part in self.parts
+            for parameter, entries in part.state.items()
+            for key, value in entries.items()
+        }
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            ValueError: if it belongs to other parameters or another optimizer.
+        """
+        by_name = {name: parameter for parameter, name in self.names.items()}
+        owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        if missing := set(by_name) - {key.partition("/")[0] for key in saved}:
+            raise ValueError(f"it lacks the moments of {sorted(missing)[0]}")
+        for key, value in saved.items():
+            name, _, entry = key.partition("/")
+            if name not in by_name:
+                raise ValueError(f"it holds moments of {name}, which the model lacks")
+            parameter = by_name[name]
+            if value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"the moments of {name} have shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+            owners[parameter].state[parameter][entry] = value.to(parameter.device)

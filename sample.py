@@ -1,0 +1,82 @@
+"""Write text with a trained model:  python sample.py RUN [--prompt TEXT] [--option value ...]
+
+RUN is a run folder (its newest good checkpoint is taken) or one checkpoint folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from runtime.cli import parse
+from runtime.errors import run_main
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to write."""
+
+    run: Positional[str]
+    """A run folder, or one of its checkpoints."""
+    prompt: str = ""
+    """How the text begins; without one the model begins itself."""
+    tokens: int = 200
+    """Most tokens to write; a text that the model ends is shorter."""
+    samples: int = 1
+    """How many texts."""
+    temperature: float = 0.8
+    """Below 1 likelier tokens, above 1 bolder ones; 0 always takes the likeliest."""
+    top_k: int = 0
+    """Draw among so many of the likeliest tokens only; 0 draws among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability; 1 draws among all."""
+    seed: int = 1
+    """The same seed writes the same text."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, a line each."""
+        found = []
+        if not 0 <= self.temperature < float("inf"):
+            found.append(f"--temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            found.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+        for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                found.append(f"--{name} is {getattr(self, name)}; it must be at least {least}")
+        return found
+
+
+def main(argv: list[str]) -> None:
+    config = parse(SampleConfig, argv, "Write text with a trained model.", positional="run")
+    from runtime.checkpoint import open_checkpoint
+    from runtime.device import find_machine
+    from runtime.sampling import Sampling, check_prompt, first_tokens, shown, write_text
+
+    check_prompt(config.prompt)
+    saved = open_checkpoint(Path(config.run))
+    tokenizer = saved.tokenizer()
+    start = first_tokens(tokenizer, config.prompt, saved.documents)
+    model = saved.model(find_machine("fp32"))
+    if len(start) > model.config.context:
+        print(
+            f"the prompt has {len(start)} tokens, more than the context of {model.config.context}: its end is read",
+            file=sys.stderr,
+        )
+    how = Sampling(config.temperature, config.top_k, config.top_p)
+    pieces = write_text(model, tokenizer, start, config.tokens, config.samples, config.seed, how)
+    if config.samples == 1:
+        print(shown(config.prompt), end="", flush=True)
+        for piece in pieces:
+            print(shown(piece[0]), end="", flush=True)
+        print()
+        return
+    texts = ["".join(written) for written in zip(*pieces, strict=True)] or [""] * config.samples
+    for number, text in enumerate(texts, 1):
+        print(f"--- {number} ---\n{shown(config.prompt + text)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,68 @@
+"""Small runs that several tests look at, through the scripts as a user starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from runtime.errors import run_main
+
+ROOT = Path(__file__).parent.parent
+
+TINY = (
+    *("--data.tokenizer=char", "--model.n_layers=2", "--model.n_heads=2", "--model.d_model=16", "--model.context=16"),
+    *("--train.batch_size=4", "--train.steps=6", "--train.eval_every=3", "--train.save_every=3"),
+    *("--train.eval_tokens=100", "--log.every=1", "--log.sample_tokens=8"),
+)
+"""Options of a run that takes a fraction of a second."""
+
+
+def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    """Run one of the three scripts to its end, in this process: the same `main`, without the seconds that torch takes
+    to load."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    words, sys.argv = sys.argv, [name, *map(str, argv)]
+    code: object = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_main(importlib.import_module(name.removesuffix(".py")).main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = words
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    gc.collect()  # the run's lock goes with the run
+    assert isinstance(code, int)
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess([name, *map(str, argv)], code, *texts)
+
+
+def process(
+    name: str, *argv: object, env: dict[str, str] | None = None, timeout: float = 120, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run one of the three scripts in a process of its own, without a terminal."""
+    command = [sys.executable, str(ROOT / name), *map(str, argv)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
+    )
+
+
+def said(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one line on stderr of a script that refused, with `code`; never a traceback."""
+    assert done.returncode == code, f"{done.returncode}: {done.stdout}\n{done.stderr}"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1, done.stderr
+    return lines[0]

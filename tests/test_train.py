@@ -1,0 +1,279 @@
+"""train.py: what a run leaves behind, how it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from inspection.dump import read
+from runtime.checkpoint import open_checkpoint, sha256_of_weights
+from runtime.config import RunConfig
+from runtime.device import find_machine
+from runtime.folder import choose_folder, open_folder
+from runtime.log import read_metrics
+from tests.runs import ROOT, TINY, process, said, script
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "fox"
+    done = script("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    (folder / "output.txt").write_text(done.stdout)
+    return folder
+
+
+def weights(folder: Path) -> str:
+    return sha256_of_weights(open_checkpoint(folder).model(find_machine("fp32")))
+
+
+def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
+    for name in ("config.toml", "metrics.jsonl", "loss.png", "samples.txt", "attention.png"):
+        assert (run / name).stat().st_size > 0, name
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "manifest.json"):
+        assert (run / "checkpoints" / "000006" / name).stat().st_size > 0, name
+    assert sorted(p.name for p in (run / "attention").iterdir()) == ["000003.safetensors", "000006.safetensors"]
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_first_lines_say_what_is_trained_where_and_how(run: Path) -> None:
+    lines = (run / "output.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["data", "model", "machine", "run"]
+    assert "fp32" in lines[2] or "bf16" in lines[2]
+    assert "explicit attention" in lines[2] or "fused attention" in lines[2]
+
+
+def test_the_last_lines_set_the_loss_in_context(run: Path) -> None:
+    text = (run / "output.txt").read_text()
+    for word in ("uniform", "unigram", "trigram", "this model", "nats/token", "bits/byte"):
+        assert word in text
+    assert "floor" not in text  # nobody knows the entropy of this text
+
+
+def test_dumps_hold_the_same_texts_at_every_evaluation_and_say_where_they_come_from(run: Path) -> None:
+    early, late = (read(run / "attention" / f"{step:06d}.safetensors") for step in (3, 6))
+    assert [text.tokens.tolist() for text in early.texts] == [text.tokens.tolist() for text in late.texts]
+    assert early.metadata["weights_sha256"] != late.metadata["weights_sha256"]
+    assert late.metadata["weights_sha256"] == weights(run)
+    assert json.loads(late.metadata["config"])["d_model"] == 16
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(run: Path, corpus: Path, tmp_path: Path) -> None:
+    """Stopped at its first checkpoint, resumed, and compared bit for bit with the run that was never stopped."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "checkpoints" / "000006")
+    done = process("train.py", f"--run.resume={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "from step 3" in done.stdout
+    assert weights(folder) == weights(run)
+    resumed, whole = read_metrics(folder / "metrics.jsonl"), read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in resumed] == [line["step"] for line in whole]
+    assert [line.get("loss") for line in resumed] == [line.get("loss") for line in whole]
+
+
+def test_watching_more_often_changes_nothing(run: Path, corpus: Path, tmp_path: Path) -> None:
+    options = ("--train.eval_every=1", "--log.sample_tokens=3", "--train.save_every=2", "--train.keep=9")
+    done = script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={tmp_path / 'often'}")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "often") == weights(run)
+
+
+def test_accumulation_changes_the_memory_and_not_the_step(run: Path, corpus: Path, tmp_path: Path) -> None:
+    argv = (*TINY, f"--data.source={corpus}", "--train.dtype=fp32", "--optim.name=adamw", "--train.steps=1")
+    for name, micro in (("whole", 4), ("pieces", 1)):
+        done = script("train.py", *argv, f"--run.dir={tmp_path / name}", f"--train.micro_batch={micro}")
+        assert done.returncode == 0, done.stderr
+    losses = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("whole", "pieces")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(corpus: Path, tmp_path: Path) -> None:
+    argv = (*TINY, f"--data.source={corpus}", "--train.dtype=fp32", "--run.threads=1")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    one = [sys.executable, "train.py", *argv, f"--run.dir={tmp_path / 'one'}"]
+    two = [*torchrun, "train.py", *argv, f"--run.dir={tmp_path / 'two'}"]
+    for command in (one, two):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_the_best_and_the_newest_checkpoints_are_kept(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    # A huge rate after the warm-up: the loss is best early, and the best one must outlive the rotation.
+    options = ("--optim.lr=3", "--optim.muon_lr=3", "--train.steps=12", "--train.eval_every=2", "--train.save_every=2")
+    done = script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    state = open_checkpoint(folder).state
+    kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
+    assert kept == sorted({state.best_step, 10, 12})
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line}
+    assert state.best_loss == min(losses.values()) == losses[state.best_step]
+
+
+def test_patience_ends_a_run_that_no_longer_improves(corpus: Path, tmp_path: Path) -> None:
+    options = ("--optim.lr=0", "--optim.muon_lr=0", "--train.steps=50", "--train.eval_every=1", "--train.patience=2")
+    done = script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={tmp_path / 'short'}")
+    assert done.returncode == 0, done.stderr
+    assert open_checkpoint(tmp_path / "short").state.step == 3  # the first is the best, and two are no better
+
+
+def test_a_stopped_run_has_saved_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    argv = (*TINY, f"--data.source={corpus}", f"--run.dir={folder}", "--train.steps=100000", "--train.eval_every=50000")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert f"--run.resume {folder}" in out
+    step = open_checkpoint(folder).state.step
+    assert step == read_metrics(metrics)[-1]["step"] > 0
+
+
+def test_nothing_good_is_overwritten(run: Path, corpus: Path) -> None:
+    line = said(script("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={run}"), 2)
+    assert f"--run.resume {run}" in line
+
+
+def test_a_run_without_a_folder_takes_the_next_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/mine", "runs/mine-2", "runs/mine-3"):
+        config = choose_folder(RunConfig(), "mine")
+        assert config.run.dir == expected
+        folder, lock = open_folder(config)
+        assert (folder / "config.toml").is_file()
+        lock.close()
+
+
+def test_a_second_trainer_is_refused(run: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    folder = tmp_path / "busy"
+    shutil.copytree(run, folder)
+    with (folder / "lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by process" in said(script("train.py", f"--run.resume={folder}", "--train.steps=9"), 7)
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "words"),
+    [
+        ("--model.context=100000", 3, "needs 100001"),
+        ("--data.source=/nowhere/text.txt", 3, "/nowhere/text.txt"),
+        ("--run.dir=/proc/nowhere", 6, "/proc/nowhere"),
+        ("--model.d_model=17", 2, "model.d_model is 17"),
+        ("--train.micro_batch=-1", 2, "train.micro_batch"),
+    ],
+)
+def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, option: str, code: int, words: str) -> None:
+    argv = [*TINY, f"--data.source={corpus}", f"--run.dir={tmp_path / 'none'}", option]
+    assert words in said(script("train.py", *argv), code)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    options = ("--optim.lr=1e30", "--optim.name=adamw", "--optim.clip=0", "--train.steps=30", "--train.eval_every=30")
+    line = said(script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={folder}"), 5)
+    assert "step" in line
+    for path in folder.glob("checkpoints/*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("change", ["--model.n_layers=3", "--run.seed=2", "--data.val_fraction=0.2"])
+def test_what_may_not_change_on_resuming_is_said(run: Path, change: str) -> None:
+    option = change.removeprefix("--").split("=")[0]
+    assert option in said(script("train.py", f"--run.resume={run}", change, "--train.steps=9"), 2)
+
+
+def test_resuming_what_is_no_run_says_so(tmp_path: Path) -> None:
+    assert "no run folder" in said(script("train.py", f"--run.resume={tmp_path}"), 4)
+
+
+def test_wandb_offline_writes_a_run_that_its_own_reader_opens(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wandb"
+    done = process("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={folder}", "--log.wandb=offline")
+    assert done.returncode == 0, done.stderr
+    assert "wandb is out" not in done.stderr
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    keys = {item.key or item.nested_key[0] for record in wandb_records(path) for item in record.history.item}
+    assert {"loss", "val_loss", "sample", "attention", "final_val_loss"} <= keys
+    settings = {item.key for record in wandb_records(path) for item in record.run.config.update}
+    assert {"model", "optim", "train"} <= settings
+    listed = subprocess.run(
+        [sys.executable, "-m", "wandb", "beta", "sync", "--dry-run", str(path.parent)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Would sync 1 run" in listed.stdout + listed.stderr
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a `.wandb` file, by wandb's own definitions.
+
+    It is a LevelDB log: behind 7 bytes, blocks of 32 KiB; each piece has a checksum (4 bytes), its length (2) and its
+    kind (1: whole, 2 to 4: first, middle, last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, pieces = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # no piece begins in the last bytes of a block
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        pieces += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(pieces)
+            yield record
+            pieces = b""
+
+
+def test_an_outage_of_wandb_never_stops_training(corpus: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "fake" / "wandb"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(
+        "def init(**_):\n    raise ConnectionError('nobody answers')\nSettings = dict\n"
+    )
+    env = {"PYTHONPATH": str(broken.parent)}
+    argv = (*TINY, f"--data.source={corpus}", f"--run.dir={tmp_path / 'out'}", "--log.wandb=online")
+    done = process("train.py", *argv, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "wandb is out" in done.stderr
