@@ -41,13 +41,15 @@ def _printable(character: str, encoding: str | None) -> str:
 
 def token_text(token: bytes, encoding: str | None = "utf-8", space: str | None = None) -> str:
     r"""A token's bytes as text that is safe to print: ` She` as `·She`, a line break as `\n`, half a letter
-    as `\xc3`.
+    as `\xc3`, and end-of-text, which has no bytes, as `<end>`.
 
     Args:
         token: may be any bytes: a tokenizer can cut a UTF-8 sequence in two.
         encoding: what the output can show, such as `sys.stdout.encoding`; everything else is escaped.
         space: how a space is written; `None` takes `·`, or `_` where the encoding has none.
     """
+    if not token:
+        return "<end>"
     if space is None:
         space = "·" if can_show("·", encoding) else "_"
     # surrogateescape keeps each broken byte b as U+DC00 + b, which no valid text can hold

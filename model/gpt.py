@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
         return norm(x, self.gain, self.eps)
 
 
-def block_norm(config: ModelConfig) -> nn.Module:
+def block_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     """The norm that stands before attention, MLP and head."""
     preset, fused = config.architecture, config.kernels == "fused"
     if preset.norm == "rms":

@@ -37,7 +37,8 @@ def table(loss: float, targets: int, references: Mapping[str, float], data: Prep
             f"  {name:<12}{what:<48}{nats:>9.4f}   {bits_per_byte(nats, len(data.val) - 1, data.val.n_bytes):>9.4f}"
         )
     if "floor" in references:
-        lines.append(f"  this model is {loss - references['floor']:+.4f} nats/token from the floor")
+        gap = loss - references["floor"]
+        lines.append(f"  this model is {abs(gap):.4f} nats/token {'above' if gap > 0 else 'below'} the floor")
     return "\n".join(lines)
 
 
@@ -76,7 +77,7 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.legend(frameon=False, loc="upper center")
+    axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path)

@@ -61,7 +61,7 @@ def test_a_head_is_named_by_layer_and_number() -> None:
         ("é🦊".encode(), "ascii", r"\xe9\U0001f98a"),
         ("\u202e\u200b\u0301".encode(), "utf-8", r"\u202e\u200b\u0301"),
         (b"a\\n", "utf-8", r"a\\n"),
-        (b"", "utf-8", ""),
+        (b"", "utf-8", "<end>"),
     ],
 )
 def test_tokens_are_printable(raw: bytes, encoding: str | None, shown: str) -> None:
