@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class RunSettings:
     """Where the run lives, and its seed."""
 
     dir: str = ""
-    """Folder that the run writes; by default runs/ and the name of the config file, numbered if that exists."""
+    """Folder that the run writes; by default runs/ and the name of the config file or text, numbered if it exists."""
     resume: str = ""
     """A run folder to go on with, from its newest good checkpoint."""
     seed: int = 1
@@ -217,7 +218,7 @@ def from_saved(table: dict[str, Any], where: str) -> RunConfig:
 
 
 def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
-    """The config of `train.py`'s command line, and the name of the file it starts from.
+    """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's.
 
     Raises:
         UserError: with a line for each problem.
@@ -237,4 +238,7 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
         file, typed = saved, [*typed, f"--run.dir={resumed[-1]}"]
     file = file or QUICKSTART
     description = "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml)."
-    return parse(RunConfig, read_toml(file) + typed, description), file.stem
+    config = parse(RunConfig, read_toml(file) + typed, description)
+    own_text = file == QUICKSTART and config.data.source != DataConfig().source
+    name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if own_text else file.stem
+    return config, name or "run"

@@ -191,7 +191,7 @@ class Trainer:
         on_evaluation({"step": self.state.step, "val_loss": loss, "tokens_seen": self.state.tokens_seen})
         return best
 
-    def whole_validation(self, at_most: int = 2_000_000) -> tuple[float, int]:
+    def whole_validation(self, at_most: int = 500_000) -> tuple[float, int]:
         """The loss over the whole validation split, or an even part of it above `at_most` targets."""
         indices = evaluation_windows(self.val_windows, at_most)
         return evaluate(self.model, self.data.val, self.val_windows, indices, self.rows, self.machine)
