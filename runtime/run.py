@@ -191,7 +191,7 @@ class Run:
             self.wandb.log(self.state.step, {}, image=picture)
         self.wandb.close()
         print(f"\n{time.perf_counter() - started:.0f} s in all; the run is in {self.folder}")
-        print(f'  python sample.py {self.folder} --prompt "One day"')
+        print(f"  python sample.py {self.folder}")
         print(f"  python attend.py {self.folder}")
 
 

@@ -65,6 +65,19 @@ def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_pa
     assert config.train.eval_every == RunConfig().train.eval_every
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "quickstart"),
+        (["--data.source=my book.txt"], "my-book"),
+        (["--data.source=texts/*.txt"], "run"),
+        (["configs/shakespeare_char.toml", "--data.source=my.txt"], "shakespeare_char"),
+    ],
+)
+def test_a_run_is_named_after_its_config_or_its_text(argv: list[str], expected: str) -> None:
+    assert parse_train(argv)[1] == expected
+
+
 def test_a_file_is_judged_like_a_command_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[train]\nstep = 7\n")
