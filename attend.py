@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from runtime.cli import parse
-from runtime.errors import UserError, run_main
+from runtime.errors import DISK_OR_MEMORY, UserError, run_main
 
 if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
     from inspection.capture import Capture
+    from model.gpt import GPT
+    from runtime.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ def tell(seen: Capture, quoted: list[str], labels: list[str], chosen: tuple[int,
     print(f"\n{DISCLAIMER}")
 
 
-def write_files(config: AttendConfig, saved, model, tokenizer, tokens: list[int], seen: Capture) -> None:  # type: ignore[no-untyped-def]
+def write_files(
+    config: AttendConfig, saved: Checkpoint, model: GPT, tokenizer: Tokenizer, tokens: list[int], seen: Capture
+) -> None:
     """Write the weights as safetensors and a picture of all heads, named after the step and the text."""
     from inspection.figures import head_grid
     from inspection.observer import write_dump
@@ -137,7 +142,9 @@ def write_files(config: AttendConfig, saved, model, tokenizer, tokens: list[int]
         labels = [token_text(tokenizer.token_bytes(t)) for t in tokens]
         head_grid(folder / f"{stem}.png", seen.pattern.numpy(), labels, f"step {saved.state.step}: {text[:60]}")
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another with --out", 6) from error
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; choose another with --out", DISK_OR_MEMORY
+        ) from error
     print(f"weights  {folder / stem}.safetensors\npicture  {folder / stem}.png")
 
 
