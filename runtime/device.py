@@ -136,8 +136,9 @@ def worth_compiling(train: TrainConfig, tokens: int, parameters: int, device: to
 
 def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
     """The model through torch.compile, tried on `example`; as it was, with one line on stderr, if that fails."""
-    fast = torch.compile(model)
+    fast = model
     try:
+        fast = torch.compile(model)  # type: ignore[assignment]
         with machine.autocast():
             fast(example).float().sum().backward()
     except Exception as error:  # a compiler fails in too many ways to name; the run goes on without it
@@ -145,4 +146,4 @@ def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
         print(f"torch.compile failed, going on without it: {first}", file=sys.stderr)
         fast = model
     model.zero_grad(set_to_none=True)
-    return fast  # type: ignore[return-value]
+    return fast

@@ -82,9 +82,7 @@ class Trainer:
 
     Args:
         fast: the model as it is stepped: compiled, or shared among processes; `model` is the plain one beneath.
-        on_step: told the metrics of a step, every `log.every` steps.
-        on_evaluation: told those of an evaluation, before the checkpoint is written.
-        save: writes a checkpoint.
+        state: where the run stands; it moves on with every step.
     """
 
     def __init__(
@@ -109,6 +107,11 @@ class Trainer:
     def run(self, on_step: Tell, on_evaluation: Tell, save: Callable[[], None]) -> None:
         """Train until the last step, the end of patience, or a signal; save whatever was learned.
 
+        Args:
+            on_step: told the metrics of a step, every `log.every` steps.
+            on_evaluation: told those of an evaluation, before the checkpoint is written.
+            save: writes a checkpoint.
+
         Raises:
             UserError: if the loss is no longer finite (exit code 5).
             SystemExit: after a signal, once the checkpoint is written (130 or 143).
@@ -117,17 +120,18 @@ class Trainer:
         self.stop.listen()
         while state.step < settings.steps:
             metrics = self.step()
-            last = state.step == settings.steps or bool(self.stop.signal)
+            last = state.step == settings.steps
             if state.step % self.config.log.every == 0 or last:
                 on_step({"step": state.step, "loss": float(metrics["loss"]), "lr": metrics["lr"]})
-            due = state.step % settings.eval_every == 0 or state.step == settings.steps
+            due = state.step % settings.eval_every == 0 or last
             best = due and self.evaluate(on_evaluation)
-            out_of_patience = 0 < settings.patience <= state.stale
-            if best or last or out_of_patience or state.step % settings.save_every == 0:
+            last |= 0 < settings.patience <= state.stale
+            stopping = bool(self.stop.signal)  # asked once: what is stopped for has been saved
+            if best or last or stopping or state.step % settings.save_every == 0:
                 save()
-            if self.stop.signal:
+            if stopping:
                 raise SystemExit(self.stop.exit_code)
-            if out_of_patience:
+            if last:
                 return
 
     def step(self) -> dict[str, Any]:

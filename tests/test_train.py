@@ -161,7 +161,7 @@ def test_a_stopped_run_has_saved_and_says_how_to_go_on(corpus: Path, tmp_path: P
     assert process.returncode == 143, err
     assert f"--run.resume {folder}" in out
     step = open_checkpoint(folder).state.step
-    assert step == read_metrics(metrics)[-1]["step"] > 0
+    assert step == read_metrics(metrics)[-1]["step"] > 0  # nothing that was learned is lost
 
 
 def test_nothing_good_is_overwritten(run: Path, corpus: Path) -> None:

@@ -1,0 +1,191 @@
+"""The parts of a run: learning rates, parameter groups, the machine's choices, checkpoints, the words at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from data.vocabulary import ByteTokenizer
+from model.config import ModelConfig
+from model.gpt import GPT
+from runtime import checkpoint, device
+from runtime.checkpoint import FILES, TrainState, open_checkpoint
+from runtime.config import OptimConfig, RunConfig, TrainConfig
+from runtime.errors import CHECKPOINT, UserError
+from runtime.optim import Optimizer, lr_at
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig(n_layers=2, n_heads=2, d_model=16, context=8, kernels="explicit")
+
+
+def tiny() -> GPT:
+    return GPT(SHAPE, ByteTokenizer().vocab_size)
+
+
+@given(st.integers(1, 400), st.integers(0, 50), st.sampled_from(["linear", "cosine"]), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_the_rate_rises_then_falls_and_never_leaves_its_bounds(
+    steps: int, warmup: int, schedule: str, decay: float, final: float
+) -> None:
+    config = OptimConfig(warmup=warmup, schedule=schedule, decay_share=decay, final_share=final)  # type: ignore[arg-type]
+    rates = [lr_at(step, steps, config) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    rising, falling = rates[: min(warmup, steps)], rates[warmup:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+
+
+def test_the_rate_in_closed_form() -> None:
+    config = OptimConfig(warmup=4, schedule="linear", decay_share=0.5, final_share=0.0)
+    assert [lr_at(step, 20, config) for step in (0, 3, 4, 10, 15, 19)] == [0.2, 0.8, 1, 1, 0.5, 0.1]
+    assert lr_at(12, 20, replace(config, schedule="cosine")) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name: str) -> None:
+    model = tiny()
+    optimizer = Optimizer(model, OptimConfig(name=name), fused=False)  # type: ignore[arg-type]
+    found = [
+        (p, group["weight_decay"]) for part in optimizer.parts for group in part.param_groups for p in group["params"]
+    ]
+    assert {id(p) for p, _ in found} == {id(p) for p in model.parameters()} and len(found) == len(
+        set(map(id, model.parameters()))
+    )
+    assert all((decay > 0) == (p.dim() >= 2) for p, decay in found)
+    muon = [
+        p
+        for part in optimizer.parts
+        if isinstance(part, torch.optim.Muon)
+        for g in part.param_groups
+        for p in g["params"]
+    ]
+    inside = [p for p in model.blocks.parameters() if p.dim() == 2]
+    assert {id(p) for p in muon} == ({id(p) for p in inside} if name == "muon" else set())
+
+
+def stepped(model: GPT, optimizer: Optimizer, times: int) -> None:
+    tokens = torch.arange(8)[None]
+    for _ in range(times):
+        model(tokens).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_moments_survive_being_saved(name: str) -> None:
+    config = OptimConfig(name=name)  # type: ignore[arg-type]
+    model, other = tiny(), tiny()
+    optimizer = Optimizer(model, config, fused=True)
+    stepped(model, optimizer, 2)
+    other.load_state_dict(model.state_dict())
+    again = Optimizer(other, config, fused=True)
+    again.load_state({key: value.clone() for key, value in optimizer.state().items()})
+    stepped(model, optimizer, 2)
+    stepped(other, again, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
+def test_moments_of_another_model_are_refused(damage: str) -> None:
+    model = tiny()
+    optimizer = Optimizer(model, OptimConfig(), fused=False)
+    stepped(model, optimizer, 1)
+    state = optimizer.state()
+    key = next(key for key, value in state.items() if value.dim() == 2)
+    if damage == "missing":
+        state = {k: v for k, v in state.items() if not k.startswith(key.partition("/")[0])}
+    elif damage == "extra":
+        state["nobody.weight/exp_avg"] = torch.zeros(2)
+    else:
+        state[key] = torch.zeros(3, 5)
+    with pytest.raises(ValueError):
+        Optimizer(tiny(), OptimConfig(), fused=False).load_state(state)
+
+
+def test_kernels_are_chosen_for_the_machine_unless_they_are_named() -> None:
+    auto = replace(SHAPE, kernels="auto")
+    assert device.choose_kernels(auto, CPU, torch.bfloat16).kernels == "explicit"
+    assert device.choose_kernels(auto, CPU, torch.float32).kernels == "fused"
+    assert device.choose_kernels(replace(auto, context=1024), CPU, torch.bfloat16).kernels == "fused"
+    assert device.choose_kernels(auto, torch.device("cuda"), torch.bfloat16).kernels == "fused"
+    assert device.choose_kernels(SHAPE, torch.device("cuda"), torch.bfloat16).kernels == "explicit"
+
+
+def test_compiling_has_to_be_earned(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = TrainConfig()
+    assert not device.worth_compiling(train, 2_000_000, 500_000, CPU)  # the quickstart: a minute saves nothing
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/c++")
+    assert device.worth_compiling(train, 10**10, 124_000_000, CPU)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert not device.worth_compiling(train, 10**10, 124_000_000, CPU)
+    assert device.worth_compiling(replace(train, compile="on"), 1, 1, CPU)
+    assert not device.worth_compiling(replace(train, compile="off"), 10**12, 10**9, CPU)
+
+
+def test_a_compiler_that_fails_costs_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(model: nn.Module) -> nn.Module:
+        raise RuntimeError("no compiler here\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = tiny()
+    machine = device.Machine(CPU, torch.float32)
+    assert device.compiled(model, torch.zeros(1, 8, dtype=torch.long), machine) is model
+    assert capsys.readouterr().err == "torch.compile failed, going on without it: no compiler here\n"
+
+
+def saved(run: Path, step: int = 3) -> Path:
+    """A checkpoint of an untrained model."""
+    model = tiny()
+    state = TrainState(step=step, best_loss=1.0, best_step=step)
+    optimizer = Optimizer(model, OptimConfig(), fused=False)
+    stepped(model, optimizer, 1)
+    config = RunConfig(model=SHAPE)
+    return checkpoint.save(run, config, state, model, optimizer.state(), ByteTokenizer(), True)
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    found = open_checkpoint(tmp_path)
+    assert found.folder == folder and found.state.step == 3 and found.documents
+    assert found.config == RunConfig(model=SHAPE)
+    assert checkpoint.sha256_of_weights(found.model(device.Machine(CPU, torch.float32)))
+    assert not list((tmp_path / "checkpoints").glob(".writing*"))
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_a_flipped_bit_or_a_cut_in_any_file_is_noticed(name: str, tmp_path: Path) -> None:
+    good = saved(tmp_path, 3)
+    bad = saved(tmp_path, 4) / name
+    content = bad.read_bytes()
+    for damaged in (content[:-1], content[: len(content) // 2], b""):
+        bad.write_bytes(damaged)
+        assert open_checkpoint(tmp_path).folder == good
+    if name != "manifest.json":
+        flipped = bytearray(content)
+        flipped[len(flipped) // 2] ^= 1
+        bad.write_bytes(flipped)
+        assert open_checkpoint(tmp_path).folder == good
+
+
+def test_nothing_in_a_strangers_checkpoint_is_trusted(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    state = json.loads((folder / "state.json").read_text())
+    for change in (
+        {"config": {"model": {"n_layers": -4}}},
+        {"state": {"bogus": 1}},
+        {"vocab_size": "many"},
+        {"config": 7},
+    ):
+        (folder / "state.json").write_text(json.dumps({**state, **change}))
+        checkpoint.write_manifest(folder)
+        with pytest.raises(UserError) as caught:
+            open_checkpoint(tmp_path)
+        assert caught.value.exit_code == CHECKPOINT
+        assert len(str(caught.value).splitlines()) == 1
