@@ -55,7 +55,7 @@ class Checkpoint:
     vocab_size: int
     state: TrainState
     documents: bool
-    """Whether the corpus had several documents, so that each text begins with end-of-text."""
+    """Whether a text begins with end-of-text: the corpus had several documents, or no lines to begin after."""
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters by name."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,7 +56,7 @@ class Run:
         self.model, self.optimizer, state = self.build(saved)
         self.how = "eager"
         self.trainer = Trainer(self.config, machine, data, self.model, self.faster(), self.optimizer, state)
-        self.documents = data.train.n_documents > 1
+        self.documents = data.train.n_documents > 1 or not has_lines(data)
         self.last_sample = ""
         if machine.is_first:
             self.folder, self.lock = open_folder(self.config)
@@ -193,6 +194,12 @@ class Run:
         print(f"\n{time.perf_counter() - started:.0f} s in all; the run is in {self.folder}")
         print(f"  python sample.py {self.folder}")
         print(f"  python attend.py {self.folder}")
+
+
+def has_lines(data: Prepared) -> bool:
+    """Whether the training text's beginning holds a line break, after which a sample can begin."""
+    seen = np.unique(data.train.read(0, 100_000)).tolist()
+    return any(b"\n" in data.tokenizer.token_bytes(token) for token in seen)
 
 
 def check_resumable(config: RunConfig, saved: Checkpoint, vocab_size: int, data: Prepared) -> None:

@@ -26,8 +26,8 @@ class Sampling:
 def first_tokens(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[int]:
     """The tokens that the model reads before it writes.
 
-    Where the corpus had documents each began with end-of-text, so a sample does too. Elsewhere that token was hardly
-    ever seen, and a sample without a prompt starts on a new line, if the vocabulary has one.
+    Where the corpus had documents each began with end-of-text, so a sample does too. In one long text that token was
+    hardly ever seen, and a sample without a prompt starts on a new line, if the vocabulary has one.
 
     Raises:
         UserError: if the vocabulary lacks a character of the prompt (exit code 2).

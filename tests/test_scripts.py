@@ -150,3 +150,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run: Path, tmp_path: Path
     shutil.rmtree(folder / "checkpoints" / "000003")
     line = said(script("sample.py", folder, "--tokens=5"), 4)
     assert "no checkpoint" in line
+
+
+def test_a_text_without_lines_or_documents_can_still_be_begun(tmp_path: Path) -> None:
+    """It has one beginning only, and that follows end-of-text; a line break would be a token never seen."""
+    (tmp_path / "one.txt").write_text("abcd " * 200)
+    options = ("--train.steps=40", "--train.eval_every=40", "--data.tokenizer=byte", "--model.d_model=32")
+    done = script("train.py", *TINY, *options, f"--data.source={tmp_path / 'one.txt'}", f"--run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    text = script("sample.py", tmp_path / "run", "--tokens=20", "--temperature=0").stdout
+    assert "abcd abcd" in text
