@@ -5,8 +5,8 @@ other looks for it in the wrong place, two of four episodes follow, and it ends.
 once, below, as a tree of choices; `grammar.py` tells it, reads it back and measures its entropy.
 
 A is the animal that is named first, B the other. The two always share their pronoun, so that meaning alone
-says who `she` is; and A is always the one who finds, puts and gives. Both were chosen by measurement: with
-roles left free, two layers of width 128 still guessed half of the references after 1.2 million tokens.
+says who `she` is; and A is always the one who finds, puts and gives. A first grammar with free roles and mixed
+pronouns left a tiny model at chance on half of the families.
 
 Six families of regularities, each labelled where it occurs. The text before the `answer` leaves one
 possibility for it, and the `evidence` says which.
@@ -17,7 +17,7 @@ possibility for it, and the `evidence` says which.
 * pronoun: `Ben gave a pie to Tom because he was hungry. Then Tom felt`: hunger is the receiver's, wealth the
   giver's.
 * cause: `Mia was happy and Ann was scared. Soon Mia sang and Ann hid`: a reaction follows from a feeling. They
-  come in the same order, for learning whose is whose in any order takes half as long again.
+  come in the same order, so that position alone can tell too; in any order they were not learned in 720 steps.
 * agreement: `The trees near the house were`: the verb follows the first noun, not the nearest one.
 * crossing: `The dog did not cross the road because it was too wide. "What was too wide?" ... "The road,"`.
 

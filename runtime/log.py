@@ -130,7 +130,7 @@ class Wandb:
             if sample is not None:
                 row["sample"] = wandb.Html(f"<pre>{escape(sample)}</pre>", inject=False)
             if image is not None:
-                row[image.stem] = wandb.Image(str(image))
+                row[f"pictures/{image.stem}"] = wandb.Image(str(image))
             self.run.log(row, step=step)
         except Exception as error:
             self.give_up(error)

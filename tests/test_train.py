@@ -229,8 +229,11 @@ def test_wandb_offline_writes_a_run_that_its_own_reader_opens(corpus: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert "wandb is out" not in done.stderr
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    keys = {item.key or item.nested_key[0] for record in wandb_records(path) for item in record.history.item}
-    assert {"loss", "val_loss", "sample", "attention", "final_val_loss"} <= keys
+    items = [item for record in wandb_records(path) for item in record.history.item]
+    keys = {item.key or item.nested_key[0] for item in items}
+    assert {"loss", "val_loss", "sample", "pictures/attention", "pictures/loss", "final_val_loss"} <= keys
+    losses = [json.loads(item.value_json) for item in items if (item.key or item.nested_key[0]) == "loss"]
+    assert len(losses) == 6 and all(isinstance(loss, float) for loss in losses)  # no picture took the name
     settings = {item.key for record in wandb_records(path) for item in record.run.config.update}
     assert {"model", "optim", "train"} <= settings
     listed = subprocess.run(
