@@ -12,7 +12,7 @@ class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
     source: str = "stories"
-    """`stories`, `shakespeare`, a text file, a folder, or a glob such as 'texts/*.txt'."""
+    """`stories`, `repeats`, `shakespeare`, a text file, a folder, or a glob such as 'texts/*.txt'."""
     tokenizer: str = "bpe"
     """`char`, `byte`, `bpe` (trained on the corpus), or a tiktoken encoding such as `gpt2` or `cl100k_base`."""
     vocab_size: int = 1024

@@ -1,10 +1,11 @@
-"""Where text comes from: the embedded stories, Tiny Shakespeare, a file, a folder, or a glob.
+"""Where text comes from: the embedded corpora, Tiny Shakespeare, a file, a folder, or a glob.
 
 Where this stands: first in the flow. `open_corpus` turns `--data.source` into stretches of files, held out or
 not, and reads no more of them than it must: `files.py` finds files, `named.py` has the corpora that go by a
 name. `prepare.py` then streams the stretches with `jobs` and `read_documents` (`documents.py`).
 
     stories        generated stories whose entropy is known, written to the cache once
+    repeats        random letters said twice, whose entropy is known too; `repeats.py` says what they are for
     shakespeare    Tiny Shakespeare, 1.1 MB, downloaded once
     book.txt       any one file of UTF-8 text
     texts/         the prose below a folder: .txt .text .md .markdown .rst .tex .org, nothing hidden
@@ -34,7 +35,7 @@ from data.documents import (
     split_span,
 )
 from data.files import find_files, whole_file
-from data.named import shakespeare_file, stories_entropy, stories_files
+from data.named import GENERATED, generated_entropy, generated_files, shakespeare_file
 from runtime.errors import DATA, UserError, printable
 
 __all__ = ["DOCUMENT_SEPARATOR", "Corpus", "Piece", "Span", "jobs", "open_corpus", "read_documents"]
@@ -66,9 +67,9 @@ def open_corpus(source: str, val_fraction: float, cache: Path) -> Corpus:
     or downloaded. Raises `UserError`: no text, or none that can be read (3); a cache that cannot be
     written (6).
     """
-    if source == "stories":
-        train, val = map(whole_file, stories_files(cache))
-        return Corpus(source, (train,), (val,), stories_entropy())
+    if source in GENERATED:
+        train, val = map(whole_file, generated_files(source, cache))
+        return Corpus(source, (train,), (val,), generated_entropy(source))
     if source == "shakespeare":
         train, val = _split_file(whole_file(shakespeare_file(cache)), SHAKESPEARE_VAL_FRACTION)
         return Corpus(source, (train,), (val,), None)

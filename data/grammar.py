@@ -86,6 +86,8 @@ class Draw:
         telling.held_out |= row == held_out
         telling.log_prob -= self.entropy()
         telling.rows[self.variable] = row
+        if self.pool.noun:
+            telling.nouns.add(self.variable)
         telling.words.update(zip(self.pool.names(self.variable), self.pool.rows[row], strict=True))
 
     def read(self, page: Page, so_far: Reading) -> list[Reading]:
@@ -176,8 +178,9 @@ class Note:
     def tell(self, telling: Telling) -> None:
         answer = telling.mentions[self.answer][-1]
         evidence = tuple(span for span in telling.mentions[self.evidence] if span != answer)
+        nouns = sorted(span for noun in telling.nouns for span in telling.mentions.get(noun, ()) if span < answer)
         space = " " * (answer[1] - answer[0] - len(telling.words[self.answer]))
-        telling.labels.append(Label(self.kind, answer, evidence, space + telling.words[self.wrong]))
+        telling.labels.append(Label(self.kind, answer, evidence, space + telling.words[self.wrong], tuple(nouns)))
 
     def read(self, page: Page, so_far: Reading) -> list[Reading]:
         return [so_far]

@@ -1,4 +1,4 @@
-"""The corpora that go by a name: the embedded stories and Tiny Shakespeare.
+"""The corpora that go by a name: the two that are generated, stories and repeats, and Tiny Shakespeare.
 
 Where this stands: `corpus.py` asks for their files; they are written or downloaded into the cache once.
 """
@@ -14,7 +14,7 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-from data import stories
+from data import repeats, stories
 from data.documents import reading, reason
 from runtime.errors import DATA, DISK_OR_MEMORY, UserError, printable
 
@@ -25,20 +25,25 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 _TIMEOUT_SECONDS = 20
 
 
-def stories_files(cache: Path) -> tuple[Path, Path]:
-    """The files of the training and of the validation stories, written the first time.
+GENERATED = {"stories": stories, "repeats": repeats}
+"""Corpora that are made here; each knows its `version`, its `entropy`, and how to `write` itself."""
+
+
+def generated_files(name: str, cache: Path) -> tuple[Path, Path]:
+    """The files of the training and of the validation text of a generated corpus, written the first time.
 
     Raises `UserError` (6) when the cache cannot be written.
     """
-    folder = cache / f"stories-{stories.version()}"
+    corpus = GENERATED[name]
+    folder = cache / f"{name}-{corpus.version()}"
     if not folder.is_dir():
         partial = _partial(folder)
         try:
             partial.mkdir(parents=True)
-            stories.write(partial)
+            corpus.write(partial)
             partial.rename(folder)
         except OSError as error:
-            # When another process was first, its stories are as good as ours.
+            # When another process was first, its text is as good as ours.
             if not folder.is_dir():
                 raise _unwritable(cache, error) from error
         finally:
@@ -46,9 +51,9 @@ def stories_files(cache: Path) -> tuple[Path, Path]:
     return folder / "train.txt", folder / "val.txt"
 
 
-def stories_entropy() -> float:
-    """Entropy of a story in nats."""
-    return stories.entropy()
+def generated_entropy(name: str) -> float:
+    """Entropy of a document of a generated corpus, in nats."""
+    return GENERATED[name].entropy()
 
 
 def shakespeare_file(cache: Path) -> Path:

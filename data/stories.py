@@ -66,9 +66,9 @@ _SPLITS: tuple[tuple[Split, int], ...] = (("train", TRAIN_STORIES), ("val", VAL_
 SEPARATOR = "\n<|endoftext|>\n"
 
 
-def _words(rows: str, *fields: str, group: str = "", apart: bool = False) -> Pool:
+def _words(rows: str, *fields: str, group: str = "", apart: bool = False, noun: bool = False) -> Pool:
     """A pool from 'row, row, ...'; a row is a word and, behind slashes, its companions."""
-    return Pool(tuple(tuple(row.split("/")) for row in rows.split(", ")), fields, group, apart)
+    return Pool(tuple(tuple(row.split("/")) for row in rows.split(", ")), fields, group, apart, noun)
 
 
 POOLS = {
@@ -77,11 +77,13 @@ POOLS = {
         "Eve/duck/she, Gus/goat/he, Pam/pig/she, Roy/dove/he",
         *("kind", "he"),
         group="he",
+        noun=True,
     ),
     "thing": _words(
         "kite/ball, ball/drum, drum/hat, hat/ring, ring/doll, "
         "doll/flute, flute/spoon, spoon/lamp, lamp/book, book/kite",
         "other",
+        noun=True,
     ),
     "box": _words(
         "basket/soft, box/hard, bag/soft, chest/hard, sack/soft, "
@@ -89,6 +91,7 @@ POOLS = {
         "stuff",
         group="stuff",
         apart=True,
+        noun=True,
     ),
     "colour": _words("red, blue, green, white"),
     "time": _words("One morning, One day"),
@@ -98,14 +101,14 @@ POOLS = {
     "wealth": _words("rich, full, generous"),
     "then": _words("Then, After that"),
     "mood": _words("happy/sang, sad/cried, sleepy/yawned, scared/hid", "does"),
-    "animal": _words("dog, cat, horse"),
-    "way": _words("street, road, river"),
+    "animal": _words("dog, cat, horse", noun=True),
+    "way": _words("street, road, river", noun=True),
     "tired": _words("tired, slow, lazy"),
     "wide": _words("wide, dark, muddy"),
-    "one": _words("tree, flower, stone, chair"),
-    "many": _words("trees, flowers, stones, chairs"),
-    "near_one": _words("house, gate, wall"),
-    "near_many": _words("houses, gates, walls"),
+    "one": _words("tree, flower, stone, chair", noun=True),
+    "many": _words("trees, flowers, stones, chairs", noun=True),
+    "near_one": _words("house, gate, wall", noun=True),
+    "near_many": _words("houses, gates, walls", noun=True),
     "be": _words("be/was/were", "one", "many"),
     "look": _words("old, pretty"),
 }

@@ -29,6 +29,8 @@ class Label:
     """Every earlier mention of the word that decides it, in order."""
     wrong: str
     """What the other candidate would look like in the place of the answer, leading space included."""
+    nouns: tuple[Span, ...]
+    """Every mention of a noun before the answer, in order: names, things, places, whatever a noun pool holds."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ class Pool:
     """The words of one kind, all equally likely. A row is a word and its companions, named by `fields`.
 
     With `group`, the name of a field, another word is always one that has that companion in common; with `apart`,
-    always one that has another.
+    always one that has another. `noun` says that the words are nouns; it changes no text, so the corpus's version
+    does not depend on it.
     """
 
     rows: tuple[tuple[str, ...], ...]
     fields: tuple[str, ...] = ()
     group: str = ""
     apart: bool = False
+    noun: bool = field(default=False, repr=False)
     others: tuple[tuple[int, ...], ...] = field(init=False)
     """For each row, those that can be drawn as another one: equally many, or the entropy would vary."""
 
@@ -86,6 +90,7 @@ class Telling:
         self.words: dict[str, str] = {}
         self.rows: dict[str, int] = {}
         self.mentions: dict[str, list[Span]] = {}
+        self.nouns: set[str] = set()
         self.labels: list[Label] = []
         self.held_out = False
 

@@ -225,6 +225,39 @@ def test_labels_point_at_the_word_its_evidence_and_the_wrong_candidate() -> None
                 corpus.parse(text[: label.answer[0]] + label.wrong + text[label.answer[1] :])
 
 
+NOUNS = ("name", "thing", "box", "animal", "way", "one", "many", "near_one", "near_many")
+
+
+def test_every_noun_before_the_answer_is_labelled_and_nothing_else() -> None:
+    """Held against a search of the text for the words that the corpus is known to have as nouns."""
+    nouns = {word for pool in NOUNS for word in rows(pool)}
+    for story in itertools.chain(sample("train")[:300], sample("val")[:300]):
+        for label in story.labels:
+            before = story.text[: label.answer[0]]
+            mentions = [before[slice(*span)] for span in label.nouns]
+            assert list(label.nouns) == sorted(set(label.nouns)) and all(m.startswith(" ") for m in mentions)
+            first_words = [mention.split()[0] for mention in mentions]
+            assert first_words == [word for word in re.findall(r"\w+", before) if word in nouns]
+            kinds = [mention.split(" the ")[1] for mention in mentions if " the " in mention]
+            assert len(kinds) == 2, "the two animals are introduced, as `Mia the fox`, and each is one mention"
+            assert label.answer not in label.nouns
+
+
+def test_the_nearest_noun_is_not_what_decides_but_for_half_of_the_pronouns() -> None:
+    decides: dict[str, list[bool]] = {kind: [] for kind in corpus.KINDS}
+    for story in sample("val"):
+        for label in story.labels:
+            decides[label.kind].append(label.nouns[-1] in label.evidence)
+    assert statistics.mean(decides.pop("pronoun")) == pytest.approx(0.5, abs=0.05)
+    assert not any(any(found) for found in decides.values())
+
+
+def test_what_is_a_noun_does_not_change_the_version() -> None:
+    marked = Pool((("cat",), ("dog",)), noun=True)
+    assert repr(marked) == repr(Pool((("cat",), ("dog",))))
+    assert corpus.version() == "5d1d064bcbba", "the text is as it was; else the caches of all who have it grow stale"
+
+
 def test_a_pronoun_fits_both_and_is_resolved_by_meaning_alone() -> None:
     she = {row[0]: row[2] for row in corpus.POOLS["name"].rows}
     labels = [(s.text, label) for s in sample("val") for label in s.labels if label.kind == "pronoun"]
