@@ -1,29 +1,42 @@
-"""See what a trained model reads:  python attend.py RUN [--prompt TEXT] [--option value ...]
+"""See what a trained model reads:  python attend.py [COMMAND] RUN [--option value ...]
 
-RUN is a run folder (its newest good checkpoint is taken) or one checkpoint folder. Without a prompt, the model's own
-sample is looked at. Prints each head's strongest readings and a map of one head; writes the weights and a picture.
+Without a command one text is looked at: `python attend.py RUN [--prompt TEXT]`. The commands read what a run has kept
+at each of its evaluations, most of them without loading torch:
+
+    summary   what the heads read and whether it matters        compare   two steps, or two runs, head by head
+    heads     every score of every head                         verify    are the attention files what they say?
+    token     what one token reads in every head                page      (re)build attention.html
+    timeline  when in training each head learned what it does   figures   pictures, PNG or SVG
+    evidence  take every head away again, and write anew what that shows
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from runtime.cli import parse
-from runtime.errors import DISK_OR_MEMORY, UserError, run_main
+from runtime.cli import parse, split_options
+from runtime.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, printable, run_main
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from inspection.capture import Capture
+    from inspection.commands.verify import Origin
+    from inspection.tables import Terminal
     from model.gpt import GPT
     from runtime.checkpoint import Checkpoint
+
+COMMANDS = ("summary", "heads", "token", "timeline", "compare", "verify", "page", "figures", "evidence")
+"""Each a module of inspection/commands with its options, a dataclass of the same name, and `run`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,87 @@ class AttendConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = parse(AttendConfig, argv, "See what a trained model reads.", positional="run")
+    if argv and argv[0] in COMMANDS:
+        command(argv[0], argv[1:])
+        return
+    refuse_near_command(argv)
+    look(parse(AttendConfig, argv, __doc__ or "", positional="run"))
+
+
+def refuse_near_command(argv: list[str]) -> None:
+    """Raise `UserError` where a command was meant: mistyped, or behind the run."""
+    words = [value or "" for option, value in split_options(argv) if not option]
+    behind = [word for word in words[1:] if word in COMMANDS]
+    if behind:
+        raise UserError(f"the command comes first: python attend.py {behind[0]} {printable(words[0])}")
+    if words and not Path(words[0]).exists():
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        if near or len(words) > 1:
+            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+            raise UserError(f"{printable(words[0])!r} is neither a folder nor a command; {hint}")
+
+
+def command(name: str, argv: list[str]) -> None:
+    """Run one of the commands on what a run has kept, and print what it found.
+
+    Raises:
+        UserError: for what the user can mend; if a check fails, once all of them are told (exit code 4).
+    """
+    module = import_module(f"inspection.commands.{name}")
+    settings = getattr(module, name.capitalize())
+    words = [value for option, value in split_options(argv, ("json", "csv", "value_weighted")) if not option]
+    if name == "compare" and len(words) == 2:
+        at = len(argv) - 1 - argv[::-1].index(str(words[1]))
+        argv = [*argv[:at], f"--other={words[1]}", *argv[at + 1 :]]
+    config: Any = parse(settings, argv, f"{settings.__doc__}  python attend.py {name} RUN", positional="run")
+    from inspection.tables import to_csv, to_json
+
+    extra = {"origin": origin} if name in ("verify", "evidence") else {}
+    result = module.run(config, terminal(), **extra)
+    if getattr(config, "json", False):
+        print(to_json(result.data))
+    elif getattr(config, "csv", False):
+        print(to_csv(result.records))
+    else:
+        print("\n".join(printable(line.rstrip()) for line in result.lines))
+    if not result.ok:
+        raise UserError("the attention files do not hold what they say; write them anew, or restore them", CHECKPOINT)
+
+
+def terminal() -> Terminal:
+    """What the standard output can show."""
+    from inspection.tables import WIDEST, Terminal
+
+    return Terminal(sys.stdout.encoding, min(shutil.get_terminal_size((120, 24)).columns, WIDEST))
+
+
+def origin(folder: Path, step: int) -> Origin | None:
+    """The model and tokenizer of a run's step, if its checkpoint is kept and whole.
+
+    Args:
+        folder: of the run; of a single attention file, the file, which may lie in one.
+    """
+    from data.tokenizer import fingerprint
+    from inspection.commands.verify import Origin
+    from runtime.checkpoint import fault_of, read_state, sha256_of_weights
+    from runtime.device import find_machine
+
+    near = [base / "checkpoints" / f"{step:06d}" for base in (folder, folder.parent, folder.parent.parent)]
+    kept = [path for path in near[: 1 if folder.is_dir() else 3] if path.is_dir()]
+    if not kept:
+        return None
+    folder = kept[0]
+    if fault := fault_of(folder):
+        print(f"passing over the damaged checkpoint {printable(folder)}: {fault}", file=sys.stderr)
+        return None
+    saved = read_state(folder)
+    model, tokenizer = saved.model(find_machine("fp32")), saved.tokenizer()
+    hashes = {"weights_sha256": sha256_of_weights(model), "tokenizer_sha256": fingerprint(tokenizer)}
+    return Origin(model, hashes, tokenizer.token_bytes)
+
+
+def look(config: AttendConfig) -> None:
+    """Read one text, say what the heads read in it, and write weights, picture and page."""
     from inspection.capture import capture_batch
     from inspection.words import token_text
     from runtime.checkpoint import open_checkpoint
@@ -105,8 +198,7 @@ def find_head(name: str, n_layers: int, n_heads: int) -> tuple[int, int] | None:
 
 def tell(seen: Capture, quoted: list[str], labels: list[str], chosen: tuple[int, int] | None, top: int) -> None:
     """Print the strongest readings of every head, and one head as a map of characters."""
-    from inspection.probes import DISCLAIMER
-    from inspection.words import clearest_head, head_name, heat_map, strongest
+    from inspection.words import DISCLAIMER, clearest_head, head_name, heat_map, strongest
 
     pattern = seen.pattern.numpy()
     print(f"The {top} strongest readings of each head:")
@@ -123,7 +215,7 @@ def tell(seen: Capture, quoted: list[str], labels: list[str], chosen: tuple[int,
 def write_files(
     config: AttendConfig, saved: Checkpoint, model: GPT, tokenizer: Tokenizer, tokens: list[int], seen: Capture
 ) -> None:
-    """Write the weights as safetensors and a picture of all heads, named after the step and the text."""
+    """Write weights, a picture of all heads, and a page over the kept checkpoints, named after step and text."""
     from inspection.figures import head_grid
     from inspection.observer import write_dump
     from inspection.words import token_text
@@ -141,11 +233,38 @@ def write_files(
         )
         labels = [token_text(tokenizer.token_bytes(t)) for t in tokens]
         head_grid(folder / f"{stem}.png", seen.pattern.numpy(), labels, f"step {saved.state.step}: {text[:60]}")
+        write_own_page(folder / f"{stem}.html", saved, text, tokens)
     except OSError as error:
         raise UserError(
             f"cannot write into {folder}: {error.strerror}; choose another with --out", DISK_OR_MEMORY
         ) from error
-    print(f"weights  {folder / stem}.safetensors\npicture  {folder / stem}.png")
+    print(f"weights  {folder / stem}.safetensors\npicture  {folder / stem}.png\npage     {folder / stem}.html")
+
+
+def write_own_page(path: Path, newest: Checkpoint, text: str, tokens: list[int]) -> None:
+    """A page of one text over the checkpoints that are kept, up to the one that was opened."""
+    import tempfile
+
+    from inspection import dump, record
+    from inspection.capture import capture_batch
+    from inspection.page import PageRun, write_page
+    from runtime.checkpoint import fault_of, read_state, steps_in
+    from runtime.device import find_machine
+    from runtime.provenance import provenance
+
+    machine, seen = find_machine("fp32"), []
+    folders = [f for f in steps_in(newest.folder.parent) if int(f.name) < newest.state.step and fault_of(f) is None]
+    for saved in [*map(read_state, folders), newest]:
+        model, tokenizer = saved.model(machine), saved.tokenizer()
+        capture = capture_batch(model, [tokens], details=saved is newest)[0]
+        rows = [(text, capture, [tokenizer.token_bytes(token) for token in tokens])]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "dump.safetensors"
+            record.write(
+                file, rows, provenance(model, tokenizer, saved.state), "f16", None, tokenizer.token_bytes, "f32"
+            )
+            seen.append(dump.read(file))
+    write_page(path, [PageRun(newest.folder.parent.parent.name, seen)], None, None, text)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ RUN is a run folder (its newest good checkpoint is taken) or one checkpoint fold
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from runtime.cli import parse
-from runtime.errors import run_main
+from runtime.errors import printable, run_main
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class SampleConfig:
     """Draw among the likeliest tokens that together have this probability; 1 draws among all."""
     seed: int = 1
     """The same seed writes the same text."""
+    attend: str = ""
+    """Write what each token read to this .safetensors file (inspection/dump.py); the written-out attention is used."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
@@ -46,17 +50,22 @@ class SampleConfig:
         for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 found.append(f"--{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.attend and self.samples > 1:
+            found.append(f"--attend takes one text, and --samples is {self.samples}; leave one of them out")
         return found
 
 
 def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "Write text with a trained model.", positional="run")
+    from inspection.generation import attention_file, recording, write
     from runtime.checkpoint import open_checkpoint
     from runtime.device import find_machine
+    from runtime.provenance import provenance
     from runtime.sampling import Sampling, check_prompt, first_tokens, shown, write_text
 
     check_prompt(config.prompt)
     saved = open_checkpoint(Path(config.run))
+    file = attention_file(config.attend) if config.attend else None
     tokenizer = saved.tokenizer()
     start = first_tokens(tokenizer, config.prompt, saved.documents)
     model = saved.model(find_machine("fp32"))
@@ -66,16 +75,20 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
     how = Sampling(config.temperature, config.top_k, config.top_p)
-    pieces = write_text(model, tokenizer, start, config.tokens, config.samples, config.seed, how)
-    if config.samples == 1:
+    written = partial(write_text, model, tokenizer, start, config.tokens, config.samples, config.seed, how)
+    if config.samples > 1:
+        texts = ["".join(text) for text in zip(*written(), strict=True)] or [""] * config.samples
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number} ---\n{shown(config.prompt + text)}")
+        return
+    with recording(model, start, config.tokens) if file else nullcontext() as recorder:
         print(shown(config.prompt), end="", flush=True)
-        for piece in pieces:
+        for piece in written(recorder.drawn if recorder else None):
             print(shown(piece[0]), end="", flush=True)
         print()
-        return
-    texts = ["".join(written) for written in zip(*pieces, strict=True)] or [""] * config.samples
-    for number, text in enumerate(texts, 1):
-        print(f"--- {number} ---\n{shown(config.prompt + text)}")
+    if file and recorder:
+        write(file, recorder.generated(), tokenizer.token_bytes, provenance(model, tokenizer, saved.state))
+        print(f"weights  {printable(file)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

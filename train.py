@@ -6,6 +6,9 @@ config → corpus → model → the loop. Nothing heavy is imported before the c
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.config import RunConfig, parse_train
@@ -14,9 +17,10 @@ from runtime.errors import run_main
 if TYPE_CHECKING:
     from data.prepare import Prepared
     from inspection.probes import Probe
+    from inspection.watch import WatchSet
 
 PROBE_STORIES = 200
-WATCHED_TEXTS = 4
+HELD_OUT_TEXTS = 12
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +36,7 @@ def train(config: RunConfig, name: str, started: float) -> None:
     """One run, from text to what the model learned of it."""
     from data.prepare import prepare, require
     from inspection.observer import Observer
-    from runtime.checkpoint import TrainState
+    from runtime.checkpoint import TrainState, sha256_of_weights
     from runtime.device import find_machine
     from runtime.provenance import provenance
     from runtime.run import Run
@@ -40,27 +44,65 @@ def train(config: RunConfig, name: str, started: float) -> None:
     machine = find_machine(config.train.dtype, config.run.threads)
     data = prepare(config.data, progress=machine.is_first)
     require(data, config.model.context)
+    watched = watch_set(data, config)
     run = Run(config, name, machine, data)
-    texts = watched_texts(data, config.model.context)
-    observer = Observer(run.model, texts, probes(data), data.tokenizer.token_bytes, run.folder / "attention")
+    observer = Observer(run.model, watched, data.tokenizer.token_bytes, run.folder)
 
     def observe(state: TrainState) -> None:
-        observer.write(state.step, provenance(run.model, data.tokenizer, state))
+        observer.write(state.step, provenance(run.model, data.tokenizer, state), run.sample)
 
     run.introduce()
+    if machine.is_first:
+        observer.begin(run.state.step)
+        if not run.state.step:
+            observe(run.state)  # what untrained heads read
     run.train(observe)
     run.report()
     if machine.is_first:
-        run.finish(*observer.report(run.folder), started)
+        seen = observer.report(run.state.step, sha256_of_weights(run.model))
+        run.finish(seen.lines, seen.pictures, seen.page, started)
 
 
-def watched_texts(data: Prepared, context: int) -> list[tuple[str, list[int]]]:
-    """The beginnings of the first validation documents, (name, tokens) of at most a context each."""
+def watch_set(data: Prepared, config: RunConfig) -> WatchSet:
+    """What is looked at throughout the run: held-out texts, repeats of random tokens, questions, the user's lines."""
+    import numpy as np
+
+    from data.stories import KINDS
+    from inspection.own_lines import own_lines
+    from inspection.watch import SHOWN, WatchSet, repeated, watched_length
+
+    tokenizer, model = data.tokenizer, config.model
+    texts: list[tuple[str, tuple[int, ...]]] = []
+    questions = probes(data)
+    if config.log.watch:
+        encode = encoder(data)
+        file = Path(config.log.watch)
+        texts, own = own_lines(file, encode, tokenizer.token_bytes, tokenizer.end_of_text, model.context)
+        questions += own
+    length = watched_length(model, len(texts) + SHOWN + len(KINDS) + 2)
+    texts = [(name, tokens[:length]) for name, tokens in texts] + held_out_texts(data, length)
+    used = np.unique(data.train.read(0, min(len(data.train), 200_000))).tolist()
+    repeats = repeated(used, tokenizer.end_of_text, length, config.run.seed)
+    return WatchSet(tuple(texts), repeats, tuple(p for p in questions if p.length <= model.context))
+
+
+def held_out_texts(data: Prepared, length: int) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, tokens), at most `length` each, of the first validation documents, or of pieces where these are few."""
+    from inspection.watch import HELD_OUT
+
     val = data.val
-    starts = val.document_starts[:WATCHED_TEXTS].tolist()
-    ends = [*val.document_starts[1 : len(starts)].tolist(), len(val)][: len(starts)]
-    spans = zip(starts, ends, strict=True)
-    return [(f"held-out text {k}", val.read(a, min(b, a + context)).tolist()) for k, (a, b) in enumerate(spans, 1)]
+    bounds = [*val.document_starts[:HELD_OUT_TEXTS].tolist(), len(val)]
+    if val.n_documents > HELD_OUT_TEXTS:
+        bounds[-1] = int(val.document_starts[HELD_OUT_TEXTS])
+    apart = max(length, (bounds[-1] - bounds[0]) // HELD_OUT_TEXTS)
+    pieces = [(start, min(start + length, end)) for a, end in pairwise(bounds) for start in range(a, end, apart)]
+    texts = [tuple(val.read(start, end).tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
+    return [(f"{HELD_OUT} {k}", tokens) for k, tokens in enumerate(texts, 1)]
+
+
+def encoder(data: Prepared) -> Callable[[str], list[int]]:
+    """A text's tokens as a list."""
+    return lambda text: data.tokenizer.encode(text).tolist()
 
 
 def probes(data: Prepared) -> list[Probe]:
@@ -70,15 +112,12 @@ def probes(data: Prepared) -> list[Probe]:
 
     if data.name != "stories":
         return []
-    tokenizer, found = data.tokenizer, []
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text).tolist()
-
+    tokenizer, encode = data.tokenizer, encoder(data)
+    found = []
     for story in stories("val", PROBE_STORIES):
         for label in story.labels:
-            spans = (label.answer, label.evidence, label.wrong)
-            found.append(locate(label.kind, story.text, *spans, encode, tokenizer.token_bytes, tokenizer.end_of_text))
+            about = (label.kind, story.text, label.answer, label.evidence, label.wrong)
+            found.append(locate(*about, encode, tokenizer.token_bytes, tokenizer.end_of_text, label.nouns))
     return found
 
 

@@ -1,62 +1,86 @@
 """The attention file: what `capture.py` saw of several texts, and a reader that needs numpy alone.
 
+`record.py` writes it. This file stands on numpy and the standard library: copied anywhere, it reads.
+
 The file is ordinary safetensors (eight bytes of header length, a JSON header, the raw numbers), so every
-library for that format opens it; `read` here needs neither such a library nor torch. Format version 1. For
-text k of n:
+library for that format opens it; `read` here needs neither such a library nor torch. For L layers, H heads of
+width D, residual stream of width C, and text k of n with T tokens:
 
     k.pattern      f16 or f32  (L, H, T (T + 1) / 2)  attention weights, the lower triangle row by row
-    k.value_norms  f32         (L, H, T)              length of each position's value
+    k.value_norms  f32         (L, H, T)              |v_j W_O|: length of what each position hands over
     k.loss         f32         (T - 1,)               nats of each token after the first
     k.tokens       i32         (T,)                   token ids
     k.ends         i32         (T,)                   where each token's bytes end in k.bytes
     k.bytes        u8          (bytes,)               the bytes of all tokens, one after the other
 
-Metadata, all strings: `format` and `texts` (a JSON list of the texts' names) are written here; the caller
-adds `config` (JSON), `vocab_size`, `step`, `tokens_seen`, `weights_sha256`, `tokenizer_sha256` and `versions`
-(JSON).
+and, where more was asked for (a file of an older version has none of them):
+
+    k.queries      f16 or f32  (L, H, T, D)  as the scores use them: normalised, turned by their position
+    k.keys         f16 or f32  (L, H, T, D)  the same of keys; those that heads share are repeated for each
+    k.values       f16 or f32  (L, H, T, D)  what a weight is multiplied with, repeated likewise
+    k.projected    f32         (L, T, C)     what the layer's attention adds to the residual stream
+    k.top          i32         (T, N)        the N likeliest next tokens: five, or a vocabulary of fewer
+    k.top_p        f32         (T, N)        their probabilities
+    k.top_ends     i32         (T N,)        where the bytes of each end in k.top_bytes
+    k.top_bytes    u8          (bytes,)      their bytes
+    scores.NAME    f32         (L, H)        a score of every head at this step; nan where it has none
+
+softmax(q_i · k_j / √D) over j <= i is the pattern; from f32 queries and keys it comes back within 1e-6, and in
+the same number format the two are smaller than the pattern in texts of T >= 4 D tokens.
+
+Metadata, all strings: `format` and `texts` (a JSON list of the texts' names) are written by `record.py`; its
+caller adds `config` (JSON), `vocab_size`, `step`, `tokens_seen`, `weights_sha256`, `tokenizer_sha256` and
+`versions` (JSON). Where a text outgrew the context while the model wrote it, `windows` (JSON) says what each query
+could read: [first query, start] for a stretch of queries that read from `start` on, zero before it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from runtime.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
 
 FORMAT = "glassgpt-attention-1"
 DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "U8": "|u1"}
 MAX_HEADER = 100_000_000
 """Bytes; the bound of the safetensors format."""
+MOST_LIKELY = 5
+"""How many of the likeliest next tokens are kept of each position."""
+SCORES = "scores."
 
-
-@runtime_checkable
-class Observed(Protocol):
-    """What is written of a text; a `capture.Capture` is one."""
-
-    @property
-    def tokens(self) -> Any: ...
-    @property
-    def pattern(self) -> Any: ...
-    @property
-    def value_norms(self) -> Any: ...
-    @property
-    def loss(self) -> Any: ...
+HALF, FLOAT, INT, BYTE = ("<f2", "<f4"), ("<f4",), ("<i4",), ("|u1",)
+REQUIRED = {
+    "pattern": (HALF, 3),
+    "value_norms": (FLOAT, 3),
+    "loss": (FLOAT, 1),
+    "tokens": (INT, 1),
+    "ends": (INT, 1),
+    "bytes": (BYTE, 1),
+}
+OPTIONAL = {
+    "queries": (HALF, 4),
+    "keys": (HALF, 4),
+    "values": (HALF, 4),
+    "projected": (FLOAT, 3),
+    "top": (INT, 2),
+    "top_p": (FLOAT, 2),
+    "top_ends": (INT, 1),
+    "top_bytes": (BYTE, 1),
+}
+"""Of each part of a text: the number formats that it may have, and its number of dimensions."""
 
 
 @dataclass(frozen=True)
 class TextDump:
-    """One text of a dump: L layers, H heads, T tokens."""
+    """One text of a dump: L layers, H heads of width D, T tokens, residual stream of width C."""
 
     name: str
     tokens: NDArray[np.int32]
@@ -65,6 +89,16 @@ class TextDump:
     value_norms: NDArray[np.float32]
     packed: NDArray[np.floating[Any]]
     """(L, H, T (T + 1) / 2), the lower triangle row by row: query i, key j at i (i + 1) / 2 + j."""
+    queries: NDArray[np.floating[Any]] | None = None
+    """(L, H, T, D), as are keys and values."""
+    keys: NDArray[np.floating[Any]] | None = None
+    values: NDArray[np.floating[Any]] | None = None
+    projected: NDArray[np.float32] | None = None
+    """(L, T, C)."""
+    top: list[list[tuple[bytes, float]]] | None = None
+    """For each of T positions the likeliest next tokens, likeliest first: (bytes, probability)."""
+    top_tokens: NDArray[np.int32] | None = None
+    """Their ids (T, N)."""
 
     def unpack(self, layer: int | None = None) -> NDArray[np.float32]:
         """Attention weights (L, H, T, T), 0 above the diagonal; with `layer`, that layer alone, (1, H, T, T).
@@ -87,83 +121,8 @@ class Dump:
 
     texts: list[TextDump]
     metadata: dict[str, str]
-
-
-def _arrays(capture: Observed, token_bytes: Sequence[bytes], dtype: str) -> dict[str, NDArray[Any]]:
-    pattern = np.asarray(capture.pattern, dtype=np.float32)
-    T = pattern.shape[-1]
-    if len(token_bytes) != T:
-        raise ValueError(f"{len(token_bytes)} token texts for {T} tokens")
-    rows, columns = np.tril_indices(T)
-    return {
-        "pattern": pattern[:, :, rows, columns].astype(DTYPES[dtype.upper()]),
-        "value_norms": np.asarray(capture.value_norms, dtype="<f4"),
-        "loss": np.asarray(capture.loss, dtype="<f4"),
-        "tokens": np.asarray(capture.tokens).astype("<i4"),
-        "ends": np.cumsum([len(token) for token in token_bytes], dtype="<i4"),
-        "bytes": np.frombuffer(b"".join(token_bytes), dtype=np.uint8),
-    }
-
-
-def _serialize(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[bytes]:
-    """The file as chunks. Wide numbers come first: each array begins at a multiple of its item's size."""
-    names = {kind: name for name, kind in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    chunks, offset = [], 0
-    for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):
-        header[name] = {
-            "dtype": names[array.dtype.str],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        chunks.append(array.tobytes())
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)), text, *chunks]
-
-
-def write(
-    path: Path | str,
-    captures: Sequence[tuple[str, Observed, list[bytes]]],
-    metadata: Mapping[str, str],
-    dtype: str = "f16",
-) -> None:
-    """Write (name, capture, bytes of each token) of several texts; `path` is replaced whole or not at all.
-
-    Args:
-        metadata: strings; see the head of this file.
-        dtype: of the weights: `f16` (each within 2^-12 of the fp32 weight) or `f32`.
-
-    Raises:
-        UserError: if the file cannot be written.
-        ValueError: if a text has not as many token texts as tokens.
-    """
-    assert dtype in ("f16", "f32"), dtype
-    arrays: dict[str, NDArray[Any]] = {}
-    for k, (_, capture, token_bytes) in enumerate(captures):
-        arrays |= {f"{k}.{part}": array for part, array in _arrays(capture, token_bytes, dtype).items()}
-    ours = {"format": FORMAT, "texts": json.dumps([name for name, _, _ in captures])}
-    path = Path(path)
-    try:
-        _replace(path, _serialize(arrays, {**metadata, **ours}))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
-
-
-def _replace(path: Path, chunks: Sequence[bytes]) -> None:
-    """Put the chunks in the place of `path` in one step, once they are safely on disk."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """By name, (L, H) each."""
 
 
 class _Broken(ValueError):
@@ -206,7 +165,7 @@ def _array(name: str, entry: object, data: memoryview) -> tuple[int, int, NDArra
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise _Broken(f"{name!r} has an unknown type")
-    for numbers, most in ((shape, 3), (offsets, 2)):
+    for numbers, most in ((shape, 4), (offsets, 2)):
         if not isinstance(numbers, list) or not 1 <= len(numbers) <= most or not all(map(_whole, numbers)):
             raise _Broken(f"the entry {name!r} is malformed")
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= len(data):
@@ -245,36 +204,97 @@ def _metadata(header: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     return metadata, names
 
 
-def _text(k: int, name: str, arrays: Mapping[str, NDArray[Any]]) -> TextDump:
-    """Text k, once its arrays are found to fit each other."""
+def _parts(k: int, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The arrays of text k by name, each of a known format and rank."""
     parts = {}
-    for part, kinds, rank in (
-        ("pattern", ("<f2", "<f4"), 3),
-        ("value_norms", ("<f4",), 3),
-        ("loss", ("<f4",), 1),
-        ("tokens", ("<i4",), 1),
-        ("ends", ("<i4",), 1),
-        ("bytes", ("|u1",), 1),
-    ):
+    for part, (kinds, rank) in (REQUIRED | OPTIONAL).items():
         array = arrays.get(f"{k}.{part}")
+        if array is None and part in OPTIONAL:
+            continue
         if array is None or array.dtype.str not in kinds or array.ndim != rank:
             raise _Broken(f"'{k}.{part}' is missing or malformed")
         parts[part] = array
+    return parts
+
+
+def _ends_fit(ends: NDArray[Any], count: int, whole: NDArray[Any]) -> bool:
+    """Whether `count` ends cut `whole` into as many pieces."""
+    if ends.shape != (count,) or ends[0] < 0 or ends[-1] != len(whole):
+        return False
+    return bool((ends[1:] >= ends[:-1]).all())
+
+
+def _details_fit(parts: Mapping[str, NDArray[Any]], L: int, H: int, T: int) -> bool:
+    """Whether the optional arrays fit the text, and each other."""
+    wide = [parts[part].shape for part in ("queries", "keys", "values") if part in parts]
+    if any(shape[:3] != (L, H, T) or shape != wide[0] for shape in wide):
+        return False
+    if "projected" in parts and parts["projected"].shape[:2] != (L, T):
+        return False
+    likeliest = [part in parts for part in ("top", "top_p", "top_ends", "top_bytes")]
+    if not all(likeliest):
+        return not any(likeliest)
+    N = parts["top"].shape[1]
+    shapes = parts["top"].shape == parts["top_p"].shape == (T, N) and 1 <= N <= MOST_LIKELY
+    return shapes and _ends_fit(parts["top_ends"], T * N, parts["top_bytes"])
+
+
+def _cut(whole: NDArray[Any], ends: NDArray[Any]) -> list[bytes]:
+    raw = whole.tobytes()
+    return [raw[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+
+
+def _top(parts: Mapping[str, NDArray[Any]]) -> list[list[tuple[bytes, float]]] | None:
+    if "top" not in parts:
+        return None
+    T, N = parts["top"].shape
+    pieces, chances = _cut(parts["top_bytes"], parts["top_ends"]), parts["top_p"].tolist()
+    return [list(zip(pieces[t * N : t * N + N], chances[t], strict=True)) for t in range(T)]
+
+
+def _text(k: int, name: str, arrays: Mapping[str, NDArray[Any]]) -> TextDump:
+    """Text k, once its arrays are found to fit each other."""
+    parts = _parts(k, arrays)
     L, H, T = parts["value_norms"].shape
-    ends = parts["ends"]
     if not (
         T >= 1
         and parts["pattern"].shape == (L, H, T * (T + 1) // 2)
         and parts["loss"].shape == (T - 1,)
-        and parts["tokens"].shape == ends.shape == (T,)
-        and ends[0] >= 0
-        and (np.diff(ends) >= 0).all()
-        and ends[-1] == len(parts["bytes"])
+        and parts["tokens"].shape == (T,)
+        and _ends_fit(parts["ends"], T, parts["bytes"])
+        and _details_fit(parts, L, H, T)
     ):
         raise _Broken(f"the arrays of text {k} do not fit each other")
-    whole, cuts = parts["bytes"].tobytes(), [0, *ends.tolist()]
-    token_bytes = [whole[begin:end] for begin, end in pairwise(cuts)]
-    return TextDump(name, parts["tokens"], token_bytes, parts["loss"], parts["value_norms"], parts["pattern"])
+    details = {part: parts.get(part) for part in ("queries", "keys", "values", "projected")}
+    return TextDump(
+        name,
+        parts["tokens"],
+        _cut(parts["bytes"], parts["ends"]),
+        parts["loss"],
+        parts["value_norms"],
+        parts["pattern"],
+        **details,
+        top=_top(parts),
+        top_tokens=parts.get("top"),
+    )
+
+
+def _scores(arrays: Mapping[str, NDArray[Any]], texts: list[TextDump]) -> dict[str, NDArray[np.float32]]:
+    """The heads' scores, once they are found to be of the heads that the texts have."""
+    found = {name.removeprefix(SCORES): array for name, array in arrays.items() if name.startswith(SCORES)}
+    shapes = {text.value_norms.shape[:2] for text in texts} | {array.shape for array in found.values()}
+    if len(shapes) > 1 or any(array.dtype.str not in FLOAT or array.ndim != 2 for array in found.values()):
+        raise _Broken("its texts and scores are not of the same heads")
+    return found
+
+
+def _failure(message: str) -> Exception:
+    """`UserError`, which our scripts say in one line; in a copy of this file that stands alone, a `ValueError`."""
+    try:
+        from runtime.errors import CHECKPOINT, UserError
+    except ImportError:
+        return ValueError(message)
+    return UserError(message, CHECKPOINT)
 
 
 def read(path: Path | str) -> Dump:
@@ -287,9 +307,11 @@ def read(path: Path | str) -> Dump:
         header, data = _header(Path(path).read_bytes())
         metadata, names = _metadata(header)
         arrays = _arrays_of(header, data)
-        return Dump([_text(k, name, arrays) for k, name in enumerate(names)], metadata)
+        texts = [_text(k, name, arrays) for k, name in enumerate(names)]
+        return Dump(texts, metadata, _scores(arrays, texts))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
+        raise _failure(f"cannot read {path}: {error.strerror}") from error
     except _Broken as error:
-        message = f"{path} is no attention file that can be read: {error}; write it anew with attend.py"
-        raise UserError(message, CHECKPOINT) from error
+        raise _failure(
+            f"{path} is no attention file that can be read: {error}; write it anew with attend.py"
+        ) from error

@@ -73,7 +73,7 @@ def _margin(labels: Sequence[str]) -> float:
     return 0.42 + 0.065 * max(4, *map(len, labels))
 
 
-def _style() -> dict[Any, Any]:
+def style() -> dict[Any, Any]:
     """Settings that the reader's own matplotlibrc must not change."""
     return {
         "font.family": ["DejaVu Sans"],
@@ -92,7 +92,12 @@ def _style() -> dict[Any, Any]:
     }
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, of the kind that its ending names.
+
+    Raises:
+        UserError: if that is another than .png or .svg (exit code 2), or the file cannot be written (6).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -173,15 +178,19 @@ def _spacing(ticks: _Ticks) -> list[str]:
     return [] if ticks.every == 1 else [f"one token in {ticks.every} is named"]
 
 
-def _titled(figure: Figure, title: str, parts: Sequence[str]) -> None:
-    """The title; below it, how to read the figure and what of the model or text is left out."""
+def heading(figure: Figure, title: str, note: str) -> None:
+    """The title, cut to the figure's width, and smaller below it what has to be said of the figure."""
     width, height = figure.get_size_inches()
     plain: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
-    lines = ["query (row) reads key (column); grey: later tokens, never read", "; ".join(parts)]
     shown, room = drawable(title, " "), int(9.5 * width)  # characters that fit
     shown = shown if len(shown) <= room else shown[: room - 1] + "…"
     figure.text(0.15 / width, 1 - 0.12 / height, shown, fontsize=12, weight="bold", **plain)
-    figure.text(0.15 / width, 1 - 0.38 / height, "\n".join(lines), fontsize=8.5, color="#555555", **plain)
+    figure.text(0.15 / width, 1 - 0.38 / height, note, fontsize=8.5, color="#555555", **plain)
+
+
+def _titled(figure: Figure, title: str, parts: Sequence[str]) -> None:
+    """The title; below it, how to read the figure and what of the model or text is left out."""
+    heading(figure, title, "query (row) reads key (column); grey: later tokens, never read\n" + "; ".join(parts))
 
 
 def _axis_names(figure: Figure, left: float) -> None:
@@ -220,7 +229,7 @@ def head_grid(path: Path | str, pattern: ArrayLike, token_texts: Sequence[str], 
     width = max(margin + columns * (panel + GAP) + 0.65, LEAST_WIDTH)
     height = margin + rows * (panel + GAP) + TOP - GAP
     ticks = _ticks(shown, panel)
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(width, height))
         for layer in range(rows):
             for head in range(columns):
@@ -233,7 +242,7 @@ def head_grid(path: Path | str, pattern: ArrayLike, token_texts: Sequence[str], 
         _axis_names(figure, margin)
         missing = [*_part(rows, L, "layers", "first"), *_part(columns, H, "heads", "first")]
         _titled(figure, title, [*missing, *_part(shown, T, "tokens", "last"), *_spacing(ticks)])
-        _save(figure, Path(path))
+        save(figure, Path(path))
 
 
 def _values(axes: Axes, weights: NDArray[np.float32]) -> None:
@@ -282,7 +291,7 @@ def one_head(
     if row >= 0:  # the framed row is named, and its neighbours make room for it
         others = [k for k in ticks.positions if abs(k - row) >= ticks.distance]
         ticks = replace(ticks, positions=sorted([*others, row]))
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(max(margin + panel + GAP + 0.65, LEAST_WIDTH), margin + panel + TOP))
         axes = _panel(figure, margin, margin, panel)
         image = _image(axes, weights)
@@ -294,4 +303,4 @@ def one_head(
         _colour_bar(figure, image, margin + panel + GAP - 0.08, margin + panel, min(panel, 2.0))
         _axis_names(figure, margin)
         _titled(figure, title, [*_part(shown, T, "tokens", "last"), *_spacing(ticks)])
-        _save(figure, Path(path))
+        save(figure, Path(path))

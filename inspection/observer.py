@@ -1,102 +1,142 @@
-"""What is watched while a model learns: the same texts at every evaluation, and, at the end, what its heads read.
+"""What is watched while a model learns: the same texts at every evaluation, and, at the end, what its heads do.
 
-The texts never change during a run, so that two of its dumps differ by the model alone.
+`write` makes a dump of the moment. `report` takes every head away once, weighs what may be said of it, and puts it all
+before the reader: words, pictures, and a page.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from inspection import dump
+from inspection import claims, record
 from inspection.capture import capture_batch
-from inspection.figures import head_grid, one_head
-from inspection.probes import Probe, examine, sentence
-from inspection.words import head_name, token_text
+from inspection.causal import effects
+from inspection.commands.figures import draw
+from inspection.evidence import Evidence
+from inspection.folder import RunAttention, dumps_in
+from inspection.page import PageRun, write_page
+from inspection.relations import Relation, relations, sentence
+from inspection.scores import head_scores
+from inspection.watch import WatchSet
+from inspection.words import DISCLAIMER
 from model.gpt import GPT
+
+QUESTIONS = 128
+"""Of each kind, asked without each head: with 32 the intervals hid what a head does beyond the others of its layer."""
+Texts = Sequence[tuple[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is told at the end of a run."""
+
+    lines: list[str]
+    """What may be said of one head, then what each family of questions showed."""
+    pictures: list[Path]
+    page: Path
 
 
 class Observer:
-    """Writes a dump of fixed texts whenever it is asked, and says what the heads read.
+    """Writes a dump of fixed texts whenever it is asked, and says what the heads do.
 
     Args:
         model: is read at each call, in whatever state it then is.
-        texts: (name, tokens) of each text, at most `context` tokens long.
-        probes: questions with a right and a wrong answer; may be empty.
+        watched: what is looked at; kept beside the dumps.
         token_bytes: the bytes of a token.
-        folder: where dumps go, as `000400.safetensors`.
+        run: the run's folder; dumps go into its folder `attention`, as `000400.safetensors`.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        texts: Sequence[tuple[str, Sequence[int]]],
-        probes: Sequence[Probe],
-        token_bytes: Callable[[int], bytes],
-        folder: Path,
-    ) -> None:
-        self.model, self.texts, self.probes = model, texts, probes
-        self.token_bytes, self.folder = token_bytes, folder
+    def __init__(self, model: GPT, watched: WatchSet, token_bytes: Callable[[int], bytes], run: Path) -> None:
+        self.model, self.watched, self.token_bytes, self.run = model, watched, token_bytes, run
+        self.folder = run / "attention"
 
-    def write(self, step: int, metadata: Mapping[str, str]) -> Path:
-        """Write the dump of a step; its path."""
+    def begin(self, step: int) -> None:
+        """Start, or go on from `step`: what was watched before is watched again, and later dumps are written anew."""
+        file = self.folder / "watched.json"
+        if step and file.is_file():
+            self.watched = WatchSet.load(file, self.model.vocab_size, self.model.config.context)
+        else:
+            self.watched.save(file)
+        for later, path in dumps_in(self.folder).items():
+            if later > step:
+                path.unlink()
+
+    def write(self, step: int, metadata: Mapping[str, str], sample: Sequence[int] = ()) -> Path:
+        """Write the dump of a step, with what the model has just written, if anything; its path."""
         path = self.folder / f"{step:06d}.safetensors"
-        write_dump(path, self.model, self.texts, self.token_bytes, metadata)
+        own = [("sample", list(sample)[-self.model.config.context :])] if sample else []
+        scores = {name: table.numpy() for name, table in head_scores(self.model, self.watched).items()}
+        write_dump(path, self.model, self.watched.shown(), self.token_bytes, metadata, detailed=own, scores=scores)
         return path
 
-    def report(self, folder: Path) -> tuple[list[str], list[Path]]:
-        """What the heads read: in words, and as pictures in `folder`.
+    def report(self, step: int, weights_sha256: str) -> Report:
+        """What the heads do, in words, pictures and a page, all in the run's folder."""
+        found = relations(self.model, self.watched.probes)
+        evidence = self.without_each_head(step, weights_sha256)
+        seen = RunAttention.open(self.run)
+        told = self.weigh(seen, evidence, found)
+        pictures = draw(seen, self.run, "png", step)
+        page = self.run / "attention.html"
+        whole = PageRun(self.run.name, list(seen.dumps.values()))
+        write_page(page, [whole], seen.claims, seen.evidence, self.run.name)
+        lines = [claims.sentence(told)]
+        if found:
+            lines += ["", "what decides, and which head reads it", *("  " + line for line in sentence(found))]
+        return Report([*lines, DISCLAIMER], pictures, page)
 
-        `attention.png` has every head on the first text; `head.png`, where a head passes, the one that reads what
-        decides most surely, at the place where the answer is due.
-        """
-        name, tokens = self.texts[0]
-        picture = folder / "attention.png"
-        head_grid(picture, self.pattern(tokens), self.labels(tokens), f"what each head reads: {name}")
-        readings = examine(self.model, self.probes)
-        passed = [reading for reading in readings if reading.passes]
-        if not passed:
-            return sentence(readings) if readings else [], [picture]
-        best = max(passed, key=lambda reading: reading.weight)
-        probe = next(probe for probe in self.probes if probe.kind == best.kind)
-        layer, head = best.head
-        title = f"{head_name(layer, head)} where an answer is due: {best.kind}"
-        last = len(probe.tokens) - 1
-        one_head(folder / "head.png", self.pattern(probe.tokens)[layer, head], self.labels(probe.tokens), title, last)
-        return sentence(readings), [picture, folder / "head.png"]
+    def without_each_head(self, step: int, weights_sha256: str) -> Evidence:
+        """What changes when each head is taken away, kept in `evidence.json`."""
+        with tqdm(unit="pass", desc="taking heads away", delay=3, leave=False, disable=None) as bar:
 
-    def pattern(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """The weights (L, H, T, T) while the model reads `tokens`."""
-        weights: NDArray[np.float32] = capture_batch(self.model, [tokens])[0].pattern.numpy()
-        return weights
+            def progress(done: int, whole: int) -> None:
+                bar.total = whole
+                bar.update(done - bar.n)
 
-    def labels(self, tokens: Sequence[int]) -> list[str]:
-        """Each token as it may be shown."""
-        return [token_text(self.token_bytes(token)) for token in tokens]
+            evidence = effects(self.model, self.watched, QUESTIONS, 1, step, weights_sha256, progress)
+        evidence.save(self.folder / "evidence.json")
+        return evidence
+
+    def weigh(self, seen: RunAttention, evidence: Evidence, found: Sequence[Relation]) -> list[claims.Claim]:
+        """What may be said of the heads, kept in `claims.json`."""
+        over_time = {step: seen.dumps[step].scores for step in seen.steps}
+        readings = {
+            f"reads.{one.kind}": (one.head, one.weight, max(one.offset_weight, one.nearest_weight or 0.0))
+            for one in found
+        }
+        told = claims.claims(over_time, evidence, readings)
+        claims.save(self.folder / "claims.json", told)
+        return told
 
 
 def write_dump(
     path: Path,
     model: GPT,
-    texts: Sequence[tuple[str, Sequence[int]]],
+    texts: Texts,
     token_bytes: Callable[[int], bytes],
     metadata: Mapping[str, str],
     dtype: str = "f16",
+    detailed: Texts = (),
+    scores: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
     """Capture texts and write them as one attention file, with the versions of what computed them.
+
+    Args:
+        detailed: texts, written before the others, with queries, keys, values and the likeliest next tokens.
 
     Raises:
         UserError: if the file cannot be written (exit code 6).
     """
-    seen = capture_batch(model, [tokens for _, tokens in texts])
+    seen = capture_batch(model, [tokens for _, tokens in detailed], details=True) if detailed else []
+    seen += capture_batch(model, [tokens for _, tokens in texts]) if texts else []
     rows = [
-        (name, one, [token_bytes(token) for token in tokens]) for (name, tokens), one in zip(texts, seen, strict=True)
+        (name, one, [token_bytes(token) for token in tokens])
+        for (name, tokens), one in zip([*detailed, *texts], seen, strict=True)
     ]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    dump.write(path, rows, {**metadata, "versions": json.dumps(versions)}, dtype)
+    about = {**metadata, "versions": record.versions()}
+    record.write(path, rows, about, dtype, scores, token_bytes, details="f32")

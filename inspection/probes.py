@@ -1,8 +1,9 @@
-"""Does the model know the answer, and which head reads the word that decides it?
+"""Questions with a known answer: does the model know it, and which head reads the word that decides it?
 
 A probe is a text that breaks off where an answer is due, with the right and a wrong candidate, and the place
 of the mention that decides between them. The corpus knows these places (`data/stories.py` labels them by
-character); `locate` turns them into tokens, `examine` asks the model, `sentence` says the outcome in words.
+character); `locate` turns them into tokens, `measure` asks the model. `relations.py` weighs what comes of it, and
+`scores.py` tables it.
 """
 
 from __future__ import annotations
@@ -16,22 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inspection.capture import observe, pad
-from inspection.words import head_name
 from model.gpt import GPT
 
 Span = tuple[int, int]
-
-READS_IT = 0.5
-"""A head that puts at least this share of its weight on the evidence reads it."""
-DECIDERS = {
-    "pronoun": "the name that decides it",
-    "agreement": "the subject that decides it",
-    "induction": "the earlier mention",
-    "place": "the place that decides it",
-    "cause": "the feeling that decides it",
-    "crossing": "the noun that decides it",
-}
-DISCLAIMER = "Weights show what is read, not why."
 
 
 @dataclass(frozen=True)
@@ -45,29 +33,13 @@ class Probe:
     """Positions in `tokens` of the mention that decides."""
     right: tuple[int, ...]
     wrong: tuple[int, ...]
+    nearest: tuple[int, ...] = ()
+    """Positions of the last noun before the answer; empty where it is unknown."""
 
     @property
     def length(self) -> int:
         """Positions that the model has to read: prompt and longer candidate, without its last token."""
         return len(self.tokens) + max(len(self.right), len(self.wrong)) - 1
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the probes of one kind have shown."""
-
-    kind: str
-    count: int
-    preferred: float
-    """Share of probes in which log p(right) > log p(wrong), each summed over the candidate's tokens."""
-    head: tuple[int, int]
-    """(layer, head), the one that reads the evidence most, chosen on the even probes."""
-    weight: float
-    """Its mean weight on the evidence tokens at the last position of the prompt, over the odd probes."""
-
-    @property
-    def passes(self) -> bool:
-        return self.weight >= READS_IT
 
 
 def locate(
@@ -79,23 +51,26 @@ def locate(
     encode: Callable[[str], Sequence[int]],
     token_bytes: Callable[[int], bytes],
     end_of_text: int,
+    nouns: Sequence[Span] = (),
 ) -> Probe:
     """From spans of characters to positions of tokens.
 
-    A token belongs to the evidence if it overlaps it by a byte or more.
+    A token belongs to a mention if it overlaps it by a byte or more.
 
     Args:
         answer: where in `text` the right answer stands, leading space included; the prompt ends before it.
         evidence: where the mentions that decide stand, all before the answer.
         wrong: the other candidate, as it would be written in the answer's place.
+        nouns: where nouns stand before the answer, if that is known; the last of them is the nearest.
 
     Raises:
         ValueError: if the spans do not fit the text, the candidates are the same, or the tokenizer
             keeps neither the border between prompt and answer nor the bytes of the prompt.
     """
-    before = [0 <= start < end <= answer[0] for start, end in evidence]
-    if not (before and all(before) and answer[0] < answer[1] <= len(text)):
-        raise ValueError(f"evidence {evidence} and answer {answer} do not fit {len(text)} characters of text")
+    before = [0 <= start < end <= answer[0] for start, end in (*evidence, *nouns)]
+    if not (evidence and all(before) and answer[0] < answer[1] <= len(text)):
+        spans = f"evidence {evidence}, nouns {nouns} and answer {answer}"
+        raise ValueError(f"{spans} do not fit {len(text)} characters of text")
     prompt = list(encode(text[: answer[0]]))
     candidates = []
     for candidate in (text[answer[0] : answer[1]], wrong):
@@ -108,90 +83,77 @@ def locate(
     pieces = [token_bytes(token) for token in prompt]
     if b"".join(pieces) != text[: answer[0]].encode():
         raise ValueError("the tokenizer does not keep the text's bytes")
-    mentions = [tuple(len(text[:character].encode()) for character in span) for span in evidence]
+    mentions = _overlapping(text, evidence, pieces)
+    nearest = _overlapping(text, [max(nouns, key=lambda span: span[1])], pieces) if nouns else ()
+    right, other = candidates
+    return Probe(kind, (end_of_text, *prompt), mentions, right, other, nearest)
+
+
+def _overlapping(text: str, spans: Sequence[Span], pieces: Sequence[bytes]) -> tuple[int, ...]:
+    """Positions of the tokens, whose bytes are `pieces`, that overlap spans of characters."""
+    in_bytes = [tuple(len(text[:character].encode()) for character in span) for span in spans]
     ends = list(accumulate(map(len, pieces)))
-    spans = enumerate(zip([0, *ends[:-1]], ends, strict=True), 1)  # position 0 is end_of_text
-    overlapping = tuple(k for k, (start, end) in spans if any(start < last and end > first for first, last in mentions))
-    return Probe(kind, (end_of_text, *prompt), overlapping, *candidates)
+    tokens = enumerate(zip([0, *ends[:-1]], ends, strict=True), 1)  # position 0 is end_of_text
+    return tuple(k for k, (start, end) in tokens if any(start < last and end > first for first, last in in_bytes))
 
 
-def _log_probs(
-    logits: Float[Tensor, "R T V"],
-    rows: Sequence[int],
-    starts: Sequence[int],
-    answers: Sequence[tuple[int, ...]],
-) -> Float[Tensor, " P"]:
-    """log p of each answer, in nats: answer p follows position starts[p] of row rows[p]."""
-    owner, row, position, token = zip(
-        *((p, rows[p], starts[p] + k, t) for p, answer in enumerate(answers) for k, t in enumerate(answer)),
-        strict=True,
-    )
-    scores = logits[list(row), list(position)].log_softmax(dim=-1)
-    scores = scores[torch.arange(len(token)), list(token)]
-    return scores.new_zeros(len(answers)).index_add(0, torch.tensor(owner, device=scores.device), scores)
+def _rows(texts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The texts, without those that only begin another one; and the row that shows each text.
+
+    No position sees what comes later, so the longer text shows what the shorter one would. The questions about one
+    story, asked at its several places, become one row or two.
+    """
+    shown: dict[tuple[int, ...], tuple[int, ...]] = {}
+    longest: tuple[int, ...] = ()
+    for text in sorted(set(texts), reverse=True):  # whatever goes on from a text comes just before it
+        longest = longest if longest[: len(text)] == text else text
+        shown[text] = longest
+    rows = sorted(set(shown.values()), key=lambda row: (len(row), row))  # like lengths need little padding
+    number = {row: k for k, row in enumerate(rows)}
+    return rows, [number[shown[text]] for text in texts]
 
 
-def _read(model: GPT, probes: Sequence[Probe]) -> tuple[Float[Tensor, " P"], Float[Tensor, "P L H"]]:
-    """log p(right) - log p(wrong) in nats and each head's weight on the evidence, for a batch of P."""
-    prompts = [probe.tokens for probe in probes]
-    # Candidates of one token each need the prompt alone: dict keys hold such a text once.
-    rows: dict[tuple[int, ...], int] = {}
-    right = [rows.setdefault(probe.tokens + probe.right[:-1], len(rows)) for probe in probes]
-    wrong = [rows.setdefault(probe.tokens + probe.wrong[:-1], len(rows)) for probe in probes]
-    tokens = pad(list(rows))
-    last = [len(prompt) - 1 for prompt in prompts]
-    evidence = torch.zeros(len(probes), tokens.shape[1], device=model.token_embedding.weight.device)
-    for p, probe in enumerate(probes):
-        evidence[p, list(probe.evidence)] = 1
+def _read(
+    model: GPT, rows: Sequence[tuple[int, ...]], asked: Sequence[tuple[int, Probe, tuple[int, ...]]]
+) -> tuple[Float[Tensor, " A"], Float[Tensor, "A L H"]]:
+    """log p, in nats, of A answers (row, probe, candidate), and each head's weight on their evidence."""
+    tokens = pad(rows)
+    row = [k for k, _, _ in asked]
+    last = [len(probe.tokens) - 1 for _, probe, _ in asked]
+    evidence = torch.zeros(len(asked), tokens.shape[1], device=model.token_embedding.weight.device)
+    for a, (_, probe, _) in enumerate(asked):
+        evidence[a, list(probe.evidence)] = 1
     found: list[Tensor] = []
 
     def watch(layer: int, weights: Tensor) -> None:
-        found.append((weights[right, :, last] * evidence[:, None]).sum(dim=-1))
+        found.append((weights[row, :, last] * evidence[:, None]).sum(dim=-1))
 
     logits = observe(model, tokens, watch)
-    margin = _log_probs(logits, right, last, [probe.right for probe in probes])
-    margin = margin - _log_probs(logits, wrong, last, [probe.wrong for probe in probes])
-    return margin.cpu(), torch.stack(found, dim=1).cpu()
+    each = [(a, row[a], last[a] + k, token) for a, (_, _, answer) in enumerate(asked) for k, token in enumerate(answer)]
+    owner, at_row, position, token = (list(column) for column in zip(*each, strict=True))
+    scores = logits[at_row, position].log_softmax(dim=-1)[torch.arange(len(each)), token]
+    log_probs = scores.new_zeros(len(asked)).index_add(0, torch.tensor(owner, device=scores.device), scores)
+    return log_probs.cpu(), torch.stack(found, dim=1).cpu()
 
 
-def examine(model: GPT, probes: Sequence[Probe], batch_size: int = 16) -> list[Reading]:
-    """Ask the model every probe; one `Reading` for each kind, in the order in which the kinds first come.
+def measure(
+    model: GPT, probes: Sequence[Probe], batch_size: int = 16
+) -> tuple[Float[Tensor, " P"], Float[Tensor, "P L H"]]:
+    """Ask the model P questions.
 
-    The head is chosen on the even probes of a kind and its weight reported on the odd ones, so that choosing
-    among L * H heads does not flatter it.
+    Returns:
+        log p(right) - log p(wrong) in nats, each summed over the candidate's tokens; and each head's weight on the
+        evidence at the prompt's last position, where the answer is due. Both on the CPU.
 
-    Probes longer than the model's context are left out, and so is a kind of which fewer than two fit.
+    Raises:
+        ValueError: if a probe is longer than the model's context.
     """
-    fitting = [probe for probe in probes if probe.length <= model.config.context]
-    if not fitting:
-        return []
-    order = sorted(range(len(fitting)), key=lambda k: fitting[k].length)  # like lengths need little padding
-    margins = torch.empty(len(fitting))
-    weights = torch.empty(len(fitting), model.config.n_layers, model.config.n_heads)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        margins[batch], weights[batch] = _read(model, [fitting[k] for k in batch])
-    readings = []
-    for kind in dict.fromkeys(probe.kind for probe in fitting):
-        mine = [k for k, probe in enumerate(fitting) if probe.kind == kind]
-        if len(mine) < 2:
-            continue
-        best = int(weights[mine[::2]].mean(dim=0).argmax())
-        layer, head = divmod(best, model.config.n_heads)
-        weight = weights[mine[1::2], layer, head].mean().item()
-        preferred = (margins[mine] > 0).float().mean().item()
-        readings.append(Reading(kind, len(mine), preferred, (layer, head), weight))
-    return readings
-
-
-def sentence(readings: Sequence[Reading]) -> list[str]:
-    """The outcome in words: a line for each reading, then one that says what weights cannot tell."""
-    lines = []
-    for reading in readings:
-        name = head_name(*reading.head)
-        outcome = f"no head puts half of its weight on the deciding word (best {name}, {reading.weight:.2f})"
-        if reading.passes:
-            decider = DECIDERS.get(reading.kind, "the word that decides it")
-            outcome = f"head {name} reads {decider} ({reading.weight:.2f})"
-        lines.append(f"{reading.kind}: right in {reading.preferred:.1%} of {reading.count}; {outcome}")
-    return [*lines, DISCLAIMER]
+    answers = [(probe, answer) for probe in probes for answer in (probe.right, probe.wrong)]
+    rows, shown_by = _rows([probe.tokens + answer[:-1] for probe, answer in answers])
+    log_probs = torch.empty(len(answers))
+    weights = torch.empty(len(answers), model.config.n_layers, model.config.n_heads)
+    for start in range(0, len(rows), batch_size):
+        mine = [a for a, row in enumerate(shown_by) if start <= row < start + batch_size]
+        asked = [(shown_by[a] - start, *answers[a]) for a in mine]
+        log_probs[mine], weights[mine] = _read(model, rows[start : start + batch_size], asked)
+    return log_probs[::2] - log_probs[1::2], weights[::2]

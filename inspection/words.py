@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 ASCII_SHADES = ".:-=+*#%@"
 BLOCK_SHADES = "·░▒▓█"
 LABEL_WIDTH = 12
+DISCLAIMER = "Weights show what is read, not why."
 
 
 def head_name(layer: int, head: int) -> str:
@@ -114,6 +115,11 @@ def strongest(pattern: ArrayLike, token_texts: Sequence[str], top: int = 3) -> l
 def _columns(character: str) -> int:
     """How many columns of a terminal a character takes."""
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    return sum(map(_columns, text))
 
 
 def _fit(text: str, columns: int) -> str:

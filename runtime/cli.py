@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import io
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol, TypeVar
 
 import tyro
@@ -43,11 +43,20 @@ def expected(kind: Any) -> str:
     """The kind of value an option takes, in words."""
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    return {int: "a whole number", float: "a number", bool: "True or False"}.get(kind, "a value")
+    return {int: "a whole number", float: "a number", bool: "no value"}.get(kind, "a value")
 
 
-def split_options(args: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(option, value) pairs: the option with its dashes, or '' for a word on its own; a missing value is None."""
+def field_name(option: str) -> str:
+    """`--top-k` as the field `top_k`."""
+    return option.removeprefix("--").replace("-", "_")
+
+
+def split_options(args: list[str], switches: Collection[str] = ()) -> Iterator[tuple[str, str | None]]:
+    """(option, value) pairs: the option with its dashes, or '' for a word on its own; a missing value is None.
+
+    Args:
+        switches: fields that are turned on by their option alone: the word after it is not its value.
+    """
     rest = list(args)
     while rest:
         word = rest.pop(0)
@@ -57,7 +66,8 @@ def split_options(args: list[str]) -> Iterator[tuple[str, str | None]]:
             option, value = word.split("=", 1)
             yield option, value
         else:
-            yield word, rest.pop(0) if rest and not rest[0].startswith("--") else None
+            alone = field_name(word) in switches or not rest or rest[0].startswith("--")
+            yield word, None if alone else rest.pop(0)
 
 
 def accepts(settings: type[S], args: list[str]) -> S | None:
@@ -76,14 +86,14 @@ def judge(settings: type[S], option: str, value: str | None, known: dict[str, An
     Args:
         words: what has to stand on the line besides, for tyro to accept it.
     """
-    name = option.removeprefix("--").replace("-", "_")
+    name = field_name(option)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
             key for key in known if key.rsplit(".", 1)[-1] == name
         ]
         return f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the options")
     if value is None:
-        return f"{option} needs a value: {expected(known[name])}"
+        return None if known[name] is bool else f"{option} needs a value: {expected(known[name])}"
     if typing.get_origin(known[name]) is typing.Literal and value not in typing.get_args(known[name]):
         near = difflib.get_close_matches(value, typing.get_args(known[name]), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -107,11 +117,38 @@ def parse(settings: type[S], args: list[str], description: str, positional: str 
     if "--help" in args or "-h" in args:
         tyro.cli(settings, args=["--help"], description=description)
     known = {name: kind for name, kind in option_types(settings).items() if name != positional}
+    pairs = list(split_options(args, {name for name, kind in known.items() if kind is bool}))
+    words = [value for option, value in pairs if not option]
+    wrong: list[str] = []
+    result = None
+    if len(words) == bool(positional) and all(not option or field_name(option) in known for option, _ in pairs):
+        result = accepts(settings, [written(*pair) for pair in pairs])
+    if result is None:  # one option after the other, only to say what is wrong: each takes tyro a while
+        wrong, good = mistakes(settings, pairs, known, positional)
+        result = accepts(settings, good)
+        if result is None and not wrong:
+            wrong.append(f"these options do not go together: {' '.join(good)}")
+    wrong += result.problems() if result is not None else []
+    if wrong:
+        raise UserError("\n".join(wrong), CONFIG)
+    assert result is not None
+    return result
+
+
+def written(option: str, value: str | None) -> str:
+    """An option and its value, or a word, as one argument."""
+    return str(value) if not option else option if value is None else f"{option}={value}"
+
+
+def mistakes(
+    settings: type[S], pairs: list[tuple[str, str | None]], known: dict[str, Any], positional: str | None
+) -> tuple[list[str], list[str]]:
+    """A line for each problem, and the arguments that have none."""
     needed = ["."] if positional else []
     wrong: list[str] = []
     good: list[str] = []
     words = 0
-    for option, value in split_options(args):
+    for option, value in pairs:
         if option:
             problem = judge(settings, option, value, known, needed)
         else:
@@ -120,16 +157,8 @@ def parse(settings: type[S], args: list[str], description: str, positional: str 
         if problem:
             wrong.append(problem)
         else:
-            good.append(f"{option}={value}" if option else str(value))
+            good.append(written(option, value))
     if positional and not words:
         wrong.append(f"{positional} is missing; --help shows the usage")
         good.insert(0, ".")
-    result = accepts(settings, good)
-    if result is not None:
-        wrong += result.problems()
-    elif not wrong:
-        wrong.append(f"these options do not go together: {' '.join(good)}")
-    if wrong:
-        raise UserError("\n".join(wrong), CONFIG)
-    assert result is not None
-    return result
+    return wrong, good

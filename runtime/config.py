@@ -136,13 +136,18 @@ class LogConfig:
     """Steps between lines of metrics."""
     sample_tokens: int = 100
     """Length of the sample that is written at each evaluation; 0 writes none."""
+    watch: str = ""
+    """A file of your own lines to watch: texts, or questions as prompt, right and wrong answer with tabs between."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; `offline` writes a run into the run folder for `wandb sync`."""
     wandb_project: str = "glassgpt"
     """Project that the run belongs to there."""
 
     def problems(self) -> list[str]:
-        return at_least("log", self, every=1, sample_tokens=0)
+        found = at_least("log", self, every=1, sample_tokens=0)
+        if self.watch and not Path(self.watch).is_file():
+            found.append(f"log.watch is {self.watch!r}; there is no such file")
+        return found
 
 
 @dataclass(frozen=True)

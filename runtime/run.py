@@ -24,7 +24,7 @@ from runtime.folder import choose_folder, open_folder
 from runtime.log import Metrics, Progress, Wandb, read_metrics
 from runtime.optim import Optimizer
 from runtime.report import plot_loss, reference_losses, table
-from runtime.sampling import Sampling, first_tokens, sample
+from runtime.sampling import decoded, first_tokens, sample_tokens
 from runtime.trainer import Trainer
 
 Observe = Callable[[TrainState], None]
@@ -57,7 +57,7 @@ class Run:
         self.how = "eager"
         self.trainer = Trainer(self.config, machine, data, self.model, self.faster(), self.optimizer, state)
         self.documents = data.train.n_documents > 1 or not has_lines(data)
-        self.last_sample = ""
+        self.sample: list[int] = []  # tokens of the sample of the moment
         if machine.is_first:
             self.folder, self.lock = open_folder(self.config)
             self.metrics = Metrics(self.folder / "metrics.jsonl", state.step)
@@ -156,10 +156,12 @@ class Run:
 
     def write_sample(self, count: int) -> str:
         """A sample of the moment, kept in samples.txt; drawn from a generator of its own."""
-        start = first_tokens(self.data.tokenizer, "", self.documents)
+        tokenizer = self.data.tokenizer
+        start = first_tokens(tokenizer, "", self.documents)
         self.model.eval()
-        text = sample(self.model, self.data.tokenizer, start, count, self.config.run.seed + self.state.step, Sampling())
+        self.sample = sample_tokens(self.model, tokenizer, start, count, self.config.run.seed + self.state.step)
         self.model.train()
+        text = decoded(tokenizer, self.sample[len(start) :])
         with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"step {self.state.step}\n{text}\n\n")
         return text
@@ -182,18 +184,20 @@ class Run:
         self.wandb.log(self.state.step, {"final_val_loss": loss}, image=plot)
         print("\n" + table(loss, targets, references, self.data))
 
-    def finish(self, readings: list[str], pictures: list[Path], started: float) -> None:
-        """The last words: what the heads read, where everything lies, and how long it took."""
-        if readings:
-            print("\nwhat decides, and which head reads it")
-        for line in readings:
-            print("  " + line)
+    def finish(self, told: list[str], pictures: list[Path], page: Path, started: float) -> None:
+        """The last words: what the heads do, where everything lies, and how long it took.
+
+        Args:
+            told: lines to print; the pictures go to Weights & Biases, the page is named.
+        """
+        print("\n" + "\n".join(told))
         for picture in pictures:
             self.wandb.log(self.state.step, {}, image=picture)
         self.wandb.close()
         print(f"\n{time.perf_counter() - started:.0f} s in all; the run is in {self.folder}")
+        print(f"  open {page}")
         print(f"  python sample.py {self.folder}")
-        print(f"  python attend.py {self.folder}")
+        print(f"  python attend.py summary {self.folder}")
 
 
 def has_lines(data: Prepared) -> bool:

@@ -41,11 +41,19 @@ def first_tokens(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[int
 
 
 def write_text(
-    model: GPT, tokenizer: Tokenizer, start: list[int], count: int, samples: int, seed: int, how: Sampling
+    model: GPT,
+    tokenizer: Tokenizer,
+    start: list[int],
+    count: int,
+    samples: int,
+    seed: int,
+    how: Sampling,
+    drawn: list[list[int]] | None = None,
 ) -> Iterator[list[str]]:
     """Yield, token by token, what each of `samples` texts grows by ('' once its text has ended).
 
-    A character that is spread over several tokens appears with the last of them.
+    A character that is spread over several tokens appears with the last of them. The tokens themselves are appended to
+    `drawn`.
     """
     device = model.token_embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -54,6 +62,8 @@ def write_text(
     ended = [False] * samples
     for tokens in generate(model, prompt, count, generator, how.temperature, how.top_k, how.top_p):
         pieces = []
+        if drawn is not None:
+            drawn.append(tokens.tolist())
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == tokenizer.end_of_text
             pieces.append("" if ended[i] else decoders[i].decode(tokenizer.token_bytes(token)))
@@ -75,9 +85,9 @@ def sample_tokens(model: GPT, tokenizer: Tokenizer, start: list[int], count: int
     return tokens
 
 
-def sample(model: GPT, tokenizer: Tokenizer, start: list[int], count: int, seed: int, how: Sampling) -> str:
-    """One whole text."""
-    return "".join(pieces[0] for pieces in write_text(model, tokenizer, start, count, 1, seed, how))
+def decoded(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """The text that tokens spell; the end-of-text that closes one has no letters."""
+    return b"".join(tokenizer.token_bytes(token) for token in tokens).decode("utf-8", "replace")
 
 
 def check_prompt(prompt: str) -> None:

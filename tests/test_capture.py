@@ -78,7 +78,9 @@ def by_hand(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = block.attention.project(block.norm1(x), angles)
         for head in range(config.n_heads):
             shared = head * config.kv_heads // config.n_heads
-            norms[layer, head] = v[0, shared].norm(dim=-1)
+            D = config.width_of_head
+            handed = v[0, shared] @ block.attention.out.weight[:, head * D : (head + 1) * D].T
+            norms[layer, head] = handed.norm(dim=-1)
             for i in range(T):
                 scores = [float(q[0, head, i].double() @ k[0, shared, j].double()) for j in range(i + 1)]
                 scores = [score / math.sqrt(config.width_of_head) for score in scores]
@@ -213,3 +215,43 @@ def test_what_an_intervention_puts_in_place_of_the_weights_is_what_is_seen() -> 
     hook.remove()
     assert torch.equal(with_hook.pattern[1], torch.eye(8).expand(4, 8, 8))
     assert not torch.equal(with_hook.loss, capture(model, tokens).loss)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_details_are_the_steps_of_the_models_own_attention(preset: str) -> None:
+    """The stored pieces, put together by the formula, are the layer's own output; heads stand in their places."""
+    shared = 2 if preset == "qwen3" else 0
+    model, tokens = lively(replace(SMALL, preset=preset, n_kv_heads=shared)), some_tokens(11)
+    outputs: list[Tensor] = []
+    handles = [b.attention.register_forward_hook(lambda m, args, out: outputs.append(out[0])) for b in model.blocks]
+    logits = model(tokens[None])[0]
+    for handle in handles:
+        handle.remove()
+    seen = capture(model, tokens, details=True)
+    for layer, block in enumerate(model.blocks):
+        q, k, v = seen.queries[layer], seen.keys[layer], seen.values[layer]
+        scores = (q @ k.mT / math.sqrt(8)).masked_fill(~torch.ones(11, 11).tril().bool(), -torch.inf)
+        torch.testing.assert_close(seen.pattern[layer], scores.softmax(-1), atol=1e-6, rtol=0)
+        mixed = (seen.pattern[layer] @ v).transpose(0, 1).flatten(1)  # heads side by side
+        torch.testing.assert_close(block.attention.out(mixed), seen.projected[layer], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs[layer], seen.projected[layer], atol=1e-6, rtol=0)
+    assert torch.equal(seen.top, logits.topk(5).indices)
+    torch.testing.assert_close(seen.top_p, logits.softmax(-1).gather(1, seen.top), atol=1e-6, rtol=0)
+
+
+def test_details_are_kept_when_asked_for_and_padding_does_not_reach_them() -> None:
+    model = lively(SMALL)
+    texts = [some_tokens(T).tolist() for T in (5, 24, 1)]
+    names = ("queries", "keys", "values", "projected", "top", "top_p")
+    assert all(getattr(capture_batch(model, texts)[0], name) is None for name in names)
+    for text, seen in zip(texts, capture_batch(model, texts, details=True), strict=True):
+        alone = capture(model, torch.tensor(text), details=True)
+        for name in names:
+            torch.testing.assert_close(getattr(seen, name), getattr(alone, name), atol=2e-5, rtol=1e-5)
+
+
+def test_a_vocabulary_of_fewer_than_five_has_fewer_likeliest_tokens() -> None:
+    seen = capture(lively(SMALL, vocab_size=3), torch.tensor([0, 2]), details=True)
+    assert seen.top.shape == seen.top_p.shape == (2, 3)
+    torch.testing.assert_close(seen.top_p.sum(-1), torch.ones(2))

@@ -1,4 +1,4 @@
-"""Probes promise: spans find their tokens, the readings are what one forward pass at a time would say."""
+"""Probes promise: spans find their tokens, and a batch says what one forward pass at a time would say."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inspection import probes as probes_module
 from inspection.capture import capture
-from inspection.probes import DISCLAIMER, Probe, Reading, examine, locate, sentence
+from inspection.probes import Probe, locate, measure
 from model.gpt import GPT
-from tests.test_capture import SMALL, lively, previous_token_model
+from tests.test_capture import SMALL, lively
 
 TEXT = "Mia gave the kite to Tom because he was sad. Then Tom smiled."
 ANSWER, EVIDENCE = (49, 53), (20, 24)
@@ -81,6 +82,21 @@ def test_every_mention_counts() -> None:
     assert [words.pieces[probe.tokens[k]].strip() for k in probe.evidence] == ["Mia", "Tom"]
 
 
+def test_the_nearest_noun_is_the_last_one() -> None:
+    words = Words()
+    nouns = [(start, start + len(noun)) for noun in ("Tom", "Mia", "kite") for start in [TEXT.index(noun)]]
+    probe = locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", words.encode, words.token_bytes, 999, nouns)
+    assert [words.pieces[probe.tokens[k]] for k in probe.nearest] == [" Tom"]
+    assert probe == replace(
+        locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", words.encode, words.token_bytes, 999), nearest=probe.evidence
+    )
+    assert locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, byte_of, 0).nearest == ()
+    in_bytes = locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, byte_of, 0, nouns[1:])
+    assert bytes(in_bytes.tokens[k] for k in in_bytes.nearest) == b"kite"
+    with pytest.raises(ValueError, match="do not fit"):
+        locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, byte_of, 0, [(50, 53)])
+
+
 def test_a_token_that_overlaps_the_evidence_belongs_to_it() -> None:
     pairs = {text: k for k, text in enumerate(["ab", "cd", "ef", "g", "h"])}
 
@@ -145,70 +161,54 @@ def random_probes(count: int, kinds: tuple[str, ...], longest: int) -> list[Prob
     return probes
 
 
-def one_by_one(model: GPT, probes: list[Probe]) -> Reading:
-    """The reading of one kind, a text at a time."""
-    right_first, weights = [], []
-    for probe in probes:
-        scores = []
-        for answer in (probe.right, probe.wrong):
-            text = torch.tensor(probe.tokens + answer)
-            scores.append(-float(capture(model, text).loss[-len(answer) :].sum()))
-        right_first.append(scores[0] > scores[1])
-        pattern = capture(model, torch.tensor(probe.tokens)).pattern
-        weights.append(pattern[:, :, -1, list(probe.evidence)].sum(-1))
-    best = int(torch.stack(weights[0::2]).mean(0).argmax())
-    head = divmod(best, model.config.n_heads)
-    weight = float(torch.stack(weights[1::2]).mean(0)[head])
-    return Reading(probes[0].kind, len(probes), sum(right_first) / len(probes), head, weight)
+def one_by_one(model: GPT, probe: Probe) -> tuple[float, torch.Tensor]:
+    """log p(right) - log p(wrong), and each head's weight on the evidence."""
+    scores = []
+    for answer in (probe.right, probe.wrong):
+        text = torch.tensor(probe.tokens + answer)
+        scores.append(-float(capture(model, text).loss[-len(answer) :].sum()))
+    pattern = capture(model, torch.tensor(probe.tokens)).pattern
+    return scores[0] - scores[1], pattern[:, :, -1, list(probe.evidence)].sum(-1)
 
 
 @pytest.fixture(scope="module")
-def asked() -> tuple[GPT, list[Probe], list[Reading]]:
-    """A model, probes of two kinds, and what each kind should show."""
+def asked() -> tuple[GPT, list[Probe], list[tuple[float, torch.Tensor]]]:
+    """A model; probes, of which some go on from others; and what each should show."""
     model = lively(replace(SMALL, kernels="fused"))
-    probes = random_probes(21, ("pronoun", "place"), 24)
-    return model, probes, [one_by_one(model, probes[0::2]), one_by_one(model, probes[1::2])]
+    probes = random_probes(15, ("pronoun", "place"), 24)
+    probes += [replace(probe, tokens=probe.tokens[:4], evidence=(1, 2)) for probe in probes[::4]]
+    probes += [replace(probe, tokens=(probe.tokens + probe.right + probe.wrong)[:20]) for probe in probes[:6]]
+    probes += [replace(probe, right=probe.wrong, wrong=probe.right) for probe in probes[3:5]]
+    return model, probes, [one_by_one(model, probe) for probe in probes]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_examine_agrees_with_one_text_at_a_time(asked: tuple[GPT, list[Probe], list[Reading]], batch_size: int) -> None:
-    model, probes, expected = asked
-    for reading, wanted in zip(examine(model, probes, batch_size), expected, strict=True):
-        assert (reading.kind, reading.count, reading.head) == (wanted.kind, wanted.count, wanted.head)
-        assert reading.preferred == pytest.approx(wanted.preferred)
-        assert reading.weight == pytest.approx(wanted.weight, abs=1e-5)
-        assert 0 < reading.preferred < 1
+def test_probes_show_what_they_show_one_by_one(
+    asked: tuple[GPT, list[Probe], list[tuple[float, torch.Tensor]]], batch_size: int
+) -> None:
+    model, probes, wanted = asked
+    margins, weights = measure(model, probes, batch_size)
+    torch.testing.assert_close(margins, torch.tensor([margin for margin, _ in wanted]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(weights, torch.stack([weight for _, weight in wanted]), atol=1e-5, rtol=0)
+    assert margins.min() < 0 < margins.max()
 
 
-def test_a_head_that_reads_the_evidence_passes() -> None:
-    model = previous_token_model(sharpness=1.3)
-    probes = [Probe("induction", (0, *range(1, n)), (n - 2,), (1,), (2,)) for n in range(4, 14)]
-    (reading,) = examine(model, probes)
-    assert reading.head == (0, 0) and reading.weight > 0.9 and reading.passes
-    elsewhere = [replace(probe, evidence=(0,)) for probe in probes]
-    assert not examine(model, elsewhere)[0].passes
+def test_questions_about_one_text_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = probes_module.observe
+    monkeypatch.setattr(
+        probes_module, "observe", lambda model, tokens, *rest: read.append(len(tokens)) or real(model, tokens, *rest)
+    )
+    story = tuple(range(20))
+    measure(lively(SMALL), [Probe("k", story[:n], (1,), (n,), (40,)) for n in (5, 9, 20)])
+    assert read == [1]
 
 
-def test_the_chosen_head_is_judged_on_probes_it_was_not_chosen_by() -> None:
-    """Even probes ask for the previous token, odd ones for the first: good at one is bad at the other."""
-    model = previous_token_model(sharpness=1.3)
-    probes = [Probe("k", tuple(range(9)), (7,) if k % 2 == 0 else (0,), (1,), (2,)) for k in range(8)]
-    assert examine(model, probes)[0].weight < 0.1
+def test_no_probes_show_nothing() -> None:
+    margins, weights = measure(lively(SMALL), [])
+    assert margins.shape == (0,) and weights.shape == (0, SMALL.n_layers, SMALL.n_heads)
 
 
-def test_probes_beyond_the_context_are_left_out() -> None:
-    model = lively(SMALL)
-    fits = [Probe("a", tuple(range(24)), (3,), (1,), (2,))] * 3
-    too_long = Probe("a", tuple(range(24)), (3,), (1, 5), (2,))
-    assert examine(model, [*fits, too_long])[0].count == 3
-    assert examine(model, [fits[0], too_long]) == [], "one probe cannot both choose and judge"
-    assert examine(model, []) == []
-
-
-def test_the_outcome_in_words() -> None:
-    readings = [Reading("pronoun", 200, 0.985, (1, 2), 0.714), Reading("cause", 40, 0.5, (0, 1), 0.31)]
-    assert sentence(readings) == [
-        "pronoun: right in 98.5% of 200; head L1H2 reads the name that decides it (0.71)",
-        "cause: right in 50.0% of 40; no head puts half of its weight on the deciding word (best L0H1, 0.31)",
-        DISCLAIMER,
-    ]
+def test_a_probe_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="the model reads 1 to 24"):
+        measure(lively(SMALL), [Probe("a", tuple(range(24)), (3,), (1, 5), (2,))])

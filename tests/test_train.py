@@ -49,11 +49,14 @@ def weights(folder: Path) -> str:
 
 
 def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
-    for name in ("config.toml", "metrics.jsonl", "loss.png", "samples.txt", "attention.png"):
+    pictures = ("loss.png", "attention.png", "head.png", "timeline.png", "phase_change.png")
+    for name in ("config.toml", "metrics.jsonl", "samples.txt", "attention.html", *pictures):
         assert (run / name).stat().st_size > 0, name
     for name in ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "manifest.json"):
         assert (run / "checkpoints" / "000006" / name).stat().st_size > 0, name
-    assert sorted(p.name for p in (run / "attention").iterdir()) == ["000003.safetensors", "000006.safetensors"]
+    dumps = [f"{step:06d}.safetensors" for step in (0, 3, 6)]
+    names = sorted(path.name for path in (run / "attention").iterdir())
+    assert names == [*dumps, "claims.json", "evidence.json", "watched.json"]
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -67,6 +70,8 @@ def test_the_first_lines_say_what_is_trained_where_and_how(run: Path) -> None:
 
 def test_the_last_lines_set_the_loss_in_context(run: Path) -> None:
     text = (run / "output.txt").read_text()
+    assert "No head passes" in text  # six steps teach no head anything
+    assert "Weights show what is read, not why." in text and f"open {run / 'attention.html'}" in text
     for word in ("uniform", "unigram", "trigram", "this model", "nats/token", "bits/byte"):
         assert word in text
     assert "floor" not in text  # nobody knows the entropy of this text
@@ -74,7 +79,12 @@ def test_the_last_lines_set_the_loss_in_context(run: Path) -> None:
 
 def test_dumps_hold_the_same_texts_at_every_evaluation_and_say_where_they_come_from(run: Path) -> None:
     early, late = (read(run / "attention" / f"{step:06d}.safetensors") for step in (3, 6))
-    assert [text.tokens.tolist() for text in early.texts] == [text.tokens.tolist() for text in late.texts]
+    names = [text.name for text in late.texts]
+    assert names == ["sample", "held-out 1", "held-out 2", "repeat 1"] == [text.name for text in early.texts]
+    for before, after in zip(early.texts[1:], late.texts[1:], strict=True):
+        assert before.tokens.tolist() == after.tokens.tolist()
+    assert late.texts[0].queries is not None and late.texts[0].top is not None  # what the page takes apart
+    assert {"induction", "previous_token", "entropy", "copying"} <= set(late.scores)
     assert early.metadata["weights_sha256"] != late.metadata["weights_sha256"]
     assert late.metadata["weights_sha256"] == weights(run)
     assert json.loads(late.metadata["config"])["d_model"] == 16

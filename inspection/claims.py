@@ -1,0 +1,200 @@
+"""What may be said of a head: what it reads, since when, and what happens without it. Needs numpy alone.
+
+A head earns a sentence if it puts half of its weight, or more, where it is asked about. Whether that matters is
+another question, answered beside it: by what changes when the head is taken away, next to the same done to another
+head of its layer. The one sentence is kept for a head that matters by both ways of taking it away, with zero and with
+its mean, and that reads more than a rule could that only counts distances or takes the nearest noun.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from inspection.evidence import Effects, Evidence, Interval
+from inspection.files import replace_whole
+from inspection.words import head_name
+
+PASSES = 0.5
+"""A head that puts at least this share of its weight on something reads it."""
+READS = {
+    "induction": "reads the token after an earlier match",
+    "reads.pronoun": "reads the name that a pronoun stands for",
+    "reads.crossing": 'reads what an "it" stood for',
+    "reads.induction": "reads the earlier mention of what comes next",
+    "reads.place": "reads the place where a thing was put",
+    "reads.cause": "reads the feeling that leads to what is done",
+    "reads.agreement": "reads the subject of the verb",
+    "reads.own": "reads the word that decides",
+    "duplicate_token": "reads earlier copies of its own token",
+    "previous_token": "reads the token before it",
+}
+"""What a score says in words, the more telling ones first."""
+
+Verdict = Literal["matters", "disputed", "like another head", "no effect"]
+CAUTIONS = {
+    "disputed": "high weight, disputed effect",
+    "like another head": "high weight, no effect beyond that of another head",
+    "no effect": "high weight, no effect",
+}
+"""What is said of a head that reads a lot without mattering."""
+
+
+def measure_of(score: str) -> str:
+    """The measure of `evidence.py` that fits a score: what should suffer if the score says what a head is for."""
+    if score.startswith("reads."):
+        return "choice." + score.removeprefix("reads.")
+    return "repeats" if score in ("induction", "duplicate_token", "previous_token") else "corpus"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A head that reads something, and the effect of taking it away."""
+
+    head: tuple[int, int]
+    score: str
+    weight: float
+    """The score of the last step."""
+    since: int
+    """The first step from which on it stayed above `PASSES`."""
+    measure: str
+    unit: str
+    zero: Interval
+    mean: Interval
+    control: Interval | None
+    """Another head of the layer set to zero; None where it has no other."""
+    verdict: Verdict
+    rival: float | None = None
+    """What the best fixed distance, or the nearest noun, would have scored; None where that was not asked."""
+
+    @property
+    def stands(self) -> bool:
+        """Whether the head matters, and reads more than a rule without any content would."""
+        return self.verdict == "matters" and (self.rival is None or self.weight > self.rival)
+
+    @property
+    def text(self) -> str:
+        """The claim as a sentence."""
+        return f"{self.reading}; {self.outcome}."
+
+    @property
+    def reading(self) -> str:
+        return f"By step {self.since} head {head_name(*self.head)} {READS[self.score]} ({self.weight:.2f})"
+
+    @property
+    def outcome(self) -> str:
+        """What happens without the head."""
+        what = "the loss on repeats" if self.measure == "repeats" else "the lead of the right answer"
+        spread = f"[95 %: {self.zero.low:.2f} to {self.zero.high:.2f}; with its mean instead, {self.mean.value:.2f}]"
+        done = f"without it {what} {self.moves(self.zero)} nats {spread}"
+        if self.control is None:
+            return f"{done}; its layer has no other head to compare with"
+        return f"{done}, without a random other head of its layer it {self.moves(self.control)}"
+
+    def moves(self, by: Interval) -> str:
+        """Which way the measured number goes; a positive effect is the one that hurts."""
+        rises = (by.value >= 0) == (self.measure == "repeats")
+        return f"{'rises' if rises else 'falls'} by {abs(by.value):.2f}"
+
+
+def verdict(effects: Effects, layer: int, head: int) -> Verdict:
+    """Whether taking the head away hurts more than taking another one away: by both ways, one, or neither.
+
+    By neither it is `like another head` if it hurts all the same, by both ways, and else of `no effect`.
+    """
+    ways = [(effects.margin_zero, effects.zero), (effects.margin_mean, effects.mean)]
+    more = [(margin or alone)[layer][head].low > 0 for margin, alone in ways]
+    if any(more):
+        return "matters" if all(more) else "disputed"
+    return "like another head" if all(alone[layer][head].low > 0 for _, alone in ways) else "no effect"
+
+
+def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: tuple[int, int]) -> int:
+    """The first step from which on the head's score stayed at `PASSES` or above; the last step where it does not."""
+    steps = sorted(timeline)
+    first = steps[-1]
+    for step in reversed(steps):
+        table = timeline[step].get(score)
+        if table is None or not np.asarray(table)[head] >= PASSES:
+            break
+        first = step
+    return first
+
+
+def claims(
+    timeline: Mapping[int, Mapping[str, ArrayLike]],
+    evidence: Evidence,
+    readings: Mapping[str, tuple[tuple[int, int], float, float]] | None = None,
+) -> list[Claim]:
+    """A claim for each score on which some head passes, in the order of `READS`.
+
+    Args:
+        timeline: the head scores (L, H) of each step, as dumps hold them.
+        evidence: what taking heads away does at the last step.
+        readings: score → (head, weight, rival), where the head was chosen on other questions than it was scored on
+            and a rule without content was scored beside it (`relations.py`).
+    """
+    last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
+    found = []
+    for score in READS:
+        effects = evidence.measures.get(measure_of(score))
+        if score not in last or effects is None or not np.isfinite(last[score]).any():
+            continue
+        best = np.unravel_index(np.nanargmax(last[score]), last[score].shape)
+        own = ((int(best[0]), int(best[1])), float(last[score][best]), None)
+        (layer, head), weight, rival = (readings or {}).get(score, own)
+        if weight < PASSES:
+            continue
+        found.append(
+            Claim(
+                head=(layer, head),
+                score=score,
+                weight=weight,
+                since=since(timeline, score, (layer, head)),
+                measure=measure_of(score),
+                unit=effects.unit,
+                zero=effects.zero[layer][head],
+                mean=effects.mean[layer][head],
+                control=effects.control_zero[layer][head] if effects.control_zero else None,
+                verdict=verdict(effects, layer, head),
+                rival=rival,
+            )
+        )
+    return found
+
+
+def sentence(found: Sequence[Claim]) -> str:
+    """The one sentence: the first head whose reading stands; else that none passes, and why."""
+    for claim in found:
+        if claim.stands:
+            return claim.text
+    if not found:
+        return "No head passes: none puts half of its weight where it was asked about."
+    claim = next((claim for claim in found if claim.verdict == "matters"), found[0])
+    why = {
+        "matters": f"and a rule that knows no content would read it as well ({claim.rival or 0.0:.2f})",
+        "disputed": "but only one of two ways of taking it away hurts more than for another head",
+        "like another head": "but taking it away hurts no more than for another head",
+        "no effect": "but taking it away does not hurt",
+    }[claim.verdict]
+    return f"No head passes: {claim.reading[0].lower()}{claim.reading[1:]}, {why}."
+
+
+def save(path: Path, found: Sequence[Claim]) -> None:
+    """Write the sentence and all claims as JSON, for the page and the tables.
+
+    Raises:
+        UserError: if the file cannot be written (exit code 6).
+    """
+    replace_whole(path, [json.dumps(as_json(found), indent=1).encode()])
+
+
+def as_json(found: Sequence[Claim]) -> dict[str, Any]:
+    """The sentence and all claims as plain data; an interval is {value, low, high}."""
+    return {"sentence": sentence(found), "claims": [asdict(claim) | {"text": claim.text} for claim in found]}

@@ -1,0 +1,41 @@
+"""`attend.py page RUN`: (re)build the page of a run, alone or beside another run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from inspection.commands.shared import OfRun
+from inspection.folder import RunAttention
+from inspection.tables import Result, Terminal
+from runtime.errors import printable
+
+
+@dataclass(frozen=True)
+class Page(OfRun):
+    """The page that shows a run's attention; it opens in a browser, from disk."""
+
+    against: str = ""
+    """Another run to compare with."""
+    out: str = ""
+    """The file to write; by default attention.html in the run folder."""
+
+
+def run(config: Page, terminal: Terminal) -> Result:
+    """Build the page and say what it holds."""
+    from inspection.page import PageRun, write_page
+
+    attentions = [RunAttention.open(name) for name in (config.run, config.against) if name]
+    first = attentions[0]
+    beside = first.folder if first.folder.is_dir() else first.folder.parent
+    path = Path(config.out) if config.out else beside / "attention.html"
+    report = write_page(
+        path,
+        [PageRun(str(each.folder), list(each.dumps.values())) for each in attentions],
+        first.claims,
+        first.evidence,
+        str(first.folder),
+    )
+    lines = [f"page  {printable(report.path)}  {report.bytes / 1e6:.1f} MB", *map(printable, report.notes)]
+    data = {"path": str(report.path), "bytes": report.bytes, "notes": list(report.notes)}
+    return Result(lines, data, [data])
