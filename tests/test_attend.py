@@ -374,7 +374,7 @@ def test_figures_are_drawn(run: Path, tmp_path: Path) -> None:
     told("figures", run, "--format=svg", f"--out={tmp_path / 'svg'}", "--score=all")
     assert len(list((tmp_path / "svg").glob("timeline-*.svg"))) == 4
     drawn = ["".join(text.itertext()) for text in ElementTree.parse(tmp_path / "svg" / "phase_change.svg").iter()]
-    assert any("induction head L1H1" in text for text in drawn) and any("loss on repeats" in text for text in drawn)
+    assert any("induction score of L1H1" in text for text in drawn) and any("loss on repeats" in text for text in drawn)
     assert "--out" in said(script("attend.py", "figures", run, "--out=/proc/nowhere"), 6)
 
 
