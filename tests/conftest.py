@@ -14,6 +14,7 @@ from jaxtyping import install_import_hook
 install_import_hook(["model", "inspection"], "beartype.beartype")
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, on import
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["COLUMNS"] = "120"  # what is printed depends on the terminal's width
 # Threads that wait by spinning slow a small model a hundredfold on a machine that is busy with other things.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -22,7 +23,7 @@ import torch  # noqa: E402
 
 from data.config import cache_folder  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
