@@ -9,10 +9,10 @@ its mean, and that reads more than a rule could that only counts distances or ta
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -37,6 +37,8 @@ READS = {
 }
 """What a score says in words, the more telling ones first."""
 
+Head = tuple[int, int]
+"""(layer, head)."""
 Verdict = Literal["matters", "disputed", "like another head", "no effect"]
 CAUTIONS = {
     "disputed": "high weight, disputed effect",
@@ -53,11 +55,31 @@ def measure_of(score: str) -> str:
     return "repeats" if score in ("induction", "duplicate_token", "previous_token") else "corpus"
 
 
+@runtime_checkable
+class Together(Protocol):
+    """What taking several heads of a layer away at once does; a `causal.GroupEffect` is one."""
+
+    @property
+    def zero(self) -> Interval: ...
+    @property
+    def mean(self) -> Interval: ...
+    @property
+    def control_zero(self) -> Interval | None: ...
+    @property
+    def margin_zero(self) -> Interval | None: ...
+    @property
+    def margin_mean(self) -> Interval | None: ...
+
+
+TakeAway = Callable[[str, Sequence[Head]], Together]
+"""From a measure and heads of one layer to the effect of taking all of them away."""
+
+
 @dataclass(frozen=True)
 class Claim:
-    """A head that reads something, and the effect of taking it away."""
+    """A head that reads something, and the effect of taking it away; or several that only matter together."""
 
-    head: tuple[int, int]
+    head: Head
     score: str
     weight: float
     """The score of the last step."""
@@ -70,6 +92,8 @@ class Claim:
     control: Interval | None
     """Another head of the layer set to zero; None where it has no other."""
     verdict: Verdict
+    others: tuple[Head, ...] = ()
+    """Heads of the same layer that do the same, and were taken away with it."""
     rival: float | None = None
     """What the best fixed distance, or the nearest noun, would have scored; None where that was not asked."""
 
@@ -85,17 +109,25 @@ class Claim:
 
     @property
     def reading(self) -> str:
-        return f"By step {self.since} head {head_name(*self.head)} {READS[self.score]} ({self.weight:.2f})"
+        names = [head_name(*head) for head in (self.head, *self.others)]
+        if not self.others:
+            return f"By step {self.since} head {names[0]} {READS[self.score]} ({self.weight:.2f})"
+        all_names = f"{', '.join(names[:-1])} and {names[-1]}"
+        read = READS[self.score].replace("reads", "read", 1)
+        return f"By step {self.since} heads {all_names} {read} (up to {self.weight:.2f})"
 
     @property
     def outcome(self) -> str:
         """What happens without the head."""
         what = "the loss on repeats" if self.measure == "repeats" else "the lead of the right answer"
         spread = f"[95 %: {self.zero.low:.2f} to {self.zero.high:.2f}; with its mean instead, {self.mean.value:.2f}]"
-        done = f"without it {what} {self.moves(self.zero)} nats {spread}"
+        size = 1 + len(self.others)
+        it, whose = ("it", "its") if size == 1 else ("them", "their")
+        done = f"without {it} {what} {self.moves(self.zero)} nats {spread}"
         if self.control is None:
-            return f"{done}; its layer has no other head to compare with"
-        return f"{done}, without a random other head of its layer it {self.moves(self.control)}"
+            return f"{done}; {whose} layer has no other head to compare with"
+        rivals = "a random other head" if size == 1 else f"{size} random other heads"
+        return f"{done}, without {rivals} of {whose} layer it {self.moves(self.control)}"
 
     def moves(self, by: Interval) -> str:
         """Which way the measured number goes; a positive effect is the one that hurts."""
@@ -108,14 +140,21 @@ def verdict(effects: Effects, layer: int, head: int) -> Verdict:
 
     By neither it is `like another head` if it hurts all the same, by both ways, and else of `no effect`.
     """
-    ways = [(effects.margin_zero, effects.zero), (effects.margin_mean, effects.mean)]
-    more = [(margin or alone)[layer][head].low > 0 for margin, alone in ways]
+    tables = (effects.zero, effects.mean, effects.margin_zero, effects.margin_mean)
+    return _verdict(*(None if table is None else table[layer][head] for table in tables))
+
+
+def _verdict(
+    zero: Interval | None, mean: Interval | None, margin_zero: Interval | None, margin_mean: Interval | None
+) -> Verdict:
+    assert zero is not None and mean is not None
+    more = [(margin or alone).low > 0 for margin, alone in ((margin_zero, zero), (margin_mean, mean))]
     if any(more):
         return "matters" if all(more) else "disputed"
-    return "like another head" if all(alone[layer][head].low > 0 for _, alone in ways) else "no effect"
+    return "like another head" if zero.low > 0 and mean.low > 0 else "no effect"
 
 
-def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: tuple[int, int]) -> int:
+def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: Head) -> int:
     """The first step from which on the head's score stayed at `PASSES` or above; the last step where it does not."""
     steps = sorted(timeline)
     first = steps[-1]
@@ -130,7 +169,8 @@ def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: tup
 def claims(
     timeline: Mapping[int, Mapping[str, ArrayLike]],
     evidence: Evidence,
-    readings: Mapping[str, tuple[tuple[int, int], float, float]] | None = None,
+    readings: Mapping[str, tuple[Head, float, float]] | None = None,
+    take_away: TakeAway | None = None,
 ) -> list[Claim]:
     """A claim for each score on which some head passes, in the order of `READS`.
 
@@ -139,6 +179,8 @@ def claims(
         evidence: what taking heads away does at the last step.
         readings: score → (head, weight, rival), where the head was chosen on other questions than it was scored on
             and a rule without content was scored beside it (`relations.py`).
+        take_away: asked about the heads of a layer that all pass, where the best of them does not matter alone: two
+            that do the same hide each other.
     """
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
     found = []
@@ -148,25 +190,43 @@ def claims(
             continue
         best = np.unravel_index(np.nanargmax(last[score]), last[score].shape)
         own = ((int(best[0]), int(best[1])), float(last[score][best]), None)
-        (layer, head), weight, rival = (readings or {}).get(score, own)
+        head, weight, rival = (readings or {}).get(score, own)
         if weight < PASSES:
             continue
-        found.append(
-            Claim(
-                head=(layer, head),
-                score=score,
-                weight=weight,
-                since=since(timeline, score, (layer, head)),
-                measure=measure_of(score),
-                unit=effects.unit,
-                zero=effects.zero[layer][head],
-                mean=effects.mean[layer][head],
-                control=effects.control_zero[layer][head] if effects.control_zero else None,
-                verdict=verdict(effects, layer, head),
-                rival=rival,
-            )
-        )
+        claim = replace(_alone(score, head, effects, since(timeline, score, head)), weight=weight, rival=rival)
+        layer = last[score][head[0]]
+        alike = [(head[0], k) for k in np.flatnonzero(layer >= PASSES).tolist() if k != head[1]]
+        if take_away is not None and claim.verdict != "matters" and 0 < len(alike) < len(layer) - 1:
+            begun = max(since(timeline, score, one) for one in (head, *alike))
+            claim = _joined(claim, tuple(alike), take_away(claim.measure, [head, *alike]), begun)
+        found.append(claim)
     return found
+
+
+def _alone(score: str, head: Head, effects: Effects, begun: int) -> Claim:
+    """The claim of one head; its weight and rival are still to be filled in."""
+    layer, k = head
+    return Claim(
+        head=head,
+        score=score,
+        weight=0.0,
+        since=begun,
+        measure=measure_of(score),
+        unit=effects.unit,
+        zero=effects.zero[layer][k],
+        mean=effects.mean[layer][k],
+        control=effects.control_zero[layer][k] if effects.control_zero else None,
+        verdict=verdict(effects, layer, k),
+    )
+
+
+def _joined(one: Claim, others: tuple[Head, ...], effect: Together, begun: int) -> Claim:
+    """The claim of a head with others that do the same, where they matter together; else the head's own."""
+    outcome = _verdict(effect.zero, effect.mean, effect.margin_zero, effect.margin_mean)
+    if outcome != "matters":
+        return one
+    one = replace(one, zero=effect.zero, mean=effect.mean, control=effect.control_zero)
+    return replace(one, others=others, since=begun, verdict=outcome)
 
 
 def sentence(found: Sequence[Claim]) -> str:

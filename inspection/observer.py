@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from inspection import claims, record
 from inspection.capture import capture_batch
-from inspection.causal import effects
+from inspection.causal import GroupEffect, effects, group_effect
 from inspection.commands.figures import draw
 from inspection.evidence import Evidence
 from inspection.folder import RunAttention, dumps_in
@@ -109,7 +109,11 @@ class Observer:
             f"reads.{one.kind}": (one.head, one.weight, max(one.offset_weight, one.nearest_weight or 0.0))
             for one in found
         }
-        told = claims.claims(over_time, evidence, readings)
+
+        def together(measure: str, heads: Sequence[claims.Head]) -> GroupEffect:
+            return group_effect(self.model, self.watched, heads, measure, per_kind=QUESTIONS)
+
+        told = claims.claims(over_time, evidence, readings, together)
         claims.save(self.folder / "claims.json", told)
         return told
 

@@ -127,3 +127,63 @@ def test_claims_are_kept_as_plain_data(tmp_path: Path) -> None:
     (claim,) = kept["claims"]
     assert claim["head"] == [0, 0] and claim["zero"]["value"] == 1.8 and claim["verdict"] == "matters"
     assert isinstance(found[0], Claim)
+
+
+# Heads that do the same hide each other.
+
+
+def both(zero: float, mean: float, control: float) -> claims.Together:
+    class Effect:
+        def __init__(self) -> None:
+            self.zero, self.mean, self.control_zero = (table(v)[0][0] for v in (zero, mean, control))
+            self.margin_zero, self.margin_mean = table(zero - control)[0][0], table(mean - control)[0][0]
+
+    return Effect()
+
+
+def alike(*values: float) -> dict[int, dict[str, np.ndarray]]:
+    """Induction scores of the three heads of a layer at step 10, a step after nothing was there."""
+    return {5: {"induction": np.array([[LOW] * 3])}, 10: {"induction": np.array([values])}}
+
+
+def three(zero: float) -> Effects:
+    """None of three heads does more than another."""
+    flat, none = table(zero, zero, zero), table(0.0, 0.0, 0.0)
+    return Effects("nats/token", 3.0, 8, flat, flat, flat, flat, none, none)
+
+
+def test_two_heads_that_only_matter_together_are_named_together() -> None:
+    asked = []
+
+    def take_away(measure: str, heads: object) -> claims.Together:
+        asked.append((measure, heads))
+        return both(2.0, 1.5, 0.1)
+
+    (claim,) = claims.claims(alike(0.9, LOW, 0.8), evidence(repeats=three(0.3)), take_away=take_away)
+    assert asked == [("repeats", [(0, 0), (0, 2)])]
+    assert claim.head == (0, 0) and claim.others == ((0, 2),) and claim.stands and claim.since == 10
+    assert claims.sentence([claim]) == (
+        "By step 10 heads L0H0 and L0H2 read the token after an earlier match (up to 0.90); without them the loss on "
+        "repeats rises by 2.00 nats [95 %: 1.90 to 2.10; with its mean instead, 1.50], without 2 random other heads of "
+        "their layer it rises by 0.10."
+    )
+
+
+def test_two_heads_that_do_not_matter_together_either_stay_as_they_were() -> None:
+    found = claims.claims(alike(0.9, LOW, 0.8), evidence(repeats=three(0.3)), take_away=lambda *_: both(0.3, 0.3, 0.3))
+    assert found[0].others == () and found[0].verdict == "like another head"
+
+
+@pytest.mark.parametrize("values", [(0.9, LOW, LOW), (0.9, 0.9, 0.9)])
+def test_a_head_without_its_like_or_without_another_is_not_asked_about_again(values: tuple[float, ...]) -> None:
+    def never(*_: object) -> claims.Together:
+        raise AssertionError("nothing to take away together")
+
+    assert claims.claims(alike(*values), evidence(repeats=three(0.3)), take_away=never)[0].others == ()
+
+
+def test_a_head_that_matters_alone_needs_no_company() -> None:
+    (claim,) = claims.claims(
+        timeline(HIGH), evidence(repeats=measured(1.8, 1.5, 0.02)), take_away=lambda *_: both(9.0, 9.0, 0.0)
+    )
+    assert claim.others == () and claim.zero.value == 1.8
