@@ -120,9 +120,10 @@ class Claim:
     def outcome(self) -> str:
         """What happens without the head."""
         what = "the loss on repeats" if self.measure == "repeats" else "the lead of the right answer"
-        spread = f"[95 %: {self.zero.low:.2f} to {self.zero.high:.2f}; with its mean instead, {self.mean.value:.2f}]"
         size = 1 + len(self.others)
-        it, whose = ("it", "its") if size == 1 else ("them", "their")
+        it, whose, means = ("it", "its", "mean") if size == 1 else ("them", "their", "means")
+        within = f"95 %: {self.zero.low:.2f} to {self.zero.high:.2f}"
+        spread = f"[{within}; with {whose} {means} instead, {self.mean.value:.2f}]"
         done = f"without {it} {what} {self.moves(self.zero)} nats {spread}"
         if self.control is None:
             return f"{done}; {whose} layer has no other head to compare with"
@@ -257,4 +258,8 @@ def save(path: Path, found: Sequence[Claim]) -> None:
 
 def as_json(found: Sequence[Claim]) -> dict[str, Any]:
     """The sentence and all claims as plain data; an interval is {value, low, high}."""
-    return {"sentence": sentence(found), "claims": [asdict(claim) | {"text": claim.text} for claim in found]}
+    return {"sentence": sentence(found), "claims": [asdict(claim) | _said(claim) for claim in found]}
+
+
+def _said(claim: Claim) -> dict[str, Any]:
+    return {"text": claim.text, "outcome": claim.outcome, "stands": claim.stands}

@@ -164,8 +164,8 @@ def test_two_heads_that_only_matter_together_are_named_together() -> None:
     assert claim.head == (0, 0) and claim.others == ((0, 2),) and claim.stands and claim.since == 10
     assert claims.sentence([claim]) == (
         "By step 10 heads L0H0 and L0H2 read the token after an earlier match (up to 0.90); without them the loss on "
-        "repeats rises by 2.00 nats [95 %: 1.90 to 2.10; with its mean instead, 1.50], without 2 random other heads of "
-        "their layer it rises by 0.10."
+        "repeats rises by 2.00 nats [95 %: 1.90 to 2.10; with their means instead, 1.50], without 2 random other heads "
+        "of their layer it rises by 0.10."
     )
 
 

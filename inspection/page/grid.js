@@ -143,6 +143,19 @@ function drawScoreWords(score) {
   find("grid-scale").style.background = state.against ? gradient(differenceColour, -1, 1) : gradient(shareColour, 0, 1);
 }
 
+// The heads that a claim is about: one, or several that only matter together.
+function headsOf(claim) {
+  const others = Array.isArray(claim.others) ? claim.others : [];
+  return [claim.head, ...others].filter(Array.isArray);
+}
+const claimHeads = (claim) => headsOf(claim).map(([layer, head]) => headName(layer, head)).join(" + ");
+
+// A claim by which the chosen head matters together with others, if there is one.
+function sharedClaim(score) {
+  const holds = ([layer, head]) => layer === state.layer && head === state.head;
+  return about.claims.find((one) => one && one.score === score && headsOf(one).length > 1 && headsOf(one).some(holds));
+}
+
 const MEASURES = { repeats: "loss on repeats", corpus: "loss on held-out text" };
 const VERDICTS = {
   matters: "matters: both ways hurt more than another head",
@@ -180,4 +193,6 @@ function drawEffect(score, value) {
     make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)),
     make("p", { class: `verdict ${hollow ? "hollow" : ""}` }, verdict),
   );
+  const shared = sharedClaim(score);
+  if (shared) box.append(make("p", { class: "verdict" }, `${claimHeads(shared)} together: ${shared.outcome}.`));
 }

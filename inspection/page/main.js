@@ -247,7 +247,7 @@ function claimButton(claim) {
   const words = (about.scores[claim.score]?.title || String(claim.score)).split(":")[0];
   const button = make("button", { type: "button", class: `claim ${claim.verdict === "matters" ? "matters" : ""}` });
   const weight = make("span", { class: "number" }, ` ${fixed(claim.weight)}`);
-  button.append(make("strong", {}, headName(layer, head)), ` ${words}`, weight);
+  button.append(make("strong", {}, claimHeads(claim)), ` ${words}`, weight);
   button.title = String(claim.text || "");
   button.addEventListener("click", () => {
     const kind = String(claim.score).replace(/^reads\./, "");

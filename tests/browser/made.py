@@ -89,6 +89,7 @@ def evidence() -> dict[str, Any]:
 CLAIMS: dict[str, Any] = {
     "sentence": "By step 200 head L1H2 reads the name that a pronoun stands for (0.90).",
     "claims": [
-        {"head": [1, 2], "score": "reads.pronoun", "weight": 0.9, "since": 200, "verdict": "matters", "text": "."}
+        {"head": [1, 2], "score": "reads.pronoun", "weight": 0.9, "since": 200, "verdict": "matters", "stands": True},
+        {"head": [1, 0], "others": [[1, 1]], "score": "induction", "weight": 0.8, "outcome": "without them it hurts"},
     ],
 }

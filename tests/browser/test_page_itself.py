@@ -22,7 +22,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evil = "</script><script>window.hurt = 1</script>"
     dump = Dump([made.text(evil, made.HOSTILE, 1, True)], {"step": "1"}, {evil: np.ones((2, 3), np.float32)})
     claim = {"head": [1, 1], "score": evil, "weight": "x", "text": evil}
-    broken = [{"head": "x"}, {"head": [9, 9]}, 3, None, claim]
+    broken = [{"head": "x"}, {"head": [9, 9]}, {"head": [0, 0], "others": 3}, {"head": [0, 0], "others": [None]}]
+    broken += [3, None, claim]
     evidence = {"measures": {"corpus": {"unit": evil, "zero": "x", "mean": [[evil]]}}}
     write_page(path, [PageRun(evil, [dump])], {"sentence": evil, "claims": broken}, evidence, f"</title>{evil}\x00")
     return path

@@ -123,6 +123,14 @@ def test_what_is_lost_without_a_head_stands_beside_its_score(built: Path, opened
     assert "not measured" in view.text("#effect")
 
 
+def test_heads_that_only_matter_together_say_so(built: Path, opened: Opener) -> None:
+    view = opened(built, link(2, 1, 1, 1, 3) + "&score=induction")
+    assert "L1H0 + L1H1 together: without them it hurts." in view.text("#effect")
+    assert "L1H0 + L1H1" in view.text("#claims")
+    view.press("l", "head=L1H2")
+    assert "together" not in view.text("#effect")
+
+
 def test_a_high_weight_without_effect_is_marked(built: Path, opened: Opener) -> None:
     view = opened(built, "#score=reads.pronoun&step=400")
     marked = view.page.eval_on_selector_all(
