@@ -41,7 +41,7 @@ def find_files(source: str) -> list[Path]:
     except (OSError, ValueError) as error:
         if not glob.has_magic(source):
             why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
-            accepted = "--data.source takes stories, shakespeare, a text file, a folder, or a glob"
+            accepted = "--data.source takes stories, repeats, shakespeare, a text file, a folder, or a glob"
             raise UserError(f"{printable(source)} {why}; {accepted}", DATA) from error
         found, wanted = _matching(path), "matches it; ** stands for folders of any depth"
     else:
