@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 import attend
-import sample
 from inspection import metrics
 from inspection.capture import capture, capture_batch
 from inspection.record import write
 from model import ops
 from model.config import ModelConfig
 from model.gpt import GPT
-from runtime.cli import parse
-from runtime.config import parse_train
+from tests.commands import check_command
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
@@ -117,17 +113,7 @@ def test_the_cost_table_says_what_the_weights_take() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command: str) -> None:
-    _, script, *argv = shlex.split(command.replace("RUN", "runs/quickstart"))
-    if script == "-m":
-        assert f'"{argv[1]}"' in (ROOT / f"{argv[0].replace('.', '/')}.py").read_text(encoding="utf-8")
-    elif script == "train.py":
-        parse_train([str(ROOT / word) if word.endswith(".toml") else word for word in argv])
-    elif script == "sample.py":
-        parse(sample.SampleConfig, argv, "", positional="run")
-    else:
-        assert script == "attend.py" and argv[0] in attend.COMMANDS
-        settings = getattr(import_module(f"inspection.commands.{argv[0]}"), argv[0].capitalize())
-        parse(settings, argv[1:], "", positional="run")
+    check_command(command)
 
 
 def test_the_commands_are_all_there() -> None:
@@ -146,7 +132,7 @@ def test_the_reading_example_runs_without_torch(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     write(file, [("held-out 1", seen[0], [b"<", b"a", b" b", b"\xff"])], {"step": "1"})
     example = next(block for _, block in BLOCKS if block.startswith("from inspection.dump import read"))
-    path = "runs/quickstart/attention/000800.safetensors"
+    path = "runs/quickstart/attention/000640.safetensors"
     assert path in example
     code = "import sys; sys.modules['torch'] = None\n" + example.replace(path, file.as_posix())
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

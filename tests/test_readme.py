@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
-import attend
-import sample
-from runtime.cli import parse
-from runtime.config import parse_train
+from tests.commands import check_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,17 +25,7 @@ COMMANDS = sorted(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command: str) -> None:
-    program, script, *argv = shlex.split(command)
-    if program == "pip":
-        assert (ROOT / argv[-1]).is_file()
-    elif script == "train.py":
-        if "--run.resume" not in argv and "--help" not in argv:  # a run to resume is made in tests/test_train.py
-            parse_train(argv)
-    elif script in ("sample.py", "attend.py"):
-        settings = {"sample.py": sample.SampleConfig, "attend.py": attend.AttendConfig}[script]
-        parse(settings, argv, "", positional="run")
-    else:
-        assert [script, *argv] == ["-m", "pytest"]
+    check_command(command)
 
 
 def test_the_two_commands_stand_as_promised() -> None:

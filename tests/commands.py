@@ -1,0 +1,33 @@
+"""Commands as the documents write them: each must be one that the program understands."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import import_module
+
+import attend
+import sample
+from runtime.cli import parse
+from runtime.config import parse_train
+from tests.runs import ROOT
+
+
+def check_command(command: str) -> None:
+    """Parse a command line as the program would, up to where it would begin to work."""
+    program, script, *argv = shlex.split(command.replace("RUN", "runs/quickstart"))
+    if program == "pip":
+        assert (ROOT / argv[-1]).is_file()
+    elif script == "train.py":
+        if "--run.resume" not in argv and "--help" not in argv:  # a run to resume is made in tests/test_train.py
+            parse_train([str(ROOT / word) if word.endswith(".toml") else word for word in argv])
+    elif script == "sample.py":
+        parse(sample.SampleConfig, argv, "", positional="run")
+    elif script == "attend.py" and argv[0] in attend.COMMANDS:
+        settings = getattr(import_module(f"inspection.commands.{argv[0]}"), argv[0].capitalize())
+        parse(settings, argv[1:], "", positional="run")
+    elif script == "attend.py":
+        parse(attend.AttendConfig, argv, "", positional="run")
+    elif argv[0].startswith("benchmarks."):
+        assert all(f'"{word}"' in (ROOT / f"{argv[0].replace('.', '/')}.py").read_text() for word in argv[1:2])
+    else:
+        assert [script, *argv] == ["-m", "pytest"]
