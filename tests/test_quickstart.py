@@ -44,7 +44,8 @@ def test_the_right_answer_is_preferred_in_every_family(quickstart: tuple[Path, s
     assert min(map(float, found.values())) >= 95, found
     # A head is named for what it reads, or it is said that none does.
     lines = [line for line in quickstart[1].splitlines() if "right in" in line]
-    assert all(re.search(r"; (head L\dH\d reads|no head puts half).*tokens? back .*nearest noun", line) for line in lines)
+    outcome = r"; (head L\dH\d reads|no head puts half).*tokens? back .*nearest noun"
+    assert all(re.search(outcome, line) for line in lines)
     assert len(lines) == len(KINDS) and sum("reads" in line for line in lines) >= 2
 
 
