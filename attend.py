@@ -128,28 +128,29 @@ def terminal() -> Terminal:
 
 
 def origin(folder: Path, step: int) -> Origin | None:
-    """The model and tokenizer of a run's step, if its checkpoint is kept and whole.
+    """The model and tokenizer of a run's step, if its checkpoint is kept and whole; of the newest for a step below 0.
 
     Args:
         folder: of the run; of a single attention file, the file, which may lie in one.
     """
-    from data.tokenizer import fingerprint
     from inspection.commands.verify import Origin
-    from runtime.checkpoint import fault_of, read_state, sha256_of_weights
+    from runtime.checkpoint import fault_of, open_checkpoint, read_state
     from runtime.device import find_machine
+    from runtime.provenance import provenance
 
-    near = [base / "checkpoints" / f"{step:06d}" for base in (folder, folder.parent, folder.parent.parent)]
-    kept = [path for path in near[: 1 if folder.is_dir() else 3] if path.is_dir()]
-    if not kept:
-        return None
-    folder = kept[0]
-    if fault := fault_of(folder):
-        print(f"passing over the damaged checkpoint {printable(folder)}: {fault}", file=sys.stderr)
-        return None
-    saved = read_state(folder)
+    if step < 0:
+        saved = open_checkpoint(folder)
+    else:
+        near = [base / "checkpoints" / f"{step:06d}" for base in (folder, folder.parent, folder.parent.parent)]
+        kept = [path for path in near[: 1 if folder.is_dir() else 3] if path.is_dir()]
+        if not kept:
+            return None
+        if fault := fault_of(kept[0]):
+            print(f"passing over the damaged checkpoint {printable(kept[0])}: {fault}", file=sys.stderr)
+            return None
+        saved = read_state(kept[0])
     model, tokenizer = saved.model(find_machine("fp32")), saved.tokenizer()
-    hashes = {"weights_sha256": sha256_of_weights(model), "tokenizer_sha256": fingerprint(tokenizer)}
-    return Origin(model, hashes, tokenizer.token_bytes)
+    return Origin(model, saved.state.step, provenance(model, tokenizer, saved.state), tokenizer.token_bytes)
 
 
 def look(config: AttendConfig) -> None:

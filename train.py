@@ -54,8 +54,8 @@ def train(config: RunConfig, name: str, started: float) -> None:
     run.introduce()
     if machine.is_first:
         observer.begin(run.state.step)
-        if not run.state.step:
-            observe(run.state)  # what untrained heads read
+        if not observer.has(run.state.step):  # untrained heads, or those of a run that was stopped
+            observe(run.state)
     run.train(observe)
     run.report()
     if machine.is_first:

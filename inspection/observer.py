@@ -67,9 +67,17 @@ class Observer:
             if later > step:
                 path.unlink()
 
+    def has(self, step: int) -> bool:
+        """Whether the step has its dump."""
+        return self.dump(step).is_file()
+
+    def dump(self, step: int) -> Path:
+        """Where the dump of a step lies."""
+        return self.folder / f"{step:06d}.safetensors"
+
     def write(self, step: int, metadata: Mapping[str, str], sample: Sequence[int] = ()) -> Path:
         """Write the dump of a step, with what the model has just written, if anything; its path."""
-        path = self.folder / f"{step:06d}.safetensors"
+        path = self.dump(step)
         own = [("sample", list(sample)[-self.model.config.context :])] if sample else []
         scores = {name: table.numpy() for name, table in head_scores(self.model, self.watched).items()}
         write_dump(path, self.model, self.watched.shown(), self.token_bytes, metadata, detailed=own, scores=scores)
@@ -104,7 +112,7 @@ class Observer:
 
     def weigh(self, seen: RunAttention, evidence: Evidence, found: Sequence[Relation]) -> list[claims.Claim]:
         """What may be said of the heads, kept in `claims.json`."""
-        over_time = {step: seen.dumps[step].scores for step in seen.steps}
+        over_time = {step: seen.dumps[step].scores for step in seen.steps if step <= evidence.step}
         readings = {
             f"reads.{one.kind}": (one.head, one.weight, max(one.offset_weight, one.nearest_weight or 0.0))
             for one in found

@@ -100,7 +100,8 @@ def write_page(
     }
     empty = len(_assemble(frame, told, []).encode("utf-8", "replace"))
     about, blocks, plan = _fitting(runs, empty + ROOM_FOR_NOTES)
-    notes = _notes(plan, runs)
+    coarse = any(text and text["eight"] for run in about["runs"] for step in run["steps"] for text in step["texts"])
+    notes = _notes(plan, runs, coarse)
     page = _assemble(frame, told | about | {"notes": notes}, blocks).encode("utf-8", "replace")
     replace_whole(path, [page])
     return PageReport(path, len(page), notes)
@@ -137,8 +138,8 @@ def _plans(runs: Sequence[PageRun]) -> Iterator[tuple[Plan, int]]:
     yield from ((plan, MOST) for plan in least.smaller(longest, layers, heads))
 
 
-def _notes(plan: Plan, runs: Sequence[PageRun]) -> list[str]:
-    """What the plan leaves out, a sentence each."""
+def _notes(plan: Plan, runs: Sequence[PageRun], coarse: bool) -> list[str]:
+    """What the plan leaves out, a sentence each; `coarse` says whether some weights are kept in 8 bits."""
     texts = [text for run in runs for dump in run.dumps for text in dump.texts]
     names = _names(runs)
     first = " and ".join(names[:FIRST_TEXTS])
@@ -149,7 +150,7 @@ def _notes(plan: Plan, runs: Sequence[PageRun]) -> list[str]:
     if plan.every != 1 and len(names) > FIRST_TEXTS and any(len(run.dumps) > 1 for run in runs):
         steps = f"one step in {plan.every}" if plan.every else "the last step alone"
         said.append(f"Texts after {first} are kept of {steps}.")
-    if plan.eight:
+    if coarse:
         whose = "" if plan.eight == "all" else f"; exactly at the last step, and in {first}"
         said.append(f"Weights are kept in 8 bits, each within 0.004, those below 0.25 within 0.002{whose}.")
     elif any(text.packed.dtype.itemsize > 2 for text in texts):

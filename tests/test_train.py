@@ -104,6 +104,40 @@ def test_an_interrupted_run_ends_with_the_same_weights(run: Path, corpus: Path, 
     assert [line.get("loss") for line in resumed] == [line.get("loss") for line in whole]
 
 
+def test_a_run_that_was_stopped_can_be_measured_and_ended_where_it_stands(run: Path, tmp_path: Path) -> None:
+    """Its last checkpoint stands between two evaluations: without a dump, without evidence, without a page."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(run, folder)
+    for name in ("000006.safetensors", "claims.json", "evidence.json"):
+        (folder / "attention" / name).unlink()
+    (folder / "attention.html").unlink()
+    shutil.copytree(folder, tmp_path / "resumed")
+    done = script("attend.py", "evidence", folder)
+    assert done.returncode == 0, done.stderr
+    assert "No head passes" in done.stdout and (folder / "attention.html").is_file()
+    again, before = (json.loads((at / "attention" / "evidence.json").read_text()) for at in (folder, run))
+    assert again["weights_sha256"] == before["weights_sha256"] and set(again["measures"]) == set(before["measures"])
+    assert again["measures"]["repeats"]["zero"][1][0] == pytest.approx(
+        before["measures"]["repeats"]["zero"][1][0], 1e-2
+    )
+    done = script("train.py", f"--run.resume={tmp_path / 'resumed'}", "--train.steps=4")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "resumed" / "attention" / "000006.safetensors").is_file()
+    assert (tmp_path / "resumed" / "attention.html").is_file()
+
+
+def test_lines_of_ones_own_are_watched(corpus: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the lazy dog\nthe fox\t fox\t dog\n")
+    options = (f"--log.watch={lines}", f"--data.source={corpus}", f"--run.dir={tmp_path / 'own'}")
+    done = script("train.py", *TINY, *options)
+    assert done.returncode == 0, done.stderr
+    assert "own: right in" not in done.stdout  # one question is too few to choose a head on and to judge it
+    seen = read(tmp_path / "own" / "attention" / "000006.safetensors")
+    assert {"line 1", "own 1"} <= {text.name for text in seen.texts} and "reads.own" in seen.scores
+    assert "no such file" in said(script("train.py", *TINY, "--log.watch=nowhere.txt"), 2)
+
+
 def test_watching_more_often_changes_nothing(run: Path, corpus: Path, tmp_path: Path) -> None:
     options = ("--train.eval_every=1", "--log.sample_tokens=3", "--train.save_every=2", "--train.keep=9")
     done = script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={tmp_path / 'often'}")

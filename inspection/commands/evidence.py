@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from inspection.commands.shared import OfRun
 from inspection.commands.verify import Origins
-from inspection.folder import RunAttention
+from inspection.folder import NEWEST, RunAttention
 from inspection.tables import Result, Terminal, paragraph
 from runtime.errors import CHECKPOINT, UserError, printable
 
@@ -17,20 +17,21 @@ class Evidence(OfRun):
 
 
 def run(config: Evidence, terminal: Terminal, origin: Origins) -> Result:
-    """Measure the newest step whose checkpoint is kept; what a whole run does at its end."""
+    """Measure the newest checkpoint, as a whole run does at its end; a step without a dump gets one."""
     from inspection.observer import Observer
 
     attention = RunAttention.open(config.run)
-    step = attention.step()
-    kept = origin(attention.folder, step) if attention.folder.is_dir() else None
+    kept = origin(attention.folder, NEWEST) if attention.folder.is_dir() else None
     if kept is None:
-        message = f"{attention.folder} keeps no whole checkpoint of step {step}, so no head can be taken away"
-        raise UserError(message, CHECKPOINT)
-    model = kept.model
+        raise UserError(f"{attention.folder} is no run folder, so it keeps no model to take heads from", CHECKPOINT)
+    model, step = kept.model, kept.step
     watched = attention.watched(model.vocab_size, model.config.context)
     if watched is None:
         raise UserError(f"{attention.folder} does not say what it watched (attention/watched.json)", CHECKPOINT)
-    report = Observer(model, watched, kept.token_bytes, attention.folder).report(step, kept.hashes["weights_sha256"])
+    observer = Observer(model, watched, kept.token_bytes, attention.folder)
+    if step not in attention.dumps:
+        observer.write(step, kept.metadata)
+    report = observer.report(step, kept.metadata["weights_sha256"])
     lines = [part for line in report.lines for part in (paragraph(printable(line), terminal.width) if line else [""])]
     written = [*report.pictures, report.page]
     data = {"step": step, "lines": report.lines, "written": [str(path) for path in written]}

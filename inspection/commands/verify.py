@@ -33,12 +33,14 @@ class Origin:
     """Where a dump says that it comes from, as far as it is still there."""
 
     model: GPT
-    hashes: Mapping[str, str]
+    step: int
+    metadata: Mapping[str, str]
+    """What a dump says of it, its hashes among that."""
     token_bytes: Callable[[int], bytes]
 
 
 Origins = Callable[[Path, int], Origin | None]
-"""From a run's folder and a step to the model; None where that checkpoint is not kept."""
+"""From a run's folder and a step to the model, of the newest checkpoint for `NEWEST`; None where it is not kept."""
 
 
 def run(config: Verify, terminal: Terminal, origin: Origins) -> Result:
@@ -91,7 +93,8 @@ def _findings(attention: RunAttention, path: Path, source: Origin | None) -> lis
         return {name: table.numpy() for name, table in head_scores(model, watched).items()}
 
     again = scores if watched is not None else None
-    found += verify_dump(dump, source.model, source.hashes, source.token_bytes, again)
+    hashes = {key: source.metadata[key] for key in ("weights_sha256", "tokenizer_sha256")}
+    found += verify_dump(dump, source.model, hashes, source.token_bytes, again)
     return [_plain(one) for one in found]
 
 
