@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 COMMANDS = ("summary", "heads", "token", "timeline", "compare", "verify", "page", "figures", "evidence")
 """Each a module of inspection/commands with its options, a dataclass of the same name, and `run`."""
+MOST_PARTS = 6
+"""Parts of a logit that are named; the others are added up."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def look(config: AttendConfig) -> None:
     quoted = [token_text(tokenizer.token_bytes(t), encoding, space=" ") for t in tokens]
     labels = [token_text(tokenizer.token_bytes(t), encoding) for t in tokens]
     tell(seen, quoted, labels, chosen, config.top)
+    tell_next(model, tokenizer, tokens)
     write_files(config, saved, model, tokenizer, tokens, seen)
 
 
@@ -211,6 +214,30 @@ def tell(seen: Capture, quoted: list[str], labels: list[str], chosen: tuple[int,
     for line in heat_map(pattern[layer, head], labels, width - 2, sys.stdout.encoding):
         print("  " + line)
     print(f"\n{DISCLAIMER}")
+
+
+def tell_next(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> None:
+    """Print the likeliest next token, what its logit is the sum of, and what would have come after each layer."""
+    import torch
+
+    from inspection.attribution import direct_logit_attribution, logit_lens
+    from inspection.words import token_text
+
+    def quoted(token: int) -> str:
+        return '"' + token_text(tokenizer.token_bytes(token), sys.stdout.encoding, space=" ") + '"'
+
+    text = torch.tensor(tokens)
+    lens = logit_lens(model, text)[:, -1]
+    found = direct_logit_attribution(model, text)
+    order = found.parts.abs().argsort(descending=True).tolist()
+    parts = [f"{found.labels[k]} {found.parts[k]:+.2f}" for k in order[:MOST_PARTS]]
+    if rest := order[MOST_PARTS:]:
+        parts.append(f"{len(rest)} others {found.parts[rest].sum():+.2f}")
+    chance = lens[-1].softmax(dim=-1)[found.token]
+    print(f"\nNext comes {quoted(found.token)} ({chance:.1%}). Its logit {found.total:.2f} is the sum of")
+    print("  " + ", ".join(parts))
+    print("  read off before the first layer and after each: " + ", ".join(map(quoted, lens.argmax(dim=-1).tolist())))
+    print()
 
 
 def write_files(

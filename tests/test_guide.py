@@ -117,9 +117,8 @@ def test_every_command_is_understood(command: str) -> None:
 
 
 def test_the_commands_are_all_there() -> None:
-    assert {command.split()[2] for command in COMMANDS if command.startswith("python attend.py")} == set(
-        attend.COMMANDS
-    )
+    named = {command.split()[2] for command in COMMANDS if command.startswith("python attend.py")}
+    assert named - {"RUN"} == set(attend.COMMANDS)
 
 
 def test_every_link_leads_to_a_file() -> None:

@@ -101,6 +101,17 @@ def test_attend_says_what_every_head_reads_and_writes_weights_and_picture(run: P
     assert weights.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_attend_says_what_the_next_tokens_logit_is_the_sum_of(run: Path, tmp_path: Path) -> None:
+    done = script("attend.py", run, "--prompt", "The fox met", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (lines,) = re.findall(r"Next comes .* Its logit (.*) is the sum of\n  (.*)\n  read off .*: (.*)\n", done.stdout)
+    total, parts, lens = lines
+    numbers = [float(part.rsplit(" ", 1)[1]) for part in parts.split(", ")]
+    assert len(numbers) > 3 and sum(numbers) == pytest.approx(float(total), abs=0.005 * (len(numbers) + 1))
+    assert len(re.findall(r'"[^"]+"', lens)) == 3  # the embedding, and two layers
+    assert re.findall(r'Next comes ("[^"]+")', done.stdout) == re.findall(r'"[^"]+"', lens)[-1:]
+
+
 def test_attend_without_a_prompt_reads_the_models_own_text(run: Path) -> None:
     done = script("attend.py", run, "--tokens=10")
     assert done.returncode == 0, done.stderr
