@@ -39,7 +39,8 @@ class Report:
     lines: list[str]
     """What may be said of one head, then what each family of questions showed."""
     pictures: list[Path]
-    page: Path
+    page: Path | None
+    """None where there was no text to show."""
 
 
 class Observer:
@@ -89,6 +90,8 @@ class Observer:
         evidence = self.without_each_head(step, weights_sha256)
         seen = RunAttention.open(self.run)
         told = self.weigh(seen, evidence, found)
+        if not seen.dumps[step].texts:  # a context of one token, and no sample
+            return Report([claims.sentence(told), DISCLAIMER], [], None)
         pictures = draw(seen, self.run, "png", step)
         page = self.run / "attention.html"
         whole = PageRun(self.run.name, list(seen.dumps.values()))

@@ -41,7 +41,7 @@ def watched_length(config: ModelConfig, texts: int) -> int:
     f16 weights of T tokens take L H T (T + 1) bytes.
     """
     room = DUMP_BYTES / (config.n_layers * config.n_heads * max(1, texts))
-    return max(8, min(config.context, LONGEST, int(math.sqrt(room))))
+    return min(config.context, LONGEST, max(8, int(math.sqrt(room))))
 
 
 def repeated(tokens: Sequence[int], first: int, length: int, seed: int) -> tuple[tuple[int, ...], ...]:

@@ -184,7 +184,7 @@ class Run:
         self.wandb.log(self.state.step, {"final_val_loss": loss}, image=plot)
         print("\n" + table(loss, targets, references, self.data))
 
-    def finish(self, told: list[str], pictures: list[Path], page: Path, started: float) -> None:
+    def finish(self, told: list[str], pictures: list[Path], page: Path | None, started: float) -> None:
         """The last words: what the heads do, where everything lies, and how long it took.
 
         Args:
@@ -195,7 +195,8 @@ class Run:
             self.wandb.log(self.state.step, {}, image=picture)
         self.wandb.close()
         print(f"\n{time.perf_counter() - started:.0f} s in all; the run is in {self.folder}")
-        print(f"  open {page}")
+        if page is not None:
+            print(f"  open {page}")
         print(f"  python sample.py {self.folder}")
         print(f"  python attend.py summary {self.folder}")
 

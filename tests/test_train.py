@@ -126,6 +126,16 @@ def test_a_run_that_was_stopped_can_be_measured_and_ended_where_it_stands(run: P
     assert (tmp_path / "resumed" / "attention.html").is_file()
 
 
+@pytest.mark.parametrize("options", [("--model.context=1", "--log.sample_tokens=0"), ("--model.n_heads=1",)])
+def test_where_there_is_little_to_look_at_the_run_ends_well_all_the_same(
+    options: tuple[str, ...], corpus: Path, tmp_path: Path
+) -> None:
+    done = script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={tmp_path / 'small'}")
+    assert done.returncode == 0, done.stderr
+    assert "No head passes" in done.stdout
+    assert (tmp_path / "small" / "attention.html").is_file() == ("--model.n_heads=1" in options)
+
+
 def test_lines_of_ones_own_are_watched(corpus: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("the lazy dog\nthe fox\t fox\t dog\n")

@@ -37,7 +37,7 @@ def test_a_small_vocabulary_repeats_with_repetitions_and_a_tiny_context_not_at_a
 def test_large_models_are_watched_by_the_beginnings_of_texts() -> None:
     small, large = ModelConfig(context=160), ModelConfig(n_layers=48, n_heads=25, d_model=1600, context=1024)
     assert watched_length(small, 12) == 160
-    assert watched_length(ModelConfig(context=5000), 2) == LONGEST
+    assert watched_length(ModelConfig(context=5000), 2) == LONGEST and watched_length(ModelConfig(context=4), 9) == 4
     length = watched_length(large, 12)
     assert 8 <= length < LONGEST and 12 * 48 * 25 * length * length <= DUMP_BYTES
 

@@ -33,6 +33,6 @@ def run(config: Evidence, terminal: Terminal, origin: Origins) -> Result:
         observer.write(step, kept.metadata)
     report = observer.report(step, kept.metadata["weights_sha256"])
     lines = [part for line in report.lines for part in (paragraph(printable(line), terminal.width) if line else [""])]
-    written = [*report.pictures, report.page]
+    written = [*report.pictures, *([report.page] if report.page else [])]
     data = {"step": step, "lines": report.lines, "written": [str(path) for path in written]}
     return Result([*lines, "", *(f"written  {printable(path)}" for path in written)], data, [data])
