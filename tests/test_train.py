@@ -95,8 +95,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(run: Path, corpus: Path, 
     folder = tmp_path / "resumed"
     shutil.copytree(run, folder)
     shutil.rmtree(folder / "checkpoints" / "000006")
+    stale = folder / "attention" / "000005.safetensors"  # of a step that this time is not evaluated
+    shutil.copy(folder / "attention" / "000006.safetensors", stale)
     done = process("train.py", f"--run.resume={folder}")
     assert done.returncode == 0, done.stderr
+    assert not stale.exists() and (folder / "attention" / "000006.safetensors").is_file()
     assert "from step 3" in done.stdout
     assert weights(folder) == weights(run)
     resumed, whole = read_metrics(folder / "metrics.jsonl"), read_metrics(run / "metrics.jsonl")
