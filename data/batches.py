@@ -107,14 +107,39 @@ def batch(
     if batch_size % world:
         raise UserError(f"a batch of {batch_size} windows cannot be shared evenly by {world} processes")
     share = batch_size // world
-    first = step * batch_size + rank * share
-    entries = np.arange(first, first + share, dtype=np.int64)
-    return read_windows(split, windows, shuffled(entries, len(windows), seed))
+    return read_windows(split, windows, drawn(windows, seed, step, batch_size)[rank * share :][:share])
+
+
+def drawn(windows: Windows, seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Indices of the windows in the whole batch of a step, (batch_size,) int64, in order of rows."""
+    entries = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    return shuffled(entries, len(windows), seed)
+
+
+def counted_targets(windows: Windows, seed: int, step: int, batch_size: int) -> int:
+    """How many targets of the whole batch of a step count: every process knows without asking the others."""
+    return int(windows.counts[drawn(windows, seed, step, batch_size)].sum())
+
+
+def documents_of(split: TokenSplit, windows: Windows, seed: int, step: int, batch_size: int) -> list[int]:
+    """Numbers, from 0 and ascending, of the documents that the whole batch of a step learns from.
+
+    They are the ones that a counted target belongs to; the end-of-text that ends a document is its last target.
+    """
+    chosen = drawn(windows, seed, step, batch_size)
+    before = windows.starts[chosen]  # each position's document is the last one that starts before its target
+    first = np.searchsorted(split.document_starts, before, side="right") - 1
+    last = np.searchsorted(split.document_starts, before + windows.counts[chosen], side="left") - 1
+    return sorted({number for a, b in zip(first.tolist(), last.tolist(), strict=True) for number in range(a, b + 1)})
 
 
 def read_windows(split: TokenSplit, windows: Windows, indices: np.ndarray) -> Batch:
     """The windows `indices` as a batch; a window that reaches past the split is filled up, and the filling
-    ignored."""
+    ignored.
+
+    Raises `UserError`: a token outside the vocabulary, or a file that is no longer what it was (3); a file that
+    cannot be read (6).
+    """
     context = windows.context
     # The filling is the split's last token, end-of-text. It stands behind all that counts, so no counted
     # target reads it.

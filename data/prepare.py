@@ -1,8 +1,8 @@
 """From text to token shards on disk, once; a second run finds them and starts at once.
 
 Where this stands: `corpus.py` says which stretches of which files are text, `tokenizer.py` turns text into
-ids, `encoding.py` runs the one over the other in several processes, and `shards.py` is what is left on disk.
-This file calls them in order and keeps the cache. `batches.py` reads on from there.
+ids, `encoding.py` runs the one over the other in several processes, and `shards.py` and `manifest.py` are what is left
+on disk. This file calls them in order and keeps the cache. `batches.py` reads on from there.
 
     cache/
       tokens-<key>/            manifest.json tokenizer.json train-00000.npy ... train-documents.npy val-...
@@ -33,15 +33,9 @@ from data.config import DataConfig, cache_folder
 from data.corpus import Corpus, open_corpus
 from data.documents import jobs, read_documents, sample
 from data.encoding import JOB_BYTES, encode_all, size_of
-from data.shards import (
-    FORMAT,
-    DamagedShards,
-    SplitWriter,
-    TokenSplit,
-    load_shards,
-    token_dtype,
-    write_manifest,
-)
+from data.held import DamagedShards, read_small
+from data.manifest import FORMAT, TOKENIZER, load_shards, seal, unseal, write_manifest
+from data.shards import SplitWriter, TokenSplit, token_dtype
 from data.tokenizer import Tokenizer, load, train_tokenizer
 from runtime.errors import CHECKPOINT, DATA, DISK_OR_MEMORY, UserError, printable
 
@@ -55,6 +49,9 @@ _ABANDONED_AFTER = 24 * 3600
 """Seconds after which something half-written must belong to a process that was killed."""
 _SETTLED_AFTER = 2 * 10**9
 """Nanoseconds after which another change of a file surely gets another time stamp."""
+_PATIENCE = 2.0
+"""Seconds that looking through the tokens may take before a progress bar tells of it."""
+_LARGEST_INDEX = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +69,17 @@ class Prepared:
     """The corpus's true entropy where it is known (stories)."""
 
 
-def prepare(config: DataConfig, progress: bool = True) -> Prepared:
-    """The tokens of a corpus: found in the cache, or made there.
+def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> Prepared:
+    """The tokens of a corpus: found in the cache, or made there. The same text gives the same tokens every time.
 
     Several processes may do this at once; the first to finish gives the folder its name and the others use
-    it. Raises `UserError`: text that cannot be used (3), a cache that cannot be written (6), an unknown
-    tokenizer (2).
+    it. With `verify`, every file is compared with its sha256, for a flipped bit must not be learned from; about a
+    second for each gigabyte. What is damaged is named on stderr and prepared again.
+
+    Of the processes that share a machine only one needs to verify. The others have to wait until it is done before
+    they call this: they would go on with damaged files that they hold open already.
+
+    Raises `UserError`: text that cannot be used (3), a cache that cannot be written (6), an unknown tokenizer (2).
     """
     cache = cache_folder().absolute()
     with _storage(cache):
@@ -87,11 +89,11 @@ def prepare(config: DataConfig, progress: bool = True) -> Prepared:
     key = _key(corpus, _contents(stamps, cache, progress), config)
     folder = cache / f"tokens-{key}"
     for _ in range(3):
-        if not folder.exists():
+        if not os.path.lexists(folder):
             with _storage(cache):
                 _build(folder, key, corpus, config, stamps, progress)
         try:
-            return _open(folder, key, corpus)
+            return _open(folder, key, corpus, progress, verify)
         except DamagedShards as damage:
             print(f"{printable(folder)} is damaged: {printable(damage)}; preparing again", file=sys.stderr)
             with _storage(cache):
@@ -114,15 +116,21 @@ def require(prepared: Prepared, context: int) -> None:
         )
 
 
-def _open(folder: Path, key: str, corpus: Corpus) -> Prepared:
-    splits = load_shards(folder, key)
+def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) -> Prepared:
+    stored = load_shards(folder, key)
+    if verify:
+        with _bar("checking tokens", stored.n_bytes, progress, _PATIENCE) as bar:
+            stored.verify(bar.update)
     try:
-        tokenizer = load(folder / "tokenizer.json")
+        tokenizer = load(folder / TOKENIZER)
     except UserError as error:
         # A damaged file can be made again; an encoding that cannot be fetched is for the user to mend.
         if error.exit_code == CHECKPOINT:
-            raise DamagedShards(str(error)) from error
+            raise DamagedShards(f"{TOKENIZER} holds no tokenizer") from error
         raise
+    splits = stored.splits
+    if splits.keys() != {"train", "val"} or any(s.vocab_size != tokenizer.vocab_size for s in splits.values()):
+        raise DamagedShards("its tokens belong to other splits or to another tokenizer")
     train, val = splits["train"], splits["val"]
     return Prepared(corpus.name, folder, tokenizer, train, val, key, corpus.nats_per_document)
 
@@ -136,7 +144,7 @@ def _build(
     partial.mkdir()
     try:
         tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, _texts(corpus, config.tokenizer))
-        tokenizer.save(partial / "tokenizer.json")
+        tokenizer.save(partial / TOKENIZER)
         splits = _encode(corpus, tokenizer, partial, config.workers, progress)
         for path, stamp in stamps.items():
             if _stamp(path) != stamp:
@@ -170,7 +178,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, pr
         for split in spans:
             splits[split] = SplitWriter(folder, split, dtype, tokenizer.end_of_text)
             stack.callback(splits[split].abandon)
-        results = encode_all([job for _, job in work], tokenizer, folder / "tokenizer.json", workers)
+        results = encode_all([job for _, job in work], tokenizer, folder / TOKENIZER, workers)
         stack.enter_context(contextlib.closing(results))
         bar = stack.enter_context(_bar("preparing tokens", total, progress))
         for (split, job), encoded in zip(work, results, strict=True):
@@ -241,9 +249,9 @@ def _stamp(path: Path) -> Stamp:
 def _read_index(index: Path) -> dict[tuple[str, Stamp], str]:
     """(path, stamp) -> sha256. An index that cannot be read is an empty one: all it does is save time."""
     try:
-        known = json.loads(index.read_text())
+        known = unseal(read_small(index, _LARGEST_INDEX))["known"]
         return {(path, (size, changed, entry)): digest for path, (size, changed, entry), digest in known}
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, DamagedShards, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -251,14 +259,14 @@ def _write_index(index: Path, known: list[tuple[str, Stamp, str]]) -> None:
     # A cache that cannot be written may still hold the tokens, so this is no error here.
     with contextlib.suppress(OSError):
         partial = _partial(index)
-        partial.write_text(json.dumps(known))
+        partial.write_bytes(seal({"known": known}))
         partial.replace(index)
 
 
-def _bar(what: str, n_bytes: int, progress: bool) -> tqdm[Any]:
+def _bar(what: str, n_bytes: int, progress: bool, delay: float = 0) -> tqdm[Any]:
     # With `disable=None` tqdm keeps quiet where stderr is no terminal.
     disable = None if progress else True
-    return tqdm(desc=what, total=n_bytes, unit="B", unit_scale=True, leave=False, disable=disable)
+    return tqdm(desc=what, total=n_bytes, unit="B", unit_scale=True, leave=False, disable=disable, delay=delay)
 
 
 def _partial(path: Path) -> Path:
@@ -279,7 +287,7 @@ def _remove(path: Path) -> None:
     doomed = _partial(path)
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
-        if doomed.is_dir():
+        if doomed.is_dir() and not doomed.is_symlink():
             shutil.rmtree(doomed)
         else:
             doomed.unlink()

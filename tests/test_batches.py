@@ -3,6 +3,8 @@ share it."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from data.batches import (
     IGNORED,
     batch,
+    counted_targets,
     document_windows,
+    documents_of,
     evaluation_windows,
     read_windows,
     shuffled,
@@ -157,6 +161,62 @@ def test_ranks_together_hold_the_global_batch(world):
     shares = [batch(split, windows, 5, 3, 8, rank, world) for rank in range(world)]
     assert torch.equal(whole.tokens, torch.cat([share.tokens for share in shares]))
     assert torch.equal(whole.targets, torch.cat([share.targets for share in shares]))
+
+
+seeds, steps = st.integers(0, 10**6), st.integers(0, 50)
+
+
+@settings(max_examples=60, deadline=None)
+@given(document_lengths, st.integers(1, 50), seeds, steps, st.sampled_from([1, 2, 4]))
+def test_each_process_knows_how_many_targets_count_in_all(lengths, context, seed, step, world):
+    split = split_of(lengths)
+    windows = document_windows(split, context)
+    shares = [batch(split, windows, seed, step, 4, rank, world) for rank in range(world)]
+    counted = sum(int((share.targets != IGNORED).sum()) for share in shares)
+    assert counted_targets(windows, seed, step, 4) == counted
+
+
+@settings(max_examples=60, deadline=None)
+@given(document_lengths, st.integers(1, 50), seeds, steps, st.integers(1, 6))
+def test_the_documents_of_a_batch_are_those_of_its_counted_targets(lengths, context, seed, step, size):
+    split = split_of(lengths)
+    windows = document_windows(split, context)
+    # The same layout, but each token is its own position, so that the batch itself says where its targets lie.
+    positions = dataclasses.replace(split, shards=(np.arange(len(split)),))
+    targets = batch(positions, windows, seed, step, size).targets
+    touched = set()
+    for position in targets[targets != IGNORED].tolist():
+        touched.add(sum(start < position for start in split.document_starts.tolist()) - 1)
+    assert documents_of(split, windows, seed, step, size) == sorted(touched)
+
+
+def test_the_end_of_a_document_belongs_to_it_and_the_start_of_the_next_does_not():
+    # EOT a a a EOT b b EOT c c c c c EOT, as above: one window learns of documents 0 and 1, the other of document 2.
+    split = split_of([3, 2, 5])
+    windows = document_windows(split, 9)
+    order = shuffled(np.arange(2), 2, 1).tolist()
+    found = [documents_of(split, windows, seed=1, step=step, batch_size=1) for step in order]
+    assert sorted(found) == [[0, 1], [2]] and found[order.index(0)] == [0, 1]
+    assert documents_of(split, windows, seed=1, step=0, batch_size=2) == [0, 1, 2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(document_lengths, st.integers(1, 50), st.integers(1, 20), st.data())
+def test_a_token_outside_the_vocabulary_is_never_in_a_batch(lengths, context, shard, chosen):
+    """Whichever window reads it, as input, target or filling, is refused; the others can be read."""
+    split = split_of(lengths, shard)
+    last = len(split) - 1
+    at = chosen.draw(st.integers(0, last))
+    split.shards[at // shard][at % shard] = 5_000
+    split = dataclasses.replace(split, vocab_size=5_000)
+    windows = document_windows(split, context)
+    for i, start in enumerate(windows.starts.tolist()):
+        if at < last and not start <= at <= start + context:
+            assert int(read_windows(split, windows, np.array([i])).tokens.max()) < 5_000
+            continue
+        with pytest.raises(UserError, match=rf"token 5000 at position {at % shard} is not in .* 5000$") as caught:
+            read_windows(split, windows, np.array([i]))
+        assert caught.value.exit_code == DATA
 
 
 def test_the_batch_is_a_function_of_seed_and_step():

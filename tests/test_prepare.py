@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -23,8 +27,10 @@ import data.prepare
 from data.config import DataConfig
 from data.documents import Span
 from data.encoding import encode, encode_all
+from data.held import DamagedShards
+from data.manifest import load_shards, seal, unseal, write_manifest
 from data.prepare import Prepared, prepare, require
-from data.shards import DamagedShards, SplitWriter, TokenSplit, load_shards, token_dtype
+from data.shards import SplitWriter, TokenSplit, token_dtype
 from data.tokenizer import ByteTokenizer
 from runtime.errors import DATA, DISK_OR_MEMORY, UserError
 
@@ -259,16 +265,135 @@ def test_a_damaged_folder_is_prepared_again(book, cache, capsys, damage):
     assert not capsys.readouterr().err
 
 
-def test_sha256_finds_a_flipped_bit_on_request(book):
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_at_the_next_start(book, capsys):
+    """No size changes, and the token is one of the vocabulary: only the sha256 tells."""
+    first = prepared(book)
+    expected, tokens = files_of(first.folder), everything(first.train)
+    for name in ("train-00000.npy", "val-00000.npy"):
+        flip(first.folder / name, -2)
+        stored = load_shards(first.folder, first.fingerprint)
+        with pytest.raises(DamagedShards, match=f"{name} has the wrong sha256"):
+            stored.verify()
+        unverified = prepare(DataConfig(source=str(book), tokenizer="byte"), progress=False, verify=False)
+        assert files_of(unverified.folder) != expected and not capsys.readouterr().err
+        second = prepared(book)
+        assert files_of(second.folder) == expected and everything(second.train) == tokens
+        assert f"{name} has the wrong sha256; preparing again" in capsys.readouterr().err
+
+
+def test_every_byte_is_verified_and_told_of(book):
     made = prepared(book)
-    load_shards(made.folder, made.fingerprint, check_sha256=True)
-    shard = made.folder / "train-00000.npy"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    load_shards(made.folder, made.fingerprint)
-    with pytest.raises(DamagedShards, match=r"train-00000.npy has the wrong sha256"):
-        load_shards(made.folder, made.fingerprint, check_sha256=True)
+    stored, told = load_shards(made.folder, made.fingerprint), []
+    stored.verify(told.append)
+    sizes = {path.name: path.stat().st_size for path in made.folder.iterdir() if path.name != "manifest.json"}
+    assert {file.path.name for file in stored.files} == {*sizes}
+    assert sum(told) == stored.n_bytes == sum(sizes.values())
+
+
+def test_tokens_of_another_vocabulary_are_prepared_again(book, capsys):
+    """A folder that is whole, but whose manifest and tokenizer differ about the vocabulary."""
+    first = prepared(book)
+    manifest = unseal((first.folder / "manifest.json").read_bytes())
+    del manifest["sha256"]
+    manifest["tokenizer"]["vocab_size"] = 300
+    (first.folder / "manifest.json").write_bytes(seal(manifest))
+    assert prepared(book).train.vocab_size == 257
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_in_the_index_of_sources_changes_nothing(book, cache, monkeypatch):
+    """It names what was read: were it believed, a resumed run would be told that its text had changed."""
+    monkeypatch.setattr(data.prepare, "_SETTLED_AFTER", 0)
+    first = prepared(book)
+    [index] = cache.glob("sources-*.json")
+    at = index.read_bytes().index(hashlib.sha256(book.read_bytes()).hexdigest().encode())
+    flip(index, at)
+    assert prepared(book).fingerprint == first.fingerprint
+
+
+def test_a_link_in_the_place_of_a_folder_is_replaced_and_not_followed(book, tmp_path):
+    first = prepared(book)
+    away = first.folder.rename(tmp_path / "away")
+    for target in (away, tmp_path / "nowhere"):
+        os.truncate(away / "manifest.json", 10)
+        first.folder.symlink_to(target)
+        assert everything(prepared(book).train) == everything(first.train)
+        assert not first.folder.is_symlink() and (away / "train-00000.npy").is_file()
+        shutil.rmtree(first.folder)
+
+
+def link_to_a_copy(path: Path) -> None:
+    """A link that leads out of the folder, to a file with the very bytes that are wanted."""
+    path.symlink_to(path.rename(path.parent.parent / "outside"))
+
+
+def replaced_by(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda path: (path.unlink(), make(path))[1]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "val-documents.npy"])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (replaced_by(os.mkfifo), "no regular file"),
+        (replaced_by(Path.mkdir), "no regular file"),
+        (link_to_a_copy, "symbolic link"),
+    ],
+)
+def test_a_pipe_a_link_or_a_folder_in_the_place_of_a_file_is_damage(book, capsys, name, harm, said):
+    first = prepared(book)
+    expected = files_of(first.folder)
+    harm(first.folder / name)
+    assert files_of(prepared(book).folder) == expected
+    assert said in capsys.readouterr().err and not (first.folder / name).is_symlink()
+
+
+@pytest.mark.parametrize("damage", [damage_shard, damage_by_more])
+def test_sizes_are_compared_without_verifying_too(book, capsys, damage):
+    damage(prepared(book).folder)
+    prepare(DataConfig(source=str(book), tokenizer="byte"), progress=False, verify=False)
+    assert "has the wrong size" in capsys.readouterr().err
+
+
+def test_a_system_that_hands_out_less_than_it_was_asked_for_is_asked_again(book, monkeypatch):
+    made, pread = prepared(book), os.pread
+    tokens = everything(made.train)
+    monkeypatch.setattr(os, "pread", lambda descriptor, n_bytes, offset: pread(descriptor, min(n_bytes, 5), offset))
+    assert everything(prepared(book).train) == everything(made.train) == tokens
+
+
+def test_files_are_closed_with_what_holds_them_and_not_handed_down(book):
+    def held() -> set[str]:
+        return {name for name in os.listdir("/dev/fd") if os.path.exists(f"/dev/fd/{name}")}
+
+    prepared(book)
+    before = held()
+    stored = load_shards(prepared(book).folder, prepared(book).fingerprint)
+    opened = held() - before
+    assert len(opened) == len(stored.files) and not any(os.get_inheritable(int(name)) for name in opened)
+    del stored
+    assert held() == before
+
+
+def test_too_many_open_files_are_no_damage(book, monkeypatch):
+    """What took hours to prepare is not thrown away because of a limit."""
+    made = prepared(book)
+    written = files_of(made.folder)
+
+    def refuse(path, flags):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(UserError, match="ulimit") as caught:
+            load_shards(made.folder, made.fingerprint)
+    assert caught.value.exit_code == DISK_OR_MEMORY and files_of(made.folder) == written
 
 
 def test_a_cache_that_cannot_be_made_names_the_variable(book, tmp_path, monkeypatch):
@@ -408,8 +533,11 @@ def test_shards_hold_what_was_written(tmp_path_factory, texts, shard, piece):
     for i in range(0, len(stream), piece):
         writer.append(np.array(stream[i : i + piece], np.uint16), 1)
     writer.close()
-    data.shards.write_manifest(folder, "key", {}, {"train": writer})
-    split = load_shards(folder, "key", check_sha256=True)["train"]
+    ByteTokenizer().save(folder / "tokenizer.json")
+    write_manifest(folder, "key", {"name": "byte", "vocab_size": 257}, {"train": writer})
+    stored = load_shards(folder, "key")
+    stored.verify()
+    split = stored.splits["train"]
     assert everything(split) == [EOT, *stream]
     ends = np.cumsum([0, *(len(text) + 1 for text in texts)])
     assert split.document_starts.tolist() == ends[:-1].tolist()
