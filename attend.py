@@ -26,6 +26,7 @@ from tyro.conf import Positional
 
 from runtime.cli import parse, split_options
 from runtime.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, printable, run_main
+from runtime.folder import refuse_links
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 COMMANDS = ("summary", "heads", "token", "timeline", "compare", "verify", "page", "figures", "evidence")
 """Each a module of inspection/commands with its options, a dataclass of the same name, and `run`."""
+WRITING = ("page", "figures", "evidence")
+"""Those that write into the run folder."""
 MOST_PARTS = 6
 """Parts of a logit that are named; the others are added up."""
 
@@ -108,8 +111,11 @@ def command(name: str, argv: list[str]) -> None:
         at = len(argv) - 1 - argv[::-1].index(str(words[1]))
         argv = [*argv[:at], f"--other={words[1]}", *argv[at + 1 :]]
     config: Any = parse(settings, argv, f"{settings.__doc__}  python attend.py {name} RUN", positional="run")
+    from inspection.folder import run_of
     from inspection.tables import to_csv, to_json
 
+    if name in WRITING and Path(config.run).is_dir():
+        refuse_links(run_of(Path(config.run)))
     extra = {"origin": origin} if name in ("verify", "evidence") else {}
     result = module.run(config, terminal(), **extra)
     if getattr(config, "json", False):
@@ -148,7 +154,7 @@ def origin(folder: Path, step: int) -> Origin | None:
         if not kept:
             return None
         if fault := fault_of(kept[0]):
-            print(f"passing over the damaged checkpoint {printable(kept[0])}: {fault}", file=sys.stderr)
+            print(f"passing over the damaged checkpoint {printable(kept[0])}: {printable(fault)}", file=sys.stderr)
             return None
         saved = read_state(kept[0])
     model, tokenizer = saved.model(find_machine("fp32")), saved.tokenizer()
@@ -249,6 +255,8 @@ def write_files(
     from inspection.words import token_text
     from runtime.provenance import provenance
 
+    if not config.out and saved.folder.parent.name == "checkpoints":
+        refuse_links(saved.folder.parent.parent)
     folder = Path(config.out) if config.out else saved.folder.parent.parent / "attention"
     text = config.prompt or f"own text, seed {config.seed}"
     slug = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:24].strip("-")
@@ -266,7 +274,8 @@ def write_files(
         raise UserError(
             f"cannot write into {folder}: {error.strerror}; choose another with --out", DISK_OR_MEMORY
         ) from error
-    print(f"weights  {folder / stem}.safetensors\npicture  {folder / stem}.png\npage     {folder / stem}.html")
+    where = printable(folder / stem)
+    print(f"weights  {where}.safetensors\npicture  {where}.png\npage     {where}.html")
 
 
 def write_own_page(path: Path, newest: Checkpoint, text: str, tokens: list[int]) -> None:

@@ -136,7 +136,7 @@ def _frame(axes: Axes, steps: Sequence[int], limits: tuple[float, float], name: 
     axes.set_xlim(first, last if last > first else first + 1)
     axes.set_ylim(low - room, high + room)
     axes.set_xlabel("step", fontsize=9)
-    axes.set_ylabel(name, fontsize=9)
+    axes.set_ylabel(drawable(name, " "), fontsize=9, parse_math=False)
     axes.tick_params(labelsize=8, length=2.5, width=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -304,6 +304,8 @@ def read(path: Path | str) -> Dump:
         UserError: if the file is missing, damaged, or no attention file (exit code 4).
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise _Broken("it is a folder, or a device or pipe that may never end")
         header, data = _header(Path(path).read_bytes())
         metadata, names = _metadata(header)
         arrays = _arrays_of(header, data)

@@ -164,8 +164,9 @@ class RunAttention:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of the run's `metrics.jsonl`, up to the first that is no table with a step."""
         lines: list[dict[str, Any]] = []
+        file = self.folder / "metrics.jsonl"
         try:
-            texts = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            texts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []  # no pipe, which may hang
             for text in texts:
                 line = json.loads(text)
                 if not isinstance(line, dict) or not isinstance(line.get("step"), int):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from inspection.dump import DTYPES, FORMAT, SCORES
 from inspection.files import replace_whole
+from model.tensor_file import file_head
 
 LARGEST_HALF = 65504.0
 Chunk = bytes | memoryview
@@ -96,20 +96,10 @@ def _arrays(
 def _serialize(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[Chunk]:
     """The file as chunks. Wide numbers come first: each array begins at a multiple of its item's size."""
     names = {kind: name for name, kind in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    chunks: list[Chunk] = []
-    offset = 0
-    for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):
-        header[name] = {
-            "dtype": names[array.dtype.str],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        chunks.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # as it lies there, no copy
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)), text, *chunks]
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)
+    head = file_head(((name, names[a.dtype.str], a.shape, a.nbytes) for name, a in ordered), metadata)
+    # Each array as it lies there, without a copy.
+    return [head, *(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data for _, a in ordered)]
 
 
 def write(
