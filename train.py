@@ -1,4 +1,5 @@
 """Train a small GPT:  python train.py [CONFIG.toml] [--section.key value ...]
+Prove that a run resumes exactly:  python train.py --run.resume RUN --check
 
 config → corpus → model → the loop. Nothing heavy is imported before the command line has been found good.
 """
@@ -13,45 +14,55 @@ from typing import TYPE_CHECKING
 
 from runtime.config import RunConfig, parse_train
 from runtime.errors import run_main
+from runtime.folder import run_folder
 
 if TYPE_CHECKING:
     from data.prepare import Prepared
     from inspection.probes import Probe
     from inspection.watch import WatchSet
 
+CHECK = "--check"
 PROBE_STORIES = 200
 HELD_OUT_TEXTS = 12
 
 
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
-    config, name = parse_train(argv)
-    from runtime.device import processes
+    config, name = parse_train([word for word in argv if word != CHECK])
+    if CHECK in argv:
+        from runtime.check import check_resume
 
-    with processes():
-        train(config, name, started)
+        check_resume(config)
+        return
+    with run_folder(config, name) as config:
+        from runtime.parallel import processes
+
+        with processes(config.run.timeout):
+            train(config, started)
 
 
-def train(config: RunConfig, name: str, started: float) -> None:
+def train(config: RunConfig, started: float) -> None:
     """One run, from text to what the model learned of it."""
-    from data.prepare import prepare, require
+    from data.prepare import require
     from inspection.observer import Observer
     from runtime.checkpoint import TrainState, sha256_of_weights
     from runtime.device import find_machine
+    from runtime.preparing import prepare_once
     from runtime.provenance import provenance
-    from runtime.run import Run
+    from runtime.run import Run, agreed
 
     machine = find_machine(config.train.dtype, config.run.threads)
-    data = prepare(config.data, progress=machine.is_first)
+    config = agreed(config, machine)
+    data = prepare_once(config.data, machine)
     require(data, config.model.context)
     watched = watch_set(data, config)
-    run = Run(config, name, machine, data)
+    run = Run(config, machine, data)
     observer = Observer(run.model, watched, data.tokenizer.token_bytes, run.folder)
 
     def observe(state: TrainState) -> None:
         observer.write(state.step, provenance(run.model, data.tokenizer, state), run.sample)
 
-    run.introduce()
+    run.begin()
     if machine.is_first:
         observer.begin(run.state.step)
         if not observer.has(run.state.step):  # untrained heads, or those of a run that was stopped

@@ -1,37 +1,56 @@
-"""Checkpoints: whole or absent, checked when they are read, and free of pickle.
+"""Reading checkpoints, which may come from anybody: every file is checked before anything is made of it.
 
-A checkpoint is a folder `checkpoints/000400` of safetensors and JSON. It is written under another name, its manifest
-last, and renamed into place, so that a folder of that form is complete; sizes and sha256 in the manifest say so again
-when it is read. There is no "latest" pointer: the newest folder that verifies is the latest.
+A checkpoint is a folder `checkpoints/000400` of safetensors and JSON, free of pickle; `saving.py` writes it. Its
+manifest lists the size and sha256 of each file. There is no "latest" pointer: the newest folder that verifies is the
+latest. What a manifest cannot vouch for, as a stranger wrote it too, `strangers.py` checks: bounded sizes, plain types,
+and a shape that fits the weights, so that no memory is taken for a model that is not there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-import shutil
+import math
+import re
+import stat
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import tokenizer as tokenizers
 from data.tokenizer import Tokenizer
+from model.config import ModelConfig
 from model.gpt import GPT
 from runtime.config import RunConfig, from_saved
 from runtime.device import Machine, choose_kernels
-from runtime.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
+from runtime.errors import CHECKPOINT, UserError, printable
+from runtime.strangers import check_cache, check_moments, check_weights, plain, read_json, read_tensors
+
+__all__ = [
+    "Checkpoint",
+    "Origin",
+    "TrainState",
+    "fault_of",
+    "load_weights",
+    "model_weights",
+    "open_checkpoint",
+    "read_state",
+    "read_tensors",
+    "sha256_of_file",
+    "sha256_of_weights",
+    "step_of",
+    "steps_in",
+]
 
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
-LARGEST_JSON = 1 << 30  # a file from a stranger must not fill the memory
+FORMAT = 1
+REPLACED = ".replaced-"
+"""Before a step's name: the checkpoint that another of that step is about to take the place of."""
 
 
 @dataclass
@@ -44,6 +63,22 @@ class TrainState:
     best_step: int = 0
     stale: int = 0
     """Evaluations since the best one."""
+    evaluated: int = -1
+    """The last step that was evaluated."""
+    skipped: int = 0
+    """Steps passed over because their loss or gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint's numbers come from."""
+
+    documents: bool
+    """Whether a text begins with end-of-text: the corpus had several documents, or no lines to begin after."""
+    data: str = ""
+    """Fingerprint of the prepared corpus."""
+    how: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What else decides the last bits: device, dtype, kernels, threads, compiled, torch."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +89,60 @@ class Checkpoint:
     config: RunConfig
     vocab_size: int
     state: TrainState
-    documents: bool
-    """Whether a text begins with end-of-text: the corpus had several documents, or no lines to begin after."""
+    origin: Origin
+
+    @property
+    def documents(self) -> bool:
+        """Whether a text begins with end-of-text."""
+        return self.origin.documents
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's parameters by name."""
+        """The model's parameters by name.
+
+        Raises:
+            UserError: if they do not fit the config beside them, or a number is not finite (exit code 4).
+        """
         return read_tensors(self.folder / "model.safetensors")
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's moments, named as `Optimizer.state` names them."""
+        """The optimizer's moments, named as `Optimizer.state` names them.
+
+        Raises:
+            UserError: if they are not those of the weights, or a number is not finite (exit code 4).
+        """
+        check_moments(self.folder / "optimizer.safetensors", self.config.model, self.vocab_size)
         return read_tensors(self.folder / "optimizer.safetensors")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model was trained with."""
-        return tokenizers.load(self.folder / "tokenizer.json")
+        """The tokenizer that the model was trained with.
+
+        Raises:
+            UserError: if it is damaged, or has another number of tokens than the model (exit code 4).
+        """
+        path = self.folder / "tokenizer.json"
+        found = tokenizers.load(path)
+        if found.vocab_size != self.vocab_size:
+            raise UserError(
+                f"{printable(path)} has {found.vocab_size} tokens, the model beside it {self.vocab_size}: "
+                "take another checkpoint",
+                CHECKPOINT,
+            )
+        return found
+
+    def restored(self, shape: ModelConfig) -> GPT:
+        """The model as it was saved, on the CPU; no first weights are drawn for it.
+
+        Args:
+            shape: the config's, with kernels and dropout of the caller's choice.
+
+        Raises:
+            UserError: if the weights do not fit it (exit code 4).
+        """
+        check_weights(self.folder / "model.safetensors", shape, self.vocab_size)
+        with torch.device("meta"):
+            model = GPT(shape, self.vocab_size)
+        load_weights(model, self.weights(), self.folder)
+        return model
 
     def model(self, machine: Machine) -> GPT:
         """The model, ready to be sampled from.
@@ -75,29 +150,33 @@ class Checkpoint:
         Raises:
             UserError: if the weights do not fit the config beside them (exit code 4).
         """
-        model = GPT(choose_kernels(self.config.model, machine.device, machine.dtype), self.vocab_size)
-        load_weights(model, self.weights(), self.folder)
-        return model.to(machine.device).eval()
+        shape = choose_kernels(self.config.model, machine.device, machine.dtype)
+        return self.restored(shape).to(machine.device).eval()
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:
     """Copy `weights` into the model; the head is stored once, as the embedding that it is.
 
+    A model without memory (on the device `meta`) takes the tensors themselves.
+
     Raises:
-        UserError: if they do not fit.
+        UserError: if they do not fit (exit code 4).
     """
+    without_memory = model.token_embedding.weight.is_meta
     try:
-        model.load_state_dict({**weights, "head.weight": weights["token_embedding.weight"]})
+        whole = {**weights, "head.weight": weights["token_embedding.weight"]}
+        model.load_state_dict(whole, assign=without_memory)
     except KeyError as error:
-        raise UserError(f"the weights in {folder} lack {error}", CHECKPOINT) from error
+        raise UserError(f"the weights in {printable(folder)} lack {printable(error)}", CHECKPOINT) from error
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise UserError(f"the weights in {folder} do not fit its config: {lines[-1].strip()}", CHECKPOINT) from error
+        last = printable(str(error).splitlines()[-1].strip())
+        raise UserError(f"the weights in {printable(folder)} do not fit its config: {last}", CHECKPOINT) from error
+    model.head.weight = model.token_embedding.weight
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:
-    """What `model.safetensors` holds: every parameter once."""
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    """What `model.safetensors` holds: every parameter once; the model's own memory, where it lies."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def sha256_of_weights(model: GPT) -> str:
@@ -105,7 +184,7 @@ def sha256_of_weights(model: GPT) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model_weights(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -115,104 +194,24 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def save(
-    run: Path,
-    config: RunConfig,
-    state: TrainState,
-    model: GPT,
-    moments: dict[str, Tensor],
-    tokenizer: Tokenizer,
-    documents: bool,
-) -> Path:
-    """Write `run/checkpoints/<step>`, whole or not at all, then remove what rotation lets go.
-
-    Raises:
-        UserError: if the disk is full or can't be written (exit code 6); earlier checkpoints are untouched.
-    """
-    root = run / "checkpoints"
-    final = root / f"{state.step:06d}"
-    temporary = root / f".writing-{state.step:06d}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(model_weights(model), temporary / "model.safetensors")
-        save_file(
-            {key: value.cpu().contiguous() for key, value in moments.items()}, temporary / "optimizer.safetensors"
-        )
-        tokenizer.save(temporary / "tokenizer.json")
-        saved = {
-            "format": 1,
-            "vocab_size": model.vocab_size,
-            "documents": documents,
-            "torch": torch.__version__,
-            "state": dataclasses.asdict(state),
-            "config": dataclasses.asdict(config),
-        }
-        (temporary / "state.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
-        write_manifest(temporary)
-        if final.exists():  # a damaged folder of the same step, or the same step saved again
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write the checkpoint {final}: {reason(error)}", DISK_OR_MEMORY) from error
-    prune(root, {state.best_step, state.step}, config.train.keep)
-    return final
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be written, in words."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-
-
-def write_manifest(folder: Path) -> None:
-    """List each file's size and sha256, once every file is on the disk; the manifest is the last one written."""
-    files = {}
-    for name in FILES:
-        sync(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1), encoding="utf-8")
-    sync(folder / MANIFEST)
-    sync(folder)
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None for another name."""
+    found = re.fullmatch(r"[0-9]{6,18}", folder.name.removeprefix(REPLACED))
+    step = int(found[0]) if found else -1
+    return step if found and f"{step:06d}" == found[0] else None
 
 
 def steps_in(root: Path) -> list[Path]:
-    """The checkpoint folders, oldest step first."""
-    if not root.is_dir():
-        return []
-    return sorted((p for p in root.iterdir() if p.name.isdecimal() and p.is_dir()), key=lambda p: int(p.name))
+    """The checkpoint folders, oldest step first.
 
-
-def prune(root: Path, precious: set[int], keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and those of the `precious` steps."""
-    for folder in steps_in(root)[:-keep]:
-        if int(folder.name) not in precious:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of bounded size.
-
-    Raises:
-        ValueError: if it is no JSON, or absurdly large.
-        OSError: if it can't be read.
+    Where a process was killed between two renames, the folder that was about to be replaced stands for its step.
     """
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path.name} is larger than a checkpoint's can be")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deeply") from error
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir() if root.is_dir() else ()):  # "." sorts before digits
+        step = step_of(path)
+        if step is not None and path.is_dir():
+            found[step] = path
+    return [found[step] for step in sorted(found)]
 
 
 def fault_of(folder: Path) -> str | None:
@@ -221,27 +220,19 @@ def fault_of(folder: Path) -> str | None:
         listed = read_json(folder / MANIFEST)["files"]
         for name in FILES:
             path = folder / name
-            if path.stat().st_size != listed[name]["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {listed[name]['bytes']}"
-            if sha256_of_file(path) != listed[name]["sha256"]:
+            size, sha256 = plain(listed[name]["bytes"], int), plain(listed[name]["sha256"], str)
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                return f"{name} is no file of its own (a link, or something else)"
+            if found.st_size != size:
+                return f"{name} has {found.st_size} bytes instead of {size}"
+            if sha256_of_file(path) != sha256:
                 return f"{name} does not have the sha256 of its manifest"
     except OSError as error:
-        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
+        return f"{printable(Path(error.filename or MANIFEST).name)}: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        UserError: if it is none (exit code 4).
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable safetensors file: {reason(error)}", CHECKPOINT) from error
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -252,35 +243,78 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: if there is no such folder, or no good checkpoint in it (exit code 4).
     """
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is no folder; give a run folder such as runs/quickstart, or one of its checkpoints", CHECKPOINT
-        )
-    single = (path / MANIFEST).is_file() or (path / "state.json").is_file()
-    candidates = [path] if single else steps_in(path / "checkpoints")[::-1]
+    shown = printable(path)
+    try:
+        if not path.is_dir():
+            raise UserError(
+                f"{shown} is no folder; give a run folder such as runs/quickstart, or one of its checkpoints",
+                CHECKPOINT,
+            )
+        single = (path / MANIFEST).is_file() or (path / "state.json").is_file()
+        candidates = [path] if single else steps_in(path / "checkpoints")[::-1]
+    except OSError as error:
+        raise UserError(f"cannot read {shown}: {error.strerror}", CHECKPOINT) from error
     if not candidates:
-        raise UserError(f"{path} holds no checkpoint; train one with: python train.py --run.dir {path}", CHECKPOINT)
+        raise UserError(f"{shown} holds no checkpoint; train one with: python train.py --run.dir {shown}", CHECKPOINT)
     for folder in candidates:
         fault = fault_of(folder)
         if fault is None:
-            return read_state(folder)
-        print(f"passing over the damaged checkpoint {folder}: {fault}", file=sys.stderr)
-    raise UserError(f"no checkpoint in {path} is whole; restore one from a copy, or train again", CHECKPOINT)
+            try:
+                return read_state(folder)
+            except UserError as error:
+                if len(candidates) == 1:
+                    raise
+                fault = str(error)
+        print(f"passing over the damaged checkpoint {printable(folder)}: {fault}", file=sys.stderr)
+    raise UserError(f"no checkpoint in {shown} is whole; restore one from a copy, or train again", CHECKPOINT)
 
 
 def read_state(folder: Path) -> Checkpoint:
-    """A checkpoint's `state.json`.
+    """A checkpoint's `state.json`, and whether the weights beside it have the shape that it says.
+
+    A folder that is named after another step than it holds is refused: it was copied there by hand, and the steps
+    after it would be taken for newer than they are.
 
     Raises:
         UserError: if it is not what this version writes (exit code 4).
     """
+    path = folder / "state.json"
     try:
-        saved = read_json(folder / "state.json")
-        state = TrainState(**saved["state"])
-        vocab_size = int(saved["vocab_size"])
-        config = from_saved(saved["config"], str(folder / "state.json"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        saved = plain(read_json(path), dict)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"its format is {saved['format']}, and this version reads {FORMAT}")
+        state, origin = state_from(plain(saved["state"], dict)), origin_from(saved)
+        vocab_size, table = plain(saved["vocab_size"], int), plain(saved["config"], dict)
+        named = step_of(folder)
+        if named is not None and named != state.step:
+            raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
+        if vocab_size < 1:
+            raise ValueError(f"its vocab_size is {vocab_size}")
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
-            f"{folder / 'state.json'} is not a state that this version reads ({error})", CHECKPOINT
+            f"{printable(path)} is not a state that this version reads ({printable(error)})", CHECKPOINT
         ) from error
-    return Checkpoint(folder, config, vocab_size, state, bool(saved.get("documents")))
+    config = from_saved(table, printable(path))
+    check_weights(folder / "model.safetensors", config.model, vocab_size)
+    check_cache(folder / "model.safetensors", config.model)
+    return Checkpoint(folder, config, vocab_size, state, origin)
+
+
+def state_from(table: dict[str, object]) -> TrainState:
+    """Raises ValueError or TypeError for all that is no state."""
+    state = TrainState(**table)  # type: ignore[arg-type]
+    if state.best_loss is not None and not math.isfinite(plain(state.best_loss, float)):
+        raise ValueError("its best loss is not finite")
+    for name, value in dataclasses.asdict(state).items():
+        if name != "best_loss" and not (-1 if name == "evaluated" else 0) <= plain(value, int) < 10**18:
+            raise ValueError(f"its {name} is {value}")
+    return state
+
+
+def origin_from(saved: dict[str, object]) -> Origin:
+    """Raises ValueError, KeyError or TypeError for all that is no origin."""
+    if "origin" not in saved:  # written before there was one
+        return Origin(documents=plain(saved["documents"], bool))
+    table = plain(saved["origin"], dict)
+    how = {plain(key, str): plain(value, str) for key, value in plain(table["how"], dict).items()}
+    return Origin(plain(table["documents"], bool), plain(table["data"], str), how)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from runtime.errors import CONFIG, UserError
+from runtime.errors import CONFIG, UserError, printable
 
 
 class Settings(Protocol):
@@ -91,7 +91,9 @@ def judge(settings: type[S], option: str, value: str | None, known: dict[str, An
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
             key for key in known if key.rsplit(".", 1)[-1] == name
         ]
-        return f"unknown option {option}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the options")
+        return f"unknown option {printable(option)}" + (
+            f"; did you mean --{near[0]}?" if near else "; --help lists the options"
+        )
     if value is None:
         return None if known[name] is bool else f"{option} needs a value: {expected(known[name])}"
     if typing.get_origin(known[name]) is typing.Literal and value not in typing.get_args(known[name]):

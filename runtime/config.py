@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -43,9 +44,13 @@ class RunSettings:
     """Decides the first weights, the order of the batches, dropout and samples."""
     threads: int = 0
     """Processor threads; 0 takes what torch takes."""
+    stop_at: int = 0
+    """Stop once this step is done and saved, as after a signal; 0 goes on to the end."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it gives the job up (torchrun)."""
 
     def problems(self) -> list[str]:
-        return at_least("run", self, seed=0, threads=0)
+        return at_least("run", self, seed=0, threads=0, stop_at=0, timeout=1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,10 @@ class TrainConfig:
     """Newest checkpoints that are kept, beside the best."""
     patience: int = 0
     """Stop after so many evaluations without a new best; 0 never does."""
+    skip_bad_steps: int = 0
+    """Steps whose loss or gradient is not finite that a run may pass over before it stops; 0 stops at the first."""
+    sharding: Literal["none", "full"] = "none"
+    """`none`: every process holds the whole model; `full`: weights and moments are split among the processes."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the matrix products; `auto` takes bf16 where the hardware is made for it."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -125,6 +134,7 @@ class TrainConfig:
             save_every=1,
             keep=1,
             patience=0,
+            skip_bad_steps=0,
         )
 
 
@@ -145,7 +155,7 @@ class LogConfig:
 
     def problems(self) -> list[str]:
         found = at_least("log", self, every=1, sample_tokens=0)
-        if self.watch and not Path(self.watch).is_file():
+        if self.watch and not os.path.isfile(self.watch):
             found.append(f"log.watch is {self.watch!r}; there is no such file")
         return found
 
@@ -176,10 +186,16 @@ def as_arguments(table: dict[str, Any], where: str) -> list[str]:
     arguments = []
     for section, entries in table.items():
         if not isinstance(entries, dict):
-            raise UserError(f"{where}: {section} stands outside a section; write it as [section] and key = value")
+            raise UserError(
+                f"{where}: {printable(section)} stands outside a section; write it as [section] and key = value"
+            )
         for key, value in entries.items():
+            if isinstance(value, str) and "\0" in value:
+                raise UserError(
+                    f"{where}: {printable(f'{section}.{key}')} holds a zero, which ends a word for the system"
+                )
             if isinstance(value, (dict, list)):
-                raise UserError(f"{where}: {section}.{key} must be one plain value")
+                raise UserError(f"{where}: {printable(f'{section}.{key}')} must be one plain value")
             arguments.append(f"--{section}.{key}={value}")
     return arguments
 
@@ -190,12 +206,13 @@ def read_toml(path: Path) -> list[str]:
     Raises:
         UserError: if it can't be read or is no TOML.
     """
+    where = printable(path)
     try:
-        return as_arguments(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        return as_arguments(tomllib.loads(path.read_text(encoding="utf-8")), where)
     except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}", CONFIG) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid TOML: {error}", CONFIG) from error
+        raise UserError(f"cannot read the config file {where}: {error.strerror}", CONFIG) from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5,000 digits, nested too deeply
+        raise UserError(f"{where} is no valid TOML: {printable(error)}", CONFIG) from error
 
 
 def to_toml(config: RunConfig) -> str:
@@ -234,16 +251,24 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
     resumed += [word.split("=", 1)[1] for word in typed if word.startswith("--run.resume=")]
     if resumed:
         saved = Path(resumed[-1]) / "config.toml"
-        if not saved.is_file():
+        if not os.path.isfile(saved):  # not Path.is_file, which raises for names that are too long
             raise UserError(
-                f"{resumed[-1]} is no run folder: it has no config.toml; give one that train.py wrote", CHECKPOINT
+                f"{printable(resumed[-1])} is no run folder: it has no config.toml; give one that train.py wrote",
+                CHECKPOINT,
             )
         if file is not None:
-            raise UserError(f"--run.resume brings its own config; leave out {file}, or change single options")
+            raise UserError(
+                f"--run.resume brings its own config; leave out {printable(file)}, or change single options"
+            )
         file, typed = saved, [*typed, f"--run.dir={resumed[-1]}"]
     file = file or QUICKSTART
-    description = "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml)."
+    description = (
+        "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With "
+        "--run.resume RUN --check nothing is trained further: it is proved that RUN resumes exactly."
+    )
     config = parse(RunConfig, read_toml(file) + typed, description)
+    if config.run.resume and not resumed:
+        raise UserError(f"{printable(file)} sets run.resume, which belongs on the command line: --run.resume RUN")
     own_text = file == QUICKSTART and config.data.source != DataConfig().source
     name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if own_text else file.stem
     return config, name or "run"

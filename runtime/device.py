@@ -1,24 +1,28 @@
-"""The machine a run lives on: device, number format, kernels, compilation, and the other processes of torchrun.
+"""The machine a run lives on: device, number format, kernels, compilation, and its place among torchrun's processes.
 
-The only place that asks "cuda or cpu?" and the only one that knows of other processes. What it chooses it can say in
-one line, `Machine.describe`.
+The place that asks "cuda or cpu?", and through which processes agree. What it chooses it can say in one line,
+`Machine.describe`. How a model is shared among processes stands in `runtime/parallel.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.gpt import GPT
 from runtime.config import TrainConfig
+from runtime.errors import CONFIG, UserError
 
 EXPLICIT_CONTEXT = 256
 """Up to here attention written out beats the processor's fused kernel in bf16 (benchmarks/NOTES.md)."""
@@ -36,6 +40,7 @@ class Machine:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    local_rank: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -49,23 +54,53 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
-        if self.world > 1:
-            dist.all_reduce(value)
-        return value
-
-    def share(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over all processes."""
+        """The sum of a tensor over all processes, on this machine's device; `value` itself may be overwritten."""
         if self.world == 1:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            return value
+        here = value.to(self.device)
+        dist.all_reduce(here)
+        return here
 
-    def last_only(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Processes exchange gradients on the last piece of a step only."""
-        if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
-            return model.no_sync()
-        return contextlib.nullcontext()
+    def largest(self, value: int) -> int:
+        """The largest of what the processes say, on every process: how they agree on a step, a signal, a failure."""
+        if self.world == 1:
+            return value
+        here = torch.tensor(value, device=self.device)
+        dist.all_reduce(here, dist.ReduceOp.MAX)
+        return int(here)
+
+    def agree(self, text: str, source: int = 0) -> str:
+        """The text of the first process, or of `source`, on every process."""
+        if self.world == 1:
+            return text
+        content = list(text.encode("utf-8", "surrogateescape"))
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, source)
+        if self.rank == source:
+            told = torch.tensor(content, dtype=torch.uint8, device=self.device)
+        else:
+            told = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if len(told):
+            dist.broadcast(told, source)
+        return bytes(told.tolist()).decode("utf-8", "surrogateescape")
+
+    def require_same(self, what: dict[str, str]) -> None:
+        """Go on only if every process says the same of each thing named.
+
+        Raises:
+            UserError: on every process, naming the first thing that differs and a process that differs.
+        """
+        first = json.loads(self.agree(json.dumps(what)))
+        different = [key for key in [*first, *what] if first.get(key) != what.get(key)]
+        odd = self.largest(self.rank if different else 0)  # the first process never differs from itself
+        if odd:
+            key = self.agree(different[0] if different else "", odd)
+            here, there = apart(*(self.agree(what.get(key, ""), rank) for rank in (0, odd)))
+            raise UserError(
+                f"{key} differs: {here!r} on process 0, {there!r} on process {odd}; "
+                "start every process with the same command, data and versions",
+                CONFIG,
+            )
 
     def describe(self) -> str:
         """The choices in words, such as `cpu, 2 threads, bf16`."""
@@ -73,6 +108,13 @@ class Machine:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.world} processes" if self.world > 1 else ""
         return f"{name}{threads}{processes}, {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}"
+
+
+def apart(one: str, other: str) -> tuple[str, str]:
+    """The first line in which two texts differ, of each one; at most 80 characters."""
+    lines = zip_longest(one.splitlines(), other.splitlines(), fillvalue="")
+    a, b = next(((a, b) for a, b in lines if a != b), (one, other))
+    return a[:80], b[:80]
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -86,7 +128,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 def find_machine(dtype: str = "auto", threads: int = 0) -> Machine:
     """The device of this process and the number format that pays on it.
 
-    Under torchrun each process takes the GPU of its local rank, and the process group must be open (`processes`).
+    Under torchrun each process takes the GPU of its local rank; its group must be open (`runtime/parallel.py`).
     """
     if threads:
         torch.set_num_threads(threads)
@@ -94,22 +136,7 @@ def find_machine(dtype: str = "auto", threads: int = 0) -> Machine:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     fast = bf16_is_fast(device) if dtype == "auto" else dtype == "bf16"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return Machine(device, torch.bfloat16 if fast else torch.float32, rank, world)
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """The process group of torchrun while the body runs; nothing when the program was started on its own."""
-    if "RANK" not in os.environ:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    return Machine(device, torch.bfloat16 if fast else torch.float32, rank, world, local)
 
 
 def choose_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
@@ -135,15 +162,42 @@ def worth_compiling(train: TrainConfig, tokens: int, parameters: int, device: to
 
 
 def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
-    """The model through torch.compile, tried on `example`; as it was, with one line on stderr, if that fails."""
-    fast = model
+    """The model as it is stepped, through torch.compile; as it was, with one line on stderr, if that fails anywhere.
+
+    It is tried on `example` first, without a word to the other processes: then all go on compiled, or none. A model
+    whose weights are split is compiled block by block, in place, since weights are exchanged between the blocks.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    split = isinstance(model, FSDPModule)
+    failure, fast = "", model
     try:
-        fast = torch.compile(model)  # type: ignore[assignment]
-        with machine.autocast():
-            fast(example).float().sum().backward()
+        if split:
+            shape = cast(GPT, model)
+            small = GPT(replace(shape.config, n_layers=1), shape.vocab_size).to(machine.device)
+            trial = compile_blocks(small)
+        else:
+            trial = fast = torch.compile(model)  # type: ignore[assignment]
+        alone = getattr(model, "no_sync", contextlib.nullcontext)
+        with alone(), machine.autocast():
+            trial(example).float().sum().backward()
     except Exception as error:  # a compiler fails in too many ways to name; the run goes on without it
-        first = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        print(f"torch.compile failed, going on without it: {first}", file=sys.stderr)
-        fast = model
+        failure = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        print(f"torch.compile failed, going on without it: {failure}", file=sys.stderr)
     model.zero_grad(set_to_none=True)
-    return fast
+    if machine.largest(int(bool(failure))):
+        return model
+    return compile_blocks(model) if split else fast
+
+
+def compile_blocks(model: nn.Module) -> nn.Module:
+    """The model itself, its blocks compiled."""
+    for block in cast(GPT, model).blocks:
+        block.compile()
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compiled` changed anything."""
+    blocks = getattr(model, "blocks", [])
+    return hasattr(model, "_orig_mod") or any(block._compiled_call_impl is not None for block in blocks)

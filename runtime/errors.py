@@ -6,10 +6,14 @@ It is caught once, in each script's `main()`.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 CONFIG = 2
 DATA = 3
@@ -17,8 +21,13 @@ CHECKPOINT = 4
 NON_FINITE = 5
 DISK_OR_MEMORY = 6
 IN_USE = 7
+LOST_PROCESS = 8
 INTERRUPTED = 130
 TERMINATED = 143
+
+
+DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What the system says of a disk that is full, broken or locked: no bug of ours, wherever it is met."""
 
 
 class UserError(Exception):
@@ -38,25 +47,38 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     """Run a script: a `UserError` becomes one line on stderr and its exit code; any other error is a bug.
 
     `--debug` anywhere on the command line shows the traceback of a `UserError` too. A reader that goes away
-    (`| head`) ends the program quietly.
+    (`| head`) ends the program quietly. SIGTERM ends it as Ctrl-C does, so that what is half-written is tidied up;
+    the training loop has its own way (`runtime/signals.py`).
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character gets its code, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     argv = sys.argv[1:]
     debug = "--debug" in argv
     try:
         main([a for a in argv if a != "--debug"])
         sys.stdout.flush()
     except UserError as error:
-        if debug:
-            raise
-        for line in str(error).splitlines():
-            print(f"error: {printable(line)}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        refuse(error, debug)
     except BrokenPipeError:
         # Python would complain again while it flushes stdout at exit; there is nobody left to read.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in DISK_FAILURES:
+            raise
+        refuse(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}", DISK_OR_MEMORY), debug)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def refuse(error: UserError, debug: bool) -> NoReturn:
+    """Say what is wrong and end with its exit code. Of torchrun's processes one speaks for all of a wrong setting."""
+    if debug:
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            print(printable(line), file=sys.stderr)
+    if error.exit_code != CONFIG or os.environ.get("LOCAL_RANK", "0") == "0":
+        for line in str(error).splitlines():
+            print(f"error: {printable(line)}", file=sys.stderr)
+    sys.exit(error.exit_code)

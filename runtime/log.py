@@ -5,58 +5,97 @@ Telling never stops training: an outage of wandb is one line on stderr, and the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from runtime.checkpoint import TrainState
 from runtime.config import RunConfig
 from runtime.errors import DISK_OR_MEMORY, UserError
+from runtime.sampling import shown
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, each with its step. A resumed run drops the lines beyond its step.
+    """`metrics.jsonl`: one JSON object a line, each with its step; and `samples.txt`, which grows with it.
+
+    A resumed run drops what lies beyond its step: there is no gap and no line twice.
 
     Args:
-        step: where the run begins; 0 for a new one.
+        folder: of the run.
+        state: where the run begins or goes on.
 
     Raises:
-        UserError: if the file can't be written (exit code 6).
+        UserError: if the files can't be written (exit code 6).
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= step and "final_val_loss" not in line]
-        temporary = path.with_suffix(".writing")
-        try:
+    def __init__(self, folder: Path, state: TrainState) -> None:
+        path, self.samples = folder / "metrics.jsonl", folder / "samples.txt"
+        lines = read_metrics(path)
+        kept = [line for line in lines if belongs(line, state)]
+        with writing(path):
+            ends = [line["samples_end"] for line in kept if isinstance(line.get("samples_end"), int)]
+            if self.samples.exists() and (ends or not kept):
+                os.truncate(self.samples, min(self.samples.stat().st_size, max([0, *ends])))
+            temporary = path.with_suffix(".writing")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             temporary.replace(path)
             self.file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, at once."""
-        try:
+        with writing(Path(self.file.name)):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.file.name}: {error.strerror}", DISK_OR_MEMORY) from error
+
+    def write_sample(self, step: int, text: str) -> int:
+        """Append a sample to `samples.txt`; where it ends there, in bytes, which belongs into the evaluation's line."""
+        with writing(self.samples), self.samples.open("a", encoding="utf-8") as file:
+            file.write(f"step {step}\n{text}\n\n")
+            return file.tell()
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk: a checkpoint must not outlive the metrics of its steps."""
+        with writing(Path(self.file.name)):
+            os.fsync(self.file.fileno())
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell the user of a file that can't be written (exit code 6)."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
+
+
+def belongs(line: Mapping[str, Any], state: TrainState) -> bool:
+    """Whether a line of metrics belongs to a run that stands at `state`."""
+    if "final_val_loss" in line or line["step"] > state.step:
+        return False
+    again = "val_loss" in line and line["step"] == state.step > state.evaluated  # that evaluation was broken off
+    return not again
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that was cut short by a crash is left out."""
+    """The lines of a `metrics.jsonl`; it ends where a crash cut it short, or where it is no longer metrics."""
     lines: list[dict[str, Any]] = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                break
+            lines.append(line)
     return lines
 
 
@@ -89,9 +128,14 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        if self.visible:
-            self.bar.write(text, file=sys.stdout)
+        if not self.visible:
+            return
+        try:
+            self.bar.write(shown(text), file=sys.stdout)
             sys.stdout.flush()
+        except OSError:  # the terminal is closed, or the reader gone: the run goes on in silence
+            self.visible = False
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
         """Take the bar away."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.config import OptimConfig
+from runtime.parallel import bare, is_split, split, whole
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -35,18 +39,21 @@ class Optimizer:
 
     Muon (Jordan et al. 2024) orthogonalises the update of a matrix, which makes sense where a matrix maps one hidden
     space to another; embeddings, the head, gains and biases stay with AdamW. Matrices decay, gains and biases do not.
+
+    Args:
+        model: as it is stepped; where its weights are split among processes, their moments are split the same way.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, fused: bool) -> None:
         hidden, matrices, vectors = [], [], []
-        for name, parameter in model.named_parameters():
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in bare(model).named_parameters()}
+        for parameter, name in self.names.items():
             if parameter.dim() < 2:
                 vectors.append(parameter)
             elif config.name == "muon" and ".blocks." in f".{name}":
                 hidden.append(parameter)
             else:
                 matrices.append(parameter)
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         groups = [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -54,10 +61,10 @@ class Optimizer:
         betas = (config.beta1, config.beta2)
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)]
         if hidden:
-            muon = torch.optim.Muon(
-                hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.momentum
+            muon = SplitMuon if is_split(hidden[0]) else torch.optim.Muon
+            self.parts.append(
+                muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.momentum)
             )
-            self.parts.append(muon)
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def set_rate(self, share: float) -> None:
@@ -70,19 +77,37 @@ class Optimizer:
         """Move the weights, and forget the gradient."""
         for part in self.parts:
             part.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the gradient go."""
+        for part in self.parts:
             part.zero_grad(set_to_none=True)
 
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Every moment as it lies here, named by its parameter; in the same order on every process."""
+        for part in self.parts:
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                for key, value in part.state.get(parameter, {}).items():
+                    yield f"{self.names[parameter]}/{key}", value
+
     def state(self) -> dict[str, Tensor]:
-        """Every moment, named by its parameter, such as `blocks.0.attention.qkv.weight/momentum_buffer`."""
-        return {
-            f"{self.names[parameter]}/{key}": value
-            for part in self.parts
-            for parameter, entries in part.state.items()
-            for key, value in entries.items()
-        }
+        """Every moment, whole, named by its parameter, such as `blocks.0.attention.qkv.weight/momentum_buffer`.
+
+        Where moments are split every process calls this at the same point; they are put together one at a time and
+        laid down on the first process's CPU, and only that one gets them.
+        """
+        if not any(is_split(parameter) for parameter in self.names):
+            return dict(self.moments())
+        found = {}
+        for name, value in self.moments():
+            value = whole(value)
+            if dist.get_rank() == 0:
+                found[name] = value.cpu()
+        return found
 
     def load_state(self, saved: dict[str, Tensor]) -> None:
-        """Take over what `state` gave.
+        """Take over what `state` gave, or this process's share of it.
 
         Raises:
             ValueError: if it belongs to other parameters or another optimizer.
@@ -98,4 +123,39 @@ class Optimizer:
             parameter = by_name[name]
             if value.dim() and value.shape != parameter.shape:
                 raise ValueError(f"the moments of {name} have shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-            owners[parameter].state[parameter][entry] = value.to(parameter.device)
+            mine = split(value, parameter) if value.dim() else value.to(parameter.device)
+            owners[parameter].state[parameter][entry] = mine
+
+
+class SplitMuon(torch.optim.Optimizer):
+    """Muon for matrices that are split among processes.
+
+    Weights and momentum stay split. What Muon orthogonalises is put together on every process, one matrix at a time,
+    and given to torch's own Muon with a stand-in for the weights; each process then takes its share of the change.
+    (torch.optim.Muon itself runs on split matrices too, but its products in bf16 are then cut otherwise, which moves
+    the update by 1 to 2%, and it exchanges 11 to 16 times where this exchanges once.)
+    """
+
+    def __init__(self, matrices: list[Tensor], **settings: float) -> None:
+        super().__init__(matrices, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move the weights."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                self.move(matrix, **{key: value for key, value in group.items() if key != "params"})
+
+    def move(self, matrix: Tensor, lr: float, weight_decay: float, momentum: float) -> None:
+        """One matrix by Nesterov's momentum, as torch.optim.Muon has it (Jordan et al. 2024)."""
+        gradient, memory = matrix.grad, self.state[matrix]
+        if gradient is None:
+            return
+        if "momentum_buffer" not in memory:
+            memory["momentum_buffer"] = torch.zeros_like(matrix)
+        memory["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        direction = whole(gradient.lerp(memory["momentum_buffer"], momentum))
+        change = nn.Parameter(torch.zeros_like(direction))
+        change.grad = direction
+        torch.optim.Muon([change], lr=lr, weight_decay=0.0, momentum=0.0).step()
+        matrix.mul_(1 - lr * weight_decay).add_(split(change.detach(), matrix))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from data.prepare import Prepared
 from data.tokenizer import fingerprint
 from model.gpt import GPT
 from runtime import checkpoint
-from runtime.checkpoint import Checkpoint, TrainState
-from runtime.config import RunConfig
+from runtime.checkpoint import Checkpoint, Origin, TrainState
+from runtime.config import RunConfig, to_toml
 from runtime.device import Machine, choose_kernels, compiled, worth_compiling
-from runtime.errors import CHECKPOINT, CONFIG, DATA, UserError
-from runtime.folder import choose_folder, open_folder
-from runtime.log import Metrics, Progress, Wandb, read_metrics
+from runtime.errors import CHECKPOINT, CONFIG, DATA, UserError, printable
+from runtime.folder import keep_config
+from runtime.log import Metrics, Progress, read_metrics
+from runtime.memory import bounded_memory
 from runtime.optim import Optimizer
+from runtime.parallel import gather, is_sharded, share
 from runtime.report import plot_loss, reference_losses, table
 from runtime.sampling import decoded, first_tokens, sample_tokens
-from runtime.trainer import Trainer
+from runtime.saving import Saver
+from runtime.tracking import Tracker
+from runtime.trainer import Trainer, rows_at_once
 
 Observe = Callable[[TrainState], None]
 
@@ -34,8 +39,7 @@ class Run:
     """A model, its optimizer, its data, and the folder that it all goes to.
 
     Args:
-        config: the command line's.
-        name: of the config file; the folder is named after it.
+        config: the command line's, its folder decided and locked (`runtime/folder.py`).
         machine: where this process computes.
         data: the prepared corpus.
 
@@ -43,64 +47,96 @@ class Run:
         UserError: for whatever keeps the run from starting.
     """
 
-    def __init__(self, config: RunConfig, name: str, machine: Machine, data: Prepared) -> None:
+    def __init__(self, config: RunConfig, machine: Machine, data: Prepared) -> None:
         if config.train.batch_size % machine.world:
             raise UserError(
                 f"train.batch_size is {config.train.batch_size}, which {machine.world} processes cannot share evenly",
                 CONFIG,
             )
-        self.machine, self.data = machine, data
-        self.config = choose_folder(config, name) if machine.is_first else config
-        self.folder = Path(self.config.run.dir)
+        machine.require_same({"the corpus": data.fingerprint})
+        self.config, self.machine, self.data = config, machine, data
+        self.folder = Path(config.run.dir)
+        self.saver = Saver(self.folder, config.train.keep) if machine.is_first else None
         saved = checkpoint.open_checkpoint(Path(config.run.resume)) if config.run.resume else None
-        self.model, self.optimizer, state = self.build(saved)
-        self.how = "eager"
-        self.trainer = Trainer(self.config, machine, data, self.model, self.faster(), self.optimizer, state)
-        self.documents = data.train.n_documents > 1 or not has_lines(data)
+        if saved is not None:
+            check_resumable(config, saved, data)
+            machine.require_same({"the checkpoint": str(saved.state)})
+        with bounded_memory(rows_at_once(config, machine.world), config.train.batch_size):
+            self.model, self.stepped, self.optimizer, state = self.build(saved)
+        self.trainer = Trainer(config, machine, data, self.model, self.stepped, self.optimizer, state, bool(saved))
+        self.origin = Origin(data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how())
         self.sample: list[int] = []  # tokens of the sample of the moment
-        if machine.is_first:
-            self.folder, self.lock = open_folder(self.config)
-            self.metrics = Metrics(self.folder / "metrics.jsonl", state.step)
-        self.wandb = Wandb(self.config, self.folder, self.folder.name, machine.is_first)
         tokens = config.train.batch_size * config.model.context
         self.progress = Progress(state.step, config.train.steps, tokens, machine.is_first)
+        if machine.is_first:
+            self.metrics = Metrics(self.folder, state)
+        self.tracker = Tracker(config, self.folder, self.folder.name, machine.is_first)
+        if saved is not None and machine.is_first:
+            self.compare_paths(saved.origin.how)
 
     @property
     def state(self) -> TrainState:
         """Where the run stands."""
         return self.trainer.state
 
-    def build(self, saved: Checkpoint | None) -> tuple[GPT, Optimizer, TrainState]:
-        """The model, its optimizer and where they stand: new, or as a checkpoint has them."""
+    def build(self, saved: Checkpoint | None) -> tuple[GPT, nn.Module, Optimizer, TrainState]:
+        """The plain model, the one that is stepped, its optimizer, where they stand: new, or as a checkpoint says."""
         config, machine = self.config, self.machine
         vocab_size = self.data.tokenizer.vocab_size
-        model = GPT(choose_kernels(config.model, machine.device, machine.dtype), vocab_size, seed=config.run.seed)
-        state = TrainState()
-        if saved is not None:
-            check_resumable(config, saved, vocab_size, self.data)
-            checkpoint.load_weights(model, saved.weights(), saved.folder)
-            state = saved.state
-        model.to(machine.device)
-        optimizer = Optimizer(model, config.optim, fused=True)
-        if saved is not None:
+        shape = choose_kernels(config.model, machine.device, machine.dtype)
+        model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.restored(shape)
+        state = TrainState() if saved is None else saved.state
+        stepped = share(model, machine, config.train.sharding)
+        optimizer = Optimizer(stepped if is_sharded(stepped) else model, config.optim, fused=True)
+        if saved is not None and state.tokens_seen:  # before the first step that counted there are no moments
             try:
                 optimizer.load_state(saved.moments())
             except ValueError as error:
                 raise UserError(f"cannot go on from {saved.folder}: {error}", CHECKPOINT) from error
-        return model, optimizer, state
+        return model, self.faster(stepped, saved), optimizer, state
 
-    def faster(self) -> nn.Module:
-        """The model as it is stepped: compiled where that pays, shared where there are several processes."""
-        train, model = self.config.train, self.model
-        tokens = train.steps * train.batch_size * model.config.context
-        fast: nn.Module = self.machine.share(model)
-        parameters = sum(p.numel() for p in model.parameters())
-        if worth_compiling(train, tokens, parameters, self.machine.device):
-            rows = min(train.micro_batch or train.batch_size, train.batch_size // self.machine.world)
-            example = torch.zeros(rows, model.config.context, dtype=torch.long, device=self.machine.device)
-            fast = compiled(fast, example, self.machine)
-            self.how = "compiled" if fast is not model else "eager"
-        return fast
+    def faster(self, stepped: nn.Module, saved: Checkpoint | None) -> nn.Module:
+        """The model compiled where that pays; a resumed run goes on as it began."""
+        train, context = self.config.train, self.config.model.context
+        tokens = train.steps * train.batch_size * context
+        parameters = sum(p.numel() for p in stepped.parameters())
+        wanted = worth_compiling(train, tokens, parameters, self.machine.device)
+        if saved is not None and train.compile == "auto":
+            wanted = saved.origin.how.get("compiled", "yes" if wanted else "no") == "yes"
+        if not wanted:
+            return stepped
+        rows = rows_at_once(self.config, self.machine.world)
+        example = torch.zeros(rows, context, dtype=torch.long, device=self.machine.device)
+        return compiled(stepped, example, self.machine)
+
+    def how(self) -> dict[str, str]:
+        """The path that the numbers take; another path may round otherwise."""
+        machine = self.machine
+        return {
+            "device": machine.device.type,
+            "dtype": str(machine.dtype).removeprefix("torch."),
+            "kernels": self.model.config.kernels,
+            "compiled": "yes" if hasattr(self.stepped, "_orig_mod") else "no",
+            "threads": str(torch.get_num_threads()),
+            "processes": str(machine.world),
+            "torch": torch.__version__,
+        }
+
+    def compare_paths(self, before: Mapping[str, str]) -> None:
+        """Say what differs from the machine that the run was begun on: the same bits are then not to be expected."""
+        now = self.origin.how
+        changed = [f"{key} {before[key]} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        if changed:
+            self.progress.say(f"resumed on another path, so the last digits may differ: {', '.join(changed)}")
+
+    def begin(self) -> None:
+        """Make the folder a run: once the untrained weights are saved, it can be resumed at any moment."""
+        if not self.config.run.resume:
+            self.save()
+            self.trainer.saved = (self.state.step, self.state.evaluated)
+        if self.machine.is_first:
+            keep_config(self.config)
+        self.introduce()
 
     def introduce(self) -> None:
         """The first lines of output: what is trained, on what, where, and how."""
@@ -116,7 +152,8 @@ class Run:
             f"model   {shape.preset}: {shape.n_layers} layers, {shape.n_heads} heads, width {shape.d_model}, "
             f"context {shape.context}; {parameters:,} parameters"
         )
-        say(f"machine {self.machine.describe()}, {shape.kernels} attention, {self.how}")
+        compiled = "compiled" if self.origin.how["compiled"] == "yes" else "eager"
+        say(f"machine {self.machine.describe()}, {shape.kernels} attention, {compiled}")
         begin = f"from step {self.state.step} " if self.state.step else ""
         say(f"run     {self.folder}: {begin}to step {train.steps}, {train.batch_size} x {shape.context} tokens each")
 
@@ -129,60 +166,81 @@ class Run:
                 observe(self.state)
 
         try:
-            self.trainer.run(self.tell_step, on_evaluation, self.save)
+            with bounded_memory(self.trainer.rows, self.config.train.batch_size):
+                self.trainer.run(self.tell_step, on_evaluation, self.save)
+            self.finish_saving()
         except SystemExit:
+            self.finish_saving()
             self.progress.say(f"stopped; go on with: python train.py --run.resume {self.folder}")
             raise
         finally:
             self.progress.close()
 
     def tell_step(self, metrics: dict[str, Any]) -> None:
-        """Log the numbers of a step."""
-        self.progress.step(metrics["step"], metrics["loss"])
-        if self.machine.is_first:
-            metrics["tokens_per_second"] = round(self.progress.speed(metrics["step"]))
-            self.metrics.write(metrics)
-            self.wandb.log(metrics["step"], metrics)
+        """Log the numbers of a step, or that it was passed over."""
+        self.progress.step(metrics["step"], metrics.get("loss"))
+        if not self.machine.is_first:
+            return
+        if "skipped" in metrics:
+            self.progress.say(f"step {metrics['step']} passed over: loss or gradient not finite ({metrics['skipped']})")
+        metrics["tokens_per_second"] = round(self.progress.speed(metrics["step"]))
+        self.metrics.write(metrics)
+        self.tracker.log(metrics["step"], {k: v for k, v in metrics.items() if k != "documents"})
 
     def tell_evaluation(self, metrics: dict[str, Any]) -> None:
         """Log an evaluation, with a sample of what the model writes by now."""
-        self.metrics.write(metrics)
-        count = self.config.log.sample_tokens
+        count, step = self.config.log.sample_tokens, metrics["step"]
         text = self.write_sample(count) if count else None
-        self.progress.say(f"step {metrics['step']:>5}  validation loss {metrics['val_loss']:.4f}")
+        ends = {} if text is None else {"samples_end": self.metrics.write_sample(step, text)}
+        self.metrics.write({**metrics, **ends})
+        self.progress.say(f"step {step:>5}  validation loss {metrics['val_loss']:.4f}")
         if text is not None:
             self.progress.say("    " + text.strip().replace("\n", "\n    "))
-        self.wandb.log(metrics["step"], metrics, sample=text)
+        self.tracker.log(step, metrics, sample=text)
 
     def write_sample(self, count: int) -> str:
-        """A sample of the moment, kept in samples.txt; drawn from a generator of its own."""
+        """A sample of the moment; drawn from a generator of its own."""
         tokenizer = self.data.tokenizer
-        start = first_tokens(tokenizer, "", self.documents)
+        start = first_tokens(tokenizer, "", self.origin.documents)
         self.model.eval()
         self.sample = sample_tokens(self.model, tokenizer, start, count, self.config.run.seed + self.state.step)
         self.model.train()
-        text = decoded(tokenizer, self.sample[len(start) :])
-        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"step {self.state.step}\n{text}\n\n")
-        return text
+        return decoded(tokenizer, self.sample[len(start) :])
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        if self.machine.is_first:
-            moments, tokenizer = self.optimizer.state(), self.data.tokenizer
-            checkpoint.save(self.folder, self.config, self.state, self.model, moments, tokenizer, self.documents)
+        """Write a checkpoint. Every process takes part: where the model is split, its parts are brought together."""
+        gather(self.stepped, self.model)
+        moments = self.optimizer.state()
+        if self.saver is not None:
+            self.metrics.sync()
+            self.saver.save(
+                self.config,
+                self.state,
+                checkpoint.model_weights(self.model),
+                moments,
+                self.data.tokenizer,
+                self.model.vocab_size,
+                self.origin,
+            )
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is verified."""
+        if self.saver is not None:
+            self.saver.finish()
 
     def report(self) -> None:
         """The loss in context: a table, and the plot."""
         loss, targets = self.trainer.whole_validation()
+        gather(self.stepped, self.model)
         if not self.machine.is_first:
             return
         references = reference_losses(self.data, self.trainer.val_windows)
         self.metrics.write({"step": self.state.step, "final_val_loss": loss, **references})
         plot = self.folder / "loss.png"
-        plot_loss(plot, read_metrics(self.folder / "metrics.jsonl"), references, f"{self.data.name}: {self.folder}")
-        self.wandb.log(self.state.step, {"final_val_loss": loss}, image=plot)
-        print("\n" + table(loss, targets, references, self.data))
+        title = printable(f"{self.data.name}: {self.folder}")
+        plot_loss(plot, read_metrics(self.folder / "metrics.jsonl"), references, title)
+        self.tracker.log(self.state.step, {"final_val_loss": loss}, image=plot)
+        self.progress.say("\n" + table(loss, targets, references, self.data))
 
     def finish(self, told: list[str], pictures: list[Path], page: Path | None, started: float) -> None:
         """The last words: what the heads do, where everything lies, and how long it took.
@@ -190,15 +248,28 @@ class Run:
         Args:
             told: lines to print; the pictures go to Weights & Biases, the page is named.
         """
-        print("\n" + "\n".join(told))
+        say = self.progress.say
+        say("\n" + "\n".join(told))
         for picture in pictures:
-            self.wandb.log(self.state.step, {}, image=picture)
-        self.wandb.close()
-        print(f"\n{time.perf_counter() - started:.0f} s in all; the run is in {self.folder}")
+            self.tracker.log(self.state.step, {}, image=picture)
+        self.tracker.close()
+        say(f"\n{time.perf_counter() - started:.0f} s in all; the run is in {self.folder}")
         if page is not None:
-            print(f"  open {page}")
-        print(f"  python sample.py {self.folder}")
-        print(f"  python attend.py summary {self.folder}")
+            say(f"  open {page}")
+        say(f"  python sample.py {self.folder}")
+        say(f"  python attend.py summary {self.folder}")
+
+
+def agreed(config: RunConfig, machine: Machine) -> RunConfig:
+    """The config with the folder that the first process has decided on, and the same one everywhere.
+
+    Raises:
+        UserError: if the processes were started differently (exit code 2).
+    """
+    folder, resume = json.loads(machine.agree(json.dumps([config.run.dir, config.run.resume])))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume))
+    machine.require_same({"the configuration": to_toml(config), "the version of torch": torch.__version__})
+    return config
 
 
 def has_lines(data: Prepared) -> bool:
@@ -207,22 +278,27 @@ def has_lines(data: Prepared) -> bool:
     return any(b"\n" in data.tokenizer.token_bytes(token) for token in seen)
 
 
-def check_resumable(config: RunConfig, saved: Checkpoint, vocab_size: int, data: Prepared) -> None:
-    """Steps, rates and evaluation may change on resuming; shape, tokenizer and seed may not.
+def check_resumable(config: RunConfig, saved: Checkpoint, data: Prepared) -> None:
+    """Steps, rates, evaluation, memory and machine may change on resuming; shape, batches, seed and data may not.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming what differs (exit code 2), or that the text is another one (3).
     """
     before, now = dataclasses.asdict(saved.config), dataclasses.asdict(config)
-    fixed = [("model", key) for key in now["model"] if key != "kernels"] + [("run", "seed"), ("optim", "name")]
-    fixed += [("data", key) for key in now["data"] if key != "workers"]
+    fixed = [("model", key) for key in now["model"] if key != "kernels"]
+    fixed += [("run", "seed"), ("optim", "name"), ("train", "batch_size")]
+    fixed += [("data", key) for key in now["data"] if key not in ("workers", "source")]  # a text may be moved
     for section, key in fixed:
         if before[section][key] != now[section][key]:
             raise UserError(
                 f"{section}.{key} was {before[section][key]} in {saved.folder} and cannot become "
                 f"{now[section][key]} on resuming; start a new run for that"
             )
-    if vocab_size != saved.vocab_size or fingerprint(data.tokenizer) != fingerprint(saved.tokenizer()):
+    tokenizer = data.tokenizer
+    same = tokenizer.vocab_size == saved.vocab_size and fingerprint(tokenizer) == fingerprint(saved.tokenizer())
+    if not same or saved.origin.data not in ("", data.fingerprint):
         raise UserError(
-            f"the corpus or its tokenizer has changed since {saved.folder} was written; start a new run", DATA
+            f"the corpus or its tokenizer has changed since {saved.folder} was written; bring the old text back, or "
+            "start a new run",
+            DATA,
         )

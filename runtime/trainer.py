@@ -1,4 +1,4 @@
-"""The loop: set the rate, step, log, evaluate, save.
+"""The loop: what is due, save, step, log.
 
 Everything it needs is handed in; where it stands is its `TrainState`. A step is a pure function of (weights, moments,
 seed, step), so that nothing that happens between steps can change what is learned.
@@ -7,10 +7,7 @@ seed, step), so that nothing that happens between steps can change what is learn
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,15 +15,27 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from data.batches import IGNORED, Batch, Windows, batch, document_windows, evaluation_windows, read_windows
+from data.batches import (
+    IGNORED,
+    Batch,
+    Windows,
+    batch,
+    counted_targets,
+    document_windows,
+    documents_of,
+    evaluation_windows,
+    read_windows,
+)
 from data.prepare import Prepared
 from data.shards import TokenSplit
 from model.gpt import GPT
 from runtime.checkpoint import TrainState
 from runtime.config import RunConfig
 from runtime.device import Machine
-from runtime.errors import INTERRUPTED, NON_FINITE, TERMINATED, UserError
+from runtime.errors import NON_FINITE, UserError
 from runtime.optim import Optimizer, lr_at
+from runtime.parallel import clip_gradient, gather, is_sharded, last_only
+from runtime.signals import Stop
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -38,51 +47,51 @@ def loss_sum(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Flo
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: TokenSplit, windows: Windows, indices: Any, rows: int, machine: Machine
-) -> tuple[float, int]:
-    """Mean loss in nats over every counted target of the windows `indices`, and how many targets that is."""
+    model: nn.Module,
+    split: TokenSplit,
+    windows: Windows,
+    indices: Any,
+    rows: int,
+    machine: Machine,
+    stop: Stop | None = None,
+) -> tuple[float, int] | None:
+    """Mean loss in nats over every counted target of the windows `indices`, and how many targets that is.
+
+    Every process reads as many batches as the others, the last ones perhaps empty: where a model is split among them,
+    nobody computes alone. None if `stop` broke it off.
+    """
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=machine.device)
     mine = indices[machine.rank :: machine.world]
-    for first in range(0, len(mine), rows):
-        chosen = read_windows(split, windows, mine[first : first + rows])
+    share = -(-len(indices) // machine.world)
+    for first in range(0, share, rows):
+        if stop is not None and machine.largest(stop.number):
+            break
+        chosen = mine[first : first + rows]
+        read = read_windows(split, windows, chosen if len(chosen) else indices[:1])
         with machine.autocast():
-            logits = model(chosen.tokens.to(machine.device))
-        targets = chosen.targets.to(machine.device)
-        total[0] += loss_sum(logits, targets)
-        total[1] += (targets != IGNORED).sum()
+            logits = model(read.tokens.to(machine.device))
+        if len(chosen):
+            targets = read.targets.to(machine.device)
+            total[0] += loss_sum(logits, targets)
+            total[1] += (targets != IGNORED).sum()
+    else:
+        total = machine.sum(total)
+        model.train(was_training)
+        return float(total[0] / total[1]), int(total[1])
     model.train(was_training)
-    total = machine.sum(total)
-    return float(total[0] / total[1]), int(total[1])
-
-
-@dataclass
-class Stop:
-    """Remembers a signal until the step is done; a second one ends the program at once."""
-
-    signal: int = 0
-
-    def listen(self) -> None:
-        """Take over SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    @property
-    def exit_code(self) -> int:
-        return INTERRUPTED if self.signal == signal.SIGINT else TERMINATED
+    return None
 
 
 class Trainer:
     """One run of the loop.
 
     Args:
-        fast: the model as it is stepped: compiled, or shared among processes; `model` is the plain one beneath.
+        model: the plain model: what is looked at and saved.
+        stepped: the model as it is stepped: compiled, shared with other processes, or split among them.
         state: where the run stands; it moves on with every step.
+        resumed: whether that is what a checkpoint says.
     """
 
     def __init__(
@@ -91,21 +100,24 @@ class Trainer:
         machine: Machine,
         data: Prepared,
         model: GPT,
-        fast: nn.Module,
+        stepped: nn.Module,
         optimizer: Optimizer,
         state: TrainState,
+        resumed: bool = False,
     ) -> None:
         self.config, self.machine, self.data = config, machine, data
-        self.model, self.fast, self.optimizer, self.state = model, fast, optimizer, state
+        self.model, self.stepped, self.optimizer, self.state = model, stepped, optimizer, state
         self.windows = document_windows(data.train, config.model.context)
         self.val_windows = document_windows(data.val, config.model.context)
         self.val_part = evaluation_windows(self.val_windows, config.train.eval_tokens)
-        share = config.train.batch_size // machine.world
-        self.rows = min(config.train.micro_batch or share, share)
+        self.rows = rows_at_once(config, machine.world)
+        self.saved = (state.step, state.evaluated) if resumed else (-1, -1)
         self.stop = Stop()
 
     def run(self, on_step: Tell, on_evaluation: Tell, save: Callable[[], None]) -> None:
         """Train until the last step, the end of patience, or a signal; save whatever was learned.
+
+        All processes pass through here in step: they agree on whether to stop before each step.
 
         Args:
             on_step: told the metrics of a step, every `log.every` steps.
@@ -113,89 +125,139 @@ class Trainer:
             save: writes a checkpoint.
 
         Raises:
-            UserError: if the loss is no longer finite (exit code 5).
-            SystemExit: after a signal, once the checkpoint is written (130 or 143).
+            UserError: if the loss is no longer finite (exit code 5), a disk or a file fails, ...
+            SystemExit: after a signal (130, 143) or at `run.stop_at` (0), once the checkpoint is written.
         """
         settings, state = self.config.train, self.state
-        self.stop.listen()
-        while state.step < settings.steps:
-            metrics = self.step()
-            last = state.step == settings.steps
-            if state.step % self.config.log.every == 0 or last:
-                on_step({"step": state.step, "loss": float(metrics["loss"]), "lr": metrics["lr"]})
-            due = state.step % settings.eval_every == 0 or last
-            best = due and self.evaluate(on_evaluation)
-            last |= 0 < settings.patience <= state.stale
-            stopping = bool(self.stop.signal)  # asked once: what is stopped for has been saved
-            if best or last or stopping or state.step % settings.save_every == 0:
-                save()
-            if stopping:
-                raise SystemExit(self.stop.exit_code)
-            if last:
-                return
+        with self.stop.listening():
+            while True:
+                best = self.is_due() and self.evaluate(on_evaluation)
+                stopping = self.is_asked_to_stop()
+                last = state.step >= settings.steps or 0 < settings.patience <= state.stale
+                position = (state.step, state.evaluated)
+                if (best or last or stopping or state.step % settings.save_every == 0) and self.saved != position:
+                    save()
+                    self.saved = position
+                if stopping:
+                    raise SystemExit(self.stop.exit_code if self.stop.number else 0)
+                if last:
+                    return
+                self.tell(self.step(), on_step)
+
+    def is_due(self) -> bool:
+        """Whether an evaluation of this step is wanted, and has not been made."""
+        step, settings = self.state.step, self.config.train
+        wanted = step > 0 and (step % settings.eval_every == 0 or step >= settings.steps)
+        return wanted and self.state.evaluated < step
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any process was sent a signal, or `run.stop_at` is reached; the same answer everywhere."""
+        self.stop.number = self.machine.largest(self.stop.number)
+        return bool(self.stop.number) or 0 < self.config.run.stop_at <= self.state.step
+
+    def tell(self, metrics: dict[str, Any], on_step: Tell) -> None:
+        """Pass on the metrics of a step that is due; a step that was passed over always is."""
+        step = self.state.step
+        if "skipped" in metrics:
+            on_step({"step": step, **metrics})
+        elif step % self.config.log.every == 0 or step >= self.config.train.steps:
+            on_step({"step": step, **metrics, "loss": float(metrics["loss"])})
 
     def step(self) -> dict[str, Any]:
         """One optimizer step on the batch of this step; its loss, before the step, and its learning rate."""
-        settings, state, machine = self.config.train, self.state, self.machine
+        settings, state, machine, seed = self.config.train, self.state, self.machine, self.config.run.seed
         share = lr_at(state.step, settings.steps, self.config.optim)
         self.optimizer.set_rate(share)
-        rows = batch(
-            self.data.train,
-            self.windows,
-            self.config.run.seed,
-            state.step,
-            settings.batch_size,
-            machine.rank,
-            machine.world,
-        )
+        rows = batch(self.data.train, self.windows, seed, state.step, settings.batch_size, machine.rank, machine.world)
+        counted = counted_targets(self.windows, seed, state.step, settings.batch_size)
         if self.config.model.dropout:  # seeded by the step, so that a resumed run drops the same activations
-            torch.manual_seed(hash((self.config.run.seed, state.step, machine.rank)))
-        loss, counted = self.gradient(rows)
-        norm = self.clip()
-        if not math.isfinite(norm):
-            raise UserError(
-                f"loss {float(loss):.4g}, gradient norm {norm:.4g} at step {state.step} (seed {self.config.run.seed}): "
-                f"nothing was saved since; lower optim.lr (now {self.config.optim.lr}) or optim.muon_lr",
-                NON_FINITE,
-            )
-        self.optimizer.step()
+            torch.manual_seed(hash((seed, state.step, machine.rank)))
+        loss = self.gradient(rows, counted)
+        norm = clip_gradient(self.stepped, self.config.optim.clip)
+        metrics: dict[str, Any] = {"loss": loss, "lr": share * self.config.optim.lr}
+        if math.isfinite(norm) and math.isfinite(float(loss)):
+            self.optimizer.step()
+            state.tokens_seen += counted
+        else:
+            metrics = self.pass_over(float(loss), norm)
         state.step += 1
-        state.tokens_seen += counted
-        return {"loss": loss, "lr": share * self.config.optim.lr}
+        return metrics
 
-    def gradient(self, rows: Batch) -> tuple[Tensor, int]:
-        """Leave the gradient of the mean loss over every counted target of the global batch in the parameters."""
+    def gradient(self, rows: Batch, counted: int) -> Tensor:
+        """Leave the gradient of the mean loss over the whole batch's `counted` targets in the parameters; that loss."""
         machine = self.machine
         tokens, targets = rows.tokens.to(machine.device), rows.targets.to(machine.device)
-        counted = machine.sum((targets != IGNORED).sum())
         total = torch.zeros((), device=machine.device)
         pieces = list(zip(tokens.split(self.rows), targets.split(self.rows), strict=True))
         for i, (inputs, wanted) in enumerate(pieces):
-            with machine.last_only(self.fast, i == len(pieces) - 1):
+            with last_only(self.stepped, i == len(pieces) - 1):
                 with machine.autocast():
-                    logits = self.fast(inputs)
+                    logits = self.stepped(inputs)
                 loss = loss_sum(logits, wanted) / counted
                 (loss * machine.world).backward()  # sharing averages over the processes, and the loss is a sum
             total += loss.detach()
-        return machine.sum(total), int(counted)
+        return machine.sum(total)
 
-    def clip(self) -> float:
-        """Scale the gradient down to `optim.clip`; its norm before that."""
-        limit = self.config.optim.clip or math.inf
-        return float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+    def pass_over(self, loss: float, norm: float) -> dict[str, Any]:
+        """Forget a gradient that is not finite; loss and norm are everybody's, so every process decides alike.
+
+        Raises:
+            UserError: if no more such steps may be passed over (exit code 5).
+        """
+        state, settings, seed = self.state, self.config.train, self.config.run.seed
+        self.optimizer.forget()
+        documents = documents_of(self.data.train, self.windows, seed, state.step, settings.batch_size)
+        if state.skipped >= settings.skip_bad_steps:
+            raise UserError(
+                f"loss {loss:.4g}, gradient norm {norm:.4g} at step {state.step} (seed {seed}, training documents "
+                f"{listed(documents)}): nothing was saved since step {max(0, self.saved[0])}; lower optim.lr (now "
+                f"{self.config.optim.lr}) or optim.muon_lr, or pass over such steps by train.skip_bad_steps",
+                NON_FINITE,
+            )
+        state.skipped += 1
+        return {"skipped": state.skipped, "documents": documents}
 
     def evaluate(self, on_evaluation: Tell) -> bool:
-        """The loss on the fixed part of the validation split; True if it is the best so far."""
-        loss, _ = evaluate(self.model, self.data.val, self.val_windows, self.val_part, self.rows, self.machine)
-        best = self.state.best_loss is None or loss < self.state.best_loss
+        """The loss on the fixed part of the validation split; True if it is the best so far.
+
+        A signal breaks it off: it is made again when the run goes on.
+        """
+        state = self.state
+        seen = self.loss_on(self.val_part, self.stop)
+        if seen is None:
+            return False
+        gather(self.stepped, self.model)
+        found = {"step": state.step, "val_loss": seen[0], "tokens_seen": state.tokens_seen}
+        told = self.stop.attempt(lambda: on_evaluation(found))
+        if self.machine.largest(not told):
+            return False
+        state.evaluated = state.step
+        best = math.isfinite(seen[0]) and (state.best_loss is None or seen[0] < state.best_loss)
         if best:
-            self.state.best_loss, self.state.best_step, self.state.stale = loss, self.state.step, 0
+            state.best_loss, state.best_step, state.stale = seen[0], state.step, 0
         else:
-            self.state.stale += 1
-        on_evaluation({"step": self.state.step, "val_loss": loss, "tokens_seen": self.state.tokens_seen})
+            state.stale += 1
         return best
+
+    def loss_on(self, indices: Any, stop: Stop | None = None) -> tuple[float, int] | None:
+        """Mean loss over some windows of the validation split, and how many targets they have."""
+        model = self.stepped if is_sharded(self.stepped) else self.model
+        return evaluate(model, self.data.val, self.val_windows, indices, self.rows, self.machine, stop)
 
     def whole_validation(self, at_most: int = 500_000) -> tuple[float, int]:
         """The loss over the whole validation split, or an even part of it above `at_most` targets."""
-        indices = evaluation_windows(self.val_windows, at_most)
-        return evaluate(self.model, self.data.val, self.val_windows, indices, self.rows, self.machine)
+        seen = self.loss_on(evaluation_windows(self.val_windows, at_most))
+        assert seen is not None  # there was nothing to break it off
+        return seen
+
+
+def rows_at_once(config: RunConfig, world: int) -> int:
+    """Windows that each of `world` processes holds in memory at once."""
+    share = config.train.batch_size // world
+    return min(config.train.micro_batch or share, share)
+
+
+def listed(numbers: list[int], at_most: int = 8) -> str:
+    """Numbers in words: the first few, and how many more."""
+    shown = ", ".join(map(str, numbers[:at_most]))
+    return f"{shown} and {len(numbers) - at_most} more" if len(numbers) > at_most else shown

@@ -1,10 +1,8 @@
-"""The parts of a run: learning rates, parameter groups, the machine's choices, checkpoints, the words at the end."""
+"""The parts of a run: learning rates, parameter groups, the machine's choices."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +13,8 @@ from torch import nn
 from data.vocabulary import ByteTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
-from runtime import checkpoint, device
-from runtime.checkpoint import FILES, TrainState, open_checkpoint
-from runtime.config import OptimConfig, RunConfig, TrainConfig
-from runtime.errors import CHECKPOINT, UserError
+from runtime import device
+from runtime.config import OptimConfig, TrainConfig
 from runtime.optim import Optimizer, lr_at
 
 CPU = torch.device("cpu")
@@ -138,54 +134,3 @@ def test_a_compiler_that_fails_costs_one_line(
     machine = device.Machine(CPU, torch.float32)
     assert device.compiled(model, torch.zeros(1, 8, dtype=torch.long), machine) is model
     assert capsys.readouterr().err == "torch.compile failed, going on without it: no compiler here\n"
-
-
-def saved(run: Path, step: int = 3) -> Path:
-    """A checkpoint of an untrained model."""
-    model = tiny()
-    state = TrainState(step=step, best_loss=1.0, best_step=step)
-    optimizer = Optimizer(model, OptimConfig(), fused=False)
-    stepped(model, optimizer, 1)
-    config = RunConfig(model=SHAPE)
-    return checkpoint.save(run, config, state, model, optimizer.state(), ByteTokenizer(), True)
-
-
-def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
-    found = open_checkpoint(tmp_path)
-    assert found.folder == folder and found.state.step == 3 and found.documents
-    assert found.config == RunConfig(model=SHAPE)
-    assert checkpoint.sha256_of_weights(found.model(device.Machine(CPU, torch.float32)))
-    assert not list((tmp_path / "checkpoints").glob(".writing*"))
-
-
-@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-def test_a_flipped_bit_or_a_cut_in_any_file_is_noticed(name: str, tmp_path: Path) -> None:
-    good = saved(tmp_path, 3)
-    bad = saved(tmp_path, 4) / name
-    content = bad.read_bytes()
-    for damaged in (content[:-1], content[: len(content) // 2], b""):
-        bad.write_bytes(damaged)
-        assert open_checkpoint(tmp_path).folder == good
-    if name != "manifest.json":
-        flipped = bytearray(content)
-        flipped[len(flipped) // 2] ^= 1
-        bad.write_bytes(flipped)
-        assert open_checkpoint(tmp_path).folder == good
-
-
-def test_nothing_in_a_strangers_checkpoint_is_trusted(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
-    state = json.loads((folder / "state.json").read_text())
-    for change in (
-        {"config": {"model": {"n_layers": -4}}},
-        {"state": {"bogus": 1}},
-        {"vocab_size": "many"},
-        {"config": 7},
-    ):
-        (folder / "state.json").write_text(json.dumps({**state, **change}))
-        checkpoint.write_manifest(folder)
-        with pytest.raises(UserError) as caught:
-            open_checkpoint(tmp_path)
-        assert caught.value.exit_code == CHECKPOINT
-        assert len(str(caught.value).splitlines()) == 1

@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from inspection.dump import read
 from runtime.checkpoint import open_checkpoint, sha256_of_weights
-from runtime.config import RunConfig
 from runtime.device import find_machine
-from runtime.folder import choose_folder, open_folder
 from runtime.log import read_metrics
-from tests.runs import ROOT, TINY, process, said, script
+from tests.runs import ROOT, TINY, said, script
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -90,23 +85,6 @@ def test_dumps_hold_the_same_texts_at_every_evaluation_and_say_where_they_come_f
     assert json.loads(late.metadata["config"])["d_model"] == 16
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(run: Path, corpus: Path, tmp_path: Path) -> None:
-    """Stopped at its first checkpoint, resumed, and compared bit for bit with the run that was never stopped."""
-    folder = tmp_path / "resumed"
-    shutil.copytree(run, folder)
-    shutil.rmtree(folder / "checkpoints" / "000006")
-    stale = folder / "attention" / "000005.safetensors"  # of a step that this time is not evaluated
-    shutil.copy(folder / "attention" / "000006.safetensors", stale)
-    done = process("train.py", f"--run.resume={folder}")
-    assert done.returncode == 0, done.stderr
-    assert not stale.exists() and (folder / "attention" / "000006.safetensors").is_file()
-    assert "from step 3" in done.stdout
-    assert weights(folder) == weights(run)
-    resumed, whole = read_metrics(folder / "metrics.jsonl"), read_metrics(run / "metrics.jsonl")
-    assert [line["step"] for line in resumed] == [line["step"] for line in whole]
-    assert [line.get("loss") for line in resumed] == [line.get("loss") for line in whole]
-
-
 def test_a_run_that_was_stopped_can_be_measured_and_ended_where_it_stands(run: Path, tmp_path: Path) -> None:
     """Its last checkpoint stands between two evaluations: without a dump, without evidence, without a page."""
     folder = tmp_path / "stopped"
@@ -167,22 +145,6 @@ def test_accumulation_changes_the_memory_and_not_the_step(run: Path, corpus: Pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(corpus: Path, tmp_path: Path) -> None:
-    argv = (*TINY, f"--data.source={corpus}", "--train.dtype=fp32", "--run.threads=1")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    one = [sys.executable, "train.py", *argv, f"--run.dir={tmp_path / 'one'}"]
-    two = [*torchrun, "train.py", *argv, f"--run.dir={tmp_path / 'two'}"]
-    for command in (one, two):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    losses = [
-        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
-        for name in ("one", "two")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
 def test_the_best_and_the_newest_checkpoints_are_kept(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     # A huge rate after the warm-up: the loss is best early, and the best one must outlive the rotation.
@@ -226,26 +188,6 @@ def test_nothing_good_is_overwritten(run: Path, corpus: Path) -> None:
     assert f"--run.resume {run}" in line
 
 
-def test_a_run_without_a_folder_takes_the_next_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for expected in ("runs/mine", "runs/mine-2", "runs/mine-3"):
-        config = choose_folder(RunConfig(), "mine")
-        assert config.run.dir == expected
-        folder, lock = open_folder(config)
-        assert (folder / "config.toml").is_file()
-        lock.close()
-
-
-def test_a_second_trainer_is_refused(run: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    folder = tmp_path / "busy"
-    shutil.copytree(run, folder)
-    with (folder / "lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "in use by process" in said(script("train.py", f"--run.resume={folder}", "--train.steps=9"), 7)
-
-
 @pytest.mark.parametrize(
     ("option", "code", "words"),
     [
@@ -270,70 +212,5 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(corpus: Path,
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
-@pytest.mark.parametrize("change", ["--model.n_layers=3", "--run.seed=2", "--data.val_fraction=0.2"])
-def test_what_may_not_change_on_resuming_is_said(run: Path, change: str) -> None:
-    option = change.removeprefix("--").split("=")[0]
-    assert option in said(script("train.py", f"--run.resume={run}", change, "--train.steps=9"), 2)
-
-
 def test_resuming_what_is_no_run_says_so(tmp_path: Path) -> None:
     assert "no run folder" in said(script("train.py", f"--run.resume={tmp_path}"), 4)
-
-
-def test_wandb_offline_writes_a_run_that_its_own_reader_opens(corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "wandb"
-    done = process("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={folder}", "--log.wandb=offline")
-    assert done.returncode == 0, done.stderr
-    assert "wandb is out" not in done.stderr
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    items = [item for record in wandb_records(path) for item in record.history.item]
-    keys = {item.key or item.nested_key[0] for item in items}
-    assert {"loss", "val_loss", "sample", "pictures/attention", "pictures/loss", "final_val_loss"} <= keys
-    losses = [json.loads(item.value_json) for item in items if (item.key or item.nested_key[0]) == "loss"]
-    assert len(losses) == 6 and all(isinstance(loss, float) for loss in losses)  # no picture took the name
-    settings = {item.key for record in wandb_records(path) for item in record.run.config.update}
-    assert {"model", "optim", "train"} <= settings
-    listed = subprocess.run(
-        [sys.executable, "-m", "wandb", "beta", "sync", "--dry-run", str(path.parent)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "Would sync 1 run" in listed.stdout + listed.stderr
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a `.wandb` file, by wandb's own definitions.
-
-    It is a LevelDB log: behind 7 bytes, blocks of 32 KiB; each piece has a checksum (4 bytes), its length (2) and its
-    kind (1: whole, 2 to 4: first, middle, last).
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, pieces = path.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no piece begins in the last bytes of a block
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        pieces += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(pieces)
-            yield record
-            pieces = b""
-
-
-def test_an_outage_of_wandb_never_stops_training(corpus: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "fake" / "wandb"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text(
-        "def init(**_):\n    raise ConnectionError('nobody answers')\nSettings = dict\n"
-    )
-    env = {"PYTHONPATH": str(broken.parent)}
-    argv = (*TINY, f"--data.source={corpus}", f"--run.dir={tmp_path / 'out'}", "--log.wandb=online")
-    done = process("train.py", *argv, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "wandb is out" in done.stderr
