@@ -13,19 +13,13 @@ from torch import Tensor
 from model.cache import KVCache
 from model.generate import filter_logits, generate, last_logits, next_token, window_start
 from model.gpt import GPT
-from tests.checks import FACES, PRESETS, VOCAB, Face, check_cache, normal, random_model, random_tokens, same
+from tests.checks import FACES, PRESETS, VOCAB, Face, normal, random_model, random_tokens, same
 
 
 def written(model: GPT, prompt: Tensor, count: int, seed: int = 0, **how: Any) -> Tensor:
     """The tokens (B, count) that `generate` yields."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack(list(generate(model, prompt, count, generator, **how)), dim=1)
-
-
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_reading_in_pieces_is_reading_at_once(preset: str, face: Face) -> None:
-    check_cache(preset, face)
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -38,11 +32,14 @@ def test_the_cache_changes_no_token(preset: str, face: Face) -> None:
     assert len(cached.unique()) > 3  # a text that only repeats itself would prove little
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 7])
-@pytest.mark.parametrize("context", [1, 2, 5, 16])
-def test_a_cache_follows_a_text_that_grows_by_leaps(context: int, step: int) -> None:
+LEAPS = [("glass", context, step) for context in (1, 2, 5, 16) for step in (1, 2, 3, 7)]
+LEAPS += [(preset, 5, step) for preset in ("gpt2", "qwen3") for step in (1, 7)]
+
+
+@pytest.mark.parametrize(("preset", "context", "step"), LEAPS)
+def test_a_cache_follows_a_text_that_grows_by_leaps(preset: str, context: int, step: int) -> None:
     """At, before and past the context, also where a leap moves the window."""
-    model = random_model("glass", context=context)
+    model = random_model(preset, context=context)
     text = random_tokens(2, 5 * context + step)
     cache = KVCache(model.config, 2, model.token_embedding.weight)
     with torch.no_grad():

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 
 from model import ops
 from model.config import ModelConfig
@@ -21,53 +20,13 @@ from tests.checks import (
     VOCAB,
     Face,
     Preset,
-    check_causality,
     check_tied_head,
     modules_of,
     random_model,
     random_tokens,
     recorded,
-    relative_difference,
     same,
 )
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_an_edit_changes_nothing_before_it(preset: Preset) -> None:
-    check_causality(preset)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_two_faces_agree_in_logits_and_gradients(preset: Preset) -> None:
-    models = [random_model(preset, face) for face in FACES]
-    tokens = random_tokens(3, SHAPES[preset].context + 1)
-    for model in models:
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    same(models[0](tokens[:, :-1]), models[1](tokens[:, :-1]), 1e-5)
-    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert a.grad is not None and b.grad is not None
-        assert relative_difference(a.grad, b.grad) <= 1e-5, name
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_gradients_are_the_slopes_of_the_loss(preset: Preset) -> None:
-    """Every parameter of a tiny model, in double precision, against finite differences."""
-    kv_heads = 1 if preset == "qwen3" else 2
-    config = ModelConfig(preset, n_layers=1, n_heads=2, n_kv_heads=kv_heads, d_model=4, d_mlp=6, context=3)
-    model = GPT(config, 5).double()
-    names = [name for name, _ in model.named_parameters()]
-    generator = torch.Generator().manual_seed(7)
-    values = [torch.randn(p.shape, generator=generator, dtype=torch.double) for p in model.parameters()]
-    tokens = torch.tensor([[1, 4, 2], [3, 0, 3]])
-
-    def losses(*parameters: torch.Tensor) -> torch.Tensor:
-        state = dict(zip(names, parameters, strict=True))
-        if "head.weight" not in state:
-            state["head.weight"] = state["token_embedding.weight"]
-        logits = functional_call(model, state, (tokens,))
-        return F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1).flatten(), reduction="none")
-
-    assert torch.autograd.gradcheck(losses, [v.requires_grad_() for v in values], atol=1e-6, rtol=1e-4)
 
 
 def first_loss(preset: Preset, seed: int) -> float:

@@ -1,0 +1,147 @@
+"""How exactly the numbers agree: the model with itself, written in other ways.
+
+| what                                                             | tolerance                      | tested in        |
+|------------------------------------------------------------------|--------------------------------|------------------|
+| gradients against finite differences, whole tiny model, fp64     | atol 1e-6, rtol 1e-4           | here             |
+| fused kernels against written-out ones, logits                   | fp32 1e-5; bf16 2e-2 relative  | here             |
+| the same, gradients in fp32                                      | 1e-5 relative                  | here             |
+| the same, each operation alone, by value                         | fp32 1e-5; bf16 2e-2           | test_ops.py      |
+| cache against none: in pieces, batch > 1, up to the context      | 1e-5                           | here             |
+| cache against none: at and past the context; greedy, 256 tokens  | 1e-5; equal ids                | test_generate.py |
+| compiled against eager, logits                                   | 1e-5                           | here             |
+| an edit at t changes logits before t                             | exactly 0, written-out kernels | here             |
+| micro-batches, two and four processes against one                | 1e-6                           | parallel/        |
+| resumed against not interrupted; evaluating, logging on and off  | equal bits                     | test_resume.py   |
+
+In bf16 whole logits are measured by their size: eight bits of precision, rounded a dozen times on the way, are off by
+more than 2e-2 in single logits of size 3, whichever kernels compute them (up to 9e-2 against fp32).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from model.config import ModelConfig
+from model.gpt import GPT
+from tests.checks import (
+    FACES,
+    PRESETS,
+    SHAPES,
+    Face,
+    Preset,
+    check_cache,
+    check_causality,
+    random_model,
+    random_tokens,
+    relative_difference,
+    same,
+)
+from tests.runs import ROOT
+
+SEEDS = (1, 2, 3)
+
+
+@pytest.mark.parametrize("face", ["explicit", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradients_are_the_slopes_of_the_loss(preset: Preset, face: Face) -> None:
+    """Every parameter of a tiny model, in double precision, against finite differences."""
+    kv_heads = 1 if preset == "qwen3" else 2
+    shape: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "n_kv_heads": kv_heads, "d_model": 4, "d_mlp": 6}
+    model = GPT(ModelConfig(preset, context=3, kernels=face, **shape), 5).double()
+    names = [name for name, _ in model.named_parameters()]
+    generator = torch.Generator().manual_seed(7)
+    values = [torch.randn(p.shape, generator=generator, dtype=torch.double) for p in model.parameters()]
+    tokens = torch.tensor([[1, 4, 2], [3, 0, 3]])
+
+    def losses(*parameters: Tensor) -> Tensor:
+        state = dict(zip(names, parameters, strict=True))
+        if "head.weight" not in state:
+            state["head.weight"] = state["token_embedding.weight"]
+        logits = functional_call(model, state, (tokens,))
+        return F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1).flatten(), reduction="none")
+
+    assert torch.autograd.gradcheck(losses, [v.requires_grad_() for v in values], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_two_faces_agree_in_logits_and_gradients(preset: Preset, seed: int) -> None:
+    models = [random_model(preset, face, seed) for face in FACES]
+    tokens = random_tokens(3, SHAPES[preset].context + 1, seed)
+    logits = [losses_of(model, tokens) for model in models]
+    same(logits[0], logits[1], 1e-5)
+    same_gradients(models[0], models[1], 1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_two_faces_agree_in_bf16(preset: Preset, seed: int) -> None:
+    """As training computes (fp32 weights, bf16 products), and with everything in bf16."""
+    models = [random_model(preset, face, seed) for face in FACES]
+    tokens = random_tokens(3, SHAPES[preset].context, seed)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = [model(tokens) for model in models]
+        assert relative_difference(mixed[0].float(), mixed[1].float()) <= 2e-2
+        assert not torch.equal(mixed[0].float(), models[0](tokens))  # it was bf16
+        short = [model.bfloat16()(tokens) for model in models]
+        assert short[0].dtype == short[1].dtype == torch.bfloat16
+        assert relative_difference(short[0].float(), short[1].float()) <= 2e-2
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_reading_in_pieces_is_reading_at_once(preset: str, face: Face) -> None:
+    check_cache(preset, face)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_edit_changes_nothing_before_it(preset: Preset) -> None:
+    check_causality(preset)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("preset", "face"), [("glass", "explicit"), ("gpt2", "fused"), ("qwen3", "fused")])
+def test_a_compiled_model_computes_the_same(preset: Preset, face: Face) -> None:
+    """In a process of its own, without the checks of shapes, which the compiler can't look into."""
+    program = f"from tests.test_numerics import check_compiled; check_compiled({preset!r}, {face!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def check_compiled(preset: Preset, face: Face) -> None:
+    """Logits, and the gradients with which it is trained; several weights and texts through one compilation."""
+    plain, stepped = (random_model(preset, face, n_layers=1) for _ in range(2))
+    fast = torch.compile(stepped)
+    for seed in SEEDS:
+        for model in (plain, stepped):
+            model.load_state_dict(random_model(preset, face, seed, n_layers=1).state_dict())
+            model.zero_grad(set_to_none=True)
+        tokens = random_tokens(3, plain.config.context + 1, seed)
+        same(losses_of(fast, tokens), losses_of(plain, tokens), 1e-5)
+        same_gradients(stepped, plain, 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was not compiled, or in pieces"
+
+
+def losses_of(model: Any, tokens: Tensor) -> Tensor:
+    """The logits of all tokens but the last; the gradient of the mean loss stays in the parameters."""
+    logits = model(tokens[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return logits.detach()
+
+
+def same_gradients(model: GPT, other: GPT, most: float) -> None:
+    """Each parameter's gradient differs by `most` of its size."""
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert relative_difference(a.grad, b.grad) <= most, name
