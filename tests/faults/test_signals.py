@@ -150,7 +150,7 @@ LOADING = ("libffi", "libtorch_python", "_multiarray_umath", "libcrypto", "safet
 def test_a_signal_while_modules_are_imported(
     library: str, number: int, corpus: Path, tmp_path: Path, figures: Figures
 ) -> None:
-    """An exception raised inside an import is often taken for a sign that something is not installed: it must end still."""
+    """Importers often take any exception for a sign that something is not installed: it must end all the same."""
     run = tmp_path / "run"
     with train(*FAULTY, f"--data.source={corpus}", f"--run.dir={run}") as started:
         started.until(lambda: loaded(started.pid, library), library)
