@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,3 +33,11 @@ def replace_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `replace_whole` had begun beside its files when its process was killed."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
+            with contextlib.suppress(OSError):  # a leftover does no harm
+                path.unlink()

@@ -6,6 +6,7 @@ before the reader: words, pictures, and a page.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from inspection import claims, record
 from inspection.capture import capture_batch
 from inspection.causal import GroupEffect, effects, group_effect
 from inspection.commands.figures import draw
+from inspection.dump import read
 from inspection.evidence import Evidence
+from inspection.files import sweep
 from inspection.folder import RunAttention, dumps_in
 from inspection.page import PageRun, write_page
 from inspection.relations import Relation, relations, sentence
@@ -26,6 +29,7 @@ from inspection.scores import head_scores
 from inspection.watch import WatchSet
 from inspection.words import DISCLAIMER
 from model.gpt import GPT
+from runtime.errors import UserError, printable
 
 QUESTIONS = 128
 """Of each kind, asked without each head: with 32 the intervals hid what a head does beyond the others of its layer."""
@@ -58,15 +62,28 @@ class Observer:
         self.folder = run / "attention"
 
     def begin(self, step: int) -> None:
-        """Start, or go on from `step`: what was watched before is watched again, and later dumps are written anew."""
+        """Start, or go on from `step`: what was watched before is watched again, and later dumps are written anew.
+
+        What is damaged, or was left half-written, stops no training: it is named and put aside.
+        """
         file = self.folder / "watched.json"
+        for folder in (self.folder, self.run):
+            sweep(folder)
         if step and file.is_file():
-            self.watched = WatchSet.load(file, self.model.vocab_size, self.model.config.context)
-        else:
-            self.watched.save(file)
-        for later, path in dumps_in(self.folder).items():
-            if later > step:
+            try:
+                self.watched = WatchSet.load(file, self.model.vocab_size, self.model.config.context)
+            except UserError as damage:
+                print(f"{printable(damage)}; other texts are watched from here on", file=sys.stderr)
+        self.watched.save(file)
+        for at, path in dumps_in(self.folder).items():
+            if at > step:
                 path.unlink()
+                continue
+            try:
+                read(path)
+            except UserError as damage:
+                print(f"{printable(damage)}; that step is left out", file=sys.stderr)
+                path.replace(path.with_suffix(".damaged"))
 
     def has(self, step: int) -> bool:
         """Whether the step has its dump."""

@@ -57,13 +57,18 @@ def claim(config: RunConfig, name: str) -> tuple[RunConfig, IO[str]]:
                 f"{folder} already holds a run; go on with it by --run.resume {folder}, or choose another --run.dir",
                 CONFIG,
             )
+        if holds_steps(folder) and not is_run(folder):
+            raise UserError(
+                f"{printable(folder)} holds checkpoints but no {MARK}; bring that back, or choose another --run.dir",
+                CHECKPOINT,
+            )
         return settled(config, folder, restarted), lock_folder(folder)
     number = 1
     while True:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         number += 1
         ours = restarted and owner(folder)[1:] == [job()]
-        if is_run(folder) and not ours:
+        if (is_run(folder) or holds_steps(folder)) and not ours:
             continue
         try:
             return settled(config, folder, restarted), lock_folder(folder)
@@ -81,6 +86,11 @@ def settled(config: RunConfig, folder: Path, restarted: bool) -> RunConfig:
 def is_run(folder: Path) -> bool:
     """Whether the folder holds a run that can be resumed."""
     return (folder / MARK).exists()
+
+
+def holds_steps(folder: Path) -> bool:
+    """Whether something was learned there: a new run has but the checkpoint of step 0 until its mark is written."""
+    return any(path.name.isdecimal() and int(path.name) > 0 for path in (folder / "checkpoints").glob("*"))
 
 
 def job() -> str:
@@ -160,6 +170,11 @@ def keep_config(config: RunConfig) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / MARK)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise cannot_write(folder, error) from error
 

@@ -42,10 +42,14 @@ class Metrics:
         kept = [line for line in lines if belongs(line, state)]
         with writing(path):
             ends = [line["samples_end"] for line in kept if isinstance(line.get("samples_end"), int)]
-            if self.samples.exists() and (ends or not kept):
+            told = any("val_loss" in line for line in kept)  # without an end: samples are off, or of an older version
+            if self.samples.exists() and (ends or not told):
                 os.truncate(self.samples, min(self.samples.stat().st_size, max([0, *ends])))
             temporary = path.with_suffix(".writing")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
             self.file = path.open("a", encoding="utf-8")
 

@@ -119,8 +119,36 @@ def test_a_folder_without_its_config_is_no_run_yet(corpus: Path, whole: Any, tmp
     folder = tmp_path / "unborn"
     start(corpus, folder, "plain", 2)
     (folder / "config.toml").unlink()
+    argv = (*TINY, *LENGTH, f"--data.source={corpus}", f"--run.dir={folder}")
+    assert "holds checkpoints but no config.toml" in said(script("train.py", *argv), 4)  # something was learned there
+    shutil.rmtree(folder / "checkpoints" / "000002")
     start(corpus, folder, "plain", 12)
     same(folder, whole("plain"))
+
+
+def test_a_sample_that_was_written_before_its_evaluation_was_told_is_written_once(
+    corpus: Path, whole: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sampled"
+    start(corpus, folder, "plain", 3)
+    (folder / "samples.txt").write_text("step 4\nkilled right after this\n\n")
+    go_on(folder, 12)
+    same(folder, whole("plain"))
+
+
+def test_damage_to_what_is_looked_at_stops_no_training(corpus: Path, whole: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole("plain"), folder)
+    shutil.rmtree(folder / "checkpoints" / "000012")
+    (folder / "attention" / "watched.json").write_text("{")
+    (folder / "attention" / "000004.safetensors").write_bytes(b"damaged")
+    (folder / "attention" / ".evidence.json.abcd1234").write_text("{")
+    done = script("train.py", f"--run.resume={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "watched.json" in done.stderr and "000004.safetensors" in done.stderr
+    assert not (folder / "attention" / ".evidence.json.abcd1234").exists()
+    assert (folder / "attention" / "000004.damaged").exists() and (folder / "attention.html").is_file()
+    assert bits(folder) == bits(whole("plain"))
 
 
 def test_evaluating_saving_and_logging_otherwise_change_nothing(corpus: Path, whole: Any, tmp_path: Path) -> None:

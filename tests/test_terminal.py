@@ -157,6 +157,7 @@ def test_errors_print_no_control_character(argv: tuple[str, ...], code: int, run
     assert ("Traceback" in done.stderr) == ("--debug" in argv) and "error: " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_config_file_prints_no_control_character(tmp_path: Path) -> None:
     path = tmp_path / NAME
     for text in (
