@@ -50,7 +50,10 @@ class RunSettings:
     """Seconds that a process waits for the others before it gives the job up (torchrun)."""
 
     def problems(self) -> list[str]:
-        return at_least("run", self, seed=0, threads=0, stop_at=0, timeout=1)
+        found = at_least("run", self, seed=0, threads=0, stop_at=0, timeout=1)
+        if self.seed >= 1 << 63:
+            found.append(f"run.seed is {self.seed}; it must be below 2**63")
+        return found
 
 
 @dataclass(frozen=True)

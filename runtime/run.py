@@ -169,8 +169,9 @@ class Run:
             with bounded_memory(self.trainer.rows, self.config.train.batch_size):
                 self.trainer.run(self.tell_step, on_evaluation, self.save)
             self.finish_saving()
-        except SystemExit:
+        except SystemExit as stop:
             self.finish_saving()
+            self.tracker.close(int(stop.code or 0), patience=5.0)  # whoever asked does not wait for long
             self.progress.say(f"stopped; go on with: python train.py --run.resume {self.folder}")
             raise
         finally:

@@ -130,6 +130,7 @@ def test_no_value_is_silently_out_of_range() -> None:
         *("--data.vocab_size=3", "--run.seed=-1", "--log.every=0", "--optim.lr=nan"),
     )
     assert len(lines) == 9
+    assert "2**63" in complaints(f"--run.seed={1 << 64}")[0]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ MARKUP = "<script>alert(1)</script><img src=x onerror=\"alert('&')\">"
 HOSTILE = CONTROLS + MARKUP
 NAME = HOSTILE.replace("/", "\u2215")
 """A file may be called so."""
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("error:Glyph")  # matplotlib prints what its font lacks, as it is
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -81,7 +82,7 @@ def test_training_prints_no_control_character(trained: subprocess.CompletedProce
     "argv",
     [
         ("RUN",),
-        ("RUN", "--prompt", f"The fox {HOSTILE}", "--top=2"),
+        pytest.param(("RUN", "--prompt", f"The fox {HOSTILE}", "--top=2"), marks=SLOW),
         ("summary", "RUN"),
         ("heads", "RUN"),
         ("heads", "RUN", "--csv"),
@@ -89,13 +90,13 @@ def test_training_prints_no_control_character(trained: subprocess.CompletedProce
         ("token", "RUN", "--text", "line 1" + HOSTILE),
         ("token", "RUN", "--csv"),
         ("timeline", "RUN"),
-        ("timeline", "RUN", "--csv"),
+        pytest.param(("timeline", "RUN", "--csv"), marks=SLOW),
         ("compare", "RUN"),
-        ("compare", "RUN", "--csv"),
-        ("compare", "RUN", "--json"),
-        ("page", "RUN"),
-        pytest.param(("figures", "RUN", "--format=svg"), marks=pytest.mark.slow),
-        pytest.param(("figures", "RUN", "--score=all"), marks=pytest.mark.slow),
+        pytest.param(("compare", "RUN", "--csv"), marks=SLOW),
+        pytest.param(("compare", "RUN", "--json"), marks=SLOW),
+        pytest.param(("page", "RUN"), marks=SLOW),
+        pytest.param(("figures", "RUN", "--format=svg"), marks=SLOW),
+        pytest.param(("figures", "RUN", "--score=all"), marks=SLOW),
     ],
     ids=lambda argv: " ".join(argv)[:20],
 )
@@ -113,7 +114,7 @@ def test_checking_and_measuring_print_no_control_character(run: Path, tmp_path: 
     check_pages(copy)
 
 
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("samples", [1, pytest.param(2, marks=SLOW)])
 def test_sampling_prints_no_control_character(samples: int, run: Path) -> None:
     prompt = f"The {HOSTILE}"
     out = check(script("sample.py", run, "--prompt", prompt, "--tokens=80", f"--samples={samples}", "--temperature=2"))
@@ -129,7 +130,7 @@ def test_where_attention_goes_while_sampling_is_said_without_control_characters(
     ("argv", "code"),
     [
         (("train.py", "--data.source=/no/" + HOSTILE), 3),
-        (("train.py", "--data.source=stories", f"--{HOSTILE}=1"), 2),
+        pytest.param(("train.py", "--data.source=stories", f"--{HOSTILE}=1"), 2, marks=SLOW),
         (("train.py", f"--model.n_layers={HOSTILE}", f"--model.preset={HOSTILE}", f"--optim.lr={HOSTILE}"), 2),
         (("train.py", HOSTILE), 2),
         (("train.py", f"--log.watch={HOSTILE}"), 2),
@@ -138,14 +139,14 @@ def test_where_attention_goes_while_sampling_is_said_without_control_characters(
         (("sample.py", NAME), 4),
         (("sample.py", NAME, "--debug"), 4),
         (("sample.py", "RUN", f"--prompt=\u05d0{HOSTILE}"), 2),
-        (("sample.py", "RUN", f"--attend=/proc/{NAME}.safetensors"), 6),
+        pytest.param(("sample.py", "RUN", f"--attend=/proc/{NAME}.safetensors"), 6, marks=SLOW),
         (("attend.py", NAME), 4),
         (("attend.py", "RUN", f"--head={HOSTILE}"), 2),
-        (("attend.py", "RUN", f"--out=/proc/{NAME}"), 6),
+        pytest.param(("attend.py", "RUN", f"--out=/proc/{NAME}"), 6, marks=SLOW),
         (("attend.py", "token", "RUN", f"--text={HOSTILE}"), 2),
         (("attend.py", "token", "RUN", f"--find=\u05d0{HOSTILE}"), 2),
         (("attend.py", "heads", "RUN", f"--score=no{HOSTILE}"), 2),
-        (("attend.py", "figures", "RUN", f"--out=/proc/{NAME}"), 6),
+        pytest.param(("attend.py", "figures", "RUN", f"--out=/proc/{NAME}"), 6, marks=SLOW),
         (("attend.py", "summary", NAME), 4),
         (("attend.py", f"summ\x1b{NAME}", "RUN"), 2),
     ],
