@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 from jaxtyping import install_import_hook
@@ -17,6 +18,10 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["COLUMNS"] = "120"  # what is printed depends on the terminal's width
 # Threads that wait by spinning slow a small model a hundredfold on a machine that is busy with other things.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A program that is started in the background ignores these, and what it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
