@@ -78,7 +78,10 @@ def refuse(error: UserError, debug: bool) -> NoReturn:
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():
             print(printable(line), file=sys.stderr)
-    if error.exit_code != CONFIG or os.environ.get("LOCAL_RANK", "0") == "0":
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    # What is wrong with the text is most often wrong everywhere; the first of the machine's processes comes first.
+    who = f"error (process {os.environ.get('RANK')})" if error.exit_code == DATA and not first else "error"
+    if first or error.exit_code != CONFIG:
         for line in str(error).splitlines():
-            print(f"error: {printable(line)}", file=sys.stderr)
+            print(f"{who}: {printable(line)}", file=sys.stderr)
     sys.exit(error.exit_code)

@@ -30,11 +30,6 @@ class Stop:
         self._since = 0.0
         self._breakable = False
 
-    @property
-    def exit_code(self) -> int:
-        """What a shell reports of a program that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
-        return 128 + self.number
-
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take over the signals while the body runs. One that was ignored (`nohup`) stays ignored."""

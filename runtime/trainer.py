@@ -113,6 +113,7 @@ class Trainer:
         self.rows = rows_at_once(config, machine.world)
         self.saved = (state.step, state.evaluated) if resumed else (-1, -1)
         self.stop = Stop()
+        self.asked = 0  # the signal that the processes have agreed to stop for
 
     def run(self, on_step: Tell, on_evaluation: Tell, save: Callable[[], None]) -> None:
         """Train until the last step, the end of patience, or a signal; save whatever was learned.
@@ -139,7 +140,8 @@ class Trainer:
                     save()
                     self.saved = position
                 if stopping:
-                    raise SystemExit(self.stop.exit_code if self.stop.number else 0)
+                    self.machine.largest(0)  # nobody leaves before all is saved: torchrun would soon end the others
+                    raise SystemExit(128 + self.asked if self.asked else 0)
                 if last:
                     return
                 self.tell(self.step(), on_step)
@@ -152,8 +154,8 @@ class Trainer:
 
     def is_asked_to_stop(self) -> bool:
         """Whether any process was sent a signal, or `run.stop_at` is reached; the same answer everywhere."""
-        self.stop.number = self.machine.largest(self.stop.number)
-        return bool(self.stop.number) or 0 < self.config.run.stop_at <= self.state.step
+        self.asked = self.machine.largest(self.stop.number)  # the handler's own number is never written here
+        return bool(self.asked) or 0 < self.config.run.stop_at <= self.state.step
 
     def tell(self, metrics: dict[str, Any], on_step: Tell) -> None:
         """Pass on the metrics of a step that is due; a step that was passed over always is."""

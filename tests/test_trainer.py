@@ -270,3 +270,21 @@ def test_a_loss_that_is_not_finite_is_never_the_best(text: Path, monkeypatch: py
         assert one.evaluate(lambda told: None) == (loss == best)
         assert one.state.best_loss == best
     assert one.state.best_step == 5 and one.state.stale == 0
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = trainer(text)
+    told = Told(one)
+    agreements = 0
+
+    def largest(self: Machine, value: int) -> int:
+        nonlocal agreements
+        agreements += 1
+        if agreements == 3:
+            os.kill(os.getpid(), signal.SIGTERM)  # too late for this agreement; the next one must know
+        return value
+
+    monkeypatch.setattr(Machine, "largest", largest)
+    with pytest.raises(SystemExit) as caught:
+        told.run()
+    assert caught.value.code == 143 and told.saves[-1] == one.state.step < 8
