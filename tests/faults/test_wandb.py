@@ -80,6 +80,7 @@ def test_whatever_wandb_does_a_run_ends_with_the_same_weights_and_in_time(
     server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
 ) -> None:
     """All at once, as they mostly wait."""
+    assert SILENCE <= 10 and PATIENCE <= 30  # what is promised
     children: dict[tuple[str, str], tuple[Forked, Path]] = {}
     begun = time.monotonic()
     for trouble, moment in WAITS:
