@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -235,3 +238,35 @@ def test_the_blocks_of_a_split_model_are_compiled_in_place(torchrun: None, monke
         stepped = share(plain(), find_machine("fp32"), "full")
         assert not is_compiled(stepped)
         assert compiled(stepped, torch.zeros(1, 4, dtype=torch.long), CPU) is stepped and is_compiled(stepped)
+
+
+ENDING = """
+import atexit, sys
+from runtime.errors import UserError, run_main
+
+class Late:
+    def __del__(self):
+        print("taken down")
+
+def main(argv):
+    print("said", end="")
+    {}
+
+atexit.register(print, ", handled", end="")
+late = Late()
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("pass", 0), ("raise UserError('no', 4)", 4), ("raise KeyboardInterrupt", 130), ("sys.exit()", 0), ("1 / 0", 1)],
+)
+def test_a_process_of_many_ends_with_its_code_and_without_taking_python_down(last: str, code: int) -> None:
+    """Threads of gloo that still hold a tensor would abort it then. A bug alone ends as it does everywhere."""
+    command = [sys.executable, "-c", ENDING.format(last)]
+    for rank in ({}, {"RANK": "0"}):
+        ended = subprocess.run(command, env={**os.environ, **rank}, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == code, ended.stderr
+        down = "" if rank and code != 1 else "taken down\n"
+        assert ended.stdout == "said, handled" + down
