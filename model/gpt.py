@@ -194,7 +194,11 @@ class GPT(nn.Module):
         nn.init.constant_(self.final_norm.gain, preset.final_gain)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
-        """Logits (B, T, V): row t scores every token as the successor of tokens[:, : t + 1].
+        """Logits (B, T, V): row t scores every token as the successor of tokens[:, : t + 1]."""
+        return self.head(self.features(tokens, cache))
+
+    def features(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
+        """What the head reads: the residual stream after all blocks, normalised.
 
         With a cache, `tokens` are the positions that come after those which the cache holds.
         """
@@ -213,4 +217,4 @@ class GPT(nn.Module):
             x = block(x, angles, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.head(self.final_norm(x))
+        return self.final_norm(x)
