@@ -1,16 +1,16 @@
-"""How weights follow gradients: parameter groups, AdamW and Muon from torch.optim, the rate of each step."""
+"""How weights follow gradients: parameter groups, AdamW from torch.optim and Muon, the rate of each step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.config import OptimConfig
+from runtime.muon import Muon
 from runtime.parallel import bare, is_split, split, whole
 
 
@@ -61,10 +61,7 @@ class Optimizer:
         betas = (config.beta1, config.beta2)
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)]
         if hidden:
-            muon = SplitMuon if is_split(hidden[0]) else torch.optim.Muon
-            self.parts.append(
-                muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.momentum)
-            )
+            self.parts.append(Muon(hidden, config.muon_lr, config.weight_decay, config.momentum))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def set_rate(self, share: float) -> None:
@@ -125,37 +122,3 @@ class Optimizer:
                 raise ValueError(f"the moments of {name} have shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
             mine = split(value, parameter) if value.dim() else value.to(parameter.device)
             owners[parameter].state[parameter][entry] = mine
-
-
-class SplitMuon(torch.optim.Optimizer):
-    """Muon for matrices that are split among processes.
-
-    Weights and momentum stay split. What Muon orthogonalises is put together on every process, one matrix at a time,
-    and given to torch's own Muon with a stand-in for the weights; each process then takes its share of the change.
-    (torch.optim.Muon itself runs on split matrices too, but its products in bf16 are then cut otherwise, which moves
-    the update by 1 to 2%, and it exchanges 11 to 16 times where this exchanges once.)
-    """
-
-    def __init__(self, matrices: list[Tensor], **settings: float) -> None:
-        super().__init__(matrices, settings)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move the weights."""
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                self.move(matrix, **{key: value for key, value in group.items() if key != "params"})
-
-    def move(self, matrix: Tensor, lr: float, weight_decay: float, momentum: float) -> None:
-        """One matrix by Nesterov's momentum, as torch.optim.Muon has it (Jordan et al. 2024)."""
-        gradient, memory = matrix.grad, self.state[matrix]
-        if gradient is None:
-            return
-        if "momentum_buffer" not in memory:
-            memory["momentum_buffer"] = torch.zeros_like(matrix)
-        memory["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        direction = whole(gradient.lerp(memory["momentum_buffer"], momentum))
-        change = nn.Parameter(torch.zeros_like(direction))
-        change.grad = direction
-        torch.optim.Muon([change], lr=lr, weight_decay=0.0, momentum=0.0).step()
-        matrix.mul_(1 - lr * weight_decay).add_(split(change.detach(), matrix))

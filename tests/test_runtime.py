@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from runtime import device
 from runtime.config import OptimConfig, TrainConfig
+from runtime.muon import Muon
 from runtime.optim import Optimizer, lr_at
 
 CPU = torch.device("cpu")
@@ -54,13 +55,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name: str) ->
         set(map(id, model.parameters()))
     )
     assert all((decay > 0) == (p.dim() >= 2) for p, decay in found)
-    muon = [
-        p
-        for part in optimizer.parts
-        if isinstance(part, torch.optim.Muon)
-        for g in part.param_groups
-        for p in g["params"]
-    ]
+    muon = [p for part in optimizer.parts if isinstance(part, Muon) for g in part.param_groups for p in g["params"]]
     inside = [p for p in model.blocks.parameters() if p.dim() == 2]
     assert {id(p) for p in muon} == ({id(p) for p in inside} if name == "muon" else set())
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.device import Machine, apart, compiled, find_machine, is_compiled
 from runtime.errors import LOST_PROCESS, UserError
-from runtime.optim import SplitMuon
+from runtime.muon import Muon
 from runtime.parallel import (
     bare,
     clip_gradient,
@@ -159,7 +159,7 @@ def test_muon_of_a_split_matrix_is_torchs_muon(torchrun: None) -> None:
             apart = nn.Parameter(distribute_tensor(value, init_device_mesh("cpu", (1,)), [Shard(0)]))
             one = nn.Parameter(value.clone())
             settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
-            mine, theirs = SplitMuon([apart], **settings), torch.optim.Muon([one], **settings)  # type: ignore[arg-type]
+            mine, theirs = Muon([apart], **settings), torch.optim.Muon([one], **settings)  # type: ignore[arg-type]
             for gradient in gradients:
                 apart.grad, one.grad = split(gradient, apart), gradient.clone()
                 mine.step()

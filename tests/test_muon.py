@@ -1,0 +1,53 @@
+"""Muon over stacked matrices is torch's Muon, bit for bit, and does what its formula says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from runtime import muon
+from runtime.muon import Muon, orthogonalised
+
+SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (24, 8), (1, 8), (8, 1), (24, 8)]
+"""Tall, wide and square, in an order that mixes those of one shape with others."""
+
+
+def drawn(generator: torch.Generator) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("stacked", [1, 2 * 24 * 8, 1 << 22])
+def test_five_steps_give_the_bits_of_torchs_muon(stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of a stack; gradients of every size, a zero one, a missing one; a rate that falls."""
+    monkeypatch.setattr(muon, "STACKED", stacked)
+    generator = torch.Generator().manual_seed(1)
+    mine = drawn(generator)
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    ours = Muon(mine, lr=0.02, weight_decay=0.1, momentum=0.9)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9)
+    for step in range(5):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            gradient = torch.randn(a.shape, generator=generator) * 10.0 ** (i - 4) * (i != 3)
+            a.grad, b.grad = (None, None) if i == step else (gradient, gradient.clone())
+        for optimizer in (ours, reference):
+            optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+            optimizer.step()
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(ours.state[a]["momentum_buffer"], reference.state[b]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 8), (3, 8, 32), (2, 16, 16)])
+def test_every_direction_gets_about_the_same_step(shape: tuple[int, ...]) -> None:
+    """The singular vectors stay, the singular values come near 1, however unlike the matrices of a stack are."""
+    generator = torch.Generator().manual_seed(2)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    values = torch.linspace(1, 0.2, u.shape[-1])
+    scale = 10.0 ** torch.arange(shape[0])[:, None, None]
+    found = orthogonalised(scale * (u * values) @ vh).float()
+    inside = u.mT @ found @ vh.mT
+    diagonal = inside.diagonal(dim1=-2, dim2=-1)
+    assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
+    assert (inside - torch.diag_embed(diagonal)).abs().max() < 0.02
+    assert orthogonalised(torch.zeros(shape)).count_nonzero() == 0
