@@ -11,8 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from data.batches import (
@@ -33,16 +31,12 @@ from runtime.checkpoint import TrainState
 from runtime.config import RunConfig
 from runtime.device import Machine
 from runtime.errors import NON_FINITE, UserError
+from runtime.loss import loss_sum
 from runtime.optim import Optimizer, lr_at
 from runtime.parallel import clip_gradient, gather, is_sharded, last_only
 from runtime.signals import Stop
 
 Tell = Callable[[dict[str, Any]], None]
-
-
-def loss_sum(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Sum over all counted targets of -log p(target), in nats."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
