@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ IGNORED = -1
 """Target of a position that does not count: padding, or a piece of a document that another window reads
 whole."""
 
+BLOCK = 1 << 12
+"""Entries of the shuffled stream that are computed at once."""
 _MASK64 = (1 << 64) - 1
 _ROUNDS = 8
 
@@ -112,8 +115,16 @@ def batch(
 
 def drawn(windows: Windows, seed: int, step: int, batch_size: int) -> np.ndarray:
     """Indices of the windows in the whole batch of a step, (batch_size,) int64, in order of rows."""
-    entries = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    return shuffled(entries, len(windows), seed)
+    first, end = step * batch_size, (step + 1) * batch_size
+    blocks = range(first // BLOCK, (end - 1) // BLOCK + 1)
+    found = np.concatenate([shuffled_block(number, len(windows), seed) for number in blocks])
+    return found[first - blocks[0] * BLOCK :][:batch_size]
+
+
+@lru_cache(maxsize=2)
+def shuffled_block(number: int, n: int, seed: int) -> np.ndarray:
+    """Entries `number * BLOCK` up to the next block's of `shuffled`: thousands cost hardly more than a step's few."""
+    return shuffled(np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64), n, seed)
 
 
 def counted_targets(windows: Windows, seed: int, step: int, batch_size: int) -> int:

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches import (
+    BLOCK,
     IGNORED,
     batch,
     counted_targets,
     document_windows,
     documents_of,
+    drawn,
     evaluation_windows,
     read_windows,
     shuffled,
@@ -118,8 +120,18 @@ def test_targets_are_the_next_tokens_and_shards_do_not_show(lengths, context, sh
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 700), st.integers(-(2**70), 2**70), st.integers(0, 2**30))
 def test_each_epoch_is_a_permutation(n, seed, epoch):
-    drawn = shuffled(np.arange(epoch * n, (epoch + 1) * n), n, seed)
-    assert sorted(drawn.tolist()) == list(range(n))
+    order = shuffled(np.arange(epoch * n, (epoch + 1) * n), n, seed)
+    assert sorted(order.tolist()) == list(range(n))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([1, 3, 16, 1000, BLOCK, 3 * BLOCK - 1]), st.integers(0, 2000), st.integers(0, 3))
+def test_a_step_takes_its_rows_of_the_endless_stream(batch_size, step, seed):
+    """Also where the blocks in which the stream is computed meet."""
+    windows = document_windows(split_of([5] * 300), 7)
+    rows = drawn(windows, seed, step, batch_size)
+    expected = shuffled(np.arange(step * batch_size, (step + 1) * batch_size), len(windows), seed)
+    assert rows.tolist() == expected.tolist()
 
 
 def test_permutations_look_random():
@@ -138,9 +150,9 @@ def test_permutations_look_random():
 
 def test_a_huge_permutation_costs_nothing():
     n = 3 * 10**12
-    drawn = shuffled(np.arange(n - 500, n + 500), n, seed=1)
-    assert len(np.unique(drawn[:500])) == len(np.unique(drawn[500:])) == 500
-    assert drawn.min() >= 0 and drawn.max() < n
+    order = shuffled(np.arange(n - 500, n + 500), n, seed=1)
+    assert len(np.unique(order[:500])) == len(np.unique(order[500:])) == 500
+    assert order.min() >= 0 and order.max() < n
 
 
 def test_an_epoch_visits_each_window_once_and_the_next_begins_in_the_same_batch():
