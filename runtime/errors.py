@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 CONFIG = 2
@@ -25,7 +26,6 @@ DISK_OR_MEMORY = 6
 IN_USE = 7
 LOST_PROCESS = 8
 INTERRUPTED = 130
-TERMINATED = 143
 
 
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -52,15 +52,56 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     (`| head`) ends the program quietly. SIGTERM ends it as Ctrl-C does, so that what is half-written is tidied up;
     the training loop has its own way (`runtime/signals.py`).
     """
-    if "RANK" not in os.environ:
-        run(main)
-        return
+    code = 0
     try:
-        run(main)
-        code = 0
+        with Asked().listening():
+            run(main)
     except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
         code = int(end.code or 0)
-    leave(code)
+    if "RANK" in os.environ:
+        leave(code)
+
+
+class Asked:
+    """Ends the program on SIGINT or SIGTERM, and remembers that it was asked to.
+
+    What a signal's handler raises can get lost: who imports a library that need not be there often takes any exception
+    for a sign that it is not. So a start looks once more before it leaves anything behind (`end_if_asked`), and so does
+    the end.
+    """
+
+    number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.number = number
+        sys.exit(128 + number)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the signals, but one that is ignored (`nohup`, `&`).
+
+        After the body a signal ends the process at once and without a word: all is written, and the exit handlers of
+        libraries can't stand an exception.
+        """
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        for number in numbers:
+            signal.signal(number, self)
+        try:
+            yield
+            end_if_asked()
+        finally:
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def end_if_asked() -> None:
+    """End the program if a signal has asked for it and the exception got lost."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asked = signal.getsignal(number)
+        if isinstance(asked, Asked) and asked.number:
+            sys.exit(128 + asked.number)
 
 
 def leave(code: int) -> NoReturn:
@@ -82,7 +123,6 @@ def run(main: Callable[[list[str]], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character gets its code, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     argv = sys.argv[1:]
     debug = "--debug" in argv
     try:
@@ -98,7 +138,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         if error.errno not in DISK_FAILURES:
             raise
         refuse(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}", DISK_OR_MEMORY), debug)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # somebody else's
         sys.exit(INTERRUPTED)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, cast
@@ -58,7 +59,10 @@ def processes(timeout: float) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store = own_round(store, rank, world, timeout)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         yield
     except Exception as error:
         if (group := dist.group.WORLD) is not None:
@@ -73,6 +77,34 @@ def processes(timeout: float) -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def own_round(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """A part of torchrun's store that this start of the job shares with none before.
+
+    After a restart the store is still the old one, and in it lie the addresses of the processes that ended. Who is
+    faster than another one would find those and call nobody (seen with torch 2.13). So the first process names the
+    round, and greets each other one by the number that it drew on arriving, until all have answered.
+
+    Raises:
+        torch.distributed.DistStoreError: if not all have come after `timeout` seconds.
+    """
+    me = str(store.add("arrivals", 1))
+    store.set(f"here/{rank}", me)
+    if rank:
+        store.wait([f"welcome/{me}"], timedelta(seconds=timeout))
+        name = store.get(f"welcome/{me}").decode()
+        store.add(f"answers/{name}", 1)
+        return dist.PrefixStore(name, store)
+    deadline = time.monotonic() + timeout
+    while store.add(f"answers/{me}", 0) < world - 1:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"after {timeout:g} s not all of {world} processes have come")
+        for key in (f"here/{other}" for other in range(1, world)):
+            if store.check([key]):  # perhaps somebody's who is no more; then it changes soon
+                store.set(f"welcome/{store.get(key).decode()}", me)
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
 
 
 def bare(stepped: nn.Module) -> nn.Module:

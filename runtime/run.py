@@ -20,7 +20,7 @@ from runtime import checkpoint
 from runtime.checkpoint import Checkpoint, Origin, TrainState
 from runtime.config import RunConfig, to_toml
 from runtime.device import Machine, choose_kernels, compiled, worth_compiling
-from runtime.errors import CHECKPOINT, CONFIG, DATA, UserError, printable
+from runtime.errors import CHECKPOINT, CONFIG, DATA, UserError, end_if_asked, printable
 from runtime.folder import keep_config
 from runtime.log import Metrics, Progress, read_metrics
 from runtime.memory import bounded_memory
@@ -131,6 +131,7 @@ class Run:
 
     def begin(self) -> None:
         """Make the folder a run: once the untrained weights are saved, it can be resumed at any moment."""
+        end_if_asked()
         if not self.config.run.resume:
             self.save()
             self.trainer.saved = (self.state.step, self.state.evaluated)

@@ -1,0 +1,79 @@
+"""How a program ends: its exit code, its exit handlers, and a signal at the wrong moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ENDING = """
+import atexit, sys
+from runtime.errors import UserError, run_main
+
+class Late:
+    def __del__(self):
+        print("taken down")
+
+def main(argv):
+    print("said", end="")
+    {}
+
+atexit.register(print, ", handled", end="")
+late = Late()
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("pass", 0), ("raise UserError('no', 4)", 4), ("raise KeyboardInterrupt", 130), ("sys.exit()", 0), ("1 / 0", 1)],
+)
+def test_a_process_of_many_ends_with_its_code_and_without_taking_python_down(last: str, code: int) -> None:
+    """Threads of gloo that still hold a tensor would abort it then. A bug alone ends as it does everywhere."""
+    command = [sys.executable, "-c", ENDING.format(last)]
+    for rank in ({}, {"RANK": "0"}):
+        ended = subprocess.run(command, env={**os.environ, **rank}, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == code, ended.stderr
+        down = "" if rank and code != 1 else "taken down\n"
+        assert ended.stdout == "said, handled" + down
+
+
+LOST = """
+import os, signal, sys
+from runtime.errors import end_if_asked, run_main
+
+def main(argv):
+    try:
+        os.kill(os.getpid(), signal.{})
+        import nothing_of_this_name
+    except BaseException:
+        pass
+    print("went on", flush=True)
+    {}
+    print("to the end")
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_signal_that_an_importer_took_for_a_missing_module_still_ends_the_program(name: str, looks: bool) -> None:
+    """Before anything is left behind, or, where nobody looks, at the end."""
+    program = LOST.format(name, "end_if_asked()" if looks else "pass")
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 128 + signal.Signals[name] and not ended.stderr
+    assert ended.stdout.split("\n") == ["went on", "" if looks else "to the end", ""][: 2 if looks else 3]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_exit_handlers_ends_the_program_without_a_word(name: str) -> None:
+    program = (
+        "import atexit, os, signal\nfrom runtime.errors import run_main\n"
+        f"atexit.register(lambda: os.kill(os.getpid(), signal.{name}))\nrun_main(lambda argv: print('all', flush=True))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.Signals[name], "all\n", "")
