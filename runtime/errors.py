@@ -82,18 +82,19 @@ class Asked:
     def listening(self) -> Iterator[None]:
         """Take over the signals, but one that is ignored (`nohup`, `&`).
 
-        After the body a signal ends the process at once and without a word: all is written, and the exit handlers of
-        libraries can't stand an exception.
+        Whatever came of one that got lost, the program ends as it asks. After the body a signal ends the process
+        at once and without a word: all is written, and the exit handlers of libraries can't stand an exception.
         """
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
         for number in numbers:
             signal.signal(number, self)
         try:
             yield
-            end_if_asked()
         finally:
             for number in numbers:
                 signal.signal(number, signal.SIG_DFL)
+            if self.number:
+                sys.exit(128 + self.number)
 
 
 def end_if_asked() -> None:
