@@ -52,16 +52,15 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     (`| head`) ends the program quietly. SIGTERM ends it as Ctrl-C does, so that what is half-written is tidied up;
     the training loop has its own way (`runtime/signals.py`).
     """
-    code = 0
     try:
         with Asked().listening():
             run(main)
-    except SystemExit as end:
-        if "RANK" not in os.environ:
-            raise
-        code = int(end.code or 0)
+    except BaseException as end:
+        if "RANK" in os.environ:
+            leave(end)
+        raise
     if "RANK" in os.environ:
-        leave(code)
+        leave(SystemExit(0))
 
 
 class Asked:
@@ -105,13 +104,18 @@ def end_if_asked() -> None:
             sys.exit(128 + asked.number)
 
 
-def leave(code: int) -> NoReturn:
-    """End one of torchrun's processes after its exit handlers, but without taking Python down.
+def leave(end: BaseException) -> NoReturn:
+    """End one of torchrun's processes after its exit handlers, but without taking anything down; `end` is still held.
 
-    Threads of gloo live on where FSDP2 keeps their group alive. One that lets go of its last tensor while Python is
-    being taken down aborts the process, which torchrun takes for a failure (pytorch pull request 179291): without
-    this, about one good run of four processes in four ended so.
+    A thread of gloo that lets go of a tensor needs Python's lock for it. If Python is being taken down by then, the
+    process is aborted, which torchrun takes for a failure (pytorch pull request 179291). If DDP is, which waits for the
+    thread and holds the lock, the process hangs. What an exception has passed through lives as long as the exception.
     """
+    if isinstance(end, SystemExit):
+        code = int(end.code or 0)
+    else:
+        code = 1
+        sys.excepthook(type(end), end, end.__traceback__)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
