@@ -1,5 +1,6 @@
 """Train a small GPT:  python train.py [CONFIG.toml] [--section.key value ...]
 Prove that a run resumes exactly:  python train.py --run.resume RUN --check
+Say what a run would take:         python train.py [CONFIG.toml] --plan [8xh100]
 
 config → corpus → model → the loop. Nothing heavy is imported before the command line has been found good.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from runtime.config import RunConfig, parse_train
 from runtime.errors import run_main
 from runtime.folder import run_folder
+from runtime.hardware import take_plan
 
 if TYPE_CHECKING:
     from data.prepare import Prepared
@@ -28,11 +30,17 @@ HELD_OUT_TEXTS = 12
 
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
+    argv, place = take_plan(argv)
     config, name = parse_train([word for word in argv if word != CHECK])
     if CHECK in argv:
         from runtime.check import check_resume
 
         check_resume(config)
+        return
+    if place is not None:
+        from runtime.plan import plan
+
+        plan(config, place, name)
         return
     with run_folder(config, name) as config:
         from runtime.parallel import processes

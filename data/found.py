@@ -5,7 +5,6 @@ Where this stands: beside `prepare.py`, whose cache it looks into. What is not t
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from data.corpus import open_corpus
 from data.held import DamagedShards
 from data.manifest import load_shards
 from data.named import GENERATED
-from data.prepare import Stamp, _key, _read_index, _sha256, _stamp
+from data.prepare import Stamp, cache_key, index_of, known_contents, sha256_of, stamp_of
 from data.shards import TokenSplit
 from data.tokenizer import train_tokenizer
 from runtime.errors import UserError
@@ -80,11 +79,11 @@ def find_splits(config: DataConfig) -> dict[str, TokenSplit]:
         return {}
     try:
         corpus = open_corpus(source, config.val_fraction, cache)
-        stamps = {path: _stamp(path) for path in sorted({span.path for span in corpus.train + corpus.val})}
+        stamps = {path: stamp_of(path) for path in sorted({span.path for span in corpus.train + corpus.val})}
         contents = contents_of(stamps, cache)
         if contents.keys() != stamps.keys():
             return {}
-        key = _key(corpus, contents, config)
+        key = cache_key(corpus, contents, config)
         return dict(load_shards(cache / f"tokens-{key}", key).splits)
     except (UserError, DamagedShards):
         return {}
@@ -92,11 +91,9 @@ def find_splits(config: DataConfig) -> dict[str, TokenSplit]:
 
 def contents_of(stamps: dict[Path, Stamp], cache: Path) -> dict[Path, str]:
     """The sha256 of each file that is on the list of an earlier run, or quickly read."""
-    paths = "\0".join(map(str, stamps)).encode("utf-8", "surrogateescape")
-    known = _read_index(cache / f"sources-{hashlib.sha256(paths).hexdigest()[:16]}.json")
-    found = {path: known[str(path), stamp] for path, stamp in stamps.items() if (str(path), stamp) in known}
+    found = known_contents(stamps, index_of(stamps, cache))
     unread = [path for path in stamps if path not in found]
     if sum(stamps[path][0] for path in unread) <= QUICKLY_READ:
         with tqdm(disable=True) as silent:
-            found |= {path: _sha256(path, silent) for path in unread}
+            found |= {path: sha256_of(path, silent) for path in unread}
     return found

@@ -85,8 +85,8 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> P
     with _storage(cache):
         cache.mkdir(parents=True, exist_ok=True)
         corpus = open_corpus(config.source, config.val_fraction, cache)
-    stamps = {path: _stamp(path) for path in sorted({span.path for span in corpus.train + corpus.val})}
-    key = _key(corpus, _contents(stamps, cache, progress), config)
+    stamps = {path: stamp_of(path) for path in sorted({span.path for span in corpus.train + corpus.val})}
+    key = cache_key(corpus, _contents(stamps, cache, progress), config)
     folder = cache / f"tokens-{key}"
     for _ in range(3):
         if not os.path.lexists(folder):
@@ -147,7 +147,7 @@ def _build(
         tokenizer.save(partial / TOKENIZER)
         splits = _encode(corpus, tokenizer, partial, config.workers, progress)
         for path, stamp in stamps.items():
-            if _stamp(path) != stamp:
+            if stamp_of(path) != stamp:
                 raise UserError(f"{path} was changed while it was being prepared: start again", DATA)
         write_manifest(partial, key, {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size}, splits)
         try:
@@ -192,7 +192,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, pr
     return splits
 
 
-def _key(corpus: Corpus, contents: dict[Path, str], config: DataConfig) -> str:
+def cache_key(corpus: Corpus, contents: dict[Path, str], config: DataConfig) -> str:
     """A name for what is to be prepared. Paths and the fraction asked for are not in it, but what they lead
     to is.
     """
@@ -208,24 +208,35 @@ def _key(corpus: Corpus, contents: dict[Path, str], config: DataConfig) -> str:
 
 def _contents(stamps: dict[Path, Stamp], cache: Path, progress: bool) -> dict[Path, str]:
     """The sha256 of each file. One that has the size and times of an earlier reading is not read again."""
-    paths = "\0".join(map(str, stamps)).encode("utf-8", "surrogateescape")
-    index = cache / f"sources-{hashlib.sha256(paths).hexdigest()[:16]}.json"
-    known = _read_index(index)
-    found = {path: known[str(path), stamp] for path, stamp in stamps.items() if (str(path), stamp) in known}
+    index = index_of(stamps, cache)
+    found = known_contents(stamps, index)
     unread = [path for path in stamps if path not in found]
     if not unread:
         return found
     now = time.time_ns()
     with _bar("reading text", sum(stamps[path][0] for path in unread), progress) as bar:
         for path in unread:
-            found[path] = _sha256(path, bar)
+            found[path] = sha256_of(path, bar)
     # A file written this very moment could change once more within the same time stamp: look again next time.
     settled = [path for path, stamp in stamps.items() if max(stamp[1:]) < now - _SETTLED_AFTER]
     _write_index(index, [(str(path), stamps[path], found[path]) for path in settled])
     return found
 
 
-def _sha256(path: Path, bar: tqdm[Any]) -> str:
+def index_of(stamps: dict[Path, Stamp], cache: Path) -> Path:
+    """The list of what these files held, by size and times."""
+    paths = "\0".join(map(str, stamps)).encode("utf-8", "surrogateescape")
+    return cache / f"sources-{hashlib.sha256(paths).hexdigest()[:16]}.json"
+
+
+def known_contents(stamps: dict[Path, Stamp], index: Path) -> dict[Path, str]:
+    """The sha256 of the files that have not changed since they were put on the list."""
+    known = _read_index(index)
+    return {path: known[str(path), stamp] for path, stamp in stamps.items() if (str(path), stamp) in known}
+
+
+def sha256_of(path: Path, bar: tqdm[Any]) -> str:
+    """The sha256 of a text file."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -237,7 +248,8 @@ def _sha256(path: Path, bar: tqdm[Any]) -> str:
     return digest.hexdigest()
 
 
-def _stamp(path: Path) -> Stamp:
+def stamp_of(path: Path) -> Stamp:
+    """By what a file is known again without being read."""
     try:
         status = path.stat()
     except OSError as error:

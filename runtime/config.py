@@ -267,7 +267,8 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
     file = file or QUICKSTART
     description = (
         "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With "
-        "--run.resume RUN --check nothing is trained further: it is proved that RUN resumes exactly."
+        "--run.resume RUN --check nothing is trained further: it is proved that RUN resumes exactly. "
+        "--plan prints what the run would take on this machine, --plan 8xh100 on others, and trains nothing."
     )
     config = parse(RunConfig, read_toml(file) + typed, description)
     if config.run.resume and not resumed:

@@ -9,6 +9,7 @@ import attend
 import sample
 from runtime.cli import parse
 from runtime.config import parse_train
+from runtime.hardware import take_plan
 from tests.runs import ROOT
 
 
@@ -18,6 +19,7 @@ def check_command(command: str) -> None:
     if program == "pip":
         assert (ROOT / argv[-1]).is_file()
     elif script == "train.py":
+        argv, _ = take_plan(argv)
         if "--run.resume" not in argv and "--help" not in argv:  # a run to resume is made in tests/test_train.py
             parse_train([str(ROOT / word) if word.endswith(".toml") else word for word in argv])
     elif script == "sample.py":

@@ -117,7 +117,7 @@ def test_a_second_run_reads_no_text(book, monkeypatch):
     def refuse(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(data.prepare, "_sha256", refuse)
+    monkeypatch.setattr(data.prepare, "sha256_of", refuse)
     monkeypatch.setattr(data.prepare, "encode_all", refuse)
     second = prepared(book)
     assert second.fingerprint == first.fingerprint and everything(second.train) == everything(first.train)
@@ -142,7 +142,7 @@ def test_a_changed_file_is_prepared_again(book, monkeypatch):
 def test_a_change_within_one_time_stamp_is_noticed(book, monkeypatch):
     """Some file systems count in whole seconds: what was read just now may have changed since."""
     now = time.time_ns()
-    monkeypatch.setattr(data.prepare, "_stamp", lambda path: (path.stat().st_size, now, now))
+    monkeypatch.setattr(data.prepare, "stamp_of", lambda path: (path.stat().st_size, now, now))
     first = prepared(book)
     book.write_text(book.read_text().replace("text 1", "TEXT 1"))
     assert prepared(book).fingerprint != first.fingerprint

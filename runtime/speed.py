@@ -1,0 +1,142 @@
+"""How long a step takes: measured here for a few seconds, or reckoned for a GPU that is not here.
+
+`train.py --plan` asks it. What is measured is the real loop on random tokens (`runtime/footprint.py`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.batches import batch
+from model.gpt import GPT
+from runtime.config import RunConfig
+from runtime.device import Machine
+from runtime.flops import muon_operations, operations
+from runtime.footprint import Footprint, stand_in
+from runtime.hardware import GPU
+from runtime.trainer import Trainer
+
+SECONDS = 4.0
+"""That steps are measured for."""
+AT_LEAST, AT_MOST = 3, 60
+"""Steps that are measured."""
+WARM_UP = 2
+"""Steps before: the first ones allocate memory and choose kernels."""
+UTILISATION = 0.4
+"""Share of the data sheet's peak that the products of a GPT of some size are taken to reach in eager mode."""
+CALL_SECONDS = 6e-6
+"""Time that a processor is taken to need to set a GPU on one operation: a small model on a large GPU waits for that."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds, and how they are known."""
+
+    step: float
+    """Of an optimizer step on all processes together."""
+    window: float
+    """Of one window in an evaluation, spread over all processes."""
+    how: str
+    products: float
+    """Operations a second that this machine, or the data sheet, reaches in one large matrix product."""
+
+
+def reckoned(config: RunConfig, vocab_size: int, gpu: GPU, world: int, memory: Footprint, pieces: int) -> Speed:
+    """The speed on GPUs, from their data sheet; the exchange between them is taken to hide behind the backward pass.
+
+    Weights, gradients and moments are read and written once a step at the memory's full speed.
+    """
+    low = config.train.dtype != "fp32" and gpu.bf16 > 0
+    peak = gpu.bf16 if low else gpu.fp32
+    cost = operations(config.model, vocab_size)
+    windows = config.train.batch_size / world
+    each = config.model.context / (UTILISATION * peak)
+    optimizer = (2 * memory.weights + memory.gradients + 2 * memory.moments) / gpu.bandwidth
+    if config.optim.name == "muon":
+        optimizer += muon_operations(config.model) / (UTILISATION * peak)
+    computing = windows * each * (cost.forward + cost.backward) + optimizer
+    calls = memory.kernels * pieces + memory.moves
+    how = (
+        f"reckoned from the data sheet: {UTILISATION:.0%} (assumed) of {peak / 1e12:g} TFLOP/s in "
+        f"{'bf16' if low else 'fp32'}, and {gpu.bandwidth / 1e9:,.0f} GB/s"
+    )
+    if calls * CALL_SECONDS > computing:
+        how = f"reckoned from {calls:,} calls of {CALL_SECONDS * 1e6:g} µs (assumed): too small to fill the GPU"
+    return Speed(max(computing, calls * CALL_SECONDS), each * cost.forward / world, how, peak)
+
+
+def measured(config: RunConfig, vocab_size: int, machine: Machine, rows: int) -> Speed:
+    """The speed of the real loop here, on random tokens, in one process.
+
+    A micro-batch that would take long is measured on fewer windows, and the time taken to grow with their number.
+
+    Args:
+        rows: windows of a micro-batch.
+    """
+    cost = operations(config.model, vocab_size)
+    products = product_speed(machine)
+    window = config.model.context * (cost.forward + cost.backward) / (0.3 * products)
+    some = max(1, min(rows, int(SECONDS / 2 / window)))
+    whole = some == rows
+    pieces = -(-config.train.batch_size // rows) if whole and config.train.batch_size * window < SECONDS / 2 else 1
+    model = GPT(config.model, vocab_size, config.run.seed).to(machine.device)
+    trainer = stand_in(config, vocab_size, machine, model, some, pieces)
+    seconds = steps(trainer, machine)
+    done = min(some * pieces, config.train.batch_size)
+    if done < config.train.batch_size:
+        moving = optimizer_seconds(trainer, machine, some)
+        seconds = moving + max(0.0, seconds - moving) * config.train.batch_size / done
+    indices = np.arange(some) % len(trainer.val_windows)
+    forward = median(lambda: trainer.loss_on(indices), machine, AT_LEAST) / some
+    how = "measured here" if done == config.train.batch_size else f"measured here on {done} windows"
+    return Speed(seconds, forward, how, products)
+
+
+def steps(trainer: Trainer, machine: Machine) -> float:
+    """The median time of a step."""
+    first = [once(trainer.step, machine) for _ in range(WARM_UP)]
+    count = max(AT_LEAST, min(AT_MOST, int(SECONDS / first[-1])))
+    return median(trainer.step, machine, count)
+
+
+def optimizer_seconds(trainer: Trainer, machine: Machine, rows: int) -> float:
+    """The median time that the optimizer takes of a step."""
+    found = []
+    for step in range(AT_LEAST):
+        trainer.gradient(batch(trainer.data.train, trainer.windows, 0, step, rows), 1)
+        found.append(once(trainer.optimizer.step, machine))
+    return statistics.median(found)
+
+
+def product_speed(machine: Machine) -> float:
+    """Operations a second of a large matrix product in this machine's number format."""
+    size = 4096 if machine.device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=machine.device, dtype=machine.dtype) for _ in range(2))
+    once(lambda: left @ right, machine)
+    return 2 * size**3 / min(once(lambda: left @ right, machine) for _ in range(5))
+
+
+def median(work: Callable[[], object], machine: Machine, count: int) -> float:
+    """The median time of doing something so often."""
+    return statistics.median([once(work, machine) for _ in range(count)])
+
+
+def once(work: Callable[[], object], machine: Machine) -> float:
+    """The seconds that something takes on the machine, to its end."""
+    settle(machine)
+    start = time.perf_counter()
+    work()
+    settle(machine)
+    return time.perf_counter() - start
+
+
+def settle(machine: Machine) -> None:
+    """Wait until a GPU is done with what it was told."""
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize(machine.device)
