@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.results import Page, page
+from benchmarks.side_by_side import table
+
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 HEADS, WIDTH = 4, 64
 
@@ -41,7 +43,7 @@ def timed(method: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
     return call
 
 
-def dumps() -> None:
+def dumps(say: Page) -> None:
     """A whole quickstart in this process, its observer's calls on a clock."""
     import train
     from inspection import observer
@@ -57,12 +59,14 @@ def dumps() -> None:
         train.main([f"--run.dir={folder}/run"])
         whole = time.perf_counter() - start
         size = (Path(folder) / "run" / "attention.html").stat().st_size
-    print(f"\n{'':<28}{'seconds':>9}{'share':>9}")
-    print(f"{'whole run':<28}{whole:>9.2f}{1:>9.1%}")
-    print(f"{f'{len(writing)} dumps':<28}{sum(writing):>9.2f}{sum(writing) / whole:>9.1%}")
-    rest = sum(reporting) - sum(paging)
-    print(f"{'evidence, words, figures':<28}{rest:>9.2f}{rest / whole:>9.1%}")
-    print(f"{'the page':<28}{sum(paging):>9.2f}{sum(paging) / whole:>9.1%}   {size / 1e6:.2f} MB")
+    parts = {
+        "whole run": whole,
+        f"{len(writing)} dumps": sum(writing),
+        "evidence, words, figures": sum(reporting) - sum(paging),
+        f"the page, {size / 1e6:.2f} MB": sum(paging),
+    }
+    rows = [(name, f"{took:.2f}", f"{took / whole:.1%}") for name, took in parts.items()]
+    say.say(table(("a quickstart", "seconds", "share"), rows))
 
 
 def large_dump(path: Path, layers: int = 12, heads: int = 12, tokens: int = 512, width: int = 64) -> None:
@@ -104,36 +108,36 @@ def in_chromium(page: Path, redraws: int = 40) -> tuple[float, list[float]]:
     return painted, took
 
 
-def page(run: Path) -> None:
+def pages(run: Path, say: Page) -> None:
     """Build and open the page of a run, then one as large as is promised to stay fluid."""
     from inspection.dump import read
     from inspection.folder import RunAttention
     from inspection.page import PageRun, write_page
 
-    print(f"{'':<28}{'build s':>9}{'MB':>8}{'paint ms':>10}{'redraw ms: median':>20}{'worst':>8}")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "attention.html"
         seen = RunAttention.open(run)
         large_dump(Path(folder) / "large.safetensors")
         for name, load, claims, evidence in (
-            (str(run), lambda: [seen.dumps[step] for step in seen.steps], seen.claims, seen.evidence),
+            (run.name, lambda: [seen.dumps[step] for step in seen.steps], seen.claims, seen.evidence),
             ("12 x 12 heads x 512 tokens", lambda: [read(Path(folder) / "large.safetensors")], None, None),
         ):
             start = time.perf_counter()
             report = write_page(out, [PageRun(name, load())], claims, evidence, name)
             built = time.perf_counter() - start
             painted, took = in_chromium(out)
-            figures = f"{built:>9.2f}{report.bytes / 1e6:>8.2f}{painted:>10.0f}{statistics.median(took):>20.1f}"
-            print(f"{name[-28:]:<28}{figures}{max(took):>8.1f}")
+            drawn = (f"{painted:.0f}", f"{statistics.median(took):.1f}", f"{max(took):.1f}")
+            rows.append((name, f"{built:.2f}", f"{report.bytes / 1e6:.2f}", *drawn))
+    say.say(table(("page", "build s", "MB", "paint ms", "redraw ms, median", "worst"), rows))
 
 
-def quadratic() -> None:
+def quadratic(say: Page) -> None:
     """Forward passes of the written-out attention, and what its weights take in memory."""
     from model import ops
 
-    print(f"{HEADS} heads of width {WIDTH}, one text, fp32, {torch.get_num_threads()} threads; median of 7")
-    print(f"{'tokens':>8}{'ms':>10}{'MB of weights':>16}{'ms, against half the tokens':>30}")
-    before = 0.0
+    say.say(f"{HEADS} heads of width {WIDTH}, one text, fp32, {torch.get_num_threads()} threads; median of 7")
+    before, rows = 0.0, []
     for T in LENGTHS:
         q, k, v = torch.randn(3, 1, HEADS, T, WIDTH)
         took = []
@@ -143,23 +147,30 @@ def quadratic() -> None:
             took.append(1000 * (time.perf_counter() - start))
         now = statistics.median(took[1:])
         ratio = f"{now / before:.1f} x" if before else ""
-        print(f"{T:>8}{now:>10.2f}{4 * HEADS * T * T / 1e6:>16.2f}{ratio:>30}")
+        rows.append((T, f"{now:.2f}", f"{4 * HEADS * T * T / 1e6:.2f}", ratio))
         before = now
+    say.say(table(("tokens", "ms", "MB of weights", "ms, against half the tokens"), rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What looking at attention costs.")
     what = parser.add_subparsers(dest="what", required=True)
-    what.add_parser("dumps", help="the share of a quickstart's time that goes into watching it")
-    what.add_parser("page", help="the page of a run, and a large one, in Chromium").add_argument("run", type=Path)
-    what.add_parser("quadratic", help="time and memory of attention as texts grow")
+    named = [
+        what.add_parser("dumps", help="the share of a quickstart's time that goes into watching it"),
+        what.add_parser("page", help="the page of a run, and a large one, in Chromium"),
+        what.add_parser("quadratic", help="time and memory of attention as texts grow"),
+    ]
+    named[1].add_argument("run", type=Path)
+    for one in named:
+        one.add_argument("--record", action="store_true", help="write the results to benchmarks/RESULTS.md")
     asked = parser.parse_args()
-    if asked.what == "dumps":
-        dumps()
-    elif asked.what == "page":
-        page(asked.run)
-    else:
-        quadratic()
+    with page(f"attend-{asked.what}", asked.record) as say:
+        if asked.what == "dumps":
+            dumps(say)
+        elif asked.what == "page":
+            pages(asked.run, say)
+        else:
+            quadratic(say)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""nanoGPT as a contestant: run in a copy of the user's own clone, by its own code, never changed and never imported.
+
+Programs below are handed to a Python that stands in that copy; they answer with numbers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.side_by_side import Spent, spend
+
+RECIPE = (
+    *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12"),
+    *("--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+)
+"""nanoGPT's README, "I only have a macbook"."""
+WHOLE_SPLIT = """
+import numpy as np, torch
+from model import GPT, GPTConfig
+saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu", weights_only=True)
+model = GPT(GPTConfig(**saved["model_args"]))
+model.load_state_dict(saved["model"])
+model.eval()
+tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", dtype=np.uint16).astype(np.int64))
+T, total, count = saved["model_args"]["block_size"], 0.0, 0
+with torch.no_grad():
+    for start in range(0, len(tokens) - 1, T):
+        x, y = tokens[start : start + T], tokens[start + 1 : start + T + 1]
+        _, loss = model(x[None, : len(y)], y[None])
+        total, count = total + float(loss) * len(y), count + len(y)
+print(total / count)
+"""
+"""The mean over every target of the validation split, in windows of the model's block size."""
+STEPS = """
+import json, re, sys, time
+import numpy as np, torch
+from model import GPT, GPTConfig
+shape, file, rows, device, compiled = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:]
+torch.backends.cuda.matmul.allow_tf32 = True
+tokens = torch.from_numpy(np.load(file).astype(np.int64))
+model = GPT(GPTConfig(dropout=0.0, bias=False, **shape)).to(device)
+optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
+stepped = torch.compile(model) if compiled == "compiled" else model
+T = shape["block_size"]
+def step():
+    at = torch.randint(len(tokens) - T, (rows,))
+    x = torch.stack([tokens[i : i + T] for i in at]).to(device)
+    y = torch.stack([tokens[i + 1 : i + T + 1] for i in at]).to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        _, loss = stepped(x, y)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+def peak():
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+step(); step()
+matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "wpe" not in n)
+print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "matrices": matrices}), flush=True)
+for line in sys.stdin:
+    start = time.perf_counter()
+    for _ in range(int(line)):
+        step()
+    print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": peak()}), flush=True)
+"""
+"""A worker: steps as its train.py takes them, by its own model and optimizer, on tokens from a .npy file.
+
+Arguments: the shape as JSON, the file, the batch's rows, the device, `compiled` or `eager`. What is counted as
+`matrices` are the parameters of matrix products; the embedding is tied and is one, the positions are not.
+"""
+
+
+@contextmanager
+def copied(clone: Path, text: Path | None = None) -> Iterator[Path]:
+    """A copy of the clone in a temporary folder; with `text` as its Tiny Shakespeare, prepared by its own script."""
+    if not (clone / "model.py").is_file() or not (clone / "train.py").is_file():
+        sys.exit(f"{clone} is no clone of nanoGPT: it has no model.py and train.py")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "nanoGPT"
+        shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git", "out*"))
+        if text is not None:
+            shutil.copy(text, folder / "data" / "shakespeare_char" / "input.txt")
+            spend([sys.executable, "data/shakespeare_char/prepare.py"], folder)
+        yield folder
+
+
+def train(folder: Path, *changes: str) -> Spent:
+    """Its train.py with its README's recipe for a processor, in a prepared copy; it leaves a checkpoint there."""
+    return spend([sys.executable, "train.py", "config/train_shakespeare_char.py", *RECIPE, *changes], folder)
+
+
+def whole_split_loss(folder: Path) -> float:
+    """The loss of what `train` left, over the whole validation split."""
+    return float(spend([sys.executable, "-c", WHOLE_SPLIT], folder).output.split()[-1])
