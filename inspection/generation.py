@@ -104,7 +104,7 @@ class Recorder:
 
     def before(self, module: object, args: tuple[Any, ...]) -> None:
         """The model is about to read: the whole window, or with a cache only what is new in it."""
-        tokens = args[0]
+        (tokens,) = args
         if len(tokens) != 1:
             raise ValueError(f"{len(tokens)} texts; one at a time can be recorded")
         self.new = 1 if self.tokens else len(self.start) - self.begin
@@ -130,9 +130,9 @@ class Recorder:
         newest = value_norms(values[:, :, -self.new :].detach(), out.detach())[0]
         self.norms[layer, :, len(self.tokens) - self.new : len(self.tokens)] = newest.cpu().numpy()
 
-    def after(self, module: object, args: object, logits: Float[Tensor, "1 T V"]) -> None:
-        """The model has read, and says what may come next."""
-        newest = logits[0, -self.new :].detach().float().cpu()
+    def after(self, module: object, args: object, features: Float[Tensor, "1 T C"]) -> None:
+        """The model has read; the head says what may come next, after every new position."""
+        newest = self.model.head(features[0, -self.new :]).detach().float().cpu()
         log_p = newest.log_softmax(dim=-1)
         known = torch.tensor(self.tokens[len(self.tokens) - self.new + 1 :], dtype=torch.long)
         self.loss += (-log_p[:-1].gather(1, known[:, None])[:, 0]).tolist()
@@ -174,7 +174,8 @@ def recording(model: GPT, start: Sequence[int], count: int, dtype: str = "f16") 
         ValueError: if several texts are written side by side.
     """
     recorder = Recorder(model, start, count, dtype)
-    before, after = model.register_forward_pre_hook(recorder.before), model.register_forward_hook(recorder.after)
+    before = model.token_embedding.register_forward_pre_hook(recorder.before)  # what it reads
+    after = model.final_norm.register_forward_hook(recorder.after)  # `generate` asks the head for the last one alone
     try:
         with explicit_face(model), hooks(model, recorder.weights, recorder.values):
             yield recorder

@@ -68,10 +68,15 @@ def last_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = No
     start = window_start(text.shape[1], model.config.context)
     window = text[:, start:]
     if cache is None:
-        return model(window)[:, -1]
+        return newest_logits(model, window)
     if cache.start != start or cache.length >= window.shape[1]:  # the window has moved, and with it every position
         cache.clear(start)
-    return model(window[:, cache.length :], cache)[:, -1]
+    return newest_logits(model, window[:, cache.length :], cache)
+
+
+def newest_logits(model: GPT, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
+    """`model(tokens, cache)` at the last position: of a long prompt the head, the largest matrix, reads that one."""
+    return model.head(model.features(tokens, cache)[:, -1])
 
 
 @torch.inference_mode()

@@ -95,11 +95,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.project(x, angles)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        k, v = ops.share_heads(k, self.n_heads), ops.share_heads(v, self.n_heads)
         dropout = self.dropout if self.training else 0.0
         if self.fused:
             y = ops.fused_attention(q, k, v, dropout)
         else:
+            k, v = ops.share_heads(k, self.n_heads), ops.share_heads(v, self.n_heads)
             y = nn.functional.dropout(self.weights(q, k), dropout) @ v
         return self.out(y.transpose(1, 2).flatten(-2))  # the heads side by side again, then mixed
 

@@ -30,15 +30,21 @@ def attention_weights(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) 
     S = k.shape[-2]
     scores = q @ k.transpose(-2, -1)  # how well each query matches each key
     scores = scores / math.sqrt(D)  # a sum of D products grows like √D; undo that, or softmax saturates
+    if T == 1:
+        return scores.softmax(dim=-1)  # the newest position may read all
     forbidden = torch.zeros_like(scores[0, 0]).masked_fill(~causal_mask(T, S, q.device), -torch.inf)
     return (scores + forbidden).softmax(dim=-1)  # nobody reads the future
 
 
 def fused_attention(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"], v: Float[Tensor, "B H S D"], dropout: float = 0.0
+    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], dropout: float = 0.0
 ) -> Float[Tensor, "B H T D"]:
-    """`attention_weights(q, k) @ v` in one kernel that never holds the weights."""
-    T, S = q.shape[-2], k.shape[-2]
+    """`attention_weights(q, k) @ v` in one kernel that never holds the weights, heads shared as in `share_heads`."""
+    (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
+    if T == 1:  # The newest position reads all; heads that share keys stand as queries side by side, nothing is copied.
+        y = F.scaled_dot_product_attention(q.reshape(-1, G, H // G, q.shape[-1]), k, v, dropout_p=dropout)
+        return y.reshape(q.shape)
+    k, v = share_heads(k, H), share_heads(v, H)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # The kernel's own mask counts from the first key; with a cache the queries are the last ones.

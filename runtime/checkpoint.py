@@ -28,7 +28,15 @@ from model.gpt import GPT
 from runtime.config import RunConfig, from_saved
 from runtime.device import Machine, choose_kernels
 from runtime.errors import CHECKPOINT, UserError, printable
-from runtime.strangers import check_cache, check_moments, check_weights, plain, read_json, read_tensors
+from runtime.strangers import (
+    check_cache,
+    check_moments,
+    check_weights,
+    plain,
+    read_json,
+    read_tensors,
+    without_memory,
+)
 
 __all__ = [
     "Checkpoint",
@@ -139,7 +147,7 @@ class Checkpoint:
             UserError: if the weights do not fit it (exit code 4).
         """
         check_weights(self.folder / "model.safetensors", shape, self.vocab_size)
-        with torch.device("meta"):
+        with without_memory():
             model = GPT(shape, self.vocab_size)
         load_weights(model, self.weights(), self.folder)
         return model

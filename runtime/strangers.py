@@ -8,10 +8,11 @@ the few exceptions that `checkpoint.py` makes one of; nothing here can execute w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -131,6 +133,27 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves numbers as they are where a layer would draw them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models made in the body have shapes and no numbers (torch's device `meta`).
+
+    Nothing is drawn for them: torch would import its compiler to draw numbers that are not there, which takes seconds.
+    """
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
 def shapes_of(config: ModelConfig, vocab_size: int) -> tuple[Shapes, Shapes]:
     """The shapes of a model's parameters, every one once, without memory: outside the blocks, and of one block.
 
@@ -138,7 +161,7 @@ def shapes_of(config: ModelConfig, vocab_size: int) -> tuple[Shapes, Shapes]:
         ValueError: if there can be no such model.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             one = GPT(dataclasses.replace(config, n_layers=1, kernels="explicit"), vocab_size)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no number of torch's holds
         raise ValueError("its sizes are absurd") from error

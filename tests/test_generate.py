@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.cache import KVCache
 from model.generate import filter_logits, generate, last_logits, next_token, window_start
@@ -50,9 +51,56 @@ def test_a_cache_follows_a_text_that_grows_by_leaps(preset: str, context: int, s
 def test_the_cache_saves_reading() -> None:
     """A token at a time; only when the window moves, once in half a context, is half a context read anew."""
     model, read = random_model("glass", context=16), []
-    model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1]))
+    model.token_embedding.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1]))
     written(model, random_tokens(1, 5), 28)
     assert read == [5, *[1] * 11, 9, *[1] * 7, 9, *[1] * 7]
+
+
+class NewMemory(TorchDispatchMode):
+    """Counts the bytes that operations take beyond what they were given."""
+
+    taken = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.taken += x.numel() * x.element_size()
+        return out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_token_takes_no_more_memory_as_the_text_grows(preset: str) -> None:
+    """Nothing of the cache is copied, be it shared among heads or not, and there is no mask for a single query."""
+    model, text = random_model(preset, "fused", context=200), random_tokens(2, 199)
+    cache, taken = KVCache(model.config, 2, model.token_embedding.weight), []
+    for length in (20, 21, 197, 198):
+        with torch.inference_mode(), NewMemory() as memory:
+            last_logits(model, text[:, :length], cache)
+        taken.append(memory.taken)
+    assert taken[1] == taken[3] < taken[0] < taken[2]
+
+
+def test_the_cache_stays_where_it_is() -> None:
+    model, text = random_model("qwen3", "fused"), random_tokens(2, 20)
+    cache = KVCache(model.config, 2, model.token_embedding.weight)
+    places = cache.keys.data_ptr(), cache.values.data_ptr()
+    with torch.no_grad():
+        for length in (3, 4, 9):
+            last_logits(model, text[:, :length], cache)
+            k, v = torch.zeros(2, 2, 2, 1, 10).unbind()
+            keys, values = cache.extend(1, k, v)
+            assert keys.untyped_storage().data_ptr() == places[0]
+            assert values.untyped_storage().data_ptr() == places[1]
+    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == places
+
+
+def test_the_head_reads_the_last_position_of_a_prompt_alone() -> None:
+    model, read = random_model("gpt2"), []
+    model.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape))
+    written(model, random_tokens(2, 9), 3)
+    assert read == [(2, 48)] * 3
 
 
 def test_the_same_text_may_be_asked_twice() -> None:
