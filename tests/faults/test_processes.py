@@ -466,8 +466,15 @@ def test_the_lock_dies_with_its_process_while_workers_encode(tmp_path: Path, fig
     argv = (*SHARED, "--data.tokenizer=byte", f"--data.source={text}", f"--run.dir={run}", "--data.workers=2")
     env = {"GLASSGPT_CACHE": str(cache)}
 
+    def command(pid: int) -> bytes:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b""
+
     def working(started: Started) -> bool:
-        return len(started.living()) >= 3 and owner(run) == started.pid
+        """A worker that has not become a program of its own yet still is its parent, lock and all."""
+        own = [pid for pid in started.living() if command(pid) not in (b"", command(started.pid))]
+        return len(own) >= 2 and len(own) == len(started.living()) - 1 and owner(run) == started.pid
 
     with train(*argv, env=env) as first:
         first.until(lambda: working(first), "workers encode")
