@@ -5,6 +5,7 @@ Most tests start the processes one by one, as SLURM does (`Ranks`). What torchru
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
