@@ -57,7 +57,18 @@ def next_token(
     if temperature == 0:
         return logits.argmax(dim=-1)
     probability = filter_logits(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
-    return torch.multinomial(probability, 1, generator=generator)[:, 0]
+    return draw(probability, generator)
+
+
+def draw(probability: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
+    """Draw one index a row by inverting the row's distribution function at one random number.
+
+    torch.multinomial draws V random numbers for that, a millisecond for 50,257 tokens.
+    """
+    reached = probability.cumsum(dim=-1, dtype=torch.float64)
+    aim = torch.rand(len(reached), 1, dtype=torch.float64, device=reached.device, generator=generator)
+    found = torch.searchsorted(reached, aim * reached[:, -1:], right=True)[:, 0]  # right: never one of probability 0
+    return found.clamp_max(probability.shape[-1] - 1)
 
 
 def last_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
