@@ -78,7 +78,7 @@ def happened(config: RunConfig) -> dict[str, float]:
     stand_in(warm, 50, machine, GPT(warm.model, 50), 2).step()  # libraries are loaded by now
     before = resident(reset=True)
     model = GPT(config.model, vocab_size, seed=1)
-    trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim, fused=True), TrainState())
+    trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
     for _ in range(4):
         trainer.step()
     grown = resident() - before

@@ -90,7 +90,7 @@ def trainer(folder: Path, case: Case, machine: Machine, optimizer: str = "adamw"
     if (learned := folder / "learned.safetensors").exists():
         model.load_state_dict({**load_file(learned), "head.weight": load_file(learned)["token_embedding.weight"]})
     stepped = share(model, machine, case.sharding)
-    moves = Optimizer(stepped if is_sharded(stepped) else model, config.optim, fused=True)
+    moves = Optimizer(stepped if is_sharded(stepped) else model, config.optim)
     return Trainer(config, machine, data, model, stepped, moves, TrainState())
 
 

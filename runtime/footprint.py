@@ -221,7 +221,7 @@ def stand_in(
     """The real loop around a model, on random tokens instead of a corpus; nothing is read or written."""
     train = replace(config.train, batch_size=rows * pieces, micro_batch=rows, steps=1 << 40, skip_bad_steps=1 << 40)
     run = replace(config.run, seed=seed, resume="", stop_at=0)
-    optimizer = Optimizer(model, config.optim, fused=True)
+    optimizer = Optimizer(model, config.optim)
     tokens = np.random.default_rng(seed).integers(vocab_size, size=64 * (config.model.context + 1), dtype=np.uint32)
     text = TokenSplit((tokens,), np.zeros(1, np.int64), len(tokens))
     data = Prepared("random tokens", Path(), cast(Any, None), text, text, "", None)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from runtime.parallel import is_split, split, whole
+from runtime.stepper import Stepper
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial, a x + b x³ + c x⁵, that is applied again and again (Jordan et al. 2024)."""
@@ -53,7 +53,7 @@ def stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
         yield from (alike[i : i + count] for i in range(0, len(alike), count))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Stepper):
     """Muon with Nesterov's momentum and decoupled weight decay, as torch.optim.Muon has them by default.
 
     Weights and momentum of split matrices stay split: only the momentum of one stack at a time is put together, on
@@ -65,16 +65,17 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__([{"params": matrices, "lr": lr, "weight_decay": weight_decay}])
+        self.momentum = momentum
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move the weights."""
+    def step(self) -> None:
+        """Move every matrix that has a gradient."""
         for group in self.param_groups:
             for stack in stacks(group["params"]):
-                self.move(stack, group["lr"], group["weight_decay"], group["momentum"])
+                self.move(stack, group["lr"], group["weight_decay"])
 
-    def move(self, stack: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
+    def move(self, stack: list[Tensor], lr: float, weight_decay: float) -> None:
         """Move matrices of one shape."""
         directions = []
         for matrix in stack:
@@ -82,8 +83,8 @@ class Muon(torch.optim.Optimizer):
             assert gradient is not None
             if "momentum_buffer" not in memory:
                 memory["momentum_buffer"] = torch.zeros_like(matrix)
-            memory["momentum_buffer"].lerp_(gradient, 1 - momentum)
-            directions.append(whole(gradient.lerp(memory["momentum_buffer"], momentum)))
+            memory["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+            directions.append(whole(gradient.lerp(memory["momentum_buffer"], self.momentum)))
         rows, columns = stack[0].shape
         rate = lr * math.sqrt(max(1, rows / columns))
         for matrix, change in zip(stack, orthogonalised(torch.stack(directions)), strict=True):

@@ -1,17 +1,17 @@
-"""How weights follow gradients: parameter groups, AdamW from torch.optim and Muon, the rate of each step."""
+"""How weights follow gradients: parameter groups, AdamW and Muon, the rate of each step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.config import OptimConfig
 from runtime.muon import Muon
 from runtime.parallel import bare, is_split, split, whole
+from runtime.stepper import AdamW, Stepper
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -44,7 +44,7 @@ class Optimizer:
         model: as it is stepped; where its weights are split among processes, their moments are split the same way.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, fused: bool) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         hidden, matrices, vectors = [], [], []
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in bare(model).named_parameters()}
         for parameter, name in self.names.items():
@@ -54,14 +54,14 @@ class Optimizer:
                 hidden.append(parameter)
             else:
                 matrices.append(parameter)
+        decay = config.weight_decay
         groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": matrices, "lr": config.lr, "weight_decay": decay},
+            {"params": vectors, "lr": config.lr, "weight_decay": 0.0},
         ]
-        betas = (config.beta1, config.beta2)
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)]
+        self.parts: list[Stepper] = [AdamW(groups, config.beta1, config.beta2)]
         if hidden:
-            self.parts.append(Muon(hidden, config.muon_lr, config.weight_decay, config.momentum))
+            self.parts.append(Muon(hidden, config.muon_lr, decay, config.momentum))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def set_rate(self, share: float) -> None:
@@ -79,7 +79,7 @@ class Optimizer:
     def forget(self) -> None:
         """Let the gradient go."""
         for part in self.parts:
-            part.zero_grad(set_to_none=True)
+            part.zero_grad()
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Every moment as it lies here, named by its parameter; in the same order on every process."""

@@ -87,7 +87,7 @@ class Run:
         model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.restored(shape)
         state = TrainState() if saved is None else saved.state
         stepped = share(model, machine, config.train.sharding)
-        optimizer = Optimizer(stepped if is_sharded(stepped) else model, config.optim, fused=True)
+        optimizer = Optimizer(stepped if is_sharded(stepped) else model, config.optim)
         if saved is not None and state.tokens_seen:  # before the first step that counted there are no moments
             try:
                 optimizer.load_state(saved.moments())

@@ -52,7 +52,7 @@ def trainer(micro_batch: int = 0, dropout: float = 0.0, step: int = 0) -> Traine
     data = corpus()
     model = GPT(model_config, data.tokenizer.vocab_size, seed=3)
     machine = Machine(torch.device("cpu"), torch.float32)
-    optimizer = Optimizer(model, OPTIM, fused=True)
+    optimizer = Optimizer(model, OPTIM)
     return Trainer(config, machine, data, model, model, optimizer, TrainState(step=step))
 
 

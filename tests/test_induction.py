@@ -76,7 +76,7 @@ def learned(n_layers: int, seed: int) -> Learned:
     config = replace(config, model=replace(config.model, kernels="fused"))
     machine, data = find_machine("fp32"), prepare(config.data, progress=False)
     model = GPT(config.model, data.tokenizer.vocab_size, seed)
-    optimizer = Optimizer(model, config.optim, fused=True)
+    optimizer = Optimizer(model, config.optim)
     trainer = Trainer(config, machine, data, model, model, optimizer, TrainState())
     assert data.nats_per_document is not None
     course = Learned(data.nats_per_document * data.val.n_documents / (len(data.val) - 1))

@@ -1,4 +1,4 @@
-"""Muon over stacked matrices is torch's Muon, bit for bit, and does what its formula says."""
+"""Muon over stacked matrices and AdamW are torch's, bit for bit, and do what their formulas say."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from runtime import muon
 from runtime.muon import Muon, orthogonalised
+from runtime.stepper import AdamW
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (24, 8), (1, 8), (8, 1), (24, 8)]
 """Tall, wide and square, in an order that mixes those of one shape with others."""
@@ -36,6 +37,28 @@ def test_five_steps_give_the_bits_of_torchs_muon(stacked: int, monkeypatch: pyte
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(ours.state[a]["momentum_buffer"], reference.state[b]["momentum_buffer"])
+
+
+def test_five_steps_of_adamw_give_the_bits_of_torchs() -> None:
+    """Two groups with rates and decays of their own; a zero gradient, a missing one; a rate that falls."""
+    generator = torch.Generator().manual_seed(1)
+    mine = drawn(generator)
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    sorts = [{"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.0}]
+    groups = [[{"params": p[i::2], **sorts[i]} for i in range(2)] for p in (mine, theirs)]
+    ours = AdamW(groups[0], 0.8, 0.95)
+    reference = torch.optim.AdamW(groups[1], betas=(0.8, 0.95), fused=True)
+    for step in range(5):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            gradient = torch.randn(a.shape, generator=generator) * 10.0 ** (i - 4) * (i != 3)
+            a.grad, b.grad = (None, None) if i == step else (gradient, gradient.clone())
+        for optimizer in (ours, reference):
+            optimizer.param_groups[1]["lr"] = 0.02 / (step + 1)
+            optimizer.step()
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert ours.state[a].keys() == reference.state[b].keys()
+        assert all(torch.equal(value, reference.state[b][key]) for key, value in ours.state[a].items())
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 8), (3, 8, 32), (2, 16, 16)])

@@ -62,7 +62,7 @@ def test_operations_are_those_of_the_model(preset: str, groups: int, kernels: st
     counter, kept = FlopCounterMode(display=False), []
     assert flops(counter, lambda: kept.append(model(tokens))) == said.forward * B * T
     assert flops(FlopCounterMode(display=False), kept[0].sum().backward) == said.backward * B * T
-    optimizer = Optimizer(model, OptimConfig(), fused=True)
+    optimizer = Optimizer(model, OptimConfig())
     assert flops(FlopCounterMode(display=False), optimizer.step) == muon_operations(config)
 
 

@@ -47,7 +47,7 @@ def test_the_rate_in_closed_form() -> None:
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name: str) -> None:
     model = tiny()
-    optimizer = Optimizer(model, OptimConfig(name=name), fused=False)  # type: ignore[arg-type]
+    optimizer = Optimizer(model, OptimConfig(name=name))  # type: ignore[arg-type]
     found = [
         (p, group["weight_decay"]) for part in optimizer.parts for group in part.param_groups for p in group["params"]
     ]
@@ -71,10 +71,10 @@ def stepped(model: GPT, optimizer: Optimizer, times: int) -> None:
 def test_moments_survive_being_saved(name: str) -> None:
     config = OptimConfig(name=name)  # type: ignore[arg-type]
     model, other = tiny(), tiny()
-    optimizer = Optimizer(model, config, fused=True)
+    optimizer = Optimizer(model, config)
     stepped(model, optimizer, 2)
     other.load_state_dict(model.state_dict())
-    again = Optimizer(other, config, fused=True)
+    again = Optimizer(other, config)
     again.load_state({key: value.clone() for key, value in optimizer.state().items()})
     stepped(model, optimizer, 2)
     stepped(other, again, 2)
@@ -84,7 +84,7 @@ def test_moments_survive_being_saved(name: str) -> None:
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
 def test_moments_of_another_model_are_refused(damage: str) -> None:
     model = tiny()
-    optimizer = Optimizer(model, OptimConfig(), fused=False)
+    optimizer = Optimizer(model, OptimConfig())
     stepped(model, optimizer, 1)
     state = optimizer.state()
     key = next(key for key, value in state.items() if value.dim() == 2)
@@ -95,7 +95,7 @@ def test_moments_of_another_model_are_refused(damage: str) -> None:
     else:
         state[key] = torch.zeros(3, 5)
     with pytest.raises(ValueError):
-        Optimizer(tiny(), OptimConfig(), fused=False).load_state(state)
+        Optimizer(tiny(), OptimConfig()).load_state(state)
 
 
 def test_kernels_are_chosen_for_the_machine_unless_they_are_named() -> None:

@@ -50,7 +50,7 @@ def trainer(text: Path, train: TrainConfig = TRAIN, stop_at: int = 0, state: Tra
     data = prepare(config.data, progress=False)
     model = GPT(config.model, data.tokenizer.vocab_size, 1)
     machine = Machine(torch.device("cpu"), torch.float32)
-    optimizer = Optimizer(model, config.optim, fused=True)
+    optimizer = Optimizer(model, config.optim)
     return Trainer(config, machine, data, model, model, optimizer, state or TrainState())
 
 

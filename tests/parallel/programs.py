@@ -58,7 +58,7 @@ def gradient(stepped: nn.Module, machine: Machine, step: int, rows: int = 12) ->
 
 def optimizer_of(stepped: nn.Module) -> Optimizer:
     """Muon and AdamW, with rates at which every moment of every weight moves."""
-    return Optimizer(stepped, OptimConfig(name="muon", lr=0.01, muon_lr=0.02), fused=True)
+    return Optimizer(stepped, OptimConfig(name="muon", lr=0.01, muon_lr=0.02))
 
 
 def train(stepped: nn.Module, machine: Machine, optimizer: Optimizer, steps: range) -> list[float]:
