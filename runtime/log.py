@@ -6,7 +6,6 @@ Telling never stops training: an outage of wandb is one line on stderr, and the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -18,7 +17,6 @@ from typing import Any
 from tqdm import tqdm
 
 from runtime.checkpoint import TrainState
-from runtime.config import RunConfig
 from runtime.errors import DISK_OR_MEMORY, UserError
 from runtime.sampling import shown
 
@@ -144,62 +142,3 @@ class Progress:
     def close(self) -> None:
         """Take the bar away."""
         self.bar.close()
-
-
-class Wandb:
-    """Weights & Biases, imported only when asked for. Every failure is said once and then forgotten."""
-
-    def __init__(self, config: RunConfig, folder: Path, name: str, visible: bool) -> None:
-        self.run: Any = None
-        if config.log.wandb == "disabled" or not visible:
-            return
-        try:
-            import wandb
-
-            self.run = wandb.init(
-                project=config.log.wandb_project,
-                name=name,
-                dir=str(folder),
-                mode=config.log.wandb,
-                config=dataclasses.asdict(config),
-                settings=wandb.Settings(init_timeout=30, silent=True),
-            )
-        except Exception as error:  # any outage: the run matters more than its log
-            self.give_up(error)
-
-    def log(self, step: int, values: Mapping[str, Any], sample: str | None = None, image: Path | None = None) -> None:
-        """Send numbers, and perhaps a sample of text and a picture."""
-        if self.run is None:
-            return
-        try:
-            import wandb
-
-            row: dict[str, Any] = dict(values)
-            if sample is not None:
-                row["sample"] = wandb.Html(f"<pre>{escape(sample)}</pre>", inject=False)
-            if image is not None:
-                row[f"pictures/{image.stem}"] = wandb.Image(str(image))
-            self.run.log(row, step=step)
-        except Exception as error:
-            self.give_up(error)
-
-    def close(self) -> None:
-        """End the run there."""
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as error:
-                self.give_up(error)
-
-    def give_up(self, error: Exception) -> None:
-        """Say once that wandb is out, and go on without it."""
-        self.run = None
-        first = (str(error).splitlines() or [""])[0][:150]
-        print(f"wandb is out ({type(error).__name__}: {first}); training goes on without it", file=sys.stderr)
-
-
-def escape(text: str) -> str:
-    """Text that a page shows as it is."""
-    import html
-
-    return html.escape(text)
