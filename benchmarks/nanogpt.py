@@ -94,7 +94,7 @@ def copied(clone: Path, text: Path | None = None) -> Iterator[Path]:
 
 def train(folder: Path, *changes: str) -> Spent:
     """Its train.py with its README's recipe for a processor, in a prepared copy; it leaves a checkpoint there."""
-    return spend([sys.executable, "train.py", "config/train_shakespeare_char.py", *RECIPE, *changes], folder)
+    return spend([sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *RECIPE, *changes], folder)
 
 
 def whole_split_loss(folder: Path) -> float:

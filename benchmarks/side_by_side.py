@@ -17,10 +17,12 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
@@ -50,32 +52,47 @@ class Spent:
     output: str
     errors: str
     code: int
+    times: Sequence[float] = ()
+    """Of each line of the output: seconds from the start until it was there."""
+
+    def until(self, word: str) -> float:
+        """Seconds until the first line that holds `word` was there."""
+        return next(at for at, line in zip(self.times, self.output.splitlines(), strict=True) if word in line)
 
 
 def spend(command: Sequence[str], folder: Path = ROOT, allowed: Sequence[int] = (0,), **environment: str) -> Spent:
     """Run a command to its end; where its exit code is not `allowed`, the benchmark ends with what it said."""
     read, write = os.pipe()
-    with os.fdopen(read) as told:
+    lines, times = [], []
+    with os.fdopen(read) as told, tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", LAUNCHER, str(write), *command],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=errors,
                 text=True,
                 env={**os.environ, **environment},
                 pass_fds=[write],
             )
         finally:
             os.close(write)
+        with process:
+            for line in cast(IO[str], process.stdout):
+                lines.append(line.rstrip("\n"))
+                times.append(time.perf_counter() - start)
         answer = told.read()
+        errors.seek(0)
+        said = errors.read()
     if not answer:
-        sys.exit(f"{shlex.join(command)} could not be started:\n{done.stderr[-2000:]}")
+        sys.exit(f"{shlex.join(command)} could not be started:\n{said[-2000:]}")
     seconds, peak, code = json.loads(answer)
     if code not in allowed:
-        sys.exit(f"{shlex.join(command)} ended with {code}:\n{done.stderr[-2000:]}")
+        sys.exit(f"{shlex.join(command)} ended with {code}:\n{said[-2000:]}")
     unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
-    return Spent(seconds, peak / unit, done.stdout, done.stderr, code)
+    return Spent(seconds, peak / unit, "".join(f"{line}\n" for line in lines), said, code, times)
 
 
 class Worker:

@@ -238,11 +238,11 @@ class Run:
             return
         references = reference_losses(self.data, self.trainer.val_windows)
         self.metrics.write({"step": self.state.step, "final_val_loss": loss, **references})
+        self.progress.say("\n" + table(loss, targets, references, self.data))  # now: pictures take a second
         plot = self.folder / "loss.png"
         title = printable(f"{self.data.name}: {self.folder}")
         plot_loss(plot, read_metrics(self.folder / "metrics.jsonl"), references, title)
         self.tracker.log(self.state.step, {"final_val_loss": loss}, image=plot)
-        self.progress.say("\n" + table(loss, targets, references, self.data))
 
     def finish(self, told: list[str], pictures: list[Path], page: Path | None, started: float) -> None:
         """The last words: what the heads do, where everything lies, and how long it took.

@@ -49,6 +49,17 @@ def test_a_command_that_fails_ends_the_benchmark_with_what_it_said() -> None:
     assert spend(program, allowed=(1,)).code == 1
 
 
+def test_the_time_of_a_line_is_that_of_its_coming() -> None:
+    """Not that of the command's end, nor of a later line with the same word."""
+    said = "print('early', flush=True); time.sleep(0.5); print('late', flush=True); time.sleep(0.5); print('late')"
+    spent = spend([sys.executable, "-c", f"import time; {said}"])
+    assert spent.output == "early\nlate\nlate\n"
+    assert 0.5 <= spent.until("late") - spent.until("early") < 0.9
+    assert spent.seconds - spent.until("late") > 0.4
+    with pytest.raises(StopIteration):
+        spent.until("never")
+
+
 def test_a_worker_answers_and_is_gone_afterwards() -> None:
     program = "import sys\nprint('chatter')\nprint('{\"ready\": 1}', flush=True)\n"
     program += "for line in sys.stdin: print('{\"twice\": %d}' % (2 * int(line)), flush=True)"
