@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ENDING = """
-import atexit, sys
+import atexit, gc, sys
 from runtime.errors import UserError, run_main
 
 class Late:
@@ -18,6 +18,7 @@ class Late:
         print("taken down")
 
 def main(argv):
+    atexit.unregister(gc.freeze)  # with it nothing that Python collects is taken down anyway
     print("said", end="")
     {}
 

@@ -63,3 +63,18 @@ def test_of_many_mistakes_each_is_told_and_nothing_else() -> None:
         parse_train(mixed)
     lines = str(raised.value).splitlines()
     assert [line.split(" is ")[0] for line in lines] == [word.split("=")[0] for word in wrong]
+
+
+def test_a_short_command_does_not_look_through_all_objects_again_and_again() -> None:
+    """Collections of Python's garbage while torch is loaded: a handful instead of hundreds, and none at the end."""
+    program = (
+        "import atexit, gc\n"
+        "from runtime.errors import run_main\n"
+        "def collections(): return sum(s['collections'] for s in gc.get_stats())\n"
+        "atexit.register(lambda: print(collections(), gc.get_freeze_count() > 100_000))\n"
+        "def main(argv):\n    import torch\n"
+        "run_main(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    collections, frozen = done.stdout.split()
+    assert int(collections) < 60 and frozen == "True", done.stdout + done.stderr
