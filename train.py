@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from data.prepare import Prepared
     from inspection.probes import Probe
     from inspection.watch import WatchSet
+    from runtime.device import Machine
 
 CHECK = "--check"
 PROBE_STORIES = 200
@@ -62,6 +63,7 @@ def train(config: RunConfig, started: float) -> None:
     machine = find_machine(config.train.dtype, config.run.threads)
     config = agreed(config, machine)
     data = prepare_once(config.data, machine)
+    config = planned(config, machine, data, started)
     require(data, config.model.context)
     watched = watch_set(data, config)
     run = Run(config, machine, data)
@@ -80,6 +82,18 @@ def train(config: RunConfig, started: float) -> None:
     if machine.is_first:
         seen = observer.report(run.state.step, sha256_of_weights(run.model))
         run.finish(seen.lines, seen.pictures, seen.page, started)
+
+
+def planned(config: RunConfig, machine: Machine, data: Prepared, started: float) -> RunConfig:
+    """The config with model, batch and steps chosen, where it gives the minutes to spend."""
+    if not config.train.minutes:
+        return config
+    from runtime.budget import choose
+
+    sizes = (data.tokenizer.vocab_size, len(data.train), len(data.val))
+    config, lines = choose(config, machine, *sizes, time.perf_counter() - started)
+    print("\n".join(lines), flush=True)
+    return config
 
 
 def watch_set(data: Prepared, config: RunConfig) -> WatchSet:

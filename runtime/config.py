@@ -20,6 +20,14 @@ from model.config import ModelConfig
 from runtime.cli import parse
 from runtime.errors import CHECKPOINT, CONFIG, UserError, printable
 
+MINUTES_DECIDE = (
+    *(f"model.{name}" for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "head_width", "d_mlp", "context")),
+    *(f"train.{name}" for name in ("steps", "batch_size", "micro_batch", "eval_every", "eval_tokens", "save_every")),
+    *(f"optim.{name}" for name in ("lr", "muon_lr", "momentum", "warmup", "schedule", "decay_share", "final_share")),
+)
+"""What `train.minutes` chooses (`runtime/budget.py`)."""
+LONGEST = 100_000
+"""Minutes that may be asked for: ten weeks."""
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 
 
@@ -100,6 +108,9 @@ class OptimConfig:
 class TrainConfig:
     """How long and how often."""
 
+    minutes: float = 0.0
+    """Minutes that the whole command may take: model, batch, steps and rates are then chosen for this machine; 0 leaves
+    them as they are."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
@@ -126,9 +137,11 @@ class TrainConfig:
     """torch.compile; `auto` uses it where the run is long enough to earn it back."""
 
     def problems(self) -> list[str]:
-        return at_least(
+        found = [] if self.minutes < LONGEST else [f"train.minutes is {self.minutes}; it must be below {LONGEST:,}"]
+        return found + at_least(
             "train",
             self,
+            minutes=0,
             steps=1,
             batch_size=1,
             micro_batch=0,
@@ -270,9 +283,33 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
         "--run.resume RUN --check nothing is trained further: it is proved that RUN resumes exactly. "
         "--plan prints what the run would take on this machine, --plan 8xh100 on others, and trains nothing."
     )
-    config = parse(RunConfig, read_toml(file) + typed, description)
+    saved_line = read_toml(file)
+    config = parse(RunConfig, saved_line + typed, description)
+    if config.train.minutes:
+        refuse_two_plans(typed, saved_line, bool(resumed))
     if config.run.resume and not resumed:
         raise UserError(f"{printable(file)} sets run.resume, which belongs on the command line: --run.resume RUN")
     own_text = file == QUICKSTART and config.data.source != DataConfig().source
     name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if own_text else file.stem
     return config, name or "run"
+
+
+def refuse_two_plans(typed: list[str], saved_line: list[str], resuming: bool) -> None:
+    """`train.minutes` beside what it decides itself.
+
+    Args:
+        typed: words of the command line.
+        saved_line: those of the config file, whose values give way unless it names the minutes itself.
+
+    Raises:
+        UserError: naming what contradicts it.
+    """
+    if resuming:
+        raise UserError("train.minutes plans a new run; on resuming, give --train.steps instead")
+    named = [option.removeprefix("--").partition("=")[0] for option in typed]
+    from_file = [option.removeprefix("--").partition("=")[0] for option in saved_line]
+    if "train.minutes" in from_file:
+        named += from_file
+    both = [option for option in MINUTES_DECIDE if option in named]
+    if both:
+        raise UserError(f"train.minutes chooses {both[0]} itself; leave out one of the two")

@@ -24,7 +24,7 @@ from model.gpt import GPT
 from runtime.config import TrainConfig
 from runtime.errors import CONFIG, UserError
 
-EXPLICIT_CONTEXT = 256
+EXPLICIT_CONTEXT = 192
 """Up to here attention written out beats the processor's fused kernel in bf16 (benchmarks/NOTES.md)."""
 COMPILE_SECONDS = 300.0
 """A run that would take longer than this without it earns the minute that torch.compile takes."""
@@ -52,6 +52,12 @@ class Machine:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A processor's tensor on this machine's device; a GPU fetches it on its own, while it is given more to do."""
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all processes, on this machine's device; `value` itself may be overwritten."""

@@ -13,6 +13,7 @@ import torch
 
 from data.batches import document_windows
 from data.found import Found, find
+from runtime.budget import choose
 from runtime.config import RunConfig
 from runtime.device import Machine, choose_kernels, find_machine, worth_compiling
 from runtime.errors import CONFIG, UserError, printable
@@ -20,15 +21,13 @@ from runtime.flops import muon_operations, operations, parameters
 from runtime.footprint import Footprint, footprint
 from runtime.hardware import GPUS, Place
 from runtime.speed import Speed, measured, reckoned
-from runtime.trainer import rows_at_once
+from runtime.trainer import FINAL_TARGETS, rows_at_once
 
 SPARED = 0.8
 """Share of a GPU's memory that is planned with: libraries, what the allocator holds back, and what a GPU computes in
 fp32 where a processor does not, have the rest."""
 HELD_BACK = 1.6
 """So many times what is there at once a process grows to on a processor: the C library keeps what is given back."""
-FINAL_TARGETS = 500_000
-"""Validation tokens of the last evaluation, at most (`Trainer.whole_validation`)."""
 POWERS = (2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of GPUs that are tried where one is not enough."""
 SUMMED = ("weights", "gradients", "moments", "copies", "activations", "loss")
@@ -79,7 +78,7 @@ def plan(config: RunConfig, place: Place, name: str) -> None:
         raise UserError(
             f"train.batch_size is {config.train.batch_size}, which {place.count} processes cannot share evenly", CONFIG
         )
-    one = planned(config, place)
+    one = planned(with_minutes(config, place), place)
     print("\n".join(heading(one, name)) + "\n", flush=True)
     print("\n".join([*parts_page(one), "", *operations_page(one)]) + "\n", flush=True)
     memory = {kernels: one.memory(kernels, one.rows) for kernels in ("explicit", "fused")}
@@ -96,6 +95,21 @@ def plan(config: RunConfig, place: Place, name: str) -> None:
         print("time       not measured, for it does not fit")
         return
     print("\n".join(time_page(one, pace)))
+
+
+def with_minutes(config: RunConfig, place: Place) -> RunConfig:
+    """The config with model and steps chosen, where it gives the minutes to spend; says what there was to choose."""
+    if not config.train.minutes:
+        return config
+    if place.gpu is not None:
+        raise UserError("train.minutes is measured on the machine that trains; leave out the name after --plan", CONFIG)
+    text = find(config.data)
+    if text.train is None or text.val is None:
+        raise UserError("train.minutes has to know the text: it is prepared by the first run without --plan", CONFIG)
+    machine = find_machine(config.train.dtype, config.run.threads)
+    config, lines = choose(config, machine, text.vocab_size, len(text.train), len(text.val), 0.0)
+    print("\n".join(lines) + "\n", flush=True)
+    return config
 
 
 def planned(config: RunConfig, place: Place) -> Plan:

@@ -71,37 +71,38 @@ def reckoned(config: RunConfig, vocab_size: int, gpu: GPU, world: int, memory: F
     return Speed(max(computing, calls * CALL_SECONDS), each * cost.forward / world, how, peak)
 
 
-def measured(config: RunConfig, vocab_size: int, machine: Machine, rows: int) -> Speed:
+def measured(config: RunConfig, vocab_size: int, machine: Machine, rows: int, seconds: float = SECONDS) -> Speed:
     """The speed of the real loop here, on random tokens, in one process.
 
     A micro-batch that would take long is measured on fewer windows, and the time taken to grow with their number.
 
     Args:
         rows: windows of a micro-batch.
+        seconds: that steps are measured for, about.
     """
     cost = operations(config.model, vocab_size)
     products = product_speed(machine)
     window = config.model.context * (cost.forward + cost.backward) / (0.3 * products)
-    some = max(1, min(rows, int(SECONDS / 2 / window)))
+    some = max(1, min(rows, int(seconds / 2 / window)))
     whole = some == rows
-    pieces = -(-config.train.batch_size // rows) if whole and config.train.batch_size * window < SECONDS / 2 else 1
+    pieces = -(-config.train.batch_size // rows) if whole and config.train.batch_size * window < seconds / 2 else 1
     model = GPT(config.model, vocab_size, config.run.seed).to(machine.device)
     trainer = stand_in(config, vocab_size, machine, model, some, pieces)
-    seconds = steps(trainer, machine)
+    step = steps(trainer, machine, seconds)
     done = min(some * pieces, config.train.batch_size)
     if done < config.train.batch_size:
         moving = optimizer_seconds(trainer, machine, some)
-        seconds = moving + max(0.0, seconds - moving) * config.train.batch_size / done
+        step = moving + max(0.0, step - moving) * config.train.batch_size / done
     indices = np.arange(some) % len(trainer.val_windows)
     forward = median(lambda: trainer.loss_on(indices), machine, AT_LEAST) / some
     how = "measured here" if done == config.train.batch_size else f"measured here on {done} windows"
-    return Speed(seconds, forward, how, products)
+    return Speed(step, forward, how, products)
 
 
-def steps(trainer: Trainer, machine: Machine) -> float:
-    """The median time of a step."""
+def steps(trainer: Trainer, machine: Machine, seconds: float) -> float:
+    """The median time of a step, measured for about that many seconds."""
     first = [once(trainer.step, machine) for _ in range(WARM_UP)]
-    count = max(AT_LEAST, min(AT_MOST, int(SECONDS / first[-1])))
+    count = max(AT_LEAST, min(AT_MOST, int(seconds / first[-1])))
     return median(trainer.step, machine, count)
 
 

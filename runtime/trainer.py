@@ -37,6 +37,8 @@ from runtime.parallel import clip_gradient, gather, is_sharded, last_only
 from runtime.signals import Stop
 
 Tell = Callable[[dict[str, Any]], None]
+FINAL_TARGETS = 500_000
+"""Validation targets of the last evaluation, at most."""
 
 
 @torch.no_grad()
@@ -65,9 +67,9 @@ def evaluate(
         chosen = mine[first : first + rows]
         read = read_windows(split, windows, chosen if len(chosen) else indices[:1])
         with machine.autocast():
-            logits = model(read.tokens.to(machine.device))
+            logits = model(machine.fetch(read.tokens))
         if len(chosen):
-            targets = read.targets.to(machine.device)
+            targets = machine.fetch(read.targets)
             total[0] += loss_sum(logits, targets)
             total[1] += (targets != IGNORED).sum()
     else:
@@ -182,7 +184,7 @@ class Trainer:
     def gradient(self, rows: Batch, counted: int) -> Tensor:
         """Leave the gradient of the mean loss over the whole batch's `counted` targets in the parameters; that loss."""
         machine = self.machine
-        tokens, targets = rows.tokens.to(machine.device), rows.targets.to(machine.device)
+        tokens, targets = machine.fetch(rows.tokens), machine.fetch(rows.targets)
         total = torch.zeros((), device=machine.device)
         pieces = list(zip(tokens.split(self.rows), targets.split(self.rows), strict=True))
         for i, (inputs, wanted) in enumerate(pieces):
@@ -240,9 +242,9 @@ class Trainer:
         model = self.stepped if is_sharded(self.stepped) else self.model
         return evaluate(model, self.data.val, self.val_windows, indices, self.rows, self.machine, stop)
 
-    def whole_validation(self, at_most: int = 500_000) -> tuple[float, int]:
-        """The loss over the whole validation split, or an even part of it above `at_most` targets."""
-        seen = self.loss_on(evaluation_windows(self.val_windows, at_most))
+    def whole_validation(self) -> tuple[float, int]:
+        """The loss over the whole validation split, or an even part of it above `FINAL_TARGETS`."""
+        seen = self.loss_on(evaluation_windows(self.val_windows, FINAL_TARGETS))
         assert seen is not None  # there was nothing to break it off
         return seen
 

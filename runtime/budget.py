@@ -1,0 +1,231 @@
+"""`--train.minutes M`: the model, batch and number of steps that learn most in M minutes on this machine.
+
+How well a size learns from so many tokens was measured once and put into one formula (`expected_loss`;
+`python -m benchmarks.sizes` measures and fits it again). How fast this machine is, is measured anew, for the sizes in
+question only. What comes out is an ordinary config: written down with the run, and reproducible without the clock.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from runtime.config import RunConfig
+from runtime.device import Machine, choose_kernels
+from runtime.errors import CONFIG, DATA, UserError
+from runtime.speed import Speed, measured
+from runtime.trainer import FINAL_TARGETS
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    context: int
+    batch_size: int
+    seconds: float
+    """Of a step on two cores of an EPYC in bf16. Only how sizes compare is used, for those that are not measured."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """(steps, nats/token) over the whole validation split of Tiny Shakespeare by character."""
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the blocks' matrices (Kaplan et al. 2020, table 1: 12 · layers · width²)."""
+        return 12 * self.n_layers * self.d_model**2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch_size * self.context
+
+
+SIZES = (
+    Size(3, 2, 64, 64, 16, 0.028, ((1_071, 1.7248), (3_214, 1.6389), (8_571, 1.582))),
+    Size(4, 4, 128, 128, 8, 0.058, ((517, 1.7203), (1_552, 1.5665), (4_138, 1.4943))),
+    Size(4, 6, 192, 128, 12, 0.165, ((182, 1.8082), (545, 1.6071), (1_455, 1.5095))),
+    Size(6, 4, 256, 192, 8, 0.38, ((79, 2.0356), (237, 1.7127), (632, 1.5566))),
+    Size(6, 6, 384, 256, 8, 0.95, ((50, 2.2177), (95, 1.9064), (253, 1.6407))),
+    Size(8, 8, 512, 256, 16, 4.0),
+    Size(12, 12, 768, 512, 16, 24.0),
+)
+"""From the smallest. The last two were not trained for the fit, which goes on to them."""
+TABLE_TEXT = 1_003_856
+"""Training tokens of Tiny Shakespeare."""
+
+ENTROPY, OF_SIZE, SIZE_POWER, OF_TOKENS, TOKEN_POWER = 1.32828, 102.276, 0.52, 1164.24, 0.63
+"""The five numbers of `expected_loss`, fitted to the table; off by 0.4% in the median and 2.8% at most."""
+RECIPE = {"lr": 0.006, "muon_lr": 0.025, "momentum": 0.8, "decay_share": 0.5, "warmup": 10, "schedule": "linear"}
+"""Of the optimizer; the table was measured with it."""
+REPEATS_WORTH = 15.4
+"""R* of Muennighoff et al. 2023, section 6.1: how often a text is read until reading it again teaches little."""
+EVALUATED = 20_000
+"""Validation tokens of an evaluation."""
+BEGIN = 0.6
+"""Seconds from the plan to the first step."""
+LOOK = 0.7
+"""Seconds of an evaluation besides its forward passes: a sample, a record of attention, a checkpoint."""
+FINISH = 2.0
+"""Seconds from the last step to the end besides forward passes: what counting words gives, pictures, the page."""
+PASSES_A_HEAD = 49
+"""Forward passes of a window, about, that it takes to find out what a head is good for."""
+FEWEST_STEPS = 50
+FEWEST_EVALUATIONS, MOST_EVALUATIONS = 4, 20
+MANY_EPOCHS = 10
+MEASURING = 1.0
+"""Seconds of steps that a size is measured for."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a size could do in the time."""
+
+    size: Size
+    step: float
+    """Seconds."""
+    steps: int
+    evaluations: int
+    epochs: float
+    loss: float
+    """Expected, on the scale of Tiny Shakespeare."""
+    fixed: float
+    """Seconds that are not steps."""
+
+
+def useful_tokens(read: float, text: int) -> float:
+    """Tokens of new text that would teach as much as reading a text of `text` tokens until `read` are read.
+
+    text · (1 + R* · (1 - exp(-R / R*))), R the number of repetitions (Muennighoff et al. 2023, equation 5).
+    """
+    if read <= text:
+        return read
+    return text * (1 + REPEATS_WORTH * -math.expm1(-(read / text - 1) / REPEATS_WORTH))
+
+
+def expected_loss(weights: int, tokens: float) -> float:
+    """Nats/token on Tiny Shakespeare by character: E + A / weights^α + B / tokens^β (Hoffmann et al. 2022, eq. 2).
+
+    Args:
+        tokens: as `useful_tokens` counts them.
+    """
+    return ENTROPY + OF_SIZE / weights**SIZE_POWER + OF_TOKENS / tokens**TOKEN_POWER
+
+
+def choose(
+    config: RunConfig, machine: Machine, vocab_size: int, text: int, held_out: int, spent: float
+) -> tuple[RunConfig, list[str]]:
+    """The config with what `train.minutes` decides decided, and the plan in lines.
+
+    Args:
+        text: training tokens.
+        held_out: validation tokens.
+        spent: seconds that the command has taken already.
+
+    Raises:
+        UserError: if the time is too short, several processes would share the work (exit code 2), or the text is too
+            short (3).
+    """
+    if machine.world > 1:
+        raise UserError("train.minutes measures one process: leave torchrun out, or set train.steps yourself", CONFIG)
+    sizes = [size for size in SIZES if size.context < text]
+    if not sizes:
+        raise UserError(
+            f"the training text is {text} tokens long, too short for train.minutes: give it more text", DATA
+        )
+    started, known = time.perf_counter(), dict[Size, Speed]()
+    while True:
+        left = 60 * config.train.minutes - spent - (time.perf_counter() - started)
+        offers = [offer(size, known, left, text, held_out) for size in sizes]
+        best = min(offers, key=lambda one: (one.loss, one.step))
+        if best.size in known:
+            break
+        known[best.size] = speed(best.size, config, machine, vocab_size)
+    if best.steps < FEWEST_STEPS:
+        least = 60 * config.train.minutes - left + best.fixed + FEWEST_STEPS * best.step
+        raise UserError(
+            f"train.minutes is {config.train.minutes:g}, which is too short: starting, measuring and looking at what "
+            f"was learned take {least:.0f} s here with {FEWEST_STEPS} steps; give at least {math.ceil(least / 6) / 10}",
+            CONFIG,
+        )
+    return decided(config, best), page(config, machine, offers, best)
+
+
+def decided(config: RunConfig, best: Offer) -> RunConfig:
+    """The config of a run of that size; it says nothing of minutes any more."""
+    size = best.size
+    model = shaped(config, size).model
+    every = -(-best.steps // best.evaluations)
+    train = replace(
+        config.train,
+        minutes=0.0,
+        steps=best.steps,
+        batch_size=size.batch_size,
+        micro_batch=0,
+        eval_every=every,
+        eval_tokens=EVALUATED,
+        save_every=every,
+        compile="off",
+    )
+    return replace(config, model=model, train=train, optim=replace(config.optim, **RECIPE))  # type: ignore[arg-type]
+
+
+def shaped(config: RunConfig, size: Size) -> RunConfig:
+    """The config with that model and batch."""
+    shape = {"n_layers": size.n_layers, "n_heads": size.n_heads, "d_model": size.d_model, "context": size.context}
+    model = replace(config.model, **shape, n_kv_heads=0, head_width=0, d_mlp=0)  # type: ignore[arg-type]
+    return replace(config, model=model, train=replace(config.train, batch_size=size.batch_size, micro_batch=0))
+
+
+def speed(size: Size, config: RunConfig, machine: Machine, vocab_size: int) -> Speed:
+    """How fast that size is here."""
+    config = shaped(config, size)
+    config = replace(config, model=choose_kernels(config.model, machine.device, machine.dtype))
+    return measured(config, vocab_size, machine, size.batch_size, MEASURING)
+
+
+def offer(size: Size, known: Mapping[Size, Speed], seconds: float, text: int, held_out: int) -> Offer:
+    """What a size could do in `seconds`; where its speed is not measured, as fast as the next one that is."""
+    if size in known:
+        step, window = known[size].step, known[size].window
+    else:
+        near = min(known, key=lambda other: abs(math.log(other.seconds / size.seconds)), default=None)
+        step = size.seconds * (known[near].step / near.seconds if near else 1.0)
+        window = step / size.batch_size / 3  # the backward pass costs twice the forward pass
+    evaluations = min(MOST_EVALUATIONS, max(FEWEST_EVALUATIONS, round(seconds / 30)))
+    looks = evaluations * (LOOK + min(EVALUATED, held_out) / size.context * window)
+    passes = min(FINAL_TARGETS, held_out) / size.context + PASSES_A_HEAD * size.n_layers * size.n_heads
+    fixed = BEGIN + looks + FINISH + passes * window
+    steps = max(0, int((seconds - fixed) / step))
+    tokens = useful_tokens(steps * size.tokens, text)
+    loss = expected_loss(size.weights, tokens) if steps >= FEWEST_STEPS else math.inf
+    return Offer(size, step, steps, evaluations, steps * size.tokens / text, loss, fixed)
+
+
+def page(config: RunConfig, machine: Machine, offers: list[Offer], best: Offer) -> list[str]:
+    """The plan in lines: what each size could do, and which one is taken."""
+    lines = [
+        f"plan    {counted(config.train.minutes)} on {machine.describe()}; what each size would do with that",
+        "          layers  heads  width  context  batch    steps  epochs   loss",
+    ]
+    for one in offers:
+        size = one.size
+        shape = f"{size.n_layers:>6}{size.n_heads:>7}{size.d_model:>7}{size.context:>9}{size.batch_size:>7}"
+        mark = ">" if one is best else " "
+        learned = f"{one.loss:>7.2f}" if math.isfinite(one.loss) else f"{'-':>7}"  # too few steps to say
+        lines.append(f"        {mark} {shape}{one.steps:>9,}{one.epochs:>8.2f}{learned}")
+    lines.append(
+        f"        taken: {best.steps:,} steps of {1000 * best.step:.3g} ms, and {best.fixed:.0f} s for the rest "
+        "(loss: as on Tiny Shakespeare by character)"
+    )
+    if best.epochs > MANY_EPOCHS:
+        lines.append(f"        the text is read {best.epochs:.0f} times over: more text would help more than time")
+    return lines
+
+
+def counted(minutes: float) -> str:
+    """`1 minute`, `2.5 minutes`."""
+    return f"{minutes:g} minute{'' if minutes == 1 else 's'}"
