@@ -28,11 +28,11 @@ from benchmarks import nanogpt
 from benchmarks.results import Page, page
 from benchmarks.side_by_side import Target, Worker, alternate, options, spend, spread, table, targets
 
-OURS = ("configs/shakespeare_char.toml",)
+OURS = ("configs/shakespeare_char.toml", "--train.eval_every=200", "--log.sample_tokens=0")
 """Our recipe for a given loss, as arguments of train.py."""
 LONGER = (
-    *("configs/shakespeare_char.toml", "--train.steps=1250", "--train.batch_size=12", "--optim.weight_decay=0"),
-    *("--train.eval_every=625", "--train.save_every=1250"),
+    *("configs/shakespeare_char.toml", "--train.steps=1040", "--train.batch_size=12", "--optim.weight_decay=0"),
+    *("--train.eval_every=1040", "--train.save_every=1040", "--log.sample_tokens=0"),
 )
 """Our recipe for the time that nanoGPT takes."""
 LOSS = 1.898

@@ -43,7 +43,7 @@ def test_the_first_step_of_a_run_by_characters_is_taken_without_what_it_does_not
 
 @pytest.mark.parametrize(
     ("argv", "most"),
-    [(["--model.n_layer=3"], 2), (["--model.n_layers=three"], 12), (["--optim.lr=x", "--train.steps=y"], 20)],
+    [(["--model.n_layer=3"], 2), (["--model.n_layers=three"], 14), (["--optim.lr=x", "--train.steps=y"], 20)],
 )
 def test_a_mistake_is_found_by_few_questions(argv: list[str], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question to tyro takes a hundredth of a second, and the config file has more than a dozen options."""
