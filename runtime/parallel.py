@@ -30,6 +30,8 @@ LOST_GLOO = re.compile(
     r"gloo.*(closed by peer|reset by peer|timed out|timeout|Broken pipe|refused|unreachable|No route)", re.I | re.S
 )
 """How gloo words that a process ended or froze (third_party/gloo/gloo/transport/tcp); a wrong call reads otherwise."""
+PATIENCE = 1.0
+"""Seconds; torchrun looks for processes that ended ten times in one."""
 LOST_NCCL = re.compile(r"ncclRemoteError|ncclSystemError|timed out|timeout|aborted|closed|reset|refused", re.I)
 """The same of nccl (torch/csrc/distributed/c10d/NCCLUtils.cpp and ProcessGroupNCCL.cpp)."""
 
@@ -69,6 +71,7 @@ def processes(timeout: float) -> Iterator[None]:
             group.abort()  # an orderly end would wait for processes that may be gone
         if not (isinstance(error, RuntimeError) and is_lost(error)):
             raise
+        time.sleep(PATIENCE)  # if the other one has said why it ended, torchrun ends this one before it speaks
         raise UserError(
             f"process {os.environ['RANK']} lost another one, which ended or did not answer for {timeout:g} s "
             "(run.timeout); nothing saved is lost: go on with --run.resume",

@@ -28,7 +28,7 @@ ASKED = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=[
 
 SLOW_STEPS = (
     *FAULTY,
-    *("--train.batch_size=400", "--train.micro_batch=1", "--train.steps=3", "--train.save_every=3"),
+    *("--train.batch_size=800", "--train.micro_batch=1", "--train.steps=3", "--train.save_every=3"),
     "--train.eval_every=3",
 )
 """A run whose steps take a second or two."""
