@@ -223,8 +223,8 @@ def page(config: RunConfig, machine: Machine, offers: list[Offer], best: Offer) 
     )
     if best.epochs > MANY_EPOCHS:
         lines.append(
-            f"        the text is read {best.epochs:.0f} times over, which a model may learn by heart: more text would help, "
-            "or --train.patience 2, --model.dropout 0.2"
+            f"        the text is read {best.epochs:.0f} times over, which a model may learn by heart: more text would "
+            "help, or --train.patience 2, --model.dropout 0.2"
         )
     return lines
 
