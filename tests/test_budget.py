@@ -137,6 +137,7 @@ def test_what_is_decided_is_all_that_is_decided(monkeypatch: pytest.MonkeyPatch)
         section, _, name = option.partition(".")
         return getattr(getattr(of, section), name)
 
+    assert {f"optim.{name}" for name in budget.RECIPE} == {o for o in MINUTES_DECIDE if o.startswith("optim.")}
     changed = {option for option in option_types(RunConfig) if value(config, option) != value(odd, option)}
     assert changed <= {*MINUTES_DECIDE, "train.minutes", "train.compile"}
     assert config.train.minutes == 0 and config.model.dropout == 0.1 and config.model.preset == "qwen3"
@@ -201,7 +202,7 @@ def test_a_run_by_minutes_is_written_down_as_any_other(tmp_path: Path, monkeypat
     first, again = tmp_path / "first", tmp_path / "again"
     done = script("train.py", *options, "--train.minutes=1", f"--run.dir={first}")
     assert done.returncode == 0, done.stderr
-    assert ">" in done.stdout and "plan    1 minute on cpu" in done.stdout
+    assert ">" in done.stdout and "plan    1 min on cpu" in done.stdout
     words = read_toml(first / "config.toml")
     assert "--train.minutes=0.0" in words and not any(word.startswith("--train.steps=1000") for word in words)
     done = script("train.py", first / "config.toml", f"--run.dir={again}")
