@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.cache import KVCache
 from model.gpt import GPT
+from model.recorded import Record, RecordedReading
 
 
 def window_start(length: int, context: int) -> int:
@@ -71,10 +72,13 @@ def draw(probability: Float[Tensor, "B V"], generator: torch.Generator) -> Int[T
     return found.clamp_max(probability.shape[-1] - 1)
 
 
-def last_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
+def last_logits(
+    model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = None, recorded: RecordedReading | None = None
+) -> Float[Tensor, "B V"]:
     """Logits of the token after `text`. A cache that holds the beginning of the window saves reading it again.
 
-    The cache belongs to one growing text: it is filled anew whenever the window moves.
+    The cache belongs to one growing text: it is filled anew whenever the window moves. `recorded` reads a single token
+    instead of the model; it has the same cache.
     """
     start = window_start(text.shape[1], model.config.context)
     window = text[:, start:]
@@ -82,7 +86,8 @@ def last_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = No
         return newest_logits(model, window)
     if cache.start != start or cache.length >= window.shape[1]:  # the window has moved, and with it every position
         cache.clear(start)
-    return newest_logits(model, window[:, cache.length :], cache)
+    new = window[:, cache.length :]
+    return recorded(new) if recorded and new.shape[1] == 1 else newest_logits(model, new, cache)
 
 
 def newest_logits(model: GPT, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
@@ -100,12 +105,18 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     use_cache: bool = True,
+    record: Record | None = None,
 ) -> Iterator[Int[Tensor, "B"]]:
-    """Yield `count` times the next token of each row of `prompt` (at least one token long)."""
+    """Yield `count` times the next token of each row of `prompt` (at least one token long).
+
+    Args:
+        record: how single tokens are recorded and replayed (`model/recorded.py`); without it they are computed.
+    """
     text = torch.empty(prompt.shape[0], prompt.shape[1] + count, dtype=torch.long, device=prompt.device)
     text[:, : prompt.shape[1]] = prompt
     cache = KVCache(model.config, prompt.shape[0], model.token_embedding.weight) if use_cache else None
+    recorded = RecordedReading(model, cache, record) if cache and record else None
     for end in range(prompt.shape[1], text.shape[1]):
-        logits = last_logits(model, text[:, :end], cache)
+        logits = last_logits(model, text[:, :end], cache, recorded)
         text[:, end] = next_token(logits, generator, temperature, top_k, top_p)
         yield text[:, end]

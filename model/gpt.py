@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         if self.fused:
-            y = ops.fused_attention(q, k, v, dropout)
+            y = ops.fused_attention(q, k, v, dropout, None if cache is None else cache.allowed)
         else:
             k, v = ops.share_heads(k, self.n_heads), ops.share_heads(v, self.n_heads)
             y = nn.functional.dropout(self.weights(q, k), dropout) @ v
@@ -202,10 +202,9 @@ class GPT(nn.Module):
 
         With a cache, `tokens` are the positions that come after those which the cache holds.
         """
-        start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        assert end <= self.config.context, f"{end} positions in a context of {self.config.context}"
-        positions = torch.arange(start, end, device=tokens.device)
+        count, context = tokens.shape[1], self.config.context
+        assert count <= context, f"{count} positions in a context of {context}"
+        positions = torch.arange(count, device=tokens.device) if cache is None else cache.positions(count)
         x = self.token_embedding(tokens)
         angles = None
         if self.position_embedding is not None:
@@ -216,5 +215,5 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, angles, cache)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(count)
         return self.final_norm(x)

@@ -37,12 +37,21 @@ def attention_weights(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) 
 
 
 def fused_attention(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], dropout: float = 0.0
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S D"],
+    dropout: float = 0.0,
+    allowed: Bool[Tensor, "1 S"] | None = None,
 ) -> Float[Tensor, "B H T D"]:
-    """`attention_weights(q, k) @ v` in one kernel that never holds the weights, heads shared as in `share_heads`."""
+    """`attention_weights(q, k) @ v` in one kernel that never holds the weights, heads shared as in `share_heads`.
+
+    Args:
+        allowed: which keys a single query reads; without it the newest, which is the last of them, reads all.
+    """
     (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
-    if T == 1:  # The newest position reads all; heads that share keys stand as queries side by side, nothing is copied.
-        y = F.scaled_dot_product_attention(q.reshape(-1, G, H // G, q.shape[-1]), k, v, dropout_p=dropout)
+    if T == 1:  # Heads that share keys stand as queries side by side: nothing is copied.
+        side_by_side = q.reshape(-1, G, H // G, q.shape[-1])
+        y = F.scaled_dot_product_attention(side_by_side, k, v, attn_mask=allowed, dropout_p=dropout)
         return y.reshape(q.shape)
     k, v = share_heads(k, H), share_heads(v, H)
     if T == S:

@@ -12,6 +12,7 @@ from data.tokenizer import Tokenizer
 from model.generate import generate
 from model.gpt import GPT
 from runtime.errors import UserError, printable
+from runtime.graphs import recorder
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def write_text(
     prompt = torch.tensor(start, device=device).expand(samples, -1)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
     ended = [False] * samples
-    for tokens in generate(model, prompt, count, generator, how.temperature, how.top_k, how.top_p):
+    drawing = (how.temperature, how.top_k, how.top_p)
+    for tokens in generate(model, prompt, count, generator, *drawing, record=recorder(model)):
         pieces = []
         if drawn is not None:
             drawn.append(tokens.tolist())
