@@ -11,9 +11,10 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from runtime.config import RunConfig
-from runtime.device import Machine, choose_kernels
+from runtime.device import COMPILE_SECONDS, Machine, choose_kernels, has_compiler
 from runtime.errors import CONFIG, DATA, UserError
 from runtime.speed import Speed, measured
 from runtime.trainer import FINAL_TARGETS
@@ -79,8 +80,10 @@ PASSES_A_HEAD = 49
 FEWEST_STEPS = 50
 FEWEST_EVALUATIONS, MOST_EVALUATIONS = 4, 20
 MANY_EPOCHS = 10
-MEASURING = 1.0
-"""Seconds of steps that a size is measured for."""
+MEASURING = 1 / 100
+"""Of the time, but at least a second: what steps of a size are measured for. Other work comes and goes in seconds."""
+AGAIN = 8.0
+"""Seconds that compiling takes once more when the run begins, from what was kept when it was measured."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Offer:
     """Expected, on the scale of Tiny Shakespeare."""
     fixed: float
     """Seconds that are not steps."""
+    compiled: bool = False
 
 
 def useful_tokens(read: float, text: int) -> float:
@@ -132,6 +136,37 @@ def choose(
         UserError: if the time is too short, several processes would share the work (exit code 2), or the text is too
             short (3).
     """
+    sizes = candidates(machine, text)
+    end, known = time.perf_counter() + 60 * config.train.minutes - spent, dict[Size, Speed]()
+
+    def offered(size: Size, speeds: Mapping[Size, Speed], less: float = 0.0) -> Offer:
+        return offer(size, speeds, end - time.perf_counter() - less, text, held_out)
+
+    def learned(one: Offer) -> tuple[float, float]:
+        return one.loss, one.step
+
+    while True:
+        offers = [offered(size, known) for size in sizes]
+        best = min(offers, key=learned)
+        if best.size in known:
+            break
+        known[best.size] = speed(best.size, switched(config, "off"), machine, vocab_size)
+    if may_compile(config, machine, best):
+        fast = {best.size: speed(best.size, switched(config, "on"), machine, vocab_size)}
+        # once more, for a machine that others use is not as fast as it was half a minute ago
+        known[best.size] = speed(best.size, switched(config, "off"), machine, vocab_size)
+        offers = [offered(size, known) for size in sizes]
+        compiled = replace(offered(best.size, fast, AGAIN), compiled=True)
+        best = compiled if config.train.compile == "on" else min([*offers, compiled], key=learned)
+        offers = [best if one.size == best.size else one for one in offers]
+    if best.steps < FEWEST_STEPS:
+        gone = 60 * config.train.minutes - (end - time.perf_counter())
+        raise too_short(config.train.minutes, gone + best.fixed + FEWEST_STEPS * best.step)
+    return decided(config, best), page(config, machine, offers, best)
+
+
+def candidates(machine: Machine, text: int) -> list[Size]:
+    """The sizes whose windows a text of `text` tokens fills; `UserError` as `choose` says."""
     if machine.world > 1:
         raise UserError("train.minutes measures one process: leave torchrun out, or set train.steps yourself", CONFIG)
     sizes = [size for size in SIZES if size.context < text]
@@ -139,22 +174,27 @@ def choose(
         raise UserError(
             f"the training text is {text} tokens long, too short for train.minutes: give it more text", DATA
         )
-    started, known = time.perf_counter(), dict[Size, Speed]()
-    while True:
-        left = 60 * config.train.minutes - spent - (time.perf_counter() - started)
-        offers = [offer(size, known, left, text, held_out) for size in sizes]
-        best = min(offers, key=lambda one: (one.loss, one.step))
-        if best.size in known:
-            break
-        known[best.size] = speed(best.size, config, machine, vocab_size)
-    if best.steps < FEWEST_STEPS:
-        least = 60 * config.train.minutes - left + best.fixed + FEWEST_STEPS * best.step
-        raise UserError(
-            f"train.minutes is {config.train.minutes:g}, which is too short: starting, measuring and looking at what "
-            f"was learned take {least:.0f} s here with {FEWEST_STEPS} steps; give at least {math.ceil(least / 6) / 10}",
-            CONFIG,
-        )
-    return decided(config, best), page(config, machine, offers, best)
+    return sizes
+
+
+def too_short(minutes: float, least: float) -> UserError:
+    """What to say where nothing can be learned in the time; `least` seconds would do."""
+    return UserError(
+        f"train.minutes is {minutes:g}, which is too short: starting, measuring and looking at what "
+        f"was learned take {least:.0f} s here with {FEWEST_STEPS} steps; give at least {math.ceil(least / 6) / 10}",
+        CONFIG,
+    )
+
+
+def switched(config: RunConfig, compiler: Literal["on", "off"]) -> RunConfig:
+    """The config with torch.compile on or off."""
+    return replace(config, train=replace(config.train, compile=compiler))
+
+
+def may_compile(config: RunConfig, machine: Machine, best: Offer) -> bool:
+    """Whether it is measured how much faster the compiler makes a step: it takes half a minute to say so."""
+    asked, long = config.train.compile, best.steps * best.step > COMPILE_SECONDS
+    return asked == "on" or (asked == "auto" and long and has_compiler(machine.device))
 
 
 def decided(config: RunConfig, best: Offer) -> RunConfig:
@@ -171,7 +211,7 @@ def decided(config: RunConfig, best: Offer) -> RunConfig:
         eval_every=every,
         eval_tokens=EVALUATED,
         save_every=every,
-        compile="off",
+        compile="on" if best.compiled else "off",
     )
     return replace(config, model=model, train=train, optim=replace(config.optim, **RECIPE))  # type: ignore[arg-type]
 
@@ -184,10 +224,11 @@ def shaped(config: RunConfig, size: Size) -> RunConfig:
 
 
 def speed(size: Size, config: RunConfig, machine: Machine, vocab_size: int) -> Speed:
-    """How fast that size is here."""
+    """How fast that size is here; compiled if `train.compile` is on."""
     config = shaped(config, size)
     config = replace(config, model=choose_kernels(config.model, machine.device, machine.dtype))
-    return measured(config, vocab_size, machine, size.batch_size, MEASURING)
+    seconds = max(1.0, MEASURING * 60 * config.train.minutes)
+    return measured(config, vocab_size, machine, size.batch_size, seconds)
 
 
 def offer(size: Size, known: Mapping[Size, Speed], seconds: float, text: int, held_out: int) -> Offer:
@@ -220,8 +261,9 @@ def page(config: RunConfig, machine: Machine, offers: list[Offer], best: Offer) 
         mark = ">" if one is best else " "
         learned = f"{one.loss:>7.2f}" if math.isfinite(one.loss) else f"{'-':>7}"  # too few steps to say
         lines.append(f"        {mark} {shape}{one.steps:>9,}{one.epochs:>8.2f}{learned}")
+    kind = "compiled steps" if best.compiled else "steps"
     lines.append(
-        f"        taken: {best.steps:,} steps of {1000 * best.step:.3g} ms, and {best.fixed:.0f} s for the rest "
+        f"        taken: {best.steps:,} {kind} of {1000 * best.step:.3g} ms, and {best.fixed:.0f} s for the rest "
         "(loss: as on Tiny Shakespeare by character)"
     )
     if best.epochs > MANY_EPOCHS:

@@ -163,8 +163,12 @@ def worth_compiling(train: TrainConfig, tokens: int, parameters: int, device: to
         return train.compile == "on"
     if device.type == "cuda":
         return train.steps >= 1000
-    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    return has_compiler and 6 * parameters * tokens / ASSUMED_FLOPS > COMPILE_SECONDS
+    return has_compiler(device) and 6 * parameters * tokens / ASSUMED_FLOPS > COMPILE_SECONDS
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: for a processor it writes C++."""
+    return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:

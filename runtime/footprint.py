@@ -216,7 +216,14 @@ def built(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
 
 
 def stand_in(
-    config: RunConfig, vocab_size: int, machine: Machine, model: GPT, rows: int, pieces: int = 1, seed: int = 0
+    config: RunConfig,
+    vocab_size: int,
+    machine: Machine,
+    model: GPT,
+    rows: int,
+    pieces: int = 1,
+    seed: int = 0,
+    stepped: nn.Module | None = None,
 ) -> Trainer:
     """The real loop around a model, on random tokens instead of a corpus; nothing is read or written."""
     train = replace(config.train, batch_size=rows * pieces, micro_batch=rows, steps=1 << 40, skip_bad_steps=1 << 40)
@@ -225,4 +232,5 @@ def stand_in(
     tokens = np.random.default_rng(seed).integers(vocab_size, size=64 * (config.model.context + 1), dtype=np.uint32)
     text = TokenSplit((tokens,), np.zeros(1, np.int64), len(tokens))
     data = Prepared("random tokens", Path(), cast(Any, None), text, text, "", None)
-    return Trainer(replace(config, train=train, run=run), machine, data, model, model, optimizer, TrainState())
+    changed = replace(config, train=train, run=run)
+    return Trainer(changed, machine, data, model, model if stepped is None else stepped, optimizer, TrainState())

@@ -251,7 +251,8 @@ def time_page(one: Plan, pace: Speed) -> list[str]:
     ]
     whole = sum(parameters(config.model, one.text.vocab_size).values())
     device = torch.device("cuda") if one.place.gpu else one.machine.device
-    if worth_compiling(train, train.steps * tokens, whole, device):
+    measured = train.compile == "on" and not one.place.gpu
+    if worth_compiling(train, train.steps * tokens, whole, device) and not measured:
         lines.append("  this run would be compiled, which is not reckoned with: expect it to be faster")
     return lines
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.batches import batch
 from model.gpt import GPT
 from runtime.config import RunConfig
-from runtime.device import Machine
+from runtime.device import Machine, compiled
 from runtime.flops import muon_operations, operations
 from runtime.footprint import Footprint, stand_in
 from runtime.hardware import GPU
@@ -74,7 +75,8 @@ def reckoned(config: RunConfig, vocab_size: int, gpu: GPU, world: int, memory: F
 def measured(config: RunConfig, vocab_size: int, machine: Machine, rows: int, seconds: float = SECONDS) -> Speed:
     """The speed of the real loop here, on random tokens, in one process.
 
-    A micro-batch that would take long is measured on fewer windows, and the time taken to grow with their number.
+    A micro-batch that would take long is measured on fewer windows, and the time taken to grow with their number. The
+    model is compiled if `train.compile` is on.
 
     Args:
         rows: windows of a micro-batch.
@@ -87,7 +89,11 @@ def measured(config: RunConfig, vocab_size: int, machine: Machine, rows: int, se
     whole = some == rows
     pieces = -(-config.train.batch_size // rows) if whole and config.train.batch_size * window < seconds / 2 else 1
     model = GPT(config.model, vocab_size, config.run.seed).to(machine.device)
-    trainer = stand_in(config, vocab_size, machine, model, some, pieces)
+    stepped: nn.Module = model
+    if config.train.compile == "on":
+        example = torch.zeros(some, config.model.context, dtype=torch.long, device=machine.device)
+        stepped = compiled(model, example, machine)
+    trainer = stand_in(config, vocab_size, machine, model, some, pieces, stepped=stepped)
     step = steps(trainer, machine, seconds)
     done = min(some * pieces, config.train.batch_size)
     if done < config.train.batch_size:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from benchmarks import sizes
-from runtime import budget
+from model.config import ModelConfig
+from runtime import budget, speed
 from runtime.budget import SIZES, Size, choose, expected_loss, offer, useful_tokens
 from runtime.cli import option_types
 from runtime.config import MINUTES_DECIDE, RunConfig, TrainConfig, parse_train, read_toml
@@ -23,6 +26,7 @@ from runtime.speed import Speed
 from tests.runs import script
 
 CPU = Machine(torch.device("cpu"), torch.float32)
+TINY = ModelConfig(n_layers=1, n_heads=2, d_model=16, context=16, kernels="explicit")
 TEXT, HELD_OUT = 1_003_854, 111_540
 """Tokens of Tiny Shakespeare."""
 KNOWN = [(i, steps, loss) for i, size in enumerate(SIZES) for steps, loss in size.losses]
@@ -141,6 +145,76 @@ def test_what_is_decided_is_all_that_is_decided(monkeypatch: pytest.MonkeyPatch)
     changed = {option for option in option_types(RunConfig) if value(config, option) != value(odd, option)}
     assert changed <= {*MINUTES_DECIDE, "train.minutes", "train.compile"}
     assert config.train.minutes == 0 and config.model.dropout == 0.1 and config.model.preset == "qwen3"
+
+
+def with_a_compiler(gain: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps that torch.compile makes `gain` times as fast; what was measured, by the switch's position."""
+    asked = []
+
+    def speed(size: Size, config: RunConfig, *rest: object) -> Speed:
+        asked.append(config.train.compile)
+        factor = gain if config.train.compile == "on" else 1.0
+        return Speed(size.seconds / factor, size.seconds / size.batch_size / 3, "", 1e11)
+
+    monkeypatch.setattr(budget, "speed", speed)
+    monkeypatch.setattr(budget, "has_compiler", lambda device: True)
+    return asked
+
+
+def test_the_compiler_is_taken_where_it_is_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = with_a_compiler(1.25, monkeypatch)
+    config, lines = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
+    assert config.train.compile == "on" and asked[-2:] == ["on", "off"] and "on" not in asked[:-2]
+    assert any("compiled steps of" in line for line in lines)
+    size = next(size for size in SIZES if size.d_model == config.model.d_model)
+    fixed = next(one for one in budget_offers(600 - 3 - budget.AGAIN, 1.0) if one.size == size).fixed
+    total = 3 + budget.AGAIN + fixed + config.train.steps * size.seconds / 1.25
+    assert 0.98 * 600 < total <= 600
+
+
+@pytest.mark.parametrize("gain", [0.5, 1.0, 1.01])
+def test_the_compiler_is_left_out_where_it_does_not_pay(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of ten minutes is less than compiling takes once more."""
+    asked = with_a_compiler(gain, monkeypatch)
+    config, lines = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
+    assert config.train.compile == "off" and "on" in asked
+    assert not any("compiled" in line for line in lines)
+
+
+def test_the_compiler_is_not_even_measured_where_it_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = with_a_compiler(2.0, monkeypatch)
+    choose(minutes(2), CPU, 65, TEXT, HELD_OUT, 3.0)  # too short
+    off = replace(minutes(10), train=TrainConfig(minutes=10, compile="off"))
+    assert choose(off, CPU, 65, TEXT, HELD_OUT, 3.0)[0].train.compile == "off"
+    monkeypatch.setattr(budget, "has_compiler", lambda device: False)
+    assert choose(minutes(10), CPU, 65, TEXT, HELD_OUT, 3.0)[0].train.compile == "off"
+    assert "on" not in asked
+
+
+def test_who_asks_for_the_compiler_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_a_compiler(0.9, monkeypatch)
+    on = replace(minutes(2), train=TrainConfig(minutes=2, compile="on"))
+    assert choose(on, CPU, 65, TEXT, HELD_OUT, 3.0)[0].train.compile == "on"
+
+
+@pytest.mark.parametrize("switch", ["on", "off", "auto"])
+def test_a_step_is_measured_as_it_will_be_taken(
+    switch: Literal["on", "off", "auto"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the compiler if, and only if, the config says so."""
+    ran = []
+
+    def compiled(model: nn.Module, example: torch.Tensor, machine: Machine) -> nn.Module:
+        assert example.shape == (4, 16)
+        fast = nn.Sequential(model)
+        fast.register_forward_hook(lambda *_: ran.append(1))
+        return fast
+
+    monkeypatch.setattr(speed, "compiled", compiled)
+    config = replace(RunConfig(), train=TrainConfig(batch_size=4, compile=switch), model=TINY)
+    found = speed.measured(config, 65, CPU, 4, 0.05)
+    assert found.step > 0
+    assert len(ran) >= speed.WARM_UP + speed.AT_LEAST if switch == "on" else not ran
 
 
 def test_too_little_time_says_how_much_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
