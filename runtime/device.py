@@ -18,6 +18,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -176,9 +177,15 @@ def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
 
     It is tried on `example` first, without a word to the other processes: then all go on compiled, or none. A model
     whose weights are split is compiled block by block, in place, since weights are exchanged between the blocks.
+
+    On a processor torch is told to be deterministic: else threads add up the embedding's gradient in the order in which
+    they arrive, and no run is like another.
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if machine.device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is for finding mistakes
     split = isinstance(model, FSDPModule)
     failure, fast = "", model
     try:

@@ -32,6 +32,7 @@ from torch.func import functional_call
 
 from model.config import ModelConfig
 from model.gpt import GPT
+from runtime.device import Machine, compiled
 from tests.checks import (
     FACES,
     PRESETS,
@@ -131,6 +132,28 @@ def check_compiled(preset: Preset, face: Face) -> None:
         same(losses_of(fast, tokens), losses_of(plain, tokens), 1e-5)
         same_gradients(stepped, plain, 1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was not compiled, or in pieces"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_has_the_same_gradient_each_time() -> None:
+    """To the last bit, on two threads, with few tokens in the vocabulary that are met often."""
+    program = "from tests.test_numerics import check_compiled_again; check_compiled_again()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def check_compiled_again() -> None:
+    torch.set_num_threads(2)
+    model, tokens = random_model("glass", "explicit", n_layers=1, context=128), random_tokens(16, 129)
+    fast = compiled(model, tokens[:, :-1], Machine(torch.device("cpu"), torch.float32))
+    assert fast is not model
+    gradients = []
+    for _ in range(8):
+        model.zero_grad(set_to_none=True)
+        losses_of(fast, tokens)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert all(torch.equal(gradients[0], other) for other in gradients)
 
 
 def losses_of(model: Any, tokens: Tensor) -> Tensor:
