@@ -28,6 +28,8 @@ IN_USE = 7
 LOST_PROCESS = 8
 INTERRUPTED = 130
 
+AGAIN = 0.05
+"""Seconds after which a signal that came while a module was imported is looked at once more."""
 
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """What the system says of a disk that is full, broken or locked: no bug of ours, wherever it is met."""
@@ -79,15 +81,19 @@ class Asked:
     """Ends the program on SIGINT or SIGTERM, and remembers that it was asked to.
 
     What a signal's handler raises can get lost: who imports a library that need not be there often takes any exception
-    for a sign that it is not. So a start looks once more before it leaves anything behind (`end_if_asked`), and so does
-    the end.
+    for a sign that it is not; in torch's own libraries it can abort the process. So what is being imported comes to
+    its end first, a start looks once more before it leaves anything behind (`end_if_asked`), and so does the end.
     """
 
     number = 0
 
-    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
-        self.number = number
-        sys.exit(128 + number)
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            self.number = number
+        if is_importing(frame):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            sys.exit(128 + self.number)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -97,15 +103,25 @@ class Asked:
         at once and without a word: all is written, and the exit handlers of libraries can't stand an exception.
         """
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        for number in numbers:
+        for number in (*numbers, signal.SIGALRM):
             signal.signal(number, self)
         try:
             yield
         finally:
-            for number in numbers:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number in (*numbers, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
             if self.number:
                 sys.exit(128 + self.number)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where the program stands."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def end_if_asked() -> None:
@@ -146,6 +162,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         main([a for a in argv if a != "--debug"])
         sys.stdout.flush()
     except UserError as error:
+        end_if_asked()  # what came of a lost signal need not be said
         refuse(error, debug)
     except BrokenPipeError:
         # Python would complain again while it flushes stdout at exit; there is nobody left to read.

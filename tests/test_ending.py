@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_a_process_of_many_ends_with_its_code_and_without_taking_python_down(las
 
 LOST = """
 import os, signal, sys
-from runtime.errors import end_if_asked, run_main
+from runtime.errors import UserError, end_if_asked, run_main
 
 def main(argv):
     try:
@@ -62,7 +63,13 @@ run_main(main)
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(
-    ("then", "said"), [("end_if_asked()", ""), ("pass", "to the end\n"), ("raise ImportError('loaded twice')", "")]
+    ("then", "said"),
+    [
+        ("end_if_asked()", ""),
+        ("pass", "to the end\n"),
+        ("raise ImportError('loaded twice')", ""),
+        ("raise UserError('waited for nobody', 8)", ""),
+    ],
 )
 def test_a_signal_that_an_importer_took_for_a_missing_module_still_ends_the_program(
     name: str, then: str, said: str
@@ -72,6 +79,31 @@ def test_a_signal_that_an_importer_took_for_a_missing_module_still_ends_the_prog
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 128 + signal.Signals[name] and not ended.stderr
     assert ended.stdout == "went on\n" + said
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_what_is_being_imported_and_not_for_longer(name: str, tmp_path: Path) -> None:
+    """An exception in the middle of torch's import aborts the process, or is taken for something else."""
+    (tmp_path / "slow_to_come.py").write_text(
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(0.3)\nprint('came')"
+    )
+    program = (
+        f"import sys, time\nsys.path.append({str(tmp_path)!r})\nfrom runtime.errors import run_main\n"
+        "def main(argv):\n    import slow_to_come\n    time.sleep(30)\n    print('went on')\nrun_main(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.Signals[name], "came\n", "")
+
+
+def test_no_alarm_is_left_behind_when_the_program_ends_while_something_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "last.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)")
+    program = (
+        f"import atexit, sys, time\nsys.path.append({str(tmp_path)!r})\nfrom runtime.errors import run_main\n"
+        "def slow():\n    time.sleep(0.3)\n    print('all')\natexit.register(slow)\n"
+        "def main(argv):\n    import last\nrun_main(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGTERM, "all\n", "")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
