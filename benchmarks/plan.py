@@ -1,4 +1,4 @@
-"""Is `train.py --plan` right? What it says beside what then happens, in about three minutes:
+"""Is `train.py --plan` right? What it says beside what then happens, in about seven minutes:
 
     python -m benchmarks.plan
 

@@ -1,7 +1,7 @@
 """Sampling beside transformers and nanoGPT: tokens a second, one text and sixteen, after a short prompt and a long one.
 
     python -m benchmarks.sample --nanogpt PATH                # PATH: your own clone of nanoGPT
-    python -m benchmarks.sample --run runs/quickstart         # and whole commands from this run, too
+    python -m benchmarks.sample --run runs/quickstart         # without training that first
 
 The shape is GPT-2's of 124 M parameters with random weights. What a token costs stands beside the machine's limit: the
 quickest of three ways to multiply every matrix with one vector. What fp16 and int8 cost in loss is measured on Tiny
@@ -39,7 +39,8 @@ SHAPE = ModelConfig(preset="gpt2", n_layers=12, n_heads=12, d_model=768, context
 VOCAB = 50257
 CASES = {"1 text": (1, 8, 256), "16 texts": (16, 8, 32), "prompt of 768": (1, 768, 1)}
 """Texts side by side, tokens of the prompt, tokens to write."""
-CHARACTERS = ("configs/shakespeare_char.toml", "--log.sample_tokens=0")
+STORIES, CHARACTERS = "quickstart", "Shakespeare"
+TRAINING = {STORIES: (), CHARACTERS: ("configs/shakespeare_char.toml",)}
 WRITE = """
 import json, sys, time
 import torch
@@ -186,10 +187,13 @@ def costs(say: Page, run: Path) -> list[Target]:
 
 
 def commands(runs: dict[str, Path], clone: Path | None) -> Iterator[tuple[str, list[str], Path]]:
-    """Whole commands that write 500 tokens of one text: name, words, folder."""
+    """Whole commands that write up to 500 tokens a text: name, words, folder."""
     here = Path(__file__).parent.parent
     for name, run in runs.items():
-        yield f"sample.py, {name}", [sys.executable, "sample.py", str(run.resolve()), "--tokens=500"], here
+        words = [sys.executable, "sample.py", str(run.resolve()), "--tokens=500"]
+        yield f"sample.py, {name}", words, here
+        if name == STORIES:  # which the model ends long before; so as many tokens once more, in ten of them
+            yield f"sample.py, {name}, ten texts", [*words, "--samples=10"], here
     if clone:
         how = ("--device=cpu", "--num_samples=1", "--max_new_tokens=500", "--out_dir=out-shakespeare-char")
         yield "nanoGPT's sample.py", [sys.executable, "sample.py", *how], clone
@@ -202,7 +206,7 @@ def whole(say: Page, runs: dict[str, Path], clone: Path | None, rounds: int) -> 
     }
     turns["python -c 'import torch'"] = partial(spend, [sys.executable, "-c", "import torch"])
     found = alternate(turns, rounds)
-    say.say(f"Whole commands, one text of 500 tokens, or up to where the model ends it; medians of {rounds}.")
+    say.say(f"Whole commands, up to 500 tokens a text; a story ends sooner, ten are longer. Medians of {rounds}.")
     say.say(table(("", "seconds", "peak MB", "characters"), [
         (name, spread([s.seconds for s in all_]), f"{statistics.median(s.megabytes for s in all_):.0f}",
          len(all_[0].output)) for name, all_ in found.items()]))  # fmt: skip
@@ -217,17 +221,18 @@ def whole(say: Page, runs: dict[str, Path], clone: Path | None, rounds: int) -> 
 
 def main() -> None:
     parser = options(__doc__ or "", rounds=3, nanogpt=True)
-    parser.add_argument("--run", type=Path, metavar="PATH", help="a run to sample from by whole commands")
+    parser.add_argument("--run", type=Path, metavar="PATH", help="a run of the quickstart, if there")
     parser.add_argument(
         "--characters", type=Path, metavar="PATH", help="a run of configs/shakespeare_char.toml, if there"
     )
     asked = parser.parse_args()
     with page("sample", asked.record) as say, tempfile.TemporaryDirectory() as folder:
-        characters = asked.characters or Path(folder) / "run"
-        if not asked.characters:
-            spend([sys.executable, "train.py", *CHARACTERS, f"--run.dir={characters}"])
-        runs = {"Shakespeare": characters} | ({"its own run": asked.run} if asked.run else {})
-        found = costs(say, characters)
+        runs = {STORIES: asked.run, CHARACTERS: asked.characters}
+        for name, run in runs.items():
+            if run is None:
+                runs[name] = Path(folder) / name
+                spend([sys.executable, "train.py", *TRAINING[name], f"--run.dir={runs[name]}"])
+        found = costs(say, runs[CHARACTERS])
         if asked.nanogpt:
             with nanogpt.copied(asked.nanogpt, cache_folder() / "tinyshakespeare.txt") as clone:
                 nanogpt.train(clone, "--max_iters=40", "--eval_interval=20", "--eval_iters=1")
