@@ -31,8 +31,8 @@ from benchmarks.side_by_side import Target, Worker, alternate, options, spend, s
 OURS = ("configs/shakespeare_char.toml", "--train.eval_every=190", "--log.sample_tokens=0")
 """Our recipe for a given loss, as arguments of train.py."""
 LONGER = (
-    *("configs/shakespeare_char.toml", "--model.context=128", "--train.steps=1040", "--train.batch_size=12"),
-    *("--optim.decay_share=0.5", "--optim.weight_decay=0"),
+    *("configs/shakespeare_char.toml", "--model.context=128", "--model.d_mlp=384"),
+    *("--train.steps=1040", "--train.batch_size=12", "--optim.decay_share=0.5", "--optim.weight_decay=0"),
     *("--train.eval_every=1040", "--train.save_every=1040", "--log.sample_tokens=0"),
 )
 """Our recipe for the time that nanoGPT takes."""
