@@ -4,9 +4,9 @@
     python -m benchmarks.train speed --nanogpt PATH [--compiled]
 
 `loss` trains on Tiny Shakespeare by character, each with its own recipe: nanoGPT with its README's for a CPU, we with
-configs/shakespeare_char.toml and a narrower MLP, and once more with as many steps as nanoGPT's time allows. The clock runs over the whole
-command. The loss is over the whole validation split for all: nanoGPT's own print is a sample of 20 batches, so its
-checkpoint is read and evaluated here, and so is not on the clock.
+configs/shakespeare_char.toml and a narrower MLP, and once more with as many steps as nanoGPT's time allows. The clock
+runs over the whole command. The loss is over the whole validation split for all: nanoGPT's own print is a sample of 20
+batches, so its checkpoint is read and evaluated here, and so is not on the clock.
 
 `speed` takes steps at equal shape and batch: 10.65 M parameters (6 layers, 6 heads, width 384), context 256, 16
 windows, random tokens. Ours are taken by the trainer itself, theirs by their model and optimizer. `--compiled` adds
