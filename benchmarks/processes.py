@@ -34,6 +34,7 @@ from model.gpt import GPT
 from runtime.checkpoint import TrainState
 from runtime.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
 from runtime.device import Machine, find_machine
+from runtime.errors import run_main
 from runtime.optim import Optimizer
 from runtime.parallel import is_sharded, processes, share, whole
 from runtime.trainer import Trainer
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(lambda argv: main())  # torchrun's processes must not be taken down while gloo's threads live
