@@ -236,8 +236,8 @@ def to_toml(config: RunConfig) -> str:
     lines = []
     for section, entries in dataclasses.asdict(config).items():
         lines.append(f"[{section}]")
-        # A JSON string, or number, is a TOML one too.
-        lines += [f"{key} = {json.dumps(value)}" for key, value in entries.items()]
+        # A JSON string, or number, is a TOML one too; but for an infinite one.
+        lines += [f"{k} = {v!r}" if isinstance(v, float) else f"{k} = {json.dumps(v)}" for k, v in entries.items()]
         lines.append("")
     return "\n".join(lines)
 

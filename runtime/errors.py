@@ -14,6 +14,7 @@ import io
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -30,6 +31,8 @@ INTERRUPTED = 130
 
 AGAIN = 0.05
 """Seconds after which a signal that came while a module was imported is looked at once more."""
+TURN = 3.0
+"""Seconds that a process waits for the first one to say what is wrong with the settings."""
 
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """What the system says of a disk that is full, broken or locked: no bug of ours, wherever it is met."""
@@ -187,4 +190,6 @@ def refuse(error: UserError, debug: bool) -> NoReturn:
     if first or error.exit_code != CONFIG:
         for line in str(error).splitlines():
             print(f"{who}: {printable(line)}", file=sys.stderr)
+    else:
+        time.sleep(TURN)  # torchrun ends all once one has ended: not before the first has spoken
     sys.exit(error.exit_code)

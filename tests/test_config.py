@@ -158,3 +158,10 @@ def test_a_large_config_builds_its_model_on_the_meta_device(config: str) -> None
         model = GPT(settings.model, 50257)
     count = sum(p.numel() for p in model.parameters())
     assert count == {"shakespeare_gpt2.toml": 7_242_624, "gpt2_124m.toml": 124_439_808}[config]
+
+
+def test_a_number_too_large_for_a_float_survives_being_saved(tmp_path: Path) -> None:
+    config, _ = parse_train(["--optim.clip=" + "9" * 400])
+    file = tmp_path / "again.toml"
+    file.write_text(to_toml(config))
+    assert parse_train([str(file)])[0] == config

@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from runtime.errors import TURN
 
 ENDING = """
 import atexit, gc, sys
@@ -114,3 +117,15 @@ def test_a_signal_during_exit_handlers_ends_the_program_without_a_word(name: str
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.Signals[name], "all\n", "")
+
+
+def test_of_many_processes_with_a_wrong_setting_those_that_are_silent_let_the_first_one_speak() -> None:
+    """torchrun ends all of them as soon as one has ended."""
+    program = "from runtime.errors import UserError, run_main\ndef main(argv):\n raise UserError('no')\nrun_main(main)"
+    for rank, least, said in (("1", TURN, ""), ("0", 0, "error: no\n")):
+        begun, place = time.monotonic(), {"RANK": rank, "LOCAL_RANK": rank}
+        ended = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, **place}, capture_output=True, text=True, timeout=60
+        )
+        assert (ended.returncode, ended.stderr) == (2, said)
+        assert time.monotonic() - begun >= least
