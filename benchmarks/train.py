@@ -29,13 +29,11 @@ from benchmarks.results import Page, page
 from benchmarks.side_by_side import Target, Worker, alternate, options, spend, spread, table, targets
 
 RECIPE = ("configs/shakespeare_char.toml", "--model.d_mlp=384")
-OURS = (
-    *(*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_every=196"),
-    "--log.sample_tokens=0",
-)
+OURS = (*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_every=196", "--log.sample_tokens=0")
 """Our recipe for a given loss, as arguments of train.py."""
 LONGER = (
-    *(*RECIPE, "--model.context=128", "--train.steps=1040", "--train.batch_size=12"),
+    *RECIPE,
+    *("--model.context=128", "--train.steps=1040", "--train.batch_size=12"),
     *("--optim.decay_share=0.5", "--optim.weight_decay=0"),
     *("--train.eval_every=1040", "--train.save_every=1040", "--log.sample_tokens=0"),
 )
