@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.side_by_side import ROOT
+from runtime.hardware import processor
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What the benchmarks measured
@@ -23,15 +24,6 @@ HEAD = """# What the benchmarks measured
 Written by the commands themselves (`--record`). Ratios and shares carry over to other machines better than seconds.
 
 """
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def number_formats() -> str:

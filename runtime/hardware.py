@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import difflib
+import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import UserError, printable
 
@@ -53,6 +55,15 @@ class Place:
 
     gpu: GPU | None = None
     count: int = 1
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def take_plan(argv: list[str]) -> tuple[list[str], Place | None]:

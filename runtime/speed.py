@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +19,7 @@ from runtime.device import Machine, compiled
 from runtime.flops import muon_operations, operations
 from runtime.footprint import Footprint, stand_in
 from runtime.hardware import GPU
+from runtime.timing import median, once
 from runtime.trainer import Trainer
 
 SECONDS = 4.0
@@ -127,23 +126,3 @@ def product_speed(machine: Machine) -> float:
     left, right = (torch.randn(size, size, device=machine.device, dtype=machine.dtype) for _ in range(2))
     once(lambda: left @ right, machine)
     return 2 * size**3 / min(once(lambda: left @ right, machine) for _ in range(5))
-
-
-def median(work: Callable[[], object], machine: Machine, count: int) -> float:
-    """The median time of doing something so often."""
-    return statistics.median([once(work, machine) for _ in range(count)])
-
-
-def once(work: Callable[[], object], machine: Machine) -> float:
-    """The seconds that something takes on the machine, to its end."""
-    settle(machine)
-    start = time.perf_counter()
-    work()
-    settle(machine)
-    return time.perf_counter() - start
-
-
-def settle(machine: Machine) -> None:
-    """Wait until a GPU is done with what it was told."""
-    if machine.device.type == "cuda":
-        torch.cuda.synchronize(machine.device)
