@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
+from runtime.choice import choose_way
 from runtime.config import RunConfig
-from runtime.device import COMPILE_SECONDS, Machine, choose_kernels, has_compiler
+from runtime.device import COMPILE_SECONDS, Machine, has_compiler
 from runtime.errors import CONFIG, DATA, UserError
 from runtime.speed import Speed, measured
 from runtime.trainer import FINAL_TARGETS
@@ -225,10 +228,16 @@ def shaped(config: RunConfig, size: Size) -> RunConfig:
 
 def speed(size: Size, config: RunConfig, machine: Machine, vocab_size: int) -> Speed:
     """How fast that size is here; compiled if `train.compile` is on."""
-    config = shaped(config, size)
-    config = replace(config, model=choose_kernels(config.model, machine.device, machine.dtype))
+    config, threads = shaped(config, size), torch.get_num_threads()
+    endless = replace(
+        config, train=replace(config.train, steps=1 << 40)
+    )  # how many steps there will be is not known yet
+    way = choose_way(endless, machine, vocab_size, size.batch_size, {}).way
+    config = replace(config, model=way.model(config.model))
     seconds = max(1.0, MEASURING * 60 * config.train.minutes)
-    return measured(config, vocab_size, machine, size.batch_size, seconds)
+    found = measured(config, vocab_size, way.machine(machine), size.batch_size, seconds)
+    torch.set_num_threads(threads)
+    return found
 
 
 def offer(size: Size, known: Mapping[Size, Speed], seconds: float, text: int, held_out: int) -> Offer:

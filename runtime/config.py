@@ -51,7 +51,7 @@ class RunSettings:
     seed: int = 1
     """Decides the first weights, the order of the batches, dropout and samples."""
     threads: int = 0
-    """Processor threads; 0 takes what torch takes."""
+    """Processor threads; 0 takes what torch takes, or fewer where that is faster."""
     stop_at: int = 0
     """Stop once this step is done and saved, as after a signal; 0 goes on to the end."""
     timeout: float = 600.0
@@ -132,9 +132,9 @@ class TrainConfig:
     sharding: Literal["none", "full"] = "none"
     """`none`: every process holds the whole model; `full`: weights and moments are split among the processes."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the matrix products; `auto` takes bf16 where the hardware is made for it."""
+    """Number format of the matrix products; `auto` takes bf16 where that is faster."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; `auto` uses it where the run is long enough to earn it back."""
+    """torch.compile; `auto` tries it where the run is long enough to earn it back, and keeps it if it is faster."""
 
     def problems(self) -> list[str]:
         found = [] if self.minutes < LONGEST else [f"train.minutes is {self.minutes}; it must be below {LONGEST:,}"]

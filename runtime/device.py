@@ -30,7 +30,7 @@ EXPLICIT_CONTEXT = 192
 COMPILE_SECONDS = 300.0
 """A run that would take longer than this without it earns the minute that torch.compile takes."""
 ASSUMED_FLOPS = 1.5e11
-"""Floating-point operations a second that such an estimate assumes of a small processor."""
+"""Operations a second in matrix products that a small processor is taken to reach before it is measured."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,17 @@ def choose_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype
     return replace(config, kernels="explicit" if explicit else "fused")
 
 
-def worth_compiling(train: TrainConfig, tokens: int, parameters: int, device: torch.device) -> bool:
-    """Whether `auto` compiles: where a compiler is there and the run is long enough to earn its minute back.
+def worth_compiling(train: TrainConfig, seconds: float, device: torch.device) -> bool:
+    """Whether `auto` tries to compile: where a compiler is there and the run is long enough to earn its minute back.
 
     Args:
-        tokens: all that the run will train on; each costs about 6 operations a parameter (Kaplan et al. 2020, table 1).
+        seconds: that all the steps would take without it.
     """
     if train.compile != "auto":
         return train.compile == "on"
     if device.type == "cuda":
         return train.steps >= 1000
-    return has_compiler(device) and 6 * parameters * tokens / ASSUMED_FLOPS > COMPILE_SECONDS
+    return has_compiler(device) and seconds > COMPILE_SECONDS
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -177,15 +177,10 @@ def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
 
     It is tried on `example` first, without a word to the other processes: then all go on compiled, or none. A model
     whose weights are split is compiled block by block, in place, since weights are exchanged between the blocks.
-
-    On a processor torch is told to be deterministic: else threads add up the embedding's gradient in the order in which
-    they arrive, and no run is like another.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    if machine.device.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is for finding mistakes
+    sums_in_order(machine.device.type == "cpu")
     split = isinstance(model, FSDPModule)
     failure, fast = "", model
     try:
@@ -195,16 +190,34 @@ def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
             trial = compile_blocks(small)
         else:
             trial = fast = torch.compile(model)  # type: ignore[assignment]
-        alone = getattr(model, "no_sync", contextlib.nullcontext)
-        with alone(), machine.autocast():
-            trial(example).float().sum().backward()
+        there_and_back(trial, example, machine)
     except Exception as error:  # a compiler fails in too many ways to name; the run goes on without it
         failure = (str(error).splitlines() or [type(error).__name__])[0][:150]
         print(f"torch.compile failed, going on without it: {failure}", file=sys.stderr)
     model.zero_grad(set_to_none=True)
     if machine.largest(int(bool(failure))):
+        sums_in_order(False)
         return model
     return compile_blocks(model) if split else fast
+
+
+def there_and_back(model: nn.Module, tokens: Tensor, machine: Machine) -> None:
+    """A forward and a backward pass, without a word to other processes."""
+    alone = getattr(model, "no_sync", contextlib.nullcontext)
+    with alone():
+        with machine.autocast():
+            logits: Tensor = model(tokens)
+        logits.float().sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def sums_in_order(on: bool) -> None:
+    """Whether compiled code adds up the embedding's gradient in a fixed order, whatever its threads do.
+
+    Else no compiled run is like another. Without the compiler the order is fixed anyway.
+    """
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is for finding mistakes
 
 
 def compile_blocks(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from data.batches import document_windows
 from data.found import Found, find
 from runtime.budget import choose
+from runtime.choice import choose_way
 from runtime.config import RunConfig
 from runtime.device import Machine, choose_kernels, find_machine, worth_compiling
 from runtime.errors import CONFIG, UserError, printable
@@ -114,14 +115,16 @@ def with_minutes(config: RunConfig, place: Place) -> RunConfig:
 
 def planned(config: RunConfig, place: Place) -> Plan:
     """The run with all that the machine decides decided."""
-    machine = find_machine(config.train.dtype, config.run.threads)
-    device = machine.device
-    if place.gpu is not None:
+    machine, text = find_machine(config.train.dtype, config.run.threads), find(config.data)
+    rows = rows_at_once(config, place.count)
+    if place.gpu is None:
+        way = choose_way(config, machine, text.vocab_size, rows, {}).way
+        machine, model = way.machine(machine), way.model(config.model)
+    else:
         low = config.train.dtype != "fp32" and place.gpu.bf16 > 0
         machine = replace(machine, dtype=torch.bfloat16 if low else torch.float32)
-        device = torch.device("cuda")
-    config = replace(config, model=choose_kernels(config.model, device, machine.dtype))
-    return Plan(config, place, machine, find(config.data), rows_at_once(config, place.count))
+        model = choose_kernels(config.model, torch.device("cuda"), machine.dtype)
+    return Plan(replace(config, model=model), place, machine, text, rows)
 
 
 def heading(one: Plan, name: str) -> list[str]:
@@ -249,10 +252,9 @@ def time_page(one: Plan, pace: Speed) -> list[str]:
         f"  the run  {duration(train.steps * pace.step + looking)}, of which {duration(looking)} for "
         f"{counted(evaluations + 1, 'evaluation')}; without start, samples, saving and what is shown of attention",
     ]
-    whole = sum(parameters(config.model, one.text.vocab_size).values())
     device = torch.device("cuda") if one.place.gpu else one.machine.device
     measured = train.compile == "on" and not one.place.gpu
-    if worth_compiling(train, train.steps * tokens, whole, device) and not measured:
+    if worth_compiling(train, train.steps * pace.step, device) and not measured:
         lines.append("  this run would be compiled, which is not reckoned with: expect it to be faster")
     return lines
 

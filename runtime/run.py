@@ -18,8 +18,9 @@ from data.tokenizer import fingerprint
 from model.gpt import GPT
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint, Origin, TrainState
+from runtime.choice import choose_way, compiled_if_faster
 from runtime.config import RunConfig, to_toml
-from runtime.device import Machine, choose_kernels, compiled, worth_compiling
+from runtime.device import Machine, compiled, is_compiled, worth_compiling
 from runtime.errors import CHECKPOINT, CONFIG, DATA, UserError, end_if_asked, printable
 from runtime.folder import keep_config
 from runtime.log import Metrics, Progress, read_metrics
@@ -54,14 +55,18 @@ class Run:
                 CONFIG,
             )
         machine.require_same({"the corpus": data.fingerprint})
-        self.config, self.machine, self.data = config, machine, data
+        self.config, self.data = config, data
         self.folder = Path(config.run.dir)
         self.saver = Saver(self.folder, config.train.keep) if machine.is_first else None
         saved = checkpoint.open_checkpoint(Path(config.run.resume)) if config.run.resume else None
         if saved is not None:
             check_resumable(config, saved, data)
             machine.require_same({"the checkpoint": str(saved.state)})
-        with bounded_memory(rows_at_once(config, machine.world), config.train.batch_size):
+        rows = rows_at_once(config, machine.world)
+        with bounded_memory(rows, config.train.batch_size):
+            begun = saved.origin.how if saved is not None else {}
+            self.choice = choose_way(config, machine, data.tokenizer.vocab_size, rows, begun)
+            self.machine = machine = self.choice.way.machine(machine)
             self.model, self.stepped, self.optimizer, state = self.build(saved)
         self.trainer = Trainer(config, machine, data, self.model, self.stepped, self.optimizer, state, bool(saved))
         self.origin = Origin(data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how())
@@ -83,7 +88,7 @@ class Run:
         """The plain model, the one that is stepped, its optimizer, where they stand: new, or as a checkpoint says."""
         config, machine = self.config, self.machine
         vocab_size = self.data.tokenizer.vocab_size
-        shape = choose_kernels(config.model, machine.device, machine.dtype)
+        shape = self.choice.way.model(config.model)
         model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.restored(shape)
         state = TrainState() if saved is None else saved.state
         stepped = share(model, machine, config.train.sharding)
@@ -97,17 +102,16 @@ class Run:
 
     def faster(self, stepped: nn.Module, saved: Checkpoint | None) -> nn.Module:
         """The model compiled where that pays; a resumed run goes on as it began."""
-        train, context = self.config.train, self.config.model.context
-        tokens = train.steps * train.batch_size * context
-        parameters = sum(p.numel() for p in stepped.parameters())
-        wanted = worth_compiling(train, tokens, parameters, self.machine.device)
-        if saved is not None and train.compile == "auto":
-            wanted = saved.origin.how.get("compiled", "yes" if wanted else "no") == "yes"
+        config, machine = self.config, self.machine
+        wanted = worth_compiling(config.train, self.choice.seconds(config, machine.world), machine.device)
+        decided = config.train.compile == "on"
+        if saved is not None and config.train.compile == "auto" and "compiled" in saved.origin.how:
+            wanted = decided = saved.origin.how["compiled"] == "yes"
         if not wanted:
             return stepped
-        rows = rows_at_once(self.config, self.machine.world)
-        example = torch.zeros(rows, context, dtype=torch.long, device=self.machine.device)
-        return compiled(stepped, example, self.machine)
+        shape = (rows_at_once(config, machine.world), config.model.context)
+        example = torch.zeros(shape, dtype=torch.long, device=machine.device)
+        return (compiled if decided else compiled_if_faster)(stepped, example, machine)
 
     def how(self) -> dict[str, str]:
         """The path that the numbers take; another path may round otherwise."""
@@ -116,7 +120,7 @@ class Run:
             "device": machine.device.type,
             "dtype": str(machine.dtype).removeprefix("torch."),
             "kernels": self.model.config.kernels,
-            "compiled": "yes" if hasattr(self.stepped, "_orig_mod") else "no",
+            "compiled": "yes" if is_compiled(self.stepped) else "no",
             "threads": str(torch.get_num_threads()),
             "processes": str(machine.world),
             "torch": torch.__version__,
@@ -154,7 +158,7 @@ class Run:
             f"context {shape.context}; {parameters:,} parameters"
         )
         compiled = "compiled" if self.origin.how["compiled"] == "yes" else "eager"
-        say(f"machine {self.machine.describe()}, {shape.kernels} attention, {compiled}")
+        say(f"machine {self.machine.describe()}, {shape.kernels} attention, {compiled}{self.choice.said()}")
         begin = f"from step {self.state.step} " if self.state.step else ""
         say(f"run     {self.folder}: {begin}to step {train.steps}, {train.batch_size} x {shape.context} tokens each")
 

@@ -109,13 +109,13 @@ def test_kernels_are_chosen_for_the_machine_unless_they_are_named() -> None:
 
 def test_compiling_has_to_be_earned(monkeypatch: pytest.MonkeyPatch) -> None:
     train = TrainConfig()
-    assert not device.worth_compiling(train, 2_000_000, 500_000, CPU)  # the quickstart: a minute saves nothing
+    assert not device.worth_compiling(train, 50.0, CPU)  # the quickstart: a minute saves nothing
     monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/c++")
-    assert device.worth_compiling(train, 10**10, 124_000_000, CPU)
+    assert device.worth_compiling(train, 3600.0, CPU)
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
-    assert not device.worth_compiling(train, 10**10, 124_000_000, CPU)
-    assert device.worth_compiling(replace(train, compile="on"), 1, 1, CPU)
-    assert not device.worth_compiling(replace(train, compile="off"), 10**12, 10**9, CPU)
+    assert not device.worth_compiling(train, 3600.0, CPU)
+    assert device.worth_compiling(replace(train, compile="on"), 1.0, CPU)
+    assert not device.worth_compiling(replace(train, compile="off"), 1e9, CPU)
 
 
 def test_a_compiler_that_fails_costs_one_line(
