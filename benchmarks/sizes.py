@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.results import page
 from benchmarks.side_by_side import options, spend, spread, table
+from benchmarks.training import trained
 from runtime import budget
 from runtime.budget import SIZES, shaped
 from runtime.config import OptimConfig, RunConfig
@@ -43,21 +44,11 @@ def plan(seconds: Sequence[float]) -> list[tuple[int, int]]:
 def train(index: int, steps: int, seed: int) -> float:
     """One training, in this process; its loss."""
     from data.config import DataConfig
-    from data.prepare import prepare
-    from model.gpt import GPT
-    from runtime.checkpoint import TrainState
-    from runtime.device import choose_kernels, find_machine
-    from runtime.optim import Optimizer
-    from runtime.trainer import Trainer
 
-    data, machine = prepare(DataConfig(source="shakespeare", tokenizer="char")), find_machine()
     config = shaped(RunConfig(optim=OptimConfig(**budget.RECIPE)), SIZES[index])  # type: ignore[arg-type]
+    config = replace(config, data=DataConfig(source="shakespeare", tokenizer="char"))
     config = replace(config, train=replace(config.train, steps=steps), run=replace(config.run, seed=seed))
-    model = GPT(choose_kernels(config.model, machine.device, machine.dtype), data.tokenizer.vocab_size, seed)
-    trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
-    while trainer.state.step < steps:
-        trainer.step()
-    return trainer.whole_validation()[0]
+    return trained(config).loss
 
 
 def measured(jobs: int, seconds: Sequence[float], kept: Path | None, seed: int) -> list[tuple[int, int, float]]:

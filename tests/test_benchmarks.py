@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, nanogpt, results
+from benchmarks import ablate, ceilings, nanogpt, results
 from benchmarks.side_by_side import Target, Worker, alternate, spend, spread, table, targets
 from benchmarks.start import seconds_until
 from benchmarks.steps import corpus, matrix_parameters, random_tokens
-from model.config import ModelConfig
+from benchmarks.training import Trained
+from model.config import PRESETS, ModelConfig
 from model.gpt import GPT
-from tests.runs import ROOT
+from tests.runs import ROOT, TINY
 
 
 def benchmark(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -151,3 +152,33 @@ def test_what_runs_on_a_gpu_runs_on_the_processor_with_tiny_shapes() -> None:
     assert done.returncode == 0, done.stderr
     for part in ("of the peak", "GB/s of weights", "until a loss of"):
         assert part in done.stdout
+
+
+def test_an_ablation_calls_only_what_every_seed_says() -> None:
+    base = [Trained(1.90, 10.0), Trained(1.88, 10.0), Trained(1.89, 12.0)]
+    worse, mixed, small = (
+        [Trained(one.loss + rise, 2 * one.seconds) for one, rise in zip(base, rises, strict=True)]
+        for rises in ((0.02, 0.01, 0.03), (0.09, -0.01, 0.05), (-0.001, -0.002, -0.003))
+    )
+    changes = [ablate.UNCHANGED, *ablate.CHANGES[:3]]
+    page = ablate.described(dict(zip(changes, [base, worse, mixed, small], strict=True)))
+    verdicts = {change.name: next(row for row in page.splitlines() if change.name in row) for change in changes}
+    assert "worse" in verdicts[changes[1].name] and "+0.0200" in verdicts[changes[1].name]
+    assert "2.00 x" in verdicts[changes[1].name]
+    assert not any(word in verdicts[one.name] for one in (changes[0], *changes[2:]) for word in ("worse ", "better "))
+    better = ablate.described({changes[0]: worse, changes[1]: base})
+    assert "better" in better
+
+
+@pytest.mark.parametrize("change", [ablate.UNCHANGED, *ablate.CHANGES], ids=lambda change: change.name)
+def test_every_ablation_can_be_trained(change: ablate.Change, tmp_path: Path) -> None:
+    """Two steps of a tiny model; the preset is as it was afterwards."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 400, "utf-8")
+    before = PRESETS["glass"]
+    recipe = (*TINY, f"--data.source={text}", "--train.steps=2", "--optim.warmup=1")
+    try:
+        found = ablate.learned(change, recipe, seed=1)
+    finally:
+        assert PRESETS["glass"] == before
+    assert 0 < found.loss < 10 and found.seconds > 0

@@ -1,0 +1,38 @@
+"""One training in this process, without a folder: what it learns, and the time of its steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from runtime.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training."""
+
+    loss: float
+    """Nats/token over the whole validation split."""
+    seconds: float
+    """Of its steps alone."""
+
+
+def trained(config: RunConfig) -> Trained:
+    """Train as `train.py` would, evaluate once, and keep nothing."""
+    from data.prepare import prepare
+    from model.gpt import GPT
+    from runtime.checkpoint import TrainState
+    from runtime.device import choose_kernels, find_machine
+    from runtime.optim import Optimizer
+    from runtime.trainer import Trainer
+
+    data, machine = prepare(config.data), find_machine(config.train.dtype, config.run.threads)
+    shape = choose_kernels(config.model, machine.device, machine.dtype)
+    model = GPT(shape, data.tokenizer.vocab_size, config.run.seed)
+    trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
+    start = time.perf_counter()
+    while trainer.state.step < config.train.steps:
+        trainer.step()
+    seconds = time.perf_counter() - start
+    return Trained(trainer.whole_validation()[0], seconds)
