@@ -43,7 +43,7 @@ TOKENS, PASS = 2048, 0.1
 """Of a pass, at most, and the seconds that it may take by the rule; but at least one window."""
 VOCABULARY = 256
 """The head is one more product for every way alike; a small one leaves the layer's differences to be seen."""
-LONGEST_SQUARE = 2048
+LONGEST_SQUARE = 1024
 """Beyond this context written-out attention is not tried: its scores alone would fill the memory."""
 FEW_THREADS = 4
 """So many always pay; of more, half are tried, and half of these, as long as fewer are faster."""
