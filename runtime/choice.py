@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from data.config import cache_folder
 from model.gpt import GPT
 from runtime.config import RunConfig
-from runtime.device import ASSUMED_FLOPS, Machine, bf16_is_fast, choose_kernels, compiled, sums_in_order, there_and_back
+from runtime.device import (
+    ASSUMED_FLOPS,
+    Machine,
+    alone,
+    bf16_is_fast,
+    choose_kernels,
+    compiled,
+    sums_in_order,
+    there_and_back,
+)
 from runtime.flops import operations
 from runtime.hardware import processor
 from runtime.timing import once
@@ -167,7 +176,9 @@ def compiled_if_faster(model: nn.Module, example: Tensor, machine: Machine) -> n
     if fast is model:
         return model
     works = {stepped: partial(there_and_back, stepped, example, machine) for stepped in (fast, model)}
-    if machine.largest(int(clearly_fastest(timed(works, machine), margin=1.0) is fast)):
+    with alone(model):
+        seconds = timed(works, machine)
+    if machine.largest(int(clearly_fastest(seconds, margin=1.0) is fast)):
         return fast
     sums_in_order(False)
     return model

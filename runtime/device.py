@@ -190,7 +190,8 @@ def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
             trial = compile_blocks(small)
         else:
             trial = fast = torch.compile(model)  # type: ignore[assignment]
-        there_and_back(trial, example, machine)
+        with alone(model):
+            there_and_back(trial, example, machine)
     except Exception as error:  # a compiler fails in too many ways to name; the run goes on without it
         failure = (str(error).splitlines() or [type(error).__name__])[0][:150]
         print(f"torch.compile failed, going on without it: {failure}", file=sys.stderr)
@@ -202,13 +203,16 @@ def compiled(model: nn.Module, example: Tensor, machine: Machine) -> nn.Module:
 
 
 def there_and_back(model: nn.Module, tokens: Tensor, machine: Machine) -> None:
-    """A forward and a backward pass, without a word to other processes."""
-    alone = getattr(model, "no_sync", contextlib.nullcontext)
-    with alone():
-        with machine.autocast():
-            logits: Tensor = model(tokens)
-        logits.float().sum().backward()
+    """A forward and a backward pass that leave no gradient."""
+    with machine.autocast():
+        logits: Tensor = model(tokens)
+    logits.float().sum().backward()
     model.zero_grad(set_to_none=True)
+
+
+def alone(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Backward passes without a word to the other processes."""
+    return getattr(model, "no_sync", contextlib.nullcontext)()
 
 
 def sums_in_order(on: bool) -> None:
