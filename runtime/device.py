@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from runtime.config import TrainConfig
 from runtime.errors import CONFIG, UserError
+from runtime.memory import keep_freed_memory
 
 EXPLICIT_CONTEXT = 192
 """Up to here attention written out beats the processor's fused kernel in bf16 (benchmarks/NOTES.md)."""
@@ -141,6 +142,8 @@ def find_machine(dtype: str = "auto", threads: int = 0) -> Machine:
         torch.set_num_threads(threads)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     fast = bf16_is_fast(device) if dtype == "auto" else dtype == "bf16"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return Machine(device, torch.bfloat16 if fast else torch.float32, rank, world, local)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -211,6 +213,36 @@ def test_the_second_ctrl_c_leaves_at_once_but_not_its_echo(monkeypatch: pytest.M
     assert left == [] and stop.number == signal.SIGINT
     stop._receive(signal.SIGINT, None)
     assert left == [130]
+
+
+PAGES = """
+import resource
+import torch
+from runtime.device import find_machine
+
+def pages_cleared():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.zeros(2_000_000) for _ in range(20)]
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+find_machine("fp32", threads=1)
+print([pages_cleared() for _ in range(4)])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep what they like")
+@pytest.mark.parametrize("setting", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=["ours", "the user's"])
+def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_says_otherwise(setting: dict[str, str]) -> None:
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES], cwd=ROOT, env={**unset, **setting}, capture_output=True, text=True, check=True
+    )
+    first, *later = json.loads(done.stdout)
+    if setting:
+        assert min(later) > first / 2
+    else:
+        assert later[0] < first / 4
 
 
 @pytest.mark.parametrize(
