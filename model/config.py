@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Kernels = Literal["explicit", "fused", "chunked"]
+FACES: tuple[Kernels, ...] = get_args(Kernels)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ class ModelConfig:
     """Tokens that the model can look back on, the current one included."""
     dropout: float = 0.0
     """Share of activations dropped while training."""
-    kernels: Literal["auto", "explicit", "fused"] = "auto"
-    """`explicit`: every step written out; `fused`: the library's kernels; `auto`: the faster one for this machine."""
+    kernels: Literal["auto", Kernels] = "auto"
+    """`explicit`: every step written out; `fused`: the library's kernels; `chunked`: attention written out, some
+    queries at a time, the rest the library's; `auto`: the fastest for this machine."""
 
     @property
     def architecture(self) -> Architecture:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model import ops
+from model import ops, thrift
 from model.cache import KVCache
 from model.config import ModelConfig
 
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
 def block_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     """The norm that stands before attention, MLP and head."""
-    preset, fused = config.architecture, config.kernels == "fused"
+    preset, fused = config.architecture, config.kernels != "explicit"
     if preset.norm == "rms":
         return RMSNorm(config.d_model, preset.norm_eps, fused)
     return LayerNorm(config.d_model, preset.norm_eps, preset.biases, fused)
@@ -68,8 +68,9 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        preset, fused = config.architecture, config.kernels == "fused"
+        preset, fused = config.architecture, config.kernels != "explicit"
         self.layer, self.fused, self.dropout = layer, fused, config.dropout
+        self.chunked = config.kernels == "chunked"
         self.n_heads, self.n_kv_heads, self.head_width = config.n_heads, config.kv_heads, config.width_of_head
         self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_width, bias=preset.biases)
         self.out = nn.Linear(self.n_heads * self.head_width, config.d_model, bias=preset.biases)
@@ -96,11 +97,13 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if self.fused:
-            y = ops.fused_attention(q, k, v, dropout, None if cache is None else cache.allowed)
-        else:
+        if not self.fused:
             k, v = ops.share_heads(k, self.n_heads), ops.share_heads(v, self.n_heads)
             y = nn.functional.dropout(self.weights(q, k), dropout) @ v
+        elif self.chunked and cache is None:
+            y = thrift.chunked_attention(q, k, v, dropout)
+        else:
+            y = ops.fused_attention(q, k, v, dropout, None if cache is None else cache.allowed)
         return self.out(y.transpose(1, 2).flatten(-2))  # the heads side by side again, then mixed
 
 
@@ -117,12 +120,15 @@ class MLP(nn.Module):
             ("relu2", True): ops.relu2,
             ("swiglu", False): ops.swiglu,
             ("swiglu", True): ops.fused_swiglu,
-        }[preset.activation, config.kernels == "fused"]
+        }[preset.activation, config.kernels != "explicit"]
         gates = 2 if preset.activation == "swiglu" else 1
         self.up = nn.Linear(config.d_model, gates * width, bias=preset.biases)
         self.down = nn.Linear(width, config.d_model, bias=preset.biases)
+        self.thrifty = config.kernels == "chunked"
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        if self.thrifty:
+            return thrift.bent(self.activation, self.up(x), self.down)
         return self.down(self.activation(self.up(x)))
 
 
@@ -148,7 +154,7 @@ class GPT(nn.Module):
     """A decoder-only transformer: for each position, the logits of the token that comes next.
 
     Args:
-        config: the shape; its `kernels` must be `explicit` or `fused` (`runtime/device.py` decides `auto`).
+        config: the shape; its `kernels` must not be `auto`, which `runtime/device.py` decides.
         vocab_size: V, the tokenizer's number of tokens.
         seed: of the generator that draws the first weights.
 

@@ -14,14 +14,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import Kernels, ModelConfig
 from model.gpt import GPT
 from model.huggingface_config import describe, read_config, refusal
 from runtime.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
@@ -216,7 +216,7 @@ def save_huggingface(model: GPT, folder: str | Path) -> None:
         raise UserError(f"cannot write the model to {folder}: {error}", DISK_OR_MEMORY) from error
 
 
-def load_huggingface(folder: str | Path, kernels: Literal["explicit", "fused"] = "explicit") -> GPT:
+def load_huggingface(folder: str | Path, kernels: Kernels = "explicit") -> GPT:
     """The model, in float32 on the CPU, that a folder with `config.json` and `model.safetensors` describes.
 
     Raises:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from data.config import cache_folder
+from model.config import FACES, Kernels
 from model.gpt import GPT
 from runtime.config import RunConfig
 from runtime.device import (
@@ -38,7 +39,7 @@ from runtime.device import (
 from runtime.flops import operations
 from runtime.hardware import processor
 from runtime.timing import once
-from runtime.way import DTYPES, FACES, Choice, Way, parsed, recall, remember
+from runtime.way import DTYPES, Choice, Way, parsed, recall, remember
 
 WORTH = 20.0
 """A run whose steps take less than so many seconds, as far as can be told before, goes by the rules."""
@@ -52,8 +53,8 @@ TOKENS, PASS = 2048, 0.1
 """Of a pass, at most, and the seconds that it may take by the rule; but at least one window."""
 VOCABULARY = 256
 """The head is one more product for every way alike; a small one leaves the layer's differences to be seen."""
-LONGEST_SQUARE = 1024
-"""Beyond this context written-out attention is not tried: its scores alone would fill the memory."""
+TRIED: tuple[Kernels, ...] = ("fused", "chunked")
+"""The face that writes every step out is never the fastest."""
 FEW_THREADS = 4
 """So many always pay; of more, half are tried, and half of these, as long as fewer are faster."""
 T = TypeVar("T")
@@ -111,7 +112,7 @@ def measure(config: RunConfig, machine: Machine, rule: Choice, rows: int) -> Cho
     """The fastest way, by trying those that are open; the rule's own where none is clearly faster."""
     usual, context = rule.way, config.model.context
     formats = DTYPES if config.train.dtype == "auto" else (usual.dtype,)
-    faces = FACES if config.model.kernels == "auto" and context <= LONGEST_SQUARE else (usual.kernels,)
+    faces = TRIED if config.model.kernels == "auto" else (usual.kernels,)
     ways = [Way(dtype, kernels, usual.threads) for dtype in formats for kernels in faces]
     rows = max(1, min(rows, TOKENS // context, int(PASS * config.model.n_layers / rule.token / context)))
 

@@ -26,8 +26,6 @@ from runtime.config import TrainConfig
 from runtime.errors import CONFIG, UserError
 from runtime.memory import keep_freed_memory
 
-EXPLICIT_CONTEXT = 192
-"""Up to here attention written out beats the processor's fused kernel in bf16 (benchmarks/NOTES.md)."""
 COMPILE_SECONDS = 300.0
 """A run that would take longer than this without it earns the minute that torch.compile takes."""
 ASSUMED_FLOPS = 1.5e11
@@ -150,11 +148,10 @@ def find_machine(dtype: str = "auto", threads: int = 0) -> Machine:
 
 
 def choose_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
-    """The config with `kernels` decided. The library's kernels win, but for bf16 on a processor at short context."""
+    """The config with `kernels` decided. The library's win, but for its attention in bf16 on a processor."""
     if config.kernels != "auto":
         return config
-    explicit = device.type == "cpu" and dtype == torch.bfloat16 and config.context <= EXPLICIT_CONTEXT
-    return replace(config, kernels="explicit" if explicit else "fused")
+    return replace(config, kernels="chunked" if device.type == "cpu" and dtype == torch.bfloat16 else "fused")
 
 
 def worth_compiling(train: TrainConfig, seconds: float, device: torch.device) -> bool:

@@ -83,7 +83,8 @@ class Blocks(TorchDispatchMode):
 
     def __init__(self, weights: set[int]) -> None:
         super().__init__()
-        self.weights, self.copies = weights, set[int]()  # keys of blocks
+        self.weights = weights  # keys of blocks
+        self.copies: dict[int, int] = {}  # of weights in another number format, with their number of axes
         self.sizes = dict.fromkeys(weights, 0)  # bytes of each block; the weights are not counted
         self.now = self.peak = self.kernels = 0
 
@@ -92,7 +93,7 @@ class Blocks(TorchDispatchMode):
         came = [self.count(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.kernels += any(came) or function._schema.is_mutable
         if function is torch.ops.aten._to_copy.default and key(args[0]) in self.weights:
-            self.copies.add(key(result))
+            self.copies[key(result)] = result.dim()
         return result
 
     def count(self, tensor: Tensor) -> bool:
@@ -110,7 +111,7 @@ class Blocks(TorchDispatchMode):
     def gone(self, name: int) -> None:
         """A block is given back."""
         self.now -= self.sizes.pop(name)
-        self.copies.discard(name)
+        self.copies.pop(name, None)
 
 
 class Kept:
@@ -128,8 +129,11 @@ class Kept:
         self.seen, self.activations, self.copies, self.in_model = set(), 0, 0, True
 
     def leave(self) -> None:
-        """From here on it is head and loss."""
+        """From here on it is head and loss. Matrices are kept, even where a layer packs itself what it keeps."""
         self.in_model = False
+        for name in (name for name, axes in self.blocks.copies.items() if axes > 1 and name not in self.seen):
+            self.seen.add(name)
+            self.copies += self.blocks.sizes[name]
 
     def pack(self, tensor: Tensor) -> Tensor:
         name, size = key(tensor), tensor.untyped_storage().nbytes()

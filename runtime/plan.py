@@ -7,12 +7,14 @@ It reads the configuration and what is prepared already; it writes nothing and p
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from data.batches import document_windows
 from data.found import Found, find
+from model.config import FACES
 from runtime.budget import choose
 from runtime.choice import choose_way
 from runtime.config import RunConfig
@@ -82,7 +84,7 @@ def plan(config: RunConfig, place: Place, name: str) -> None:
     one = planned(with_minutes(config, place), place)
     print("\n".join(heading(one, name)) + "\n", flush=True)
     print("\n".join([*parts_page(one), "", *operations_page(one)]) + "\n", flush=True)
-    memory = {kernels: one.memory(kernels, one.rows) for kernels in ("explicit", "fused")}
+    memory: dict[str, Footprint] = {kernels: one.memory(kernels, one.rows) for kernels in FACES}
     print("\n".join(memory_page(one, memory)), flush=True)
     limit = available(place, one.machine)
     chosen = memory[one.config.model.kernels]
@@ -176,8 +178,8 @@ def operations_page(one: Plan) -> list[str]:
     return lines
 
 
-def memory_page(one: Plan, memory: dict[str, Footprint]) -> list[str]:
-    """Memory by part, of either face of attention, as every process would have it."""
+def memory_page(one: Plan, memory: Mapping[str, Footprint]) -> list[str]:
+    """Memory by part, of each face of attention, as every process would have it."""
     count, chosen = one.place.count, one.config.model.kernels
     whose = "memory" if count == 1 else f"memory of each of {count} processes"
     titles = "".join(f"{kernels + (' *' if kernels == chosen else ''):>12}" for kernels in memory)

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from model.config import ModelConfig
+from model.config import FACES, ModelConfig
 from runtime.config import RunConfig
 from runtime.device import Machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FACES = ("explicit", "fused")
 
 
 @dataclass(frozen=True)

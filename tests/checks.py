@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from model import gpt, ops
 from model.cache import KVCache
-from model.config import ModelConfig
+from model.config import Kernels, ModelConfig
 from model.huggingface import from_huggingface, to_huggingface
 
 Operation = Callable[..., Tensor]
 VOCAB = 61
 Preset = Literal["glass", "gpt2", "qwen3"]
 PRESETS: tuple[Preset, ...] = ("glass", "gpt2", "qwen3")
-Face = Literal["explicit", "fused"]
-FACES: tuple[Face, ...] = ("explicit", "fused")
 
 # Small, and no two sizes alike: a mixed-up axis must not fit by chance.
 SHAPES = {
@@ -35,7 +33,7 @@ SHAPES = {
 }
 
 
-def random_model(preset: str, kernels: Face = "explicit", seed: int = 1, **changes: Any) -> gpt.GPT:
+def random_model(preset: str, kernels: Kernels = "explicit", seed: int = 1, **changes: Any) -> gpt.GPT:
     """A model whose every parameter is random, large enough for attention far from uniform; in eval mode."""
     config = replace(SHAPES[preset], kernels=kernels, **changes)
     model = gpt.GPT(config, VOCAB)
@@ -95,14 +93,14 @@ def same(ours: Tensor, theirs: Tensor, atol: float) -> None:
 # The model against transformers.
 
 
-def check_logits_match_reference(preset: str, kernels: Face = "explicit") -> None:
+def check_logits_match_reference(preset: str, kernels: Kernels = "explicit") -> None:
     model = random_model(preset, kernels)
     tokens = random_tokens(3, model.config.context)
     with torch.no_grad():
         same(model(tokens), reference_of(model)(tokens).logits, 1e-5)
 
 
-def check_gradients_match_reference(preset: str, kernels: Face = "explicit") -> None:
+def check_gradients_match_reference(preset: str, kernels: Kernels = "explicit") -> None:
     model = random_model(preset, kernels)
     theirs = reference_of(model)
     tokens = random_tokens(3, model.config.context + 1)
@@ -146,7 +144,7 @@ def check_causality(preset: str) -> None:
             assert not torch.equal(after[:, t], before[:, t]), f"position {t} does not see itself"
 
 
-def check_cache(preset: str, kernels: Face = "explicit") -> None:
+def check_cache(preset: str, kernels: Kernels = "explicit") -> None:
     """Reading a text in pieces with a cache gives the logits of reading it at once."""
     model = random_model(preset, kernels)
     context = model.config.context

@@ -14,8 +14,9 @@ from torch import Tensor
 from inspection import attribution
 from inspection.attribution import direct_logit_attribution, logit_lens
 from inspection.causal import without
+from model.config import FACES, Kernels
 from model.gpt import GPT
-from tests.checks import FACES, PRESETS, VOCAB, Face, random_model, random_tokens
+from tests.checks import PRESETS, VOCAB, random_model, random_tokens
 from tests.handmade import LEAD, handmade, repeats
 
 Patch = pytest.MonkeyPatch
@@ -23,7 +24,7 @@ T = 11
 TEXT = random_tokens(1, T)[0]
 
 
-def check_the_parts_are_the_logit(preset: str, kernels: Face) -> None:
+def check_the_parts_are_the_logit(preset: str, kernels: Kernels) -> None:
     """Within 1e-4 in fp32; within 1e-9 where the model computes in fp64."""
     single = random_model(preset, kernels)
     for model, within in ((single, 1e-4), (copy.deepcopy(single).double(), 1e-9)):
@@ -159,7 +160,7 @@ def test_what_comes_later_plays_no_part() -> None:
 
 @pytest.mark.parametrize("kernels", FACES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_last_row_of_the_lens_is_the_model(preset: str, kernels: Face) -> None:
+def test_the_last_row_of_the_lens_is_the_model(preset: str, kernels: Kernels) -> None:
     model = random_model(preset, kernels)
     lens = logit_lens(model, TEXT)
     with torch.no_grad():

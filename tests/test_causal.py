@@ -21,9 +21,10 @@ from inspection.causal import control_sets, effects, group_effect, mean_outputs,
 from inspection.evidence import TABLES, Interval
 from inspection.probes import Probe
 from inspection.watch import WatchSet
+from model.config import FACES, Kernels
 from model.gpt import GPT
 from runtime.errors import NON_FINITE, UserError
-from tests.checks import FACES, PRESETS, VOCAB, Face, random_model, random_tokens
+from tests.checks import PRESETS, VOCAB, random_model, random_tokens
 from tests.handmade import INDUCTION, LEAD, PREVIOUS, handmade, repeats
 
 V, N, COUNT = 30, 12, 5
@@ -63,7 +64,7 @@ def table(found: tuple[tuple[Interval, ...], ...] | None) -> dict[tuple[int, int
 # What is known of the model built by hand. `test_a_broken_measurement_is_noticed` runs these on broken code.
 
 
-def check_taking_away_what_matters(kernels: Face = "explicit") -> None:
+def check_taking_away_what_matters(kernels: Kernels = "explicit") -> None:
     """Without either of the two heads nothing is foretold: ln V. The others change exactly nothing."""
     measured = effects(handmade(V, kernels=kernels), WatchSet(repeats=REPEATS)).measures
     assert list(measured) == ["repeats"]
@@ -136,7 +137,7 @@ def cut_by_hand(model: GPT, layer: int, head: int, mean: Tensor | None) -> GPT:
     return model
 
 
-def check_heads_by_their_weights(preset: str, kernels: Face) -> None:
+def check_heads_by_their_weights(preset: str, kernels: Kernels) -> None:
     """`without` is the same as a matrix that does not read the head."""
     model, tokens = random_model(preset, kernels), random_tokens(3, 14)
     means = mean_outputs(model, texts_of(6, 9))
@@ -179,7 +180,7 @@ def scores_one_by_one(model: GPT, measure: str) -> list[float]:
     return [lead(model, probe) for probe in watched().probes if f"choice.{probe.kind}" == measure]
 
 
-def check_the_fast_way_is_the_plain_way(preset: str, kernels: Face) -> None:
+def check_the_fast_way_is_the_plain_way(preset: str, kernels: Kernels) -> None:
     """Every effect is what `without` and the definition of the measure give, item by item, text by text."""
     model = random_model(preset, kernels)
     found = effects(model, watched()).measures

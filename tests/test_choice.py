@@ -73,10 +73,10 @@ def test_a_short_run_goes_by_the_rules(pretend: Callable[..., list[Way]], cache:
 def test_the_rule_stays_where_nothing_is_clearly_faster(pretend: Callable[..., list[Way]]) -> None:
     pretend(lambda way: 1.0 if way == Way("fp32", "fused", 2) else 0.9)
     assert chosen().way == Way("fp32", "fused", 2)
-    assert chosen(replace(LONG, train=replace(LONG.train, batch_size=8)), LOW).way == Way("bf16", "explicit", 2)
+    assert chosen(replace(LONG, train=replace(LONG.train, batch_size=8)), LOW).way == Way("bf16", "chunked", 2)
 
 
-@pytest.mark.parametrize("best", [Way("fp32", "explicit", 2), Way("bf16", "explicit", 2), Way("bf16", "fused", 2)])
+@pytest.mark.parametrize("best", [Way("fp32", "chunked", 2), Way("bf16", "chunked", 2), Way("bf16", "fused", 2)])
 def test_what_is_clearly_faster_is_taken(pretend: Callable[..., list[Way]], best: Way) -> None:
     pretend(lambda way: 0.5 if way == best else 1.0)
     found = chosen()

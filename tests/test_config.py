@@ -31,7 +31,7 @@ def test_all_problems_are_reported_at_once() -> None:
     )
     assert lines == [
         "unknown option --model.n_layer; did you mean --model.n_layers?",
-        "--model.kernels is 'fuse'; it takes one of auto, explicit, fused; did you mean fused?",
+        "--model.kernels is 'fuse'; it takes one of auto, explicit, fused, chunked; did you mean fused?",
         "--train.steps is 'many'; it takes a whole number",
         "--train.batch_size needs a value: a whole number",
         "model.d_model is 130, which 4 heads cannot share evenly; take model.d_model 132, or another model.n_heads",

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.cache import KVCache
+from model.config import FACES, Kernels
 from model.generate import filter_logits, generate, last_logits, next_token, window_start
 from model.gpt import GPT
-from tests.checks import FACES, PRESETS, VOCAB, Face, normal, random_model, random_tokens, same
+from tests.checks import PRESETS, VOCAB, normal, random_model, random_tokens, same
 
 
 def written(model: GPT, prompt: Tensor, count: int, seed: int = 0, **how: Any) -> Tensor:
@@ -25,7 +26,7 @@ def written(model: GPT, prompt: Tensor, count: int, seed: int = 0, **how: Any) -
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_cache_changes_no_token(preset: str, face: Face) -> None:
+def test_the_cache_changes_no_token(preset: str, face: Kernels) -> None:
     """256 tokens, many contexts long, three texts side by side."""
     model, prompt = random_model(preset, face, context=16, n_layers=1), random_tokens(3, 5)
     cached = written(model, prompt, 256, temperature=0.0)

@@ -14,12 +14,12 @@ from inspection import generation
 from inspection.dump import read
 from inspection.generation import Generated, attention_file, check_size, recording, triangle
 from inspection.verify import verify_dump
-from model.config import ModelConfig
+from model.config import FACES, Kernels, ModelConfig
 from model.generate import generate, window_start
 from model.gpt import GPT, AttentionWeights
 from model.gpt import CausalSelfAttention as Attention
 from runtime.errors import CONFIG, DISK_OR_MEMORY, UserError
-from tests.checks import FACES, PRESETS, VOCAB, Face, modules_of, random_model, random_tokens, recorded
+from tests.checks import PRESETS, VOCAB, modules_of, random_model, random_tokens, recorded
 from tests.runs import TINY, said, script
 
 CONTEXT = 12
@@ -107,7 +107,7 @@ def test_each_row_is_that_of_reading_the_window_anew(preset: str, prompt: int, c
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_recording_changes_no_token_and_leaves_no_trace(preset: str, face: Face) -> None:
+def test_recording_changes_no_token_and_leaves_no_trace(preset: str, face: Kernels) -> None:
     model, prompt = random_model(preset, face, context=CONTEXT, dropout=0.5), random_tokens(1, 3)
     model.blocks[1].train()
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.config import ModelConfig
+from model.config import FACES, Kernels, ModelConfig
 from model.gpt import GPT
 from model.huggingface import from_huggingface, load_huggingface, save_huggingface, to_huggingface
 from tests.checks import (
-    FACES,
     SHAPES,
     VOCAB,
-    Face,
     check_attention_matches_reference,
     check_gradients_match_reference,
     check_logits_match_reference,
@@ -31,13 +29,13 @@ BOTH = pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
 
 @BOTH
 @pytest.mark.parametrize("face", FACES)
-def test_logits_are_those_of_transformers(preset: str, face: Face) -> None:
+def test_logits_are_those_of_transformers(preset: str, face: Kernels) -> None:
     check_logits_match_reference(preset, face)
 
 
 @BOTH
 @pytest.mark.parametrize("face", FACES)
-def test_gradients_are_those_of_transformers(preset: str, face: Face) -> None:
+def test_gradients_are_those_of_transformers(preset: str, face: Kernels) -> None:
     check_gradients_match_reference(preset, face)
 
 

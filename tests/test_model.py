@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from model import ops
-from model.config import ModelConfig
+from model.config import FACES, Kernels, ModelConfig
 from model.gpt import GPT, AttentionWeights, CausalSelfAttention
 from tests.checks import (
-    FACES,
     PRESETS,
     SHAPES,
     VOCAB,
-    Face,
     Preset,
     check_tied_head,
     modules_of,
@@ -134,7 +132,7 @@ def test_all_problems_are_reported_at_once() -> None:
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_dropout_acts_in_training_only(preset: Preset, face: Face) -> None:
+def test_dropout_acts_in_training_only(preset: Preset, face: Kernels) -> None:
     plain, dropping = random_model(preset, face), random_model(preset, face, dropout=0.5)
     tokens = random_tokens(2, 8)
     with torch.no_grad():
@@ -160,7 +158,7 @@ def test_dropout_stands_where_gpt2_has_it() -> None:
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_attention_weights_are_dropped_in_training(face: Face) -> None:
+def test_attention_weights_are_dropped_in_training(face: Kernels) -> None:
     model = random_model("glass", face, dropout=0.5)
     attention = modules_of(model, CausalSelfAttention)[0]
     x = torch.randn(1, 6, 30, generator=torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ops
+from model.config import FACES
 from model.gpt import GPT, CausalSelfAttention
 from tests import checks
 
@@ -148,7 +149,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], list[Callable[[], None]]]] = {
     ),
     "the mask counts from the first key": (
         operation("causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril()),
-        [partial(checks.check_cache, preset, face) for preset in checks.PRESETS for face in checks.FACES],
+        [partial(checks.check_cache, preset, face) for preset in checks.PRESETS for face in FACES],
     ),
     "the head is untied": (
         after_building(untie),

@@ -30,14 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from model.config import ModelConfig
+from model.config import FACES, Kernels, ModelConfig
 from model.gpt import GPT
 from runtime.device import Machine, compiled
 from tests.checks import (
-    FACES,
     PRESETS,
     SHAPES,
-    Face,
     Preset,
     check_cache,
     check_causality,
@@ -51,9 +49,9 @@ from tests.runs import ROOT
 SEEDS = (1, 2, 3)
 
 
-@pytest.mark.parametrize("face", ["explicit", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("face", ["explicit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("fused", "chunked"))])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_gradients_are_the_slopes_of_the_loss(preset: Preset, face: Face) -> None:
+def test_gradients_are_the_slopes_of_the_loss(preset: Preset, face: Kernels) -> None:
     """Every parameter of a tiny model, in double precision, against finite differences."""
     kv_heads = 1 if preset == "qwen3" else 2
     shape: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "n_kv_heads": kv_heads, "d_model": 4, "d_mlp": 6}
@@ -75,33 +73,34 @@ def test_gradients_are_the_slopes_of_the_loss(preset: Preset, face: Face) -> Non
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_two_faces_agree_in_logits_and_gradients(preset: Preset, seed: int) -> None:
+def test_the_faces_agree_in_logits_and_gradients(preset: Preset, seed: int) -> None:
     models = [random_model(preset, face, seed) for face in FACES]
     tokens = random_tokens(3, SHAPES[preset].context + 1, seed)
     logits = [losses_of(model, tokens) for model in models]
-    same(logits[0], logits[1], 1e-5)
-    same_gradients(models[0], models[1], 1e-5)
+    for other in (1, 2):
+        same(logits[0], logits[other], 1e-5)
+        same_gradients(models[0], models[other], 1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_two_faces_agree_in_bf16(preset: Preset, seed: int) -> None:
+def test_the_faces_agree_in_bf16(preset: Preset, seed: int) -> None:
     """As training computes (fp32 weights, bf16 products), and with everything in bf16."""
     models = [random_model(preset, face, seed) for face in FACES]
     tokens = random_tokens(3, SHAPES[preset].context, seed)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             mixed = [model(tokens) for model in models]
-        assert relative_difference(mixed[0].float(), mixed[1].float()) <= 2e-2
+        assert all(relative_difference(mixed[0].float(), other.float()) <= 2e-2 for other in mixed[1:])
         assert not torch.equal(mixed[0].float(), models[0](tokens))  # it was bf16
         short = [model.bfloat16()(tokens) for model in models]
-        assert short[0].dtype == short[1].dtype == torch.bfloat16
-        assert relative_difference(short[0].float(), short[1].float()) <= 2e-2
+        assert {logits.dtype for logits in short} == {torch.bfloat16}
+        assert all(relative_difference(short[0].float(), other.float()) <= 2e-2 for other in short[1:])
 
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_reading_in_pieces_is_reading_at_once(preset: str, face: Face) -> None:
+def test_reading_in_pieces_is_reading_at_once(preset: str, face: Kernels) -> None:
     check_cache(preset, face)
 
 
@@ -112,15 +111,15 @@ def test_an_edit_changes_nothing_before_it(preset: Preset) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(("preset", "face"), [("glass", "explicit"), ("gpt2", "fused"), ("qwen3", "fused")])
-def test_a_compiled_model_computes_the_same(preset: Preset, face: Face) -> None:
+@pytest.mark.parametrize(("preset", "face"), [("glass", "explicit"), ("gpt2", "fused"), ("qwen3", "chunked")])
+def test_a_compiled_model_computes_the_same(preset: Preset, face: Kernels) -> None:
     """In a process of its own, without the checks of shapes, which the compiler can't look into."""
     program = f"from tests.test_numerics import check_compiled; check_compiled({preset!r}, {face!r})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
-def check_compiled(preset: Preset, face: Face) -> None:
+def check_compiled(preset: Preset, face: Kernels) -> None:
     """Logits, and the gradients with which it is trained; several weights and texts through one compilation."""
     plain, stepped = (random_model(preset, face, n_layers=1) for _ in range(2))
     fast = torch.compile(stepped)

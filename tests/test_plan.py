@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import found
 from data.config import DataConfig
 from data.prepare import prepare
-from model.config import ModelConfig
+from model import thrift
+from model.config import FACES, ModelConfig
 from model.gpt import GPT
 from runtime import speed
 from runtime.config import OptimConfig, RunConfig, TrainConfig
@@ -34,7 +35,6 @@ from runtime.speed import reckoned
 from tests.runs import ROOT, TINY, said, script
 
 PRESETS = ("glass", "gpt2", "qwen3")
-FACES = ("explicit", "fused")
 V, T, B = 61, 24, 3
 CPU = torch.device("cpu")
 BF16, FP32 = Machine(CPU, torch.bfloat16), Machine(CPU, torch.float32)
@@ -132,6 +132,9 @@ def kept_by(model: GPT, machine: Machine, rows: int) -> int:
         (FP32, "fused", "gpt2", 4, 0.1),
         (BF16, "fused", "qwen3", 1, 0.0),
         (FP32, "explicit", "qwen3", 2, 0.0),
+        (BF16, "chunked", "glass", 0, 0.1),
+        (BF16, "chunked", "gpt2", 0, 0.0),
+        (FP32, "chunked", "qwen3", 2, 0.0),
     ],
 )
 def test_activations_are_what_autograd_keeps(
@@ -146,6 +149,16 @@ def test_activations_are_what_autograd_keeps(
     matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "position" not in name]
     copies = bytes_of(matrices) // 2 if machine is BF16 else 0  # and, fused, the gains of queries and keys
     assert planned.copies == pytest.approx(copies, rel=0.01)
+
+
+def test_what_is_computed_again_is_not_counted_but_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(shape("gpt2", "chunked"))
+    many = footprint(config, V, BF16, B)
+    monkeypatch.setattr(thrift, "KEPT", 0)
+    few = footprint(config, V, BF16, B)
+    assert few.copies == many.copies
+    active, weights = B * T * 4 * 32, B * 4 * T * T  # of the MLP, and of attention; two bytes each
+    assert many.activations - few.activations == pytest.approx(2 * (active + weights), abs=2 * 64)
 
 
 @pytest.mark.parametrize(("machine", "pieces"), [(BF16, 1), (FP32, 2)], ids=["bf16", "fp32 in two"])
