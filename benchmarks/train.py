@@ -33,9 +33,9 @@ OURS = (*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_ev
 """Our recipe for a given loss, as arguments of train.py."""
 LONGER = (
     *RECIPE,
-    *("--model.context=128", "--train.steps=1080", "--train.batch_size=12"),
+    *("--model.context=128", "--train.steps=1200", "--train.batch_size=12"),
     *("--optim.decay_share=0.5", "--optim.weight_decay=0"),
-    *("--train.eval_every=1080", "--train.save_every=1080", "--log.sample_tokens=0"),
+    *("--train.eval_every=1200", "--train.save_every=1200", "--log.sample_tokens=0"),
 )
 """Our recipe for the time that nanoGPT takes."""
 LOSS = 1.898
