@@ -131,7 +131,7 @@ def test_the_reading_example_runs_without_torch(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     write(file, [("held-out 1", seen[0], [b"<", b"a", b" b", b"\xff"])], {"step": "1"})
     example = next(block for _, block in BLOCKS if block.startswith("from inspection.dump import read"))
-    path = "runs/quickstart/attention/000480.safetensors"
+    path = "runs/quickstart/attention/000540.safetensors"
     assert path in example
     code = "import sys; sys.modules['torch'] = None\n" + example.replace(path, file.as_posix())
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
