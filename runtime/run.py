@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 from data.prepare import Prepared
-from data.tokenizer import fingerprint
 from model.gpt import GPT
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint, Origin, TrainState
 from runtime.choice import choose_way, compiled_if_faster
 from runtime.config import RunConfig, to_toml
 from runtime.device import Machine, compiled, is_compiled, worth_compiling
-from runtime.errors import CHECKPOINT, CONFIG, DATA, UserError, end_if_asked, printable
+from runtime.errors import CHECKPOINT, CONFIG, UserError, end_if_asked, printable
 from runtime.folder import keep_config
 from runtime.log import Metrics, Progress, read_metrics
 from runtime.memory import bounded_memory
 from runtime.optim import Optimizer
 from runtime.parallel import gather, is_sharded, share
 from runtime.report import plot_loss, reference_losses, table
+from runtime.resuming import check_resumable
 from runtime.sampling import decoded, first_tokens, sample_tokens
 from runtime.saving import Saver
 from runtime.tracking import Tracker
@@ -282,29 +282,3 @@ def has_lines(data: Prepared) -> bool:
     """Whether the training text's beginning holds a line break, after which a sample can begin."""
     seen = np.unique(data.train.read(0, 100_000)).tolist()
     return any(b"\n" in data.tokenizer.token_bytes(token) for token in seen)
-
-
-def check_resumable(config: RunConfig, saved: Checkpoint, data: Prepared) -> None:
-    """Steps, rates, evaluation, memory and machine may change on resuming; shape, batches, seed and data may not.
-
-    Raises:
-        UserError: naming what differs (exit code 2), or that the text is another one (3).
-    """
-    before, now = dataclasses.asdict(saved.config), dataclasses.asdict(config)
-    fixed = [("model", key) for key in now["model"] if key != "kernels"]
-    fixed += [("run", "seed"), ("optim", "name"), ("train", "batch_size")]
-    fixed += [("data", key) for key in now["data"] if key not in ("workers", "source")]  # a text may be moved
-    for section, key in fixed:
-        if before[section][key] != now[section][key]:
-            raise UserError(
-                f"{section}.{key} was {before[section][key]} in {saved.folder} and cannot become "
-                f"{now[section][key]} on resuming; start a new run for that"
-            )
-    tokenizer = data.tokenizer
-    same = tokenizer.vocab_size == saved.vocab_size and fingerprint(tokenizer) == fingerprint(saved.tokenizer())
-    if not same or saved.origin.data not in ("", data.fingerprint):
-        raise UserError(
-            f"the corpus or its tokenizer has changed since {saved.folder} was written; bring the old text back, or "
-            "start a new run",
-            DATA,
-        )
