@@ -63,7 +63,7 @@ def train(config: RunConfig, started: float) -> None:
     machine = find_machine(config.train.dtype, config.run.threads)
     config = agreed(config, machine)
     data = prepare_once(config.data, machine)
-    config = planned(config, machine, data, started)
+    config, end = planned(config, machine, data, started)
     require(data, config.model.context)
     watched = watch_set(data, config)
     run = Run(config, machine, data)
@@ -77,23 +77,23 @@ def train(config: RunConfig, started: float) -> None:
         observer.begin(run.state.step)
         if not observer.has(run.state.step):  # untrained heads, or those of a run that was stopped
             observe(run.state)
-    run.train(observe)
+    run.train(observe, end)
     run.report()
     if machine.is_first:
         seen = observer.report(run.state.step, sha256_of_weights(run.model))
         run.finish(seen.lines, seen.pictures, seen.page, started)
 
 
-def planned(config: RunConfig, machine: Machine, data: Prepared, started: float) -> RunConfig:
-    """The config with model, batch and steps chosen, where it gives the minutes to spend."""
+def planned(config: RunConfig, machine: Machine, data: Prepared, started: float) -> tuple[RunConfig, float | None]:
+    """The config with model, batch and steps chosen, where it gives the minutes to spend; when they should be over."""
     if not config.train.minutes:
-        return config
+        return config, None
     from runtime.budget import choose
 
     sizes = (data.tokenizer.vocab_size, len(data.train), len(data.val))
-    config, lines = choose(config, machine, *sizes, time.perf_counter() - started)
+    config, lines, end = choose(config, machine, *sizes, time.perf_counter() - started)
     print("\n".join(lines), flush=True)
-    return config
+    return config, end
 
 
 def watch_set(data: Prepared, config: RunConfig) -> WatchSet:

@@ -2,7 +2,8 @@
 
 How well a size learns from so many tokens was measured once and put into one formula (`expected_loss`;
 `python -m benchmarks.sizes` measures and fits it again). How fast this machine is, is measured anew, for the sizes in
-question only. What comes out is an ordinary config: written down with the run, and reproducible without the clock.
+question only. What comes out is an ordinary config: written down with the run, and reproducible without the clock. Its
+number of steps alone is settled later, halfway (`runtime/pace.py`).
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ class Offer:
     """Expected, on the scale of Tiny Shakespeare."""
     fixed: float
     """Seconds that are not steps."""
+    finish: float
+    """Seconds of those from the last step on, and of two evaluations: so many more come late in a run than early."""
     compiled: bool = False
 
 
@@ -127,8 +130,11 @@ def expected_loss(weights: int, tokens: float) -> float:
 
 def choose(
     config: RunConfig, machine: Machine, vocab_size: int, text: int, held_out: int, spent: float
-) -> tuple[RunConfig, list[str]]:
-    """The config with what `train.minutes` decides decided, and the plan in lines.
+) -> tuple[RunConfig, list[str], float]:
+    """The config with what `train.minutes` decides decided, the plan in lines, and when the last step should be over.
+
+    That moment is one of `time.perf_counter()`; until it is about to come the number of steps may change
+    (`runtime/pace.py`).
 
     Args:
         text: training tokens.
@@ -165,7 +171,7 @@ def choose(
     if best.steps < FEWEST_STEPS:
         gone = 60 * config.train.minutes - (end - time.perf_counter())
         raise too_short(config.train.minutes, gone + best.fixed + FEWEST_STEPS * best.step)
-    return decided(config, best), page(config, machine, offers, best)
+    return decided(config, best), page(config, machine, offers, best), end - best.finish
 
 
 def candidates(machine: Machine, text: int) -> list[Size]:
@@ -249,13 +255,14 @@ def offer(size: Size, known: Mapping[Size, Speed], seconds: float, text: int, he
         step = size.seconds * (known[near].step / near.seconds if near else 1.0)
         window = step / size.batch_size / 3  # the backward pass costs twice the forward pass
     evaluations = min(MOST_EVALUATIONS, max(FEWEST_EVALUATIONS, round(seconds / 30)))
-    looks = evaluations * (LOOK + min(EVALUATED, held_out) / size.context * window)
+    look = LOOK + min(EVALUATED, held_out) / size.context * window
     passes = min(FINAL_TARGETS, held_out) / size.context + PASSES_A_HEAD * size.n_layers * size.n_heads
-    fixed = BEGIN + looks + FINISH + passes * window
+    finish = FINISH + passes * window
+    fixed = BEGIN + evaluations * look + finish
     steps = max(0, int((seconds - fixed) / step))
     tokens = useful_tokens(steps * size.tokens, text)
     loss = expected_loss(size.weights, tokens) if steps >= FEWEST_STEPS else math.inf
-    return Offer(size, step, steps, evaluations, steps * size.tokens / text, loss, fixed)
+    return Offer(size, step, steps, evaluations, steps * size.tokens / text, loss, fixed, finish + 2 * look)
 
 
 def page(config: RunConfig, machine: Machine, offers: list[Offer], best: Offer) -> list[str]:

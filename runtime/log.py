@@ -112,6 +112,10 @@ class Progress:
             total=steps, initial=first, unit="step", disable=not visible or self.plain, dynamic_ncols=True, leave=False
         )
 
+    def settle(self, steps: int) -> None:
+        """Expect that many steps from now on."""
+        self.steps = self.bar.total = steps
+
     def speed(self, step: int) -> float:
         """Tokens a second since the start."""
         return (step - self.first) * self.tokens_per_step / max(1e-9, time.perf_counter() - self.start)

@@ -110,7 +110,7 @@ def with_minutes(config: RunConfig, place: Place) -> RunConfig:
     if text.train is None or text.val is None:
         raise UserError("train.minutes has to know the text: it is prepared by the first run without --plan", CONFIG)
     machine = find_machine(config.train.dtype, config.run.threads)
-    config, lines = choose(config, machine, text.vocab_size, len(text.train), len(text.val), 0.0)
+    config, lines, _ = choose(config, machine, text.vocab_size, len(text.train), len(text.val), 0.0)
     print("\n".join(lines) + "\n", flush=True)
     return config
 

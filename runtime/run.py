@@ -25,6 +25,7 @@ from runtime.folder import keep_config
 from runtime.log import Metrics, Progress, read_metrics
 from runtime.memory import bounded_memory
 from runtime.optim import Optimizer
+from runtime.pace import Pace
 from runtime.parallel import gather, is_sharded, share
 from runtime.report import plot_loss, reference_losses, table
 from runtime.resuming import check_resumable
@@ -162,8 +163,14 @@ class Run:
         begin = f"from step {self.state.step} " if self.state.step else ""
         say(f"run     {self.folder}: {begin}to step {train.steps}, {train.batch_size} x {shape.context} tokens each")
 
-    def train(self, observe: Observe) -> None:
-        """Run the loop; `observe` is called at each evaluation, when the model's weights are those of its state."""
+    def train(self, observe: Observe, end: float | None = None) -> None:
+        """Run the loop.
+
+        Args:
+            observe: called at each evaluation, when the model's weights are those of its state.
+            end: of a run by minutes: when the last step should be over (`runtime/pace.py`).
+        """
+        pace = None if end is None else Pace(end, self.settle)
 
         def on_evaluation(metrics: dict[str, Any]) -> None:
             if self.machine.is_first:
@@ -172,7 +179,8 @@ class Run:
 
         try:
             with bounded_memory(self.trainer.rows, self.config.train.batch_size):
-                self.trainer.run(self.tell_step, on_evaluation, self.save)
+                look = None if pace is None else (lambda: pace.look(self.config, self.state.step))
+                self.trainer.run(self.tell_step, on_evaluation, self.save, look)
             self.finish_saving()
         except SystemExit as stop:
             self.finish_saving()
@@ -181,6 +189,13 @@ class Run:
             raise
         finally:
             self.progress.close()
+
+    def settle(self, config: RunConfig) -> None:
+        """Go on with another number of steps; it is written down before anything is done by it."""
+        keep_config(config)
+        self.config = self.trainer.config = config
+        self.progress.settle(config.train.steps)
+        self.progress.say(f"plan    {config.train.steps:,} steps, by the time that {self.state.step:,} have taken")
 
     def tell_step(self, metrics: dict[str, Any]) -> None:
         """Log the numbers of a step, or that it was passed over."""

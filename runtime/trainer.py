@@ -111,7 +111,9 @@ class Trainer:
         self.stop = Stop()
         self.asked = 0  # the signal that the processes have agreed to stop for
 
-    def run(self, on_step: Tell, on_evaluation: Tell, save: Callable[[], None]) -> None:
+    def run(
+        self, on_step: Tell, on_evaluation: Tell, save: Callable[[], None], look: Callable[[], None] | None = None
+    ) -> None:
         """Train until the last step, the end of patience, or a signal; save whatever was learned.
 
         All processes pass through here in step: they agree on whether to stop before each step.
@@ -120,14 +122,16 @@ class Trainer:
             on_step: told the metrics of a step, every `log.every` steps.
             on_evaluation: told those of an evaluation, before the checkpoint is written.
             save: writes a checkpoint.
+            look: called before each step; it may set another `config`.
 
         Raises:
             UserError: if the loss is no longer finite (exit code 5), a disk or a file fails, ...
             SystemExit: after a signal (130, 143) or at `run.stop_at` (0), once the checkpoint is written.
         """
-        settings, state = self.config.train, self.state
+        state = self.state
         with self.stop.listening():
             while True:
+                settings = self.config.train
                 best = self.is_due() and self.evaluate(on_evaluation)
                 stopping = self.is_asked_to_stop()
                 last = state.step >= settings.steps or 0 < settings.patience <= state.stale
@@ -140,6 +144,8 @@ class Trainer:
                     raise SystemExit(128 + self.asked if self.asked else 0)
                 if last:
                     return
+                if look is not None:
+                    look()
                 self.tell(self.step(), on_step)
 
     def is_due(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,10 +18,9 @@ from model.config import ModelConfig
 from runtime import budget, speed
 from runtime.budget import SIZES, Size, choose, expected_loss, offer, useful_tokens
 from runtime.cli import option_types
-from runtime.config import MINUTES_DECIDE, RunConfig, TrainConfig, parse_train, read_toml
+from runtime.config import MINUTES_DECIDE, RunConfig, TrainConfig, parse_train
 from runtime.device import Machine
 from runtime.errors import UserError
-from runtime.log import read_metrics
 from runtime.speed import Speed
 from tests.runs import script
 
@@ -95,7 +94,7 @@ def test_more_weights_and_more_tokens_are_expected_to_help(weights: int, tokens:
 def test_the_time_is_filled_and_not_exceeded(count: float, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     as_fast(factor, monkeypatch)
     try:
-        config, _ = choose(minutes(count), CPU, 65, TEXT, HELD_OUT, spent=3.0)
+        config, _, end = choose(minutes(count), CPU, 65, TEXT, HELD_OUT, spent=3.0)
     except UserError:
         assert count * factor < 1
         return
@@ -104,6 +103,9 @@ def test_the_time_is_filled_and_not_exceeded(count: float, factor: float, monkey
     taken = next(one for one in budget_offers(count * 60 - 3, factor) if one.size == size)
     total = 3 + taken.fixed + train.steps * taken.step
     assert 0.98 * 60 * count - taken.step < total <= 60 * count
+    look = budget.LOOK + budget.EVALUATED / size.context * taken.step / size.batch_size / 3
+    early = budget.BEGIN + (taken.evaluations - 2) * look
+    assert end - time.perf_counter() == pytest.approx(60 * count - 3 - (taken.fixed - early), abs=0.5)
     assert train.batch_size == size.batch_size and model.context == size.context
     assert train.eval_every * budget.MOST_EVALUATIONS >= train.steps and not config.problems()
 
@@ -117,14 +119,14 @@ def test_more_time_and_a_faster_machine_take_larger_models(monkeypatch: pytest.M
     taken = []
     for count, factor in ((0.5, 1), (5, 1), (60, 1), (60, 100)):
         as_fast(factor, monkeypatch)
-        config, _ = choose(minutes(count), CPU, 65, 100 * TEXT, HELD_OUT, 3.0)
+        config, *_ = choose(minutes(count), CPU, 65, 100 * TEXT, HELD_OUT, 3.0)
         taken.append(config.model.n_layers * config.model.d_model**2)
     assert taken == sorted(taken) and len(set(taken)) >= 3
 
 
 def test_only_sizes_in_question_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = as_fast(1.3, monkeypatch)
-    config, lines = choose(minutes(2), CPU, 65, TEXT, HELD_OUT, 3.0)
+    config, lines, _ = choose(minutes(2), CPU, 65, TEXT, HELD_OUT, 3.0)
     assert 1 <= len(asked) <= 3 and len(set(asked)) == len(asked)
     assert config.model.d_model in {size.d_model for size in asked}
     marked = [line for line in lines if line.lstrip().startswith(">")]
@@ -135,7 +137,7 @@ def test_what_is_decided_is_all_that_is_decided(monkeypatch: pytest.MonkeyPatch)
     """Whatever may not stand beside train.minutes, and nothing else but the minutes themselves and the compiler."""
     as_fast(1.0, monkeypatch)
     odd = replace(minutes(2), model=replace(RunConfig().model, preset="qwen3", n_heads=3, n_kv_heads=1, dropout=0.1))
-    config, _ = choose(odd, CPU, 65, TEXT, HELD_OUT, 3.0)
+    config, *_ = choose(odd, CPU, 65, TEXT, HELD_OUT, 3.0)
 
     def value(of: RunConfig, option: str) -> object:
         section, _, name = option.partition(".")
@@ -163,7 +165,7 @@ def with_a_compiler(gain: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_compiler_is_taken_where_it_is_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = with_a_compiler(1.25, monkeypatch)
-    config, lines = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
+    config, lines, _ = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
     assert config.train.compile == "on" and asked[-2:] == ["on", "off"] and "on" not in asked[:-2]
     assert any("compiled steps of" in line for line in lines)
     size = next(size for size in SIZES if size.d_model == config.model.d_model)
@@ -176,7 +178,7 @@ def test_the_compiler_is_taken_where_it_is_measured_to_pay(monkeypatch: pytest.M
 def test_the_compiler_is_left_out_where_it_does_not_pay(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth of ten minutes is less than compiling takes once more."""
     asked = with_a_compiler(gain, monkeypatch)
-    config, lines = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
+    config, lines, _ = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
     assert config.train.compile == "off" and "on" in asked
     assert not any("compiled" in line for line in lines)
 
@@ -224,13 +226,13 @@ def test_too_little_time_says_how_much_would_do(monkeypatch: pytest.MonkeyPatch)
     ) as told:
         choose(minutes(0.05), CPU, 65, TEXT, HELD_OUT, 3.0)
     enough = float(str(told.value).split()[-1])
-    config, _ = choose(minutes(enough), CPU, 65, TEXT, HELD_OUT, 3.0)
+    config, *_ = choose(minutes(enough), CPU, 65, TEXT, HELD_OUT, 3.0)
     assert config.train.steps >= budget.FEWEST_STEPS
 
 
 def test_a_text_has_to_fill_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     as_fast(1.0, monkeypatch)
-    config, _ = choose(minutes(60), CPU, 65, 100, 20, 3.0)
+    config, *_ = choose(minutes(60), CPU, 65, 100, 20, 3.0)
     assert config.model.context < 100
     with pytest.raises(UserError, match="is 60 tokens long"):
         choose(minutes(60), CPU, 65, 60, 20, 3.0)
@@ -264,30 +266,6 @@ def test_a_file_may_name_the_minutes_and_not_the_steps(tmp_path: Path) -> None:
     assert parse_train([str(tmp_path / "one.toml")])[0].train.minutes == 2
     with pytest.raises(UserError, match=r"chooses optim.lr itself"):
         parse_train([str(tmp_path / "one.toml"), "--optim.lr=0.1"])
-
-
-def test_a_run_by_minutes_is_written_down_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its config names no minutes: it can be run again, to the same numbers, and resumed."""
-    monkeypatch.setattr(budget, "SIZES", (Size(1, 2, 16, 16, 4, 0.3), Size(1, 2, 32, 16, 4, 0.31)))
-    as_fast(1.0, monkeypatch)
-    text = tmp_path / "text.txt"
-    text.write_text("The fox met the hen at the well. " * 400)
-    options = [f"--data.source={text}", "--data.tokenizer=char", "--log.sample_tokens=0"]
-    first, again = tmp_path / "first", tmp_path / "again"
-    done = script("train.py", *options, "--train.minutes=1", f"--run.dir={first}")
-    assert done.returncode == 0, done.stderr
-    assert ">" in done.stdout and "plan    1 min on cpu" in done.stdout
-    words = read_toml(first / "config.toml")
-    assert "--train.minutes=0.0" in words and not any(word.startswith("--train.steps=1000") for word in words)
-    done = script("train.py", first / "config.toml", f"--run.dir={again}")
-    assert done.returncode == 0, done.stderr
-    losses = [
-        [m["final_val_loss"] for m in read_metrics(run / "metrics.jsonl") if "final_val_loss" in m]
-        for run in (first, again)
-    ]
-    assert losses[0] == losses[1] and math.isfinite(losses[0][0])
-    done = script("train.py", f"--run.resume={first}", "--train.minutes=1")
-    assert done.returncode == 2 and "give --train.steps instead" in done.stderr
 
 
 def test_a_plan_may_be_for_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
