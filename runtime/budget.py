@@ -75,9 +75,9 @@ EVALUATED = 20_000
 """Validation tokens of an evaluation."""
 BEGIN = 0.6
 """Seconds from the plan to the first step."""
-LOOK = 0.7
+LOOK = 0.3
 """Seconds of an evaluation besides its forward passes: a sample, a record of attention, a checkpoint."""
-FINISH = 2.0
+FINISH = 1.4
 """Seconds from the last step to the end besides forward passes: what counting words gives, pictures, the page."""
 PASSES_A_HEAD = 49
 """Forward passes of a window, about, that it takes to find out what a head is good for."""
