@@ -6,8 +6,8 @@ at each of its evaluations, most of them without loading torch:
     summary   what the heads read and whether it matters        compare   two steps, or two runs, head by head
     heads     every score of every head                         verify    are the attention files what they say?
     token     what one token reads in every head                page      (re)build attention.html
-    timeline  when in training each head learned what it does   figures   pictures, PNG or SVG
-    evidence  take every head away again, and write anew what that shows
+    timeline  when in training each head learned what it does   plot      pictures, PNG or SVG
+    ablate    take every head away again, and write anew what that shows
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from runtime.cli import parse, split_options
-from runtime.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, printable, run_main
-from runtime.folder import refuse_links
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, printable, run_main
+from training.cli import parse, split_options
+from training.run_dir import refuse_links
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
-    from inspection.capture import Capture
+    from inspection.activation_cache import Capture
     from inspection.commands.verify import Origin
     from inspection.tables import Terminal
     from model.gpt import GPT
-    from runtime.checkpoint import Checkpoint
+    from training.checkpoint import Checkpoint
 
-COMMANDS = ("summary", "heads", "token", "timeline", "compare", "verify", "page", "figures", "evidence")
+COMMANDS = ("summary", "heads", "token", "timeline", "compare", "verify", "page", "plot", "ablate")
 """Each a module of inspection/commands with its options, a dataclass of the same name, and `run`."""
-WRITING = ("page", "figures", "evidence")
+WRITING = ("page", "plot", "ablate")
 """Those that write into the run folder."""
 MOST_PARTS = 6
 """Parts of a logit that are named; the others are added up."""
@@ -111,7 +111,7 @@ def command(name: str, argv: list[str]) -> None:
         at = len(argv) - 1 - argv[::-1].index(str(words[1]))
         argv = [*argv[:at], f"--other={words[1]}", *argv[at + 1 :]]
     config: Any = parse(settings, argv, f"{settings.__doc__}  python attend.py {name} RUN", positional="run")
-    from inspection.folder import run_of
+    from inspection.run_reader import run_of
     from inspection.tables import to_csv, to_json
 
     if name in WRITING and Path(config.run).is_dir():
@@ -142,9 +142,9 @@ def origin(folder: Path, step: int) -> Origin | None:
         folder: of the run; of a single attention file, the file, which may lie in one.
     """
     from inspection.commands.verify import Origin
-    from runtime.checkpoint import fault_of, open_checkpoint, read_state
-    from runtime.device import find_machine
-    from runtime.provenance import provenance
+    from training.checkpoint import fault_of, open_checkpoint, read_state
+    from training.device import get_dist_context
+    from training.provenance import provenance
 
     if step < 0:
         saved = open_checkpoint(folder)
@@ -157,23 +157,23 @@ def origin(folder: Path, step: int) -> Origin | None:
             print(f"passing over the damaged checkpoint {printable(kept[0])}: {printable(fault)}", file=sys.stderr)
             return None
         saved = read_state(kept[0])
-    model, tokenizer = saved.model(find_machine("fp32")), saved.tokenizer()
+    model, tokenizer = saved.model(get_dist_context("fp32")), saved.tokenizer()
     return Origin(model, saved.state.step, provenance(model, tokenizer, saved.state), tokenizer.token_bytes)
 
 
 def look(config: AttendConfig) -> None:
     """Read one text, say what the heads read in it, and write weights, picture and page."""
-    from inspection.capture import capture_batch
-    from inspection.words import token_text
-    from runtime.checkpoint import open_checkpoint
-    from runtime.device import find_machine
-    from runtime.sampling import check_prompt, first_tokens, sample_tokens
+    from inspection.activation_cache import capture_batch
+    from inspection.terminal import token_text
+    from training.checkpoint import open_checkpoint
+    from training.device import get_dist_context
+    from training.text_generation import check_prompt, first_tokens, sample_tokens
 
     check_prompt(config.prompt)
     saved = open_checkpoint(Path(config.run))
     tokenizer = saved.tokenizer()
     tokens = first_tokens(tokenizer, config.prompt, saved.documents)
-    model = saved.model(find_machine("fp32"))
+    model = saved.model(get_dist_context("fp32"))
     chosen = find_head(config.head, model.config.n_layers, model.config.n_heads)
     if not config.prompt:
         tokens = sample_tokens(model, tokenizer, tokens, config.tokens, config.seed)
@@ -208,7 +208,7 @@ def find_head(name: str, n_layers: int, n_heads: int) -> tuple[int, int] | None:
 
 def tell(seen: Capture, quoted: list[str], labels: list[str], chosen: tuple[int, int] | None, top: int) -> None:
     """Print the strongest readings of every head, and one head as a map of characters."""
-    from inspection.words import DISCLAIMER, clearest_head, head_name, heat_map, strongest
+    from inspection.terminal import DISCLAIMER, clearest_head, head_name, heat_map, strongest
 
     pattern = seen.pattern.numpy()
     print(f"The {top} strongest readings of each head:")
@@ -227,7 +227,7 @@ def tell_next(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> None:
     import torch
 
     from inspection.attribution import direct_logit_attribution, logit_lens
-    from inspection.words import token_text
+    from inspection.terminal import token_text
 
     def quoted(token: int) -> str:
         return '"' + token_text(tokenizer.token_bytes(token), sys.stdout.encoding, space=" ") + '"'
@@ -250,10 +250,10 @@ def write_files(
     config: AttendConfig, saved: Checkpoint, model: GPT, tokenizer: Tokenizer, tokens: list[int], seen: Capture
 ) -> None:
     """Write weights, a picture of all heads, and a page over the kept checkpoints, named after step and text."""
-    from inspection.figures import head_grid
-    from inspection.observer import write_dump
-    from inspection.words import token_text
-    from runtime.provenance import provenance
+    from inspection.plots import head_grid
+    from inspection.recorder import write_dump
+    from inspection.terminal import token_text
+    from training.provenance import provenance
 
     if not config.out and saved.folder.parent.name == "checkpoints":
         refuse_links(saved.folder.parent.parent)
@@ -282,14 +282,15 @@ def write_own_page(path: Path, newest: Checkpoint, text: str, tokens: list[int])
     """A page of one text over the checkpoints that are kept, up to the one that was opened."""
     import tempfile
 
-    from inspection import dump, record
-    from inspection.capture import capture_batch
-    from inspection.page import PageRun, write_page
-    from runtime.checkpoint import fault_of, read_state, steps_in
-    from runtime.device import find_machine
-    from runtime.provenance import provenance
+    from inspection import attention_file as dump
+    from inspection import record
+    from inspection.activation_cache import capture_batch
+    from inspection.page_builder import PageRun, write_page
+    from training.checkpoint import fault_of, read_state, steps_in
+    from training.device import get_dist_context
+    from training.provenance import provenance
 
-    machine, seen = find_machine("fp32"), []
+    machine, seen = get_dist_context("fp32"), []
     folders = [f for f in steps_in(newest.folder.parent) if int(f.name) < newest.state.step and fault_of(f) is None]
     for saved in [*map(read_state, folders), newest]:
         model, tokenizer = saved.model(machine), saved.tokenizer()

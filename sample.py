@@ -14,8 +14,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from runtime.cli import parse
-from runtime.errors import printable, run_main
+from common.errors import printable, run_main
+from training.cli import parse
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SampleConfig:
     """How weights are held while writing: fp32 as trained; fp16 halves a large model's time a token and changes its
     loss by less than 0.01 %; int8 takes the least memory and reads long prompts fastest, loss within 0.5 %."""
     attend: str = ""
-    """Write what each token read to this .safetensors file (inspection/dump.py); the written-out attention is used."""
+    """Write what each token read to this .safetensors file (inspection/attention_file.py); the written-out attention is used."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each."""
@@ -63,22 +63,22 @@ class SampleConfig:
 
 def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "Write text with a trained model.", positional="run")
-    from model.stored import lay_out
-    from runtime.checkpoint import open_checkpoint
-    from runtime.device import find_machine
-    from runtime.sampling import Sampling, check_prompt, first_tokens, shown, write_text
+    from model.quantize import quantize_
+    from training.checkpoint import open_checkpoint
+    from training.device import get_dist_context
+    from training.text_generation import Sampling, check_prompt, first_tokens, shown, write_text
 
     check_prompt(config.prompt)
     saved = open_checkpoint(Path(config.run))
     if config.attend:
         from inspection.generation import attention_file, recording, write
-        from runtime.provenance import provenance
+        from training.provenance import provenance
     file = attention_file(config.attend) if config.attend else None
     tokenizer = saved.tokenizer()
     start = first_tokens(tokenizer, config.prompt, saved.documents)
-    model = saved.model(find_machine("fp32"))
+    model = saved.model(get_dist_context("fp32"))
     if not file:
-        lay_out(model, config.weights)
+        quantize_(model, config.weights)
     if len(start) > model.config.context:
         print(
             f"the prompt has {len(start)} tokens, more than the context of {model.config.context}: its end is read",

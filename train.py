@@ -13,16 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.config import RunConfig, parse_train
-from runtime.errors import run_main
-from runtime.folder import run_folder
-from runtime.hardware import take_plan
+from common.errors import run_main
+from training.config import RunConfig, parse_train
+from training.hardware import take_plan
+from training.run_dir import run_folder
 
 if TYPE_CHECKING:
-    from data.prepare import Prepared
-    from inspection.probes import Probe
-    from inspection.watch import WatchSet
-    from runtime.device import Machine
+    from data.prepare import TokenizedCorpus
+    from inspection.contrast_pairs import ContrastPair
+    from inspection.eval_texts import EvalTexts
+    from training.device import DistContext
 
 CHECK = "--check"
 PROBE_STORIES = 200
@@ -34,17 +34,17 @@ def main(argv: list[str]) -> None:
     argv, place = take_plan(argv)
     config, name = parse_train([word for word in argv if word != CHECK])
     if CHECK in argv:
-        from runtime.check import check_resume
+        from training.check import check_resume
 
         check_resume(config)
         return
     if place is not None:
-        from runtime.plan import plan
+        from training.plan import plan
 
         plan(config, place, name)
         return
     with run_folder(config, name) as config:
-        from runtime.parallel import processes
+        from training.distributed import processes
 
         with processes(config.run.timeout):
             train(config, started)
@@ -53,42 +53,44 @@ def main(argv: list[str]) -> None:
 def train(config: RunConfig, started: float) -> None:
     """One run, from text to what the model learned of it."""
     from data.prepare import require
-    from inspection.observer import Observer
-    from runtime.checkpoint import TrainState, sha256_of_weights
-    from runtime.device import find_machine
-    from runtime.preparing import prepare_once
-    from runtime.provenance import provenance
-    from runtime.run import Run, agreed
+    from inspection.recorder import AttentionRecorder
+    from training.checkpoint import TrainState, sha256_of_weights
+    from training.device import get_dist_context
+    from training.preparing import prepare_once
+    from training.provenance import provenance
+    from training.setup import Run, agreed
 
-    machine = find_machine(config.train.dtype, config.run.threads)
+    machine = get_dist_context(config.train.dtype, config.run.threads)
     config = agreed(config, machine)
     data = prepare_once(config.data, machine)
     config, end = planned(config, machine, data, started)
     require(data, config.model.context)
     watched = watch_set(data, config)
     run = Run(config, machine, data)
-    observer = Observer(run.model, watched, data.tokenizer.token_bytes, run.folder)
+    observer = AttentionRecorder(run.model, watched, data.tokenizer.token_bytes, run.folder)
 
     def observe(state: TrainState) -> None:
         observer.write(state.step, provenance(run.model, data.tokenizer, state), run.sample)
 
     run.begin()
-    if machine.is_first:
+    if machine.is_main_process:
         observer.begin(run.state.step)
         if not observer.has(run.state.step):  # untrained heads, or those of a run that was stopped
             observe(run.state)
     run.train(observe, end)
     run.report()
-    if machine.is_first:
+    if machine.is_main_process:
         seen = observer.report(run.state.step, sha256_of_weights(run.model))
         run.finish(seen.lines, seen.pictures, seen.page, started)
 
 
-def planned(config: RunConfig, machine: Machine, data: Prepared, started: float) -> tuple[RunConfig, float | None]:
+def planned(
+    config: RunConfig, machine: DistContext, data: TokenizedCorpus, started: float
+) -> tuple[RunConfig, float | None]:
     """The config with model, batch and steps chosen, where it gives the minutes to spend; when they should be over."""
     if not config.train.minutes:
         return config, None
-    from runtime.budget import choose
+    from training.time_budget import choose
 
     sizes = (data.tokenizer.vocab_size, len(data.train), len(data.val))
     config, lines, end = choose(config, machine, *sizes, time.perf_counter() - started)
@@ -96,13 +98,13 @@ def planned(config: RunConfig, machine: Machine, data: Prepared, started: float)
     return config, end
 
 
-def watch_set(data: Prepared, config: RunConfig) -> WatchSet:
+def watch_set(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     """What is looked at throughout the run: held-out texts, repeats of random tokens, questions, the user's lines."""
     import numpy as np
 
     from data.stories import KINDS
-    from inspection.own_lines import own_lines
-    from inspection.watch import SHOWN, WatchSet, repeated, watched_length
+    from inspection.eval_texts import SHOWN, EvalTexts, repeated, watched_length
+    from inspection.user_prompts import user_prompts
 
     tokenizer, model = data.tokenizer, config.model
     texts: list[tuple[str, tuple[int, ...]]] = []
@@ -110,18 +112,18 @@ def watch_set(data: Prepared, config: RunConfig) -> WatchSet:
     if config.log.watch:
         encode = encoder(data)
         file = Path(config.log.watch)
-        texts, own = own_lines(file, encode, tokenizer.token_bytes, tokenizer.end_of_text, model.context)
+        texts, own = user_prompts(file, encode, tokenizer.token_bytes, tokenizer.end_of_text, model.context)
         questions += own
     length = watched_length(model, len(texts) + SHOWN + len(KINDS) + 2)
     texts = [(name, tokens[:length]) for name, tokens in texts] + held_out_texts(data, length)
     used = np.unique(data.train.read(0, min(len(data.train), 200_000))).tolist()
     repeats = repeated(used, tokenizer.end_of_text, length, config.run.seed)
-    return WatchSet(tuple(texts), repeats, tuple(p for p in questions if p.length <= model.context))
+    return EvalTexts(tuple(texts), repeats, tuple(p for p in questions if p.length <= model.context))
 
 
-def held_out_texts(data: Prepared, length: int) -> list[tuple[str, tuple[int, ...]]]:
+def held_out_texts(data: TokenizedCorpus, length: int) -> list[tuple[str, tuple[int, ...]]]:
     """(name, tokens), at most `length` each, of the first validation documents, or of pieces where these are few."""
-    from inspection.watch import HELD_OUT
+    from inspection.eval_texts import HELD_OUT
 
     val = data.val
     bounds = [*val.document_starts[:HELD_OUT_TEXTS].tolist(), len(val)]
@@ -133,15 +135,15 @@ def held_out_texts(data: Prepared, length: int) -> list[tuple[str, tuple[int, ..
     return [(f"{HELD_OUT} {k}", tokens) for k, tokens in enumerate(texts, 1)]
 
 
-def encoder(data: Prepared) -> Callable[[str], list[int]]:
+def encoder(data: TokenizedCorpus) -> Callable[[str], list[int]]:
     """A text's tokens as a list."""
     return lambda text: data.tokenizer.encode(text).tolist()
 
 
-def probes(data: Prepared) -> list[Probe]:
+def probes(data: TokenizedCorpus) -> list[ContrastPair]:
     """Questions about held-out stories whose answers are known; none for other corpora."""
     from data.stories import stories
-    from inspection.probes import locate
+    from inspection.contrast_pairs import locate
 
     if data.name != "stories":
         return []

@@ -21,7 +21,7 @@ from benchmarks.results import page
 from benchmarks.side_by_side import options, table
 from benchmarks.training import Trained, trained
 from model.config import PRESETS
-from runtime.config import parse_train
+from training.config import parse_train
 
 RECIPE = "configs/shakespeare_char.toml"
 STEADY = 0.005
@@ -57,7 +57,7 @@ CHANGES = (
     Change("AdamW alone at 0.012", ["--optim.name=adamw", "--optim.lr=0.012"]),
     Change("momentum 0.95 instead of 0.8", ["--optim.momentum=0.95"]),
     Change("the rate falls in a cosine", ["--optim.schedule=cosine"]),
-    Change("the rate falls over all steps", ["--optim.decay_share=1"]),
+    Change("the rate falls over all steps", ["--optim.decay_fraction=1"]),
     Change("no weight decay", ["--optim.weight_decay=0"]),
     Change("MLP of three times the width", ["--model.d_mlp=384"]),
     Change("two heads of 64 instead of four of 32", ["--model.n_heads=2"]),

@@ -46,13 +46,13 @@ def timed(method: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
 def dumps(say: Page) -> None:
     """A whole quickstart in this process, its observer's calls on a clock."""
     import train
-    from inspection import observer
+    from inspection import recorder as observer
 
     writing: list[float] = []
     reporting: list[float] = []
     paging: list[float] = []
-    observer.Observer.write = timed(observer.Observer.write, writing)  # type: ignore[method-assign]
-    observer.Observer.report = timed(observer.Observer.report, reporting)  # type: ignore[method-assign]
+    observer.AttentionRecorder.write = timed(observer.AttentionRecorder.write, writing)  # type: ignore[method-assign]
+    observer.AttentionRecorder.report = timed(observer.AttentionRecorder.report, reporting)  # type: ignore[method-assign]
     observer.write_page = timed(observer.write_page, paging)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -110,9 +110,9 @@ def in_chromium(page: Path, redraws: int = 40) -> tuple[float, list[float]]:
 
 def pages(run: Path, say: Page) -> None:
     """Build and open the page of a run, then one as large as is promised to stay fluid."""
-    from inspection.dump import read
-    from inspection.folder import RunAttention
-    from inspection.page import PageRun, write_page
+    from inspection.attention_file import read
+    from inspection.page_builder import PageRun, write_page
+    from inspection.run_reader import RunAttention
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def pages(run: Path, say: Page) -> None:
 
 def quadratic(say: Page) -> None:
     """Forward passes of the written-out attention, and what its weights take in memory."""
-    from model import ops
+    from model import functional
 
     say.say(f"{HEADS} heads of width {WIDTH}, one text, fp32, {torch.get_num_threads()} threads; median of 7")
     before, rows = 0.0, []
@@ -143,7 +143,7 @@ def quadratic(say: Page) -> None:
         took = []
         for _ in range(8):
             start = time.perf_counter()
-            ops.attention_weights(q, k) @ v
+            functional.attention_pattern(q, k) @ v
             took.append(1000 * (time.perf_counter() - start))
         now = statistics.median(took[1:])
         ratio = f"{now / before:.1f} x" if before else ""

@@ -35,7 +35,7 @@ from benchmarks.steps import random_tokens
 from model.config import ModelConfig
 from model.generate import generate
 from model.gpt import GPT
-from runtime.graphs import recorder
+from training.graphs import recorder
 
 PUBLISHED = 1.4697
 
@@ -191,7 +191,7 @@ def sampling(scale: Scale, rounds: int, say: Page) -> None:
     """Tokens a second of the first shape, as random weights write them, and the weights read a second."""
     shape = next(iter(scale.shapes.values()))
     sizes = {"n_layers": shape.layers, "n_heads": shape.heads, "d_model": shape.width, "context": shape.context}
-    config = ModelConfig("gpt2", kernels="fused", **sizes)
+    config = ModelConfig("gpt2", attention="sdpa", **sizes)
     model = GPT(config, scale.vocabulary).to(scale.device, torch.bfloat16).eval()
     n_bytes = sum(p.nbytes for name, p in model.named_parameters() if name != "position_embedding.weight")
     matrices = gpt_matrices(shape.layers, shape.width, scale.vocabulary)

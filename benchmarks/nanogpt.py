@@ -21,7 +21,8 @@ RECIPE = (
 """nanoGPT's README, "I only have a macbook"."""
 WHOLE_SPLIT = """
 import numpy as np, torch
-from model import GPT, GPTConfig
+from model import GPT
+from model import GPTConfig
 saved = torch.load("out-shakespeare-char/ckpt.pt", map_location="cpu", weights_only=True)
 model = GPT(GPTConfig(**saved["model_args"]))
 model.load_state_dict(saved["model"])
@@ -39,7 +40,8 @@ print(total / count)
 STEPS = """
 import json, re, sys, time
 import numpy as np, torch
-from model import GPT, GPTConfig
+from model import GPT
+from model import GPTConfig
 shape, file, rows, device, compiled = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:]
 torch.backends.cuda.matmul.allow_tf32 = True
 tokens = torch.from_numpy(np.load(file).astype(np.int64))

@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 
-from data.batches import batch
+from data.dataloader import batch
 from data.prepare import prepare
 from model.config import ModelConfig
 from model.gpt import GPT
-from runtime.checkpoint import TrainState
-from runtime.config import RunConfig, parse_train
-from runtime.device import choose_kernels, find_machine
-from runtime.footprint import footprint, stand_in
-from runtime.optim import Optimizer
-from runtime.speed import measured
-from runtime.trainer import Trainer, rows_at_once
+from training.checkpoint import TrainState
+from training.config import RunConfig, parse_train
+from training.device import choose_attention, get_dist_context
+from training.footprint import footprint, stand_in
+from training.optimizer import Optimizer
+from training.speed import measured
+from training.trainer import Trainer, rows_at_once
 
 ROOT = Path(__file__).parent.parent
 LARGE = (
@@ -63,8 +63,8 @@ def planned(config: RunConfig) -> dict[str, float]:
 
 def settled(config: RunConfig) -> tuple[RunConfig, Any, int]:
     """The config with its kernels decided, the machine, the size of the vocabulary."""
-    machine = find_machine(config.train.dtype, config.run.threads)
-    config = replace(config, model=choose_kernels(config.model, machine.device, machine.dtype))
+    machine = get_dist_context(config.train.dtype, config.run.threads)
+    config = replace(config, model=choose_attention(config.model, machine.device, machine.dtype))
     return config, machine, prepare(config.data, progress=False).tokenizer.vocab_size
 
 
@@ -73,7 +73,7 @@ def happened(config: RunConfig) -> dict[str, float]:
     config, machine, vocab_size = settled(config)
     data = prepare(config.data, progress=False)
     warm = replace(
-        config, model=ModelConfig(n_layers=1, n_heads=2, d_model=16, context=16, kernels=config.model.kernels)
+        config, model=ModelConfig(n_layers=1, n_heads=2, d_model=16, context=16, attention=config.model.attention)
     )
     stand_in(warm, 50, machine, GPT(warm.model, 50), 2).step()  # libraries are loaded by now
     before = resident(reset=True)
@@ -115,7 +115,7 @@ def resident(reset: bool = False) -> int:
 def trained(arguments: tuple[str, ...], steps: int) -> dict[str, float]:
     """Seconds of a step of the real command, from its metrics: tokens a second since the start, at each step."""
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ("--log.every=1", "--train.steps=100000", "--train.eval_every=100000", f"--run.stop_at={steps}")
+        quiet = ("--log.every=1", "--train.steps=100000", "--train.eval_every=100000", f"--run.stop_at_step={steps}")
         command = [sys.executable, "train.py", *arguments, *quiet, "--train.compile=off", f"--run.dir={folder}/run"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:

@@ -4,7 +4,7 @@
 
 A tiny model that has learned something already takes the same steps in one process and in several ways of sharing the
 work, on the processor (gloo), in fp32. Documents differ in length, so that every process and every micro-batch counts
-another number of targets; the gradient is that of `runtime.trainer.Trainer`. Several processes are started by torchrun.
+another number of targets; the gradient is that of `training.trainer.Trainer`. Several processes are started by torchrun.
 
 Sums in another order round otherwise, so nothing is equal to the last bit; `--fp64` shows how far rounding alone
 explains the differences. Exit code 1 if one is larger than its bound.
@@ -26,21 +26,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.batches import IGNORED, batch, counted_targets
+from common.errors import run_main
+from data.dataloader import IGNORE_INDEX, batch, num_valid_tokens
 from data.prepare import prepare
 from data.stories import stories
 from model.config import ModelConfig
 from model.gpt import GPT
-from runtime.checkpoint import TrainState
-from runtime.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
-from runtime.device import Machine, find_machine
-from runtime.errors import run_main
-from runtime.optim import Optimizer
-from runtime.parallel import is_sharded, processes, share, whole
-from runtime.trainer import Trainer
+from training.checkpoint import TrainState
+from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
+from training.device import DistContext, get_dist_context
+from training.distributed import is_sharded, processes, share, whole
+from training.optimizer import Optimizer
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-SHAPE = ModelConfig(preset="gpt2", n_layers=2, n_heads=2, d_model=36, context=64, kernels="explicit")
+SHAPE = ModelConfig(preset="gpt2", n_layers=2, n_heads=2, d_model=36, context=64, attention="eager")
 """Learned positions, biases, a tied head; a width that four processes cannot share evenly."""
 LEARNED, STEPS, BATCH, SGD_RATE = 60, 20, 16, 0.1
 BOUNDS = {"gradient": 1e-6, "weights, SGD": 1e-6, "loss, AdamW": 1e-5}
@@ -56,17 +56,17 @@ class Case:
 
     name: str
     processes: int = 1
-    micro_batch: int = 0
+    micro_batch_size: int = 0
     sharding: str = "none"
 
 
 ONE = Case("one process")
 CASES = (
-    Case("one process, 6 pieces", micro_batch=3),
+    Case("one process, 6 pieces", micro_batch_size=3),
     Case("DDP x2", 2),
-    Case("DDP x2, 3 pieces", 2, micro_batch=3),
+    Case("DDP x2, 3 pieces", 2, micro_batch_size=3),
     Case("FSDP2 x2", 2, sharding="full"),
-    Case("FSDP2 x2, 3 pieces", 2, micro_batch=3, sharding="full"),
+    Case("FSDP2 x2, 3 pieces", 2, micro_batch_size=3, sharding="full"),
     Case("DDP x4", 4),
     Case("FSDP2 x4", 4, sharding="full"),
 )
@@ -79,11 +79,11 @@ def settings(folder: Path, case: Case, optimizer: str = "adamw") -> RunConfig:
         data=DataConfig(source=str(folder / "stories.txt"), tokenizer="byte"),
         model=SHAPE,
         optim=OptimConfig(name=optimizer, warmup=5),  # type: ignore[arg-type]
-        train=TrainConfig(steps=LEARNED, batch_size=BATCH, micro_batch=case.micro_batch),
+        train=TrainConfig(steps=LEARNED, batch_size=BATCH, micro_batch_size=case.micro_batch_size),
     )
 
 
-def trainer(folder: Path, case: Case, machine: Machine, optimizer: str = "adamw") -> Trainer:
+def trainer(folder: Path, case: Case, machine: DistContext, optimizer: str = "adamw") -> Trainer:
     """The real loop on the learned weights; on new ones where there are none yet."""
     config = settings(folder, case, optimizer)
     data = prepare(config.data, progress=False, verify=False)
@@ -98,7 +98,7 @@ def trainer(folder: Path, case: Case, machine: Machine, optimizer: str = "adamw"
 def gradient(one: Trainer, step: int) -> float:
     """Leave the gradient of a step's batch in the parameters; its loss."""
     rows = batch(one.data.train, one.windows, 1, step, BATCH, one.machine.rank, one.machine.world)
-    return float(one.gradient(rows, counted_targets(one.windows, 1, step, BATCH)))
+    return float(one.gradient(rows, num_valid_tokens(one.windows, 1, step, BATCH)))
 
 
 def named(one: Trainer, of_gradient: bool = False) -> dict[str, Tensor]:
@@ -123,14 +123,14 @@ def counted(one: Trainer) -> list[int]:
     """Targets that count in the first batch, of each process."""
     rows = batch(one.data.train, one.windows, 1, 0, BATCH, one.machine.rank, one.machine.world)
     each = torch.zeros(one.machine.world, dtype=torch.int64)
-    each[one.machine.rank] = (rows.targets != IGNORED).sum()
+    each[one.machine.rank] = (rows.targets != IGNORE_INDEX).sum()
     return one.machine.sum(each).tolist()
 
 
 def work(cases: list[Case], folder: Path) -> None:
     """Everything that is compared, of some cases, in every one of their processes; the first writes it down."""
     with processes(timeout=120):
-        machine = find_machine("fp32", threads=1)
+        machine = get_dist_context("fp32", threads=1)
         for case in cases:
             assert machine.world == case.processes
             one = trainer(folder, case, machine)
@@ -144,7 +144,7 @@ def work(cases: list[Case], folder: Path) -> None:
                     one.step()
                 found[f"weights, {name}"] = named(one)
                 found[f"loss, {name}"] = {"loss": torch.tensor(gradient(one, STEPS), dtype=torch.float64)}
-            if machine.is_first:
+            if machine.is_main_process:
                 save_file({f"{a}/{b}": v for a, vs in found.items() for b, v in vs.items()}, written(folder, case))
                 written(folder, case).with_suffix(".json").write_text(json.dumps(shares))
 
@@ -173,7 +173,7 @@ def learn(folder: Path) -> None:
     """A corpus of stories of unequal length, and weights that have learned some of it."""
     texts = [story.text[: 60 + 37 * i % 400] for i, story in enumerate(stories("train", 150))]
     (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
-    one = trainer(folder, ONE, find_machine("fp32", threads=1))
+    one = trainer(folder, ONE, get_dist_context("fp32", threads=1))
     for _ in range(LEARNED):
         one.step()
     save_file(named(one), folder / "learned.safetensors")

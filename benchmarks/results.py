@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.side_by_side import ROOT
-from runtime.hardware import processor
+from training.hardware import processor
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What the benchmarks measured

@@ -41,10 +41,10 @@ def model_124m() -> tuple[Any, Any, Any]:
     """A config of GPT-2's smallest shape with AdamW, its weights, and moments of random numbers."""
     from model.config import ModelConfig
     from model.gpt import GPT
-    from runtime.checkpoint import model_weights
-    from runtime.config import OptimConfig, RunConfig
+    from training.checkpoint import model_weights
+    from training.config import OptimConfig, RunConfig
 
-    shape = ModelConfig("gpt2", n_layers=12, n_heads=12, d_model=768, context=1024, kernels="fused")
+    shape = ModelConfig("gpt2", n_layers=12, n_heads=12, d_model=768, context=1024, attention="sdpa")
     weights = model_weights(GPT(shape, 50257))
     moments = {
         f"{name}/{kind}": torch.rand_like(w) for name, w in weights.items() for kind in ("exp_avg", "exp_avg_sq")
@@ -56,8 +56,8 @@ def model_124m() -> tuple[Any, Any, Any]:
 def save(root: str | None, rounds: int) -> None:
     """Saves and plain writes of the same bytes in turn."""
     from data.vocabulary import ByteTokenizer
-    from runtime.checkpoint import Origin, TrainState
-    from runtime.saving import Saver
+    from training.checkpoint import Origin, TrainState
+    from training.saving import Saver
 
     config, weights, moments = model_124m()
     raw, blocked, verified = [], [], []
@@ -85,8 +85,9 @@ def save(root: str | None, rounds: int) -> None:
 def watched() -> dict[str, list[float]]:
     """Put a clock on everything that keeps a run safe; the seconds of each call, by what it is for."""
     from data.manifest import Stored
-    from runtime import folder, saving
-    from runtime.trainer import Trainer
+    from training import run_dir as folder
+    from training import saving
+    from training.trainer import Trainer
 
     parts: tuple[tuple[str, Any, str], ...] = (
         ("locking the folder", folder, "lock_folder"),
@@ -107,8 +108,8 @@ def run(root: str | None) -> None:
     """A whole quickstart in this process, with what keeps it safe on a clock."""
     import train
     from data.prepare import prepare
-    from runtime.config import parse_train
-    from runtime.saving import Saver
+    from training.config import parse_train
+    from training.saving import Saver
 
     with tempfile.TemporaryDirectory(dir=root) as folder:
         arguments = [f"--run.dir={folder}/run"]

@@ -30,12 +30,12 @@ from data.config import cache_folder
 from model.config import ModelConfig
 from model.generate import generate
 from model.gpt import GPT
-from model.stored import ROWS, Stored, lay_out
-from runtime.checkpoint import open_checkpoint
-from runtime.device import find_machine
+from model.quantize import ROWS, Stored, quantize_
+from training.checkpoint import open_checkpoint
+from training.device import get_dist_context
 
 FORMATS: tuple[Stored, ...] = ("fp32", "fp16", "int8")
-SHAPE = ModelConfig(preset="gpt2", n_layers=12, n_heads=12, d_model=768, context=1024, kernels="fused")
+SHAPE = ModelConfig(preset="gpt2", n_layers=12, n_heads=12, d_model=768, context=1024, attention="sdpa")
 VOCAB = 50257
 CASES = {"1 text": (1, 8, 256), "16 texts": (16, 8, 32), "prompt of 768": (1, 768, 1)}
 """Texts side by side, tokens of the prompt, tokens to write."""
@@ -44,7 +44,8 @@ TRAINING = {STORIES: (), CHARACTERS: ("configs/shakespeare_char.toml",)}
 WRITE = """
 import json, sys, time
 import torch
-from model import GPT, GPTConfig
+from model import GPT
+from model import GPTConfig
 torch.manual_seed(1)
 model = GPT(GPTConfig(dropout=0.0, **json.loads(sys.argv[1]))).eval()
 print(json.dumps({}), flush=True)
@@ -64,7 +65,7 @@ def prompt(batch: int, length: int) -> Tensor:
 def ours(stored: Stored) -> Callable[[int, int, int], float]:
     """Seconds that we need for (texts, tokens of prompt, tokens to write)."""
     model = GPT(SHAPE, VOCAB).eval()
-    lay_out(model, stored)
+    quantize_(model, stored)
 
     def write(batch: int, length: int, count: int) -> float:
         start = time.perf_counter()
@@ -177,8 +178,8 @@ def costs(say: Page, run: Path) -> list[Target]:
     tokens = torch.from_numpy(saved.tokenizer().encode(text[int(0.9 * len(text)) :]).astype("int64"))
     losses = {}
     for stored in FORMATS:
-        model = saved.model(find_machine("fp32"))
-        lay_out(model, stored)
+        model = saved.model(get_dist_context("fp32"))
+        quantize_(model, stored)
         losses[stored] = loss_of(model, tokens)
     say.say(f"Loss of a model of Tiny Shakespeare by character, {len(tokens):,} held-out tokens.")
     more = {name: loss / losses["fp32"] - 1 for name, loss in losses.items()}

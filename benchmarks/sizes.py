@@ -1,11 +1,11 @@
 """How well each size learns from so many tokens: the table behind `train.minutes`, and the formula fitted to it.
 
     python -m benchmarks.sizes                     # trains the table again, which takes an hour on two cores
-    python -m benchmarks.sizes --fit               # only fits the formula to the table in runtime/budget.py
+    python -m benchmarks.sizes --fit               # only fits the formula to the table in training/time_budget.py
     python -m benchmarks.sizes --jobs 2            # so many trainings side by side, each on its share of the cores
 
 Every training is one of its own, its rate falling to zero at its end; a figure is the loss over the whole validation
-split of Tiny Shakespeare by character. What the formula and the table give is to be written into runtime/budget.py.
+split of Tiny Shakespeare by character. What the formula and the table give is to be written into training/time_budget.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.results import page
 from benchmarks.side_by_side import options, spend, spread, table
 from benchmarks.training import trained
-from runtime import budget
-from runtime.budget import SIZES, shaped
-from runtime.config import OptimConfig, RunConfig
+from training import time_budget as budget
+from training.config import OptimConfig, RunConfig
+from training.time_budget import SIZES, shaped
 
 SECONDS = (30.0, 90.0, 240.0)
 """Of steps alone, at the speed that `SIZES` gives."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps TOKENS.npy VOCABULARY [--section.key value ...]
 
-The options are train.py's, and so is the way: `runtime.run.Run` chooses number format, attention, threads and compiler
+The options are train.py's, and so is the way: `training.setup.Run` chooses number format, attention, threads and compiler
 as it does for any run, and its trainer takes the steps, batches and clipping included. Only the corpus is random
 numbers, so that any size of vocabulary can be measured.
 """
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side import peak_megabytes
-from data.prepare import Prepared
-from data.shards import TokenSplit
+from data.prepare import TokenizedCorpus
+from data.token_dataset import TokenSplit
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
-from runtime.config import parse_train
-from runtime.device import find_machine
-from runtime.run import Run
+from training.config import parse_train
+from training.device import get_dist_context
+from training.setup import Run
 
 
 class Numbers(Tokenizer):
@@ -52,11 +52,11 @@ def random_tokens(path: Path, vocab_size: int, count: int = 1_000_000) -> None:
     np.save(path, np.random.default_rng(0).integers(0, vocab_size - 1, count).astype(np.uint16))
 
 
-def corpus(path: Path, vocab_size: int) -> Prepared:
+def corpus(path: Path, vocab_size: int) -> TokenizedCorpus:
     """The tokens of a file as one document, all of them for training and the first few to validate on."""
     tokens, start = np.load(path, mmap_mode="r"), np.zeros(1, np.int64)
     train, val = (TokenSplit((part,), start, len(part), vocab_size) for part in (tokens, tokens[:10_000]))
-    return Prepared("random numbers", path.parent, Numbers(vocab_size), train, val, "random", None)
+    return TokenizedCorpus("random numbers", path.parent, Numbers(vocab_size), train, val, "random", None)
 
 
 def matrix_parameters(model: GPT) -> int:
@@ -74,7 +74,9 @@ def main(argv: list[str]) -> None:
     tokens, vocab_size, *options = argv
     with tempfile.TemporaryDirectory() as folder:
         config, _ = parse_train([*options, f"--run.dir={folder}"])
-        run = Run(config, find_machine(config.train.dtype, config.run.threads), corpus(Path(tokens), int(vocab_size)))
+        run = Run(
+            config, get_dist_context(config.train.dtype, config.run.threads), corpus(Path(tokens), int(vocab_size))
+        )
         for _ in range(2):
             run.trainer.step()
         about = {

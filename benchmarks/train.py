@@ -34,7 +34,7 @@ OURS = (*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_ev
 LONGER = (
     *RECIPE,
     *("--model.context=128", "--train.steps=1200", "--train.batch_size=12"),
-    *("--optim.decay_share=0.5", "--optim.weight_decay=0"),
+    *("--optim.decay_fraction=0.5", "--optim.weight_decay=0"),
     *("--train.eval_every=1200", "--train.save_every=1200", "--log.sample_tokens=0"),
 )
 """Our recipe for the time that nanoGPT takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from runtime.config import RunConfig
+from training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ def trained(config: RunConfig) -> Trained:
     """Train as `train.py` would, evaluate once, and keep nothing."""
     from data.prepare import prepare
     from model.gpt import GPT
-    from runtime.checkpoint import TrainState
-    from runtime.device import choose_kernels, find_machine
-    from runtime.optim import Optimizer
-    from runtime.trainer import Trainer
+    from training.checkpoint import TrainState
+    from training.device import choose_attention, get_dist_context
+    from training.optimizer import Optimizer
+    from training.trainer import Trainer
 
-    data, machine = prepare(config.data), find_machine(config.train.dtype, config.run.threads)
-    shape = choose_kernels(config.model, machine.device, machine.dtype)
+    data, machine = prepare(config.data), get_dist_context(config.train.dtype, config.run.threads)
+    shape = choose_attention(config.model, machine.device, machine.dtype)
     model = GPT(shape, data.tokenizer.vocab_size, config.run.seed)
     trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
     start = time.perf_counter()

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.vocabulary import Tokenizer, encodable
-from runtime.errors import CONFIG, DATA, UserError, printable
+from common.errors import CONFIG, DATA, UserError, printable
+from data.vocabulary import Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
     import tiktoken
@@ -132,7 +132,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 def _at_most(texts: Iterable[str], n_characters: int) -> Iterator[str]:
     for text in texts:
-        yield encodable(text[:n_characters])
+        yield replace_surrogates(text[:n_characters])
         n_characters -= len(text)
         if n_characters <= 0:
             return
@@ -147,7 +147,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 def _encode_ordinary(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    text = encodable(text)
+    text = replace_surrogates(text)
     try:
         return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
     except ValueError:

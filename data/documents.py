@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.errors import DATA, UserError, printable
+from common.errors import DATA, UserError, printable
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 """On a line of its own it ends one document and begins the next."""

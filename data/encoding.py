@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import DISK_OR_MEMORY, UserError
 from data.documents import Span, read_documents
-from data.shards import token_dtype
+from data.token_dataset import token_dtype
 from data.tokenizer import Tokenizer, load
-from runtime.errors import DISK_OR_MEMORY, UserError
 
 Job = Sequence[Span]
 """Stretches of text that one process encodes in one go."""

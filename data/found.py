@@ -10,16 +10,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.errors import UserError
 from data.bpe import encoding_names
 from data.config import DataConfig, cache_folder
-from data.corpus import open_corpus
+from data.corpora import open_corpus
 from data.held import DamagedShards
 from data.manifest import load_shards
 from data.named import GENERATED
 from data.prepare import Stamp, cache_key, index_of, known_contents, sha256_of, stamp_of
-from data.shards import TokenSplit
+from data.token_dataset import TokenSplit
 from data.tokenizer import train_tokenizer
-from runtime.errors import UserError
 
 ENCODINGS = {
     "gpt2": 50_257,

@@ -1,6 +1,6 @@
 """A file of a prepared folder, held open for as long as a run reads from it.
 
-Where this stands: `manifest.py` opens every file that it lists as a `HeldFile`; `shards.py` reads the tokens through
+Where this stands: `manifest.py` opens every file that it lists as a `ChecksummedFile`; `shards.py` reads the tokens through
 it. Reading is `pread`, never a memory map: where a file shrinks or its disk fails, a map ends the process with SIGBUS,
 before anybody can say what happened; `pread` returns an error.
 
@@ -24,7 +24,7 @@ class DamagedShards(Exception):
     """A prepared folder that is not what its manifest says. Never a user's fault: it is prepared again."""
 
 
-class HeldFile:
+class ChecksummedFile:
     """A regular file of a known size, open for reading; the descriptor is closed together with this object.
 
     Raises `DamagedShards` where the file is another than was promised, and OSError where it cannot be read.

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from data.held import DamagedShards, HeldFile, read_small
-from data.shards import (
+from common.errors import DISK_OR_MEMORY, UserError
+from data.held import ChecksummedFile, DamagedShards, read_small
+from data.token_dataset import (
     ShardFile,
     SplitWriter,
     TokenSplit,
@@ -32,7 +33,6 @@ from data.shards import (
     shard_name,
     token_dtype,
 )
-from runtime.errors import DISK_OR_MEMORY, UserError
 
 FORMAT = 2
 """Of the folder, the stream and the cutting of documents. Changing any of them makes old folders be ignored."""
@@ -48,7 +48,7 @@ class Stored:
     """A prepared folder that is laid out as its manifest says; its files are held open."""
 
     splits: dict[str, TokenSplit]
-    files: tuple[HeldFile, ...]
+    files: tuple[ChecksummedFile, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -100,7 +100,7 @@ def load_shards(folder: Path, key: str) -> Stored:
         if manifest["files"].keys() != names:
             raise DamagedShards("its manifest lists other files than its splits have")
         files = {
-            name: HeldFile(folder / name, _count(entry["bytes"]), entry["sha256"])
+            name: ChecksummedFile(folder / name, _count(entry["bytes"]), entry["sha256"])
             for name, entry in manifest["files"].items()
         }
         splits = {name: _load_split(name, entry, files, vocab_size) for name, entry in manifest["splits"].items()}
@@ -116,7 +116,9 @@ def _names(split: str, entry: Mapping[str, Any]) -> set[str]:
     return {*names, documents_name(split)}
 
 
-def _load_split(name: str, entry: Mapping[str, Any], files: Mapping[str, HeldFile], vocab_size: int) -> TokenSplit:
+def _load_split(
+    name: str, entry: Mapping[str, Any], files: Mapping[str, ChecksummedFile], vocab_size: int
+) -> TokenSplit:
     dtype = token_dtype(vocab_size)
     lengths = [_count(shard["tokens"], 1) for shard in entry["shards"]]
     if entry["dtype"] != dtype.str or _count(entry["tokens"], 1) != sum(lengths):

@@ -14,9 +14,10 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-from data import repeats, stories
+from common.errors import DATA, DISK_OR_MEMORY, UserError, printable
+from data import repeated_tokens as repeats
+from data import stories
 from data.documents import reading, reason
-from runtime.errors import DATA, DISK_OR_MEMORY, UserError, printable
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394

@@ -29,15 +29,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.errors import CHECKPOINT, DATA, DISK_OR_MEMORY, UserError, printable
 from data.config import DataConfig, cache_folder
-from data.corpus import Corpus, open_corpus
+from data.corpora import Corpus, open_corpus
 from data.documents import jobs, read_documents, sample
 from data.encoding import JOB_BYTES, encode_all, size_of
 from data.held import DamagedShards, read_small
 from data.manifest import FORMAT, TOKENIZER, load_shards, seal, unseal, write_manifest
-from data.shards import SplitWriter, TokenSplit, token_dtype
+from data.token_dataset import SplitWriter, TokenSplit, token_dtype
 from data.tokenizer import Tokenizer, load, train_tokenizer
-from runtime.errors import CHECKPOINT, DATA, DISK_OR_MEMORY, UserError, printable
 
 Stamp = tuple[int, int, int]
 """Size of a file, time of the last change of its content, and of its entry; nanoseconds."""
@@ -55,7 +55,7 @@ _LARGEST_INDEX = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class TokenizedCorpus:
     """A corpus as tokens, ready to be cut into batches."""
 
     name: str
@@ -69,7 +69,7 @@ class Prepared:
     """The corpus's true entropy where it is known (stories)."""
 
 
-def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> Prepared:
+def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> TokenizedCorpus:
     """The tokens of a corpus: found in the cache, or made there. The same text gives the same tokens every time.
 
     Several processes may do this at once; the first to finish gives the folder its name and the others use
@@ -101,7 +101,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> P
     raise UserError(f"{folder} is damaged again and again; is another program writing there?", DISK_OR_MEMORY)
 
 
-def require(prepared: Prepared, context: int) -> None:
+def require(prepared: TokenizedCorpus, context: int) -> None:
     """Raise `UserError` (3) unless the text is long enough to train with this context.
 
     Training needs one full window, `context + 1` tokens. The validation split may be shorter: its only window
@@ -116,7 +116,7 @@ def require(prepared: Prepared, context: int) -> None:
         )
 
 
-def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) -> Prepared:
+def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) -> TokenizedCorpus:
     stored = load_shards(folder, key)
     if verify:
         with _bar("checking tokens", stored.n_bytes, progress, _PATIENCE) as bar:
@@ -132,7 +132,7 @@ def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) 
     if splits.keys() != {"train", "val"} or any(s.vocab_size != tokenizer.vocab_size for s in splits.values()):
         raise DamagedShards("its tokens belong to other splits or to another tokenizer")
     train, val = splits["train"], splits["val"]
-    return Prepared(corpus.name, folder, tokenizer, train, val, key, corpus.nats_per_document)
+    return TokenizedCorpus(corpus.name, folder, tokenizer, train, val, key, corpus.nats_per_document)
 
 
 def _build(

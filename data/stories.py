@@ -41,9 +41,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from data.grammar import Chain, Choose, Draw, Node, Note, evenly, line, read, tell
+from common.errors import DISK_OR_MEMORY, UserError
+from data.story_grammar import Chain, Choose, Draw, Node, Note, evenly, line, read, tell
 from data.telling import Label, Pool, Split, Story
-from runtime.errors import DISK_OR_MEMORY, UserError
 
 __all__ = [
     "KINDS",

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from common.errors import CHECKPOINT, UserError, printable
 from data.bpe import MAX_TOKEN_BYTES, BPETokenizer, TiktokenTokenizer, encoding_names, train_bpe
-from data.vocabulary import FORMAT, ByteTokenizer, CharTokenizer, Tokenizer, saved_form, train_char
-from runtime.errors import CHECKPOINT, UserError, printable
+from data.vocabulary import FORMAT, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_char
 
 __all__ = ["StreamDecoder", "Tokenizer", "fingerprint", "load", "train_tokenizer"]
 
@@ -72,7 +72,7 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str] | Callable[
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """The sha256 of the saved form: equal for tokenizers that encode alike."""
-    return hashlib.sha256(saved_form(tokenizer)).hexdigest()
+    return hashlib.sha256(tokenizer_json(tokenizer)).hexdigest()
 
 
 def load(path: Path) -> Tokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import DATA, UserError, printable
+from common.errors import DATA, UserError, printable
 
 FORMAT = 1
 """Version of the saved form."""
@@ -49,7 +49,7 @@ class Tokenizer(ABC):
 
     def save(self, path: Path) -> None:
         """Write the saved form, a JSON file, which `load` reads."""
-        path.write_bytes(saved_form(self))
+        path.write_bytes(tokenizer_json(self))
 
     def _check(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
@@ -72,7 +72,7 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """As every `encode`. Raises `UserError` (2) for characters that the corpus did not hold."""
-        text = encodable(text)
+        text = replace_surrogates(text)
         ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
         if unknown := np.flatnonzero(ids < 0).tolist():
             shown = ", ".join(f"'{printable(text[i])}' at position {i}" for i in unknown[:5])
@@ -99,7 +99,7 @@ class ByteTokenizer(Tokenizer):
     end_of_text = 256
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(encodable(text).encode(), np.uint8).astype(np.int64)
+        return np.frombuffer(replace_surrogates(text).encode(), np.uint8).astype(np.int64)
 
     def token_bytes(self, token: int) -> bytes:
         self._check(token)
@@ -109,7 +109,7 @@ class ByteTokenizer(Tokenizer):
         return {"kind": "byte"}
 
 
-def saved_form(tokenizer: Tokenizer) -> bytes:
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """A tokenizer as JSON, one value a line."""
     saved = {"format": FORMAT, **tokenizer.described()}
     return json.dumps(saved, ensure_ascii=False, indent=0).encode() + b"\n"
@@ -119,13 +119,13 @@ def train_char(texts: Iterable[str]) -> CharTokenizer:
     """The characters that occur in some texts. Raises `UserError` (3) when there are none."""
     seen = np.zeros(0x110000, np.bool_)
     for text in texts:
-        seen[_code_points(encodable(text))] = True
+        seen[_code_points(replace_surrogates(text))] = True
     if not seen.any():
         raise UserError("there is no text to take characters from", DATA)
     return CharTokenizer("".join(map(chr, np.flatnonzero(seen).tolist())))
 
 
-def encodable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """`text` with lone surrogates, such as stand for stray bytes of a command line, replaced by U+FFFD."""
     try:
         text.encode()

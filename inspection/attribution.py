@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from model import ops
+from model import functional
 from model.gpt import GPT, Angles, Block, LayerNorm
 
 
@@ -90,7 +90,7 @@ def embedded(model: GPT, tokens: Int[Tensor, "B T"]) -> tuple[dict[str, Float[Te
     positions = torch.arange(T, device=tokens.device)
     parts = {"token embedding": model.token_embedding(tokens)}
     if model.position_embedding is None:
-        return parts, ops.rotary_angles(positions, config.width_of_head, config.architecture.rope_theta)
+        return parts, functional.precompute_rope(positions, config.width_of_head, config.architecture.rope_theta)
     return {**parts, "position embedding": model.position_embedding(positions)[None]}, None
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from inspection.figures import drawable, heading, save, style
+from inspection.plots import drawable, heading, save, style
 from inspection.registry import score_info
 from inspection.tables import scale
-from inspection.words import head_name
+from inspection.terminal import head_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from inspection.dump import TextDump
+from inspection.attention_file import AttentionRecord
 
 HALF_STEP = 2.0**-11
 """A number is rounded to f16 by at most this share of itself."""
@@ -25,7 +25,7 @@ Measured = Iterator[tuple[str, int | float, int | float]]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The outcome of one check over all texts of a file."""
 
     name: str
@@ -46,13 +46,13 @@ class Span:
     start: int
 
 
-def worst(name: str, measured: Measured) -> Finding:
+def worst(name: str, measured: Measured) -> CheckResult:
     """The place that is furthest from its bound; a nan is further than anything."""
-    found, furthest = Finding(name, True, 0.0, 0.0), -1.0
+    found, furthest = CheckResult(name, True, 0.0, 0.0), -1.0
     for where, value, bound in measured:
         share = math.inf if math.isnan(value) or (value and not bound) else value / (bound or 1.0)
         if share > furthest:
-            found, furthest = Finding(name, bool(value <= bound), value, bound, where if value else ""), share
+            found, furthest = CheckResult(name, bool(value <= bound), value, bound, where if value else ""), share
     return found
 
 
@@ -75,7 +75,7 @@ def spans(metadata: Mapping[str, str], T: int) -> list[Span]:
     return found
 
 
-def table(findings: Sequence[Finding]) -> list[str]:
+def table(findings: Sequence[CheckResult]) -> list[str]:
     """A line for each check."""
     width = max((len(finding.name) for finding in findings), default=0)
     lines = []
@@ -90,7 +90,7 @@ def _shown(value: int | float | str) -> str:
     return value[:12] if isinstance(value, str) else f"{value:.2g}"
 
 
-def layers(text: TextDump) -> Iterator[NDArray[np.float32]]:
+def layers(text: AttentionRecord) -> Iterator[NDArray[np.float32]]:
     """The weights (H, T, T) of one layer after the other: all of them at once would take the memory of many files."""
     for layer in range(len(text.packed)):
         yield text.unpack(layer)[0]

@@ -23,13 +23,14 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inspection import dump, record
-from inspection.capture import explicit_face, hooks, likeliest, value_norms
-from inspection.dump import DTYPES
+from common.errors import CONFIG, DISK_OR_MEMORY, UserError
+from inspection import attention_file as dump
+from inspection import record
+from inspection.activation_cache import eager_attention, hooks, likeliest, value_norms
+from inspection.attention_file import DTYPES
 from model.config import ModelConfig
 from model.generate import window_start
 from model.gpt import GPT, Block
-from runtime.errors import CONFIG, DISK_OR_MEMORY, UserError
 
 SUFFIX = ".safetensors"
 MOST_BYTES = 2 << 30
@@ -43,7 +44,7 @@ class Generated:
 
     tokens: NDArray[np.int32]
     packed: NDArray[np.floating[Any]]
-    """(L, H, T (T + 1) / 2) weights, as in `dump.TextDump`."""
+    """(L, H, T (T + 1) / 2) weights, as in `dump.AttentionRecord`."""
     value_norms: NDArray[np.float32]
     """(L, H, T), of each position at the moment when it was the newest."""
     loss: NDArray[np.float32]
@@ -177,7 +178,7 @@ def recording(model: GPT, start: Sequence[int], count: int, dtype: str = "f16") 
     before = model.token_embedding.register_forward_pre_hook(recorder.before)  # what it reads
     after = model.final_norm.register_forward_hook(recorder.after)  # `generate` asks the head for the last one alone
     try:
-        with explicit_face(model), hooks(model, recorder.weights, recorder.values):
+        with eager_attention(model), hooks(model, recorder.weights, recorder.values):
             yield recorder
             recorder.finish()
     finally:

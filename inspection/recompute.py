@@ -14,10 +14,10 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from inspection.capture import Capture, capture
-from inspection.dump import Dump, TextDump
-from inspection.finding import HALF_STEP, WEIGHT, Finding, Measured, Span, spans, worst
-from model import ops
+from inspection.activation_cache import Capture, capture
+from inspection.attention_file import AttentionFile, AttentionRecord
+from inspection.finding import HALF_STEP, WEIGHT, CheckResult, Measured, Span, spans, worst
+from model import functional
 from model.gpt import GPT
 
 FUSED = 1e-5
@@ -28,11 +28,11 @@ CHANCE = 1e-4
 RELATIVE = 1e-5
 """Of the largest number of an array that holds no weights."""
 
-Check = Callable[[TextDump, Span, Capture], Iterator[tuple[float, float]]]
+Check = Callable[[AttentionRecord, Span, Capture], Iterator[tuple[float, float]]]
 """Measures and bounds of one text over one stretch of it, which was read again."""
 
 
-def recomputed(dump: Dump, model: GPT) -> list[Finding]:
+def recomputed(dump: AttentionFile, model: GPT) -> list[CheckResult]:
     """Everything that a text holds but its tokens, against the model. The file's shapes must be the model's."""
     checks: dict[str, Check] = {
         "attention recomputed": _attention,
@@ -52,12 +52,12 @@ def recomputed(dump: Dump, model: GPT) -> list[Finding]:
     return [worst(name, iter(found)) for name, found in measured.items() if found]
 
 
-def scores_recomputed(dump: Dump, again: Mapping[str, ArrayLike]) -> Finding:
+def scores_recomputed(dump: AttentionFile, again: Mapping[str, ArrayLike]) -> CheckResult:
     """The scores of every head against those computed anew; a score that is nan must be so again."""
     return worst("scores recomputed", _scores(dump, again))
 
 
-def _scores(dump: Dump, again: Mapping[str, ArrayLike]) -> Measured:
+def _scores(dump: AttentionFile, again: Mapping[str, ArrayLike]) -> Measured:
     for name, stored in dump.scores.items():
         fresh = np.asarray(again[name], dtype=np.float32) if name in again else None
         if fresh is None or fresh.shape != stored.shape or (np.isnan(fresh) != np.isnan(stored)).any():
@@ -74,7 +74,7 @@ def fused_weights(
     T, D = queries.shape[-2:]
     identity = torch.eye(T, T + D, device=queries.device).expand(*queries.shape[:2], T, T + D)
     for first in range(0, T, D):
-        columns = ops.fused_attention(queries, keys, identity[..., first : first + D])
+        columns = functional.sdpa(queries, keys, identity[..., first : first + D])
         yield first, columns[..., : T - first]
 
 
@@ -84,13 +84,13 @@ def _furthest(stored: NDArray[np.floating], fresh: NDArray[np.floating], least: 
     return off / max(float(np.abs(fresh).max(initial=0.0)), least, 1e-30) if off else 0.0
 
 
-def _attention(text: TextDump, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _attention(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
     for layer, fresh in enumerate(seen.pattern.numpy()):
         stored = text.unpack(layer)[0][:, span.first : span.stop, span.start : span.stop]
         yield float(np.abs(stored - fresh[:, span.first - span.start :]).max()), WEIGHT[text.packed.itemsize]
 
 
-def _fused(model: GPT, text: TextDump, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _fused(model: GPT, text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
     assert seen.queries is not None and seen.keys is not None
     device = model.token_embedding.weight.device
     with torch.no_grad():
@@ -99,7 +99,7 @@ def _fused(model: GPT, text: TextDump, span: Span, seen: Capture) -> Iterator[tu
             yield (columns.cpu() - explicit).abs().max().item(), FUSED
 
 
-def _loss(text: TextDump, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _loss(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
     assert seen.logits is not None
     targets = torch.from_numpy(text.tokens[span.first + 1 : span.stop + 1].astype(np.int64))
     chances = seen.logits[span.first - span.start :][: len(targets)].log_softmax(dim=-1)
@@ -108,19 +108,19 @@ def _loss(text: TextDump, span: Span, seen: Capture) -> Iterator[tuple[float, fl
         yield float(np.abs(text.loss[span.first : span.first + len(fresh)] - fresh).max()), NATS
 
 
-def _value_norms(text: TextDump, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _value_norms(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
     stored = text.value_norms[..., span.first : span.stop]
     yield _furthest(stored, seen.value_norms[..., span.first - span.start :].numpy()), RELATIVE
 
 
-def _details(text: TextDump, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _details(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
     for name in ("queries", "keys", "values", "projected"):
         stored: NDArray[np.floating] | None = getattr(text, name)
         if stored is not None:
             yield _furthest(stored, getattr(seen, name).numpy()), RELATIVE + (HALF_STEP if stored.itemsize == 2 else 0)
 
 
-def _next(text: TextDump, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _next(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
     """The stored tokens must have the stored probabilities, and no others may be likelier."""
     if text.top is None or text.top_tokens is None:
         return

@@ -12,9 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from inspection.dump import DTYPES, FORMAT, SCORES
-from inspection.files import replace_whole
-from model.tensor_file import file_head
+from common.files import write_atomic
+from common.safetensors_header import file_head
+from inspection.attention_file import DTYPES, FORMAT, SCORES
 
 LARGEST_HALF = 65504.0
 Chunk = bytes | memoryview
@@ -24,7 +24,7 @@ Chunk = bytes | memoryview
 class Observed(Protocol):
     """What is written of a text; a `capture.Capture` is one.
 
-    Besides, its weights: `pattern` (L, H, T, T), or `packed` as in `dump.TextDump`. What it has of queries, keys,
+    Besides, its weights: `pattern` (L, H, T, T), or `packed` as in `dump.AttentionRecord`. What it has of queries, keys,
     values, projected, top and top_p (see `Capture`) is written too.
     """
 
@@ -132,7 +132,7 @@ def write(
         arrays |= {f"{k}.{part}": array for part, array in parts.items()}
     arrays |= {SCORES + name: np.asarray(table, dtype="<f4") for name, table in (scores or {}).items()}
     ours = {"format": FORMAT, "texts": json.dumps([name for name, _, _ in captures])}
-    replace_whole(Path(path), _serialize(arrays, {**metadata, **ours}))
+    write_atomic(Path(path), _serialize(arrays, {**metadata, **ours}))
 
 
 def versions() -> str:

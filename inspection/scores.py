@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from inspection import metrics
-from inspection.capture import observe, pad
-from inspection.probes import Probe, measure
+from inspection import head_scores as metrics
+from inspection.activation_cache import observe, pad
+from inspection.contrast_pairs import ContrastPair, measure
+from inspection.eval_texts import EvalTexts
 from inspection.registry import READS
-from inspection.watch import WatchSet
 from model.gpt import GPT
 
 Formula = Callable[[Float[Tensor, "H T T"], Tensor], Float[Tensor, " H"]]
@@ -34,7 +34,7 @@ ON_TEXTS: dict[str, Formula] = {
 }
 
 
-def head_scores(model: GPT, watch: WatchSet, per_kind: int = 16) -> dict[str, Float32[Tensor, "L H"]]:
+def head_scores(model: GPT, watch: EvalTexts, per_kind: int = 16) -> dict[str, Float32[Tensor, "L H"]]:
     """The scores of `registry.py`, on the CPU: means over the texts that have anything to measure.
 
     What cannot be measured is left out: a score of which `watch` has no texts, or that is not a finite number.
@@ -46,7 +46,7 @@ def head_scores(model: GPT, watch: WatchSet, per_kind: int = 16) -> dict[str, Fl
     found = {**_averaged(model, watch.repeats, ON_REPEATS)}
     found |= _averaged(model, [tokens for _, tokens in watch.texts], ON_TEXTS)
     found["copying"] = metrics.copying(model)
-    asked: dict[str, list[Probe]] = {}
+    asked: dict[str, list[ContrastPair]] = {}
     for probe in watch.probes:
         asked.setdefault(probe.kind, []).append(probe)
     probes = [probe for kind in asked.values() for probe in kind[:per_kind]]

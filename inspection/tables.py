@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from common.errors import printable
 from inspection.registry import score_info
-from inspection.words import can_show, columns_of
-from runtime.errors import printable
+from inspection.terminal import can_show, columns_of
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-=+*#@"

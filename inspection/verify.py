@@ -14,8 +14,8 @@ from dataclasses import fields
 import numpy as np
 from numpy.typing import ArrayLike
 
-from inspection.dump import Dump
-from inspection.finding import HALF_STEP, WEIGHT, Finding, Measured, layers, most, spans, worst
+from inspection.attention_file import AttentionFile
+from inspection.finding import HALF_STEP, WEIGHT, CheckResult, Measured, layers, most, spans, worst
 from inspection.recompute import recomputed, scores_recomputed
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -24,12 +24,12 @@ METADATA = ("config", "vocab_size", "step", "tokens_seen", "weights_sha256", "to
 
 
 def verify_dump(
-    dump: Dump,
+    dump: AttentionFile,
     model: GPT | None = None,
     hashes: Mapping[str, str] | None = None,
     token_bytes: Callable[[int], bytes] | None = None,
     scores: Callable[[GPT], Mapping[str, ArrayLike]] | None = None,
-) -> list[Finding]:
+) -> list[CheckResult]:
     """All checks that can be made with what is given; the file is good if all are `ok`.
 
     Args:
@@ -46,7 +46,9 @@ def verify_dump(
         if model is None:
             return findings
         problems = _strangers(dump, model.config, model.vocab_size)
-        findings.append(Finding("the model has this shape", not problems, len(problems), 0, "; ".join(problems[:3])))
+        findings.append(
+            CheckResult("the model has this shape", not problems, len(problems), 0, "; ".join(problems[:3]))
+        )
         if not problems:
             findings += recomputed(dump, model)
             if scores is not None and dump.scores:
@@ -54,7 +56,7 @@ def verify_dump(
         return findings
 
 
-def _config(dump: Dump) -> ModelConfig:
+def _config(dump: AttentionFile) -> ModelConfig:
     """Raises ValueError if the metadata holds none."""
     try:
         return ModelConfig(**json.loads(dump.metadata["config"]))
@@ -62,7 +64,7 @@ def _config(dump: Dump) -> ModelConfig:
         raise ValueError("its config is malformed") from error
 
 
-def _metadata(dump: Dump) -> Finding:
+def _metadata(dump: AttentionFile) -> CheckResult:
     """Whether all is there that says where the file comes from, and its arrays have the shape that it states."""
     problems = [f"no {key}" for key in METADATA if key not in dump.metadata]
     try:
@@ -70,10 +72,10 @@ def _metadata(dump: Dump) -> Finding:
         problems += _strangers(dump, config, vocab_size)
     except ValueError as error:
         problems.append(str(error))
-    return Finding("metadata and shapes", not problems, len(problems), 0, "; ".join(problems[:3]))
+    return CheckResult("metadata and shapes", not problems, len(problems), 0, "; ".join(problems[:3]))
 
 
-def _strangers(dump: Dump, config: ModelConfig, vocab_size: int) -> list[str]:
+def _strangers(dump: AttentionFile, config: ModelConfig, vocab_size: int) -> list[str]:
     """What does not fit a model of this shape."""
     problems = []
     heads, width = (config.n_layers, config.n_heads), config.width_of_head
@@ -100,11 +102,11 @@ def _strangers(dump: Dump, config: ModelConfig, vocab_size: int) -> list[str]:
     return problems
 
 
-def _same(name: str, found: str, wanted: str) -> Finding:
-    return Finding(name, found == wanted, found, wanted)
+def _same(name: str, found: str, wanted: str) -> CheckResult:
+    return CheckResult(name, found == wanted, found, wanted)
 
 
-def _spelling(dump: Dump, token_bytes: Callable[[int], bytes]) -> Measured:
+def _spelling(dump: AttentionFile, token_bytes: Callable[[int], bytes]) -> Measured:
     for text in dump.texts:
         pairs = list(zip(text.tokens.tolist(), text.token_bytes, strict=True))
         if text.top is not None and text.top_tokens is not None:
@@ -123,7 +125,7 @@ def _bytes(token_bytes: Callable[[int], bytes], token: int) -> bytes | None:
 # What the numbers say about themselves.
 
 
-def _inside(dump: Dump) -> list[Finding]:
+def _inside(dump: AttentionFile) -> list[CheckResult]:
     asked = any(text.queries is not None and text.keys is not None for text in dump.texts)
     return [
         worst("numbers that are not finite", _not_finite(dump)),
@@ -134,7 +136,7 @@ def _inside(dump: Dump) -> list[Finding]:
     ]
 
 
-def _not_finite(dump: Dump) -> Measured:
+def _not_finite(dump: AttentionFile) -> Measured:
     for text in dump.texts:
         arrays = [getattr(text, field.name) for field in fields(text)]
         numbers = [a for a in arrays if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
@@ -145,7 +147,7 @@ def _not_finite(dump: Dump) -> Measured:
         yield f"score {name}", int(np.isinf(score).sum()), 0
 
 
-def _row_sums(dump: Dump) -> Measured:
+def _row_sums(dump: AttentionFile) -> Measured:
     """T numbers that sum to 1, each rounded to f16 by 2^-12 of itself, or by 2^-25 where it is smaller than 2^-14."""
     for text in dump.texts:
         T = len(text.tokens)
@@ -154,13 +156,13 @@ def _row_sums(dump: Dump) -> Measured:
         yield text.name, most(off), bound
 
 
-def _range(dump: Dump) -> Measured:
+def _range(dump: AttentionFile) -> Measured:
     for text in dump.texts:
         least, highest = text.packed.min(), text.packed.max()
         yield text.name, float(np.maximum(np.maximum(0 - least, highest - 1), 0)), WEIGHT[4]
 
 
-def _outside(dump: Dump) -> Measured:
+def _outside(dump: AttentionFile) -> Measured:
     """No place in the file holds weight on a later token; what lies before a query's window has to be 0."""
     for text in dump.texts:
         try:
@@ -175,7 +177,7 @@ def _outside(dump: Dump) -> Measured:
         yield text.name, most(off), 0
 
 
-def _from_queries(dump: Dump) -> Measured:
+def _from_queries(dump: AttentionFile) -> Measured:
     """softmax(q · k / √D) again. Roundings of q and k move a score by at most 2^-10 Σ |q_d k_d| / √D where they are
     f16, and a weight by at most half of that."""
     for text in dump.texts:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kernels = Literal["explicit", "fused", "chunked"]
-FACES: tuple[Kernels, ...] = get_args(Kernels)
+AttentionImplementation = Literal["eager", "sdpa", "chunked"]
+ATTENTION_IMPLEMENTATIONS: tuple[AttentionImplementation, ...] = get_args(AttentionImplementation)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ModelConfig:
     """Heads that keys and values are shared among (grouped queries); 0 takes as many as n_heads."""
     d_model: int = 128
     """Width of the residual stream."""
-    head_width: int = 0
+    d_head: int = 0
     """Width of a head; 0 takes d_model / n_heads."""
     d_mlp: int = 0
     """Hidden width of the MLP; 0 takes the preset's multiple of d_model."""
@@ -61,7 +61,7 @@ class ModelConfig:
     """Tokens that the model can look back on, the current one included."""
     dropout: float = 0.0
     """Share of activations dropped while training."""
-    kernels: Literal["auto", Kernels] = "auto"
+    attention: Literal["auto", AttentionImplementation] = "auto"
     """`explicit`: every step written out; `fused`: the library's kernels; `chunked`: attention written out, some
     queries at a time, the rest the library's; `auto`: the fastest for this machine."""
 
@@ -75,7 +75,7 @@ class ModelConfig:
 
     @property
     def width_of_head(self) -> int:
-        return self.head_width or self.d_model // self.n_heads
+        return self.d_head or self.d_model // self.n_heads
 
     @property
     def width_of_mlp(self) -> int:
@@ -90,7 +90,7 @@ class ModelConfig:
                 ("n_heads", self.n_heads, 1),
                 ("n_kv_heads", self.n_kv_heads, 0),
                 ("d_model", self.d_model, 1),
-                ("head_width", self.head_width, 0),
+                ("d_head", self.d_head, 0),
                 ("d_mlp", self.d_mlp, 0),
                 ("context", self.context, 1),
             )
@@ -98,7 +98,7 @@ class ModelConfig:
         ]
         if found:
             return found
-        if not self.head_width and self.d_model % self.n_heads:
+        if not self.d_head and self.d_model % self.n_heads:
             found.append(
                 f"model.d_model is {self.d_model}, which {self.n_heads} heads cannot share evenly; "
                 f"take model.d_model {-(-self.d_model // self.n_heads) * self.n_heads}, or another model.n_heads"
@@ -111,7 +111,7 @@ class ModelConfig:
         if self.architecture.positions == "rotary" and not found and self.width_of_head % 2:
             found.append(
                 f"the width of a head is {self.width_of_head}; rotary positions need an even one "
-                "(set model.head_width, or change model.d_model)"
+                "(set model.d_head, or change model.d_model)"
             )
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from model.cache import KVCache
 from model.gpt import GPT
+from model.kv_cache import KVCache
 from model.recorded import Record, RecordedReading
 
 

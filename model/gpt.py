@@ -1,7 +1,7 @@
 """The model, bottom-up: norms, causal self-attention, MLP, block, GPT.
 
 It maps tokens to logits and knows nothing else: no loss, no optimizer, no tokenizer, no file. Weights start as
-`initialise` says; what each operation computes stands in `model/ops.py`.
+`initialise` says; what each operation computes stands in `model/functional.py`.
 
 Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D head width, V vocabulary.
 """
@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model import ops, thrift
-from model.cache import KVCache
+from model import chunked_attention as thrift
+from model import functional
 from model.config import ModelConfig
+from model.kv_cache import KVCache
 
 Angles = tuple[Tensor, Tensor]
 
@@ -31,7 +32,7 @@ class LayerNorm(nn.Module):
         self.eps, self.fused = eps, fused
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        norm = ops.fused_layer_norm if self.fused else ops.layer_norm
+        norm = functional.fused_layer_norm if self.fused else functional.layer_norm
         return norm(x, self.gain, self.bias, self.eps)
 
 
@@ -44,13 +45,13 @@ class RMSNorm(nn.Module):
         self.eps, self.fused = eps, fused
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        norm = ops.fused_rms_norm if self.fused else ops.rms_norm
+        norm = functional.fused_rms_norm if self.fused else functional.rms_norm
         return norm(x, self.gain, self.eps)
 
 
 def block_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     """The norm that stands before attention, MLP and head."""
-    preset, fused = config.architecture, config.kernels != "explicit"
+    preset, fused = config.architecture, config.attention != "eager"
     if preset.norm == "rms":
         return RMSNorm(config.d_model, preset.norm_eps, fused)
     return LayerNorm(config.d_model, preset.norm_eps, preset.biases, fused)
@@ -60,7 +61,7 @@ class AttentionWeights(nn.Module):
     """Which positions each query reads. A module of its own, so that a hook can read the very weights that are used."""
 
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
-        return ops.attention_weights(q, k)
+        return functional.attention_pattern(q, k)
 
 
 class CausalSelfAttention(nn.Module):
@@ -68,26 +69,26 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        preset, fused = config.architecture, config.kernels != "explicit"
+        preset, fused = config.architecture, config.attention != "eager"
         self.layer, self.fused, self.dropout = layer, fused, config.dropout
-        self.chunked = config.kernels == "chunked"
-        self.n_heads, self.n_kv_heads, self.head_width = config.n_heads, config.kv_heads, config.width_of_head
-        self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_width, bias=preset.biases)
-        self.out = nn.Linear(self.n_heads * self.head_width, config.d_model, bias=preset.biases)
-        self.q_norm = RMSNorm(self.head_width, preset.norm_eps, fused) if preset.qk_norm else None
-        self.k_norm = RMSNorm(self.head_width, preset.norm_eps, fused) if preset.qk_norm else None
+        self.chunked = config.attention == "chunked"
+        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.kv_heads, config.width_of_head
+        self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=preset.biases)
+        self.out = nn.Linear(self.n_heads * self.d_head, config.d_model, bias=preset.biases)
+        self.q_norm = RMSNorm(self.d_head, preset.norm_eps, fused) if preset.qk_norm else None
+        self.k_norm = RMSNorm(self.d_head, preset.norm_eps, fused) if preset.qk_norm else None
         self.weights = AttentionWeights()
 
     def project(
         self, x: Float[Tensor, "B T C"], angles: Angles | None
     ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
         """Queries, keys and values of each head; with rotary positions, queries and keys turned by their place."""
-        H, G, D = self.n_heads, self.n_kv_heads, self.head_width
+        H, G, D = self.n_heads, self.n_kv_heads, self.d_head
         q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).transpose(1, 2).split([H, G, G], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
-            q, k = ops.rotate(q, *angles), ops.rotate(k, *angles)
+            q, k = functional.apply_rope(q, *angles), functional.apply_rope(k, *angles)
         return q, k, v
 
     def forward(
@@ -98,12 +99,12 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         if not self.fused:
-            k, v = ops.share_heads(k, self.n_heads), ops.share_heads(v, self.n_heads)
+            k, v = functional.repeat_kv(k, self.n_heads), functional.repeat_kv(v, self.n_heads)
             y = nn.functional.dropout(self.weights(q, k), dropout) @ v
         elif self.chunked and cache is None:
             y = thrift.chunked_attention(q, k, v, dropout)
         else:
-            y = ops.fused_attention(q, k, v, dropout, None if cache is None else cache.allowed)
+            y = functional.sdpa(q, k, v, dropout, None if cache is None else cache.allowed)
         return self.out(y.transpose(1, 2).flatten(-2))  # the heads side by side again, then mixed
 
 
@@ -114,17 +115,17 @@ class MLP(nn.Module):
         super().__init__()
         preset, width = config.architecture, config.width_of_mlp
         self.activation = {
-            ("gelu", False): ops.gelu,
-            ("gelu", True): ops.fused_gelu,
-            ("relu2", False): ops.relu2,
-            ("relu2", True): ops.relu2,
-            ("swiglu", False): ops.swiglu,
-            ("swiglu", True): ops.fused_swiglu,
-        }[preset.activation, config.kernels != "explicit"]
+            ("gelu", False): functional.gelu,
+            ("gelu", True): functional.fused_gelu,
+            ("relu2", False): functional.relu2,
+            ("relu2", True): functional.relu2,
+            ("swiglu", False): functional.swiglu,
+            ("swiglu", True): functional.fused_swiglu,
+        }[preset.activation, config.attention != "eager"]
         gates = 2 if preset.activation == "swiglu" else 1
         self.up = nn.Linear(config.d_model, gates * width, bias=preset.biases)
         self.down = nn.Linear(width, config.d_model, bias=preset.biases)
-        self.thrifty = config.kernels == "chunked"
+        self.thrifty = config.attention == "chunked"
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         if self.thrifty:
@@ -154,7 +155,7 @@ class GPT(nn.Module):
     """A decoder-only transformer: for each position, the logits of the token that comes next.
 
     Args:
-        config: the shape; its `kernels` must not be `auto`, which `runtime/device.py` decides.
+        config: the shape; its `kernels` must not be `auto`, which `training/device.py` decides.
         vocab_size: V, the tokenizer's number of tokens.
         seed: of the generator that draws the first weights.
 
@@ -216,7 +217,9 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         else:
-            angles = ops.rotary_angles(positions, self.config.width_of_head, self.config.architecture.rope_theta)
+            angles = functional.precompute_rope(
+                positions, self.config.width_of_head, self.config.architecture.rope_theta
+            )
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, angles, cache)

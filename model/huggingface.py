@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import Kernels, ModelConfig
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
+from model.config import AttentionImplementation, ModelConfig
 from model.gpt import GPT
 from model.huggingface_config import describe, read_config, refusal
-from runtime.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -115,7 +115,7 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ):
         raise UserError(
             "GPT-2 on Hugging Face knows no shared key/value heads and no head width but d_model / n_heads; "
-            "train with model.preset qwen3, or leave model.n_kv_heads and model.head_width at 0"
+            "train with model.preset qwen3, or leave model.n_kv_heads and model.d_head at 0"
         )
     state, weights = model.state_dict(), {}
     for entry in layout(config):
@@ -216,7 +216,7 @@ def save_huggingface(model: GPT, folder: str | Path) -> None:
         raise UserError(f"cannot write the model to {folder}: {error}", DISK_OR_MEMORY) from error
 
 
-def load_huggingface(folder: str | Path, kernels: Kernels = "explicit") -> GPT:
+def load_huggingface(folder: str | Path, attention: AttentionImplementation = "eager") -> GPT:
     """The model, in float32 on the CPU, that a folder with `config.json` and `model.safetensors` describes.
 
     Raises:
@@ -234,6 +234,6 @@ def load_huggingface(folder: str | Path, kernels: Kernels = "explicit") -> GPT:
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG_FILE} holds no JSON object", CHECKPOINT)
     shape, vocab_size, state = from_huggingface(config, weights)
-    model = GPT(replace(shape, kernels=kernels), vocab_size)
+    model = GPT(replace(shape, attention=attention), vocab_size)
     model.load_state_dict(state)
     return model

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import torch
 
+from common.errors import CHECKPOINT, UserError
 from model.config import PRESETS, ModelConfig
-from runtime.errors import CHECKPOINT, UserError
 
 # Their names for our sizes.
 SIZES = {
@@ -29,7 +29,7 @@ SIZES = {
         "n_heads": "num_attention_heads",
         "n_kv_heads": "num_key_value_heads",
         "d_model": "hidden_size",
-        "head_width": "head_dim",
+        "d_head": "head_dim",
         "d_mlp": "intermediate_size",
         "context": "max_position_embeddings",
     },
@@ -66,7 +66,7 @@ def describe(config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> dict[s
         "n_heads": config.n_heads,
         "n_kv_heads": config.kv_heads,
         "d_model": config.d_model,
-        "head_width": config.width_of_head,
+        "d_head": config.width_of_head,
         "d_mlp": config.width_of_mlp,
         "context": config.context,
     }

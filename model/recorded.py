@@ -1,7 +1,7 @@
 """Reading one token as a recording: the same operations on the same memory, replayed without asking Python again.
 
 A model of 124 M parameters reads a token by some 200 small operations. A GPU finishes each of them sooner than Python
-names the next; a CUDA graph is all of them in one. What records is handed in (`runtime/graphs.py`): nothing here
+names the next; a CUDA graph is all of them in one. What records is handed in (`training/graphs.py`): nothing here
 knows a device.
 """
 
@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from model.cache import KVCache, OnePosition
 from model.gpt import GPT, Block
+from model.kv_cache import KVCache, OnePosition
 
 Step = Callable[[], Tensor]
 Record = Callable[[Step], Step]

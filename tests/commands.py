@@ -7,10 +7,10 @@ from importlib import import_module
 
 import attend
 import sample
-from runtime.cli import parse
-from runtime.config import parse_train
-from runtime.hardware import take_plan
 from tests.runs import ROOT
+from training.cli import parse
+from training.config import parse_train
+from training.hardware import take_plan
 
 
 def check_command(command: str) -> None:
@@ -20,7 +20,9 @@ def check_command(command: str) -> None:
         assert (ROOT / argv[-1]).is_file()
     elif script == "train.py":
         argv, _ = take_plan(argv)
-        if "--run.resume" not in argv and "--help" not in argv:  # a run to resume is made in tests/test_train.py
+        if (
+            "--run.resume" not in argv and "--help" not in argv
+        ):  # a run to resume is made in tests/training/test_train.py
             parse_train([str(ROOT / word) if word.endswith(".toml") else word for word in argv])
     elif script == "sample.py":
         parse(sample.SampleConfig, argv, "", positional="run")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime.errors import run_main
+from common.errors import run_main
 
 ROOT = Path(__file__).parent.parent
 

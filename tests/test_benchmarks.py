@@ -104,7 +104,7 @@ def test_what_is_recorded_names_no_path_of_the_machine(monkeypatch: pytest.Monke
 
 def test_operations_are_counted_as_nanogpt_counts_them() -> None:
     """Its estimate for its own shape: 6 N + 12 L H Q T, N without the positions."""
-    model = GPT(ModelConfig("gpt2", n_layers=6, n_heads=6, d_model=384, context=256, kernels="fused"), 65)
+    model = GPT(ModelConfig("gpt2", n_layers=6, n_heads=6, d_model=384, context=256, attention="sdpa"), 65)
     matrices = matrix_parameters(model)
     assert matrices == 12 * 6 * 384**2 + 65 * 384
     assert ceilings.flops_per_token(matrices, 6, 384, 256) == 6 * matrices + 12 * 6 * 6 * 64 * 256

@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train", "sample", "attend")
 MAY_IMPORT: dict[str, set[str]] = {
-    "model": {"model"},
-    "data": {"data"},
-    "inspection": {"inspection", "model"},
-    "runtime": {"runtime", "model", "data"},
-    **{script: {"model", "data", "inspection", "runtime"} for script in SCRIPTS},
+    "common": {"common"},
+    "model": {"model", "common"},
+    "data": {"data", "common"},
+    "inspection": {"inspection", "model", "common"},
+    "training": {"training", "model", "data", "common"},
+    **{script: {"common", "model", "data", "inspection", "training"} for script in SCRIPTS},
 }
-LEAF = "runtime.errors"
-WITHOUT_TORCH = ("data.config", "model.config", "runtime.config", "runtime.errors")
+LEAF = "common.errors"
+WITHOUT_TORCH = ("data.config", "model.config", "training.config", "common.errors")
 
 
 def sources() -> dict[str, Path]:

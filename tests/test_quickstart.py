@@ -12,12 +12,12 @@ import pytest
 
 from data.config import cache_folder
 from data.stories import KINDS, parse
-from inspection.dump import read
-from runtime.checkpoint import open_checkpoint
-from runtime.device import find_machine
-from runtime.log import read_metrics
-from runtime.sampling import Sampling, first_tokens, write_text
+from inspection.attention_file import read
 from tests.runs import process
+from training.checkpoint import open_checkpoint
+from training.device import get_dist_context
+from training.metrics import read_metrics
+from training.text_generation import Sampling, first_tokens, write_text
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def test_the_right_answer_is_preferred_in_every_family(quickstart: tuple[Path, s
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 def test_nine_of_ten_samples_are_sentences_of_the_grammar(quickstart: tuple[Path, str], temperature: float) -> None:
     saved = open_checkpoint(quickstart[0])
-    model, tokenizer = saved.model(find_machine("fp32")), saved.tokenizer()
+    model, tokenizer = saved.model(get_dist_context("fp32")), saved.tokenizer()
     start, count = first_tokens(tokenizer, "", saved.documents), model.config.context - 1
     pieces = write_text(model, tokenizer, start, count, 200, 1, Sampling(temperature))
     texts = ["".join(written) for written in zip(*pieces, strict=True)]

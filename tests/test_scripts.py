@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inspection.dump import read
+from inspection.attention_file import read
 from tests.runs import ROOT, TINY, process, said, script
 
 EMOJI = "\N{FOX FACE}"

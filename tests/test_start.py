@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cli
-from runtime.config import parse_train
-from runtime.errors import UserError
+from common.errors import UserError
 from tests.runs import ROOT, TINY
+from training import cli
+from training.config import parse_train
 
 FIRST_STEP = """
 import sys
 import train
-from runtime.trainer import Trainer
+from training.trainer import Trainer
 
 real = Trainer.step
 
@@ -69,7 +69,7 @@ def test_a_short_command_does_not_look_through_all_objects_again_and_again() -> 
     """Collections of Python's garbage while torch is loaded: a handful instead of hundreds, and none at the end."""
     program = (
         "import atexit, gc\n"
-        "from runtime.errors import run_main\n"
+        "from common.errors import run_main\n"
         "def collections(): return sum(s['collections'] for s in gc.get_stats())\n"
         "atexit.register(lambda: print(collections(), gc.get_freeze_count() > 100_000))\n"
         "def main(argv):\n    import torch\n"

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import CONFIG, UserError, printable
+from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Told, as_name, heads_in, heads_of, short
-from inspection.dump import Dump, TextDump
-from inspection.folder import NEWEST, RunAttention
+from inspection.run_reader import NEWEST, RunAttention
 from inspection.tables import Column, Result, Terminal, paragraph, table
-from inspection.words import DISCLAIMER, head_name
-from runtime.errors import CONFIG, UserError, printable
+from inspection.terminal import DISCLAIMER, head_name
 
 OLDEST_OR_NEWEST = -1
 
@@ -81,7 +81,7 @@ def _both_missing(one: dict[str, Any]) -> bool:
     return all(math.isnan(one.get(side, 0.0)) for side in ("first", "second"))
 
 
-def _scores(first: Dump, second: Dump, sides: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def _scores(first: AttentionFile, second: AttentionFile, sides: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Each score that both have, head by head; and which ones only one of them has."""
     shapes = heads_in(first), heads_in(second)
     known = [shape for shape in shapes if shape]
@@ -99,7 +99,9 @@ def _scores(first: Dump, second: Dump, sides: list[str]) -> tuple[list[dict[str,
     return records, notes
 
 
-def _patterns(first: Dump, second: Dump, wanted: str, sides: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def _patterns(
+    first: AttentionFile, second: AttentionFile, wanted: str, sides: list[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """How far the patterns of texts that both read are apart; and which texts were left out, and why."""
     ours, theirs = ({text.name: text for text in dump.texts} for dump in (first, second))
     names = [name for name in ours if name in theirs]
@@ -122,7 +124,7 @@ def _patterns(first: Dump, second: Dump, wanted: str, sides: list[str]) -> tuple
     return records, notes
 
 
-def apart_and_moved(first: TextDump, second: TextDump) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def apart_and_moved(first: AttentionRecord, second: AttentionRecord) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How far two patterns of one text are apart, each (L, H).
 
     Returns:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import printable
 from inspection.commands.shared import (
     Told,
     about_evidence,
@@ -19,10 +20,9 @@ from inspection.commands.shared import (
     short,
     title_of,
 )
-from inspection.folder import NEWEST, RunAttention
+from inspection.run_reader import NEWEST, RunAttention
 from inspection.tables import Column, Result, Terminal, interval, number, table
-from inspection.words import DISCLAIMER
-from runtime.errors import printable
+from inspection.terminal import DISCLAIMER
 
 
 @dataclass(frozen=True)

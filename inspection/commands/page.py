@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import printable
 from inspection.commands.shared import OfRun
-from inspection.folder import RunAttention
+from inspection.run_reader import RunAttention
 from inspection.tables import Result, Terminal
-from runtime.errors import printable
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Page(OfRun):
 
 def run(config: Page, terminal: Terminal) -> Result:
     """Build the page and say what it holds."""
-    from inspection.page import PageRun, write_page
+    from inspection.page_builder import PageRun, write_page
 
     attentions = [RunAttention.open(name) for name in (config.run, config.against) if name]
     first = attentions[0]

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from inspection.claims import CAUTIONS, PASSES, measure_of, verdict
-from inspection.dump import Dump, TextDump
-from inspection.evidence import Effects, Evidence, Interval
-from inspection.folder import RunAttention
+from common.errors import CHECKPOINT, CONFIG, UserError, printable
+from inspection.ablation_results import Effects, Evidence, Interval
+from inspection.attention_file import AttentionFile, AttentionRecord
+from inspection.findings import CAUTIONS, PASSES, measure_of, verdict
 from inspection.registry import READS, score_info
-from inspection.words import head_name
-from runtime.errors import CHECKPOINT, CONFIG, UserError, printable
+from inspection.run_reader import RunAttention
+from inspection.terminal import head_name
 
 NO_WEIGHTS = ("entropy", "distance", "copying")
 """Scores that are no share of a head's weight: half of one is no mark."""
@@ -66,7 +66,7 @@ def as_name(name: str, names: Iterable[str], what: str, where: str) -> str:
     raise UserError(f"{where} has no {what} {printable(name)!r}; {hint}{listed}", CONFIG)
 
 
-def text_of(dump: Dump, name: str, where: str) -> TextDump:
+def text_of(dump: AttentionFile, name: str, where: str) -> AttentionRecord:
     """The text of that name; without one the model's own sample, else the first text.
 
     Raises:
@@ -95,7 +95,7 @@ def heads_of(table: NDArray[Any]) -> list[tuple[int, int]]:
     return [(layer, head) for layer in range(table.shape[0]) for head in range(table.shape[1])]
 
 
-def heads_in(dump: Dump) -> tuple[int, int] | None:
+def heads_in(dump: AttentionFile) -> tuple[int, int] | None:
     """(L, H) of the model that a dump is of; None where it holds nothing."""
     shapes = [text.value_norms.shape for text in dump.texts] + [values.shape for values in dump.scores.values()]
     return (shapes[0][0], shapes[0][1]) if shapes else None
@@ -172,7 +172,7 @@ def flat(found: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def about_evidence(run: RunAttention, step: int, dump: Dump, evidence: Evidence | None) -> list[str]:
+def about_evidence(run: RunAttention, step: int, dump: AttentionFile, evidence: Evidence | None) -> list[str]:
     """What has to be said of the effects beside scores of a step: none, or those of other weights."""
     if evidence is None:
         return [

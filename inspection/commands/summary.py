@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import printable
+from inspection.attention_file import AttentionFile
 from inspection.commands.shared import OfRun, about_evidence, best_head, effects_of, heads_in, marks, record, short
-from inspection.dump import Dump
-from inspection.folder import RunAttention
+from inspection.run_reader import RunAttention
 from inspection.tables import Column, Result, Terminal, interval, number, paragraph, table
-from inspection.words import DISCLAIMER
-from runtime.errors import printable
+from inspection.terminal import DISCLAIMER
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run(config: Summary, terminal: Terminal) -> Result:
     return Result([*lines, *([] if claims else [DISCLAIMER])], data, best)
 
 
-def _what_is_there(attention: RunAttention, step: int, dump: Dump, width: int) -> list[str]:
+def _what_is_there(attention: RunAttention, step: int, dump: AttentionFile, width: int) -> list[str]:
     L, H = heads_in(dump) or (0, 0)
     steps, tokens = attention.steps, [len(text.tokens) for text in dump.texts]
     names = ", ".join(printable(text.name) for text in dump.texts)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inspection.claims import PASSES
+from common.errors import printable
 from inspection.commands.shared import Told, as_name, best_head, heads_of, require_scores, short, title_of
-from inspection.folder import RunAttention
+from inspection.findings import PASSES
+from inspection.run_reader import RunAttention
 from inspection.tables import Cell, Column, Result, Terminal, scale, sparkline, table
-from inspection.words import head_name
-from runtime.errors import printable
+from inspection.terminal import head_name
 
 DRAWN = 60
 """Marks of a sparkline, at most."""

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import CONFIG, UserError, printable
+from inspection.attention_file import AttentionRecord
 from inspection.commands.shared import Told, text_of
-from inspection.dump import TextDump
-from inspection.folder import NEWEST, RunAttention
+from inspection.run_reader import NEWEST, RunAttention
 from inspection.tables import Column, Result, Terminal, table
-from inspection.words import DISCLAIMER, head_name, token_text
-from runtime.errors import CONFIG, UserError, printable
+from inspection.terminal import DISCLAIMER, head_name, token_text
 
 TOP, TOP_OF_ONE = 3, 10
 """Readings that are told of each head, and of the one that was asked for."""
@@ -80,7 +80,7 @@ def run(config: Token, terminal: Terminal) -> Result:
     return Result(_lines(data, text, notes, terminal, attention), data, readings)
 
 
-def read_row(text: TextDump, position: int, value_weighted: bool) -> NDArray[np.float64]:
+def read_row(text: AttentionRecord, position: int, value_weighted: bool) -> NDArray[np.float64]:
     """What a query reads, (L, H, position + 1), without unpacking the whole pattern.
 
     Value weighted: A[i, j] |v_j W_O| over its sum (Kobayashi et al. 2020); nan where all of them are 0.
@@ -94,7 +94,7 @@ def read_row(text: TextDump, position: int, value_weighted: bool) -> NDArray[np.
     return row
 
 
-def _position(config: Token, text: TextDump, others: list[TextDump]) -> tuple[int, list[str]]:
+def _position(config: Token, text: AttentionRecord, others: list[AttentionRecord]) -> tuple[int, list[str]]:
     """The token that is asked for, and what has to be said about the choice."""
     T = len(text.tokens)
     if config.find:
@@ -119,7 +119,7 @@ def places_of(word: str, token_bytes: list[bytes]) -> list[int]:
     return sorted({int(np.searchsorted(ends, match.end())) for match in found})
 
 
-def _not_there(word: str, text: TextDump, others: list[TextDump]) -> str:
+def _not_there(word: str, text: AttentionRecord, others: list[AttentionRecord]) -> str:
     """Where else the word stands, or how the text reads."""
     elsewhere = [other.name for other in others if places_of(word, other.token_bytes)]
     if elsewhere:
@@ -129,7 +129,7 @@ def _not_there(word: str, text: TextDump, others: list[TextDump]) -> str:
     return f"{printable(word)!r} is not in text {printable(text.name)!r}; {hint}"
 
 
-def _readings(text: TextDump, row: NDArray[np.float64], head: tuple[int, int], top: int) -> list[dict[str, Any]]:
+def _readings(text: AttentionRecord, row: NDArray[np.float64], head: tuple[int, int], top: int) -> list[dict[str, Any]]:
     """The strongest readings of one head, strongest first."""
     query = len(row) - 1
     order = np.argsort(-np.nan_to_num(row), kind="stable")[:top]
@@ -146,7 +146,7 @@ def _readings(text: TextDump, row: NDArray[np.float64], head: tuple[int, int], t
     ]
 
 
-def _expected(text: TextDump, position: int) -> list[dict[str, Any]] | None:
+def _expected(text: AttentionRecord, position: int) -> list[dict[str, Any]] | None:
     """The likeliest next tokens; None where the file has not kept them."""
     if text.top is None:
         return None
@@ -154,7 +154,7 @@ def _expected(text: TextDump, position: int) -> list[dict[str, Any]] | None:
 
 
 def _lines(
-    data: dict[str, Any], text: TextDump, notes: list[str], terminal: Terminal, attention: RunAttention
+    data: dict[str, Any], text: AttentionRecord, notes: list[str], terminal: Terminal, attention: RunAttention
 ) -> list[str]:
     position, encoding = data["position"], terminal.encoding
 
@@ -188,7 +188,7 @@ def _lines(
     return [*lines, "", DISCLAIMER]
 
 
-def _context(text: TextDump, position: int, terminal: Terminal) -> str:
+def _context(text: AttentionRecord, position: int, terminal: Terminal) -> str:
     """The text around the token, which stands in brackets."""
     around = range(max(0, position - 12), min(len(text.tokens), position + 6))
     parts = [token_text(text.token_bytes[k], terminal.encoding, space=" ") for k in around]

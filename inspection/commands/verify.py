@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError, printable
+from inspection.attention_file import read
 from inspection.commands.shared import Told
-from inspection.dump import read
-from inspection.folder import NEWEST, RunAttention
+from inspection.run_reader import NEWEST, RunAttention
 from inspection.tables import Column, Result, Terminal, paragraph, table
-from runtime.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from inspection.verify import Finding
+    from inspection.verify import CheckResult
     from model.gpt import GPT
 
 
@@ -75,13 +75,13 @@ def run(config: Verify, terminal: Terminal, origin: Origins) -> Result:
 
 def _findings(attention: RunAttention, path: Path, source: Origin | None) -> list[dict[str, Any]]:
     """The findings on one file; that it can't be read is one too."""
-    from inspection.verify import Finding, verify_dump
+    from inspection.verify import CheckResult, verify_dump
 
     try:
         dump = read(path)
     except UserError as error:
-        return [_plain(Finding("the file can be read", False, 1, 0, str(error)))]
-    found = [Finding("the file can be read", True, 0, 0)]
+        return [_plain(CheckResult("the file can be read", False, 1, 0, str(error)))]
+    found = [CheckResult("the file can be read", True, 0, 0)]
     if source is None:
         return [_plain(one) for one in [*found, *verify_dump(dump)]]
     watched = attention.watched(source.model.vocab_size, source.model.config.context)
@@ -98,7 +98,7 @@ def _findings(attention: RunAttention, path: Path, source: Origin | None) -> lis
     return [_plain(one) for one in found]
 
 
-def _plain(finding: Finding) -> dict[str, Any]:
+def _plain(finding: CheckResult) -> dict[str, Any]:
     """A finding with stable names; numbers are numbers, hashes are text."""
     measured, bound = (float(v) if isinstance(v, int | float) else v for v in (finding.measured, finding.bound))
     return {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from inspection.page import PageRun, write_page
+from inspection.page_builder import PageRun, write_page
 from tests.browser import made
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inspection.dump import Dump, TextDump
+from inspection.attention_file import AttentionFile, AttentionRecord
 
 L, H, D, C = 2, 3, 4, 12
 STEPS = (100, 200, 400)
@@ -29,7 +29,9 @@ def weights(queries: NDArray[np.float32], keys: NDArray[np.float32]) -> NDArray[
     return exp / exp.sum(axis=-1, keepdims=True)
 
 
-def text(name: str, words: Sequence[bytes], seed: int, details: bool, shape: tuple[int, ...] = (L, H)) -> TextDump:
+def text(
+    name: str, words: Sequence[bytes], seed: int, details: bool, shape: tuple[int, ...] = (L, H)
+) -> AttentionRecord:
     """A text of random queries, keys and values."""
     draw, T = np.random.default_rng(seed), len(words)
     queries, keys, values = (draw.normal(size=(*shape, T, D)).astype(np.float32) * 1.7 for _ in range(3))
@@ -39,7 +41,7 @@ def text(name: str, words: Sequence[bytes], seed: int, details: bool, shape: tup
     if details:
         projected = draw.normal(size=(shape[0], T, C)).astype(np.float32)
         more = {"queries": queries, "keys": keys, "values": values, "projected": projected}
-    return TextDump(
+    return AttentionRecord(
         name,
         np.arange(T, dtype=np.int32),
         list(words),
@@ -59,7 +61,7 @@ def scores(seed: int) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def dumps(steps: Sequence[int] = STEPS, seed: int = 0) -> list[Dump]:
+def dumps(steps: Sequence[int] = STEPS, seed: int = 0) -> list[AttentionFile]:
     """A run: a sample of other words at each step, a held-out text of the same ones, and details of the last step."""
     found = []
     for k, step in enumerate(steps):
@@ -70,7 +72,7 @@ def dumps(steps: Sequence[int] = STEPS, seed: int = 0) -> list[Dump]:
             text("held-out 1", WORDS + WORDS[1:4], seed + 10 * k + 2, last),
             text("pronoun 1", WORDS[:8], seed + 10 * k + 3, False),
         ]
-        found.append(Dump(texts, {"step": str(step), "tokens_seen": str(step * 10)}, scores(seed + k)))
+        found.append(AttentionFile(texts, {"step": str(step), "tokens_seen": str(step * 10)}, scores(seed + k)))
     return found
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inspection.dump import Dump, TextDump
-from inspection.page import PageRun, write_page
+from inspection.attention_file import AttentionFile, AttentionRecord
+from inspection.page_builder import PageRun, write_page
 from tests.browser import made
 from tests.browser.conftest import Opener
 
@@ -20,7 +20,7 @@ LINK = "#text=held-out+1&step=400&head=L1H1&query=9"
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "hostile.html"
     evil = "</script><script>window.hurt = 1</script>"
-    dump = Dump([made.text(evil, made.HOSTILE, 1, True)], {"step": "1"}, {evil: np.ones((2, 3), np.float32)})
+    dump = AttentionFile([made.text(evil, made.HOSTILE, 1, True)], {"step": "1"}, {evil: np.ones((2, 3), np.float32)})
     claim = {"head": [1, 1], "score": evil, "weight": "x", "text": evil}
     broken = [{"head": "x"}, {"head": [9, 9]}, {"head": [0, 0], "others": 3}, {"head": [0, 0], "others": [None]}]
     broken += [3, None, claim]
@@ -145,8 +145,8 @@ def test_what_a_screen_reader_hears(built: Path, opened: Opener) -> None:
 
 def test_a_page_without_scores_evidence_or_details(opened: Opener, tmp_path: Path) -> None:
     text = made.text("a line", made.WORDS, 3, False)
-    bare = TextDump("a line", text.tokens, text.token_bytes, text.loss, text.value_norms, text.packed)
-    write_page(tmp_path / "bare.html", [PageRun("bare", [Dump([bare], {})])], None, None, "a line")
+    bare = AttentionRecord("a line", text.tokens, text.token_bytes, text.loss, text.value_norms, text.packed)
+    write_page(tmp_path / "bare.html", [PageRun("bare", [AttentionFile([bare], {})])], None, None, "a line")
     view = opened(tmp_path / "bare.html")
     packed = text.unpack()
     assert view.grid() == pytest.approx(packed[:, :, 1:].max(axis=-1).mean(axis=-1).ravel(), abs=1e-3)
@@ -155,7 +155,13 @@ def test_a_page_without_scores_evidence_or_details(opened: Opener, tmp_path: Pat
 
 def test_one_token(opened: Opener, tmp_path: Path) -> None:
     one = made.text("one", [b"Mia"], 3, True)
-    write_page(tmp_path / "one.html", [PageRun("one", [Dump([one], {"step": "5"}, made.scores(1))])], None, None, "one")
+    write_page(
+        tmp_path / "one.html",
+        [PageRun("one", [AttentionFile([one], {"step": "5"}, made.scores(1))])],
+        None,
+        None,
+        "one",
+    )
     view = opened(tmp_path / "one.html")
     assert view.readings() == {0: 1.0}
     for key in ("ArrowRight", "ArrowUp", "v", "c", "]", "End"):
@@ -171,9 +177,11 @@ def test_a_large_model_is_drawn_in_time(opened: Opener, tmp_path: Path) -> None:
     packed = np.broadcast_to(falling.astype(np.float16), (L, H, len(rows)))
     words = [made.WORDS[1 + k % 8] for k in range(T)]
     args: tuple[Any, ...] = (np.ones(T - 1, np.float32), np.ones((L, H, T), np.float32), packed)
-    text = TextDump("long", np.arange(T, dtype=np.int32), words, *args)
+    text = AttentionRecord("long", np.arange(T, dtype=np.int32), words, *args)
     scores = {"entropy": np.linspace(0, 1, L * H, dtype=np.float32).reshape(L, H)}
-    write_page(tmp_path / "large.html", [PageRun("large", [Dump([text], {"step": "1"}, scores)])], None, None, "large")
+    write_page(
+        tmp_path / "large.html", [PageRun("large", [AttentionFile([text], {"step": "1"}, scores)])], None, None, "large"
+    )
     view = opened(tmp_path / "large.html", "#query=300")
     assert float(view.attribute("data-ready")) < 10_000
     for _ in range(3):

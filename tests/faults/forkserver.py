@@ -170,7 +170,7 @@ def main(descriptor: int) -> None:
     """Serve requests until the socket closes. In a forked child: run what was asked for, and return."""
     for name in (
         *("train", "sample", "attend", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo"),
-        *(found.name for part in ("data", "model", "runtime", "inspection") for found in modules(part)),
+        *(found.name for part in ("data", "model", "training", "inspection") for found in modules(part)),
     ):
         importlib.import_module(name)
     gc.freeze()  # what is there stays in shared memory
@@ -230,7 +230,7 @@ def wait(pid: int, timeout: float, connection: socket.socket | None) -> int | No
 
 def become(request: Mapping[str, Any]) -> None:
     """Turn this forked process into `python SCRIPT ...`."""
-    from runtime.errors import run_main
+    from common.errors import run_main
 
     os.setsid()
     for descriptor, path in ((1, request["out"]), (2, request["err"])):

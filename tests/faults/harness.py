@@ -22,7 +22,7 @@ STEPS = 12
 FAULTY = (
     *("--data.tokenizer=char", "--data.val_fraction=0.2", "--run.threads=1", "--train.dtype=fp32", "--log.every=1"),
     *("--model.n_layers=1", "--model.n_heads=2", "--model.d_model=8", "--model.context=8", "--model.dropout=0.2"),
-    *("--train.batch_size=8", "--train.micro_batch=2", f"--train.steps={STEPS}", "--train.eval_every=4"),
+    *("--train.batch_size=8", "--train.micro_batch_size=2", f"--train.steps={STEPS}", "--train.eval_every=4"),
     *("--train.save_every=2", "--train.keep=2", "--train.eval_tokens=40", "--log.sample_tokens=4"),
 )
 """Options of the run: 53 windows, so that 12 steps of 8 are almost two epochs."""
@@ -109,7 +109,7 @@ class Reference:
     def stopped_at(self, step: int, server: ForkServer, run: Path, *changes: str) -> Path:
         """The same run, stopped after a step, in another folder."""
         shutil.rmtree(run, ignore_errors=True)
-        done = server.run(*self.argv, *changes, f"--run.dir={run}", f"--run.stop_at={step}")
+        done = server.run(*self.argv, *changes, f"--run.dir={run}", f"--run.stop_at_step={step}")
         assert done.returncode == 0 and committed(run) == step, done.stderr
         return run
 

@@ -1,6 +1,6 @@
 """Harm that a process does to itself, by CPython's audit hooks: it ends, stops or fails at its N-th file operation.
 
-Two kinds of operation are counted. Those of a save, which `runtime/saving.py` announces just before each as
+Two kinds of operation are counted. Those of a save, which `training/saving.py` announces just before each as
 `glassgpt.disk` (operation, path). And, with `under`, what Python itself announces of files below that folder: `open`
 for writing, `rename`, `mkdir`, `remove`, `rmdir`.
 """

@@ -21,7 +21,13 @@ from tests.faults.started import ROOT, Forked, Started, allowed
 
 SHARED = (
     *FAULTY,
-    *("--model.dropout=0", "--optim.name=adamw", "--train.batch_size=32", "--train.micro_batch=1", "--train.steps=40"),
+    *(
+        "--model.dropout=0",
+        "--optim.name=adamw",
+        "--train.batch_size=32",
+        "--train.micro_batch_size=1",
+        "--train.steps=40",
+    ),
     *("--train.eval_every=20", "--train.save_every=5", "--train.keep=3"),
 )
 """A run whose steps take long enough to be met in their midst, by whoever looks into metrics.jsonl. With AdamW: Muon

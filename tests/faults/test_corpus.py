@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import DATA, DISK_OR_MEMORY
+from common.errors import DATA, DISK_OR_MEMORY
 from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, Reference, committed, sha
@@ -155,7 +155,7 @@ def test_a_run_that_has_its_tokens_ends_without_the_text(
 
 def test_a_text_that_may_no_longer_be_read(place: Place, figures: Figures) -> None:
     """By a process without root's rights, to whom nothing is forbidden."""
-    half = place.server.run(*place.argv, "--run.stop_at=6", env=place.env)
+    half = place.server.run(*place.argv, "--run.stop_at_step=6", env=place.env)
     assert half.returncode == 0, half.stderr
     place.text.chmod(0)
     done = place.server.run(f"--run.resume={place.run}", env=place.env, powerless=True)
@@ -278,7 +278,7 @@ def test_tokens_that_change_during_the_run_stop_it(
 def test_tokens_that_change_between_two_runs_are_prepared_again(
     harm: Callable[[Place], None], place: Place, figures: Figures
 ) -> None:
-    done = place.server.run(*place.argv, "--run.stop_at=6", env=place.env)
+    done = place.server.run(*place.argv, "--run.stop_at_step=6", env=place.env)
     assert done.returncode == 0, done.stderr
     harm(place)
     place.ends_equal()
@@ -289,7 +289,7 @@ def test_tokens_that_change_between_two_runs_are_prepared_again(
 
 
 def test_a_text_that_was_moved_is_the_same_text(place: Place, tmp_path: Path, figures: Figures) -> None:
-    done = place.server.run(*place.argv, "--run.stop_at=6", env=place.env)
+    done = place.server.run(*place.argv, "--run.stop_at_step=6", env=place.env)
     assert done.returncode == 0, done.stderr
     elsewhere = tmp_path / "elsewhere" / "moved.txt"
     elsewhere.parent.mkdir()

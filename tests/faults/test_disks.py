@@ -63,7 +63,7 @@ def refused(done: subprocess.CompletedProcess[str], run: Path, figures: Figures)
 
 def goes_on(server: ForkServer, reference: Reference, run: Path, figures: Figures) -> None:
     """Resumed, the run ends like the one that nothing disturbed."""
-    done = server.run(f"--run.resume={run}", "--run.stop_at=0")
+    done = server.run(f"--run.resume={run}", "--run.stop_at_step=0")
     assert done.returncode == 0, done.stderr
     figures.add(resumed=1)
     reference.check(run)
@@ -80,7 +80,7 @@ def test_a_full_disk(
         while True:
             run = shutil.copytree(stands, small / "run")
             ballast = fill(small, pages * PAGE)
-            done = server.run(f"--run.resume={run}", "--run.stop_at=0")
+            done = server.run(f"--run.resume={run}", "--run.stop_at_step=0")
             if not done.returncode:
                 break
             refused(done, run, figures)
@@ -141,7 +141,7 @@ def test_a_limit_on_the_size_of_files(
     """RLIMIT_FSIZE: EFBIG at whatever grows beyond it."""
     run = tmp_path / "run"
     shutil.copytree(stands, run)
-    refused(server.run(f"--run.resume={run}", "--run.stop_at=0", largest_file=limit), run, figures)
+    refused(server.run(f"--run.resume={run}", "--run.stop_at_step=0", largest_file=limit), run, figures)
     goes_on(server, reference, run, figures)
 
 
@@ -152,7 +152,7 @@ def test_a_folder_that_may_not_be_written(
     run = tmp_path / "run"
     shutil.copytree(stands, run)
     (run / part).chmod(0o555)
-    refused(server.run(f"--run.resume={run}", "--run.stop_at=0", powerless=True), run, figures)
+    refused(server.run(f"--run.resume={run}", "--run.stop_at_step=0", powerless=True), run, figures)
     (run / part).chmod(0o755)
     goes_on(server, reference, run, figures)
 
@@ -165,7 +165,7 @@ def test_a_disk_that_can_only_be_read(
         run = small / "run"
         shutil.copytree(stands, run)
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        refused(server.run(f"--run.resume={run}", "--run.stop_at=0"), run, figures)
+        refused(server.run(f"--run.resume={run}", "--run.stop_at_step=0"), run, figures)
         done = server.run(run, "--tokens=4", script="sample.py")
         assert done.returncode == 0, done.stderr
         subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
@@ -182,7 +182,7 @@ def test_checkpoints_that_may_not_be_read(
     for path in weights:
         path.chmod(0)
     figures.add(tried=1)
-    said(server.run(f"--run.resume={run}", "--run.stop_at=0", powerless=True), 4)
+    said(server.run(f"--run.resume={run}", "--run.stop_at_step=0", powerless=True), 4)
     for path in weights:
         path.chmod(0o644)
     goes_on(server, reference, run, figures)

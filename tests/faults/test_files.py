@@ -79,7 +79,7 @@ def stands(server: ForkServer, reference: Reference, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def whole(server: ForkServer, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """The same run, never disturbed, up to step 8."""
-    options = (*reference.argv, f"--run.stop_at={ENDS}")
+    options = (*reference.argv, f"--run.stop_at_step={ENDS}")
     return Reference.make(server, tmp_path_factory.mktemp("whole") / "run", options)
 
 
@@ -90,7 +90,7 @@ def run(stands: Path, tmp_path: Path) -> Path:
 
 
 def resume(server: ForkServer, run: Path) -> subprocess.CompletedProcess[str]:
-    return server.run(f"--run.resume={run}", f"--run.stop_at={ENDS}")
+    return server.run(f"--run.resume={run}", f"--run.stop_at_step={ENDS}")
 
 
 def newest(run: Path) -> Path:
@@ -248,7 +248,7 @@ def test_a_run_without_its_config_is_not_begun_anew_over_its_checkpoints(
     (run / "config.toml").unlink()
     before = (run / "metrics.jsonl").read_bytes()
     figures.add(tried=1)
-    options = (*FAULTY, f"--data.source={corpus}", "--run.seed=2", "--run.stop_at=2")
+    options = (*FAULTY, f"--data.source={corpus}", "--run.seed=2", "--run.stop_at_step=2")
     done = server.run(*options, f"--run.dir={run}")
     assert done.returncode in (2, 4), done.stdout
     assert str(run) in said(done, done.returncode)
@@ -290,7 +290,7 @@ def test_damage_to_what_is_only_looked_at_costs_no_step(
     """Up to the last picture and the page: the run ends well, and says what it could not read."""
     GARBLED[what](run / name)
     figures.add(tried=1)
-    done = server.run(f"--run.resume={run}", "--run.stop_at=0")
+    done = server.run(f"--run.resume={run}", "--run.stop_at_step=0")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     figures.add(resumed=1)
     assert reference.same_weights(run)

@@ -25,13 +25,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.checkpoint import FILES, MANIFEST, Checkpoint, open_checkpoint
-from runtime.device import Machine
-from runtime.errors import CHECKPOINT, UserError, printable
-from tests.checkpoints import bounded_memory, saved, vouch
+from common.errors import CHECKPOINT, UserError, printable
 from tests.runs import script
+from tests.training.checkpoints import bounded_memory, saved, vouch
+from training.checkpoint import FILES, MANIFEST, Checkpoint, open_checkpoint
+from training.device import DistContext
 
-MACHINE = Machine(torch.device("cpu"), torch.float32)
+MACHINE = DistContext(torch.device("cpu"), torch.float32)
 MEMORY = 1 << 30
 """Far more than a checkpoint of 50 kB needs, far less than any of its lies asks for."""
 CASES = {"manifest": 2500, "state": 1000, "tokenizer": 2500, "header": 3300, "bytes": 700}
@@ -262,7 +262,7 @@ def hostile_file(draw: st.DrawFn, content: bytes) -> bytes:
 def tensors_of(found: Checkpoint) -> None:
     """What a header decides: model and moments."""
     found.moments()
-    found.restored(dataclasses.replace(found.config.model, kernels="explicit"))
+    found.restored(dataclasses.replace(found.config.model, attention="eager"))
 
 
 def test_hostile_headers(folder: Path, good: Path, figures: Any) -> None:

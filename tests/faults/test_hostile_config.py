@@ -24,17 +24,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.errors import CHECKPOINT, CONFIG, DATA, DISK_OR_MEMORY, UserError
 from data import tokenizer
-from data.vocabulary import CharTokenizer, saved_form
-from inspection import dump
-from inspection.own_lines import own_lines
-from runtime.cli import option_types
-from runtime.config import RunConfig, from_saved, parse_train, read_toml, to_toml
-from runtime.errors import CHECKPOINT, CONFIG, DATA, DISK_OR_MEMORY, UserError
+from data.vocabulary import CharTokenizer, tokenizer_json
+from inspection import attention_file as dump
+from inspection.user_prompts import user_prompts
 from tests.faults.conftest import Figures
+from tests.inspection.test_attention_file import observed, split, write
+from tests.inspection.test_attention_file_faults import JSON, PATHS, change, joined
 from tests.runs import TINY, process, said, script
-from tests.test_dump import observed, split, write
-from tests.test_dump_faults import JSON, PATHS, change, joined
+from training.cli import option_types
+from training.config import RunConfig, from_saved, parse_train, read_toml, to_toml
 
 MANY = {
     "deadline": None,
@@ -218,7 +218,7 @@ def own_file(path: Path, survives: Any) -> None:
     words = CharTokenizer("\n abcdefghijklmnopqrstuvwxyz")
     context = 16
     found = survives(
-        lambda: own_lines(
+        lambda: user_prompts(
             path, lambda text: words.encode(text).tolist(), words.token_bytes, words.end_of_text, context
         ),
         CONFIG,
@@ -227,7 +227,7 @@ def own_file(path: Path, survives: Any) -> None:
         assert len(tokens) <= context
 
 
-TOKENIZERS = [json.loads(saved_form(one)) for one in (CharTokenizer(" abc\n"), tokenizer.ByteTokenizer())]
+TOKENIZERS = [json.loads(tokenizer_json(one)) for one in (CharTokenizer(" abc\n"), tokenizer.ByteTokenizer())]
 TOKENIZERS += [
     {"format": 1, "kind": "bpe", "merged": ["ab", "abc", "ca"]},
     {"format": 1, "kind": "tiktoken", "name": "gpt2"},

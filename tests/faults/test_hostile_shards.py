@@ -1,4 +1,4 @@
-"""Prepared folders from failing disks and from strangers: nothing but `DamagedShards` may come of opening one.
+"""TokenizedCorpus folders from failing disks and from strangers: nothing but `DamagedShards` may come of opening one.
 
 Every manifest here carries its own right sha256 (`seal`), as a hostile one would.
 """
@@ -22,12 +22,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import data.shards
+import data.token_dataset
+from common.errors import DATA, UserError
 from data.config import DataConfig
 from data.held import DamagedShards
 from data.manifest import load_shards, seal, unseal
-from data.prepare import Prepared, prepare
-from runtime.errors import DATA, UserError
+from data.prepare import TokenizedCorpus, prepare
 from tests.faults.conftest import Figures
 
 TEXT = "\n<|endoftext|>\n".join(f"fox number {i} jumps over the lazy dog" for i in range(12))
@@ -36,14 +36,14 @@ many = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenizedCorpus:
     """A small prepared folder, in a cache of its own."""
     monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text(TEXT)
     return again(tmp_path)
 
 
-def again(tmp_path: Path) -> Prepared:
+def again(tmp_path: Path) -> TokenizedCorpus:
     return prepare(DataConfig(source=str(tmp_path / "text.txt"), tokenizer="bpe", vocab_size=280), progress=False)
 
 
@@ -52,12 +52,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def whole(made: Prepared) -> dict[str, bytes]:
+def whole(made: TokenizedCorpus) -> dict[str, bytes]:
     """The files of `made` before anything is done to them."""
     return files_of(made.folder)
 
 
-def restore(made: Prepared, whole: dict[str, bytes]) -> None:
+def restore(made: TokenizedCorpus, whole: dict[str, bytes]) -> None:
     """Hypothesis tries all its examples on one folder, and each must find it whole."""
     for name, content in whole.items():
         (made.folder / name).write_bytes(content)
@@ -92,7 +92,7 @@ def nothing_outside(folder: Path) -> Iterator[None]:
     assert opened and {path.parent for path in opened} == {folder}, opened
 
 
-def accepted(made: Prepared) -> bool:
+def accepted(made: TokenizedCorpus) -> bool:
     """Whether a folder is taken for whole; if so, its splits must be fit for use."""
     try:
         with nothing_outside(made.folder):
@@ -133,7 +133,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 @settings(max_examples=1_500, **many)
 @given(choose=st.data())
 def test_a_hostile_manifest_is_only_damage(
-    made: Prepared, whole: dict[str, bytes], figures: Figures, choose: st.DataObject
+    made: TokenizedCorpus, whole: dict[str, bytes], figures: Figures, choose: st.DataObject
 ) -> None:
     """One to three entries replaced, removed, renamed or doubled."""
     restore(made, whole)
@@ -159,7 +159,7 @@ def test_a_hostile_manifest_is_only_damage(
 @settings(max_examples=300, **many)
 @given(st.dictionaries(st.sampled_from(["format", "key", "tokenizer", "splits", "files"]), anything), st.binary())
 def test_anything_in_the_place_of_a_manifest_is_only_damage(
-    made: Prepared, whole: dict[str, bytes], figures: Figures, values: dict[str, Any], noise: bytes
+    made: TokenizedCorpus, whole: dict[str, bytes], figures: Figures, values: dict[str, Any], noise: bytes
 ) -> None:
     restore(made, whole)
     manifest = described(made.folder)
@@ -209,7 +209,7 @@ ORDER = ["'fortran_order'", "'order'", "'shape'"]
     padding=st.integers(0, 70),
 )
 def test_a_header_that_lies_is_only_damage(
-    made: Prepared, whole: dict[str, bytes], figures: Figures, tmp_path: Path, name: str, descr: str, fortran: str,
+    made: TokenizedCorpus, whole: dict[str, bytes], figures: Figures, tmp_path: Path, name: str, descr: str, fortran: str,
     shape: str, magic: bytes, size: int | None, noise: bytes | None, padding: int,
 ) -> None:  # fmt: skip
     """Nothing that it says is executed, and only the one header that is written here is taken."""
@@ -241,7 +241,7 @@ def test_a_header_that_lies_is_only_damage(
 @example([0, 2, 4, 4, 6])
 @example([0, 2**63 - 1, -(2**63)])
 def test_document_starts_ascend_from_0_and_lie_within(
-    made: Prepared, whole: dict[str, bytes], figures: Figures, starts: list[int]
+    made: TokenizedCorpus, whole: dict[str, bytes], figures: Figures, starts: list[int]
 ) -> None:
     """In pieces of three numbers here."""
     restore(made, whole)
@@ -254,13 +254,13 @@ def test_document_starts_ascend_from_0_and_lie_within(
     put(made.folder, STARTS, written.getvalue(), manifest)
     good = starts[:1] == [0] and starts == sorted({*starts}) and starts[-1] < entry["tokens"] - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.shards, "_PIECE", 3)
+        patch.setattr(data.token_dataset, "_PIECE", 3)
         assert accepted(made) == good
     figures.add(survived=1)
 
 
 def test_a_manifest_and_files_that_differ_in_one_thing_are_damage(
-    made: Prepared, whole: dict[str, bytes], figures: Figures
+    made: TokenizedCorpus, whole: dict[str, bytes], figures: Figures
 ) -> None:
     manifest = described(made.folder)
     train, val = manifest["splits"]["train"], manifest["splits"]["val"]
@@ -303,7 +303,7 @@ def test_a_manifest_and_files_that_differ_in_one_thing_are_damage(
         figures.add(survived=1)
 
 
-def test_a_name_that_leads_out_of_the_folder_is_damage(made: Prepared, figures: Figures) -> None:
+def test_a_name_that_leads_out_of_the_folder_is_damage(made: TokenizedCorpus, figures: Figures) -> None:
     """Even where the files that it leads to are just what the manifest says."""
     manifest = described(made.folder)
     away = made.folder.parent / "away"
@@ -327,7 +327,7 @@ class Trap:
 
 
 def test_a_pickle_in_any_disguise_is_not_executed(
-    made: Prepared, whole: dict[str, bytes], tmp_path: Path, figures: Figures
+    made: TokenizedCorpus, whole: dict[str, bytes], tmp_path: Path, figures: Figures
 ) -> None:
     trap = Trap(tmp_path / "executed")
     disguises = [io.BytesIO() for _ in range(3)]
@@ -343,7 +343,7 @@ def test_a_pickle_in_any_disguise_is_not_executed(
     assert not trap.mark.exists()
 
 
-def test_what_claims_to_be_huge_takes_no_memory(made: Prepared, figures: Figures) -> None:
+def test_what_claims_to_be_huge_takes_no_memory(made: TokenizedCorpus, figures: Figures) -> None:
     """A manifest of a terabyte, one nested a million deep, a number of ten thousand digits, terabytes of starts."""
     manifest = described(made.folder)
     empty = b'{"format": 2, "key": ' + json.dumps(made.fingerprint).encode()
@@ -374,7 +374,7 @@ def test_what_claims_to_be_huge_takes_no_memory(made: Prepared, figures: Figures
         figures.add(survived=1)
 
 
-def test_every_flipped_bit_is_noticed(made: Prepared, whole: dict[str, bytes], figures: Figures) -> None:
+def test_every_flipped_bit_is_noticed(made: TokenizedCorpus, whole: dict[str, bytes], figures: Figures) -> None:
     """One bit in every byte of every file, the manifest's own included."""
     for name, content in whole.items():
         for at in range(len(content)):
@@ -389,7 +389,7 @@ def test_every_flipped_bit_is_noticed(made: Prepared, whole: dict[str, bytes], f
 
 
 def test_damage_is_named_and_prepared_again_to_the_same_bytes(
-    made: Prepared, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str], figures: Figures
+    made: TokenizedCorpus, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str], figures: Figures
 ) -> None:
     for name, content in whole.items():
         cuts = [content[:at] for at in (0, 1, 9, 10, 127, 128, len(content) // 2, len(content) - 1)] + [content + b"\0"]

@@ -25,7 +25,7 @@ from tests.faults.hook import Hook
 from tests.faults.strace import calls, require_strace, under_strace
 
 KILLS = 50
-LONGER = ("--train.steps=60", "--train.eval_every=6", "--train.save_every=4", "--optim.decay_share=0.3")
+LONGER = ("--train.steps=60", "--train.eval_every=6", "--train.save_every=4", "--optim.decay_fraction=0.3")
 SHORT = 4
 SHARES = 2
 
@@ -33,7 +33,7 @@ SHARES = 2
 def going_on(run: Path, options: Sequence[str]) -> list[str]:
     """How a user goes on: a folder without config.toml is no run, and the same command starts it again."""
     if (run / "config.toml").is_file():
-        return [f"--run.resume={run}", *(option for option in options if option.startswith("--run.stop_at"))]
+        return [f"--run.resume={run}", *(option for option in options if option.startswith("--run.stop_at_step"))]
     return [*options, f"--run.dir={run}"]
 
 
@@ -117,7 +117,7 @@ def test_fifty_kills_at_random_moments(
 @pytest.fixture(scope="module")
 def short(server: ForkServer, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Two saves and an evaluation, without the report at the end."""
-    options = (*FAULTY, f"--run.stop_at={SHORT}", f"--data.source={corpus}")
+    options = (*FAULTY, f"--run.stop_at_step={SHORT}", f"--data.source={corpus}")
     return Reference.make(server, tmp_path_factory.mktemp("short") / "run", options)
 
 

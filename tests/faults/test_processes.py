@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import CONFIG, DATA, IN_USE, LOST_PROCESS
+from common.errors import CONFIG, DATA, IN_USE, LOST_PROCESS
 from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, checkpoints, committed, leftovers, numbers, sha, state

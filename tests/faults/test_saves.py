@@ -62,7 +62,7 @@ class Bench:
 
     def going_on(self, step: int) -> tuple[str, str]:
         """Options that resume the run up to a step."""
-        return f"--run.resume={self.run}", f"--run.stop_at={step}"
+        return f"--run.resume={self.run}", f"--run.stop_at_step={step}"
 
     def events(self) -> list[tuple[str, str]]:
         """(operation, thread) of each operation that a save announces."""
@@ -122,7 +122,7 @@ def stands(server: ForkServer, reference: Reference, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def whole(server: ForkServer, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """The same run, never disturbed, up to step 10."""
-    options = (*reference.argv, "--train.keep=1", f"--run.stop_at={ENDS}")
+    options = (*reference.argv, "--train.keep=1", f"--run.stop_at_step={ENDS}")
     return Reference.make(server, tmp_path_factory.mktemp("whole") / "run", options)
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import DATA, DISK_OR_MEMORY
 from data.config import DataConfig, cache_folder
 from data.prepare import prepare
-from runtime.errors import DATA, DISK_OR_MEMORY
 from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, Reference
@@ -71,7 +71,7 @@ READER = """
 import sys
 from pathlib import Path
 from data.manifest import load_shards
-from runtime.errors import UserError
+from common.errors import UserError
 folder, stop = Path(sys.argv[1]), Path(sys.argv[3])
 split = load_shards(folder, sys.argv[2]).splits["train"]
 whole = split.read(0, len(split)).tolist()

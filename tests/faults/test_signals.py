@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from inspection.dump import read
+from inspection.attention_file import read
 from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, numbers
@@ -28,11 +28,17 @@ ASKED = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=[
 
 SLOW_STEPS = (
     *FAULTY,
-    *("--train.batch_size=800", "--train.micro_batch=1", "--train.steps=3", "--train.save_every=3"),
+    *("--train.batch_size=800", "--train.micro_batch_size=1", "--train.steps=3", "--train.save_every=3"),
     "--train.eval_every=3",
 )
 """A run whose steps take a second or two."""
-SLOW_EVALUATION = (*FAULTY, "--train.micro_batch=1", "--train.steps=8", "--train.eval_tokens=100000", "--train.keep=9")
+SLOW_EVALUATION = (
+    *FAULTY,
+    "--train.micro_batch_size=1",
+    "--train.steps=8",
+    "--train.eval_tokens=100000",
+    "--train.keep=9",
+)
 """A run that evaluates for a second or two, on `long_corpus`."""
 
 

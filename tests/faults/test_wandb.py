@@ -1,7 +1,7 @@
 """Weights & Biases may raise, hang or be unreachable at any moment: training ends with the same weights, and in time.
 
 What is stated: of a wandb that does not answer the end of a run waits 10 s, and 30 s for one that has begun to send the
-last of it (`runtime/tracking.py`); of one that fails it does not wait.
+last of it (`training/trackers.py`); of one that fails it does not wait.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.tracking import PATIENCE, SILENCE
 from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import Reference
 from tests.faults.started import WORD, Forked, allowed, environment, pids, train
+from training.trackers import PATIENCE, SILENCE
 
 SLACK = 8.0
 """Seconds beside the stated ones: starting processes on a machine that is busy with several of these tests."""

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.profiler import profile
 
+from common.errors import UserError, run_main
 from model.config import ModelConfig
 from model.gpt import GPT
-from runtime.config import OptimConfig
-from runtime.device import Machine, compiled, find_machine
-from runtime.errors import UserError, run_main
-from runtime.optim import Optimizer
-from runtime.parallel import bare, clip_gradient, gather, last_only, processes, share
+from training.config import OptimConfig
+from training.device import DistContext, compiled, get_dist_context
+from training.distributed import bare, clip_gradient, gather, last_only, processes, share
+from training.optimizer import Optimizer
 
-SHAPE = ModelConfig(preset="qwen3", n_layers=2, n_heads=2, d_model=20, context=8, kernels="explicit")
+SHAPE = ModelConfig(preset="qwen3", n_layers=2, n_heads=2, d_model=20, context=8, attention="eager")
 VOCAB = 257
 """No tensor's length is divisible by every number of processes that is tried."""
 TIMEOUT = 60.0
@@ -42,13 +42,13 @@ def plain(seed: int = 1, shape: ModelConfig = SHAPE) -> GPT:
     return model
 
 
-def pieces(machine: Machine, step: int, rows: int = 12) -> list[Tensor]:
+def pieces(machine: DistContext, step: int, rows: int = 12) -> list[Tensor]:
     """This process's share of a step's tokens, two rows at a time."""
     tokens = torch.randint(VOCAB, (rows, SHAPE.context), generator=torch.Generator().manual_seed(step))
     return list(tokens[machine.rank :: machine.world].split(2))
 
 
-def gradient(stepped: nn.Module, machine: Machine, step: int, rows: int = 12) -> None:
+def gradient(stepped: nn.Module, machine: DistContext, step: int, rows: int = 12) -> None:
     """Leave the gradient of the mean over the whole batch in the parameters."""
     mine = pieces(machine, step, rows)
     for i, tokens in enumerate(mine):
@@ -61,7 +61,7 @@ def optimizer_of(stepped: nn.Module) -> Optimizer:
     return Optimizer(stepped, OptimConfig(name="muon", lr=0.01, muon_lr=0.02))
 
 
-def train(stepped: nn.Module, machine: Machine, optimizer: Optimizer, steps: range) -> list[float]:
+def train(stepped: nn.Module, machine: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
     """Some steps; the norm of each one's gradient."""
     norms = []
     for step in steps:
@@ -82,7 +82,7 @@ def kept(file: Path, kind: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{kind}/"): value for name, value in load_file(file).items() if name.startswith(kind)}
 
 
-def write(machine: Machine, folder: Path) -> None:
+def write(machine: DistContext, folder: Path) -> None:
     """Train a little, each way; the first process saves. Each process begins with other weights: the first's count."""
     for sharding in ("none", "full"):
         model = plain(seed=1 + machine.rank)
@@ -91,35 +91,35 @@ def write(machine: Machine, folder: Path) -> None:
         norms = train(stepped, machine, optimizer, range(3))
         gather(stepped, model)
         moments = optimizer.state()
-        if machine.is_first:
+        if machine.is_main_process:
             keep(folder / f"{sharding}.safetensors", model, moments)
             (folder / f"{sharding}.json").write_text(json.dumps(norms))
         elif sharding == "full":
             assert not moments and all(value.is_meta for value in model.parameters())
 
 
-def read(machine: Machine, folder: Path) -> None:
+def read(machine: DistContext, folder: Path) -> None:
     """Take up what was saved, split it among the processes, bring it together again, and save that; then go on."""
     for name in ("none", "full"):
         model = GPT(SHAPE, VOCAB, seed=9)
-        if machine.is_first:
+        if machine.is_main_process:
             model.load_state_dict(kept(folder / f"{name}.safetensors", "weights"), strict=False)
         stepped = share(model, machine, "full")
         optimizer = optimizer_of(stepped)
         optimizer.load_state(kept(folder / f"{name}.safetensors", "moments"))
-        if machine.is_first:
+        if machine.is_main_process:
             nn.init.zeros_(model.blocks[0].mlp.up.weight)
         gather(stepped, model)
         moments = optimizer.state()
-        if machine.is_first:
+        if machine.is_main_process:
             keep(folder / f"{name}-{machine.world}.safetensors", model, moments)
         train(stepped, machine, optimizer, range(3, 4))
         gather(stepped, model)
-        if machine.is_first:
+        if machine.is_main_process:
             keep(folder / f"{name}-{machine.world}-later.safetensors", model, {})
 
 
-def exchanges(stepped: nn.Module, machine: Machine) -> list[int]:
+def exchanges(stepped: nn.Module, machine: DistContext) -> list[int]:
     """How often gradients are exchanged during each piece of a step."""
     counts, mine = [], pieces(machine, 0)
     for i, tokens in enumerate(mine):
@@ -129,14 +129,14 @@ def exchanges(stepped: nn.Module, machine: Machine) -> list[int]:
     return counts
 
 
-def count(machine: Machine, folder: Path) -> None:
+def count(machine: DistContext, folder: Path) -> None:
     """Count the exchanges of a step of three pieces, each way."""
     found = {sharding: exchanges(share(plain(), machine, sharding), machine) for sharding in ("none", "full")}
-    if machine.is_first:
+    if machine.is_main_process:
         (folder / "counts.json").write_text(json.dumps(found))
 
 
-def count_compiled(machine: Machine, folder: Path) -> None:
+def count_compiled(machine: DistContext, folder: Path) -> None:
     """The same of a single block, compiled; and how far the gradient is from that of the model as it is."""
     found = {}
     shape = replace(SHAPE, n_layers=1)
@@ -148,22 +148,22 @@ def count_compiled(machine: Machine, folder: Path) -> None:
         stepped.zero_grad()
         gradient(fast, machine, 0)
         one = plain(shape=shape)
-        gradient(one, Machine(machine.device, machine.dtype), 0)
+        gradient(one, DistContext(machine.device, machine.dtype), 0)
         grads = [(p.grad, q.grad) for p, q in zip(bare(fast).parameters(), one.parameters(), strict=True)]
         far = [float((getattr(a, "full_tensor", lambda a=a: a)() - b).norm() / b.norm()) for a, b in grads]
         found[sharding] = {"counts": counts, "far": max(far), "wrapped": fast is not stepped}
-    if machine.is_first:
+    if machine.is_main_process:
         (folder / "compiled.json").write_text(json.dumps(found))
 
 
-def agree(machine: Machine, folder: Path) -> None:
+def agree(machine: DistContext, folder: Path) -> None:
     """Everything by which processes agree; each writes what it came to."""
     told: dict[str, object] = {
         "sum": float(machine.sum(torch.tensor(machine.rank + 0.5))),
-        "largest": machine.largest(10 - machine.rank),
-        "agree": machine.agree(f"größer {machine.rank} \udc80" if machine.is_first else ""),
-        "empty": machine.agree("" if machine.is_first else "something"),
-        "last": machine.agree(str(machine.rank), source=machine.world - 1),
+        "largest": machine.all_reduce_max(10 - machine.rank),
+        "agree": machine.broadcast_str(f"größer {machine.rank} \udc80" if machine.is_main_process else ""),
+        "empty": machine.broadcast_str("" if machine.is_main_process else "something"),
+        "last": machine.broadcast_str(str(machine.rank), source=machine.world - 1),
     }
     machine.require_same({"the data": "same", "settings": "a\nb"})
     try:
@@ -174,7 +174,7 @@ def agree(machine: Machine, folder: Path) -> None:
     (folder / f"agree-{machine.rank}.json").write_text(json.dumps(told))
 
 
-def fail_to_compile(machine: Machine, folder: Path) -> None:
+def fail_to_compile(machine: DistContext, folder: Path) -> None:
     """A compiler that the last process lacks."""
 
     def broken(model: nn.Module) -> nn.Module:
@@ -189,10 +189,10 @@ def fail_to_compile(machine: Machine, folder: Path) -> None:
     (folder / f"compiler-{machine.rank}.json").write_text(json.dumps(fast is stepped))
 
 
-def lose(how: signal.Signals, sharding: str) -> Callable[[Machine, Path], None]:
+def lose(how: signal.Signals, sharding: str) -> Callable[[DistContext, Path], None]:
     """Train until the last process is killed or frozen."""
 
-    def program(machine: Machine, folder: Path) -> None:
+    def program(machine: DistContext, folder: Path) -> None:
         stepped = share(plain(), machine, sharding)
         for step in range(1000):
             if step == 3 and machine.rank == machine.world - 1:
@@ -218,7 +218,7 @@ PROGRAMS = {
 def main(argv: list[str]) -> None:
     name, folder = argv
     with processes(5.0 if name.startswith("SIG") else TIMEOUT):
-        PROGRAMS[name](find_machine("fp32", threads=1), Path(folder))
+        PROGRAMS[name](get_dist_context("fp32", threads=1), Path(folder))
 
 
 if __name__ == "__main__":

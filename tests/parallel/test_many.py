@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.device import Machine
-from runtime.errors import LOST_PROCESS
+from common.errors import LOST_PROCESS
 from tests.parallel.programs import SHAPE, kept, optimizer_of, plain, train
 from tests.runs import ROOT
+from training.device import DistContext
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_what_two_processes_saved_one_and_four_take_up(tmp_path: Path) -> None:
     together(2, "write", tmp_path)
     for count in (4, 1):
         together(count, "read", tmp_path)
-    machine = Machine(torch.device("cpu"), torch.float32)
+    machine = DistContext(torch.device("cpu"), torch.float32)
     for name in ("none", "full"):
         first = tmp_path / f"{name}.safetensors"
         model = plain()

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.device import Machine, apart, compiled, find_machine, is_compiled
-from runtime.errors import LOST_PROCESS, UserError
-from runtime.muon import Muon
-from runtime.parallel import (
+from common.errors import LOST_PROCESS, UserError
+from tests.parallel.programs import optimizer_of, plain, train
+from training.device import DistContext, apart, compiled, get_dist_context, is_compiled
+from training.distributed import (
     bare,
     clip_gradient,
     gather,
@@ -33,9 +33,9 @@ from runtime.parallel import (
     split,
     whole,
 )
-from tests.parallel.programs import optimizer_of, plain, train
+from training.muon import Muon
 
-CPU = Machine(torch.device("cpu"), torch.float32)
+CPU = DistContext(torch.device("cpu"), torch.float32)
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 LOST = [
     RuntimeError(f"{GLOO}pair.cc:553] Connection closed by peer [127.0.0.1]:12504. This is typically caused by ..."),
@@ -97,7 +97,7 @@ def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> 
     with processes(60):
         assert not dist.is_initialized()
         model = plain()
-        assert share(model, find_machine("fp32"), "full") is model  # nobody to share with
+        assert share(model, get_dist_context("fp32"), "full") is model  # nobody to share with
     with pytest.raises(RuntimeError), processes(60):
         raise LOST[0]  # nobody to lose
 
@@ -158,7 +158,7 @@ def test_one_process_under_torchrun_learns_what_one_does_without(sharding: str, 
     expected = optimizer_of(alone)
     norms = train(alone, CPU, expected, range(3))
     with processes(60):
-        machine, model = find_machine("fp32"), plain()
+        machine, model = get_dist_context("fp32"), plain()
         stepped = share(model, machine, sharding)
         assert (stepped is model) == (sharding == "none") and is_sharded(stepped) == (sharding == "full")
         optimizer = optimizer_of(stepped)
@@ -203,7 +203,7 @@ def test_split_moments_are_taken_up_as_they_were(torchrun: None) -> None:
     train(model, CPU, optimizer, range(2))
     saved = {key: value.clone() for key, value in optimizer.state().items()}
     with processes(60):
-        stepped = share(model, find_machine("fp32"), "full")
+        stepped = share(model, get_dist_context("fp32"), "full")
         again = optimizer_of(stepped)
         again.load_state(saved)
         assert all(is_split(value) for _, value in again.moments() if value.dim())
@@ -237,13 +237,13 @@ def test_a_gradient_is_cut_to_its_limit_or_left_alone() -> None:
 
 
 def test_a_machine_of_its_own_agrees_with_itself() -> None:
-    assert CPU.largest(3) == 3 and CPU.agree("a") == "a" and float(CPU.sum(torch.tensor(2.0))) == 2.0
+    assert CPU.all_reduce_max(3) == 3 and CPU.broadcast_str("a") == "a" and float(CPU.sum(torch.tensor(2.0))) == 2.0
     CPU.require_same({"the data": "a"})
     assert apart("a\nb\nc", "a\nd\nc") == ("b", "d") and apart("a", "a\nb") == ("", "b")
 
 
 def test_all_go_on_uncompiled_where_one_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other(Machine):
+    class Other(DistContext):
         """A process that hears from another one that its compiler failed."""
 
         def largest(self, value: int) -> int:
@@ -263,6 +263,6 @@ def test_the_blocks_of_a_split_model_are_compiled_in_place(torchrun: None, monke
 
     monkeypatch.setattr(nn.Module, "compile", pretend)
     with processes(60):
-        stepped = share(plain(), find_machine("fp32"), "full")
+        stepped = share(plain(), get_dist_context("fp32"), "full")
         assert not is_compiled(stepped)
         assert compiled(stepped, torch.zeros(1, 4, dtype=torch.long), CPU) is stepped and is_compiled(stepped)

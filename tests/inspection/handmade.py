@@ -1,0 +1,152 @@
+"""A model set by hand, in which an induction head can be read off the weights; what the inspection says of it is known.
+
+How a transformer of two layers continues a text that repeats itself (Elhage et al. 2021, "Induction heads"; Olsson et
+al. 2022): it has read `A B ... A`, and says `B`.
+
+1. Layer 0, head 0 is a *previous-token head*. At each position its query asks for the position before, and it copies
+   the token that stands there. Afterwards every position knows two things: its token, and the token before it.
+2. Layer 1, head 1 is an *induction head*. At the second `A` its query asks: where is a position whose token BEFORE is
+   `A`? That is where `B` stands, and the head copies `B` into what the model says next. It can ask so only because
+   the first layer has written it down: the two heads are composed, and one layer alone cannot do this.
+
+The residual stream is a row of one-hot parts, each with a name below:
+
+    token      1 at the token that stands here; the induction head adds what comes next
+    mirror    -1 at the token that stands here
+    position   1 at the number of the position
+    before     1 at the token before this one: empty at first, written by the previous-token head
+    balance   takes away what others add, so that the stream always adds up to 0
+    anchor     4096 and -4096, at every position
+
+* **The norms do nothing.** Layer norm takes away the mean, which is 0, and divides by the standard deviation. The
+  anchor is nearly all of that (to 1 part in 10^7), so it is the same everywhere, whatever the heads write or a test
+  takes away, and the gain multiplies it back.
+* **The logits are 60 (token + mirror).** The head is tied to the embedding, which is negative on `mirror`, and the last
+  gain is negative there too. So the present token cancels, and what the induction head wrote stays. Wherever nothing
+  was written every token is equally likely, and the loss is ln V exactly.
+* **Softmax is exact.** The key that is asked for leads all others by 60, so they get less than e^-60 = 10^-26.
+* **With nothing to find** the induction head rests on position 0 (Xiao et al. 2023), and token 0, with which a text
+  begins, hands over nothing.
+
+All other heads have zero queries, so they read every position alike, and zero values, so they write nothing; the MLPs
+are zero.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.gpt import GPT, CausalSelfAttention
+
+PREVIOUS = (0, 0)
+"""(layer, head) of the previous-token head."""
+INDUCTION = (1, 1)
+"""(layer, head) of the induction head."""
+ANCHOR = 4096.0
+LEAD = 60.0
+"""By how much the right score, and the right logit, leads the others."""
+
+
+class Stream:
+    """Where each part of the residual stream stands."""
+
+    def __init__(self, n_tokens: int, context: int) -> None:
+        sizes = (n_tokens, n_tokens, context, n_tokens, 1, 2)
+        ends = list(accumulate(sizes))
+        parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self.token, self.mirror, self.position, self.before, self.balance, self.anchor = parts
+        self.width = ends[-1]
+        self.deviation = ANCHOR * math.sqrt(2 / self.width)
+        """What layer norm divides by."""
+
+
+def handmade(
+    n_tokens: int = 30,
+    context: int = 60,
+    n_heads: int = 3,
+    n_layers: Literal[1, 2] = 2,
+    attention: Literal["eager", "sdpa"] = "eager",
+) -> GPT:
+    """The model of the docstring above; with one layer, its first layer alone, which says nothing.
+
+    Args:
+        n_tokens: V; texts begin with token 0, which should not come again.
+        context: the longest text.
+        n_heads: H, at least 2, of width max(V, context).
+    """
+    stream = Stream(n_tokens, context)
+    shape = {"n_heads": n_heads, "d_model": stream.width, "d_head": max(n_tokens, context), "d_mlp": 1}
+    model = GPT(ModelConfig("gpt2", n_layers, context=context, attention=attention, **shape), n_tokens)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name, parameter in model.named_parameters():
+            if name.endswith("gain"):
+                parameter.fill_(stream.deviation)
+        _embed(model, stream)
+        _previous_token_head(model.blocks[PREVIOUS[0]].attention, stream)
+        if n_layers == 2:
+            _induction_head(model.blocks[INDUCTION[0]].attention, stream)
+    return model.eval()
+
+
+def repeats(count: int, n: int, n_tokens: int = 30, seed: int = 1) -> list[list[int]]:
+    """Texts of 2 n + 1 tokens: token 0, then n distinct others, drawn anew for each text, said twice."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [(1 + torch.randperm(n_tokens - 1, generator=generator)[:n]).tolist() for _ in range(count)]
+    return [[0, *tokens, *tokens] for tokens in drawn]
+
+
+def _embed(model: GPT, stream: Stream) -> None:
+    """What stands in the stream at first, and how the last norm and the tied head read it."""
+    assert model.position_embedding is not None
+    tokens, positions = model.token_embedding.weight, model.position_embedding.weight
+    tokens[:, stream.token] = torch.eye(len(tokens))
+    tokens[:, stream.mirror] = -torch.eye(len(tokens))
+    positions[:, stream.position] = torch.eye(len(positions))
+    positions[:, stream.balance] = -1
+    positions[:, stream.anchor] = torch.tensor([ANCHOR, -ANCHOR])
+    model.final_norm.gain[stream.token] *= LEAD
+    model.final_norm.gain[stream.mirror] *= -LEAD
+
+
+def _previous_token_head(attention: CausalSelfAttention, stream: Stream) -> None:
+    query, key, value, out = _head(attention, PREVIOUS[1])
+    T, V, strength = _size(stream.position), _size(stream.token), LEAD * math.sqrt(attention.d_head)
+    query[: T - 1, stream.position] = strength * torch.eye(T)[:-1].roll(1, dims=1)  # position i asks for i - 1
+    key[:T, stream.position] = torch.eye(T)
+    value[:V, stream.token] = torch.eye(V)
+    out[stream.before, :V] = torch.eye(V)
+    out[stream.balance, :V] = -1
+
+
+def _induction_head(attention: CausalSelfAttention, stream: Stream) -> None:
+    query, key, value, out = _head(attention, INDUCTION[1])
+    V, strength = _size(stream.token), 2 * LEAD * math.sqrt(attention.d_head)
+    query[:V, stream.token] = strength * torch.eye(V)  # this position's token ...
+    key[:V, stream.before] = torch.eye(V)  # ... is the token before that one
+    key[:V, stream.position.start] = 0.5  # half a match with any token: where to rest
+    value[1:V, stream.token] = torch.eye(V)[1:]  # all tokens but token 0
+    out[stream.token, :V] = torch.eye(V)
+    out[stream.balance, :V] = -1
+
+
+def _head(attention: CausalSelfAttention, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of one head's matrices, as views to be written into: query, key, value (D, C); output (C, D)."""
+    per_head = attention.qkv.weight.view(3, attention.n_heads, attention.d_head, -1)
+    query, key, value = per_head[:, head]
+    return query, key, value, _columns(attention.out, attention.n_heads)[:, head]
+
+
+def _columns(linear: nn.Linear, n_heads: int) -> Tensor:
+    return linear.weight.view(len(linear.weight), n_heads, -1)
+
+
+def _size(part: slice) -> int:
+    return int(part.stop - part.start)

@@ -1,0 +1,83 @@
+"""The loss in context: beside what knowing nothing, counting words, or knowing everything would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.dataloader import PackedSequences
+from data.ngram_baseline import baselines, bits_per_byte
+from data.prepare import TokenizedCorpus
+
+WORDS = {
+    "uniform": "every token equally likely",
+    "unigram": "how often each token occurs",
+    "trigram": "the two tokens before it",
+    "floor": "the entropy of the corpus: nobody can do better",
+}
+
+
+def reference_losses(data: TokenizedCorpus, windows: PackedSequences) -> dict[str, float]:
+    """Losses in nats/token that the model's is to be read against; `floor` where the corpus's entropy is known."""
+    found = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
+    if data.nats_per_document is not None:
+        # Every token after the first is a target once, the documents' ends included.
+        found["floor"] = data.nats_per_document * data.val.n_documents / (len(data.val) - 1)
+    return found
+
+
+def table(loss: float, targets: int, references: Mapping[str, float], data: TokenizedCorpus) -> str:
+    """The model's loss and its references, a line each, in nats/token and bits/byte."""
+    rows = sorted([*references.items(), ("this model", loss)], key=lambda row: (-row[1], row[0]))
+    lines = [f"loss on {targets:,} held-out tokens ({data.val.n_documents:,} documents)   nats/token   bits/byte"]
+    for name, nats in rows:
+        what = WORDS.get(name, "")
+        lines.append(
+            f"  {name:<12}{what:<48}{nats:>9.4f}   {bits_per_byte(nats, len(data.val) - 1, data.val.n_bytes):>9.4f}"
+        )
+    if "floor" in references:
+        gap = loss - references["floor"]
+        lines.append(f"  this model is {abs(gap):.4f} nats/token {'above' if gap > 0 else 'below'} the floor")
+    return "\n".join(lines)
+
+
+def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str, float], title: str) -> None:
+    """`loss.png`: training and validation loss over the steps, the references as lines across."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#8aa4c8", linewidth=1, label="training batch")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="#1f3b70", linewidth=2, marker="o", markersize=3, label="validation")
+    for name, nats in references.items():
+        color, line = ("#c0392b", "-") if name == "floor" else ("#888888", ":")
+        axes.axhline(nats, color=color, linestyle=line, linewidth=1.2)
+        axes.annotate(
+            f"{name} {nats:.3f}",
+            (1, nats),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=color,
+        )
+    axes.set(xlabel="step", ylabel="loss (nats/token)", title=title.replace("$", r"\$"))
+    lowest = min([*references.values(), *(loss for _, loss in train + val)], default=1.0)
+    axes.set_yscale("log")
+    axes.set_ylim(lowest * 0.9, None)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path)

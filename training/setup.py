@@ -1,0 +1,299 @@
+"""One run, from its start or resumption to its last word: its parts are built, its loop is run, its news is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.errors import CHECKPOINT, CONFIG, UserError, end_if_asked, printable
+from data.prepare import TokenizedCorpus
+from model.gpt import GPT
+from training import checkpoint
+from training.checkpoint import Checkpoint, Origin, TrainState
+from training.choice import choose_way, compiled_if_faster
+from training.config import RunConfig, to_toml
+from training.device import DistContext, compiled, is_compiled, worth_compiling
+from training.distributed import gather, is_sharded, share
+from training.memory import bounded_memory
+from training.metrics import Metrics, Progress, read_metrics
+from training.optimizer import Optimizer
+from training.pace import Pace
+from training.report import plot_loss, reference_losses, table
+from training.resuming import check_resumable
+from training.run_dir import keep_config
+from training.saving import Saver
+from training.text_generation import decoded, first_tokens, sample_tokens
+from training.trackers import Tracker
+from training.trainer import Trainer, rows_at_once
+
+Observe = Callable[[TrainState], None]
+
+
+class Run:
+    """A model, its optimizer, its data, and the folder that it all goes to.
+
+    Args:
+        config: the command line's, its folder decided and locked (`training/run_dir.py`).
+        machine: where this process computes.
+        data: the prepared corpus.
+
+    Raises:
+        UserError: for whatever keeps the run from starting.
+    """
+
+    def __init__(self, config: RunConfig, machine: DistContext, data: TokenizedCorpus) -> None:
+        if config.train.batch_size % machine.world:
+            raise UserError(
+                f"train.batch_size is {config.train.batch_size}, which {machine.world} processes cannot share evenly",
+                CONFIG,
+            )
+        machine.require_same({"the corpus": data.fingerprint})
+        self.config, self.data = config, data
+        self.folder = Path(config.run.dir)
+        self.saver = Saver(self.folder, config.train.keep) if machine.is_main_process else None
+        saved = checkpoint.open_checkpoint(Path(config.run.resume)) if config.run.resume else None
+        if saved is not None:
+            check_resumable(config, saved, data)
+            machine.require_same({"the checkpoint": str(saved.state)})
+        rows = rows_at_once(config, machine.world)
+        with bounded_memory(rows, config.train.batch_size):
+            begun = saved.origin.how if saved is not None else {}
+            self.choice = choose_way(config, machine, data.tokenizer.vocab_size, rows, begun)
+            self.machine = machine = self.choice.way.machine(machine)
+            self.model, self.stepped, self.optimizer, state = self.build(saved)
+        self.trainer = Trainer(config, machine, data, self.model, self.stepped, self.optimizer, state, bool(saved))
+        self.origin = Origin(data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how())
+        self.sample: list[int] = []  # tokens of the sample of the moment
+        tokens = config.train.batch_size * config.model.context
+        self.progress = Progress(state.step, config.train.steps, tokens, machine.is_main_process)
+        if machine.is_main_process:
+            self.metrics = Metrics(self.folder, state)
+        self.tracker = Tracker(config, self.folder, self.folder.name, machine.is_main_process)
+        if saved is not None and machine.is_main_process:
+            self.compare_paths(saved.origin.how)
+
+    @property
+    def state(self) -> TrainState:
+        """Where the run stands."""
+        return self.trainer.state
+
+    def build(self, saved: Checkpoint | None) -> tuple[GPT, nn.Module, Optimizer, TrainState]:
+        """The plain model, the one that is stepped, its optimizer, where they stand: new, or as a checkpoint says."""
+        config, machine = self.config, self.machine
+        vocab_size = self.data.tokenizer.vocab_size
+        shape = self.choice.way.model(config.model)
+        model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.restored(shape)
+        state = TrainState() if saved is None else saved.state
+        stepped = share(model, machine, config.train.sharding)
+        optimizer = Optimizer(stepped if is_sharded(stepped) else model, config.optim)
+        if saved is not None and state.tokens_seen:  # before the first step that counted there are no moments
+            try:
+                optimizer.load_state(saved.moments())
+            except ValueError as error:
+                raise UserError(f"cannot go on from {saved.folder}: {error}", CHECKPOINT) from error
+        return model, self.faster(stepped, saved), optimizer, state
+
+    def faster(self, stepped: nn.Module, saved: Checkpoint | None) -> nn.Module:
+        """The model compiled where that pays; a resumed run goes on as it began."""
+        config, machine = self.config, self.machine
+        wanted = worth_compiling(config.train, self.choice.seconds(config, machine.world), machine.device)
+        decided = config.train.compile == "on"
+        if saved is not None and config.train.compile == "auto" and "compiled" in saved.origin.how:
+            wanted = decided = saved.origin.how["compiled"] == "yes"
+        if not wanted:
+            return stepped
+        shape = (rows_at_once(config, machine.world), config.model.context)
+        example = torch.zeros(shape, dtype=torch.long, device=machine.device)
+        return (compiled if decided else compiled_if_faster)(stepped, example, machine)
+
+    def how(self) -> dict[str, str]:
+        """The path that the numbers take; another path may round otherwise."""
+        machine = self.machine
+        return {
+            "device": machine.device.type,
+            "dtype": str(machine.dtype).removeprefix("torch."),
+            "attention": self.model.config.attention,
+            "compiled": "yes" if is_compiled(self.stepped) else "no",
+            "threads": str(torch.get_num_threads()),
+            "processes": str(machine.world),
+            "torch": torch.__version__,
+        }
+
+    def compare_paths(self, before: Mapping[str, str]) -> None:
+        """Say what differs from the machine that the run was begun on: the same bits are then not to be expected."""
+        now = self.origin.how
+        changed = [f"{key} {before[key]} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        if changed:
+            self.progress.say(f"resumed on another path, so the last digits may differ: {', '.join(changed)}")
+
+    def begin(self) -> None:
+        """Make the folder a run: once the untrained weights are saved, it can be resumed at any moment."""
+        end_if_asked()
+        if not self.config.run.resume:
+            self.save()
+            self.trainer.saved = (self.state.step, self.state.evaluated)
+        if self.machine.is_main_process:
+            keep_config(self.config)
+        self.introduce()
+
+    def introduce(self) -> None:
+        """The first lines of output: what is trained, on what, where, and how."""
+        model, data, train = self.model, self.data, self.config.train
+        shape = model.config
+        parameters = sum(p.numel() for p in model.parameters())
+        say = self.progress.say
+        say(
+            f"data    {data.name}: {data.train.n_documents:,} documents, {len(data.train):,} training tokens; "
+            f"{data.tokenizer.name} vocabulary of {data.tokenizer.vocab_size:,}"
+        )
+        say(
+            f"model   {shape.preset}: {shape.n_layers} layers, {shape.n_heads} heads, width {shape.d_model}, "
+            f"context {shape.context}; {parameters:,} parameters"
+        )
+        compiled = "compiled" if self.origin.how["compiled"] == "yes" else "eager"
+        say(f"machine {self.machine.describe()}, {shape.attention} attention, {compiled}{self.choice.said()}")
+        begin = f"from step {self.state.step} " if self.state.step else ""
+        say(f"run     {self.folder}: {begin}to step {train.steps}, {train.batch_size} x {shape.context} tokens each")
+
+    def train(self, observe: Observe, end: float | None = None) -> None:
+        """Run the loop.
+
+        Args:
+            observe: called at each evaluation, when the model's weights are those of its state.
+            end: of a run by minutes: when the last step should be over (`training/pace.py`).
+        """
+        pace = None if end is None else Pace(end, self.settle)
+
+        def on_evaluation(metrics: dict[str, Any]) -> None:
+            if self.machine.is_main_process:
+                self.tell_evaluation(metrics)
+                observe(self.state)
+
+        try:
+            with bounded_memory(self.trainer.rows, self.config.train.batch_size):
+                look = None if pace is None else (lambda: pace.look(self.config, self.state.step))
+                self.trainer.run(self.tell_step, on_evaluation, self.save, look)
+            self.finish_saving()
+        except SystemExit as stop:
+            self.finish_saving()
+            self.tracker.close(int(stop.code or 0), patience=5.0)  # whoever asked does not wait for long
+            self.progress.say(f"stopped; go on with: python train.py --run.resume {self.folder}")
+            raise
+        finally:
+            self.progress.close()
+
+    def settle(self, config: RunConfig) -> None:
+        """Go on with another number of steps; it is written down before anything is done by it."""
+        keep_config(config)
+        self.config = self.trainer.config = config
+        self.progress.settle(config.train.steps)
+        self.progress.say(f"plan    {config.train.steps:,} steps, by the time that {self.state.step:,} have taken")
+
+    def tell_step(self, metrics: dict[str, Any]) -> None:
+        """Log the numbers of a step, or that it was passed over."""
+        self.progress.step(metrics["step"], metrics.get("loss"))
+        if not self.machine.is_main_process:
+            return
+        if "skipped" in metrics:
+            self.progress.say(f"step {metrics['step']} passed over: loss or gradient not finite ({metrics['skipped']})")
+        metrics["tokens_per_second"] = round(self.progress.speed(metrics["step"]))
+        self.metrics.write(metrics)
+        self.tracker.log(metrics["step"], {k: v for k, v in metrics.items() if k != "documents"})
+
+    def tell_evaluation(self, metrics: dict[str, Any]) -> None:
+        """Log an evaluation, with a sample of what the model writes by now."""
+        count, step = self.config.log.sample_tokens, metrics["step"]
+        text = self.write_sample(count) if count else None
+        ends = {} if text is None else {"samples_end": self.metrics.write_sample(step, text)}
+        self.metrics.write({**metrics, **ends})
+        self.progress.say(f"step {step:>5}  validation loss {metrics['val_loss']:.4f}")
+        if text is not None:
+            self.progress.say("    " + text.strip().replace("\n", "\n    "))
+        self.tracker.log(step, metrics, sample=text)
+
+    def write_sample(self, count: int) -> str:
+        """A sample of the moment; drawn from a generator of its own."""
+        tokenizer = self.data.tokenizer
+        start = first_tokens(tokenizer, "", self.origin.documents)
+        self.model.eval()
+        self.sample = sample_tokens(self.model, tokenizer, start, count, self.config.run.seed + self.state.step)
+        self.model.train()
+        return decoded(tokenizer, self.sample[len(start) :])
+
+    def save(self) -> None:
+        """Write a checkpoint. Every process takes part: where the model is split, its parts are brought together."""
+        gather(self.stepped, self.model)
+        moments = self.optimizer.state()
+        if self.saver is not None:
+            self.metrics.sync()
+            self.saver.save(
+                self.config,
+                self.state,
+                checkpoint.model_weights(self.model),
+                moments,
+                self.data.tokenizer,
+                self.model.vocab_size,
+                self.origin,
+            )
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is verified."""
+        if self.saver is not None:
+            self.saver.finish()
+
+    def report(self) -> None:
+        """The loss in context: a table, and the plot."""
+        loss, targets = self.trainer.whole_validation()
+        gather(self.stepped, self.model)
+        if not self.machine.is_main_process:
+            return
+        references = reference_losses(self.data, self.trainer.val_windows)
+        self.metrics.write({"step": self.state.step, "final_val_loss": loss, **references})
+        self.progress.say("\n" + table(loss, targets, references, self.data))  # now: pictures take a second
+        plot = self.folder / "loss.png"
+        title = printable(f"{self.data.name}: {self.folder}")
+        plot_loss(plot, read_metrics(self.folder / "metrics.jsonl"), references, title)
+        self.tracker.log(self.state.step, {"final_val_loss": loss}, image=plot)
+
+    def finish(self, told: list[str], pictures: list[Path], page: Path | None, started: float) -> None:
+        """The last words: what the heads do, where everything lies, and how long it took.
+
+        Args:
+            told: lines to print; the pictures go to Weights & Biases, the page is named.
+        """
+        say = self.progress.say
+        say("\n" + "\n".join(told))
+        for picture in pictures:
+            self.tracker.log(self.state.step, {}, image=picture)
+        self.tracker.close()
+        say(f"\n{time.perf_counter() - started:.0f} s in all; the run is in {self.folder}")
+        if page is not None:
+            say(f"  open {page}")
+        say(f"  python sample.py {self.folder}")
+        say(f"  python attend.py summary {self.folder}")
+
+
+def agreed(config: RunConfig, machine: DistContext) -> RunConfig:
+    """The config with the folder that the first process has decided on, and the same one everywhere.
+
+    Raises:
+        UserError: if the processes were started differently (exit code 2).
+    """
+    folder, resume = json.loads(machine.broadcast_str(json.dumps([config.run.dir, config.run.resume])))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume))
+    machine.require_same({"the configuration": to_toml(config), "the version of torch": torch.__version__})
+    return config
+
+
+def has_lines(data: TokenizedCorpus) -> bool:
+    """Whether the training text's beginning holds a line break, after which a sample can begin."""
+    seen = np.unique(data.train.read(0, 100_000)).tolist()
+    return any(b"\n" in data.tokenizer.token_bytes(token) for token in seen)
