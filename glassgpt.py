@@ -1,0 +1,7 @@
+"""GlassGPT: train a small GPT, and see what it learned.
+
+The commands are `train.py`, `sample.py` and `attend.py`. The parts can be imported from the packages `model`, `data`,
+`training` and `inspection`, for example `from model.gpt import GPT`.
+"""
+
+__version__ = "0.1.0"
