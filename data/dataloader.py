@@ -32,11 +32,6 @@ IGNORE_INDEX = -1
 """Target of a position that does not count: padding, or a piece of a document that another window reads
 whole."""
 
-BLOCK = 1 << 12
-"""Entries of the shuffled stream that are computed at once."""
-_MASK64 = (1 << 64) - 1
-_ROUNDS = 8
-
 
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
@@ -114,17 +109,18 @@ def batch(
 
 
 def sample_indices(windows: PackedSequences, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """Indices of the windows in the whole batch of a step, (batch_size,) int64, in order of rows."""
-    first, end = step * batch_size, (step + 1) * batch_size
-    blocks = range(first // BLOCK, (end - 1) // BLOCK + 1)
-    found = np.concatenate([shuffled_block(number, len(windows), seed) for number in blocks])
-    return found[first - blocks[0] * BLOCK :][:batch_size]
+    """Indices of the sequences in the whole batch of a step, (batch_size,) int64, in order of rows."""
+    n = len(windows)
+    epochs, positions = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+    parts = [epoch_permutation(seed, epoch, n)[positions[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+    return np.concatenate(parts)
 
 
 @lru_cache(maxsize=2)
-def shuffled_block(number: int, n: int, seed: int) -> np.ndarray:
-    """Entries `number * BLOCK` up to the next block's of `shuffled`: thousands cost hardly more than a step's few."""
-    return shuffled(np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64), n, seed)
+def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the `n` sequences in an epoch, int64: 8 bytes a sequence. Two are cached, for a batch that spans
+    two epochs."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def num_valid_tokens(windows: PackedSequences, seed: int, step: int, batch_size: int) -> int:
@@ -173,41 +169,3 @@ def eval_indices(windows: PackedSequences, tokens: int) -> np.ndarray:
     n, total = len(windows), int(windows.counts.sum())
     chosen = n if tokens >= total else max(1, round(n * tokens / total))
     return (2 * np.arange(chosen, dtype=np.int64) + 1) * n // (2 * chosen)
-
-
-def shuffled(entries: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Entries i of the endless stream permutation_0, permutation_1, ... of 0..n-1, as int64: permutation_{i
-    // n}[i % n].
-
-    A permutation array would not fit for hundreds of millions of windows, and drawing it would cost a pause.
-    So each permutation is a function: a Feistel network (Luby and Rackoff 1988) permutes 0 .. 4^b - 1 for the
-    least b that reaches n, and a value that lands at n or beyond is put through again until it lands below
-    ("cycle walking", Black and Rogaway 2002), which leaves a permutation of 0 .. n-1. The size of n makes no
-    difference to the mechanism.
-    """
-    epochs, values = np.divmod(np.asarray(entries, dtype=np.int64), n)
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    keys = _mix(_mix(np.full(1, seed & _MASK64, np.uint64)) + epochs.astype(np.uint64))
-    values = _feistel(values.astype(np.uint64), keys, half)
-    while (outside := np.flatnonzero(values >= np.uint64(n))).size:
-        values[outside] = _feistel(values[outside], keys[outside], half)
-    return values.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64) -> np.ndarray:
-    """A keyed permutation of the numbers of `2 * half` bits. Reversible whatever `_mix` is, round by round."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = values >> half, values & mask
-    for turn in range(_ROUNDS):
-        # Each round gets a key of its own, so that two equal rounds cannot cancel.
-        left, right = right, left ^ (_mix(right + _mix(keys + np.uint64(turn))) & mask)
-    return (left << half) | right
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood 2014): every bit of the result depends on every bit of the uint64
-    argument."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
