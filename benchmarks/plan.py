@@ -33,7 +33,7 @@ from training.device import choose_attention, get_dist_context
 from training.footprint import footprint, stand_in
 from training.optimizer import Optimizer
 from training.speed import measured
-from training.trainer import Trainer, rows_at_once
+from training.trainer import Trainer, micro_batch_rows
 
 ROOT = Path(__file__).parent.parent
 LARGE = (
@@ -80,9 +80,9 @@ def happened(config: RunConfig) -> dict[str, float]:
     model = GPT(config.model, vocab_size, seed=1)
     trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
     for _ in range(4):
-        trainer.step()
+        trainer.train_step()
     grown = resident() - before
-    rows = batch(data.train, trainer.windows, 1, 0, rows_at_once(config, 1))
+    rows = batch(data.train, trainer.train_sequences, 1, 0, micro_batch_rows(config, 1))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     blocks: dict[int, int] = {}
 
@@ -94,11 +94,11 @@ def happened(config: RunConfig) -> dict[str, float]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), machine.autocast():
         kept = model.features(rows.tokens)  # what is kept lives as long as this
         model.head(kept[:1, :1])  # the copy of its weights
-    trainer.gradient(rows, 1)
+    trainer.forward_backward(rows, 1)
     sizes = {
         "weights": model.parameters(),
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
-        "moments": [value for _, value in trainer.optimizer.moments()],
+        "moments": [value for _, value in trainer.optimizer.named_state()],
     }
     found = {name: float(sum(t.numel() * t.element_size() for t in tensors)) for name, tensors in sizes.items()}
     return {**found, "activations": float(sum(blocks.values())), "peak": float(grown)}

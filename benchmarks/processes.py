@@ -97,8 +97,8 @@ def trainer(folder: Path, case: Case, machine: DistContext, optimizer: str = "ad
 
 def gradient(one: Trainer, step: int) -> float:
     """Leave the gradient of a step's batch in the parameters; its loss."""
-    rows = batch(one.data.train, one.windows, 1, step, BATCH, one.machine.rank, one.machine.world)
-    return float(one.gradient(rows, num_valid_tokens(one.windows, 1, step, BATCH)))
+    rows = batch(one.data.train, one.train_sequences, 1, step, BATCH, one.machine.rank, one.machine.world)
+    return float(one.forward_backward(rows, num_valid_tokens(one.train_sequences, 1, step, BATCH)))
 
 
 def named(one: Trainer, of_gradient: bool = False) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def after_sgd(one: Trainer) -> dict[str, Tensor]:
 
 def counted(one: Trainer) -> list[int]:
     """Targets that count in the first batch, of each process."""
-    rows = batch(one.data.train, one.windows, 1, 0, BATCH, one.machine.rank, one.machine.world)
+    rows = batch(one.data.train, one.train_sequences, 1, 0, BATCH, one.machine.rank, one.machine.world)
     each = torch.zeros(one.machine.world, dtype=torch.int64)
     each[one.machine.rank] = (rows.targets != IGNORE_INDEX).sum()
     return one.machine.sum(each).tolist()
@@ -141,7 +141,7 @@ def work(cases: list[Case], folder: Path) -> None:
             for optimizer, name in (("adamw", "AdamW"), ("muon", "Muon")):
                 one = trainer(folder, case, machine, optimizer)
                 for _ in range(STEPS):
-                    one.step()
+                    one.train_step()
                 found[f"weights, {name}"] = named(one)
                 found[f"loss, {name}"] = {"loss": torch.tensor(gradient(one, STEPS), dtype=torch.float64)}
             if machine.is_main_process:
@@ -175,7 +175,7 @@ def learn(folder: Path) -> None:
     (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
     one = trainer(folder, ONE, get_dist_context("fp32", threads=1))
     for _ in range(LEARNED):
-        one.step()
+        one.train_step()
     save_file(named(one), folder / "learned.safetensors")
 
 

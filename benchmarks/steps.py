@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
             config, get_dist_context(config.train.dtype, config.run.threads), corpus(Path(tokens), int(vocab_size))
         )
         for _ in range(2):
-            run.trainer.step()
+            run.trainer.train_step()
         about = {
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "matrices": matrix_parameters(run.model),
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
         for line in sys.stdin:
             start = time.perf_counter()
             for _ in range(int(line)):
-                run.trainer.step()
+                run.trainer.train_step()
             print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": peak()}), flush=True)
 
 

@@ -33,6 +33,6 @@ def trained(config: RunConfig) -> Trained:
     trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
     start = time.perf_counter()
     while trainer.state.step < config.train.steps:
-        trainer.step()
+        trainer.train_step()
     seconds = time.perf_counter() - start
-    return Trained(trainer.whole_validation()[0], seconds)
+    return Trained(trainer.full_validation_loss()[0], seconds)

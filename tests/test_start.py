@@ -18,14 +18,14 @@ import sys
 import train
 from training.trainer import Trainer
 
-real = Trainer.step
+real = Trainer.train_step
 
 def step(self):
     real(self)
     print("loaded", *sorted(sys.modules))
     raise SystemExit(0)
 
-Trainer.step = step
+Trainer.train_step = step
 train.main(sys.argv[1:])
 """
 

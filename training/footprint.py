@@ -167,14 +167,14 @@ def footprint(config: RunConfig, vocab_size: int, machine: DistContext, rows: in
         trainer = stand_in(config, vocab_size, alone, model, rows)
         one, many = (nothing(count, config.model.context, alone.device) for count in (1, rows))
         with blocks, torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-            trainer.gradient(one, 1)  # moments come with the first step
+            trainer.forward_backward(one, 1)  # moments come with the first step
             trainer.optimizer.step()
-            moments = sum(bytes_of(value) for _, value in trainer.optimizer.moments())
+            moments = sum(bytes_of(value) for _, value in trainer.optimizer.named_state())
             before = blocks.now
             if pieces > 1:  # what an earlier piece has left
-                trainer.gradient(one, 1)
+                trainer.forward_backward(one, 1)
             first, blocks.peak = blocks.attention, blocks.now
-            trainer.gradient(many, 1)
+            trainer.forward_backward(many, 1)
             highest, kernels = blocks.peak - before, blocks.attention - first
             gradients = sum(bytes_of(p.grad) for p in model.parameters() if p.grad is not None)
             first, blocks.peak = blocks.attention, blocks.now

@@ -20,7 +20,7 @@ PIECE = 1 << 22
 """Numbers that are held in fp32 at a time: 16 MiB."""
 
 
-def loss_sum(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+def cross_entropy_sum(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Sum over all counted targets of -log p(target), in nats, computed in fp32.
 
     The backward pass overwrites the logits: nobody may read them after it.

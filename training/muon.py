@@ -25,7 +25,7 @@ STACKED = 1 << 22
 """Numbers in a stack. Larger matrices keep the processor busy on their own, and split ones are put together for it."""
 
 
-def orthogonalised(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
+def orthogonalize(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     """Each matrix with its singular values brought near 1, in bf16.
 
     With U S Vᵀ = X / |X|, five rounds of X ← a X + (b XXᵀ + c (XXᵀ)²) X leave U S' Vᵀ, S' between about 0.7 and 1.2
@@ -87,6 +87,6 @@ class Muon(Stepper):
             directions.append(whole(gradient.lerp(memory["momentum_buffer"], self.momentum)))
         rows, columns = stack[0].shape
         rate = lr * math.sqrt(max(1, rows / columns))
-        for matrix, change in zip(stack, orthogonalised(torch.stack(directions)), strict=True):
+        for matrix, change in zip(stack, orthogonalize(torch.stack(directions)), strict=True):
             matrix.mul_(1 - lr * weight_decay)
             matrix.add_(split(change, matrix) if is_split(matrix) else change, alpha=-rate)

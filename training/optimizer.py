@@ -14,7 +14,7 @@ from training.muon import Muon
 from training.stepper import AdamW, Stepper
 
 
-def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+def get_lr_scale(step: int, steps: int, config: OptimConfig) -> float:
     """The learning rate of a step as a share of its peak: a pure function of the step.
 
     It rises in a line over `warmup` steps; then `cosine` falls along a half cosine to `min_lr_ratio`
@@ -64,7 +64,7 @@ class Optimizer:
             self.parts.append(Muon(hidden, config.muon_lr, decay, config.momentum))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
-    def set_rate(self, share: float) -> None:
+    def set_lr_scale(self, share: float) -> None:
         """Set every learning rate to `share` of its peak."""
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
@@ -74,36 +74,36 @@ class Optimizer:
         """Move the weights, and forget the gradient."""
         for part in self.parts:
             part.step()
-        self.forget()
+        self.zero_grad()
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Let the gradient go."""
         for part in self.parts:
             part.zero_grad()
 
-    def moments(self) -> Iterator[tuple[str, Tensor]]:
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every moment as it lies here, named by its parameter; in the same order on every process."""
         for part in self.parts:
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 for key, value in part.state.get(parameter, {}).items():
                     yield f"{self.names[parameter]}/{key}", value
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Every moment, whole, named by its parameter, such as `blocks.0.attention.qkv.weight/momentum_buffer`.
 
         Where moments are split every process calls this at the same point; they are put together one at a time and
         laid down on the first process's CPU, and only that one gets them.
         """
         if not any(is_split(parameter) for parameter in self.names):
-            return dict(self.moments())
+            return dict(self.named_state())
         found = {}
-        for name, value in self.moments():
+        for name, value in self.named_state():
             value = whole(value)
             if dist.get_rank() == 0:
                 found[name] = value.cpu()
         return found
 
-    def load_state(self, saved: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Take over what `state` gave, or this process's share of it.
 
         Raises:

@@ -1,7 +1,7 @@
 """Holding `train.minutes`: how many steps a run has is settled when its rate is about to fall.
 
 A processor that others use, too, changes its speed from one minute to the next. Until the rate falls no step depends on
-how many there will be (`lr_at`), so their number can be settled as late as that, by the time that steps really took.
+how many there will be (`get_lr_scale`), so their number can be settled as late as that, by the time that steps really took.
 What is settled is written into the run's config: begun again with that, a run takes the same steps.
 """
 
@@ -43,7 +43,7 @@ class Pace:
 
 
 def turn(config: RunConfig) -> int:
-    """The last step whose rate does not depend on how many there will be (`lr_at`, linear); at least 1."""
+    """The last step whose rate does not depend on how many there will be (`get_lr_scale`, linear); at least 1."""
     return max(1, int(config.train.steps * (1 - config.optim.decay_fraction)))
 
 

@@ -24,7 +24,7 @@ from training.footprint import Footprint, footprint
 from training.hardware import GPUS, Place
 from training.speed import Speed, measured, reckoned
 from training.time_budget import choose
-from training.trainer import FINAL_TARGETS, rows_at_once
+from training.trainer import FINAL_TARGETS, micro_batch_rows
 
 SPARED = 0.8
 """Share of a GPU's memory that is planned with: libraries, what the allocator holds back, and what a GPU computes in
@@ -118,7 +118,7 @@ def with_minutes(config: RunConfig, place: Place) -> RunConfig:
 def planned(config: RunConfig, place: Place) -> Plan:
     """The run with all that the machine decides decided."""
     machine, text = get_dist_context(config.train.dtype, config.run.threads), find(config.data)
-    rows = rows_at_once(config, place.count)
+    rows = micro_batch_rows(config, place.count)
     if place.gpu is None:
         way = choose_way(config, machine, text.vocab_size, rows, {}).way
         machine, model = way.machine(machine), way.model(config.model)

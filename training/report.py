@@ -18,7 +18,7 @@ WORDS = {
 }
 
 
-def reference_losses(data: TokenizedCorpus, windows: PackedSequences) -> dict[str, float]:
+def baseline_losses(data: TokenizedCorpus, windows: PackedSequences) -> dict[str, float]:
     """Losses in nats/token that the model's is to be read against; `floor` where the corpus's entropy is known."""
     found = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
     if data.nats_per_document is not None:

@@ -26,13 +26,13 @@ from training.memory import bounded_memory
 from training.metrics import Metrics, Progress, read_metrics
 from training.optimizer import Optimizer
 from training.pace import Pace
-from training.report import plot_loss, reference_losses, table
+from training.report import baseline_losses, plot_loss, table
 from training.resuming import check_resumable
 from training.run_dir import keep_config
 from training.saving import Saver
 from training.text_generation import decoded, first_tokens, sample_tokens
 from training.trackers import Tracker
-from training.trainer import Trainer, rows_at_once
+from training.trainer import Trainer, micro_batch_rows
 
 Observe = Callable[[TrainState], None]
 
@@ -63,13 +63,15 @@ class Run:
         if saved is not None:
             check_resumable(config, saved, data)
             machine.require_same({"the checkpoint": str(saved.state)})
-        rows = rows_at_once(config, machine.world)
+        rows = micro_batch_rows(config, machine.world)
         with bounded_memory(rows, config.train.batch_size):
             begun = saved.origin.how if saved is not None else {}
             self.choice = choose_way(config, machine, data.tokenizer.vocab_size, rows, begun)
             self.machine = machine = self.choice.way.machine(machine)
-            self.model, self.stepped, self.optimizer, state = self.build(saved)
-        self.trainer = Trainer(config, machine, data, self.model, self.stepped, self.optimizer, state, bool(saved))
+            self.model, self.wrapped_model, self.optimizer, state = self.build(saved)
+        self.trainer = Trainer(
+            config, machine, data, self.model, self.wrapped_model, self.optimizer, state, bool(saved)
+        )
         self.origin = Origin(data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how())
         self.sample: list[int] = []  # tokens of the sample of the moment
         tokens = config.train.batch_size * config.model.context
@@ -96,7 +98,7 @@ class Run:
         optimizer = Optimizer(stepped if is_sharded(stepped) else model, config.optim)
         if saved is not None and state.tokens_seen:  # before the first step that counted there are no moments
             try:
-                optimizer.load_state(saved.moments())
+                optimizer.load_state_dict(saved.moments())
             except ValueError as error:
                 raise UserError(f"cannot go on from {saved.folder}: {error}", CHECKPOINT) from error
         return model, self.faster(stepped, saved), optimizer, state
@@ -110,7 +112,7 @@ class Run:
             wanted = decided = saved.origin.how["compiled"] == "yes"
         if not wanted:
             return stepped
-        shape = (rows_at_once(config, machine.world), config.model.context)
+        shape = (micro_batch_rows(config, machine.world), config.model.context)
         example = torch.zeros(shape, dtype=torch.long, device=machine.device)
         return (compiled if decided else compiled_if_faster)(stepped, example, machine)
 
@@ -121,7 +123,7 @@ class Run:
             "device": machine.device.type,
             "dtype": str(machine.dtype).removeprefix("torch."),
             "attention": self.model.config.attention,
-            "compiled": "yes" if is_compiled(self.stepped) else "no",
+            "compiled": "yes" if is_compiled(self.wrapped_model) else "no",
             "threads": str(torch.get_num_threads()),
             "processes": str(machine.world),
             "torch": torch.__version__,
@@ -230,8 +232,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint. Every process takes part: where the model is split, its parts are brought together."""
-        gather(self.stepped, self.model)
-        moments = self.optimizer.state()
+        gather(self.wrapped_model, self.model)
+        moments = self.optimizer.state_dict()
         if self.saver is not None:
             self.metrics.sync()
             self.saver.save(
@@ -251,11 +253,11 @@ class Run:
 
     def report(self) -> None:
         """The loss in context: a table, and the plot."""
-        loss, targets = self.trainer.whole_validation()
-        gather(self.stepped, self.model)
+        loss, targets = self.trainer.full_validation_loss()
+        gather(self.wrapped_model, self.model)
         if not self.machine.is_main_process:
             return
-        references = reference_losses(self.data, self.trainer.val_windows)
+        references = baseline_losses(self.data, self.trainer.val_sequences)
         self.metrics.write({"step": self.state.step, "final_val_loss": loss, **references})
         self.progress.say("\n" + table(loss, targets, references, self.data))  # now: pictures take a second
         plot = self.folder / "loss.png"

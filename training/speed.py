@@ -98,24 +98,24 @@ def measured(config: RunConfig, vocab_size: int, machine: DistContext, rows: int
     if done < config.train.batch_size:
         moving = optimizer_seconds(trainer, machine, some)
         step = moving + max(0.0, step - moving) * config.train.batch_size / done
-    indices = np.arange(some) % len(trainer.val_windows)
-    forward = median(lambda: trainer.loss_on(indices), machine, AT_LEAST) / some
+    indices = np.arange(some) % len(trainer.val_sequences)
+    forward = median(lambda: trainer.validation_loss(indices), machine, AT_LEAST) / some
     how = "measured here" if done == config.train.batch_size else f"measured here on {done} windows"
     return Speed(step, forward, how, products)
 
 
 def steps(trainer: Trainer, machine: DistContext, seconds: float) -> float:
     """The median time of a step, measured for about that many seconds."""
-    first = [once(trainer.step, machine) for _ in range(WARM_UP)]
+    first = [once(trainer.train_step, machine) for _ in range(WARM_UP)]
     count = max(AT_LEAST, min(AT_MOST, int(seconds / first[-1])))
-    return median(trainer.step, machine, count)
+    return median(trainer.train_step, machine, count)
 
 
 def optimizer_seconds(trainer: Trainer, machine: DistContext, rows: int) -> float:
     """The median time that the optimizer takes of a step."""
     found = []
     for step in range(AT_LEAST):
-        trainer.gradient(batch(trainer.data.train, trainer.windows, 0, step, rows), 1)
+        trainer.forward_backward(batch(trainer.data.train, trainer.train_sequences, 0, step, rows), 1)
         found.append(once(trainer.optimizer.step, machine))
     return statistics.median(found)
 

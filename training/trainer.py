@@ -32,8 +32,8 @@ from training.checkpoint import TrainState
 from training.config import RunConfig
 from training.device import DistContext
 from training.distributed import clip_gradient, gather, is_sharded, last_only
-from training.loss import loss_sum
-from training.optimizer import Optimizer, lr_at
+from training.loss import cross_entropy_sum
+from training.optimizer import Optimizer, get_lr_scale
 from training.signals import Stop
 
 Tell = Callable[[dict[str, Any]], None]
@@ -70,7 +70,7 @@ def evaluate(
             logits = model(machine.to_device(read.tokens))
         if len(chosen):
             targets = machine.to_device(read.targets)
-            total[0] += loss_sum(logits, targets)
+            total[0] += cross_entropy_sum(logits, targets)
             total[1] += (targets != IGNORE_INDEX).sum()
     else:
         total = machine.sum(total)
@@ -85,7 +85,7 @@ class Trainer:
 
     Args:
         model: the plain model: what is looked at and saved.
-        stepped: the model as it is stepped: compiled, shared with other processes, or split among them.
+        wrapped_model: the model as it is stepped: compiled, shared with other processes, or split among them.
         state: where the run stands; it moves on with every step.
         resumed: whether that is what a checkpoint says.
     """
@@ -96,17 +96,17 @@ class Trainer:
         machine: DistContext,
         data: TokenizedCorpus,
         model: GPT,
-        stepped: nn.Module,
+        wrapped_model: nn.Module,
         optimizer: Optimizer,
         state: TrainState,
         resumed: bool = False,
     ) -> None:
         self.config, self.machine, self.data = config, machine, data
-        self.model, self.stepped, self.optimizer, self.state = model, stepped, optimizer, state
-        self.windows = pack_documents(data.train, config.model.context)
-        self.val_windows = pack_documents(data.val, config.model.context)
-        self.val_part = eval_indices(self.val_windows, config.train.eval_tokens)
-        self.rows = rows_at_once(config, machine.world)
+        self.model, self.wrapped_model, self.optimizer, self.state = model, wrapped_model, optimizer, state
+        self.train_sequences = pack_documents(data.train, config.model.context)
+        self.val_sequences = pack_documents(data.val, config.model.context)
+        self.val_part = eval_indices(self.val_sequences, config.train.eval_tokens)
+        self.rows = micro_batch_rows(config, machine.world)
         self.saved = (state.step, state.evaluated) if resumed else (-1, -1)
         self.stop = Stop()
         self.asked = 0  # the signal that the processes have agreed to stop for
@@ -148,7 +148,7 @@ class Trainer:
                     return
                 if look is not None:
                     look()
-                self.tell(self.step(), on_step)
+                self.tell(self.train_step(), on_step)
 
     def is_due(self) -> bool:
         """Whether an evaluation of this step is wanted, and has not been made."""
@@ -169,17 +169,19 @@ class Trainer:
         elif step % self.config.log.every == 0 or step >= self.config.train.steps:
             on_step({"step": step, **metrics, "loss": float(metrics["loss"])})
 
-    def step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
         """One optimizer step on the batch of this step; its loss, before the step, and its learning rate."""
         settings, state, machine, seed = self.config.train, self.state, self.machine, self.config.run.seed
-        share = lr_at(state.step, settings.steps, self.config.optim)
-        self.optimizer.set_rate(share)
-        rows = batch(self.data.train, self.windows, seed, state.step, settings.batch_size, machine.rank, machine.world)
-        counted = num_valid_tokens(self.windows, seed, state.step, settings.batch_size)
+        share = get_lr_scale(state.step, settings.steps, self.config.optim)
+        self.optimizer.set_lr_scale(share)
+        rows = batch(
+            self.data.train, self.train_sequences, seed, state.step, settings.batch_size, machine.rank, machine.world
+        )
+        counted = num_valid_tokens(self.train_sequences, seed, state.step, settings.batch_size)
         if self.config.model.dropout:  # seeded by the step, so that a resumed run drops the same activations
             torch.manual_seed(hash((seed, state.step, machine.rank)))
-        loss = self.gradient(rows, counted)
-        norm = clip_gradient(self.stepped, self.config.optim.clip)
+        loss = self.forward_backward(rows, counted)
+        norm = clip_gradient(self.wrapped_model, self.config.optim.clip)
         metrics: dict[str, Any] = {"loss": loss, "lr": share * self.config.optim.lr}
         if math.isfinite(norm) and math.isfinite(float(loss)):
             self.optimizer.step()
@@ -189,17 +191,17 @@ class Trainer:
         state.step += 1
         return metrics
 
-    def gradient(self, rows: Batch, counted: int) -> Tensor:
+    def forward_backward(self, rows: Batch, counted: int) -> Tensor:
         """Leave the gradient of the mean loss over the whole batch's `counted` targets in the parameters; that loss."""
         machine = self.machine
         tokens, targets = machine.to_device(rows.tokens), machine.to_device(rows.targets)
         total = torch.zeros((), device=machine.device)
         pieces = list(zip(tokens.split(self.rows), targets.split(self.rows), strict=True))
         for i, (inputs, wanted) in enumerate(pieces):
-            with last_only(self.stepped, i == len(pieces) - 1):
+            with last_only(self.wrapped_model, i == len(pieces) - 1):
                 with machine.autocast():
-                    logits = self.stepped(inputs)
-                loss = loss_sum(logits, wanted) / counted
+                    logits = self.wrapped_model(inputs)
+                loss = cross_entropy_sum(logits, wanted) / counted
                 (loss * machine.world).backward()  # sharing averages over the processes, and the loss is a sum
             total += loss.detach()
         return machine.sum(total)
@@ -211,8 +213,8 @@ class Trainer:
             UserError: if no more such steps may be passed over (exit code 5).
         """
         state, settings, seed = self.state, self.config.train, self.config.run.seed
-        self.optimizer.forget()
-        documents = documents_in_batch(self.data.train, self.windows, seed, state.step, settings.batch_size)
+        self.optimizer.zero_grad()
+        documents = documents_in_batch(self.data.train, self.train_sequences, seed, state.step, settings.batch_size)
         if state.skipped >= settings.skip_nonfinite_steps:
             raise UserError(
                 f"loss {loss:.4g}, gradient norm {norm:.4g} at step {state.step} (seed {seed}, training documents "
@@ -229,10 +231,10 @@ class Trainer:
         A signal breaks it off: it is made again when the run goes on.
         """
         state = self.state
-        seen = self.loss_on(self.val_part, self.stop)
+        seen = self.validation_loss(self.val_part, self.stop)
         if seen is None:
             return False
-        gather(self.stepped, self.model)
+        gather(self.wrapped_model, self.model)
         found = {"step": state.step, "val_loss": seen[0], "tokens_seen": state.tokens_seen}
         told = self.stop.attempt(lambda: on_evaluation(found))
         if self.machine.all_reduce_max(not told):
@@ -245,19 +247,19 @@ class Trainer:
             state.stale += 1
         return best
 
-    def loss_on(self, indices: Any, stop: Stop | None = None) -> tuple[float, int] | None:
+    def validation_loss(self, indices: Any, stop: Stop | None = None) -> tuple[float, int] | None:
         """Mean loss over some windows of the validation split, and how many targets they have."""
-        model = self.stepped if is_sharded(self.stepped) else self.model
-        return evaluate(model, self.data.val, self.val_windows, indices, self.rows, self.machine, stop)
+        model = self.wrapped_model if is_sharded(self.wrapped_model) else self.model
+        return evaluate(model, self.data.val, self.val_sequences, indices, self.rows, self.machine, stop)
 
-    def whole_validation(self) -> tuple[float, int]:
+    def full_validation_loss(self) -> tuple[float, int]:
         """The loss over the whole validation split, or an even part of it above `FINAL_TARGETS`."""
-        seen = self.loss_on(eval_indices(self.val_windows, FINAL_TARGETS))
+        seen = self.validation_loss(eval_indices(self.val_sequences, FINAL_TARGETS))
         assert seen is not None  # there was nothing to break it off
         return seen
 
 
-def rows_at_once(config: RunConfig, world: int) -> int:
+def micro_batch_rows(config: RunConfig, world: int) -> int:
     """PackedSequences that each of `world` processes holds in memory at once."""
     share = config.train.batch_size // world
     return min(config.train.micro_batch_size or share, share)

@@ -20,7 +20,7 @@ from data.dataloader import IGNORE_INDEX, pack_documents, read_sequences
 from data.prepare import TokenizedCorpus, prepare
 from tests.data.texts import documents, write
 from training.config import RunConfig, parse_train
-from training.report import reference_losses
+from training.report import baseline_losses
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +123,7 @@ def test_it_is_a_corpus_like_any_other(config: RunConfig, data: TokenizedCorpus,
 
 
 def test_the_floor_of_the_report_is_what_the_best_reader_needs(config: RunConfig, data: TokenizedCorpus) -> None:
-    references = reference_losses(data, pack_documents(data.val, config.model.context))
+    references = baseline_losses(data, pack_documents(data.val, config.model.context))
     needed = math.fsum(nats(len(word)) for word in words("val")) / (len(data.val) - 1)
     assert references["floor"] == pytest.approx(needed, abs=1e-9)
     # Whoever only counts letters does no better than whoever takes all for equally likely.

@@ -88,7 +88,7 @@ def learned(n_layers: int, seed: int) -> Learned:
         course.induction.append(best_heads(model, texts))
 
     while trainer.state.step < config.train.steps and (course.formed is None or course.steps[-1] < course.formed + 50):
-        trainer.step()
+        trainer.train_step()
         if trainer.state.step % config.train.eval_every == 0:
             trainer.evaluate(on_evaluation)
     return course

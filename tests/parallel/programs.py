@@ -90,7 +90,7 @@ def write(machine: DistContext, folder: Path) -> None:
         optimizer = optimizer_of(stepped)
         norms = train(stepped, machine, optimizer, range(3))
         gather(stepped, model)
-        moments = optimizer.state()
+        moments = optimizer.state_dict()
         if machine.is_main_process:
             keep(folder / f"{sharding}.safetensors", model, moments)
             (folder / f"{sharding}.json").write_text(json.dumps(norms))
@@ -106,11 +106,11 @@ def read(machine: DistContext, folder: Path) -> None:
             model.load_state_dict(kept(folder / f"{name}.safetensors", "weights"), strict=False)
         stepped = share(model, machine, "full")
         optimizer = optimizer_of(stepped)
-        optimizer.load_state(kept(folder / f"{name}.safetensors", "moments"))
+        optimizer.load_state_dict(kept(folder / f"{name}.safetensors", "moments"))
         if machine.is_main_process:
             nn.init.zeros_(model.blocks[0].mlp.up.weight)
         gather(stepped, model)
-        moments = optimizer.state()
+        moments = optimizer.state_dict()
         if machine.is_main_process:
             keep(folder / f"{name}-{machine.world}.safetensors", model, moments)
         train(stepped, machine, optimizer, range(3, 4))

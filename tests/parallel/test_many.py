@@ -55,8 +55,8 @@ def test_what_two_processes_saved_one_and_four_take_up(tmp_path: Path) -> None:
         norms = train(model, machine, optimizer, range(3))  # one process from the start
         assert left(tmp_path, name) == pytest.approx(norms, rel=1e-4)
         moments = kept(first, "moments")
-        assert moments.keys() == optimizer.state().keys()
-        assert all(value.shape == optimizer.state()[key].shape for key, value in moments.items())
+        assert moments.keys() == optimizer.state_dict().keys()
+        assert all(value.shape == optimizer.state_dict()[key].shape for key, value in moments.items())
         for count in (4, 1):
             again = tmp_path / f"{name}-{count}.safetensors"
             for kind in ("weights", "moments"):
@@ -65,7 +65,7 @@ def test_what_two_processes_saved_one_and_four_take_up(tmp_path: Path) -> None:
         resumed = plain(seed=5)
         resumed.load_state_dict(kept(first, "weights"), strict=False)
         optimizer = optimizer_of(resumed)
-        optimizer.load_state(moments)
+        optimizer.load_state_dict(moments)
         train(resumed, machine, optimizer, range(3, 4))
         before = kept(first, "weights")
         for count in (4, 1):

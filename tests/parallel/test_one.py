@@ -167,12 +167,12 @@ def test_one_process_under_torchrun_learns_what_one_does_without(sharding: str, 
             stepped(torch.zeros(1, 4, dtype=torch.long))  # an evaluation
         gather(stepped, model)
         assert all(is_split(p) == (sharding == "full") for p in stepped.parameters())
-        moments = optimizer.state()
+        moments = optimizer.state_dict()
         assert model.head.weight is model.token_embedding.weight
         assert bare(stepped).head.weight is bare(stepped).token_embedding.weight
     for first, a, b in zip(plain().parameters(), alone.parameters(), model.parameters(), strict=True):
         assert (a - b).norm() <= 0.02 * (a - first).norm()
-    found = expected.state()
+    found = expected.state_dict()
     assert moments.keys() == found.keys()
     assert all((moments[key] - found[key]).norm() <= 0.02 * found[key].norm() for key in found)
 
@@ -201,15 +201,15 @@ def test_split_moments_are_taken_up_as_they_were(torchrun: None) -> None:
     model = plain()
     optimizer = optimizer_of(model)
     train(model, CPU, optimizer, range(2))
-    saved = {key: value.clone() for key, value in optimizer.state().items()}
+    saved = {key: value.clone() for key, value in optimizer.state_dict().items()}
     with processes(60):
         stepped = share(model, get_dist_context("fp32"), "full")
         again = optimizer_of(stepped)
-        again.load_state(saved)
-        assert all(is_split(value) for _, value in again.moments() if value.dim())
-        assert all(torch.equal(value, saved[key]) for key, value in again.state().items())
+        again.load_state_dict(saved)
+        assert all(is_split(value) for _, value in again.named_state() if value.dim())
+        assert all(torch.equal(value, saved[key]) for key, value in again.state_dict().items())
         with pytest.raises(ValueError):
-            again.load_state({**saved, "nobody/exp_avg": torch.zeros(2)})
+            again.load_state_dict({**saved, "nobody/exp_avg": torch.zeros(2)})
 
 
 def test_gradients_wait_for_the_last_piece_also_when_compiled(torchrun: None) -> None:

@@ -57,7 +57,7 @@ def trainer(micro_batch_size: int = 0, dropout: float = 0.0, step: int = 0) -> T
 
 
 def batch_of(one: Trainer, step: int) -> batches.Batch:
-    return batches.batch(one.data.train, one.windows, one.config.run.seed, step, one.config.train.batch_size)
+    return batches.batch(one.data.train, one.train_sequences, one.config.run.seed, step, one.config.train.batch_size)
 
 
 def mean_loss(model: GPT, rows: batches.Batch) -> Tensor:
@@ -74,7 +74,7 @@ def check_gradient() -> None:
         rows = batch_of(one, step)
         counts = (rows.targets != IGNORE_INDEX).sum(dim=1)
         assert len(counts.unique()) > 1, "all rows count alike: a mean of means would be the mean"
-        told = one.gradient(rows, int(counts.sum()))
+        told = one.forward_backward(rows, int(counts.sum()))
         found = {name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None}
         one.model.zero_grad()
         wanted = mean_loss(one.model, rows)
@@ -90,7 +90,7 @@ def check_steps() -> None:
     moments: dict[str, tuple[Tensor, Tensor]] = {}
     start = {name: p.detach().clone() for name, p in other.model.named_parameters()}
     for step in range(STEPS):
-        told = one.step()
+        told = one.train_step()
         other.model.zero_grad(set_to_none=True)
         loss = mean_loss(other.model, batch_of(other, step))
         loss.backward()
@@ -109,7 +109,7 @@ def by_hand(model: GPT, step: int, moments: dict[str, tuple[Tensor, Tensor]]) ->
     parameters: Mapping[str, Any] = dict(model.named_parameters())
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
     assert norm > OPTIM.clip, "a gradient that is not clipped proves nothing about clipping"
-    rate = OPTIM.lr * optim.lr_at(step, STEPS, OPTIM)
+    rate = OPTIM.lr * optim.get_lr_scale(step, STEPS, OPTIM)
     for name, p in parameters.items():
         gradient = p.grad * (OPTIM.clip / norm)
         first, second = moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
@@ -129,7 +129,7 @@ def dropped(step: int, seed: int) -> list[Tensor]:
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(lambda m, inputs, out: seen.append(out == 0))
     torch.random.default_generator.manual_seed(seed)
-    one.step()
+    one.train_step()
     return seen
 
 
@@ -151,11 +151,11 @@ def check_epochs() -> None:
             p.grad = torch.ones_like(p)
         return torch.ones(())
 
-    one.gradient = note  # type: ignore[method-assign]
-    n = len(one.windows)
+    one.forward_backward = note  # type: ignore[method-assign]
+    n = len(one.train_sequences)
     while len(seen) < 2 * n:
-        one.step()
-    every = batches.read_sequences(one.data.train, one.windows, torch.arange(n).numpy())
+        one.train_step()
+    every = batches.read_sequences(one.data.train, one.train_sequences, torch.arange(n).numpy())
     whole = sorted(zip(map(tuple, every.tokens.tolist()), map(tuple, every.targets.tolist()), strict=True))
     assert sorted(seen[:n]) == sorted(seen[n : 2 * n]) == whole
     assert seen[:n] != seen[n : 2 * n]
@@ -165,7 +165,7 @@ def check_best() -> None:
     """The best loss, its step, and how many evaluations have passed since; a best one is saved."""
     one, saves = trainer(), []
     losses = iter([3.0, 2.0, 2.0, 4.0, 1.5, 2.5])
-    one.loss_on = lambda indices, stop=None: (next(losses), 100)  # type: ignore[method-assign]
+    one.validation_loss = lambda indices, stop=None: (next(losses), 100)  # type: ignore[method-assign]
     course = []
 
     def save() -> None:
@@ -185,10 +185,10 @@ def check_evaluation() -> None:
     one = trainer(micro_batch_size=4, dropout=0.5)
     before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
     one.model.train()
-    seen = one.loss_on(one.val_part)
+    seen = one.validation_loss(one.val_part)
     assert one.model.training and all(p.grad is None for p in one.model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in one.model.named_parameters())
-    rows = batches.read_sequences(one.data.val, one.val_windows, one.val_part)
+    rows = batches.read_sequences(one.data.val, one.val_sequences, one.val_part)
     counts = (rows.targets != IGNORE_INDEX).sum(dim=1)
     assert len(counts.unique()) > 1 and len(counts) % 4, "a mean of means would be the mean"
     one.model.eval()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.dataloader import IGNORE_INDEX
 from training import loss
-from training.loss import loss_sum
+from training.loss import cross_entropy_sum
 
 B, T, V = 3, 5, 7
 
@@ -38,7 +38,11 @@ def test_the_gradient_has_the_bits_of_the_librarys(
         start = logits.clone().requires_grad_()
         copy = start * 1  # a result, as the logits of a model are
         flat = copy.float().flatten(0, 1), targets.flatten()
-        value = loss_sum(copy, targets) if ours else F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction="sum")
+        value = (
+            cross_entropy_sum(copy, targets)
+            if ours
+            else F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction="sum")
+        )
         (value / 11 * 2).backward()
         gradients.append(start.grad)
         values.append(value.detach())
@@ -48,13 +52,13 @@ def test_the_gradient_has_the_bits_of_the_librarys(
 
 def test_nothing_that_counts_is_no_loss() -> None:
     logits, targets = sample_indices(torch.float32)
-    assert loss_sum(logits, torch.full_like(targets, IGNORE_INDEX)) == 0
+    assert cross_entropy_sum(logits, torch.full_like(targets, IGNORE_INDEX)) == 0
 
 
 def test_a_second_backward_pass_is_refused() -> None:
     """The logits are gone by then."""
     logits, targets = sample_indices(torch.float32)
-    value = loss_sum(logits.requires_grad_() * 1, targets)
+    value = cross_entropy_sum(logits.requires_grad_() * 1, targets)
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         value.backward()
@@ -83,5 +87,5 @@ def test_nothing_as_large_as_the_logits_is_made(dtype: torch.dtype, monkeypatch:
     features, head = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 64, 2), (50_257, 2)))
     logits = features.requires_grad_() @ head.requires_grad_().T
     with Largest() as seen:
-        loss_sum(logits, torch.zeros(2, 64, dtype=torch.long)).backward()
+        cross_entropy_sum(logits, torch.zeros(2, 64, dtype=torch.long)).backward()
     assert 0 < seen.bytes <= 8 * 50_257 < logits.nbytes / 10  # a row in fp32, or the gradient of the head

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from training import muon
-from training.muon import Muon, orthogonalised
+from training.muon import Muon, orthogonalize
 from training.stepper import AdamW
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (24, 8), (1, 8), (8, 1), (24, 8)]
@@ -68,9 +68,9 @@ def test_every_direction_gets_about_the_same_step(shape: tuple[int, ...]) -> Non
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     values = torch.linspace(1, 0.2, u.shape[-1])
     scale = 10.0 ** torch.arange(shape[0])[:, None, None]
-    found = orthogonalised(scale * (u * values) @ vh).float()
+    found = orthogonalize(scale * (u * values) @ vh).float()
     inside = u.mT @ found @ vh.mT
     diagonal = inside.diagonal(dim1=-2, dim2=-1)
     assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
     assert (inside - torch.diag_embed(diagonal)).abs().max() < 0.02
-    assert orthogonalised(torch.zeros(shape)).count_nonzero() == 0
+    assert orthogonalize(torch.zeros(shape)).count_nonzero() == 0

@@ -19,7 +19,7 @@ from training import time_budget as budget
 from training.checkpoint import open_checkpoint
 from training.config import OptimConfig, RunConfig, TrainConfig, read_toml
 from training.metrics import read_metrics
-from training.optimizer import lr_at
+from training.optimizer import get_lr_scale
 from training.pace import Pace, as_long_as, turn
 from training.time_budget import RECIPE, Size
 
@@ -35,9 +35,11 @@ def test_no_step_that_is_made_would_have_had_another_rate(steps: int, each: floa
     after = as_long_as(before, made, each, min(left, 3000 * each))
     assert not after.problems() and after.train.steps > made
     for step in range(made):
-        assert lr_at(step, steps, before.optim) == lr_at(step, after.train.steps, after.optim)
-    assert lr_at(made, after.train.steps, after.optim) == pytest.approx(lr_at(made, 1 << 40, before.optim))
-    assert lr_at(after.train.steps - 1, after.train.steps, after.optim) < 1
+        assert get_lr_scale(step, steps, before.optim) == get_lr_scale(step, after.train.steps, after.optim)
+    assert get_lr_scale(made, after.train.steps, after.optim) == pytest.approx(
+        get_lr_scale(made, 1 << 40, before.optim)
+    )
+    assert get_lr_scale(after.train.steps - 1, after.train.steps, after.optim) < 1
 
 
 @given(st.integers(100, 10_000), st.floats(0.5, 3))

@@ -99,11 +99,11 @@ def test_what_stays_in_memory_is_what_a_real_step_leaves(preset: str, optimizer:
     config = config_of(shape(preset), optimizer)
     planned = footprint(config, V, BF16, B)
     trainer = stand_in(config, V, BF16, GPT(config.model, V), B)
-    trainer.gradient(nothing(B, T, CPU), 1)
+    trainer.forward_backward(nothing(B, T, CPU), 1)
     assert planned.weights == bytes_of(trainer.model.parameters())
     assert planned.gradients == bytes_of(p.grad for p in trainer.model.parameters())
     trainer.optimizer.step()
-    assert planned.moments == bytes_of(value for _, value in trainer.optimizer.moments())
+    assert planned.moments == bytes_of(value for _, value in trainer.optimizer.named_state())
 
 
 def kept_by(model: GPT, machine: DistContext, rows: int) -> int:
@@ -168,10 +168,10 @@ def test_the_most_at_once_is_that_of_a_real_step(machine: DistContext, pieces: i
     model = GPT(config.model, 300)
     trainer = stand_in(config, 300, machine, model, 4, pieces)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    trainer.gradient(nothing(4, 64, CPU), 1)
+    trainer.forward_backward(nothing(4, 64, CPU), 1)
     trainer.optimizer.step()
     with Blocks(weights) as blocks:
-        trainer.gradient(nothing(4 * pieces, 64, CPU), 1)
+        trainer.forward_backward(nothing(4 * pieces, 64, CPU), 1)
         trainer.optimizer.step()
     planned = footprint(config, 300, machine, 4, pieces)
     assert planned.peak - planned.weights - planned.moments == pytest.approx(blocks.peak, rel=0.02)

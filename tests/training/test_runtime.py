@@ -16,7 +16,7 @@ from model.gpt import GPT
 from training import device
 from training.config import OptimConfig, TrainConfig
 from training.muon import Muon
-from training.optimizer import Optimizer, lr_at
+from training.optimizer import Optimizer, get_lr_scale
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(n_layers=2, n_heads=2, d_model=16, context=8, attention="eager")
@@ -32,7 +32,7 @@ def test_the_rate_rises_then_falls_and_never_leaves_its_bounds(
     steps: int, warmup: int, schedule: str, decay: float, final: float
 ) -> None:
     config = OptimConfig(warmup=warmup, schedule=schedule, decay_fraction=decay, min_lr_ratio=final)  # type: ignore[arg-type]
-    rates = [lr_at(step, steps, config) for step in range(steps)]
+    rates = [get_lr_scale(step, steps, config) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
     rising, falling = rates[: min(warmup, steps)], rates[warmup:]
     assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
@@ -40,8 +40,8 @@ def test_the_rate_rises_then_falls_and_never_leaves_its_bounds(
 
 def test_the_rate_in_closed_form() -> None:
     config = OptimConfig(warmup=4, schedule="linear", decay_fraction=0.5, min_lr_ratio=0.0)
-    assert [lr_at(step, 20, config) for step in (0, 3, 4, 10, 15, 19)] == [0.2, 0.8, 1, 1, 0.5, 0.1]
-    assert lr_at(12, 20, replace(config, schedule="cosine")) == pytest.approx(0.5)
+    assert [get_lr_scale(step, 20, config) for step in (0, 3, 4, 10, 15, 19)] == [0.2, 0.8, 1, 1, 0.5, 0.1]
+    assert get_lr_scale(12, 20, replace(config, schedule="cosine")) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -75,7 +75,7 @@ def test_moments_survive_being_saved(name: str) -> None:
     stepped(model, optimizer, 2)
     other.load_state_dict(model.state_dict())
     again = Optimizer(other, config)
-    again.load_state({key: value.clone() for key, value in optimizer.state().items()})
+    again.load_state_dict({key: value.clone() for key, value in optimizer.state_dict().items()})
     stepped(model, optimizer, 2)
     stepped(other, again, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -86,7 +86,7 @@ def test_moments_of_another_model_are_refused(damage: str) -> None:
     model = tiny()
     optimizer = Optimizer(model, OptimConfig())
     stepped(model, optimizer, 1)
-    state = optimizer.state()
+    state = optimizer.state_dict()
     key = next(key for key, value in state.items() if value.dim() == 2)
     if damage == "missing":
         state = {k: v for k, v in state.items() if not k.startswith(key.partition("/")[0])}
@@ -95,7 +95,7 @@ def test_moments_of_another_model_are_refused(damage: str) -> None:
     else:
         state[key] = torch.zeros(3, 5)
     with pytest.raises(ValueError):
-        Optimizer(tiny(), OptimConfig()).load_state(state)
+        Optimizer(tiny(), OptimConfig()).load_state_dict(state)
 
 
 def test_kernels_are_chosen_for_the_machine_unless_they_are_named() -> None:

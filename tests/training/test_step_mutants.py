@@ -33,36 +33,38 @@ def method(owner: type, name: str, change: Callable[..., Callable[..., Any]]) ->
 def by_rows(real: Callable[..., Any]) -> Callable[..., Any]:
     """Each row's own mean, averaged over the rows: short documents weigh as much as long ones."""
 
-    def gradient(self: Trainer, rows: batches.Batch, counted: int) -> torch.Tensor:
+    def forward_backward(self: Trainer, rows: batches.Batch, counted: int) -> torch.Tensor:
         total = torch.zeros(())
         for tokens, targets in zip(rows.tokens.split(1), rows.targets.split(1), strict=True):
-            loss = trainer.loss_sum(self.stepped(tokens), targets) / (targets != batches.IGNORE_INDEX).sum()
+            loss = (
+                trainer.cross_entropy_sum(self.wrapped_model(tokens), targets) / (targets != batches.IGNORE_INDEX).sum()
+            )
             (loss / len(rows.tokens)).backward()
             total += loss.detach() / len(rows.tokens)
         return total
 
-    return gradient
+    return forward_backward
 
 
 def last_piece(real: Callable[..., Any]) -> Callable[..., Any]:
     """Only the last micro-batch's gradient is left."""
 
-    def gradient(self: Trainer, rows: batches.Batch, counted: int) -> torch.Tensor:
+    def forward_backward(self: Trainer, rows: batches.Batch, counted: int) -> torch.Tensor:
         loss = real(self, rows, counted)
         self.model.zero_grad(set_to_none=True)
         last = slice(-self.rows, None)
-        (trainer.loss_sum(self.stepped(rows.tokens[last]), rows.targets[last]) / counted).backward()
+        (trainer.cross_entropy_sum(self.wrapped_model(rows.tokens[last]), rows.targets[last]) / counted).backward()
         return loss
 
-    return gradient
+    return forward_backward
 
 
 def clipped_too_late(patch: Patch) -> None:
     """The norm is measured before the step, the gradient is scaled after it, when it is gone."""
     clip = trainer.clip_gradient
     patch.setattr(trainer, "clip_gradient", lambda stepped, limit: clip(stepped, 0.0))
-    step = Trainer.step
-    patch.setattr(Trainer, "step", lambda self: (step(self), clip(self.stepped, self.config.optim.clip))[0])
+    step = Trainer.train_step
+    patch.setattr(Trainer, "train_step", lambda self: (step(self), clip(self.wrapped_model, self.config.optim.clip))[0])
 
 
 def everything_decays(real: Callable[..., None]) -> Callable[..., None]:
@@ -114,30 +116,35 @@ def seeded(seed: Callable[[int], int]) -> Breaks:
 
 MUTANTS: dict[str, tuple[Breaks, Callable[[], None]]] = {
     "the gradient is a sum, not a mean": (
-        method(Trainer, "gradient", lambda real: lambda self, rows, counted: real(self, rows, 1)),
+        method(Trainer, "forward_backward", lambda real: lambda self, rows, counted: real(self, rows, 1)),
         checks.check_gradient,
     ),
     "the gradient is divided by all targets, counted or not": (
-        method(Trainer, "gradient", lambda real: lambda self, rows, counted: real(self, rows, rows.targets.numel())),
+        method(
+            Trainer, "forward_backward", lambda real: lambda self, rows, counted: real(self, rows, rows.targets.numel())
+        ),
         checks.check_gradient,
     ),
-    "the gradient is a mean of the rows' means": (method(Trainer, "gradient", by_rows), checks.check_gradient),
-    "the last micro-batch overwrites the others": (method(Trainer, "gradient", last_piece), checks.check_gradient),
+    "the gradient is a mean of the rows' means": (method(Trainer, "forward_backward", by_rows), checks.check_gradient),
+    "the last micro-batch overwrites the others": (
+        method(Trainer, "forward_backward", last_piece),
+        checks.check_gradient,
+    ),
     "the gradient is clipped after the step": (clipped_too_late, checks.check_steps),
     "the gradient is not clipped": (
         function("clip_gradient", lambda real: lambda stepped, limit: real(stepped, 0.0)),
         checks.check_steps,
     ),
     "the rate is the next step's": (
-        function("lr_at", lambda real: lambda step, *rest: real(step + 1, *rest)),
+        function("get_lr_scale", lambda real: lambda step, *rest: real(step + 1, *rest)),
         checks.check_steps,
     ),
     "the rate is the last step's": (
-        function("lr_at", lambda real: lambda step, *rest: real(max(0, step - 1), *rest)),
+        function("get_lr_scale", lambda real: lambda step, *rest: real(max(0, step - 1), *rest)),
         checks.check_steps,
     ),
     "the rate stays at its peak": (
-        method(Optimizer, "set_rate", lambda real: lambda self, share: None),
+        method(Optimizer, "set_lr_scale", lambda real: lambda self, share: None),
         checks.check_steps,
     ),
     "gains and biases decay": (method(Optimizer, "__init__", everything_decays), checks.check_steps),
@@ -176,7 +183,7 @@ MUTANTS: dict[str, tuple[Breaks, Callable[[], None]]] = {
     ),
     "evaluation drops activations": (function("evaluate", with_dropout), checks.check_evaluation),
     "evaluation averages over windows": (
-        function("loss_sum", lambda real: lambda logits, targets: real(logits[:1], targets[:1])),
+        function("cross_entropy_sum", lambda real: lambda logits, targets: real(logits[:1], targets[:1])),
         checks.check_evaluation,
     ),
     "evaluation leaves its last batch out": (

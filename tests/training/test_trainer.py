@@ -83,7 +83,7 @@ class Told:
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 def test_a_bad_step_is_passed_over_and_counted_or_ends_the_run(allowed: int, text: Path) -> None:
     one = trainer(text, replace(TRAIN, skip_nonfinite_steps=allowed))
-    one.stepped = Poison(one.model, {2, 5})
+    one.wrapped_model = Poison(one.model, {2, 5})
     before = {name: p.clone() for name, p in one.model.named_parameters()}
     told = Told(one)
     if allowed < 2:
@@ -103,23 +103,23 @@ def test_a_bad_step_is_passed_over_and_counted_or_ends_the_run(allowed: int, tex
 
 def test_a_step_that_is_passed_over_leaves_no_trace_in_weights_and_moments(text: Path) -> None:
     one = trainer(text, replace(TRAIN, skip_nonfinite_steps=1))
-    one.step()
+    one.train_step()
     weights = {name: p.clone() for name, p in one.model.named_parameters()}
-    moments = {name: value.clone() for name, value in one.optimizer.state().items()}
-    one.stepped, tokens = Poison(one.model, {0}), one.state.tokens_seen
-    one.step()
+    moments = {name: value.clone() for name, value in one.optimizer.state_dict().items()}
+    one.wrapped_model, tokens = Poison(one.model, {0}), one.state.tokens_seen
+    one.train_step()
     assert one.state.step == 2 and one.state.tokens_seen == tokens
     assert all(torch.equal(p, weights[name]) for name, p in one.model.named_parameters())
-    assert all(torch.equal(value, moments[name]) for name, value in one.optimizer.state().items())
+    assert all(torch.equal(value, moments[name]) for name, value in one.optimizer.state_dict().items())
     assert all(p.grad is None for p in one.model.parameters())
 
 
 def test_an_infinite_loss_with_a_finite_gradient_is_bad_too(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trainer(text)
-    monkeypatch.setattr(one, "gradient", lambda rows, counted: torch.tensor(float("inf")))
+    monkeypatch.setattr(one, "forward_backward", lambda rows, counted: torch.tensor(float("inf")))
     monkeypatch.setattr("training.trainer.clip_gradient", lambda stepped, limit: 1.0)
     with pytest.raises(UserError) as caught:
-        one.step()
+        one.train_step()
     assert caught.value.exit_code == NON_FINITE and one.state.step == 0
 
 
@@ -134,8 +134,8 @@ def test_the_loop_saves_the_beginning_of_every_evaluation_that_is_best_and_the_e
 def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, text: Path) -> None:
     one = trainer(text)
     told = Told(one)
-    step = one.step
-    one.step = lambda: (os.kill(os.getpid(), number) if one.state.step == 2 else None, step())[1]  # type: ignore[method-assign]
+    step = one.train_step
+    one.train_step = lambda: (os.kill(os.getpid(), number) if one.state.step == 2 else None, step())[1]  # type: ignore[method-assign]
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as caught:
         told.run()
@@ -270,8 +270,8 @@ def test_other_errors_are_bugs_and_pass_through() -> None:
 
 def test_evaluation_counts_every_target_once_whatever_the_number_of_processes(text: Path) -> None:
     one = trainer(text)
-    seen = evaluate(one.model, one.data.val, one.val_windows, one.val_part, 3, one.machine)
-    assert seen is not None and seen[1] == int(one.val_windows.counts[one.val_part].sum())
+    seen = evaluate(one.model, one.data.val, one.val_sequences, one.val_part, 3, one.machine)
+    assert seen is not None and seen[1] == int(one.val_sequences.counts[one.val_part].sum())
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_memory_that_really_runs_out_is_one_line(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_never_the_best(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trainer(text)
     for loss, best in ((float("nan"), None), (3.0, 3.0), (4.0, 3.0), (float("-inf"), 3.0), (2.0, 2.0)):
-        monkeypatch.setattr(one, "loss_on", lambda indices, stop, loss=loss: (loss, 1))
+        monkeypatch.setattr(one, "validation_loss", lambda indices, stop, loss=loss: (loss, 1))
         one.state.step += 1
         assert one.evaluate(lambda told: None) == (loss == best)
         assert one.state.best_loss == best
@@ -316,7 +316,7 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(text: Path, m
             os.kill(os.getpid(), signal.SIGTERM)  # too late for this agreement; the next one must know
         return value
 
-    monkeypatch.setattr(DistContext, "largest", largest)
+    monkeypatch.setattr(DistContext, "all_reduce_max", largest)
     with pytest.raises(SystemExit) as caught:
         told.run()
     assert caught.value.code == 143 and told.saves[-1] == one.state.step < 8
