@@ -30,7 +30,7 @@ from training.run_dir import refuse_links
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
-    from inspection.activation_cache import Capture
+    from inspection.activation_cache import ActivationCache
     from inspection.commands.verify import Origin
     from inspection.tables import Terminal
     from model.gpt import GPT
@@ -163,7 +163,7 @@ def origin(folder: Path, step: int) -> Origin | None:
 
 def look(config: AttendConfig) -> None:
     """Read one text, say what the heads read in it, and write weights, picture and page."""
-    from inspection.activation_cache import capture_batch
+    from inspection.activation_cache import run_with_cache_batch
     from inspection.terminal import token_text
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
@@ -183,7 +183,7 @@ def look(config: AttendConfig) -> None:
             file=sys.stderr,
         )
         tokens = tokens[-model.config.context :]
-    seen = capture_batch(model, [tokens])[0]
+    seen = run_with_cache_batch(model, [tokens])[0]
     encoding = sys.stdout.encoding
     quoted = [token_text(tokenizer.token_bytes(t), encoding, space=" ") for t in tokens]
     labels = [token_text(tokenizer.token_bytes(t), encoding) for t in tokens]
@@ -206,7 +206,7 @@ def find_head(name: str, n_layers: int, n_heads: int) -> tuple[int, int] | None:
     return layer, head
 
 
-def tell(seen: Capture, quoted: list[str], labels: list[str], chosen: tuple[int, int] | None, top: int) -> None:
+def tell(seen: ActivationCache, quoted: list[str], labels: list[str], chosen: tuple[int, int] | None, top: int) -> None:
     """Print the strongest readings of every head, and one head as a map of characters."""
     from inspection.terminal import DISCLAIMER, clearest_head, head_name, heat_map, strongest
 
@@ -247,7 +247,7 @@ def tell_next(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> None:
 
 
 def write_files(
-    config: AttendConfig, saved: Checkpoint, model: GPT, tokenizer: Tokenizer, tokens: list[int], seen: Capture
+    config: AttendConfig, saved: Checkpoint, model: GPT, tokenizer: Tokenizer, tokens: list[int], seen: ActivationCache
 ) -> None:
     """Write weights, a picture of all heads, and a page over the kept checkpoints, named after step and text."""
     from inspection.plots import head_grid
@@ -284,7 +284,7 @@ def write_own_page(path: Path, newest: Checkpoint, text: str, tokens: list[int])
 
     from inspection import attention_file as dump
     from inspection import record
-    from inspection.activation_cache import capture_batch
+    from inspection.activation_cache import run_with_cache_batch
     from inspection.page_builder import PageRun, write_page
     from training.checkpoint import fault_of, read_state, steps_in
     from training.device import get_dist_context
@@ -294,14 +294,14 @@ def write_own_page(path: Path, newest: Checkpoint, text: str, tokens: list[int])
     folders = [f for f in steps_in(newest.folder.parent) if int(f.name) < newest.state.step and fault_of(f) is None]
     for saved in [*map(read_state, folders), newest]:
         model, tokenizer = saved.model(machine), saved.tokenizer()
-        capture = capture_batch(model, [tokens], details=saved is newest)[0]
+        capture = run_with_cache_batch(model, [tokens], details=saved is newest)[0]
         rows = [(text, capture, [tokenizer.token_bytes(token) for token in tokens])]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "dump.safetensors"
-            record.write(
+            record.write_attention_file(
                 file, rows, provenance(model, tokenizer, saved.state), "f16", None, tokenizer.token_bytes, "f32"
             )
-            seen.append(dump.read(file))
+            seen.append(dump.read_attention_file(file))
     write_page(path, [PageRun(newest.folder.parent.parent.name, seen)], None, None, text)
 
 

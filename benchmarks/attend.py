@@ -82,7 +82,7 @@ def large_dump(path: Path, layers: int = 12, heads: int = 12, tokens: int = 512,
     Seen.tokens = torch.arange(tokens)  # type: ignore[attr-defined]
     words = [f" word{k}".encode() for k in range(tokens)]
     scores = {"first_token": np.asarray(Seen.pattern[..., 0].mean(-1))}
-    record.write(path, [("sample", Seen(), words)], {"step": "1", "tokens_seen": "1"}, scores=scores)
+    record.write_attention_file(path, [("sample", Seen(), words)], {"step": "1", "tokens_seen": "1"}, scores=scores)
 
 
 def in_chromium(page: Path, redraws: int = 40) -> tuple[float, list[float]]:
@@ -110,7 +110,7 @@ def in_chromium(page: Path, redraws: int = 40) -> tuple[float, list[float]]:
 
 def pages(run: Path, say: Page) -> None:
     """Build and open the page of a run, then one as large as is promised to stay fluid."""
-    from inspection.attention_file import read
+    from inspection.attention_file import read_attention_file
     from inspection.page_builder import PageRun, write_page
     from inspection.run_reader import RunAttention
 
@@ -121,7 +121,12 @@ def pages(run: Path, say: Page) -> None:
         large_dump(Path(folder) / "large.safetensors")
         for name, load, claims, evidence in (
             (run.name, lambda: [seen.dumps[step] for step in seen.steps], seen.claims, seen.evidence),
-            ("12 x 12 heads x 512 tokens", lambda: [read(Path(folder) / "large.safetensors")], None, None),
+            (
+                "12 x 12 heads x 512 tokens",
+                lambda: [read_attention_file(Path(folder) / "large.safetensors")],
+                None,
+                None,
+            ),
         ):
             start = time.perf_counter()
             report = write_page(out, [PageRun(name, load())], claims, evidence, name)

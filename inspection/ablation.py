@@ -1,6 +1,6 @@
 """What changes when a head is taken away: evidence for what a head does, where weights tell only what it reads.
 
-model + `EvalTexts` → `effects` → an `Evidence` (see there), which tables and the page show. Two ways of taking away:
+model + `EvalTexts` → `effects` → an `AblationResults` (see there), which tables and the page show. Two ways of taking away:
 the head's output becomes 0, or its mean over a reference set, which leaves the layers above what they are used to
 (Wang et al. 2022, section 3.1). And a control: the same done to another head of the layer, drawn at random.
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import NON_FINITE, UserError
-from inspection.ablation_results import Effects, Evidence, Interval, Table, interval, table
+from inspection.ablation_results import AblationEffects, AblationResults, Interval, Table, interval, table
 from inspection.activation_cache import pad
 from inspection.attribution import Layer, at_rest, blocks_of, embedded, layers, sum_of
 from inspection.eval_items import EvalTask, Places, Tokens, batches, exams_of
@@ -171,15 +171,15 @@ def control_of(values: Falls) -> Falls | None:
     return (values.sum(axis=2, keepdims=True) - values) / others if others else None
 
 
-def _effects(unit: str, whole: Falls, zero: Falls, mean: Falls, seed: int) -> Effects:
+def _effects(unit: str, whole: Falls, zero: Falls, mean: Falls, seed: int) -> AblationEffects:
     """From the scores (N,) and falls (N, L, H) of N items to means and intervals."""
     found: dict[str, Table | None] = {}
     for name, values in (("zero", zero), ("mean", mean)):
         control = control_of(values)
         found[name] = table(values, seed)
         found[f"control_{name}"] = None if control is None else table(control, seed)
-        found[f"margin_{name}"] = None if control is None else table(values - control, seed)
-    return Effects(unit, _baseline(unit, whole), len(whole), **found)  # type: ignore[arg-type]
+        found[f"difference_{name}"] = None if control is None else table(values - control, seed)
+    return AblationEffects(unit, _baseline(unit, whole), len(whole), **found)  # type: ignore[arg-type]
 
 
 def _baseline(unit: str, whole: Falls) -> float:
@@ -195,7 +195,7 @@ def effects(
     step: int = 0,
     weights_sha256: str = "",
     progress: Progress | None = None,
-) -> Evidence:
+) -> AblationResults:
     """What taking away each head changes, on repeats, held-out texts and each kind of choice.
 
     A measure of which fewer than two items are there is left out. Means are taken over the measure's own texts (over
@@ -223,7 +223,7 @@ def effects(
         by_item = lost.T.reshape(-1, 2, L, H)
         for name, items in exam.measures.items():
             measures[name] = _effects(exam.unit, whole[items], by_item[items, 0], by_item[items, 1], seed)
-    return Evidence(step, weights_sha256, seed, measures)
+    return AblationResults(step, weights_sha256, seed, measures)
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,8 @@ class GroupEffect:
     control_zero: Interval | None
     """The expectation over the sets in `drawn`; None, as is all that follows, where the layer has no other head."""
     control_mean: Interval | None
-    margin_zero: Interval | None
-    margin_mean: Interval | None
+    difference_zero: Interval | None
+    difference_mean: Interval | None
     drawn: tuple[tuple[Head, ...], ...]
     """The control sets, all different."""
     disjoint: bool
@@ -291,7 +291,7 @@ def group_effect(
         control = rows[1:].mean(axis=0) if len(sets) > 1 else None
         for key, values in ((name, rows[0]), (f"control_{name}", control)):
             found[key] = None if values is None else interval(values, seed)
-        found[f"margin_{name}"] = None if control is None else interval(rows[0] - control, seed)
+        found[f"difference_{name}"] = None if control is None else interval(rows[0] - control, seed)
     drawn = tuple(tuple((layer, head) for head in one) for one in sets[1:])
     disjoint = not any(set(one) & set(own) for one in sets[1:])
     return GroupEffect(measure, exam.unit, group, **found, drawn=drawn, disjoint=disjoint)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """What taking heads away has shown, as numbers with their uncertainty, and the file that keeps them.
 
-`causal.py` measures and fills an `Evidence`; tables and the page read it, and need numpy alone.
+`causal.py` measures and fills an `AblationResults`; tables and the page read it, and need numpy alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from common.errors import CHECKPOINT, UserError
 from common.files import write_atomic
 
-FORMAT = "glassgpt-evidence-1"
+FORMAT = "glassgpt-ablations-1"
 RESAMPLES = 1000
 LEVEL = 0.95
 MAX_BYTES = 100_000_000
@@ -45,7 +45,7 @@ Table = tuple[tuple[Interval, ...], ...]
 
 
 @dataclass(frozen=True)
-class Effects:
+class AblationEffects:
     """What one measure says about every head: positive where taking the head away hurts.
 
     The control of a head is another head of its layer, drawn at random: its expectation over all of them. The margin
@@ -64,21 +64,21 @@ class Effects:
     """The head's output replaced with its mean."""
     control_zero: Table | None
     control_mean: Table | None
-    margin_zero: Table | None
-    margin_mean: Table | None
+    difference_zero: Table | None
+    difference_mean: Table | None
 
 
-TABLES = tuple(field.name for field in fields(Effects))[3:]
+TABLES = tuple(field.name for field in fields(AblationEffects))[3:]
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """The effects by measure (`repeats`, `corpus`, `choice.KIND`), and of which weights they speak."""
+class AblationResults:
+    """The effects by measure (`repeats`, `corpus`, `logit_diff.KIND`), and of which weights they speak."""
 
     step: int
     weights_sha256: str
     seed: int
-    measures: dict[str, Effects]
+    measures: dict[str, AblationEffects]
 
     def as_json(self) -> dict[str, Any]:
         """The table that `save` writes; an interval is [value, low, high]."""
@@ -94,7 +94,7 @@ class Evidence:
         write_atomic(Path(path), [json.dumps(self.as_json(), allow_nan=False).encode()])
 
     @staticmethod
-    def load(path: Path | str) -> Evidence:
+    def load(path: Path | str) -> AblationResults:
         """The evidence that `save` wrote. Nothing in the file is believed before it is checked.
 
         Raises:
@@ -154,7 +154,7 @@ def table(values: NDArray[np.float64], seed: int) -> Table:
     return tuple(tuple(Interval(*map(float, cell)) for cell in row) for row in bootstrap(values, seed))
 
 
-def _as_json(effects: Effects) -> dict[str, Any]:
+def _as_json(effects: AblationEffects) -> dict[str, Any]:
     found: dict[str, Any] = {"unit": effects.unit, "baseline": effects.baseline, "count": effects.count}
     for name in TABLES:
         rows: Table | None = getattr(effects, name)
@@ -215,24 +215,24 @@ def _table(rows: object) -> Table:
     return tuple(tuple(map(_interval, row)) for row in rows)
 
 
-def _effects(name: str, entry: object) -> Effects:
+def _effects(name: str, entry: object) -> AblationEffects:
     """One measure, once its tables are found to fit each other."""
-    known = _keys(entry, tuple(field.name for field in fields(Effects)), "a measure")
+    known = _keys(entry, tuple(field.name for field in fields(AblationEffects)), "a measure")
     unit = _text(known["unit"])
-    if unit not in UNITS or not (name in ("repeats", "corpus") or name.startswith("choice.")):
+    if unit not in UNITS or not (name in ("repeats", "corpus") or name.startswith("logit_diff.")):
         raise ValueError("a measure in it is unknown")
     tables = {key: None if known[key] is None else _table(known[key]) for key in TABLES}
     shapes = {key: (len(rows), len(rows[0])) for key, rows in tables.items() if rows is not None}
     alone = shapes.get("zero", (0, 0))[1] == 1  # a layer of one head has no other to compare with
     if set(shapes) != set(("zero", "mean") if alone else TABLES) or len(set(shapes.values())) != 1:
         raise ValueError("the tables of a measure in it do not fit each other")
-    return Effects(unit, _number(known["baseline"]), _whole(known["count"], 1), **tables)  # type: ignore[arg-type]
+    return AblationEffects(unit, _number(known["baseline"]), _whole(known["count"], 1), **tables)  # type: ignore[arg-type]
 
 
-def _evidence(found: object) -> Evidence:
+def _evidence(found: object) -> AblationResults:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"it is no {FORMAT} file")
-    entries = _keys(found, ("format", *(field.name for field in fields(Evidence))), "it")
+    entries = _keys(found, ("format", *(field.name for field in fields(AblationResults))), "it")
     measures = entries["measures"]
     if not isinstance(measures, dict):
         raise ValueError("its measures are no table")
@@ -240,4 +240,4 @@ def _evidence(found: object) -> Evidence:
     if len({(len(one.zero), len(one.zero[0])) for one in effects.values()}) > 1:
         raise ValueError("its measures speak of unlike numbers of heads")
     step, seed = _whole(entries["step"], 0), _whole(entries["seed"], 0)
-    return Evidence(step, _text(entries["weights_sha256"]), seed, effects)
+    return AblationResults(step, _text(entries["weights_sha256"]), seed, effects)

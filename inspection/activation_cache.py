@@ -1,6 +1,6 @@
 """Attention as the model computed it: the weights of every layer and head while it reads a text.
 
-First in the flow of inspection: model + tokens → `Capture` → a file (`dump.py`), a terminal (`words.py`), a
+First in the flow of inspection: model + tokens → `ActivationCache` → a file (`dump.py`), a terminal (`words.py`), a
 picture (`figures.py`). Nothing is computed a second time: hooks stand where the explicit face makes its
 weights and read the very tensors that the model goes on to use. Afterwards the model is as it was, and no
 random generator has moved.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
-from inspection.attention_file import MOST_LIKELY
+from inspection.attention_file import TOP_K
 from model import functional
 from model.gpt import GPT, Block
 
@@ -33,7 +33,7 @@ Comparer = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Capture:
+class ActivationCache:
     """What one text looked like from inside. All tensors are on the CPU and share nothing with the model."""
 
     tokens: Int64[Tensor, " T"]
@@ -50,11 +50,11 @@ class Capture:
     keys: Float32[Tensor, "L H T D"] | None = None
     """Likewise; those that heads share are repeated for each of them."""
     values: Float32[Tensor, "L H T D"] | None = None
-    projected: Float32[Tensor, "L T C"] | None = None
+    attn_out: Float32[Tensor, "L T C"] | None = None
     """What the layer's attention, all heads together, adds to the residual stream."""
-    top: Int64[Tensor, "T N"] | None = None
+    top_tokens: Int64[Tensor, "T N"] | None = None
     """The likeliest next tokens, likeliest first; N is 5, or V where that is less."""
-    top_p: Float32[Tensor, "T N"] | None = None
+    top_probs: Float32[Tensor, "T N"] | None = None
     """Their probabilities."""
 
 
@@ -209,19 +209,19 @@ class _Kept:
         self.keep("queries", (1,), layer, queries)
         self.keep("keys", (1,), layer, keys)
 
-    def projected(self, layer: int, projected: Float[Tensor, "B T C"]) -> None:
-        self.keep("projected", (0,), layer, projected)
+    def attn_out(self, layer: int, attn_out: Float[Tensor, "B T C"]) -> None:
+        self.keep("attn_out", (0,), layer, attn_out)
 
 
 def likeliest(logits: Float[Tensor, "T V"]) -> tuple[Int64[Tensor, "T N"], Float[Tensor, "T N"]]:
     """The likeliest next tokens at each position and their probabilities, likeliest first."""
-    top_p, top = logits.softmax(dim=-1).topk(min(MOST_LIKELY, logits.shape[-1]))
+    top_p, top = logits.softmax(dim=-1).topk(min(TOP_K, logits.shape[-1]))
     return top, top_p
 
 
-def capture_batch(
+def run_with_cache_batch(
     model: GPT, texts: Sequence[Sequence[int]], logits: bool = False, details: bool = False
-) -> list[Capture]:
+) -> list[ActivationCache]:
     """`capture` for several texts of any lengths in one pass.
 
     Raises:
@@ -230,19 +230,21 @@ def capture_batch(
     if not texts or not all(texts):
         raise ValueError("no tokens; the model reads at least 1")
     tokens, kept = pad(texts), _Kept(model, [len(text) for text in texts])
-    watchers = (kept.values, kept.scored, kept.projected) if details else (kept.norms,)
+    watchers = (kept.values, kept.scored, kept.attn_out) if details else (kept.norms,)
     scores = observe(model, tokens, kept.weights, *watchers).cpu()
     captures = []
     for k, (T, parts) in enumerate(zip(kept.lengths, kept.texts, strict=True)):
         loss = F.cross_entropy(scores[k, : T - 1], tokens[k, 1:T], reduction="none")
         if details:
-            parts["top"], parts["top_p"] = likeliest(scores[k, :T])
+            parts["top_tokens"], parts["top_probs"] = likeliest(scores[k, :T])
         whole = scores[k, :T].clone() if logits else None
-        captures.append(Capture(tokens[k, :T].clone(), loss=loss, logits=whole, **parts))
+        captures.append(ActivationCache(tokens[k, :T].clone(), loss=loss, logits=whole, **parts))
     return captures
 
 
-def capture(model: GPT, tokens: Int[Tensor, " T"], logits: bool = False, details: bool = False) -> Capture:
+def run_with_cache(
+    model: GPT, tokens: Int[Tensor, " T"], logits: bool = False, details: bool = False
+) -> ActivationCache:
     """Attention weights of every layer and head while `model` reads `tokens`.
 
     Args:
@@ -253,4 +255,4 @@ def capture(model: GPT, tokens: Int[Tensor, " T"], logits: bool = False, details
     Raises:
         ValueError: if the text is empty, longer than the context, or holds a token unknown to the model.
     """
-    return capture_batch(model, [tokens.tolist()], logits, details)[0]
+    return run_with_cache_batch(model, [tokens.tolist()], logits, details)[0]

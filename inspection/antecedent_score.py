@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from inspection.contrast_pairs import ContrastPair, measure
-from inspection.findings import PASSES
-from inspection.registry import decider
+from inspection.findings import ATTENTION_THRESHOLD
+from inspection.registry import describe_antecedent
 from inspection.terminal import head_name
 from model.gpt import GPT
 
@@ -43,7 +43,7 @@ class AntecedentScore:
     @property
     def passes(self) -> bool:
         """Whether the head puts half of its weight, or more, on what decides."""
-        return self.weight >= PASSES
+        return self.weight >= ATTENTION_THRESHOLD
 
 
 def at_offset(probe: ContrastPair, offset: int) -> float:
@@ -117,6 +117,6 @@ def sentence(found: Sequence[AntecedentScore]) -> list[str]:
             shares += f"; nearest noun {relation.nearest_weight:.2f}"
         outcome = f"no head puts half of its weight on the deciding word (best {name}, {shares})"
         if relation.passes:
-            outcome = f"head {name} reads {decider(relation.kind)} ({shares})"
+            outcome = f"head {name} reads {describe_antecedent(relation.kind)} ({shares})"
         lines.append(f"{relation.kind}: right in {relation.preferred:.1%} of {relation.count}; {outcome}")
     return lines

@@ -18,9 +18,9 @@ and, where more was asked for (a file of an older version has none of them):
     k.queries      f16 or f32  (L, H, T, D)  as the scores use them: normalised, turned by their position
     k.keys         f16 or f32  (L, H, T, D)  the same of keys; those that heads share are repeated for each
     k.values       f16 or f32  (L, H, T, D)  what a weight is multiplied with, repeated likewise
-    k.projected    f32         (L, T, C)     what the layer's attention adds to the residual stream
-    k.top          i32         (T, N)        the N likeliest next tokens: five, or a vocabulary of fewer
-    k.top_p        f32         (T, N)        their probabilities
+    k.attn_out    f32         (L, T, C)     what the layer's attention adds to the residual stream
+    k.top_tokens          i32         (T, N)        the N likeliest next tokens: five, or a vocabulary of fewer
+    k.top_probs        f32         (T, N)        their probabilities
     k.top_ends     i32         (T N,)        where the bytes of each end in k.top_bytes
     k.top_bytes    u8          (bytes,)      their bytes
     scores.NAME    f32         (L, H)        a score of every head at this step; nan where it has none
@@ -52,7 +52,7 @@ FORMAT = "glassgpt-attention-1"
 DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "U8": "|u1"}
 MAX_HEADER = 100_000_000
 """Bytes; the bound of the safetensors format."""
-MOST_LIKELY = 5
+TOP_K = 5
 """How many of the likeliest next tokens are kept of each position."""
 SCORES = "scores."
 
@@ -69,9 +69,9 @@ OPTIONAL = {
     "queries": (HALF, 4),
     "keys": (HALF, 4),
     "values": (HALF, 4),
-    "projected": (FLOAT, 3),
-    "top": (INT, 2),
-    "top_p": (FLOAT, 2),
+    "attn_out": (FLOAT, 3),
+    "top_tokens": (INT, 2),
+    "top_probs": (FLOAT, 2),
     "top_ends": (INT, 1),
     "top_bytes": (BYTE, 1),
 }
@@ -87,27 +87,27 @@ class AttentionRecord:
     token_bytes: list[bytes]
     loss: NDArray[np.float32]
     value_norms: NDArray[np.float32]
-    packed: NDArray[np.floating[Any]]
+    pattern_tril: NDArray[np.floating[Any]]
     """(L, H, T (T + 1) / 2), the lower triangle row by row: query i, key j at i (i + 1) / 2 + j."""
     queries: NDArray[np.floating[Any]] | None = None
     """(L, H, T, D), as are keys and values."""
     keys: NDArray[np.floating[Any]] | None = None
     values: NDArray[np.floating[Any]] | None = None
-    projected: NDArray[np.float32] | None = None
+    attn_out: NDArray[np.float32] | None = None
     """(L, T, C)."""
-    top: list[list[tuple[bytes, float]]] | None = None
+    top_tokens: list[list[tuple[bytes, float]]] | None = None
     """For each of T positions the likeliest next tokens, likeliest first: (bytes, probability)."""
-    top_tokens: NDArray[np.int32] | None = None
+    top_ids: NDArray[np.int32] | None = None
     """Their ids (T, N)."""
 
-    def unpack(self, layer: int | None = None) -> NDArray[np.float32]:
+    def pattern(self, layer: int | None = None) -> NDArray[np.float32]:
         """Attention weights (L, H, T, T), 0 above the diagonal; with `layer`, that layer alone, (1, H, T, T).
 
         (1, H, T, T), a batch of one, is what transformers returns for each layer. bertviz's `head_view` takes
-        `[torch.tensor(text.unpack(l)) for l in range(L)]`; CircuitsVis's `attention_patterns` takes
-        `text.unpack(l)[0]`.
+        `[torch.tensor(text.pattern(l)) for l in range(L)]`; CircuitsVis's `attention_patterns` takes
+        `text.pattern(l)[0]`.
         """
-        packed = self.packed if layer is None else self.packed[layer][None]
+        packed = self.pattern_tril if layer is None else self.pattern_tril[layer][None]
         T = len(self.tokens)
         full = np.zeros((*packed.shape[:2], T, T), dtype=np.float32)
         rows, columns = np.tril_indices(T)
@@ -229,13 +229,13 @@ def _details_fit(parts: Mapping[str, NDArray[Any]], L: int, H: int, T: int) -> b
     wide = [parts[part].shape for part in ("queries", "keys", "values") if part in parts]
     if any(shape[:3] != (L, H, T) or shape != wide[0] for shape in wide):
         return False
-    if "projected" in parts and parts["projected"].shape[:2] != (L, T):
+    if "attn_out" in parts and parts["attn_out"].shape[:2] != (L, T):
         return False
-    likeliest = [part in parts for part in ("top", "top_p", "top_ends", "top_bytes")]
+    likeliest = [part in parts for part in ("top_tokens", "top_probs", "top_ends", "top_bytes")]
     if not all(likeliest):
         return not any(likeliest)
-    N = parts["top"].shape[1]
-    shapes = parts["top"].shape == parts["top_p"].shape == (T, N) and 1 <= N <= MOST_LIKELY
+    N = parts["top_tokens"].shape[1]
+    shapes = parts["top_tokens"].shape == parts["top_probs"].shape == (T, N) and 1 <= N <= TOP_K
     return shapes and _ends_fit(parts["top_ends"], T * N, parts["top_bytes"])
 
 
@@ -245,10 +245,10 @@ def _cut(whole: NDArray[Any], ends: NDArray[Any]) -> list[bytes]:
 
 
 def _top(parts: Mapping[str, NDArray[Any]]) -> list[list[tuple[bytes, float]]] | None:
-    if "top" not in parts:
+    if "top_tokens" not in parts:
         return None
-    T, N = parts["top"].shape
-    pieces, chances = _cut(parts["top_bytes"], parts["top_ends"]), parts["top_p"].tolist()
+    T, N = parts["top_tokens"].shape
+    pieces, chances = _cut(parts["top_bytes"], parts["top_ends"]), parts["top_probs"].tolist()
     return [list(zip(pieces[t * N : t * N + N], chances[t], strict=True)) for t in range(T)]
 
 
@@ -265,7 +265,7 @@ def _text(k: int, name: str, arrays: Mapping[str, NDArray[Any]]) -> AttentionRec
         and _details_fit(parts, L, H, T)
     ):
         raise _Broken(f"the arrays of text {k} do not fit each other")
-    details = {part: parts.get(part) for part in ("queries", "keys", "values", "projected")}
+    details = {part: parts.get(part) for part in ("queries", "keys", "values", "attn_out")}
     return AttentionRecord(
         name,
         parts["tokens"],
@@ -274,8 +274,8 @@ def _text(k: int, name: str, arrays: Mapping[str, NDArray[Any]]) -> AttentionRec
         parts["value_norms"],
         parts["pattern"],
         **details,
-        top=_top(parts),
-        top_tokens=parts.get("top"),
+        top_tokens=_top(parts),
+        top_ids=parts.get("top_tokens"),
     )
 
 
@@ -297,7 +297,7 @@ def _failure(message: str) -> Exception:
     return UserError(message, CHECKPOINT)
 
 
-def read(path: Path | str) -> AttentionFile:
+def read_attention_file(path: Path | str) -> AttentionFile:
     """The attention file at `path`. Nothing in it is believed before it is checked.
 
     Raises:

@@ -84,7 +84,7 @@ def choices_exam(watch: EvalTexts, per_kind: int, context: int) -> EvalTask:
     """log p(right) - log p(wrong) of the first probes of each kind that fit the context."""
     measures, chosen = dict[str, list[int]](), list[ContrastPair]()
     for probe in watch.probes:
-        items = measures.setdefault(f"choice.{probe.kind}", [])
+        items = measures.setdefault(f"logit_diff.{probe.kind}", [])
         if len(items) < per_kind and probe.length <= context:
             items.append(len(chosen))
             chosen.append(probe)

@@ -20,7 +20,7 @@ from common.files import write_atomic
 from inspection.contrast_pairs import ContrastPair
 from model.config import ModelConfig
 
-FORMAT = "glassgpt-watched-1"
+FORMAT = "glassgpt-eval-texts-1"
 Texts = Sequence[tuple[str, Sequence[int]]]
 
 HELD_OUT = "held-out"

@@ -92,8 +92,8 @@ def _shown(value: int | float | str) -> str:
 
 def layers(text: AttentionRecord) -> Iterator[NDArray[np.float32]]:
     """The weights (H, T, T) of one layer after the other: all of them at once would take the memory of many files."""
-    for layer in range(len(text.packed)):
-        yield text.unpack(layer)[0]
+    for layer in range(len(text.pattern_tril)):
+        yield text.pattern(layer)[0]
 
 
 def most(values: Sequence[float]) -> float:

@@ -18,20 +18,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from common.files import write_atomic
-from inspection.ablation_results import Effects, Evidence, Interval
+from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.terminal import head_name
 
-PASSES = 0.5
+ATTENTION_THRESHOLD = 0.5
 """A head that puts at least this share of its weight on something reads it."""
-READS = {
+DESCRIPTIONS = {
     "induction": "reads the token after an earlier match",
-    "reads.pronoun": "reads the name that a pronoun stands for",
-    "reads.crossing": 'reads what an "it" stood for',
-    "reads.induction": "reads the earlier mention of what comes next",
-    "reads.place": "reads the place where a thing was put",
-    "reads.cause": "reads the feeling that leads to what is done",
-    "reads.agreement": "reads the subject of the verb",
-    "reads.own": "reads the word that decides",
+    "antecedent.pronoun": "reads the name that a pronoun stands for",
+    "antecedent.crossing": 'reads what an "it" stood for',
+    "antecedent.induction": "reads the earlier mention of what comes next",
+    "antecedent.place": "reads the place where a thing was put",
+    "antecedent.cause": "reads the feeling that leads to what is done",
+    "antecedent.agreement": "reads the subject of the verb",
+    "antecedent.own": "reads the word that decides",
     "duplicate_token": "reads earlier copies of its own token",
     "previous_token": "reads the token before it",
 }
@@ -39,19 +39,19 @@ READS = {
 
 Head = tuple[int, int]
 """(layer, head)."""
-Verdict = Literal["matters", "disputed", "like another head", "no effect"]
-CAUTIONS = {
+Label = Literal["supported", "disputed", "same as control", "no effect"]
+LABEL_NOTES = {
     "disputed": "high weight, disputed effect",
-    "like another head": "high weight, no effect beyond that of another head",
+    "same as control": "high weight, no effect beyond that of another head",
     "no effect": "high weight, no effect",
 }
 """What is said of a head that reads a lot without mattering."""
 
 
-def measure_of(score: str) -> str:
+def measure_for_score(score: str) -> str:
     """The measure of `evidence.py` that fits a score: what should suffer if the score says what a head is for."""
-    if score.startswith("reads."):
-        return "choice." + score.removeprefix("reads.")
+    if score.startswith("antecedent."):
+        return "logit_diff." + score.removeprefix("antecedent.")
     return "repeats" if score in ("induction", "duplicate_token", "previous_token") else "corpus"
 
 
@@ -66,9 +66,9 @@ class Together(Protocol):
     @property
     def control_zero(self) -> Interval | None: ...
     @property
-    def margin_zero(self) -> Interval | None: ...
+    def difference_zero(self) -> Interval | None: ...
     @property
-    def margin_mean(self) -> Interval | None: ...
+    def difference_mean(self) -> Interval | None: ...
 
 
 TakeAway = Callable[[str, Sequence[Head]], Together]
@@ -81,43 +81,43 @@ class Finding:
 
     head: Head
     score: str
-    weight: float
+    value: float
     """The score of the last step."""
     since: int
-    """The first step from which on it stayed above `PASSES`."""
+    """The first step from which on it stayed above `ATTENTION_THRESHOLD`."""
     measure: str
     unit: str
     zero: Interval
     mean: Interval
     control: Interval | None
     """Another head of the layer set to zero; None where it has no other."""
-    verdict: Verdict
+    label: Label
     others: tuple[Head, ...] = ()
     """Heads of the same layer that do the same, and were taken away with it."""
-    rival: float | None = None
+    baseline: float | None = None
     """What the best fixed distance, or the nearest noun, would have scored; None where that was not asked."""
 
     @property
-    def stands(self) -> bool:
+    def is_supported(self) -> bool:
         """Whether the head matters, and reads more than a rule without any content would."""
-        return self.verdict == "matters" and (self.rival is None or self.weight > self.rival)
+        return self.label == "supported" and (self.baseline is None or self.value > self.baseline)
 
     @property
-    def text(self) -> str:
+    def summary(self) -> str:
         """The claim as a sentence."""
-        return f"{self.reading}; {self.outcome}."
+        return f"{self.reading}; {self.effect}."
 
     @property
     def reading(self) -> str:
         names = [head_name(*head) for head in (self.head, *self.others)]
         if not self.others:
-            return f"By step {self.since} head {names[0]} {READS[self.score]} ({self.weight:.2f})"
+            return f"By step {self.since} head {names[0]} {DESCRIPTIONS[self.score]} ({self.value:.2f})"
         all_names = f"{', '.join(names[:-1])} and {names[-1]}"
-        read = READS[self.score].replace("reads", "read", 1)
-        return f"By step {self.since} heads {all_names} {read} (up to {self.weight:.2f})"
+        read = DESCRIPTIONS[self.score].replace("reads", "read", 1)
+        return f"By step {self.since} heads {all_names} {read} (up to {self.value:.2f})"
 
     @property
-    def outcome(self) -> str:
+    def effect(self) -> str:
         """What happens without the head."""
         what = "the loss on repeats" if self.measure == "repeats" else "the lead of the right answer"
         size = 1 + len(self.others)
@@ -136,32 +136,32 @@ class Finding:
         return f"{'rises' if rises else 'falls'} by {abs(by.value):.2f}"
 
 
-def verdict(effects: Effects, layer: int, head: int) -> Verdict:
+def ablation_label(effects: AblationEffects, layer: int, head: int) -> Label:
     """Whether taking the head away hurts more than taking another one away: by both ways, one, or neither.
 
     By neither it is `like another head` if it hurts all the same, by both ways, and else of `no effect`.
     """
-    tables = (effects.zero, effects.mean, effects.margin_zero, effects.margin_mean)
-    return _verdict(*(None if table is None else table[layer][head] for table in tables))
+    tables = (effects.zero, effects.mean, effects.difference_zero, effects.difference_mean)
+    return _label(*(None if table is None else table[layer][head] for table in tables))
 
 
-def _verdict(
-    zero: Interval | None, mean: Interval | None, margin_zero: Interval | None, margin_mean: Interval | None
-) -> Verdict:
+def _label(
+    zero: Interval | None, mean: Interval | None, difference_zero: Interval | None, difference_mean: Interval | None
+) -> Label:
     assert zero is not None and mean is not None
-    more = [(margin or alone).low > 0 for margin, alone in ((margin_zero, zero), (margin_mean, mean))]
+    more = [(margin or alone).low > 0 for margin, alone in ((difference_zero, zero), (difference_mean, mean))]
     if any(more):
-        return "matters" if all(more) else "disputed"
-    return "like another head" if zero.low > 0 and mean.low > 0 else "no effect"
+        return "supported" if all(more) else "disputed"
+    return "same as control" if zero.low > 0 and mean.low > 0 else "no effect"
 
 
 def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: Head) -> int:
-    """The first step from which on the head's score stayed at `PASSES` or above; the last step where it does not."""
+    """The first step from which on the head's score stayed at `ATTENTION_THRESHOLD` or above; the last step where it does not."""
     steps = sorted(timeline)
     first = steps[-1]
     for step in reversed(steps):
         table = timeline[step].get(score)
-        if table is None or not np.asarray(table)[head] >= PASSES:
+        if table is None or not np.asarray(table)[head] >= ATTENTION_THRESHOLD:
             break
         first = step
     return first
@@ -169,81 +169,81 @@ def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: Hea
 
 def claims(
     timeline: Mapping[int, Mapping[str, ArrayLike]],
-    evidence: Evidence,
+    evidence: AblationResults,
     readings: Mapping[str, tuple[Head, float, float]] | None = None,
     take_away: TakeAway | None = None,
 ) -> list[Finding]:
-    """A claim for each score on which some head passes, in the order of `READS`.
+    """A claim for each score on which some head passes, in the order of `DESCRIPTIONS`.
 
     Args:
         timeline: the head scores (L, H) of each step, as dumps hold them.
         evidence: what taking heads away does at the last step.
-        readings: score → (head, weight, rival), where the head was chosen on other questions than it was scored on
+        readings: score → (head, weight, baseline), where the head was chosen on other questions than it was scored on
             and a rule without content was scored beside it (`relations.py`).
         take_away: asked about the heads of a layer that all pass, where the best of them does not matter alone: two
             that do the same hide each other.
     """
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
     found = []
-    for score in READS:
-        effects = evidence.measures.get(measure_of(score))
+    for score in DESCRIPTIONS:
+        effects = evidence.measures.get(measure_for_score(score))
         if score not in last or effects is None or not np.isfinite(last[score]).any():
             continue
         best = np.unravel_index(np.nanargmax(last[score]), last[score].shape)
         own = ((int(best[0]), int(best[1])), float(last[score][best]), None)
-        head, weight, rival = (readings or {}).get(score, own)
-        if weight < PASSES:
+        head, weight, baseline = (readings or {}).get(score, own)
+        if weight < ATTENTION_THRESHOLD:
             continue
-        claim = replace(_alone(score, head, effects, since(timeline, score, head)), weight=weight, rival=rival)
+        claim = replace(_alone(score, head, effects, since(timeline, score, head)), value=weight, baseline=baseline)
         layer = last[score][head[0]]
-        alike = [(head[0], k) for k in np.flatnonzero(layer >= PASSES).tolist() if k != head[1]]
-        if take_away is not None and claim.verdict != "matters" and 0 < len(alike) < len(layer) - 1:
+        alike = [(head[0], k) for k in np.flatnonzero(layer >= ATTENTION_THRESHOLD).tolist() if k != head[1]]
+        if take_away is not None and claim.label != "supported" and 0 < len(alike) < len(layer) - 1:
             begun = max(since(timeline, score, one) for one in (head, *alike))
             claim = _joined(claim, tuple(alike), take_away(claim.measure, [head, *alike]), begun)
         found.append(claim)
     return found
 
 
-def _alone(score: str, head: Head, effects: Effects, begun: int) -> Finding:
-    """The claim of one head; its weight and rival are still to be filled in."""
+def _alone(score: str, head: Head, effects: AblationEffects, begun: int) -> Finding:
+    """The claim of one head; its weight and baseline are still to be filled in."""
     layer, k = head
     return Finding(
         head=head,
         score=score,
-        weight=0.0,
+        value=0.0,
         since=begun,
-        measure=measure_of(score),
+        measure=measure_for_score(score),
         unit=effects.unit,
         zero=effects.zero[layer][k],
         mean=effects.mean[layer][k],
         control=effects.control_zero[layer][k] if effects.control_zero else None,
-        verdict=verdict(effects, layer, k),
+        label=ablation_label(effects, layer, k),
     )
 
 
 def _joined(one: Finding, others: tuple[Head, ...], effect: Together, begun: int) -> Finding:
     """The claim of a head with others that do the same, where they matter together; else the head's own."""
-    outcome = _verdict(effect.zero, effect.mean, effect.margin_zero, effect.margin_mean)
-    if outcome != "matters":
+    outcome = _label(effect.zero, effect.mean, effect.difference_zero, effect.difference_mean)
+    if outcome != "supported":
         return one
     one = replace(one, zero=effect.zero, mean=effect.mean, control=effect.control_zero)
-    return replace(one, others=others, since=begun, verdict=outcome)
+    return replace(one, others=others, since=begun, label=outcome)
 
 
 def sentence(found: Sequence[Finding]) -> str:
     """The one sentence: the first head whose reading stands; else that none passes, and why."""
     for claim in found:
-        if claim.stands:
-            return claim.text
+        if claim.is_supported:
+            return claim.summary
     if not found:
         return "No head passes: none puts half of its weight where it was asked about."
-    claim = next((claim for claim in found if claim.verdict == "matters"), found[0])
+    claim = next((claim for claim in found if claim.label == "supported"), found[0])
     why = {
-        "matters": f"and a rule that knows no content would read it as well ({claim.rival or 0.0:.2f})",
+        "supported": f"and a rule that knows no content would read it as well ({claim.baseline or 0.0:.2f})",
         "disputed": "but only one of two ways of taking it away hurts more than for another head",
-        "like another head": "but taking it away hurts no more than for another head",
+        "same as control": "but taking it away hurts no more than for another head",
         "no effect": "but taking it away does not hurt",
-    }[claim.verdict]
+    }[claim.label]
     return f"No head passes: {claim.reading[0].lower()}{claim.reading[1:]}, {why}."
 
 
@@ -258,8 +258,8 @@ def save(path: Path, found: Sequence[Finding]) -> None:
 
 def as_json(found: Sequence[Finding]) -> dict[str, Any]:
     """The sentence and all claims as plain data; an interval is {value, low, high}."""
-    return {"sentence": sentence(found), "claims": [asdict(claim) | _said(claim) for claim in found]}
+    return {"headline": sentence(found), "findings": [asdict(claim) | _said(claim) for claim in found]}
 
 
 def _said(claim: Finding) -> dict[str, Any]:
-    return {"text": claim.text, "outcome": claim.outcome, "stands": claim.stands}
+    return {"summary": claim.summary, "effect": claim.effect, "is_supported": claim.is_supported}

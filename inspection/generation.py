@@ -43,7 +43,7 @@ class Generated:
     """What the readings of one text looked like: L layers, H heads, T tokens."""
 
     tokens: NDArray[np.int32]
-    packed: NDArray[np.floating[Any]]
+    pattern_tril: NDArray[np.floating[Any]]
     """(L, H, T (T + 1) / 2) weights, as in `dump.AttentionRecord`."""
     value_norms: NDArray[np.float32]
     """(L, H, T), of each position at the moment when it was the newest."""
@@ -92,7 +92,7 @@ class Recorder:
         self.begin = window_start(len(start), model.config.context)
         room = len(start) - self.begin + count
         heads = (model.config.n_layers, model.config.n_heads)
-        self.packed = np.zeros((*heads, triangle(room)), dtype=DTYPES[dtype.upper()])
+        self.pattern_tril = np.zeros((*heads, triangle(room)), dtype=DTYPES[dtype.upper()])
         self.norms = np.zeros((*heads, room), dtype=np.float32)
         self.tokens: list[int] = []
         self.new = 0  # how many of these came with the last reading
@@ -123,7 +123,7 @@ class Recorder:
         rows = weights[0, :, -self.new :].detach().cpu().numpy()
         for i in range(first, T):
             place = triangle(i)
-            self.packed[layer, :, place + start : place + i + 1] = rows[:, i - first, : i + 1 - start]
+            self.pattern_tril[layer, :, place + start : place + i + 1] = rows[:, i - first, : i + 1 - start]
 
     def values(self, layer: int, values: Float[Tensor, "1 H T D"]) -> None:
         """Keep how long the newest values are."""
@@ -155,7 +155,7 @@ class Recorder:
         top, top_p = (np.concatenate(parts) for parts in zip(*self.top, strict=True))
         return Generated(
             np.array(self.tokens, dtype=np.int32),
-            self.packed[..., : triangle(T)],
+            self.pattern_tril[..., : triangle(T)],
             self.norms[..., :T],
             np.array(self.loss, dtype=np.float32),
             top,
@@ -201,7 +201,7 @@ def attention_file(name: str) -> Path:
     path = path.with_suffix(SUFFIX)
     try:
         if path.exists():
-            dump.read(path)  # somebody's weights are not to be lost to a slip
+            dump.read_attention_file(path)  # somebody's weights are not to be lost to a slip
         path.parent.mkdir(parents=True, exist_ok=True)
     except UserError as error:
         raise UserError(f"{path} is there and is no attention file; give --attend another name") from error
@@ -216,7 +216,7 @@ def write(path: Path, seen: Generated, token_bytes: Callable[[int], bytes], meta
     Raises:
         UserError: if the file cannot be written (exit code 6).
     """
-    ours = {"windows": json.dumps(seen.windows), "versions": record.versions()}
-    dtype = {2: "f16", 4: "f32"}[seen.packed.itemsize]
+    ours = {"windows": json.dumps(seen.windows), "versions": record.package_versions()}
+    dtype = {2: "f16", 4: "f32"}[seen.pattern_tril.itemsize]
     texts = [("sample", seen, [token_bytes(token) for token in seen.tokens.tolist()])]
-    record.write(path, texts, {**metadata, **ours}, dtype, token_bytes=token_bytes)
+    record.write_attention_file(path, texts, {**metadata, **ours}, dtype, token_bytes=token_bytes)

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from inspection.registry import SCORES, Score, score_info
+from inspection.registry import SCORES, HeadScore, score_info
 from model.gpt import GPT, Block
 
 __all__ = [
     "SCORES",
-    "Score",
+    "HeadScore",
     "copying",
     "duplicate_token",
     "first_token",

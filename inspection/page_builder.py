@@ -27,9 +27,9 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import CHECKPOINT, UserError, printable
 from common.files import write_atomic
 from inspection.attention_file import AttentionFile, AttentionRecord
-from inspection.findings import measure_of
+from inspection.findings import measure_for_score
 from inspection.page_data import FIRST_TEXTS, HALF, Blocks, Plan, TooLarge, Vocabulary, as_json, plain, table
-from inspection.registry import Score, score_info
+from inspection.registry import HeadScore, score_info
 
 BUDGET = 5_000_000
 """Bytes that a page takes at most, as long as something less than a whole text can be left out."""
@@ -40,14 +40,14 @@ ROOM_FOR_NOTES = 2_000
 SOURCE = Path(__file__).parent / "web"
 SCRIPTS = ("data", "colours", "state", "scene", "parts", "sample", "matrix", "grid", "timeline", "steps", "download")
 """The JavaScript files in the order in which they run; `main` is the last."""
-SHARPNESS = Score(
+SHARPNESS = HeadScore(
     "sharpness",
     "how much of its weight goes to one token",
     "mean over i ≥ 1 of the largest A[i, j]",
     low=0.0,
     high=1.0,
     source="taken from the weights, for these files hold no scores",
-    measured_on="the texts shown",
+    texts="the texts shown",
 )
 
 
@@ -80,7 +80,7 @@ def write_page(
     Args:
         runs: the run shown; a second one is compared with it.
         claims: as `claims.as_json` gives them; its sentence stands at the head of the page.
-        evidence: as `Evidence.as_json` gives it: what taking heads away does.
+        evidence: as `AblationResults.as_json` gives it: what taking heads away does.
         title: what the page is called.
 
     Raises:
@@ -94,8 +94,8 @@ def write_page(
     frame = {"title": html.escape(printable(title)), "style": _source("page.css"), "script": _script()}
     told = {
         "title": printable(title),
-        "sentence": str((claims or {}).get("sentence") or ""),
-        "claims": plain(list((claims or {}).get("claims") or [])),
+        "headline": str((claims or {}).get("headline") or ""),
+        "findings": plain(list((claims or {}).get("findings") or [])),
         "evidence": plain(dict(evidence)) if evidence else None,
     }
     empty = len(_assemble(frame, told, []).encode("utf-8", "replace"))
@@ -153,7 +153,7 @@ def _notes(plan: Plan, runs: Sequence[PageRun], coarse: bool) -> list[str]:
     if coarse:
         whose = "" if plan.eight == "all" else f"; exactly at the last step, and in {first}"
         said.append(f"Weights are kept in 8 bits, each within 0.004, those below 0.25 within 0.002{whose}.")
-    elif any(text.packed.dtype.itemsize > 2 for text in texts):
+    elif any(text.pattern_tril.dtype.itemsize > 2 for text in texts):
         said.append("Weights are kept in 16 bits, each within 0.00025.")
     if plan.tokens:
         said.append(f"Of longer texts the last {plan.tokens} tokens are kept; what they read before is out of sight.")
@@ -218,14 +218,14 @@ def _text(
     """One text of one step: its length, and the numbers of its blocks. `where` is run, step and text."""
     _, step, k = where
     coarse, explained = plan.coarse(k, step, last), plan.explains(k, step, last)
-    layers = range(plan.layers or len(text.packed))
+    layers = range(plan.layers or len(text.pattern_tril))
     first = plan.first_token(text)
     form = (first, coarse, plan.heads)
     found: dict[str, Any] = {
         "tokens": len(text.tokens) - first,
         "first": first,
         "eight": coarse,
-        "likely": len(text.top[0]) if text.top else 0,
+        "likely": len(text.top_tokens[0]) if text.top_tokens else 0,
         "side": blocks.add((where, first, plan.layers, plan.heads), partial(plan.side, text, words)),
         "layers": [blocks.add((where, layer, form), partial(plan.pattern, text, layer, coarse)) for layer in layers],
     }
@@ -235,7 +235,7 @@ def _text(
         found["details"] = {
             "blocks": [blocks.add(name, partial(plan.explained, text, name[2], kind)) for name in names],
             "width": text.queries.shape[-1],
-            "stream": text.projected.shape[-1] if text.projected is not None else 0,
+            "stream": text.attn_out.shape[-1] if text.attn_out is not None else 0,
             "half": kind == HALF,
         }
     return found
@@ -248,7 +248,7 @@ def _sharpness(dump: AttentionFile) -> NDArray[np.float64]:
     for text in (text for text in dump.texts if text.value_norms.shape[:2] == shape):
         queries = np.arange(1, len(text.tokens))
         if len(queries):
-            largest = np.maximum.reduceat(text.packed, queries * (queries + 1) // 2, axis=-1)
+            largest = np.maximum.reduceat(text.pattern_tril, queries * (queries + 1) // 2, axis=-1)
             rows.append(largest.astype(np.float64))
     return np.concatenate(rows, axis=-1).mean(axis=-1) if rows else np.full(shape, np.nan)
 
@@ -258,16 +258,16 @@ def _described(name: str) -> dict[str, Any]:
     try:
         score = SHARPNESS if name == SHARPNESS.name else score_info(name)
     except KeyError:
-        score = Score(name, name, formula="", low=0.0, high=None, source="", measured_on="")
+        score = HeadScore(name, name, formula="", low=0.0, high=None, source="", texts="")
     return {
         "title": printable(score.title),
         "formula": score.formula,
         "source": score.source,
-        "on": score.measured_on,
+        "on": score.texts,
         "low": score.low,
         "high": score.high,
-        "measure": measure_of(name),
-        "weight": name.startswith("reads.")
+        "measure": measure_for_score(name),
+        "weight": name.startswith("antecedent.")
         or name in ("previous_token", "duplicate_token", "induction", "first_token"),
     }
 

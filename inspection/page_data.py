@@ -156,7 +156,7 @@ class Plan:
 
     def pattern(self, text: AttentionRecord, layer: int, coarse: bool) -> list[NDArray[Any]]:
         """The weights of one layer, one array (H, t (t + 1) / 2), in 16 bits or in 8."""
-        packed = text.packed[layer, : self.heads or None]
+        packed = text.pattern_tril[layer, : self.heads or None]
         if first := self.first_token(text):
             rows, columns = np.tril_indices(len(text.tokens))
             packed = packed[:, (rows >= first) & (columns >= first)]
@@ -176,13 +176,13 @@ class Plan:
         norms = np.asarray(text.value_norms, dtype=np.float64)[: self.layers or None, : self.heads or None, first:]
         norms = np.nan_to_num(norms, posinf=0, neginf=0)
         norms = norms / np.maximum(norms.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-        top = [pair for row in (text.top or [])[first:] for pair in row]
+        top = [pair for row in (text.top_tokens or [])[first:] for pair in row]
         likely = np.array([words.index(token) for token, _ in top], INDEX)
         return [tokens, loss, norms.astype(HALF), likely, np.array([p for _, p in top], HALF)]
 
     def details_kind(self, text: AttentionRecord) -> str:
         """The number format of queries, keys, values and what they come to: 16 bits where they hold it."""
-        arrays = [part for part in (text.queries, text.keys, text.values, text.projected) if part is not None]
+        arrays = [part for part in (text.queries, text.keys, text.values, text.attn_out) if part is not None]
         largest = max(float(np.abs(part).max(initial=0)) for part in arrays)
         wide = any(part.dtype.itemsize > 2 for part in arrays[:3])
         return HALF if largest < float(np.finfo(HALF).max) and (self.half or not wide) else FLOAT
@@ -191,8 +191,8 @@ class Plan:
         """Queries, keys, values (H, T, D) of one layer; what it adds to the stream (T, C), if that is there."""
         assert text.queries is not None and text.keys is not None and text.values is not None
         arrays = [part[layer, : self.heads or None] for part in (text.queries, text.keys, text.values)]
-        if text.projected is not None:
-            arrays.append(text.projected[layer])
+        if text.attn_out is not None:
+            arrays.append(text.attn_out[layer])
         return [array.astype(kind) for array in arrays]
 
 

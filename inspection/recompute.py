@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from inspection.activation_cache import Capture, capture
+from inspection.activation_cache import ActivationCache, run_with_cache
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.finding import HALF_STEP, WEIGHT, CheckResult, Measured, Span, spans, worst
 from model import functional
@@ -28,7 +28,7 @@ CHANCE = 1e-4
 RELATIVE = 1e-5
 """Of the largest number of an array that holds no weights."""
 
-Check = Callable[[AttentionRecord, Span, Capture], Iterator[tuple[float, float]]]
+Check = Callable[[AttentionRecord, Span, ActivationCache], Iterator[tuple[float, float]]]
 """Measures and bounds of one text over one stretch of it, which was read again."""
 
 
@@ -46,7 +46,7 @@ def recomputed(dump: AttentionFile, model: GPT) -> list[CheckResult]:
     for text in dump.texts:
         for span in spans(dump.metadata, len(text.tokens)):
             window = torch.from_numpy(text.tokens[span.start : span.stop].astype(np.int64))
-            seen = capture(model, window, logits=True, details=True)
+            seen = run_with_cache(model, window, logits=True, details=True)
             for name, check in checks.items():
                 measured[name] += [(text.name, value, bound) for value, bound in check(text, span, seen)]
     return [worst(name, iter(found)) for name, found in measured.items() if found]
@@ -84,13 +84,13 @@ def _furthest(stored: NDArray[np.floating], fresh: NDArray[np.floating], least: 
     return off / max(float(np.abs(fresh).max(initial=0.0)), least, 1e-30) if off else 0.0
 
 
-def _attention(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _attention(text: AttentionRecord, span: Span, seen: ActivationCache) -> Iterator[tuple[float, float]]:
     for layer, fresh in enumerate(seen.pattern.numpy()):
-        stored = text.unpack(layer)[0][:, span.first : span.stop, span.start : span.stop]
-        yield float(np.abs(stored - fresh[:, span.first - span.start :]).max()), WEIGHT[text.packed.itemsize]
+        stored = text.pattern(layer)[0][:, span.first : span.stop, span.start : span.stop]
+        yield float(np.abs(stored - fresh[:, span.first - span.start :]).max()), WEIGHT[text.pattern_tril.itemsize]
 
 
-def _fused(model: GPT, text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _fused(model: GPT, text: AttentionRecord, span: Span, seen: ActivationCache) -> Iterator[tuple[float, float]]:
     assert seen.queries is not None and seen.keys is not None
     device = model.token_embedding.weight.device
     with torch.no_grad():
@@ -99,7 +99,7 @@ def _fused(model: GPT, text: AttentionRecord, span: Span, seen: Capture) -> Iter
             yield (columns.cpu() - explicit).abs().max().item(), FUSED
 
 
-def _loss(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _loss(text: AttentionRecord, span: Span, seen: ActivationCache) -> Iterator[tuple[float, float]]:
     assert seen.logits is not None
     targets = torch.from_numpy(text.tokens[span.first + 1 : span.stop + 1].astype(np.int64))
     chances = seen.logits[span.first - span.start :][: len(targets)].log_softmax(dim=-1)
@@ -108,26 +108,28 @@ def _loss(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[fl
         yield float(np.abs(text.loss[span.first : span.first + len(fresh)] - fresh).max()), NATS
 
 
-def _value_norms(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _value_norms(text: AttentionRecord, span: Span, seen: ActivationCache) -> Iterator[tuple[float, float]]:
     stored = text.value_norms[..., span.first : span.stop]
     yield _furthest(stored, seen.value_norms[..., span.first - span.start :].numpy()), RELATIVE
 
 
-def _details(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
-    for name in ("queries", "keys", "values", "projected"):
+def _details(text: AttentionRecord, span: Span, seen: ActivationCache) -> Iterator[tuple[float, float]]:
+    for name in ("queries", "keys", "values", "attn_out"):
         stored: NDArray[np.floating] | None = getattr(text, name)
         if stored is not None:
             yield _furthest(stored, getattr(seen, name).numpy()), RELATIVE + (HALF_STEP if stored.itemsize == 2 else 0)
 
 
-def _next(text: AttentionRecord, span: Span, seen: Capture) -> Iterator[tuple[float, float]]:
+def _next(text: AttentionRecord, span: Span, seen: ActivationCache) -> Iterator[tuple[float, float]]:
     """The stored tokens must have the stored probabilities, and no others may be likelier."""
-    if text.top is None or text.top_tokens is None:
+    if text.top_tokens is None or text.top_ids is None:
         return
-    assert seen.logits is not None and seen.top_p is not None
+    assert seen.logits is not None and seen.top_probs is not None
     after = span.first - span.start
-    stored = np.array([[chance for _, chance in row] for row in text.top[span.first : span.stop]], dtype=np.float32)
-    named = torch.from_numpy(text.top_tokens[span.first : span.stop].astype(np.int64))
+    stored = np.array(
+        [[chance for _, chance in row] for row in text.top_tokens[span.first : span.stop]], dtype=np.float32
+    )
+    named = torch.from_numpy(text.top_ids[span.first : span.stop].astype(np.int64))
     theirs = seen.logits[after:].softmax(dim=-1).gather(1, named)
     yield float(np.abs(stored - theirs.numpy()).max()), CHANCE
-    yield float(np.abs(stored - seen.top_p[after:].numpy()).max()), CHANCE
+    yield float(np.abs(stored - seen.top_probs[after:].numpy()).max()), CHANCE

@@ -22,10 +22,10 @@ Chunk = bytes | memoryview
 
 @runtime_checkable
 class Observed(Protocol):
-    """What is written of a text; a `capture.Capture` is one.
+    """What is written of a text; a `capture.ActivationCache` is one.
 
     Besides, its weights: `pattern` (L, H, T, T), or `packed` as in `dump.AttentionRecord`. What it has of queries, keys,
-    values, projected, top and top_p (see `Capture`) is written too.
+    values, attn_out, top and top_p (see `ActivationCache`) is written too.
     """
 
     @property
@@ -46,7 +46,7 @@ def _stored(array: Any, dtype: str) -> NDArray[Any]:
 
 def _triangle(capture: Observed, dtype: str) -> NDArray[Any]:
     """The weights on and below the diagonal, row by row."""
-    if (packed := getattr(capture, "packed", None)) is not None:
+    if (packed := getattr(capture, "pattern_tril", None)) is not None:
         return np.asarray(packed, dtype=DTYPES[dtype.upper()])
     pattern = np.asarray(capture.pattern, dtype=np.float32)  # type: ignore[attr-defined]
     rows, columns = np.tril_indices(pattern.shape[-1])
@@ -64,14 +64,14 @@ def _details(capture: Observed, token_bytes: Callable[[int], bytes] | None, dtyp
     for part in ("queries", "keys", "values"):
         if (array := getattr(capture, part, None)) is not None:
             found[part] = _stored(array, dtype)
-    if (projected := getattr(capture, "projected", None)) is not None:
-        found["projected"] = np.asarray(projected, dtype="<f4")
-    if (top := getattr(capture, "top", None)) is not None:
+    if (attn_out := getattr(capture, "attn_out", None)) is not None:
+        found["attn_out"] = np.asarray(attn_out, dtype="<f4")
+    if (top := getattr(capture, "top_tokens", None)) is not None:
         if token_bytes is None:
             raise ValueError("the likeliest next tokens can only be written with the bytes of any token")
-        found["top"] = np.asarray(top).astype("<i4")
-        found["top_p"] = np.asarray(capture.top_p, dtype="<f4")  # type: ignore[attr-defined]
-        found["top_ends"], found["top_bytes"] = _joined([token_bytes(int(token)) for token in found["top"].flat])
+        found["top_tokens"] = np.asarray(top).astype("<i4")
+        found["top_probs"] = np.asarray(capture.top_probs, dtype="<f4")  # type: ignore[attr-defined]
+        found["top_ends"], found["top_bytes"] = _joined([token_bytes(int(token)) for token in found["top_tokens"].flat])
     return found
 
 
@@ -102,7 +102,7 @@ def _serialize(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) 
     return [head, *(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data for _, a in ordered)]
 
 
-def write(
+def write_attention_file(
     path: Path | str,
     captures: Sequence[tuple[str, Observed, Sequence[bytes]]],
     metadata: Mapping[str, str],
@@ -135,7 +135,7 @@ def write(
     write_atomic(Path(path), _serialize(arrays, {**metadata, **ours}))
 
 
-def versions() -> str:
+def package_versions() -> str:
     """Of what computed the weights, as the string that the metadata holds."""
     found = {package: version(package) for package in ("torch", "numpy")}
     return json.dumps({"python": platform.python_version(), **found})

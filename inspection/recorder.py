@@ -20,10 +20,10 @@ from common.files import sweep
 from inspection import findings as claims
 from inspection import record
 from inspection.ablation import GroupEffect, effects, group_effect
-from inspection.ablation_results import Evidence
-from inspection.activation_cache import capture_batch
+from inspection.ablation_results import AblationResults
+from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import AntecedentScore, relations, sentence
-from inspection.attention_file import read
+from inspection.attention_file import read_attention_file
 from inspection.commands.plot import draw
 from inspection.eval_texts import EvalTexts
 from inspection.page_builder import PageRun, write_page
@@ -67,7 +67,7 @@ class AttentionRecorder:
 
         What is damaged, or was left half-written, stops no training: it is named and put aside.
         """
-        file = self.folder / "watched.json"
+        file = self.folder / "eval_texts.json"
         for folder in (self.folder, self.run):
             sweep(folder)
         if step and file.is_file():
@@ -81,7 +81,7 @@ class AttentionRecorder:
                 path.unlink()
                 continue
             try:
-                read(path)
+                read_attention_file(path)
             except UserError as damage:
                 print(f"{printable(damage)}; that step is left out", file=sys.stderr)
                 path.replace(path.with_suffix(".damaged"))
@@ -119,8 +119,8 @@ class AttentionRecorder:
             lines += ["", "what decides, and which head reads it", *("  " + line for line in sentence(found))]
         return Report([*lines, DISCLAIMER], pictures, page)
 
-    def without_each_head(self, step: int, weights_sha256: str) -> Evidence:
-        """What changes when each head is taken away, kept in `evidence.json`."""
+    def without_each_head(self, step: int, weights_sha256: str) -> AblationResults:
+        """What changes when each head is taken away, kept in `ablations.json`."""
         with tqdm(unit="pass", desc="taking heads away", delay=3, leave=False, disable=None) as bar:
 
             def progress(done: int, whole: int) -> None:
@@ -128,14 +128,16 @@ class AttentionRecorder:
                 bar.update(done - bar.n)
 
             evidence = effects(self.model, self.watched, QUESTIONS, 1, step, weights_sha256, progress)
-        evidence.save(self.folder / "evidence.json")
+        evidence.save(self.folder / "ablations.json")
         return evidence
 
-    def weigh(self, seen: RunAttention, evidence: Evidence, found: Sequence[AntecedentScore]) -> list[claims.Finding]:
-        """What may be said of the heads, kept in `claims.json`."""
+    def weigh(
+        self, seen: RunAttention, evidence: AblationResults, found: Sequence[AntecedentScore]
+    ) -> list[claims.Finding]:
+        """What may be said of the heads, kept in `findings.json`."""
         over_time = {step: seen.dumps[step].scores for step in seen.steps if step <= evidence.step}
         readings = {
-            f"reads.{one.kind}": (one.head, one.weight, max(one.offset_weight, one.nearest_weight or 0.0))
+            f"antecedent.{one.kind}": (one.head, one.weight, max(one.offset_weight, one.nearest_weight or 0.0))
             for one in found
         }
 
@@ -143,7 +145,7 @@ class AttentionRecorder:
             return group_effect(self.model, self.watched, heads, measure, per_kind=QUESTIONS)
 
         told = claims.claims(over_time, evidence, readings, together)
-        claims.save(self.folder / "claims.json", told)
+        claims.save(self.folder / "findings.json", told)
         return told
 
 
@@ -157,7 +159,7 @@ def write_dump(
     detailed: Texts = (),
     scores: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
-    """Capture texts and write them as one attention file, with the versions of what computed them.
+    """ActivationCache texts and write them as one attention file, with the versions of what computed them.
 
     Args:
         detailed: texts, written before the others, with queries, keys, values and the likeliest next tokens.
@@ -165,11 +167,11 @@ def write_dump(
     Raises:
         UserError: if the file cannot be written (exit code 6).
     """
-    seen = capture_batch(model, [tokens for _, tokens in detailed], details=True) if detailed else []
-    seen += capture_batch(model, [tokens for _, tokens in texts]) if texts else []
+    seen = run_with_cache_batch(model, [tokens for _, tokens in detailed], details=True) if detailed else []
+    seen += run_with_cache_batch(model, [tokens for _, tokens in texts]) if texts else []
     rows = [
         (name, one, [token_bytes(token) for token in tokens])
         for (name, tokens), one in zip([*detailed, *texts], seen, strict=True)
     ]
-    about = {**metadata, "versions": record.versions()}
-    record.write(path, rows, about, dtype, scores, token_bytes, details="f32")
+    about = {**metadata, "versions": record.package_versions()}
+    record.write_attention_file(path, rows, about, dtype, scores, token_bytes, details="f32")

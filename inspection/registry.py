@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DECIDERS: dict[str, str] = {
+ANTECEDENTS: dict[str, str] = {
     "pronoun": "the name that decides it",
     "agreement": "the subject that decides it",
     "induction": "the earlier mention",
@@ -16,12 +16,12 @@ DECIDERS: dict[str, str] = {
     "crossing": "the noun that decides it",
 }
 """What a head reads if it reads the evidence, for each kind of probe of the embedded stories."""
-READS = "reads."
-"""Begins the name of a score that is measured on one kind of probe: `reads.pronoun`."""
+ANTECEDENT = "antecedent."
+"""Begins the name of a score that is measured on one kind of probe: `antecedent.pronoun`."""
 
 
 @dataclass(frozen=True)
-class Score:
+class HeadScore:
     """A number for each head; A[i, j] in a formula is the weight with which query i reads key j, counted from 0."""
 
     name: str
@@ -31,15 +31,15 @@ class Score:
     high: float | None
     """The largest value it can take; None where that grows with the text."""
     source: str
-    measured_on: str
+    texts: str
     """"repeats", "held-out texts", "weights" or "probes"."""
 
 
-def _score(name: str, title: str, formula: str, source: str, measured_on: str, low: float = 0.0) -> Score:
-    return Score(name, title, formula, low, None if name == "distance" else 1.0, source, measured_on)
+def _score(name: str, title: str, formula: str, source: str, texts: str, low: float = 0.0) -> HeadScore:
+    return HeadScore(name, title, formula, low, None if name == "distance" else 1.0, source, texts)
 
 
-SCORES: dict[str, Score] = {
+SCORES: dict[str, HeadScore] = {
     score.name: score
     for score in (
         _score(
@@ -96,20 +96,20 @@ SCORES: dict[str, Score] = {
 }
 
 
-def decider(kind: str) -> str:
+def describe_antecedent(kind: str) -> str:
     """What decides a probe of this kind, in words."""
-    return DECIDERS.get(kind, "the word that decides it")
+    return ANTECEDENTS.get(kind, "the word that decides it")
 
 
-def score_info(name: str) -> Score:
-    """The score of this name, those of the probes (`reads.KIND`) included.
+def score_info(name: str) -> HeadScore:
+    """The score of this name, those of the probes (`antecedent.KIND`) included.
 
     Raises:
         KeyError: if there is none.
     """
-    kind = name.removeprefix(READS)
+    kind = name.removeprefix(ANTECEDENT)
     if name == kind or not kind:
         return SCORES[name]
     formula = "mean over the probes of the sum of A[i, j] over the tokens j that decide, i the last before the answer"
     source = "the weight on a known antecedent, as in Clark et al. 2019, section 4.3"
-    return Score(name, f"{kind}: reads {decider(kind)}", formula, 0.0, 1.0, source, "probes")
+    return HeadScore(name, f"{kind}: reads {describe_antecedent(kind)}", formula, 0.0, 1.0, source, "probes")

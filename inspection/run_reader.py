@@ -4,9 +4,9 @@ Between the files of a run and whatever shows them: the commands of `attend.py`,
 alone, apart from `watched`.
 
     attention/000400.safetensors   a dump for each evaluation (`dump.py`)
-    attention/watched.json         what all of them look at (`watch.py`)
-    attention/evidence.json        effects of taking each head away (`evidence.py`)
-    attention/claims.json          what may be said of the heads (`claims.py`)
+    attention/eval_texts.json         what all of them look at (`watch.py`)
+    attention/ablations.json        effects of taking each head away (`evidence.py`)
+    attention/findings.json          what may be said of the heads (`claims.py`)
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CHECKPOINT, CONFIG, UserError
-from inspection.ablation_results import Evidence
-from inspection.attention_file import AttentionFile, read
+from inspection.ablation_results import AblationResults
+from inspection.attention_file import AttentionFile, read_attention_file
 
 if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
@@ -41,7 +41,7 @@ class Dumps(Mapping[int, AttentionFile]):
         self.paths = dict(sorted(paths.items()))
 
     def __getitem__(self, step: int) -> AttentionFile:
-        return read(self.paths[step])
+        return read_attention_file(self.paths[step])
 
     def __contains__(self, step: object) -> bool:
         return step in self.paths  # without reading the file
@@ -73,7 +73,7 @@ class RunAttention:
         path = Path(path)
         of_step = path.suffix == ".safetensors" and _is_step(path.stem) and path.parent.name == DUMPS
         if path.is_file() and not of_step:
-            step = read(path).metadata.get("step", "")
+            step = read_attention_file(path).metadata.get("step", "")
             number = int(step) if _is_step(step) else 0
             return RunAttention(path, Dumps({number: path}), number)
         folder = path.parent.parent if of_step else run_of(path)
@@ -120,14 +120,14 @@ class RunAttention:
         return {name: np.stack([tables.get(name, empty) for tables in found]) for name in names}
 
     @property
-    def effects(self) -> Evidence | None:
+    def effects(self) -> AblationResults | None:
         """What taking heads away has shown; None where it was not measured.
 
         Raises:
             UserError: if the file is damaged (exit code 4).
         """
-        path = self.folder / DUMPS / "evidence.json"
-        return Evidence.load(path) if path.is_file() else None
+        path = self.folder / DUMPS / "ablations.json"
+        return AblationResults.load(path) if path.is_file() else None
 
     @property
     def evidence(self) -> dict[str, Any] | None:
@@ -137,16 +137,16 @@ class RunAttention:
 
     @property
     def claims(self) -> dict[str, Any] | None:
-        """What may be said of the heads: `sentence` and `claims`, as `claims.json` holds them; None without the file.
+        """What may be said of the heads: `sentence` and `claims`, as `findings.json` holds them; None without the file.
 
         Raises:
             UserError: if the file is damaged (exit code 4).
         """
-        path = self.folder / DUMPS / "claims.json"
+        path = self.folder / DUMPS / "findings.json"
         if not path.is_file():
             return None
         table = read_table(path)
-        if not isinstance(table.get("sentence"), str) or not isinstance(table.get("claims"), list):
+        if not isinstance(table.get("headline"), str) or not isinstance(table.get("findings"), list):
             raise UserError(f"{path} holds no claims that can be read; delete it to go on without", CHECKPOINT)
         return table
 
@@ -158,7 +158,7 @@ class RunAttention:
         """
         from inspection.eval_texts import EvalTexts
 
-        path = self.folder / DUMPS / "watched.json"
+        path = self.folder / DUMPS / "eval_texts.json"
         return EvalTexts.load(path, vocab_size, context) if path.is_file() else None
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from inspection import head_scores as metrics
 from inspection.activation_cache import observe, pad
 from inspection.contrast_pairs import ContrastPair, measure
 from inspection.eval_texts import EvalTexts
-from inspection.registry import READS
+from inspection.registry import ANTECEDENT
 from model.gpt import GPT
 
 Formula = Callable[[Float[Tensor, "H T T"], Tensor], Float[Tensor, " H"]]
@@ -53,7 +53,7 @@ def head_scores(model: GPT, watch: EvalTexts, per_kind: int = 16) -> dict[str, F
     if probes:
         _, weights = measure(model, probes)
         for kind in asked:
-            found[READS + kind] = weights[[k for k, probe in enumerate(probes) if probe.kind == kind]].mean(dim=0)
+            found[ANTECEDENT + kind] = weights[[k for k, probe in enumerate(probes) if probe.kind == kind]].mean(dim=0)
     return {name: table for name, table in found.items() if table.isfinite().all()}
 
 

@@ -90,13 +90,13 @@ def _strangers(dump: AttentionFile, config: ModelConfig, vocab_size: int) -> lis
             problems.append(f"{text.name}: heads {text.value_norms.shape[:2]}, not {heads}")
         if any(part.shape[-1] != width for part in wide):
             problems.append(f"{text.name}: heads are not {width} wide")
-        if text.projected is not None and text.projected.shape[-1] != config.d_model:
+        if text.attn_out is not None and text.attn_out.shape[-1] != config.d_model:
             problems.append(f"{text.name}: the residual stream is not {config.d_model} wide")
-        if len(windows) > 1 and (wide or text.projected is not None):
+        if len(windows) > 1 and (wide or text.attn_out is not None):
             problems.append(f"{text.name}: queries, keys, values or sums of more than one window")
         if (longest := max(span.stop - span.start for span in windows)) > config.context:
             problems.append(f"{text.name}: {longest} tokens in a context of {config.context}")
-        ids = [text.tokens, *([] if text.top_tokens is None else [text.top_tokens])]
+        ids = [text.tokens, *([] if text.top_ids is None else [text.top_ids])]
         if any(array.min() < 0 or array.max() >= vocab_size for array in ids):
             problems.append(f"{text.name}: a token outside the vocabulary of {vocab_size}")
     return problems
@@ -109,9 +109,9 @@ def _same(name: str, found: str, wanted: str) -> CheckResult:
 def _spelling(dump: AttentionFile, token_bytes: Callable[[int], bytes]) -> Measured:
     for text in dump.texts:
         pairs = list(zip(text.tokens.tolist(), text.token_bytes, strict=True))
-        if text.top is not None and text.top_tokens is not None:
-            likely = [piece for row in text.top for piece, _ in row]
-            pairs += zip(text.top_tokens.flatten().tolist(), likely, strict=True)
+        if text.top_tokens is not None and text.top_ids is not None:
+            likely = [piece for row in text.top_tokens for piece, _ in row]
+            pairs += zip(text.top_ids.flatten().tolist(), likely, strict=True)
         yield text.name, sum(_bytes(token_bytes, token) != piece for token, piece in pairs), 0
 
 
@@ -140,7 +140,7 @@ def _not_finite(dump: AttentionFile) -> Measured:
     for text in dump.texts:
         arrays = [getattr(text, field.name) for field in fields(text)]
         numbers = [a for a in arrays if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
-        likely = [chance for row in text.top or [] for _, chance in row]
+        likely = [chance for row in text.top_tokens or [] for _, chance in row]
         count = sum(int((~np.isfinite(array)).sum()) for array in [*numbers, np.array(likely)])
         yield text.name, count, 0
     for name, score in dump.scores.items():  # nan says that a head has no such score
@@ -151,14 +151,14 @@ def _row_sums(dump: AttentionFile) -> Measured:
     """T numbers that sum to 1, each rounded to f16 by 2^-12 of itself, or by 2^-25 where it is smaller than 2^-14."""
     for text in dump.texts:
         T = len(text.tokens)
-        bound = T * 2.0**-24 + 1e-6 if text.packed.itemsize == 4 else HALF_STEP + T * 2.0**-25
+        bound = T * 2.0**-24 + 1e-6 if text.pattern_tril.itemsize == 4 else HALF_STEP + T * 2.0**-25
         off = [float(np.abs(weights.sum(axis=-1, dtype=np.float64) - 1).max()) for weights in layers(text)]
         yield text.name, most(off), bound
 
 
 def _range(dump: AttentionFile) -> Measured:
     for text in dump.texts:
-        least, highest = text.packed.min(), text.packed.max()
+        least, highest = text.pattern_tril.min(), text.pattern_tril.max()
         yield text.name, float(np.maximum(np.maximum(0 - least, highest - 1), 0)), WEIGHT[4]
 
 
@@ -192,4 +192,4 @@ def _from_queries(dump: AttentionFile) -> Measured:
             off = float(np.abs(raised / raised.sum(axis=-1, keepdims=True) - weights).max())
             rounded = text.queries.itemsize == 2
             slack = HALF_STEP * float((np.abs(q) @ np.abs(k).swapaxes(-1, -2)).max()) / math.sqrt(D) if rounded else 0
-            yield text.name, off, WEIGHT[text.packed.itemsize] + slack
+            yield text.name, off, WEIGHT[text.pattern_tril.itemsize] + slack

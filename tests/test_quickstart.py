@@ -12,7 +12,7 @@ import pytest
 
 from data.config import cache_folder
 from data.stories import KINDS, parse
-from inspection.attention_file import read
+from inspection.attention_file import read_attention_file
 from tests.runs import process
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
@@ -75,15 +75,15 @@ def test_the_dumps_follow_the_heads_through_training(quickstart: tuple[Path, str
     train = open_checkpoint(quickstart[0]).config.train
     # One at every evaluation, the untrained model's first.
     assert [int(file.stem) for file in files] == list(range(0, train.steps + 1, train.eval_every))
-    first, last = read(files[0]), read(files[-1])
+    first, last = read_attention_file(files[0]), read_attention_file(files[-1])
     assert int(first.metadata["tokens_seen"]) < int(last.metadata["tokens_seen"])
-    assert set(last.scores) == set(first.scores) > {"induction", "previous_token", "reads.pronoun"}
+    assert set(last.scores) == set(first.scores) > {"induction", "previous_token", "antecedent.pronoun"}
     untrained = {text.name: text for text in first.texts}
     for after in last.texts:
         if after.name not in untrained or after.name.startswith("repeat"):
             continue  # the sample differs, and random tokens are unlike anything in a story
         before = untrained[after.name]
-        assert np.abs(after.unpack().sum(axis=-1) - 1).max() < 0.01  # stored in f16
+        assert np.abs(after.pattern().sum(axis=-1) - 1).max() < 0.01  # stored in f16
         assert after.loss.mean() < before.loss.mean() + 0.05
 
 

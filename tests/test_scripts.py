@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inspection.attention_file import read
+from inspection.attention_file import read_attention_file
 from tests.runs import ROOT, TINY, process, said, script
 
 EMOJI = "\N{FOX FACE}"
@@ -92,8 +92,8 @@ def test_attend_says_what_every_head_reads_and_writes_weights_and_picture(run: P
         assert len(re.findall(rf"  {head}  .* reads ", done.stdout)) == 3
     assert "Head L1H0: query (row) reads key (column)" in done.stdout
     (weights,) = tmp_path.glob("000006-the-fox-met-*.safetensors")
-    (text,) = read(weights).texts
-    pattern = text.unpack()
+    (text,) = read_attention_file(weights).texts
+    pattern = text.pattern()
     assert b"".join(text.token_bytes) == b"The fox met"
     assert pattern.shape == (2, 2, 12, 12)  # end-of-text, then eleven characters
     assert np.abs(pattern.sum(axis=-1) - 1).max() < 1e-6

@@ -27,7 +27,7 @@ def run(config: Ablate, terminal: Terminal, origin: Origins) -> Result:
     model, step = kept.model, kept.step
     watched = attention.watched(model.vocab_size, model.config.context)
     if watched is None:
-        raise UserError(f"{attention.folder} does not say what it watched (attention/watched.json)", CHECKPOINT)
+        raise UserError(f"{attention.folder} does not say what it watched (attention/eval_texts.json)", CHECKPOINT)
     observer = AttentionRecorder(model, watched, kept.token_bytes, attention.folder)
     if step not in attention.dumps:
         observer.write(step, kept.metadata)

@@ -132,7 +132,7 @@ def apart_and_moved(first: AttentionRecord, second: AttentionRecord) -> tuple[ND
         reads elsewhere, half the sum of its |differences|, averaged over the queries.
     """
     T = len(first.tokens)
-    apart = np.abs(first.packed.astype(np.float64) - second.packed.astype(np.float64))
+    apart = np.abs(first.pattern_tril.astype(np.float64) - second.pattern_tril.astype(np.float64))
     return apart.mean(axis=-1), apart.sum(axis=-1) / (2 * T)
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from common.errors import DISK_OR_MEMORY, UserError, printable
 from inspection.attention_file import AttentionFile
 from inspection.commands.shared import OfRun, as_name, best_head, short, text_of
-from inspection.findings import PASSES
-from inspection.findings import READS as TELLING
-from inspection.registry import READS
+from inspection.findings import ATTENTION_THRESHOLD
+from inspection.findings import DESCRIPTIONS as TELLING
+from inspection.registry import ANTECEDENT
 from inspection.run_reader import NEWEST, RunAttention
 from inspection.tables import Result, Terminal
 from inspection.terminal import clearest_head, head_name, token_text
@@ -88,17 +88,17 @@ def _patterns(
     text = text_of(dump, wanted, where)
     labels = [token_text(token) for token in text.token_bytes]
     paths = [folder / f"{name}.{kind}" for name in ("attention", "head")]
-    head_grid(paths[0], text.unpack(), labels, f"step {step}: {text.name}")
-    head, query = clearest_head(text.unpack()), None
+    head_grid(paths[0], text.pattern(), labels, f"step {step}: {text.name}")
+    head, query = clearest_head(text.pattern()), None
     score = telling(dump.scores)
-    shown = "repeat 1" if not score.startswith(READS) else f"{score.removeprefix(READS)} 1"
+    shown = "repeat 1" if not score.startswith(ANTECEDENT) else f"{score.removeprefix(READS)} 1"
     best = best_head(score, dump.scores[score]) if score else None
     if best and not wanted and any(other.name == shown for other in dump.texts):
         text, head = text_of(dump, shown, where), best
-        query = len(text.tokens) - 1 if score.startswith(READS) else None
+        query = len(text.tokens) - 1 if score.startswith(ANTECEDENT) else None
     labels = [token_text(token) for token in text.token_bytes]
     title = f"{head_name(*head)} at step {step}: {text.name}"
-    one_head(paths[1], text.unpack(head[0])[0, head[1]], labels, title, query)
+    one_head(paths[1], text.pattern(head[0])[0, head[1]], labels, title, query)
     return paths
 
 
@@ -117,7 +117,7 @@ def telling(scores: Mapping[str, NDArray[np.float32]]) -> str:
     Args:
         scores: (L, H) by name.
     """
-    passed = [name for name in TELLING if name in scores and (scores[name] >= PASSES).any()]
+    passed = [name for name in TELLING if name in scores and (scores[name] >= ATTENTION_THRESHOLD).any()]
     return next(iter([*passed, *scores]), "")
 
 

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from common.errors import CHECKPOINT, CONFIG, UserError, printable
-from inspection.ablation_results import Effects, Evidence, Interval
+from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.attention_file import AttentionFile, AttentionRecord
-from inspection.findings import CAUTIONS, PASSES, measure_of, verdict
-from inspection.registry import READS, score_info
+from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
+from inspection.registry import ANTECEDENT, score_info
 from inspection.run_reader import RunAttention
 from inspection.terminal import head_name
 
 NO_WEIGHTS = ("entropy", "distance", "copying")
 """Scores that are no share of a head's weight: half of one is no mark."""
-EFFECTS = ("zero", "mean", "control_zero", "control_mean", "margin_zero", "margin_mean")
+EFFECTS = ("zero", "mean", "control_zero", "control_mean", "difference_zero", "difference_mean")
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def title_of(name: str) -> str:
         return name
 
 
-def effects_of(evidence: Evidence | None, name: str, shape: tuple[int, ...]) -> Effects | None:
+def effects_of(evidence: AblationResults | None, name: str, shape: tuple[int, ...]) -> AblationEffects | None:
     """The effects that fit a score, if they were measured, and on a model with as many heads."""
     if evidence is None:
         return None
-    effects = evidence.measures.get(measure_of(name))
+    effects = evidence.measures.get(measure_for_score(name))
     if effects is None or (len(effects.zero), len(effects.zero[0])) != shape:
         return None
     return effects
@@ -132,26 +132,26 @@ def _triple(interval: Interval | None) -> list[float] | None:
     return None if interval is None else [interval.value, interval.low, interval.high]
 
 
-def record(name: str, head: tuple[int, int], value: float, effects: Effects | None) -> dict[str, Any]:
+def record(name: str, head: tuple[int, int], value: float, effects: AblationEffects | None) -> dict[str, Any]:
     """One score of one head and what taking it away does, as plain data: an effect is [value, low, high] or None."""
     found: dict[str, Any] = {
         "head": head_name(*head),
         "score": name,
         "value": float(value),
-        "measure": measure_of(name) if effects else None,
+        "measure": measure_for_score(name) if effects else None,
         "unit": effects.unit if effects else None,
     }
     for way in EFFECTS:
         rows = getattr(effects, way) if effects else None
         found[way] = _triple(rows[head[0]][head[1]] if rows else None)
-    found["verdict"] = verdict(effects, *head) if effects else None
-    found["mark"] = mark(name, value, found["verdict"])
+    found["label"] = ablation_label(effects, *head) if effects else None
+    found["mark"] = mark(name, value, found["label"])
     return found
 
 
 def mark(name: str, value: float, outcome: str | None) -> str:
     """What to beware of: a head that reads a lot and whose reading does not seem to matter."""
-    return "" if name in NO_WEIGHTS or not value >= PASSES else CAUTIONS.get(outcome or "", "")
+    return "" if name in NO_WEIGHTS or not value >= ATTENTION_THRESHOLD else LABEL_NOTES.get(outcome or "", "")
 
 
 def marks(records: list[dict[str, Any]]) -> list[str]:
@@ -172,11 +172,11 @@ def flat(found: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def about_evidence(run: RunAttention, step: int, dump: AttentionFile, evidence: Evidence | None) -> list[str]:
+def about_evidence(run: RunAttention, step: int, dump: AttentionFile, evidence: AblationResults | None) -> list[str]:
     """What has to be said of the effects beside scores of a step: none, or those of other weights."""
     if evidence is None:
         return [
-            f"what happens without a head was not measured here: there is no {run.folder / 'attention/evidence.json'}"
+            f"what happens without a head was not measured here: there is no {run.folder / 'attention/ablations.json'}"
         ]
     if evidence.step != step:
         return [f"effects were measured at step {evidence.step}, the scores are of step {step}"]
@@ -187,4 +187,4 @@ def about_evidence(run: RunAttention, step: int, dump: AttentionFile, evidence: 
 
 def short(name: str) -> str:
     """A score's name as the title of a column."""
-    return "reads " + name.removeprefix(READS) if name.startswith(READS) else name.replace("_", " ")
+    return "reads " + name.removeprefix(ANTECEDENT) if name.startswith(ANTECEDENT) else name.replace("_", " ")

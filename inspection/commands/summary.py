@@ -36,14 +36,14 @@ def run(config: Summary, terminal: Terminal) -> Result:
         "run": str(attention.folder),
         "step": step,
         "steps": attention.steps,
-        "sentence": claims["sentence"] if claims else None,
+        "headline": claims["headline"] if claims else None,
         "texts": [{"name": text.name, "tokens": len(text.tokens)} for text in dump.texts],
         "layers": shape[0],
         "heads": shape[1],
         "best": best,
         "disclaimer": DISCLAIMER,
     }
-    lines = [*paragraph(printable(claims["sentence"]), terminal.width), DISCLAIMER, ""] if claims else []
+    lines = [*paragraph(printable(claims["headline"]), terminal.width), DISCLAIMER, ""] if claims else []
     lines += [*_what_is_there(attention, step, dump, terminal.width), ""]
     lines += (
         _best(best, terminal) if best else ["the attention files hold no scores of heads (an older version wrote them)"]

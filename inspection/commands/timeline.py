@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.errors import printable
 from inspection.commands.shared import Told, as_name, best_head, heads_of, require_scores, short, title_of
-from inspection.findings import PASSES
+from inspection.findings import ATTENTION_THRESHOLD
 from inspection.run_reader import RunAttention
 from inspection.tables import Cell, Column, Result, Terminal, scale, sparkline, table
 from inspection.terminal import head_name
@@ -57,7 +57,7 @@ def history(name: str, head: tuple[int, int], steps: list[int], values: NDArray[
     line = values[:, head[0], head[1]].astype(float)
     known = line[np.isfinite(line)]
     largest = float(known.max()) if len(known) else np.nan
-    half = largest / 2 if name == "distance" else PASSES
+    half = largest / 2 if name == "distance" else ATTENTION_THRESHOLD
     reached = [step for step, value in zip(steps, line, strict=True) if value >= half]
     return {
         "head": head_name(*head),

@@ -86,7 +86,7 @@ def read_row(text: AttentionRecord, position: int, value_weighted: bool) -> NDAr
     Value weighted: A[i, j] |v_j W_O| over its sum (Kobayashi et al. 2020); nan where all of them are 0.
     """
     begin = position * (position + 1) // 2
-    row = text.packed[:, :, begin : begin + position + 1].astype(np.float64)
+    row = text.pattern_tril[:, :, begin : begin + position + 1].astype(np.float64)
     if value_weighted:
         row = row * text.value_norms[:, :, : position + 1]
         total = row.sum(axis=-1, keepdims=True)
@@ -148,9 +148,9 @@ def _readings(text: AttentionRecord, row: NDArray[np.float64], head: tuple[int, 
 
 def _expected(text: AttentionRecord, position: int) -> list[dict[str, Any]] | None:
     """The likeliest next tokens; None where the file has not kept them."""
-    if text.top is None:
+    if text.top_tokens is None:
         return None
-    return [{"token": token_text(token, space=" "), "probability": p} for token, p in text.top[position]]
+    return [{"token": token_text(token, space=" "), "probability": p} for token, p in text.top_tokens[position]]
 
 
 def _lines(
@@ -178,11 +178,12 @@ def _lines(
         rows = [[name, *cells, *[""] * (most - len(cells))] for name, cells in heads.items()]
     titles = ["head", f"reads, by {kind}", *[""] * (len(rows[0]) - 2)]
     lines += table([Column(title, side="left") for title in titles], rows, max(terminal.width, 200))
-    if text.top is None:
+    if text.top_tokens is None:
         lines += ["", "the likeliest next tokens were not kept in this file"]
     else:
         likely = ", ".join(
-            f'"{token_text(token, encoding, space=" ")}" {p:.1%}'.replace("%", " %") for token, p in text.top[position]
+            f'"{token_text(token, encoding, space=" ")}" {p:.1%}'.replace("%", " %")
+            for token, p in text.top_tokens[position]
         )
         lines += ["", f"expects next: {likely}"]
     return [*lines, "", DISCLAIMER]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, printable
-from inspection.attention_file import read
+from inspection.attention_file import read_attention_file
 from inspection.commands.shared import Told
 from inspection.run_reader import NEWEST, RunAttention
 from inspection.tables import Column, Result, Terminal, paragraph, table
@@ -78,7 +78,7 @@ def _findings(attention: RunAttention, path: Path, source: Origin | None) -> lis
     from inspection.verify import CheckResult, verify_dump
 
     try:
-        dump = read(path)
+        dump = read_attention_file(path)
     except UserError as error:
         return [_plain(CheckResult("the file can be read", False, 1, 0, str(error)))]
     found = [CheckResult("the file can be read", True, 0, 0)]

@@ -10,14 +10,14 @@ function measureOf(score) {
   return (about.evidence && about.evidence.measures && about.evidence.measures[name]) || null;
 }
 
-// What taking a head away does: { zero: {effect, control, margin}, mean: {...}, verdict, unit }, or null.
+// What taking a head away does: { zero: {effect, control, difference}, mean: {...}, verdict, unit }, or null.
 function effectOf(score, layer, head) {
   const measure = measureOf(score);
   if (!measure) return null;
   const cell = (name) => interval(measure[name]?.[layer]?.[head]);
   const found = { unit: String(measure.unit), count: measure.count };
   for (const way of WAYS) {
-    found[way] = { effect: cell(way), control: cell(`control_${way}`), margin: cell(`margin_${way}`) };
+    found[way] = { effect: cell(way), control: cell(`control_${way}`), difference: cell(`difference_${way}`) };
   }
   if (!found.zero.effect || !found.mean.effect) return null;
   found.verdict = verdictOf(WAYS.map((way) => found[way]));
@@ -26,9 +26,9 @@ function effectOf(score, layer, head) {
 
 // As inspection/findings.py `verdict` has it.
 function verdictOf(ways) {
-  const more = ways.map((way) => (way.margin || way.effect).low > 0);
-  if (more.some(Boolean)) return more.every(Boolean) ? "matters" : "disputed";
-  return ways.every((way) => way.effect.low > 0) ? "like another head" : "no effect";
+  const more = ways.map((way) => (way.difference || way.effect).low > 0);
+  if (more.some(Boolean)) return more.every(Boolean) ? "supported" : "disputed";
+  return ways.every((way) => way.effect.low > 0) ? "same as control" : "no effect";
 }
 
 // The scores of a step as they are shown: themselves, or the difference from those of what is compared with.
@@ -153,18 +153,18 @@ const claimHeads = (claim) => headsOf(claim).map(([layer, head]) => headName(lay
 // A claim by which the chosen head matters together with others, if there is one.
 function sharedClaim(score) {
   const holds = ([layer, head]) => layer === state.layer && head === state.head;
-  return about.claims.find((one) => one && one.score === score && headsOf(one).length > 1 && headsOf(one).some(holds));
+  return about.findings.find((one) => one && one.score === score && headsOf(one).length > 1 && headsOf(one).some(holds));
 }
 
 const MEASURES = { repeats: "loss on repeats", corpus: "loss on held-out text" };
 const VERDICTS = {
-  matters: "matters: both ways hurt more than another head",
+  supported: "matters: both ways hurt more than another head",
   disputed: "disputed: one way hurts more than another head, one does not",
-  "like another head": "it hurts no more than another head",
+  "same as control": "it hurts no more than another head",
   "no effect": "no effect: its interval holds 0",
 };
 const CAUTIONS = {
-  "like another head": "high weight, no effect beyond that of another head",
+  "same as control": "high weight, no effect beyond that of another head",
   "no effect": "high weight, no effect",
 };
 
@@ -178,10 +178,10 @@ function drawEffect(score, value) {
   if (!effect) return fill(box, make("p", { class: "absent" }, "What taking it away does was not measured for this score."));
   const measure = about.scores[score].measure;
   const what = MEASURES[measure] || "fall of the right answer's lead";
-  const head = ["", "this head", "a random other", "margin"].map((text) => make("th", { scope: "col" }, text));
+  const head = ["", "this head", "a random other", "difference"].map((text) => make("th", { scope: "col" }, text));
   const rows = WAYS.map((way) => {
-    const { effect: e, control, margin } = effect[way];
-    const cells = [e, control, margin].map((cell) => make("td", {}, ...intervalParts(cell)));
+    const { effect: e, control, difference } = effect[way];
+    const cells = [e, control, difference].map((cell) => make("td", {}, ...intervalParts(cell)));
     return make("tr", {}, make("th", { scope: "row" }, way), ...cells);
   });
   const hollow = isHollow(score, value, effect);
@@ -194,5 +194,5 @@ function drawEffect(score, value) {
     make("p", { class: `verdict ${hollow ? "hollow" : ""}` }, verdict),
   );
   const shared = sharedClaim(score);
-  if (shared) box.append(make("p", { class: "verdict" }, `${claimHeads(shared)} together: ${shared.outcome}.`));
+  if (shared) box.append(make("p", { class: "verdict" }, `${claimHeads(shared)} together: ${shared.effect}.`));
 }

@@ -245,13 +245,13 @@ function claimButton(claim) {
   const [layer, head] = Array.isArray(claim.head) ? claim.head : [];
   if (!(layer >= 0 && layer < run.layers && head >= 0 && head < run.heads)) return null;
   const words = (about.scores[claim.score]?.title || String(claim.score)).split(":")[0];
-  const button = make("button", { type: "button", class: `claim ${claim.verdict === "matters" ? "matters" : ""}` });
-  const weight = make("span", { class: "number" }, ` ${fixed(claim.weight)}`);
+  const button = make("button", { type: "button", class: `claim ${claim.label === "supported" ? "supported" : ""}` });
+  const weight = make("span", { class: "number" }, ` ${fixed(claim.value)}`);
   button.append(make("strong", {}, claimHeads(claim)), ` ${words}`, weight);
-  button.title = String(claim.text || "");
+  button.title = String(claim.summary || "");
   button.addEventListener("click", () => {
-    const kind = String(claim.score).replace(/^reads\./, "");
-    const wanted = String(claim.score).startsWith("reads.") ? `${kind} 1` : "repeat 1";
+    const kind = String(claim.score).replace(/^antecedent\./, "");
+    const wanted = String(claim.score).startsWith("antecedent.") ? `${kind} 1` : "repeat 1";
     const text = about.texts.indexOf(wanted);
     const found = { layer, head, key: -1, score: claim.score in about.scores ? claim.score : state.score };
     const step = text < 0 ? -1 : nearestStep(0, state.step, text);
@@ -266,8 +266,8 @@ function introduce() {
   const steps = run.steps.length === 1 ? `step ${stepNumber(0)}` : `${run.steps.length} steps`;
   find("title").textContent = about.title;
   find("shape").textContent = `${run.layers} layers × ${run.heads} heads, ${steps}`;
-  find("sentence").textContent = about.sentence || "What each attention head reads, token by token.";
-  fill(find("claims"), ...about.claims.filter((one) => one).map(claimButton).filter(Boolean));
+  find("headline").textContent = about.headline || "What each attention head reads, token by token.";
+  fill(find("claims"), ...about.findings.filter((one) => one).map(claimButton).filter(Boolean));
   find("notes").textContent = about.notes.join(" ");
   find("notes").hidden = !about.notes.length;
 }

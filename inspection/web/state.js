@@ -41,7 +41,7 @@ function firstView() {
   const shown = run.steps[last].texts.findIndex((entry) => entry);
   Object.assign(state, { step: last, text: Math.max(0, shown), query: -1, key: -1, weigh: false, against: "" });
   const names = scoreNames(last);
-  const claim = about.claims.find((one) => one && one.stands) || about.claims[0];
+  const claim = about.findings.find((one) => one && one.is_supported) || about.findings[0];
   state.score = claim && names.includes(claim.score) ? claim.score : names[0] || "";
   const table = run.steps[last].scores[state.score];
   [state.layer, state.head] = table ? bestHead(table) : [0, 0];

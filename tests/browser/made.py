@@ -39,8 +39,8 @@ def text(
     chances = np.sort(draw.dirichlet(np.ones(5), size=T))[:, ::-1]
     more: dict[str, Any] = {}
     if details:
-        projected = draw.normal(size=(shape[0], T, C)).astype(np.float32)
-        more = {"queries": queries, "keys": keys, "values": values, "projected": projected}
+        attn_out = draw.normal(size=(shape[0], T, C)).astype(np.float32)
+        more = {"queries": queries, "keys": keys, "values": values, "attn_out": attn_out}
     return AttentionRecord(
         name,
         np.arange(T, dtype=np.int32),
@@ -49,15 +49,17 @@ def text(
         draw.gamma(2, 1, (*shape, T)).astype(np.float32),
         weights(queries, keys)[..., rows, columns].astype(np.float16),
         **more,
-        top=[[(words[(t + n + 1) % T], float(p)) for n, p in enumerate(row)] for t, row in enumerate(chances)],
+        top_tokens=[[(words[(t + n + 1) % T], float(p)) for n, p in enumerate(row)] for t, row in enumerate(chances)],
     )
 
 
 def scores(seed: int) -> dict[str, NDArray[np.float32]]:
     draw = np.random.default_rng(seed)
-    found = {name: draw.uniform(size=(L, H)).astype(np.float32) for name in ("induction", "entropy", "reads.pronoun")}
+    found = {
+        name: draw.uniform(size=(L, H)).astype(np.float32) for name in ("induction", "entropy", "antecedent.pronoun")
+    }
     found["distance"] = draw.uniform(1, 8, size=(L, H)).astype(np.float32)
-    found["reads.pronoun"][1, 2] = 0.9
+    found["antecedent.pronoun"][1, 2] = 0.9
     return found
 
 
@@ -82,16 +84,23 @@ def evidence() -> dict[str, Any]:
     zero, mean = ([[list(cell) for cell in row] for row in none] for _ in range(2))
     zero[1][2], mean[1][2], zero[0][1] = [2.5, 2.0, 3.0], [1.5, 1.0, 2.0], [0.6, 0.4, 0.8]
     tables = {"zero": zero, "mean": mean, "control_zero": none, "control_mean": none}
-    tables |= {"margin_zero": zero, "margin_mean": mean}
+    tables |= {"difference_zero": zero, "difference_mean": mean}
     measure = {"unit": "nats", "baseline": 3.1, "count": 32, **tables}
-    measures = {"choice.pronoun": measure, "repeats": {**measure, "unit": "nats/token"}}
-    return {"format": "glassgpt-evidence-1", "step": 400, "weights_sha256": "0", "seed": 1, "measures": measures}
+    measures = {"logit_diff.pronoun": measure, "repeats": {**measure, "unit": "nats/token"}}
+    return {"format": "glassgpt-ablations-1", "step": 400, "weights_sha256": "0", "seed": 1, "measures": measures}
 
 
 CLAIMS: dict[str, Any] = {
-    "sentence": "By step 200 head L1H2 reads the name that a pronoun stands for (0.90).",
-    "claims": [
-        {"head": [1, 2], "score": "reads.pronoun", "weight": 0.9, "since": 200, "verdict": "matters", "stands": True},
-        {"head": [1, 0], "others": [[1, 1]], "score": "induction", "weight": 0.8, "outcome": "without them it hurts"},
+    "headline": "By step 200 head L1H2 reads the name that a pronoun stands for (0.90).",
+    "findings": [
+        {
+            "head": [1, 2],
+            "score": "antecedent.pronoun",
+            "value": 0.9,
+            "since": 200,
+            "label": "supported",
+            "is_supported": True,
+        },
+        {"head": [1, 0], "others": [[1, 1]], "score": "induction", "value": 0.8, "effect": "without them it hurts"},
     ],
 }

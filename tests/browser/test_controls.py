@@ -121,7 +121,7 @@ def test_texts_are_chosen(built: Path, opened: Opener) -> None:
 
 def test_the_first_view_needs_no_click(built: Path, opened: Opener) -> None:
     view = opened(built)
-    assert view.text("#sentence") == made.CLAIMS["sentence"]
+    assert view.text("#headline") == made.CLAIMS["headline"]
     assert "Weights show what is read, not why." in view.text("#disclaimer")
     view.shows("text=sample", "step=400", "head=L1H2", "score=reads.pronoun")
     for part in ("#text", "#readings", "#likely", "#matrix", "#grid", "#effect", "#timeline"):
@@ -170,7 +170,7 @@ def test_compared_with_itself_everything_is_zero(built: Path, opened: Opener) ->
 
 def test_two_steps_are_subtracted(built: Path, opened: Opener) -> None:
     view = opened(built, "#text=held-out+1&step=400&head=L1H1&query=9&against=100&score=induction")
-    a, b = (made.dumps()[k].texts[1].unpack(1)[0, 1, 9].astype(np.float64) for k in (2, 0))
+    a, b = (made.dumps()[k].texts[1].pattern(1)[0, 1, 9].astype(np.float64) for k in (2, 0))
     for key, value in view.readings().items():
         assert value == pytest.approx((a - b)[key], abs=1e-6)
     scores = [made.dumps()[k].scores["induction"].ravel() for k in (2, 0)]
@@ -180,7 +180,7 @@ def test_two_steps_are_subtracted(built: Path, opened: Opener) -> None:
 
 def test_two_runs_are_subtracted(pair: Path, opened: Opener) -> None:
     view = opened(pair, "#text=held-out+1&step=200&head=L0H2&query=9&against=other")
-    a, b = (made.dumps(seed=seed)[1].texts[1].unpack(0)[0, 2, 9].astype(np.float64) for seed in (0, 50))
+    a, b = (made.dumps(seed=seed)[1].texts[1].pattern(0)[0, 2, 9].astype(np.float64) for seed in (0, 50))
     readings = view.readings()
     assert len(readings) == 5
     for key, value in readings.items():

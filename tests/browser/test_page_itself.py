@@ -25,7 +25,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken = [{"head": "x"}, {"head": [9, 9]}, {"head": [0, 0], "others": 3}, {"head": [0, 0], "others": [None]}]
     broken += [3, None, claim]
     evidence = {"measures": {"corpus": {"unit": evil, "zero": "x", "mean": [[evil]]}}}
-    write_page(path, [PageRun(evil, [dump])], {"sentence": evil, "claims": broken}, evidence, f"</title>{evil}\x00")
+    write_page(path, [PageRun(evil, [dump])], {"headline": evil, "findings": broken}, evidence, f"</title>{evil}\x00")
     return path
 
 
@@ -38,7 +38,7 @@ def test_hostile_tokens_and_names_are_shown_as_they_are(hostile: Path, opened: O
     shown = [text.strip("\n") for text in page.locator("#text .tok").evaluate_all("t => t.map(s => s.textContent)")]
     assert shown[0] == "<end>" and shown[1] == made.HOSTILE[1].decode() and shown[8] == "\\x00"
     assert shown[10] == "\\u2028" and shown[11] == "\\xf0\\x9f" and shown[13] == "😀" and shown[16] == "\\u202e"
-    assert view.text("#sentence").startswith("</script>") and "\\x00" in page.title()
+    assert view.text("#headline").startswith("</script>") and "\\x00" in page.title()
     for key in ["ArrowRight"] * 12 + ["v", "c", "l"]:
         page.keyboard.press(key)
     page.locator("#how").scroll_into_view_if_needed()
@@ -124,7 +124,7 @@ def test_reduced_motion(built: Path, opened: Opener) -> None:
 
 def test_what_a_screen_reader_hears(built: Path, opened: Opener) -> None:
     view = opened(built, "#text=held-out+1&step=400&head=L1H1&query=7")
-    row = made.dumps()[2].texts[1].unpack(1)[0, 1, 7]
+    row = made.dumps()[2].texts[1].pattern(1)[0, 1, 7]
     key = int(row.argmax())
     words = made.WORDS[key].decode().strip() or "<end>"
     wanted = f"She reads {words} {100 * row[key]:.1f}\u00a0%"
@@ -145,10 +145,10 @@ def test_what_a_screen_reader_hears(built: Path, opened: Opener) -> None:
 
 def test_a_page_without_scores_evidence_or_details(opened: Opener, tmp_path: Path) -> None:
     text = made.text("a line", made.WORDS, 3, False)
-    bare = AttentionRecord("a line", text.tokens, text.token_bytes, text.loss, text.value_norms, text.packed)
+    bare = AttentionRecord("a line", text.tokens, text.token_bytes, text.loss, text.value_norms, text.pattern_tril)
     write_page(tmp_path / "bare.html", [PageRun("bare", [AttentionFile([bare], {})])], None, None, "a line")
     view = opened(tmp_path / "bare.html")
-    packed = text.unpack()
+    packed = text.pattern()
     assert view.grid() == pytest.approx(packed[:, :, 1:].max(axis=-1).mean(axis=-1).ravel(), abs=1e-3)
     assert "not kept" in view.text("#likely") and "not measured" in view.text("#effect")
 

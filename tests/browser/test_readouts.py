@@ -16,7 +16,7 @@ NAMES = ["sample", "held-out 1", "pronoun 1"]
 
 
 def pattern(step: int, text: int, layer: int, head: int) -> NDArray[np.float64]:
-    return DUMPS[step].texts[text].unpack(layer)[0, head].astype(np.float64)
+    return DUMPS[step].texts[text].pattern(layer)[0, head].astype(np.float64)
 
 
 def weighted(step: int, text: int, layer: int, head: int) -> NDArray[np.float64]:
@@ -92,8 +92,8 @@ def test_loss_and_next_tokens(built: Path, opened: Opener) -> None:
     text = DUMPS[2].texts[1]
     assert f"loss {text.loss[4]:.2f} nats" in view.text("#token-place")
     rows = view.page.locator("#likely li").all_inner_texts()
-    assert text.top is not None and len(rows) == 5
-    for row, (token, chance) in zip(rows, text.top[5], strict=True):
+    assert text.top_tokens is not None and len(rows) == 5
+    for row, (token, chance) in zip(rows, text.top_tokens[5], strict=True):
         assert f"{100 * chance:.1f}"[:-1] in row and token.decode().strip() in row
     view.press("Home", "query=0")
     assert "nothing came before" in view.text("#token-place")
@@ -111,7 +111,7 @@ def test_the_grid_holds_the_scores(score: str, step: int, built: Path, opened: O
 def test_what_is_lost_without_a_head_stands_beside_its_score(built: Path, opened: Opener) -> None:
     view = opened(built, link(2, 1, 1, 2, 3) + "&score=reads.pronoun")
     said = view.text("#effect")
-    assert "+2.50 2.00 to 3.00" in said and "+1.50 1.00 to 2.00" in said and "matters" in said
+    assert "+2.50 2.00 to 3.00" in said and "+1.50 1.00 to 2.00" in said and "supported" in said
     for _ in range(4):
         view.page.keyboard.press("h")
     view.shows("head=L0H1")
@@ -136,7 +136,7 @@ def test_a_high_weight_without_effect_is_marked(built: Path, opened: Opener) -> 
     marked = view.page.eval_on_selector_all(
         "#grid td[data-head]", "cells => cells.map(c => c.getAttribute('aria-label').includes('no effect'))"
     )
-    high = DUMPS[2].scores["reads.pronoun"] >= 0.5
+    high = DUMPS[2].scores["antecedent.pronoun"] >= 0.5
     high[1, 2] = high[0, 1] = False  # the one that matters, and the one that is disputed
     assert marked == high.ravel().tolist()
 

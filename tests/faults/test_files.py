@@ -283,7 +283,7 @@ def test_damaged_metrics_cost_no_step_and_make_no_double_line(
 
 
 @pytest.mark.parametrize("what", GARBLED)
-@pytest.mark.parametrize("name", ["samples.txt", "attention/000004.safetensors", "attention/watched.json"])
+@pytest.mark.parametrize("name", ["samples.txt", "attention/000004.safetensors", "attention/eval_texts.json"])
 def test_damage_to_what_is_only_looked_at_costs_no_step(
     name: str, what: str, server: ForkServer, reference: Reference, run: Path, figures: Figures
 ) -> None:

@@ -302,10 +302,10 @@ def read_dump(path: Path, raw: bytes, survives: Any) -> None:
     put(path, raw)
 
     def read() -> None:
-        for text in dump.read(path).texts:
+        for text in dump.read_attention_file(path).texts:
             T = len(text.tokens)
-            assert text.unpack().shape[2:] == (T, T) and len(text.token_bytes) == T
-            assert text.top is None or len(text.top) == T
+            assert text.pattern().shape[2:] == (T, T) and len(text.token_bytes) == T
+            assert text.top_tokens is None or len(text.top_tokens) == T
 
     tracemalloc.start()
     try:
@@ -372,7 +372,7 @@ LINKS = [
     "attention",
     "attention/000003.safetensors",
     "attention/000006.safetensors",
-    "attention/evidence.json",
+    "attention/ablations.json",
     "attention.html",
     "checkpoints",
     "checkpoints/000003",
@@ -425,7 +425,7 @@ def test_training_writes_through_no_link(name: str, run: Path, tmp_path: Path, f
     figures.add(survived=1)
 
 
-@pytest.mark.parametrize("name", ["attention", "attention.html", "figures", "attention/evidence.json", "loss.png"])
+@pytest.mark.parametrize("name", ["attention", "attention.html", "figures", "attention/ablations.json", "loss.png"])
 @pytest.mark.parametrize("command", [("page",), ("figures",), ("evidence",), ()], ids=str)
 def test_looking_writes_through_no_link(
     command: tuple[str, ...], name: str, run: Path, tmp_path: Path, figures: Figures
@@ -451,7 +451,7 @@ def test_links_to_nowhere_and_in_circles_are_refused(target: str, run: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["samples.txt", "metrics.jsonl", "attention/000006.safetensors", "attention/claims.json"]
+    "name", ["samples.txt", "metrics.jsonl", "attention/000006.safetensors", "attention/findings.json"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
 def test_what_is_no_file_does_not_hang_a_reader(
@@ -469,7 +469,7 @@ def test_what_is_no_file_does_not_hang_a_reader(
         figures.add(survived=1)
 
 
-@pytest.mark.parametrize("name", ["samples.txt", "metrics.jsonl", "lock", "attention/watched.json"])
+@pytest.mark.parametrize("name", ["samples.txt", "metrics.jsonl", "lock", "attention/eval_texts.json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
 def test_what_is_no_file_does_not_hang_training(
     kind: str, name: str, run: Path, tmp_path: Path, figures: Figures

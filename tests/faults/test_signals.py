@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from inspection.attention_file import read
+from inspection.attention_file import read_attention_file
 from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, numbers
@@ -76,7 +76,7 @@ def check_stopped(run: Path, code: int, number: int, err: str = "") -> None:
         named = [path for path in root.iterdir() if path.name.isdecimal()] if root.is_dir() else []
         assert len(named) == len(checkpoints(run))
         for path in (run / "attention").glob("[0-9]*.safetensors"):
-            read(path)
+            read_attention_file(path)
         if (run / "metrics.jsonl").is_file():
             numbers(run)
 
@@ -102,7 +102,7 @@ WRITTEN = {
     "a save, its name": Hook(at=1, operation="rename", path="000006"),
     "old checkpoints going": Hook(at=1, operation="remove"),
     "the plot": Hook(at=1, operation="open", path="loss.png", under="RUN"),
-    "the heads": Hook(at=1, operation="rename", path=".evidence.json", under="RUN"),
+    "the heads": Hook(at=1, operation="rename", path=".ablations.json", under="RUN"),
     "the page": Hook(at=1, operation="rename", path=".attention.html", under="RUN"),
 }
 LAST_BUT = {"a sample": 8, "a dump": 8, "a save, its folder": 6, "a save, a file": 6, "a save, syncing": 6}

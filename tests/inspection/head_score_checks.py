@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inspection import head_scores as metrics
 from inspection import scores
-from inspection.activation_cache import capture
+from inspection.activation_cache import run_with_cache
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
@@ -55,7 +55,7 @@ def table(uniform: float, previous: float, induction: float) -> Tensor:
 def seen() -> tuple[Tensor, Tensor]:
     """Pattern (L, H, T, T) and tokens (T,) of the model built by hand."""
     tokens = torch.tensor(repeats(1, N)[0])
-    return capture(handmade(), tokens).pattern, tokens
+    return run_with_cache(handmade(), tokens).pattern, tokens
 
 
 def uniform(length: int) -> Tensor:
@@ -95,7 +95,7 @@ def check_value_weighted() -> None:
     wanted = torch.tensor([[j / max(1, i * (i + 1) / 2) if j <= i else 0.0 for j in range(length)] for i in range(6)])
     same(weighted, wanted)  # the first row, of which the only vector is 0, stays 0
     tokens = torch.tensor(repeats(1, N)[0])
-    built = capture(handmade(), tokens)
+    built = run_with_cache(handmade(), tokens)
     weighted = metrics.value_weighted(built.pattern, built.value_norms)
     same(weighted[PREVIOUS], built.pattern[PREVIOUS])  # all its values are equally long
     same(weighted[INDUCTION][N + 1 :], built.pattern[INDUCTION][N + 1 :])
@@ -204,8 +204,8 @@ def check_head_scores() -> None:
     same(found["distance"], table((12.5 + 5) / 3, (50 / 51 + 20 / 21) / 3, (one + two) / 3), atol=1e-5)
     same(found["copying"], table(0.0, 0.0, 1.0))
     alike = sum(1 / (N + 3 + k) for k in range(8)) / 8
-    same(found["reads.match"], table(alike, 0.0, 1.0))
-    same(found["reads.before"], table(sum(1 / (9 + k) for k in range(8)) / 8, 1.0, 0.0))
+    same(found["antecedent.match"], table(alike, 0.0, 1.0))
+    same(found["antecedent.before"], table(sum(1 / (9 + k) for k in range(8)) / 8, 1.0, 0.0))
 
 
 CHECKS: dict[str, Callable[[], None]] = {

@@ -71,7 +71,7 @@ def check_taking_away_what_matters(attention: AttentionImplementation = "eager")
     assert list(measured) == ["repeats"]
     found = measured["repeats"]
     assert (found.unit, found.count) == ("nats/token", COUNT) and abs(found.baseline) < 1e-5
-    zero, control, margin = table(found.zero), table(found.control_zero), table(found.margin_zero)
+    zero, control, margin = table(found.zero), table(found.control_zero), table(found.difference_zero)
     for head in ALL_HEADS:
         counts = head in (PREVIOUS, INDUCTION)
         of_layer = PREVIOUS if head[0] == PREVIOUS[0] else INDUCTION
@@ -178,14 +178,14 @@ def scores_one_by_one(model: GPT, measure: str) -> list[float]:
         return [-losses(model, text, 7) for text in reference(measure)]  # 0, then 5 tokens twice: r2 stands at 7
     if measure == "corpus":
         return [-losses(model, text, 1) for text in reference(measure)]
-    return [lead(model, probe) for probe in watched().probes if f"choice.{probe.kind}" == measure]
+    return [lead(model, probe) for probe in watched().probes if f"logit_diff.{probe.kind}" == measure]
 
 
 def check_the_fast_way_is_the_plain_way(preset: str, attention: AttentionImplementation) -> None:
     """Every effect is what `without` and the definition of the measure give, item by item, text by text."""
     model = random_model(preset, attention)
     found = effects(model, watched()).measures
-    assert list(found) == ["repeats", "corpus", "choice.one", "choice.several"]
+    assert list(found) == ["repeats", "corpus", "logit_diff.one", "logit_diff.several"]
     for name, one in found.items():
         before, means = scores_one_by_one(model, name), mean_outputs(model, reference(name))
         sign = -1 if one.unit == "nats/token" else 1
@@ -395,7 +395,7 @@ def test_measures_without_two_items_are_absent() -> None:
     model, whole = random_model("glass"), watched()
     assert effects(model, EvalTexts()).measures == {}
     few = EvalTexts(whole.texts[:2], whole.repeats[:1], (*whole.probes[:2], whole.probes[3]))
-    assert list(effects(model, few).measures) == ["choice.one"]
+    assert list(effects(model, few).measures) == ["logit_diff.one"]
     with pytest.raises(ValueError, match="no tokens"):
         mean_outputs(model, [])
     with pytest.raises(ValueError, match="not two items"):
@@ -406,15 +406,15 @@ def test_the_first_probes_of_each_kind_that_fit_are_asked() -> None:
     whole = watched()
     long = replace(whole.probes[0], tokens=texts_of(16)[0], right=(1, 2))
     found = effects(random_model("glass"), EvalTexts(probes=(long, *whole.probes)), per_kind=2).measures
-    assert {name: one.count for name, one in found.items()} == {"choice.one": 2, "choice.several": 2}
+    assert {name: one.count for name, one in found.items()} == {"logit_diff.one": 2, "logit_diff.several": 2}
     first = effects(random_model("glass"), EvalTexts(probes=(*whole.probes[:2], *whole.probes[3:]))).measures
-    assert found["choice.one"].baseline == pytest.approx(first["choice.one"].baseline, abs=1e-5)
+    assert found["logit_diff.one"].baseline == pytest.approx(first["logit_diff.one"].baseline, abs=1e-5)
 
 
 def test_a_layer_of_one_head_has_no_control() -> None:
     found = effects(random_model("glass", n_heads=1), watched()).measures["corpus"]
     assert len(found.zero[0]) == 1
-    assert found.control_zero is found.control_mean is found.margin_zero is found.margin_mean is None
+    assert found.control_zero is found.control_mean is found.difference_zero is found.difference_mean is None
 
 
 def test_the_seed_decides_the_intervals_alone() -> None:
@@ -422,7 +422,7 @@ def test_the_seed_decides_the_intervals_alone() -> None:
     watch = EvalTexts(probes=tuple(replace(probe, tokens=text) for text in texts_of(*range(3, 15))))
     first, again, other = (effects(model, watch, seed=seed) for seed in (3, 3, 4))
     assert first == again and first.seed == 3
-    cells = [table(getattr(e.measures["choice.one"], name)) for e in (first, other) for name in TABLES]
+    cells = [table(getattr(e.measures["logit_diff.one"], name)) for e in (first, other) for name in TABLES]
     pairs = [(a[h], b[h]) for a, b in zip(cells[:6], cells[6:], strict=True) for h in a]
     assert all(a.value == b.value for a, b in pairs) and any(a != b for a, b in pairs)
 
@@ -463,8 +463,8 @@ def test_many_texts_in_several_passes(monkeypatch: Patch) -> None:
     at_once = effects(model, watch).measures
     monkeypatch.setattr(exams, "READ_AT_ONCE", 20)
     for name, one in effects(model, watch).measures.items():
-        for head, cell in table(one.margin_mean).items():
-            assert cell.value == pytest.approx(table(at_once[name].margin_mean)[head].value, abs=2e-5)
+        for head, cell in table(one.difference_mean).items():
+            assert cell.value == pytest.approx(table(at_once[name].difference_mean)[head].value, abs=2e-5)
 
 
 def test_a_pass_holds_no_more_than_it_should(monkeypatch: Patch) -> None:
@@ -491,19 +491,19 @@ def test_a_group_beside_as_many_others() -> None:
     alone = group_effect(model, watch, [INDUCTION], "repeats")
     assert alone.drawn == (((1, 0),), ((1, 2),)) and alone.disjoint and alone.unit == "nats/token"
     assert alone.zero.value == pytest.approx(math.log(V), abs=1e-4)
-    assert alone.control_zero == alone.control_mean == NOTHING and alone.margin_zero == alone.zero
+    assert alone.control_zero == alone.control_mean == NOTHING and alone.difference_zero == alone.zero
     two = group_effect(model, watch, [(1, 2), INDUCTION], "repeats")
     assert two.drawn == (((1, 0), (1, 1)), ((1, 0), (1, 2))) and not two.disjoint
     assert two.control_zero is not None and two.control_zero.value == pytest.approx(math.log(V) / 2, abs=1e-4)
     every = group_effect(model, watch, [(1, 0), (1, 1), (1, 2)], "repeats")
-    assert every.drawn == () and every.control_zero is every.margin_mean is None
+    assert every.drawn == () and every.control_zero is every.difference_mean is None
     assert every.zero.value == pytest.approx(math.log(V), abs=1e-4)
 
 
 def test_a_group_of_one_is_the_head() -> None:
     model = random_model("gpt2")
-    found = effects(model, watched()).measures["choice.several"]
-    one = group_effect(model, watched(), [(0, 2)], "choice.several")
+    found = effects(model, watched()).measures["logit_diff.several"]
+    one = group_effect(model, watched(), [(0, 2)], "logit_diff.several")
     for name in TABLES:
         assert getattr(one, name).value == pytest.approx(getattr(found, name)[0][2].value, abs=1e-9)
 

@@ -17,53 +17,53 @@ from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
 from inspection import ablation_results as evidence
-from inspection.ablation_results import TABLES, Effects, Evidence, Interval, bootstrap, interval, table
+from inspection.ablation_results import TABLES, AblationEffects, AblationResults, Interval, bootstrap, interval, table
 
 ROOT = Path(__file__).parents[2]
 L, H = 2, 3
 
 
-def effects(unit: str, heads: int = H, seed: int = 0) -> Effects:
+def effects(unit: str, heads: int = H, seed: int = 0) -> AblationEffects:
     values = np.random.default_rng(seed).normal(size=(6, 5, L, heads))
     names = TABLES if heads > 1 else TABLES[:2]
     tables: dict[str, Any] = dict.fromkeys(TABLES)
     tables |= {name: table(one, 1) for name, one in zip(names, values, strict=False)}
-    return Effects(unit, 1.5, 5, **tables)
+    return AblationEffects(unit, 1.5, 5, **tables)
 
 
-def some(heads: int = H) -> Evidence:
-    measures = {"repeats": effects("nats/token", heads), "choice.pronoun": effects("nats", heads, 1)}
-    return Evidence(800, "ab" * 32, 1, measures)
+def some(heads: int = H) -> AblationResults:
+    measures = {"repeats": effects("nats/token", heads), "logit_diff.pronoun": effects("nats", heads, 1)}
+    return AblationResults(800, "ab" * 32, 1, measures)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_what_was_saved_is_loaded(tmp_path: Path, heads: int) -> None:
-    path = tmp_path / "attention" / "evidence.json"
+    path = tmp_path / "attention" / "ablations.json"
     some(heads).save(path)
-    assert Evidence.load(path) == some(heads) and json.loads(path.read_text()) == some(heads).as_json()
-    assert [p.name for p in path.parent.iterdir()] == ["evidence.json"]
+    assert AblationResults.load(path) == some(heads) and json.loads(path.read_text()) == some(heads).as_json()
+    assert [p.name for p in path.parent.iterdir()] == ["ablations.json"]
 
 
 def test_the_file_is_as_it_is_described(tmp_path: Path) -> None:
     some().save(tmp_path / "e")
     found = json.loads((tmp_path / "e").read_text())
-    assert found["format"] == "glassgpt-evidence-1" and (found["step"], found["seed"]) == (800, 1)
+    assert found["format"] == "glassgpt-ablations-1" and (found["step"], found["seed"]) == (800, 1)
     repeats = found["measures"]["repeats"]
     assert (repeats["unit"], repeats["baseline"], repeats["count"]) == ("nats/token", 1.5, 5)
-    cell = some().measures["repeats"].margin_zero
-    assert cell is not None and repeats["margin_zero"][1][2] == [cell[1][2].value, cell[1][2].low, cell[1][2].high]
+    cell = some().measures["repeats"].difference_zero
+    assert cell is not None and repeats["difference_zero"][1][2] == [cell[1][2].value, cell[1][2].low, cell[1][2].high]
 
 
 def test_nothing_measured_is_evidence_too(tmp_path: Path) -> None:
-    Evidence(0, "", 1, {}).save(tmp_path / "e")
-    assert Evidence.load(tmp_path / "e").measures == {}
+    AblationResults(0, "", 1, {}).save(tmp_path / "e")
+    assert AblationResults.load(tmp_path / "e").measures == {}
 
 
 READER = """
 import sys
 sys.modules["torch"] = None  # importing it now raises ImportError
-from inspection.ablation_results import Evidence
-print(Evidence.load(sys.argv[1]).step)
+from inspection.ablation_results import AblationResults
+print(AblationResults.load(sys.argv[1]).step)
 """
 
 
@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def refused(path: Path, match: str = "evidence") -> None:
     with pytest.raises(UserError, match=match) as caught:
-        Evidence.load(path)
+        AblationResults.load(path)
     assert caught.value.exit_code == CHECKPOINT and "\n" not in str(caught.value)
 
 
@@ -119,7 +119,7 @@ measure = ("measures", "repeats")
 cell = (*measure, "zero", 1, 2)
 WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "another format": put("format")("glassgpt-evidence-2"),
-    "a format that is a list": put("format")(["glassgpt-evidence-1"]),
+    "a format that is a list": put("format")(["glassgpt-ablations-1"]),
     "an unknown entry": put("more")(1),
     "a missing entry": lambda found: found.pop("seed"),
     "a negative step": put("step")(-1),
@@ -130,7 +130,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a hash that drives a terminal": put("weights_sha256")("\x1b[2J"),
     "measures in a list": put("measures")([]),
     "an unknown measure": put("measures", "loudness")({}),
-    "a measure with a line break": put("measures", "choice.a\nb")(some().as_json()["measures"]["repeats"]),
+    "a measure with a line break": put("measures", "logit_diff.a\nb")(some().as_json()["measures"]["repeats"]),
     "a measure that is a number": put(*measure)(3),
     "an unknown unit": put(*measure, "unit")("bananas"),
     "no items": put(*measure, "count")(0),
@@ -172,9 +172,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, name: str) -> None:
 RAW = {
     "nothing": (b"", "no JSON"),
     "no text": (b"\xff\xfe\x00", "no UTF-8"),
-    "a list": (b"[]", "no glassgpt-evidence-1"),
+    "a list": (b"[]", "no glassgpt-ablations-1"),
     "a number that overflows": (json.dumps(some().as_json()).replace("1.5", "1e999", 1).encode(), "no number"),
-    "a name twice": (b'{"format": "glassgpt-evidence-1", "step": 1, "step": 2}', "twice"),
+    "a name twice": (b'{"format": "glassgpt-ablations-1", "step": 1, "step": 2}', "twice"),
     "very deep": (b"[" * 100_000, "nested"),
     "a number of 10,000 digits": (b'{"step": ' + b"9" * 10_000 + b"}", "no evidence"),
 }
@@ -209,11 +209,11 @@ def test_a_changed_byte_is_refused_or_read(tmp_path: Path, place: int, byte: int
     raw[place % len(raw)] = byte
     (tmp_path / "e").write_bytes(raw)
     try:
-        found = Evidence.load(tmp_path / "e")
+        found = AblationResults.load(tmp_path / "e")
     except UserError as error:
         assert error.exit_code == CHECKPOINT
     else:
-        assert isinstance(found, Evidence)
+        assert isinstance(found, AblationResults)
 
 
 # The intervals.

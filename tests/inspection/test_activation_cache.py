@@ -1,4 +1,4 @@
-"""Capture promises: what is shown is what the model computed, and looking changes nothing."""
+"""ActivationCache promises: what is shown is what the model computed, and looking changes nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inspection.activation_cache import capture, capture_batch, observe
+from inspection.activation_cache import observe, run_with_cache, run_with_cache_batch
 from model import functional
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -51,7 +51,7 @@ def previous_token_model(sharpness: float, C: int = 16) -> GPT:
 
 def test_a_previous_token_head_is_captured_in_its_closed_form() -> None:
     C, T, sharpness = 16, 15, 1.3
-    pattern = capture(previous_token_model(sharpness, C), some_tokens(T, 10)).pattern[0, 0]
+    pattern = run_with_cache(previous_token_model(sharpness, C), some_tokens(T, 10)).pattern[0, 0]
     variance = (1 / C) * (1 - 1 / C)
     boost = math.exp(sharpness / (variance + 1e-5) / math.sqrt(C))
     expected = torch.zeros(T, T)
@@ -98,7 +98,7 @@ def test_weights_are_those_computed_by_hand(preset: str, attention: str) -> None
     shared = 2 if preset == "qwen3" else 0
     model = lively(replace(SMALL, preset=preset, attention=attention, n_kv_heads=shared))
     tokens = some_tokens(11)
-    seen = capture(model, tokens)
+    seen = run_with_cache(model, tokens)
     patterns, norms = by_hand(model, tokens)
     # the fused face, by which the hand goes from layer to layer, rounds otherwise than the explicit one
     torch.testing.assert_close(seen.pattern, patterns, atol=1e-6 if attention == "eager" else 1e-5, rtol=0)
@@ -111,14 +111,14 @@ def test_both_faces_are_captured_alike(preset: str) -> None:
     tokens = some_tokens(24)
     explicit, fused = (lively(replace(SMALL, preset=preset, attention=k)) for k in ("eager", "sdpa"))
     fused.load_state_dict(explicit.state_dict())
-    one, other = capture(explicit, tokens), capture(fused, tokens)
+    one, other = run_with_cache(explicit, tokens), run_with_cache(fused, tokens)
     torch.testing.assert_close(one.pattern, other.pattern, atol=2e-5, rtol=0)
     torch.testing.assert_close(one.loss, other.loss, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("T", [1, 2, 24])
 def test_rows_are_distributions_over_the_past(T: int) -> None:
-    seen = capture(lively(SMALL), some_tokens(T), logits=True)
+    seen = run_with_cache(lively(SMALL), some_tokens(T), logits=True)
     assert seen.pattern.shape == (2, 4, T, T) and seen.value_norms.shape == (2, 4, T)
     assert seen.loss.shape == (T - 1,) and seen.logits.shape == (T, 50)
     assert torch.equal(seen.pattern, seen.pattern.tril()), "the future is exactly 0"
@@ -128,7 +128,7 @@ def test_rows_are_distributions_over_the_past(T: int) -> None:
 @torch.no_grad()
 def test_loss_and_logits_are_the_models_own() -> None:
     model, tokens = lively(SMALL), some_tokens(20)
-    seen = capture(model, tokens, logits=True)
+    seen = run_with_cache(model, tokens, logits=True)
     logits = model(tokens[None])[0]
     torch.testing.assert_close(seen.logits, logits, atol=1e-6, rtol=0)
     expected = [-float(logits[t].log_softmax(-1)[tokens[t + 1]]) for t in range(19)]
@@ -138,20 +138,20 @@ def test_loss_and_logits_are_the_models_own() -> None:
 @pytest.mark.parametrize("T", [0, 25])
 def test_too_short_or_too_long_a_text_is_refused(T: int) -> None:
     with pytest.raises(ValueError, match=r"24|at least 1"):
-        capture(lively(SMALL), torch.zeros(T, dtype=torch.long))
+        run_with_cache(lively(SMALL), torch.zeros(T, dtype=torch.long))
 
 
 @pytest.mark.parametrize("token", [-1, 50])
 def test_an_unknown_token_is_refused(token: int) -> None:
     with pytest.raises(ValueError, match="vocabulary of 50"):
-        capture(lively(SMALL), torch.tensor([1, token]))
+        run_with_cache(lively(SMALL), torch.tensor([1, token]))
 
 
 def test_padding_is_harmless() -> None:
     model = lively(SMALL)
     texts = [some_tokens(T).tolist() for T in (5, 24, 1, 13)]
-    for text, seen in zip(texts, capture_batch(model, texts), strict=True):
-        alone = capture(model, torch.tensor(text))
+    for text, seen in zip(texts, run_with_cache_batch(model, texts), strict=True):
+        alone = run_with_cache(model, torch.tensor(text))
         assert torch.equal(seen.tokens, torch.tensor(text))
         for name in ("pattern", "value_norms", "loss"):
             torch.testing.assert_close(getattr(seen, name), getattr(alone, name), atol=2e-5, rtol=1e-5)
@@ -174,7 +174,7 @@ def test_looking_leaves_no_trace(attention: str, dtype: torch.dtype) -> None:
     model.train()
     model.blocks[0].eval()  # put to rest on purpose; must not be woken
     before = snapshot(model)
-    seen = capture(model, some_tokens(10), logits=True)
+    seen = run_with_cache(model, some_tokens(10), logits=True)
     assert snapshot(model) == before
     assert not any(t.requires_grad for t in (seen.pattern, seen.value_norms, seen.loss, seen.logits))
 
@@ -193,28 +193,28 @@ def test_a_failure_on_the_way_leaves_no_trace() -> None:
 
 def test_dropout_does_not_reach_the_weights() -> None:
     model, tokens = lively(replace(SMALL, dropout=0.5)), some_tokens(10)
-    training = capture(model.train(), tokens)
-    assert torch.equal(training.pattern, capture(model.eval(), tokens).pattern)
+    training = run_with_cache(model.train(), tokens)
+    assert torch.equal(training.pattern, run_with_cache(model.eval(), tokens).pattern)
 
 
 def test_weights_are_in_fp32_whatever_the_model_runs_in() -> None:
     model, tokens = lively(SMALL), some_tokens(24)
-    plain = capture(model, tokens)
+    plain = run_with_cache(model, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(capture(model, tokens).pattern, plain.pattern)
+        assert torch.equal(run_with_cache(model, tokens).pattern, plain.pattern)
     rounded = model.to(torch.bfloat16)
-    low = capture(rounded, tokens)
+    low = run_with_cache(rounded, tokens)
     assert low.pattern.dtype == low.loss.dtype == torch.float32
-    assert torch.equal(low.pattern, capture(rounded.float(), tokens).pattern)
+    assert torch.equal(low.pattern, run_with_cache(rounded.float(), tokens).pattern)
 
 
 def test_what_an_intervention_puts_in_place_of_the_weights_is_what_is_seen() -> None:
     model, tokens = lively(SMALL), some_tokens(8)
     hook = model.blocks[1].attention.weights.register_forward_hook(lambda m, args, out: torch.eye(8).expand_as(out))
-    with_hook = capture(model, tokens)
+    with_hook = run_with_cache(model, tokens)
     hook.remove()
     assert torch.equal(with_hook.pattern[1], torch.eye(8).expand(4, 8, 8))
-    assert not torch.equal(with_hook.loss, capture(model, tokens).loss)
+    assert not torch.equal(with_hook.loss, run_with_cache(model, tokens).loss)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -228,30 +228,30 @@ def test_details_are_the_steps_of_the_models_own_attention(preset: str) -> None:
     logits = model(tokens[None])[0]
     for handle in handles:
         handle.remove()
-    seen = capture(model, tokens, details=True)
+    seen = run_with_cache(model, tokens, details=True)
     for layer, block in enumerate(model.blocks):
         q, k, v = seen.queries[layer], seen.keys[layer], seen.values[layer]
         scores = (q @ k.mT / math.sqrt(8)).masked_fill(~torch.ones(11, 11).tril().bool(), -torch.inf)
         torch.testing.assert_close(seen.pattern[layer], scores.softmax(-1), atol=1e-6, rtol=0)
         mixed = (seen.pattern[layer] @ v).transpose(0, 1).flatten(1)  # heads side by side
-        torch.testing.assert_close(block.attention.out(mixed), seen.projected[layer], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(outputs[layer], seen.projected[layer], atol=1e-6, rtol=0)
-    assert torch.equal(seen.top, logits.topk(5).indices)
-    torch.testing.assert_close(seen.top_p, logits.softmax(-1).gather(1, seen.top), atol=1e-6, rtol=0)
+        torch.testing.assert_close(block.attention.out(mixed), seen.attn_out[layer], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs[layer], seen.attn_out[layer], atol=1e-6, rtol=0)
+    assert torch.equal(seen.top_tokens, logits.topk(5).indices)
+    torch.testing.assert_close(seen.top_probs, logits.softmax(-1).gather(1, seen.top_tokens), atol=1e-6, rtol=0)
 
 
 def test_details_are_kept_when_asked_for_and_padding_does_not_reach_them() -> None:
     model = lively(SMALL)
     texts = [some_tokens(T).tolist() for T in (5, 24, 1)]
-    names = ("queries", "keys", "values", "projected", "top", "top_p")
-    assert all(getattr(capture_batch(model, texts)[0], name) is None for name in names)
-    for text, seen in zip(texts, capture_batch(model, texts, details=True), strict=True):
-        alone = capture(model, torch.tensor(text), details=True)
+    names = ("queries", "keys", "values", "attn_out", "top_tokens", "top_probs")
+    assert all(getattr(run_with_cache_batch(model, texts)[0], name) is None for name in names)
+    for text, seen in zip(texts, run_with_cache_batch(model, texts, details=True), strict=True):
+        alone = run_with_cache(model, torch.tensor(text), details=True)
         for name in names:
             torch.testing.assert_close(getattr(seen, name), getattr(alone, name), atol=2e-5, rtol=1e-5)
 
 
 def test_a_vocabulary_of_fewer_than_five_has_fewer_likeliest_tokens() -> None:
-    seen = capture(lively(SMALL, vocab_size=3), torch.tensor([0, 2]), details=True)
-    assert seen.top.shape == seen.top_p.shape == (2, 3)
-    torch.testing.assert_close(seen.top_p.sum(-1), torch.ones(2))
+    seen = run_with_cache(lively(SMALL, vocab_size=3), torch.tensor([0, 2]), details=True)
+    assert seen.top_tokens.shape == seen.top_probs.shape == (2, 3)
+    torch.testing.assert_close(seen.top_probs.sum(-1), torch.ones(2))

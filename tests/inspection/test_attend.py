@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inspection.ablation_results import TABLES, Effects, Evidence, Interval
-from inspection.attention_file import read
-from inspection.record import write
+from inspection.ablation_results import TABLES, AblationEffects, AblationResults, Interval
+from inspection.attention_file import read_attention_file
+from inspection.record import write_attention_file as write
 from inspection.run_reader import RunAttention
 from inspection.terminal import DISCLAIMER
 from tests.runs import ROOT, TINY, said, script
@@ -54,7 +54,10 @@ def seen(words: list[bytes], seed: int, top: bool = True) -> SimpleNamespace:
         tokens=np.arange(T), pattern=pattern, value_norms=draw.random((2, 2, T)) + 0.1, loss=draw.random(T - 1)
     )
     if top:
-        found.top, found.top_p = np.tile(np.arange(5), (T, 1)), np.tile([0.5, 0.25, 0.125, 0.0625, 0.03], (T, 1))
+        found.top_tokens, found.top_probs = (
+            np.tile(np.arange(5), (T, 1)),
+            np.tile([0.5, 0.25, 0.125, 0.0625, 0.03], (T, 1)),
+        )
     return found
 
 
@@ -66,7 +69,7 @@ def write_step(run: Path, step: int, scores: dict[str, Any] | None = None, words
             "previous_token": np.array([[0.8, 0.1], [0.2, 0.3]]),
             "induction": np.array([[0.0, 0.01], [0.02, formed]]),
             "distance": np.array([[1.0, 4.0], [3.0, 2.0]]) * step / 300,
-            "reads.pronoun": np.array([[0.1, 0.2], [0.7, 0.3]]),
+            "antecedent.pronoun": np.array([[0.1, 0.2], [0.7, 0.3]]),
         }
     moment = [*words[:3], f" {step}".encode()]
     texts = [
@@ -79,8 +82,8 @@ def write_step(run: Path, step: int, scores: dict[str, Any] | None = None, words
     write(run / "attention" / f"{step:06d}.safetensors", texts, metadata, "f32", scores, WORDS.__getitem__)
 
 
-def effects(value: float, margin: float, unit: str = "nats/token") -> Effects:
-    """Effects with intervals half a nat wide, 0.01 more from head to head; `margin`: how far above another head's."""
+def effects(value: float, margin: float, unit: str = "nats/token") -> AblationEffects:
+    """AblationEffects with intervals half a nat wide, 0.01 more from head to head; `margin`: how far above another head's."""
 
     def all_heads(number: float) -> Any:
         found = [number + 0.01 * k for k in range(4)]
@@ -88,12 +91,18 @@ def effects(value: float, margin: float, unit: str = "nats/token") -> Effects:
         return (tuple(cells[:2]), tuple(cells[2:]))
 
     tables = dict.fromkeys(TABLES, all_heads(value)) | {"control_zero": all_heads(value - margin)}
-    return Effects(unit, 3.0, 8, **tables | {name: all_heads(margin) for name in ("margin_zero", "margin_mean")})
+    return AblationEffects(
+        unit, 3.0, 8, **tables | {name: all_heads(margin) for name in ("difference_zero", "difference_mean")}
+    )
 
 
 def write_evidence(run: Path, step: int = 300) -> None:
-    measures = {"repeats": effects(1.5, 1.0), "corpus": effects(0.5, 0.4), "choice.pronoun": effects(0.2, 0.0, "nats")}
-    Evidence(step, f"w{step}", 1, measures).save(run / "attention" / "evidence.json")
+    measures = {
+        "repeats": effects(1.5, 1.0),
+        "corpus": effects(0.5, 0.4),
+        "logit_diff.pronoun": effects(0.2, 0.0, "nats"),
+    }
+    AblationResults(step, f"w{step}", 1, measures).save(run / "attention" / "ablations.json")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in STEPS:
         write_step(run, step)
     write_evidence(run)
-    (run / "attention" / "claims.json").write_text(json.dumps({"sentence": SENTENCE, "claims": []}))
+    (run / "attention" / "findings.json").write_text(json.dumps({"headline": SENTENCE, "findings": []}))
     (run / "config.toml").write_text("")
     (run / "metrics.jsonl").write_text('{"step": 100, "val_loss": 3.5}\n{"step": 200, "val_loss": 2.5}\n{"ste')
     return run
@@ -155,25 +164,25 @@ def test_a_high_weight_without_effect_is_marked(made: Path) -> None:
     assert "! L1H0 reads pronoun 0.70: high weight, no effect" in out
     assert out.count("no effect") == 1  # the distance is large, but no weight; the others matter
     found = {one["score"]: one for one in data("summary", made)["best"]}
-    assert found["reads.pronoun"]["mark"] == "high weight, no effect"
-    assert found["reads.pronoun"]["zero"] == pytest.approx([0.22, -0.03, 0.47])
-    assert found["induction"]["verdict"] == "matters" and found["induction"]["mark"] == ""
+    assert found["antecedent.pronoun"]["mark"] == "high weight, no effect"
+    assert found["antecedent.pronoun"]["zero"] == pytest.approx([0.22, -0.03, 0.47])
+    assert found["induction"]["label"] == "supported" and found["induction"]["mark"] == ""
 
 
 def test_an_effect_that_any_head_has_is_marked_too(run: Path) -> None:
-    alike = {"choice.pronoun": effects(0.9, 0.0), "corpus": effects(0.9, 0.0)}
-    Evidence(300, "w300", 1, alike).save(run / "attention" / "evidence.json")
+    alike = {"logit_diff.pronoun": effects(0.9, 0.0), "corpus": effects(0.9, 0.0)}
+    AblationResults(300, "w300", 1, alike).save(run / "attention" / "ablations.json")
     out = told("summary", run)
     assert "! L1H0 reads pronoun 0.70: high weight, no effect beyond that of another head" in out
     assert out.count("high weight") == 1  # a long distance is no weight
 
 
 def test_without_evidence_it_says_so(run: Path) -> None:
-    for name in ("evidence", "claims"):
+    for name in ("ablations", "findings"):
         (run / "attention" / f"{name}.json").unlink()
     out = told("summary", run)
     assert "was not measured" in out and DISCLAIMER in out and "no effect" not in out
-    assert data("summary", run)["sentence"] is None
+    assert data("summary", run)["headline"] is None
     assert {one["zero"] for one in data("heads", run)["heads"]} == {None}
 
 
@@ -182,7 +191,7 @@ def test_effects_of_other_weights_are_said_to_be(run: Path) -> None:
     write_step(run, 400)
     write_evidence(run, 400)
     assert "effects were measured" not in told("summary", run)
-    file = run / "attention" / "evidence.json"
+    file = run / "attention" / "ablations.json"
     file.write_text(file.read_text().replace("w400", "w401"))
     assert "the effects are not of these weights" in told("summary", run)
 
@@ -196,8 +205,8 @@ def test_heads_shows_every_score_of_every_head_with_its_effect(made: Path) -> No
     assert line_with(out, "L1H0", "0.70", "+0.22!")
     records = data("heads", made)["heads"]
     assert len(records) == 4 * 4
-    effect = {"previous_token": 1.5, "induction": 1.5, "distance": 0.5, "reads.pronoun": 0.2}
-    dump = read(made / "attention" / "000300.safetensors")
+    effect = {"previous_token": 1.5, "induction": 1.5, "distance": 0.5, "antecedent.pronoun": 0.2}
+    dump = read_attention_file(made / "attention" / "000300.safetensors")
     for one in records:
         layer, head = int(one["head"][1]), int(one["head"][3])
         assert one["value"] == float(dump.scores[one["score"]][layer, head])
@@ -207,16 +216,16 @@ def test_heads_shows_every_score_of_every_head_with_its_effect(made: Path) -> No
         "previous_token": ("repeats", "nats/token"),
         "induction": ("repeats", "nats/token"),
         "distance": ("corpus", "nats/token"),
-        "reads.pronoun": ("choice.pronoun", "nats"),
+        "antecedent.pronoun": ("logit_diff.pronoun", "nats"),
     }
 
 
 def test_one_score_is_sorted(made: Path) -> None:
-    out = told("heads", made, "--score", "reads.pronoun", "--step", "100")
+    out = told("heads", made, "--score", "antecedent.pronoun", "--step", "100")
     assert re.findall(r"^(L\dH\d) ", out, re.M)[:4] == ["L1H0", "L1H1", "L0H1", "L0H0"]
-    table = rows("heads", made, "--score", "reads.pronoun")
+    table = rows("heads", made, "--score", "antecedent.pronoun")
     assert [row["head"] for row in table] == ["L1H0", "L1H1", "L0H1", "L0H0"]
-    assert float(table[0]["margin_mean"]) == 0.02 and float(table[0]["margin_mean_low"]) == -0.23
+    assert float(table[0]["difference_mean"]) == 0.02 and float(table[0]["difference_mean_low"]) == -0.23
 
 
 # token
@@ -224,8 +233,8 @@ def test_one_score_is_sorted(made: Path) -> None:
 
 def test_token_tells_what_each_head_reads(made: Path) -> None:
     found = data("token", made, "--text=held-out 1", "--position=5", "--step=200")
-    text = read(made / "attention" / "000200.safetensors").texts[1]
-    row = text.unpack()[:, :, 5]
+    text = read_attention_file(made / "attention" / "000200.safetensors").texts[1]
+    row = text.pattern()[:, :, 5]
     assert found["token"] == " Tom" and found["loss"] == float(text.loss[4])
     assert len(found["reads"]) == 4 * 3
     for one in found["reads"]:
@@ -238,8 +247,8 @@ def test_token_tells_what_each_head_reads(made: Path) -> None:
 
 def test_token_in_words(made: Path) -> None:
     out = told("token", made, "--text=held-out 1", "--position=5")
-    text = read(made / "attention" / "000300.safetensors").texts[1]
-    weights = text.unpack()[1, 0, 5]
+    text = read_attention_file(made / "attention" / "000300.safetensors").texts[1]
+    weights = text.pattern()[1, 0, 5]
     best = int(weights.argmax())
     shown = WORDS[best].decode() or "<end>"
     assert f'"{shown}" {weights[best] * 100:.1f} % (' in line_with(out, "L1H0")
@@ -258,8 +267,8 @@ def test_token_finds_a_word(made: Path) -> None:
 def test_value_weighted_readings_sum_to_one(made: Path) -> None:
     options = ("--text=held-out 1", "--position=7", "--head=L0H1", "--value_weighted")
     found = data("token", made, *options)["reads"]
-    text = read(made / "attention" / "000300.safetensors").texts[1]
-    moved = text.unpack()[0, 1, 7] * text.value_norms[0, 1]
+    text = read_attention_file(made / "attention" / "000300.safetensors").texts[1]
+    moved = text.pattern()[0, 1, 7] * text.value_norms[0, 1]
     assert sum(one["weight"] for one in found) == pytest.approx(1)
     assert [one["weight"] for one in found] == pytest.approx(np.sort(moved / moved.sum())[::-1], rel=1e-5)
     plain = data("token", made, *options[:-1])["reads"]
@@ -320,7 +329,9 @@ def test_patterns_are_compared_where_the_tokens_are_the_same(made: Path) -> None
     found = data("compare", made, "--step=200", "--against=100")
     assert {one["text"] for one in found["patterns"]} == {"held-out 1", "repeat 1"}
     assert found["notes"] == ["text 'sample' has other tokens in the two: compared by scores only"]
-    a, b = (read(made / "attention" / f"000{step}.safetensors").texts[1].unpack() for step in (200, 100))
+    a, b = (
+        read_attention_file(made / "attention" / f"000{step}.safetensors").texts[1].pattern() for step in (200, 100)
+    )
     for one in found["patterns"]:
         if one["text"] == "held-out 1":
             difference = np.abs(a - b)[int(one["head"][1]), int(one["head"][3])]
@@ -382,7 +393,7 @@ def test_the_loss_on_repeats_is_that_of_the_second_saying(made: Path) -> None:
     from inspection.commands.plot import repeats_loss, validation_loss
 
     name, steps, values = repeats_loss(RunAttention.open(made)) or ("", [], [])
-    losses = [read(made / "attention" / f"000{step}.safetensors").texts[2].loss for step in STEPS]
+    losses = [read_attention_file(made / "attention" / f"000{step}.safetensors").texts[2].loss for step in STEPS]
     assert (name, steps) == ("loss on repeats", list(STEPS))
     assert values == pytest.approx([loss[4:].mean() for loss in losses])  # first, r1 r2 r3, r1 r2 r3: r2 and r3
     assert validation_loss(RunAttention.open(made)) == ("validation loss", [100, 200], [3.5, 2.5])
@@ -418,10 +429,10 @@ def test_verify_computes_everything_again(trained: Path) -> None:
 def damage_weights(run: Path) -> None:
     """Another pattern under the same name: rows sum to 1, but the model has not computed them."""
     file = run / "attention" / "000006.safetensors"
-    dump = read(file)
+    dump = read_attention_file(file)
     texts = []
     for text in dump.texts:
-        pattern = text.unpack()
+        pattern = text.pattern()
         pattern[:, :, 1:, [0, 1]] = pattern[:, :, 1:, [1, 0]]
         rest = dict(tokens=text.tokens, value_norms=text.value_norms, loss=text.loss)
         texts.append((text.name, SimpleNamespace(pattern=pattern, **rest), text.token_bytes))
@@ -562,10 +573,10 @@ def test_folders_without_attention_are_told_apart(made: Path, tmp_path: Path) ->
 
 
 def test_damage_is_one_line(run: Path) -> None:
-    for name in ("evidence.json", "claims.json"):
+    for name in ("ablations.json", "findings.json"):
         file = run / "attention" / name
         whole = file.read_text()
-        for text in ("[" * 100_000, '{"sentence": 3, "claims": []}'):
+        for text in ("[" * 100_000, '{"headline": 3, "findings": []}'):
             file.write_text(text)
             assert name in said(script("attend.py", "summary", run), 4)
         file.write_text(whole)

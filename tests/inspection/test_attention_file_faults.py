@@ -27,7 +27,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file") as caught:
-        dump.read(tmp_path / "nothing")
+        dump.read_attention_file(tmp_path / "nothing")
     assert caught.value.exit_code == CHECKPOINT
 
 
@@ -39,7 +39,7 @@ def joined(header: object, data: bytes) -> bytes:
 def refused(path: Path, raw: bytes) -> str:
     path.write_bytes(raw)
     with pytest.raises(UserError) as caught:
-        dump.read(path)
+        dump.read_attention_file(path)
     assert caught.value.exit_code == CHECKPOINT and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -73,10 +73,10 @@ BAD = [
     ("0.values/shape", [2, 4, 12, 16], "fit each other"),
     ("0.keys/shape", [2, 4, 192], "missing or malformed"),
     ("0.keys/dtype", "I32", "fill"),
-    ("0.projected/shape", [24, 2, 32], "fit each other"),
-    ("0.top/shape", [5, 24], "fit each other"),
-    ("0.top/shape", [12, 10], "fit each other"),
-    ("0.top_p/dtype", "I32", "missing or malformed"),
+    ("0.attn_out/shape", [24, 2, 32], "fit each other"),
+    ("0.top_tokens/shape", [5, 24], "fit each other"),
+    ("0.top_tokens/shape", [12, 10], "fit each other"),
+    ("0.top_probs/dtype", "I32", "missing or malformed"),
     ("0.top_ends/shape", [60, 2], "missing or malformed"),
     ("scores.induction/shape", [4, 2], "same heads"),
     ("scores.induction/shape", [8], "same heads"),
@@ -98,7 +98,7 @@ def test_a_lying_header_is_refused(tmp_path: Path, written: Path, where: str, va
     assert message in refused(tmp_path / "bad", joined(header, data))
 
 
-@pytest.mark.parametrize("part", ["top", "top_p", "top_ends", "top_bytes"])
+@pytest.mark.parametrize("part", ["top_tokens", "top_probs", "top_ends", "top_bytes"])
 def test_likeliest_tokens_without_their_bytes_or_chances_are_refused(tmp_path: Path, written: Path, part: str) -> None:
     header, data = split(written.read_bytes())
     del header[f"0.{part}"]
@@ -113,7 +113,9 @@ def test_heads_of_several_widths_are_refused(tmp_path: Path, written: Path) -> N
 
 def test_more_likely_tokens_than_the_format_has_are_refused(tmp_path: Path) -> None:
     name, seen, raw = observed()[0]
-    six = replace(seen, top=seen.top[:, [0, 1, 2, 3, 4, 4]], top_p=seen.top_p[:, [0, 1, 2, 3, 4, 4]])
+    six = replace(
+        seen, top_tokens=seen.top_tokens[:, [0, 1, 2, 3, 4, 4]], top_probs=seen.top_probs[:, [0, 1, 2, 3, 4, 4]]
+    )
     assert "fit each other" in refused(tmp_path / "bad", write(tmp_path / "six", [(name, six, raw)]).read_bytes())
 
 
@@ -155,12 +157,12 @@ def survives(path: Path, raw: bytes) -> None:
     """Reading either works, down to the last weight, or says in one line why not."""
     path.write_bytes(raw)
     try:
-        read = dump.read(path)
+        read = dump.read_attention_file(path)
         assert all(score.ndim == 2 for score in read.scores.values())
         for text in read.texts:
             T = len(text.tokens)
-            assert text.top is None or len(text.top) == T
-            assert text.unpack().shape[2:] == (T, T) and len(text.token_bytes) == T
+            assert text.top_tokens is None or len(text.top_tokens) == T
+            assert text.pattern().shape[2:] == (T, T) and len(text.token_bytes) == T
     except UserError as error:
         assert error.exit_code == CHECKPOINT and "\n" not in str(error)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inspection import contrast_pairs as probes_module
-from inspection.activation_cache import capture
+from inspection.activation_cache import run_with_cache
 from inspection.contrast_pairs import ContrastPair, locate, measure
 from model.gpt import GPT
 from tests.inspection.test_activation_cache import SMALL, lively
@@ -166,8 +166,8 @@ def one_by_one(model: GPT, probe: ContrastPair) -> tuple[float, torch.Tensor]:
     scores = []
     for answer in (probe.right, probe.wrong):
         text = torch.tensor(probe.tokens + answer)
-        scores.append(-float(capture(model, text).loss[-len(answer) :].sum()))
-    pattern = capture(model, torch.tensor(probe.tokens)).pattern
+        scores.append(-float(run_with_cache(model, text).loss[-len(answer) :].sum()))
+    pattern = run_with_cache(model, torch.tensor(probe.tokens)).pattern
     return scores[0] - scores[1], pattern[:, :, -1, list(probe.evidence)].sum(-1)
 
 

@@ -43,8 +43,8 @@ def test_large_models_are_watched_by_the_beginnings_of_texts() -> None:
 
 
 def test_the_set_comes_back_as_it_was(tmp_path: Path) -> None:
-    SET.save(tmp_path / "attention" / "watched.json")
-    assert EvalTexts.load(tmp_path / "attention" / "watched.json", 100, 64) == SET
+    SET.save(tmp_path / "attention" / "eval_texts.json")
+    assert EvalTexts.load(tmp_path / "attention" / "eval_texts.json", 100, 64) == SET
     EvalTexts().save(tmp_path / "empty.json")
     assert EvalTexts.load(tmp_path / "empty.json", 100, 64) == EvalTexts()
 
@@ -57,7 +57,7 @@ def test_a_dump_shows_each_text_one_repeat_and_a_question_of_each_kind() -> None
 
 
 def spoiled(change: Any) -> str:
-    table = json.loads(json.dumps({"format": "glassgpt-watched-1", **as_table()}))
+    table = json.loads(json.dumps({"format": "glassgpt-eval-texts-1", **as_table()}))
     change(table)
     return json.dumps(table)
 
@@ -93,7 +93,7 @@ def as_table() -> dict[str, Any]:
     ],
 )
 def test_a_file_that_was_tampered_with_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "watched.json"
+    path = tmp_path / "eval_texts.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         EvalTexts.load(path, 100, 64)
@@ -102,7 +102,7 @@ def test_a_file_that_was_tampered_with_is_refused_in_one_line(tmp_path: Path, te
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*watched\.json"):
-        EvalTexts.load(tmp_path / "watched.json", 100, 64)
+        EvalTexts.load(tmp_path / "eval_texts.json", 100, 64)
 
 
 # The user's own lines, with bytes as tokens: the id of a byte is its value plus 1.

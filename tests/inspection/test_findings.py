@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from inspection import findings as claims
-from inspection.ablation_results import Effects, Evidence, Interval
+from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.findings import Finding
 
 LOW, HIGH = 0.1, 0.9
@@ -20,15 +20,15 @@ def table(*values: float) -> tuple[tuple[Interval, ...], ...]:
     return (tuple(Interval(v, v - 0.1, v + 0.1) for v in values),)
 
 
-def measured(zero: float, mean: float, control: float) -> Effects:
+def measured(zero: float, mean: float, control: float) -> AblationEffects:
     """Head 0 has these effects, head 1 those of the control."""
     zeros, means = table(zero, control), table(mean, control)
     margins = table(zero - control, control - zero), table(mean - control, control - mean)
-    return Effects("nats", 3.0, 8, zeros, means, table(control, zero), table(control, mean), *margins)
+    return AblationEffects("nats", 3.0, 8, zeros, means, table(control, zero), table(control, mean), *margins)
 
 
-def evidence(**measures: Effects) -> Evidence:
-    return Evidence(30, "abc", 1, {name.replace("_", "."): effects for name, effects in measures.items()})
+def evidence(**measures: AblationEffects) -> AblationResults:
+    return AblationResults(30, "abc", 1, {name.replace("_", "."): effects for name, effects in measures.items()})
 
 
 def timeline(*values: float, score: str = "induction") -> dict[int, dict[str, np.ndarray]]:
@@ -38,7 +38,7 @@ def timeline(*values: float, score: str = "induction") -> dict[int, dict[str, np
 
 def test_a_head_that_reads_and_matters_is_named_with_its_numbers() -> None:
     (claim,) = claims.claims(timeline(LOW, HIGH, HIGH), evidence(repeats=measured(1.8, 1.5, 0.02)))
-    assert (claim.head, claim.score, claim.since, claim.verdict) == ((0, 0), "induction", 20, "matters")
+    assert (claim.head, claim.score, claim.since, claim.label) == ((0, 0), "induction", 20, "supported")
     assert claims.sentence([claim]) == (
         "By step 20 head L0H0 reads the token after an earlier match (0.90); without it the loss on repeats rises by "
         "1.80 nats [95 %: 1.70 to 1.90; with its mean instead, 1.50], without a random other head of its layer it "
@@ -47,27 +47,27 @@ def test_a_head_that_reads_and_matters_is_named_with_its_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero", "mean", "control", "verdict"),
+    ("zero", "mean", "control", "label"),
     [
-        (1.8, 1.5, 0.0, "matters"),
+        (1.8, 1.5, 0.0, "supported"),
         (1.8, 0.05, 0.0, "disputed"),
         (0.05, 0.05, 0.0, "no effect"),
-        (1.0, 1.0, 0.95, "like another head"),
+        (1.0, 1.0, 0.95, "same as control"),
     ],
 )
 def test_the_verdict_asks_for_more_than_another_head_by_both_ways(
-    zero: float, mean: float, control: float, verdict: str
+    zero: float, mean: float, control: float, label: str
 ) -> None:
     (claim,) = claims.claims(timeline(HIGH, HIGH), evidence(repeats=measured(zero, mean, control)))
-    assert claim.verdict == verdict
-    assert claims.sentence([claim]).startswith("No head passes") == (verdict != "matters")
+    assert claim.label == label
+    assert claims.sentence([claim]).startswith("No head passes") == (label != "supported")
 
 
 def test_without_another_head_in_the_layer_the_head_stands_alone() -> None:
-    alone = Effects("nats", 3.0, 8, table(1.0), table(1.0), None, None, None, None)
+    alone = AblationEffects("nats", 3.0, 8, table(1.0), table(1.0), None, None, None, None)
     (claim,) = claims.claims({10: {"induction": np.array([[HIGH]])}}, evidence(repeats=alone))
-    assert claim.verdict == "matters" and claim.control is None
-    assert "no other head to compare with" in claim.text
+    assert claim.label == "supported" and claim.control is None
+    assert "no other head to compare with" in claim.summary
 
 
 def test_since_is_the_start_of_the_last_unbroken_time_above_half() -> None:
@@ -88,44 +88,44 @@ def test_a_score_without_a_measure_or_with_nan_alone_says_nothing() -> None:
 
 
 def test_the_first_head_that_matters_is_the_sentence_even_behind_one_that_does_not() -> None:
-    scores = {10: {"induction": np.array([[HIGH, LOW]]), "reads.pronoun": np.array([[LOW, 0.7]])}}
+    scores = {10: {"induction": np.array([[HIGH, LOW]]), "antecedent.pronoun": np.array([[LOW, 0.7]])}}
     pronoun = measured(0.0, 0.0, 2.0)  # its second head matters
-    found = claims.claims(scores, evidence(repeats=measured(0.0, 0.0, 0.0), choice_pronoun=pronoun))
-    assert [claim.verdict for claim in found] == ["no effect", "matters"]
+    found = claims.claims(scores, evidence(repeats=measured(0.0, 0.0, 0.0), logit_diff_pronoun=pronoun))
+    assert [claim.label for claim in found] == ["no effect", "supported"]
     assert "L0H1 reads the name that a pronoun stands for (0.70)" in claims.sentence(found)
     assert "lead of the right answer falls by 2.00 nats" in claims.sentence(found)
 
 
 def test_a_head_chosen_on_other_questions_is_taken_over() -> None:
-    scores = {10: {"reads.pronoun": np.array([[0.8, 0.7]])}}
-    chosen = {"reads.pronoun": ((0, 1), 0.6, 0.5)}
-    (claim,) = claims.claims(scores, evidence(choice_pronoun=measured(0.0, 0.0, 2.0)), chosen)
-    assert claim.head == (0, 1) and claim.weight == 0.6 and claim.stands
+    scores = {10: {"antecedent.pronoun": np.array([[0.8, 0.7]])}}
+    chosen = {"antecedent.pronoun": ((0, 1), 0.6, 0.5)}
+    (claim,) = claims.claims(scores, evidence(logit_diff_pronoun=measured(0.0, 0.0, 2.0)), chosen)
+    assert claim.head == (0, 1) and claim.value == 0.6 and claim.is_supported
 
 
 def test_a_reading_that_a_rule_without_content_has_too_is_no_sentence() -> None:
-    scores = {10: {"reads.place": np.array([[0.9, LOW]]), "reads.cause": np.array([[0.8, LOW]])}}
-    both = evidence(choice_place=measured(2.0, 2.0, 0.0), choice_cause=measured(1.0, 1.0, 0.0))
-    chosen = {"reads.place": ((0, 0), 0.9, 1.0), "reads.cause": ((0, 0), 0.8, 0.5)}
+    scores = {10: {"antecedent.place": np.array([[0.9, LOW]]), "antecedent.cause": np.array([[0.8, LOW]])}}
+    both = evidence(logit_diff_place=measured(2.0, 2.0, 0.0), logit_diff_cause=measured(1.0, 1.0, 0.0))
+    chosen = {"antecedent.place": ((0, 0), 0.9, 1.0), "antecedent.cause": ((0, 0), 0.8, 0.5)}
     found = claims.claims(scores, both, chosen)
-    assert [claim.stands for claim in found] == [False, True]
+    assert [claim.is_supported for claim in found] == [False, True]
     assert "the feeling" in claims.sentence(found)
     alone = claims.sentence(found[:1])
     assert alone.startswith("No head passes") and "a rule that knows no content would read it as well (1.00)" in alone
 
 
 def test_every_score_has_the_measure_that_it_should_move() -> None:
-    wanted = {"induction": "repeats", "reads.place": "choice.place", "entropy": "corpus", "copying": "corpus"}
-    assert {score: claims.measure_of(score) for score in wanted} == wanted
+    wanted = {"induction": "repeats", "antecedent.place": "logit_diff.place", "entropy": "corpus", "copying": "corpus"}
+    assert {score: claims.measure_for_score(score) for score in wanted} == wanted
 
 
 def test_claims_are_kept_as_plain_data(tmp_path: Path) -> None:
     found = claims.claims(timeline(HIGH), evidence(repeats=measured(1.8, 1.5, 0.02)))
-    claims.save(tmp_path / "claims.json", found)
-    kept = json.loads((tmp_path / "claims.json").read_text())
-    assert kept["sentence"] == claims.sentence(found)
-    (claim,) = kept["claims"]
-    assert claim["head"] == [0, 0] and claim["zero"]["value"] == 1.8 and claim["verdict"] == "matters"
+    claims.save(tmp_path / "findings.json", found)
+    kept = json.loads((tmp_path / "findings.json").read_text())
+    assert kept["headline"] == claims.sentence(found)
+    (claim,) = kept["findings"]
+    assert claim["head"] == [0, 0] and claim["zero"]["value"] == 1.8 and claim["label"] == "supported"
     assert isinstance(found[0], Finding)
 
 
@@ -136,7 +136,7 @@ def both(zero: float, mean: float, control: float) -> claims.Together:
     class Effect:
         def __init__(self) -> None:
             self.zero, self.mean, self.control_zero = (table(v)[0][0] for v in (zero, mean, control))
-            self.margin_zero, self.margin_mean = table(zero - control)[0][0], table(mean - control)[0][0]
+            self.difference_zero, self.difference_mean = table(zero - control)[0][0], table(mean - control)[0][0]
 
     return Effect()
 
@@ -146,10 +146,10 @@ def alike(*values: float) -> dict[int, dict[str, np.ndarray]]:
     return {5: {"induction": np.array([[LOW] * 3])}, 10: {"induction": np.array([values])}}
 
 
-def three(zero: float) -> Effects:
+def three(zero: float) -> AblationEffects:
     """None of three heads does more than another."""
     flat, none = table(zero, zero, zero), table(0.0, 0.0, 0.0)
-    return Effects("nats/token", 3.0, 8, flat, flat, flat, flat, none, none)
+    return AblationEffects("nats/token", 3.0, 8, flat, flat, flat, flat, none, none)
 
 
 def test_two_heads_that_only_matter_together_are_named_together() -> None:
@@ -161,7 +161,7 @@ def test_two_heads_that_only_matter_together_are_named_together() -> None:
 
     (claim,) = claims.claims(alike(0.9, LOW, 0.8), evidence(repeats=three(0.3)), take_away=take_away)
     assert asked == [("repeats", [(0, 0), (0, 2)])]
-    assert claim.head == (0, 0) and claim.others == ((0, 2),) and claim.stands and claim.since == 10
+    assert claim.head == (0, 0) and claim.others == ((0, 2),) and claim.is_supported and claim.since == 10
     assert claims.sentence([claim]) == (
         "By step 10 heads L0H0 and L0H2 read the token after an earlier match (up to 0.90); without them the loss on "
         "repeats rises by 2.00 nats [95 %: 1.90 to 2.10; with their means instead, 1.50], without 2 random other heads "
@@ -171,7 +171,7 @@ def test_two_heads_that_only_matter_together_are_named_together() -> None:
 
 def test_two_heads_that_do_not_matter_together_either_stay_as_they_were() -> None:
     found = claims.claims(alike(0.9, LOW, 0.8), evidence(repeats=three(0.3)), take_away=lambda *_: both(0.3, 0.3, 0.3))
-    assert found[0].others == () and found[0].verdict == "like another head"
+    assert found[0].others == () and found[0].label == "same as control"
 
 
 @pytest.mark.parametrize("values", [(0.9, LOW, LOW), (0.9, 0.9, 0.9)])

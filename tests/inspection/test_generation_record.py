@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import CONFIG, DISK_OR_MEMORY, UserError
 from inspection import generation
-from inspection.attention_file import read
+from inspection.attention_file import read_attention_file
 from inspection.generation import Generated, attention_file, check_size, recording, triangle
 from inspection.verify import verify_dump
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation, ModelConfig
@@ -92,7 +92,7 @@ def test_each_row_is_that_of_reading_the_window_anew(preset: str, prompt: int, c
     weights, norms, log_p = row_by_row(model, text, prompt)
     T = len(weights[0, 0])
     assert seen.tokens.tolist() == text[-T:] and len(written) == count
-    assert np.abs(full(seen.packed, T) - weights).max() <= 1e-5
+    assert np.abs(full(seen.pattern_tril, T) - weights).max() <= 1e-5
     np.testing.assert_allclose(seen.value_norms, norms, rtol=1e-5)
     expected = -log_p[np.arange(T - 1), seen.tokens[1:]]
     np.testing.assert_allclose(seen.loss, expected, atol=2e-5)
@@ -143,7 +143,7 @@ def test_without_a_token_to_write_the_prompt_is_recorded() -> None:
     model, prompt = random_model("gpt2", context=CONTEXT), random_tokens(1, 5)
     written, seen = write_and_record(model, prompt, 0)
     weights, _, _ = row_by_row(model, prompt[0].tolist(), 5)
-    assert not written and np.abs(full(seen.packed, 5) - weights).max() <= 1e-5
+    assert not written and np.abs(full(seen.pattern_tril, 5) - weights).max() <= 1e-5
 
 
 def metadata(model: GPT) -> dict[str, str]:
@@ -158,11 +158,11 @@ def test_the_file_is_an_attention_file_that_verifies(tmp_path: Path, dtype: str,
     model = random_model("qwen3", context=CONTEXT)
     written, seen = write_and_record(model, random_tokens(1, 3), count, dtype)
     generation.write(tmp_path / "file", seen, lambda token: b"%d " % token, metadata(model))
-    dump = read(tmp_path / "file")
+    dump = read_attention_file(tmp_path / "file")
     (text,) = dump.texts
     assert text.name == "sample" and text.tokens[3:].tolist() == written
     assert text.token_bytes == [b"%d " % token for token in text.tokens]
-    assert text.packed.shape == (2, 6, triangle(count + 3)) and 8 * text.packed.itemsize == int(dtype[1:])
+    assert text.pattern_tril.shape == (2, 6, triangle(count + 3)) and 8 * text.pattern_tril.itemsize == int(dtype[1:])
     assert text.top is not None and text.top[0][0][0] == b"%d " % seen.top[0, 0]
     assert {"config", "weights_sha256", "versions", "windows"} <= set(dump.metadata)
     findings = verify_dump(dump, model, HASHES)
@@ -217,7 +217,7 @@ def test_sample_prints_the_same_text_and_writes_the_file(run: Path, tmp_path: Pa
     plain, attended = (script("sample.py", run, *options, *more) for more in ((), (f"--attend={tmp_path / 'file'}",)))
     assert attended.returncode == 0, attended.stderr
     assert attended.stdout == plain.stdout and str(tmp_path / "file.safetensors") in attended.stderr
-    dump = read(tmp_path / "file.safetensors")
+    dump = read_attention_file(tmp_path / "file.safetensors")
     (text,) = dump.texts
     assert b"".join(text.token_bytes).decode() == plain.stdout[:-1]
     assert dump.metadata["step"] == "6"

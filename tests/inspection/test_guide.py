@@ -13,8 +13,8 @@ import torch
 
 import attend
 from inspection import head_scores as metrics
-from inspection.activation_cache import capture, capture_batch
-from inspection.record import write
+from inspection.activation_cache import run_with_cache, run_with_cache_batch
+from inspection.record import write_attention_file as write
 from model import functional
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -86,7 +86,7 @@ def test_what_it_reads_cannot_depend_on_a_word_that_comes_later(preset: str) -> 
     tired = torch.tensor([number[word] for word in words])
     wide = torch.tensor([number[word] for word in [*words[:-1], "wide"]])
     model, it = small(preset=preset), words.index("it")
-    patterns = [capture(model, tokens).pattern for tokens in (tired, wide)]
+    patterns = [run_with_cache(model, tokens).pattern for tokens in (tired, wide)]
     assert torch.equal(patterns[0][:, :, it], patterns[1][:, :, it])  # to the last bit, in every layer and head
     assert not torch.equal(patterns[0][:, :, -1], patterns[1][:, :, -1])  # where the difference has been read
 
@@ -127,10 +127,12 @@ def test_every_link_leads_to_a_file() -> None:
 
 
 def test_the_reading_example_runs_without_torch(tmp_path: Path) -> None:
-    seen = capture_batch(small(), [[1, 2, 3, 4]])
+    seen = run_with_cache_batch(small(), [[1, 2, 3, 4]])
     file = tmp_path / "a.safetensors"
     write(file, [("held-out 1", seen[0], [b"<", b"a", b" b", b"\xff"])], {"step": "1"})
-    example = next(block for _, block in BLOCKS if block.startswith("from inspection.attention_file import read"))
+    example = next(
+        block for _, block in BLOCKS if block.startswith("from inspection.attention_file import read_attention_file")
+    )
     path = "runs/quickstart/attention/000540.safetensors"
     assert path in example
     code = "import sys; sys.modules['torch'] = None\n" + example.replace(path, file.as_posix())

@@ -96,17 +96,17 @@ def test_only_so_many_probes_of_a_kind_are_asked() -> None:
     watch = watched()
     first = EvalTexts(probes=(*watch.probes[:2], *watch.probes[8:10]))
     few, same_few = scores.head_scores(handmade(), watch, per_kind=2), scores.head_scores(handmade(), first)
-    for kind in ("reads.match", "reads.before"):
+    for kind in ("antecedent.match", "antecedent.before"):
         same(few[kind], same_few[kind])
 
 
 def test_every_score_can_be_explained() -> None:
     found = scores.head_scores(handmade(), watched())
-    assert {name for name in found if not name.startswith("reads.")} == set(SCORES)
-    for name in (*found, "reads.pronoun"):
+    assert {name for name in found if not name.startswith("antecedent.")} == set(SCORES)
+    for name in (*found, "antecedent.pronoun"):
         score = score_info(name)
         assert score.name == name and score.title and score.formula and score.source
-    assert "the name that decides it" in score_info("reads.pronoun").title
-    for unknown in ("", "reads.", "reads", "Induction"):
+    assert "the name that decides it" in score_info("antecedent.pronoun").title
+    for unknown in ("", "antecedent.", "reads", "Induction"):
         with pytest.raises(KeyError):
             score_info(unknown)

@@ -82,8 +82,8 @@ def test_weights_are_the_dumps_numbers_exactly(tmp_path: Path) -> None:
         for t, text in enumerate(dump.texts):
             entry = read.text(s, t)
             for layer, block in enumerate(entry["layers"]):
-                (kept,) = read.block(block, ("<f2", text.packed[layer].size))
-                assert np.array_equal(kept, text.packed[layer].ravel())
+                (kept,) = read.block(block, ("<f2", text.pattern_tril[layer].size))
+                assert np.array_equal(kept, text.pattern_tril[layer].ravel())
 
 
 def test_what_goes_with_the_weights(tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_what_goes_with_the_weights(tmp_path: Path) -> None:
     assert np.isnan(loss[0]) and np.array_equal(loss[1:], text.loss)
     largest = text.value_norms.max(axis=-1, keepdims=True)
     assert np.allclose(norms.reshape(made.L, made.H, T), text.value_norms / largest, atol=5e-4)
-    assert text.top is not None
-    assert [words[k] for k in likely[:5]] == ["".join(p[1:] for p in parts(token)) for token, _ in text.top[0]]
-    assert np.allclose(chance[:5], [p for _, p in text.top[0]], rtol=1e-3)
+    assert text.top_tokens is not None
+    assert [words[k] for k in likely[:5]] == ["".join(p[1:] for p in parts(token)) for token, _ in text.top_tokens[0]]
+    assert np.allclose(chance[:5], [p for _, p in text.top_tokens[0]], rtol=1e-3)
 
 
 def test_queries_keys_and_values_in_full(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_queries_keys_and_values_in_full(tmp_path: Path) -> None:
     read, _ = build(tmp_path, dumps)
     text, entry = dumps[2].texts[0], read.text(2, 0)
     assert read.text(0, 0).get("details") is None and entry["details"]["half"] is False
-    assert text.queries is not None and text.keys is not None and text.values is not None and text.projected is not None
-    arrays = [text.queries[1], text.keys[1], text.values[1], text.projected[1]]
+    assert text.queries is not None and text.keys is not None and text.values is not None and text.attn_out is not None
+    arrays = [text.queries[1], text.keys[1], text.values[1], text.attn_out[1]]
     kept = read.block(entry["details"]["blocks"][1], *(("<f4", array.size) for array in arrays))
     assert all(np.array_equal(a.ravel(), b) for a, b in zip(arrays, kept, strict=True))
 
@@ -123,10 +123,13 @@ def test_scores_and_what_they_mean(tmp_path: Path) -> None:
     assert steps[1]["scores"]["induction"][0][0] is None
     assert np.allclose(steps[2]["scores"]["entropy"], dumps[2].scores["entropy"], rtol=1e-6)
     meaning = read.about["scores"]
-    assert meaning["induction"]["measure"] == "repeats" and meaning["reads.pronoun"]["measure"] == "choice.pronoun"
+    assert (
+        meaning["induction"]["measure"] == "repeats"
+        and meaning["antecedent.pronoun"]["measure"] == "logit_diff.pronoun"
+    )
     assert meaning["entropy"]["measure"] == "corpus" and meaning["distance"]["high"] is None
-    assert not meaning["entropy"]["weight"] and meaning["reads.pronoun"]["weight"]
-    assert read.about["sentence"] == made.CLAIMS["sentence"] and read.about["evidence"]["step"] == 400
+    assert not meaning["entropy"]["weight"] and meaning["antecedent.pronoun"]["weight"]
+    assert read.about["headline"] == made.CLAIMS["headline"] and read.about["evidence"]["step"] == 400
 
 
 # ---- small enough
@@ -171,10 +174,10 @@ def test_eight_bits_are_within_what_is_said(tmp_path: Path, monkeypatch: pytest.
     assert read.text(0, 0)["eight"]
     assert "8 bits, each within 0.004, those below 0.25 within 0.002" in " ".join(report.notes)
     text = dumps[0].texts[0]
-    (kept,) = read.block(read.text(0, 0)["layers"][1], ("|u1", text.packed[1].size))
-    assert np.abs((kept / 255.0) ** 2 - text.packed[1].ravel().astype(np.float64)).max() <= 0.004
+    (kept,) = read.block(read.text(0, 0)["layers"][1], ("|u1", text.pattern_tril[1].size))
+    assert np.abs((kept / 255.0) ** 2 - text.pattern_tril[1].ravel().astype(np.float64)).max() <= 0.004
     everything = np.linspace(0, 1, 9999)
-    plan = replace(made.text("x", [b"a"], 1, False), packed=everything.reshape(1, 1, -1))
+    plan = replace(made.text("x", [b"a"], 1, False), pattern_tril=everything.reshape(1, 1, -1))
     off = np.abs((Plan().pattern(plan, 0, True)[0].ravel() / 255.0) ** 2 - everything)
     assert off.max() <= 0.004 and off[everything < 0.25].max() <= 0.002
 
@@ -192,7 +195,7 @@ def test_at_the_very_most_a_part_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     kept = entry["tokens"]
     assert f"the last {kept} tokens" in said and entry["first"] == 150 - kept and "details" not in entry
     assert len(entry["layers"]) == run["layers"] and f"Of 6 layers the first {run['layers']} are kept" in said
-    whole = dumps[0].texts[0].unpack(0)[0, :, -kept:, -kept:]
+    whole = dumps[0].texts[0].pattern(0)[0, :, -kept:, -kept:]
     rows, columns = np.tril_indices(kept)
     (first,) = read.block(entry["layers"][0], ("|u1", run["heads"] * len(rows)))
     expected = whole[: run["heads"], rows, columns]
@@ -205,12 +208,12 @@ def test_at_the_very_most_a_part_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><!-- {{script}} \u2028"
     dump = AttentionFile([made.text(evil, made.HOSTILE, 1, True)], {"step": evil}, {evil: np.ones((2, 3), np.float32)})
-    claims = {"sentence": evil, "claims": [{"text": evil}]}
+    claims = {"headline": evil, "findings": [{"text": evil}]}
     read, _ = build(tmp_path, [dump], title=evil, claims=claims, evidence={evil: evil})
     ordinary, _ = build(tmp_path, made.dumps()[:1])
     for tag in ("<script>", "<!--", "</title>"):
         assert read.source.count(tag) == ordinary.source.count(tag), tag
-    assert read.about["sentence"] == evil, "and yet it arrives as it was"
+    assert read.about["headline"] == evil, "and yet it arrives as it was"
     data = read.source[read.source.index('id="about"') : read.source.index("<script>")]
     assert data.isascii()
 
@@ -280,7 +283,9 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
 def test_strange_dumps_still_make_a_page(tmp_path: Path) -> None:
     """Numbers that are none, a step that is no number, two texts of one name, a text of another shape."""
     text = made.text("a", made.WORDS, 1, True)
-    broken = replace(text, packed=np.full_like(text.packed, np.nan), value_norms=np.full_like(text.value_norms, np.inf))
+    broken = replace(
+        text, pattern_tril=np.full_like(text.pattern_tril, np.nan), value_norms=np.full_like(text.value_norms, np.inf)
+    )
     other = made.text("b", made.WORDS, 1, False, (1, 1))
     dumps = [AttentionFile([text, broken, other], {"step": "x"}, {}), AttentionFile([broken], {}, {})]
     read, _ = build(tmp_path, dumps, evidence={"measures": {"corpus": float("nan")}})

@@ -110,7 +110,7 @@ def test_scores_are_drawn_from_their_least_to_their_largest_value() -> None:
     assert scale("induction", [0.2]) == (0, 1)
     assert scale("copying", [0.2]) == (-1, 1)
     assert scale("distance", [3.0, 17.0, NAN]) == (0, 17)
-    assert scale("reads.pronoun", [0.2]) == (0, 1)
+    assert scale("antecedent.pronoun", [0.2]) == (0, 1)
     assert scale("a stranger's", [0.2]) == (0, 1)
 
 

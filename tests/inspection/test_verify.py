@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from inspection import record
-from inspection.activation_cache import capture_batch
-from inspection.attention_file import AttentionFile, AttentionRecord, read
+from inspection.activation_cache import run_with_cache_batch
+from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
 from inspection.finding import CheckResult, table
 from inspection.recompute import fused_weights
 from inspection.verify import verify_dump
@@ -60,10 +60,12 @@ def head_scores(model: GPT) -> dict[str, NDArray[Any]]:
 
 def written(path: Path, model: GPT, dtype: str = "f16", details: bool = True) -> Path:
     texts = [random_tokens(1, T, seed=T)[0].tolist() for T in LENGTHS.values()]
-    seen = capture_batch(model, texts, details=details)
+    seen = run_with_cache_batch(model, texts, details=details)
     rows = [(name, one, [piece(t) for t in text]) for name, one, text in zip(LENGTHS, seen, texts, strict=True)]
     where = {"config": json.dumps(asdict(model.config)), "vocab_size": str(VOCAB), "step": "8", "tokens_seen": "64"}
-    record.write(path, rows, {**where, **HASHES, "versions": record.versions()}, dtype, head_scores(model), piece)
+    record.write_attention_file(
+        path, rows, {**where, **HASHES, "versions": record.package_versions()}, dtype, head_scores(model), piece
+    )
     return path
 
 
@@ -74,7 +76,7 @@ def model() -> GPT:
 
 @pytest.fixture(scope="module")
 def dump(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> AttentionFile:
-    return read(written(tmp_path_factory.mktemp("verify") / "000008.safetensors", model))
+    return read_attention_file(written(tmp_path_factory.mktemp("verify") / "000008.safetensors", model))
 
 
 def everything(dump: AttentionFile, model: GPT | None) -> dict[str, CheckResult]:
@@ -88,7 +90,7 @@ def everything(dump: AttentionFile, model: GPT | None) -> dict[str, CheckResult]
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_true_file_passes_every_check(tmp_path: Path, preset: str, dtype: str) -> None:
     model = random_model(preset, context=24)
-    found = everything(read(written(tmp_path / "file", model, dtype)), model)
+    found = everything(read_attention_file(written(tmp_path / "file", model, dtype)), model)
     assert set(found) == INSIDE | AGAIN | set(HASHES) | {"tokens with other bytes"}
     assert all(finding.ok for finding in found.values()), [f for f in found.values() if not f.ok]
     assert found["attention recomputed"].bound == (2**-11 if dtype == "f16" else 1e-6)
@@ -97,7 +99,9 @@ def test_a_true_file_passes_every_check(tmp_path: Path, preset: str, dtype: str)
 
 def test_a_model_of_the_fused_face_says_the_same(tmp_path: Path) -> None:
     explicit, fused = random_model("gpt2"), random_model("gpt2", "sdpa")
-    assert all(finding.ok for finding in everything(read(written(tmp_path / "file", explicit)), fused).values())
+    assert all(
+        finding.ok for finding in everything(read_attention_file(written(tmp_path / "file", explicit)), fused).values()
+    )
 
 
 def test_without_a_model_only_the_file_itself_is_checked(dump: AttentionFile) -> None:
@@ -106,7 +110,7 @@ def test_without_a_model_only_the_file_itself_is_checked(dump: AttentionFile) ->
 
 
 def test_a_file_without_details_has_less_to_be_checked(tmp_path: Path, model: GPT) -> None:
-    found = everything(read(written(tmp_path / "file", model, details=False)), model)
+    found = everything(read_attention_file(written(tmp_path / "file", model, details=False)), model)
     details = {"queries, keys, values, sums recomputed", "next tokens recomputed"}
     assert (INSIDE | AGAIN) - set(found) == details | {"weights from the stored queries and keys"}
     assert all(finding.ok for finding in found.values())
@@ -148,8 +152,8 @@ def another(array: NDArray[Any]) -> NDArray[Any]:
 class Leaky(AttentionRecord):
     """A text whose weights come with some of the future."""
 
-    def unpack(self, layer: int | None = None) -> NDArray[np.float32]:
-        return super().unpack(layer) + np.eye(len(self.tokens), k=1, dtype=np.float32)
+    def pattern(self, layer: int | None = None) -> NDArray[np.float32]:
+        return super().pattern(layer) + np.eye(len(self.tokens), k=1, dtype=np.float32)
 
 
 def leaky(dump: AttentionFile) -> AttentionFile:
@@ -171,18 +175,18 @@ def sixth(dump: AttentionFile, model: GPT, own_chance: bool) -> AttentionFile:
     window = torch.from_numpy(text.tokens.astype(np.int64))
     with torch.no_grad():
         top_p, top = model(window[None])[0, 3].softmax(-1).topk(6)
-    tokens = text.top_tokens.copy()
+    tokens = text.top_ids.copy()
     tokens[3, 4] = top[5]
-    row = [*text.top[3][:4], (piece(int(top[5])), top_p[5 if own_chance else 4].item())]
-    return text_with(dump, top_tokens=tokens, top=[*text.top[:3], row, *text.top[4:]])
+    row = [*text.top_tokens[3][:4], (piece(int(top[5])), top_p[5 if own_chance else 4].item())]
+    return text_with(dump, top_ids=tokens, top_tokens=[*text.top_tokens[:3], row, *text.top_tokens[4:]])
 
 
 ATTENTION = "attention recomputed"
 DETAILS = "queries, keys, values, sums recomputed"
 SPELLING = "tokens with other bytes"
 WRONG: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
-    "a weight is nan": ("numbers that are not finite", lambda d: text_with(d, packed=put(np.nan, 1, 2, 30))),
-    "a row has a nan": ("rows sum to 1", lambda d: text_with(d, packed=put(np.nan, 1, 2, 30))),
+    "a weight is nan": ("numbers that are not finite", lambda d: text_with(d, pattern_tril=put(np.nan, 1, 2, 30))),
+    "a row has a nan": ("rows sum to 1", lambda d: text_with(d, pattern_tril=put(np.nan, 1, 2, 30))),
     "a key is infinite": ("numbers that are not finite", lambda d: text_with(d, keys=put(np.inf, 0, 0, 0, 0))),
     "a loss is nan": ("numbers that are not finite", lambda d: text_with(d, 2, loss=put(np.nan, 4))),
     "a score is infinite": (
@@ -191,11 +195,11 @@ WRONG: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
     ),
     "a chance is nan": (
         "numbers that are not finite",
-        lambda d: text_with(d, top=[[(b"", float("nan"))] * 5] * 24),
+        lambda d: text_with(d, top_tokens=[[(b"", float("nan"))] * 5] * 24),
     ),
-    "weights fade": ("rows sum to 1", lambda d: text_with(d, 2, packed=lambda a: a * np.float16(0.998))),
-    "a weight is gone": ("rows sum to 1", lambda d: text_with(d, packed=put(0, 0, 0, 0))),
-    "a weight is negative": ("weights lie in 0 to 1", lambda d: text_with(d, packed=moved)),
+    "weights fade": ("rows sum to 1", lambda d: text_with(d, 2, pattern_tril=lambda a: a * np.float16(0.998))),
+    "a weight is gone": ("rows sum to 1", lambda d: text_with(d, pattern_tril=put(0, 0, 0, 0))),
+    "a weight is negative": ("weights lie in 0 to 1", lambda d: text_with(d, pattern_tril=moved)),
     "the future is read": ("weight outside of what may be read", leaky),
     "keys are half as long": (
         "weights from the stored queries and keys",
@@ -203,7 +207,7 @@ WRONG: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
     ),
     "heads are swapped": (
         "weights from the stored queries and keys",
-        lambda d: text_with(d, packed=lambda a: a[:, ::-1]),
+        lambda d: text_with(d, pattern_tril=lambda a: a[:, ::-1]),
     ),
     "the step is missing": (
         "metadata and shapes",
@@ -223,12 +227,15 @@ WRONG: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
     "other weights": ("weights_sha256", lambda d: metadata_with(d, weights_sha256="0" * 64)),
     "another tokenizer": ("tokenizer_sha256", lambda d: metadata_with(d, tokenizer_sha256="")),
     "a token has another's bytes": (SPELLING, lambda d: text_with(d, token_bytes=lambda a: [b"?", *a[1:]])),
-    "a likely token has another's bytes": (SPELLING, lambda d: text_with(d, top=lambda a: [[(b"?", 0.1)] * 5, *a[1:]])),
+    "a likely token has another's bytes": (
+        SPELLING,
+        lambda d: text_with(d, top_tokens=lambda a: [[(b"?", 0.1)] * 5, *a[1:]]),
+    ),
     "a token is another": (ATTENTION, lambda d: text_with(d, tokens=another)),
-    "layers are swapped": (ATTENTION, lambda d: text_with(d, packed=lambda a: a[::-1])),
+    "layers are swapped": (ATTENTION, lambda d: text_with(d, pattern_tril=lambda a: a[::-1])),
     "a weight moved by a thousandth": (
         ATTENTION,
-        lambda d: text_with(d, packed=lambda a: put(a[0, 0, 5] + 1e-3, 0, 0, 5)(a)),
+        lambda d: text_with(d, pattern_tril=lambda a: put(a[0, 0, 5] + 1e-3, 0, 0, 5)(a)),
     ),
     "losses are late by one": ("loss recomputed", lambda d: text_with(d, 2, loss=lambda a: np.roll(a, 1))),
     "a loss is off": ("loss recomputed", lambda d: text_with(d, loss=lambda a: a + np.float32(3e-4))),
@@ -239,12 +246,12 @@ WRONG: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
     "queries of another position": (DETAILS, lambda d: text_with(d, queries=lambda a: np.roll(a, 1, axis=2))),
     "keys of another head": (DETAILS, lambda d: text_with(d, keys=lambda a: np.roll(a, 1, axis=1))),
     "values of another layer": (DETAILS, lambda d: text_with(d, values=lambda a: a[::-1])),
-    "a sum of another width": (DETAILS, lambda d: text_with(d, projected=lambda a: a * np.float32(1.001))),
+    "a sum of another width": (DETAILS, lambda d: text_with(d, attn_out=lambda a: a * np.float32(1.001))),
     "likely tokens in another order": (
         "next tokens recomputed",
-        lambda d: text_with(d, top=swapped, top_tokens=lambda a: np.concatenate([a[:4], a[4:5, ::-1], a[5:]])),
+        lambda d: text_with(d, top_tokens=swapped, top_ids=lambda a: np.concatenate([a[:4], a[4:5, ::-1], a[5:]])),
     ),
-    "likely tokens with other chances": ("next tokens recomputed", lambda d: text_with(d, top=swapped)),
+    "likely tokens with other chances": ("next tokens recomputed", lambda d: text_with(d, top_tokens=swapped)),
     "a score of another head": (
         "scores recomputed",
         lambda d: replace(d, scores={**d.scores, "one": d.scores["one"][:, ::-1]}),
@@ -289,12 +296,12 @@ def test_another_models_file_is_noticed(dump: AttentionFile) -> None:
     assert "attention recomputed" not in found
 
 
-@pytest.mark.parametrize("part", ["loss", "queries", "top"])
+@pytest.mark.parametrize("part", ["loss", "queries", "top_tokens"])
 def test_one_weight_of_the_model_is_noticed(dump: AttentionFile, part: str) -> None:
     model = random_model("qwen3")
     with torch.no_grad():
         model.blocks[1].mlp.down.weight[0, 0] += 0.1
-    check = {"loss": "loss recomputed", "queries": ATTENTION, "top": "next tokens recomputed"}[part]
+    check = {"loss": "loss recomputed", "queries": ATTENTION, "top_tokens": "next tokens recomputed"}[part]
     found = everything(dump, model)
     assert found[check].ok == (part == "queries"), "the last layer's own attention stands before that weight"
 
@@ -325,7 +332,7 @@ def test_any_number_with_a_flipped_bit_is_noticed(tmp_path: Path, dump: Attentio
         changed[place] ^= 0x40
         path.write_bytes(changed)
         try:
-            found = everything(read(path), model)
+            found = everything(read_attention_file(path), model)
         except UserError:
             continue
         assert not all(finding.ok for finding in found.values()), name

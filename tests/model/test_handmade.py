@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inspection.activation_cache import Capture, capture
+from inspection.activation_cache import ActivationCache, run_with_cache
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 
@@ -17,8 +17,8 @@ FIRST, SECOND = slice(0, N + 1), slice(N + 1, 2 * N)
 """Which targets nothing before them tells, and which the induction head tells (from the second token said again on)."""
 
 
-def read(model: GPT) -> Capture:
-    return capture(model, torch.tensor(repeats(1, N)[0]), logits=True)
+def read(model: GPT) -> ActivationCache:
+    return run_with_cache(model, torch.tensor(repeats(1, N)[0]), logits=True)
 
 
 def without(model: GPT, layer: int, head: int) -> GPT:
@@ -87,4 +87,4 @@ def test_the_norms_leave_the_stream_as_it_is() -> None:
 @pytest.mark.parametrize(("n_tokens", "context", "n_heads"), [(60, 110, 2), (110, 60, 4)])
 def test_it_can_be_built_in_other_sizes(n_tokens: int, context: int, n_heads: int) -> None:
     text = torch.tensor(repeats(1, 29, n_tokens, seed=3)[0])
-    exactly(capture(handmade(n_tokens, context, n_heads), text).loss[30:], 0.0)
+    exactly(run_with_cache(handmade(n_tokens, context, n_heads), text).loss[30:], 0.0)

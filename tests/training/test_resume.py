@@ -140,13 +140,13 @@ def test_damage_to_what_is_looked_at_stops_no_training(corpus: Path, whole: Any,
     folder = tmp_path / "damaged"
     shutil.copytree(whole("plain"), folder)
     shutil.rmtree(folder / "checkpoints" / "000012")
-    (folder / "attention" / "watched.json").write_text("{")
+    (folder / "attention" / "eval_texts.json").write_text("{")
     (folder / "attention" / "000004.safetensors").write_bytes(b"damaged")
-    (folder / "attention" / ".evidence.json.abcd1234").write_text("{")
+    (folder / "attention" / ".ablations.json.abcd1234").write_text("{")
     done = script("train.py", f"--run.resume={folder}")
     assert done.returncode == 0, done.stderr
-    assert "watched.json" in done.stderr and "000004.safetensors" in done.stderr
-    assert not (folder / "attention" / ".evidence.json.abcd1234").exists()
+    assert "eval_texts.json" in done.stderr and "000004.safetensors" in done.stderr
+    assert not (folder / "attention" / ".ablations.json.abcd1234").exists()
     assert (folder / "attention" / "000004.damaged").exists() and (folder / "attention.html").is_file()
     assert bits(folder) == bits(whole("plain"))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from inspection.attention_file import read
+from inspection.attention_file import read_attention_file
 from model.config import ATTENTION_IMPLEMENTATIONS
 from tests.runs import ROOT, TINY, said, script
 from training.checkpoint import open_checkpoint, sha256_of_weights
@@ -52,7 +52,7 @@ def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
         assert (run / "checkpoints" / "000006" / name).stat().st_size > 0, name
     dumps = [f"{step:06d}.safetensors" for step in (0, 3, 6)]
     names = sorted(path.name for path in (run / "attention").iterdir())
-    assert names == [*dumps, "claims.json", "evidence.json", "watched.json"]
+    assert names == [*dumps, "findings.json", "ablations.json", "eval_texts.json"]
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -74,12 +74,12 @@ def test_the_last_lines_set_the_loss_in_context(run: Path) -> None:
 
 
 def test_dumps_hold_the_same_texts_at_every_evaluation_and_say_where_they_come_from(run: Path) -> None:
-    early, late = (read(run / "attention" / f"{step:06d}.safetensors") for step in (3, 6))
+    early, late = (read_attention_file(run / "attention" / f"{step:06d}.safetensors") for step in (3, 6))
     names = [text.name for text in late.texts]
     assert names == ["sample", "held-out 1", "held-out 2", "repeat 1"] == [text.name for text in early.texts]
     for before, after in zip(early.texts[1:], late.texts[1:], strict=True):
         assert before.tokens.tolist() == after.tokens.tolist()
-    assert late.texts[0].queries is not None and late.texts[0].top is not None  # what the page takes apart
+    assert late.texts[0].queries is not None and late.texts[0].top_tokens is not None  # what the page takes apart
     assert {"induction", "previous_token", "entropy", "copying"} <= set(late.scores)
     assert early.metadata["weights_sha256"] != late.metadata["weights_sha256"]
     assert late.metadata["weights_sha256"] == weights(run)
@@ -90,14 +90,14 @@ def test_a_run_that_was_stopped_can_be_measured_and_ended_where_it_stands(run: P
     """Its last checkpoint stands between two evaluations: without a dump, without evidence, without a page."""
     folder = tmp_path / "stopped"
     shutil.copytree(run, folder)
-    for name in ("000006.safetensors", "claims.json", "evidence.json"):
+    for name in ("000006.safetensors", "findings.json", "ablations.json"):
         (folder / "attention" / name).unlink()
     (folder / "attention.html").unlink()
     shutil.copytree(folder, tmp_path / "resumed")
     done = script("attend.py", "evidence", folder)
     assert done.returncode == 0, done.stderr
     assert "No head passes" in done.stdout and (folder / "attention.html").is_file()
-    again, before = (json.loads((at / "attention" / "evidence.json").read_text()) for at in (folder, run))
+    again, before = (json.loads((at / "attention" / "ablations.json").read_text()) for at in (folder, run))
     assert again["weights_sha256"] == before["weights_sha256"] and set(again["measures"]) == set(before["measures"])
     assert again["measures"]["repeats"]["zero"][1][0] == pytest.approx(
         before["measures"]["repeats"]["zero"][1][0], 1e-2
@@ -125,8 +125,8 @@ def test_lines_of_ones_own_are_watched(corpus: Path, tmp_path: Path) -> None:
     done = script("train.py", *TINY, *options)
     assert done.returncode == 0, done.stderr
     assert "own: right in" not in done.stdout  # one question is too few to choose a head on and to judge it
-    seen = read(tmp_path / "own" / "attention" / "000006.safetensors")
-    assert {"line 1", "own 1"} <= {text.name for text in seen.texts} and "reads.own" in seen.scores
+    seen = read_attention_file(tmp_path / "own" / "attention" / "000006.safetensors")
+    assert {"line 1", "own 1"} <= {text.name for text in seen.texts} and "antecedent.own" in seen.scores
     assert "no such file" in said(script("train.py", *TINY, "--log.watch=nowhere.txt"), 2)
 
 
