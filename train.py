@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import run_main
 from training.config import RunConfig, parse_train
-from training.hardware import take_plan
+from training.hardware import parse_plan_option
 from training.run_dir import run_folder
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ HELD_OUT_TEXTS = 12
 
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
-    argv, place = take_plan(argv)
+    argv, place = parse_plan_option(argv)
     config, name = parse_train([word for word in argv if word != CHECK])
     if CHECK in argv:
         from training.check import check_resume
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
         plan(config, place, name)
         return
     with run_folder(config, name) as config:
-        from training.distributed import processes
+        from training.distributed import process_group
 
-        with processes(config.run.timeout):
+        with process_group(config.run.timeout):
             train(config, started)
 
 
@@ -60,32 +60,32 @@ def train(config: RunConfig, started: float) -> None:
     from training.provenance import provenance
     from training.setup import Run, agreed
 
-    machine = get_dist_context(config.train.dtype, config.run.threads)
-    config = agreed(config, machine)
-    data = prepare_once(config.data, machine)
-    config, end = planned(config, machine, data, started)
+    ctx = get_dist_context(config.train.dtype, config.run.threads)
+    config = agreed(config, ctx)
+    data = prepare_once(config.data, ctx)
+    config, end = planned(config, ctx, data, started)
     require(data, config.model.context)
     watched = watch_set(data, config)
-    run = Run(config, machine, data)
+    run = Run(config, ctx, data)
     observer = AttentionRecorder(run.model, watched, data.tokenizer.token_bytes, run.folder)
 
     def observe(state: TrainState) -> None:
         observer.write(state.step, provenance(run.model, data.tokenizer, state), run.sample)
 
     run.begin()
-    if machine.is_main_process:
+    if ctx.is_main_process:
         observer.begin(run.state.step)
         if not observer.has(run.state.step):  # untrained heads, or those of a run that was stopped
             observe(run.state)
     run.train(observe, end)
     run.report()
-    if machine.is_main_process:
+    if ctx.is_main_process:
         seen = observer.report(run.state.step, sha256_of_weights(run.model))
         run.finish(seen.lines, seen.pictures, seen.page, started)
 
 
 def planned(
-    config: RunConfig, machine: DistContext, data: TokenizedCorpus, started: float
+    config: RunConfig, ctx: DistContext, data: TokenizedCorpus, started: float
 ) -> tuple[RunConfig, float | None]:
     """The config with model, batch and steps chosen, where it gives the minutes to spend; when they should be over."""
     if not config.train.minutes:
@@ -93,7 +93,7 @@ def planned(
     from training.time_budget import choose
 
     sizes = (data.tokenizer.vocab_size, len(data.train), len(data.val))
-    config, lines, end = choose(config, machine, *sizes, time.perf_counter() - started)
+    config, lines, end = choose(config, ctx, *sizes, time.perf_counter() - started)
     print("\n".join(lines), flush=True)
     return config, end
 

@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from training.checkpoint import TrainState
 from training.config import RunConfig, parse_train
-from training.device import choose_attention, get_dist_context
+from training.device import get_dist_context, resolve_attention
 from training.footprint import footprint, stand_in
 from training.optimizer import Optimizer
 from training.speed import measured
@@ -54,31 +54,31 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 def planned(config: RunConfig) -> dict[str, float]:
     """What the plan says: seconds of a step, bytes by part."""
-    config, machine, vocab_size = settled(config)
-    memory = footprint(config, vocab_size, machine, config.train.batch_size)
-    speed = measured(config, vocab_size, machine, config.train.batch_size)
+    config, ctx, vocab_size = settled(config)
+    memory = footprint(config, vocab_size, ctx, config.train.batch_size)
+    speed = measured(config, vocab_size, ctx, config.train.batch_size)
     found = {part: float(getattr(memory, part)) for part in PARTS}
     return {**found, "activations": found["activations"] + memory.copies, "step": speed.step}
 
 
 def settled(config: RunConfig) -> tuple[RunConfig, Any, int]:
     """The config with its kernels decided, the machine, the size of the vocabulary."""
-    machine = get_dist_context(config.train.dtype, config.run.threads)
-    config = replace(config, model=choose_attention(config.model, machine.device, machine.dtype))
-    return config, machine, prepare(config.data, progress=False).tokenizer.vocab_size
+    ctx = get_dist_context(config.train.dtype, config.run.threads)
+    config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
+    return config, ctx, prepare(config.data, progress=False).tokenizer.vocab_size
 
 
 def happened(config: RunConfig) -> dict[str, float]:
     """Bytes that the real loop takes, on the real text."""
-    config, machine, vocab_size = settled(config)
+    config, ctx, vocab_size = settled(config)
     data = prepare(config.data, progress=False)
     warm = replace(
         config, model=ModelConfig(n_layers=1, n_heads=2, d_model=16, context=16, attention=config.model.attention)
     )
-    stand_in(warm, 50, machine, GPT(warm.model, 50), 2).step()  # libraries are loaded by now
+    stand_in(warm, 50, ctx, GPT(warm.model, 50), 2).step()  # libraries are loaded by now
     before = resident(reset=True)
     model = GPT(config.model, vocab_size, seed=1)
-    trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
+    trainer = Trainer(config, ctx, data, model, model, Optimizer(model, config.optim), TrainState())
     for _ in range(4):
         trainer.train_step()
     grown = resident() - before
@@ -91,7 +91,7 @@ def happened(config: RunConfig) -> dict[str, float]:
             blocks[place] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), machine.autocast():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), ctx.autocast():
         kept = model.features(rows.tokens)  # what is kept lives as long as this
         model.head(kept[:1, :1])  # the copy of its weights
     trainer.forward_backward(rows, 1)

@@ -35,7 +35,7 @@ from model.gpt import GPT
 from training.checkpoint import TrainState
 from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
 from training.device import DistContext, get_dist_context
-from training.distributed import is_sharded, processes, share, whole
+from training.distributed import full_tensor, is_fsdp, process_group, wrap_model
 from training.optimizer import Optimizer
 from training.trainer import Trainer
 
@@ -55,7 +55,7 @@ class Case:
     """A way to share the work of a step."""
 
     name: str
-    processes: int = 1
+    process_group: int = 1
     micro_batch_size: int = 0
     sharding: str = "none"
 
@@ -83,28 +83,28 @@ def settings(folder: Path, case: Case, optimizer: str = "adamw") -> RunConfig:
     )
 
 
-def trainer(folder: Path, case: Case, machine: DistContext, optimizer: str = "adamw") -> Trainer:
+def trainer(folder: Path, case: Case, ctx: DistContext, optimizer: str = "adamw") -> Trainer:
     """The real loop on the learned weights; on new ones where there are none yet."""
     config = settings(folder, case, optimizer)
     data = prepare(config.data, progress=False, verify=False)
     model = GPT(config.model, data.tokenizer.vocab_size, seed=1)
     if (learned := folder / "learned.safetensors").exists():
         model.load_state_dict({**load_file(learned), "head.weight": load_file(learned)["token_embedding.weight"]})
-    stepped = share(model, machine, case.sharding)
-    moves = Optimizer(stepped if is_sharded(stepped) else model, config.optim)
-    return Trainer(config, machine, data, model, stepped, moves, TrainState())
+    stepped = wrap_model(model, ctx, case.sharding)
+    moves = Optimizer(stepped if is_fsdp(stepped) else model, config.optim)
+    return Trainer(config, ctx, data, model, stepped, moves, TrainState())
 
 
 def gradient(one: Trainer, step: int) -> float:
     """Leave the gradient of a step's batch in the parameters; its loss."""
-    rows = batch(one.data.train, one.train_sequences, 1, step, BATCH, one.machine.rank, one.machine.world)
+    rows = batch(one.data.train, one.train_sequences, 1, step, BATCH, one.ctx.rank, one.ctx.world_size)
     return float(one.forward_backward(rows, num_valid_tokens(one.train_sequences, 1, step, BATCH)))
 
 
 def named(one: Trainer, of_gradient: bool = False) -> dict[str, Tensor]:
     """Every weight, or its gradient, whole, by the plain model's names; every process calls it."""
     return {
-        name: whole(p.grad if of_gradient and p.grad is not None else p).detach().clone()
+        name: full_tensor(p.grad if of_gradient and p.grad is not None else p).detach().clone()
         for p, name in one.optimizer.names.items()
     }
 
@@ -121,30 +121,30 @@ def after_sgd(one: Trainer) -> dict[str, Tensor]:
 
 def counted(one: Trainer) -> list[int]:
     """Targets that count in the first batch, of each process."""
-    rows = batch(one.data.train, one.train_sequences, 1, 0, BATCH, one.machine.rank, one.machine.world)
-    each = torch.zeros(one.machine.world, dtype=torch.int64)
-    each[one.machine.rank] = (rows.targets != IGNORE_INDEX).sum()
-    return one.machine.sum(each).tolist()
+    rows = batch(one.data.train, one.train_sequences, 1, 0, BATCH, one.ctx.rank, one.ctx.world_size)
+    each = torch.zeros(one.ctx.world_size, dtype=torch.int64)
+    each[one.ctx.rank] = (rows.targets != IGNORE_INDEX).sum()
+    return one.ctx.all_reduce_sum(each).tolist()
 
 
 def work(cases: list[Case], folder: Path) -> None:
     """Everything that is compared, of some cases, in every one of their processes; the first writes it down."""
-    with processes(timeout=120):
-        machine = get_dist_context("fp32", threads=1)
+    with process_group(timeout=120):
+        ctx = get_dist_context("fp32", threads=1)
         for case in cases:
-            assert machine.world == case.processes
-            one = trainer(folder, case, machine)
+            assert ctx.world_size == case.processes
+            one = trainer(folder, case, ctx)
             shares = counted(one)
             gradient(one, 0)
             found = {"gradient": named(one, of_gradient=True)}
-            found["weights, SGD"] = after_sgd(trainer(folder, case, machine))
+            found["weights, SGD"] = after_sgd(trainer(folder, case, ctx))
             for optimizer, name in (("adamw", "AdamW"), ("muon", "Muon")):
-                one = trainer(folder, case, machine, optimizer)
+                one = trainer(folder, case, ctx, optimizer)
                 for _ in range(STEPS):
                     one.train_step()
                 found[f"weights, {name}"] = named(one)
                 found[f"loss, {name}"] = {"loss": torch.tensor(gradient(one, STEPS), dtype=torch.float64)}
-            if machine.is_main_process:
+            if ctx.is_main_process:
                 save_file({f"{a}/{b}": v for a, vs in found.items() for b, v in vs.items()}, written(folder, case))
                 written(folder, case).with_suffix(".json").write_text(json.dumps(shares))
 

@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.side_by_side import ROOT
-from training.hardware import processor
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What the benchmarks measured

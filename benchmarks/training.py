@@ -23,14 +23,14 @@ def trained(config: RunConfig) -> Trained:
     from data.prepare import prepare
     from model.gpt import GPT
     from training.checkpoint import TrainState
-    from training.device import choose_attention, get_dist_context
+    from training.device import get_dist_context, resolve_attention
     from training.optimizer import Optimizer
     from training.trainer import Trainer
 
-    data, machine = prepare(config.data), get_dist_context(config.train.dtype, config.run.threads)
-    shape = choose_attention(config.model, machine.device, machine.dtype)
+    data, ctx = prepare(config.data), get_dist_context(config.train.dtype, config.run.threads)
+    shape = resolve_attention(config.model, ctx.device, ctx.dtype)
     model = GPT(shape, data.tokenizer.vocab_size, config.run.seed)
-    trainer = Trainer(config, machine, data, model, model, Optimizer(model, config.optim), TrainState())
+    trainer = Trainer(config, ctx, data, model, model, Optimizer(model, config.optim), TrainState())
     start = time.perf_counter()
     while trainer.state.step < config.train.steps:
         trainer.train_step()

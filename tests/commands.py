@@ -10,7 +10,7 @@ import sample
 from tests.runs import ROOT
 from training.cli import parse
 from training.config import parse_train
-from training.hardware import take_plan
+from training.hardware import parse_plan_option
 
 
 def check_command(command: str) -> None:
@@ -19,7 +19,7 @@ def check_command(command: str) -> None:
     if program == "pip":
         assert (ROOT / argv[-1]).is_file()
     elif script == "train.py":
-        argv, _ = take_plan(argv)
+        argv, _ = parse_plan_option(argv)
         if (
             "--run.resume" not in argv and "--help" not in argv
         ):  # a run to resume is made in tests/training/test_train.py

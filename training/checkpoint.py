@@ -27,7 +27,7 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import RunConfig, from_saved
-from training.device import DistContext, choose_attention
+from training.device import DistContext, resolve_attention
 from training.strangers import (
     check_cache,
     check_moments,
@@ -152,14 +152,14 @@ class Checkpoint:
         load_weights(model, self.weights(), self.folder)
         return model
 
-    def model(self, machine: DistContext) -> GPT:
+    def model(self, ctx: DistContext) -> GPT:
         """The model, ready to be sampled from.
 
         Raises:
             UserError: if the weights do not fit the config beside them (exit code 4).
         """
-        shape = choose_attention(self.config.model, machine.device, machine.dtype)
-        return self.restored(shape).to(machine.device).eval()
+        shape = resolve_attention(self.config.model, ctx.device, ctx.dtype)
+        return self.restored(shape).to(ctx.device).eval()
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:

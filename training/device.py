@@ -39,7 +39,7 @@ class DistContext:
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @property
@@ -59,9 +59,9 @@ class DistContext:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all processes, on this machine's device; `value` itself may be overwritten."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         here = value.to(self.device)
         dist.all_reduce(here)
@@ -69,7 +69,7 @@ class DistContext:
 
     def all_reduce_max(self, value: int) -> int:
         """The largest of what the processes say, on every process: how they agree on a step, a signal, a failure."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         here = torch.tensor(value, device=self.device)
         dist.all_reduce(here, dist.ReduceOp.MAX)
@@ -77,7 +77,7 @@ class DistContext:
 
     def broadcast_str(self, text: str, source: int = 0) -> str:
         """The text of the first process, or of `source`, on every process."""
-        if self.world == 1:
+        if self.world_size == 1:
             return text
         content = list(text.encode("utf-8", "surrogateescape"))
         length = torch.tensor(len(content), device=self.device)
@@ -90,7 +90,7 @@ class DistContext:
             dist.broadcast(told, source)
         return bytes(told.tolist()).decode("utf-8", "surrogateescape")
 
-    def require_same(self, what: dict[str, str]) -> None:
+    def check_same_everywhere(self, what: dict[str, str]) -> None:
         """Go on only if every process says the same of each thing named.
 
         Raises:
@@ -101,7 +101,7 @@ class DistContext:
         odd = self.all_reduce_max(self.rank if different else 0)  # the first process never differs from itself
         if odd:
             key = self.broadcast_str(different[0] if different else "", odd)
-            here, there = apart(*(self.broadcast_str(what.get(key, ""), rank) for rank in (0, odd)))
+            here, there = first_difference(*(self.broadcast_str(what.get(key, ""), rank) for rank in (0, odd)))
             raise UserError(
                 f"{key} differs: {here!r} on process 0, {there!r} on process {odd}; "
                 "start every process with the same command, data and versions",
@@ -112,11 +112,11 @@ class DistContext:
         """The choices in words, such as `cpu, 2 threads, bf16`."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        processes = f", {self.world} processes" if self.world > 1 else ""
+        processes = f", {self.world_size} processes" if self.world_size > 1 else ""
         return f"{name}{threads}{processes}, {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}"
 
 
-def apart(one: str, other: str) -> tuple[str, str]:
+def first_difference(one: str, other: str) -> tuple[str, str]:
     """The first line in which two texts differ, of each one; at most 80 characters."""
     lines = zip_longest(one.splitlines(), other.splitlines(), fillvalue="")
     a, b = next(((a, b) for a, b in lines if a != b), (one, other))
@@ -143,18 +143,18 @@ def get_dist_context(dtype: str = "auto", threads: int = 0) -> DistContext:
     if device.type == "cpu":
         keep_freed_memory()
     fast = bf16_is_fast(device) if dtype == "auto" else dtype == "bf16"
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return DistContext(device, torch.bfloat16 if fast else torch.float32, rank, world, local)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return DistContext(device, torch.bfloat16 if fast else torch.float32, rank, world_size, local)
 
 
-def choose_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
+def resolve_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
     """The config with `kernels` decided. The library's win, but for its attention in bf16 on a processor."""
     if config.attention != "auto":
         return config
     return replace(config, attention="chunked" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa")
 
 
-def worth_compiling(train: TrainConfig, seconds: float, device: torch.device) -> bool:
+def should_compile(train: TrainConfig, seconds: float, device: torch.device) -> bool:
     """Whether `auto` tries to compile: where a compiler is there and the run is long enough to earn its minute back.
 
     Args:
@@ -172,7 +172,7 @@ def has_compiler(device: torch.device) -> bool:
     return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def compiled(model: nn.Module, example: Tensor, machine: DistContext) -> nn.Module:
+def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> nn.Module:
     """The model as it is stepped, through torch.compile; as it was, with one line on stderr, if that fails anywhere.
 
     It is tried on `example` first, without a word to the other processes: then all go on compiled, or none. A model
@@ -180,42 +180,42 @@ def compiled(model: nn.Module, example: Tensor, machine: DistContext) -> nn.Modu
     """
     from torch.distributed.fsdp import FSDPModule
 
-    sums_in_order(machine.device.type == "cpu")
+    set_deterministic(ctx.device.type == "cpu")
     split = isinstance(model, FSDPModule)
     failure, fast = "", model
     try:
         if split:
             shape = cast(GPT, model)
-            small = GPT(replace(shape.config, n_layers=1), shape.vocab_size).to(machine.device)
+            small = GPT(replace(shape.config, n_layers=1), shape.vocab_size).to(ctx.device)
             trial = compile_blocks(small)
         else:
             trial = fast = torch.compile(model)  # type: ignore[assignment]
-        with alone(model):
-            there_and_back(trial, example, machine)
+        with no_sync(model):
+            forward_backward(trial, example, ctx)
     except Exception as error:  # a compiler fails in too many ways to name; the run goes on without it
         failure = (str(error).splitlines() or [type(error).__name__])[0][:150]
         print(f"torch.compile failed, going on without it: {failure}", file=sys.stderr)
     model.zero_grad(set_to_none=True)
-    if machine.all_reduce_max(int(bool(failure))):
-        sums_in_order(False)
+    if ctx.all_reduce_max(int(bool(failure))):
+        set_deterministic(False)
         return model
     return compile_blocks(model) if split else fast
 
 
-def there_and_back(model: nn.Module, tokens: Tensor, machine: DistContext) -> None:
+def forward_backward(model: nn.Module, tokens: Tensor, ctx: DistContext) -> None:
     """A forward and a backward pass that leave no gradient."""
-    with machine.autocast():
+    with ctx.autocast():
         logits: Tensor = model(tokens)
     logits.float().sum().backward()
     model.zero_grad(set_to_none=True)
 
 
-def alone(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Backward passes without a word to the other processes."""
     return getattr(model, "no_sync", contextlib.nullcontext)()
 
 
-def sums_in_order(on: bool) -> None:
+def set_deterministic(on: bool) -> None:
     """Whether compiled code adds up the embedding's gradient in a fixed order, whatever its threads do.
 
     Else no compiled run is like another. Without the compiler the order is fixed anyway.

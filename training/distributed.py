@@ -45,7 +45,7 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def processes(timeout: float) -> Iterator[None]:
+def process_group(timeout: float) -> Iterator[None]:
     """The process group of torchrun while the body runs; nothing when the program was started on its own.
 
     Args:
@@ -110,7 +110,7 @@ def own_round(store: dist.Store, rank: int, world: int, timeout: float) -> dist.
     return dist.PrefixStore(me, store)
 
 
-def bare(stepped: nn.Module) -> nn.Module:
+def unwrap_model(stepped: nn.Module) -> nn.Module:
     """The model beneath the wrappers of torch.compile and DDP: its parameters have the names of a plain `GPT`."""
     while True:
         if isinstance(stepped, DistributedDataParallel):
@@ -121,12 +121,12 @@ def bare(stepped: nn.Module) -> nn.Module:
             return stepped
 
 
-def is_sharded(stepped: nn.Module) -> bool:
+def is_fsdp(stepped: nn.Module) -> bool:
     """Whether the weights are split among the processes (FSDP2)."""
-    return hasattr(bare(stepped), "set_requires_gradient_sync")
+    return hasattr(unwrap_model(stepped), "set_requires_gradient_sync")
 
 
-def share(model: GPT, machine: DistContext, sharding: str) -> nn.Module:
+def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:
     """The model as it is stepped: itself, or what makes it one of many.
 
     Args:
@@ -136,15 +136,15 @@ def share(model: GPT, machine: DistContext, sharding: str) -> nn.Module:
             share with, and it is `none`.
     """
     if sharding == "full" and dist.is_initialized():
-        return shard(model, machine)
-    model.to(machine.device)
-    if machine.world == 1:
+        return wrap_fsdp(model, ctx)
+    model.to(ctx.device)
+    if ctx.world_size == 1:
         return model
-    ids = [machine.device.index] if machine.device.type == "cuda" else None
+    ids = [ctx.device.index] if ctx.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def shard(plain: GPT, machine: DistContext) -> GPT:
+def wrap_fsdp(plain: GPT, ctx: DistContext) -> GPT:
     """A copy of `plain` whose weights are split among the processes; `plain` itself goes to the CPU, or to `meta`.
 
     Each block is a unit: its weights are put together while it computes, and let go again. What lies outside the
@@ -155,52 +155,52 @@ def shard(plain: GPT, machine: DistContext) -> GPT:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    plain.to("cpu" if machine.is_main_process else "meta")
+    plain.to("cpu" if ctx.is_main_process else "meta")
     plain.head.weight = plain.token_embedding.weight  # on the way to `meta` each module gets a parameter of its own
     with torch.device("meta"):
         sharded = GPT(plain.config, plain.vocab_size)
-    mesh = init_device_mesh(machine.device.type, (machine.world,))
+    mesh = init_device_mesh(ctx.device.type, (ctx.world_size,))
     for block, source in zip(sharded.blocks, plain.blocks, strict=True):
-        block.to_empty(device=machine.device)
-        hand_out(block, source)
+        block.to_empty(device=ctx.device)
+        broadcast_weights(block, source)
         fully_shard(block, mesh=mesh)
     for name, outside in sharded.named_children():
         if name != "blocks":
-            outside.to_empty(device=machine.device)
+            outside.to_empty(device=ctx.device)
     sharded.head.weight = sharded.token_embedding.weight
-    hand_out(sharded, plain)
+    broadcast_weights(sharded, plain)
     fully_shard(sharded, mesh=mesh)
     return sharded
 
 
 @torch.no_grad()
-def hand_out(unit: nn.Module, source: nn.Module) -> None:
+def broadcast_weights(unit: nn.Module, source: nn.Module) -> None:
     """Give every process the first one's weights; those that are split already have theirs."""
     for parameter, value in zip(unit.parameters(), source.parameters(), strict=True):
-        if not is_split(parameter):
+        if not is_dtensor(parameter):
             if not value.is_meta:
                 parameter.copy_(value)
             dist.broadcast(parameter, 0)
 
 
 @torch.no_grad()
-def gather(stepped: nn.Module, plain: GPT) -> None:
+def gather_weights(stepped: nn.Module, plain: GPT) -> None:
     """Fill `plain` on the first process with the weights that are split; every process calls it, at the same point.
 
     One tensor at a time is put together on the device and laid down on the CPU. Where the weights are not split,
     `plain` has them already.
     """
-    if not is_sharded(stepped):
+    if not is_fsdp(stepped):
         return
-    sharded = cast(Any, bare(stepped))
+    sharded = cast(Any, unwrap_model(stepped))
     sharded.reshard()  # an evaluation leaves the embeddings whole
     for parameter, kept in zip(sharded.parameters(), plain.parameters(), strict=True):
-        value = whole(parameter)
+        value = full_tensor(parameter)
         if not kept.is_meta:
             kept.copy_(value)
 
 
-def last_only(stepped: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
+def maybe_no_sync(stepped: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
     """Processes exchange gradients on the last piece of a step only.
 
     Where weights are split, a device holds the gradient of the whole model until then: a step of one piece needs least.
@@ -209,34 +209,34 @@ def last_only(stepped: nn.Module, last: bool) -> contextlib.AbstractContextManag
         stepped = cast(nn.Module, stepped._orig_mod)
     if isinstance(stepped, DistributedDataParallel):
         return contextlib.nullcontext() if last else stepped.no_sync()
-    if is_sharded(stepped):
+    if is_fsdp(stepped):
         stepped.set_requires_gradient_sync(last)  # type: ignore[operator]
     return contextlib.nullcontext()
 
 
-def clip_gradient(stepped: nn.Module, limit: float) -> float:
+def clip_grad_norm(stepped: nn.Module, limit: float) -> float:
     """Scale the gradient down to the norm `limit` (0: leave it); its norm before that, the same on every process."""
     parameters = [p for p in stepped.parameters() if p.grad is not None]
-    norm = whole(get_total_norm([cast(Tensor, p.grad) for p in parameters]))
+    norm = full_tensor(get_total_norm([cast(Tensor, p.grad) for p in parameters]))
     clip_grads_with_norm_(parameters, limit or math.inf, norm)
     return float(norm)
 
 
-def is_split(value: Tensor) -> bool:
+def is_dtensor(value: Tensor) -> bool:
     """Whether this process holds a part of the tensor."""
     return hasattr(value, "full_tensor")
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """All of a tensor that may be split among the processes; if it is, every process calls this at the same point."""
-    return value.full_tensor() if is_split(value) else value  # type: ignore[attr-defined]
+    return value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def split(value: Tensor, like: Tensor) -> Tensor:
+def distribute(value: Tensor, like: Tensor) -> Tensor:
     """What this process keeps of a whole tensor that every process has, where `like` lies and split the same way."""
     here = value.to(like.device)
-    if not is_split(like):
+    if not is_dtensor(like):
         return here
     from torch.distributed.tensor import DTensor, distribute_tensor
 

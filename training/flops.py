@@ -16,7 +16,7 @@ from model.gpt import GPT
 from training.muon import ROUNDS
 
 
-def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     """Parameters by part, each counted once: the head is the token embedding. Read off a model without memory."""
     with torch.device("meta"):
         model = GPT(config, vocab_size)
@@ -29,7 +29,7 @@ def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Operations:
+class FlopsPerToken:
     """Floating-point operations of the matrix products of one token's forward pass, in a full context.
 
     Those of the weights are 2 for each weight that a token meets (Kaplan et al. 2020, appendix B, table 1; Hoffmann et
@@ -55,11 +55,11 @@ class Operations:
         return 2 * self.forward
 
 
-def operations(config: ModelConfig, vocab_size: int) -> Operations:
+def flops_per_token(config: ModelConfig, vocab_size: int) -> FlopsPerToken:
     """The operations of a token of this model."""
     heads, groups, width = config.n_heads, config.kv_heads, config.width_of_head
     gates = 2 if config.architecture.activation == "swiglu" else 1
-    return Operations(
+    return FlopsPerToken(
         projections=config.n_layers * 2 * config.d_model * width * (2 * heads + 2 * groups),
         square=config.n_layers * 4 * config.context * heads * width,
         mlp=config.n_layers * 2 * config.d_model * config.width_of_mlp * (gates + 1),
@@ -67,7 +67,7 @@ def operations(config: ModelConfig, vocab_size: int) -> Operations:
     )
 
 
-def muon_operations(config: ModelConfig) -> int:
+def muon_flops(config: ModelConfig) -> int:
     """Operations of Muon's orthogonalisation in one step, whatever the batch (Jordan et al. 2024).
 
     Each round takes X Xᵀ, its square, and their product with X: 4m²n + 2m³ for an m x n matrix with m ≤ n.

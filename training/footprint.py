@@ -151,14 +151,14 @@ def key(tensor: Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
 
 
-def footprint(config: RunConfig, vocab_size: int, machine: DistContext, rows: int, pieces: int = 1) -> Footprint:
+def footprint(config: RunConfig, vocab_size: int, ctx: DistContext, rows: int, pieces: int = 1) -> Footprint:
     """The memory of a step of `pieces` micro-batches of `rows` windows each.
 
     Args:
         config: its `model.attention` decided.
         machine: whose device and number format are taken; how many processes there are is not looked at.
     """
-    alone = replace(machine, rank=0, world=1)
+    alone = replace(ctx, rank=0, world_size=1)
     with FakeTensorMode():
         model = built(config, vocab_size, alone.device)
         blocks = Blocks({key(p) for p in model.parameters()})
@@ -222,7 +222,7 @@ def built(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
 def stand_in(
     config: RunConfig,
     vocab_size: int,
-    machine: DistContext,
+    ctx: DistContext,
     model: GPT,
     rows: int,
     pieces: int = 1,
@@ -239,4 +239,4 @@ def stand_in(
     text = TokenSplit((tokens,), np.zeros(1, np.int64), len(tokens))
     data = TokenizedCorpus("random tokens", Path(), cast(Any, None), text, text, "", None)
     changed = replace(config, train=train, run=run)
-    return Trainer(changed, machine, data, model, model if stepped is None else stepped, optimizer, TrainState())
+    return Trainer(changed, ctx, data, model, model if stepped is None else stepped, optimizer, TrainState())

@@ -50,14 +50,14 @@ GB202 for the RTX cards; SXM versions where there are several."""
 
 
 @dataclass(frozen=True)
-class Place:
+class PlanTarget:
     """Where a run is planned: so many GPUs of a kind, or this machine where `gpu` is None."""
 
     gpu: GPU | None = None
     count: int = 1
 
 
-def processor() -> str:
+def cpu_name() -> str:
     """The processor's name, as the system gives it."""
     try:
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def processor() -> str:
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 
-def take_plan(argv: list[str]) -> tuple[list[str], Place | None]:
+def parse_plan_option(argv: list[str]) -> tuple[list[str], PlanTarget | None]:
     """The command line without `--plan`, and the place it names; None where nothing is to be planned.
 
     `--plan` alone means this machine; `--plan 8xh100` and `--plan=8xh100` name another. A config file may follow.
@@ -79,20 +79,20 @@ def take_plan(argv: list[str]) -> tuple[list[str], Place | None]:
             named = argv[i + 1 : i + 2]
             if not named or named[0].startswith("-") or named[0].endswith(".toml"):
                 named = []
-            return argv[:i] + argv[i + 1 + len(named) :], place_named(*named)
+            return argv[:i] + argv[i + 1 + len(named) :], parse_target(*named)
         if word.startswith(f"{PLAN}="):
-            return argv[:i] + argv[i + 1 :], place_named(word.split("=", 1)[1])
+            return argv[:i] + argv[i + 1 :], parse_target(word.split("=", 1)[1])
     return argv, None
 
 
-def place_named(text: str = "") -> Place:
+def parse_target(text: str = "") -> PlanTarget:
     """`8xh100` as eight of them; no text is this machine.
 
     Raises:
         UserError: if there is no such GPU, with the nearest name (exit code 2).
     """
     if not text:
-        return Place()
+        return PlanTarget()
     match = re.fullmatch(r"(?:(\d{1,6})[x*])?(.+)", text.lower().strip(), re.S)
     count, name = (int(match[1] or 1), re.sub(r"[\s_]", "", match[2])) if match else (1, text)
     if name not in GPUS:
@@ -103,4 +103,4 @@ def place_named(text: str = "") -> Place:
         )
     if not 1 <= count <= MOST:
         raise UserError(f"--plan {printable(text)}: the number of GPUs must lie between 1 and {MOST:,}")
-    return Place(GPUS[name], count)
+    return PlanTarget(GPUS[name], count)

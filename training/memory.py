@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
         mallopt(MMAP_THRESHOLD, LARGEST)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_oom(error: BaseException) -> bool:
     """Whether an error says that memory ran out: torch has a class for a GPU, and only words for a processor."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -44,7 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def bounded_memory(rows: int, batch_size: int) -> Iterator[None]:
+def advise_on_oom(rows: int, batch_size: int) -> Iterator[None]:
     """Turn running out of memory in the body into a line of advice.
 
     Args:
@@ -57,7 +57,7 @@ def bounded_memory(rows: int, batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not is_oom(error):
             raise
         if rows > 1:
             advice = f"try --train.micro_batch_size {rows // 2}, which leaves the step's batch of {batch_size} as it is"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training.distributed import is_split, split, whole
+from training.distributed import distribute, full_tensor, is_dtensor
 from training.stepper import Stepper
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -84,9 +84,9 @@ class Muon(Stepper):
             if "momentum_buffer" not in memory:
                 memory["momentum_buffer"] = torch.zeros_like(matrix)
             memory["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
-            directions.append(whole(gradient.lerp(memory["momentum_buffer"], self.momentum)))
+            directions.append(full_tensor(gradient.lerp(memory["momentum_buffer"], self.momentum)))
         rows, columns = stack[0].shape
         rate = lr * math.sqrt(max(1, rows / columns))
         for matrix, change in zip(stack, orthogonalize(torch.stack(directions)), strict=True):
             matrix.mul_(1 - lr * weight_decay)
-            matrix.add_(split(change, matrix) if is_split(matrix) else change, alpha=-rate)
+            matrix.add_(distribute(change, matrix) if is_dtensor(matrix) else change, alpha=-rate)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.config import OptimConfig
-from training.distributed import bare, is_split, split, whole
+from training.distributed import distribute, full_tensor, is_dtensor, unwrap_model
 from training.muon import Muon
 from training.stepper import AdamW, Stepper
 
@@ -46,7 +46,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         hidden, matrices, vectors = [], [], []
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in bare(model).named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in unwrap_model(model).named_parameters()}
         for parameter, name in self.names.items():
             if parameter.dim() < 2:
                 vectors.append(parameter)
@@ -94,11 +94,11 @@ class Optimizer:
         Where moments are split every process calls this at the same point; they are put together one at a time and
         laid down on the first process's CPU, and only that one gets them.
         """
-        if not any(is_split(parameter) for parameter in self.names):
+        if not any(is_dtensor(parameter) for parameter in self.names):
             return dict(self.named_state())
         found = {}
         for name, value in self.named_state():
-            value = whole(value)
+            value = full_tensor(value)
             if dist.get_rank() == 0:
                 found[name] = value.cpu()
         return found
@@ -120,5 +120,5 @@ class Optimizer:
             parameter = by_name[name]
             if value.dim() and value.shape != parameter.shape:
                 raise ValueError(f"the moments of {name} have shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-            mine = split(value, parameter) if value.dim() else value.to(parameter.device)
+            mine = distribute(value, parameter) if value.dim() else value.to(parameter.device)
             owners[parameter].state[parameter][entry] = mine

@@ -18,10 +18,10 @@ from data.found import Found, find
 from model.config import ATTENTION_IMPLEMENTATIONS
 from training.choice import choose_way
 from training.config import RunConfig
-from training.device import DistContext, choose_attention, get_dist_context, worth_compiling
-from training.flops import muon_operations, operations, parameters
+from training.device import DistContext, get_dist_context, resolve_attention, should_compile
+from training.flops import count_parameters, flops_per_token, muon_flops
 from training.footprint import Footprint, footprint
-from training.hardware import GPUS, Place
+from training.hardware import GPUS, PlanTarget
 from training.speed import Speed, measured, reckoned
 from training.time_budget import choose
 from training.trainer import FINAL_TARGETS, micro_batch_rows
@@ -43,8 +43,8 @@ class Plan:
 
     config: RunConfig
     """Its `model.attention` decided."""
-    place: Place
-    machine: DistContext
+    place: PlanTarget
+    ctx: DistContext
     text: Found
     rows: int
     """PackedSequences that a process holds at once."""
@@ -56,7 +56,7 @@ class Plan:
     def memory(self, attention: str, rows: int) -> Footprint:
         """What a process needs with one of the two faces and so many windows at once."""
         config = replace(self.config, model=replace(self.config.model, attention=attention))  # type: ignore[arg-type]
-        return footprint(config, self.text.vocab_size, self.machine, rows, self.pieces(rows))
+        return footprint(config, self.text.vocab_size, self.ctx, rows, self.pieces(rows))
 
     def most(self, memory: Footprint, rows: int) -> int:
         """Bytes that a process has to have, as this run shares the model."""
@@ -64,7 +64,7 @@ class Plan:
         return memory.sharded(self.place.count, self.pieces(rows)) if split else memory.peak
 
 
-def plan(config: RunConfig, place: Place, name: str) -> None:
+def plan(config: RunConfig, place: PlanTarget, name: str) -> None:
     """Print what a run would take.
 
     Args:
@@ -86,21 +86,21 @@ def plan(config: RunConfig, place: Place, name: str) -> None:
     print("\n".join([*parts_page(one), "", *operations_page(one)]) + "\n", flush=True)
     memory: dict[str, Footprint] = {kernels: one.memory(kernels, one.rows) for kernels in ATTENTION_IMPLEMENTATIONS}
     print("\n".join(memory_page(one, memory)), flush=True)
-    limit = available(place, one.machine)
+    limit = available(place, one.ctx)
     chosen = memory[one.config.model.attention]
     fits = one.most(chosen, one.rows) <= limit
     print("\n".join(verdict(one, chosen, limit)) + "\n", flush=True)
     if place.gpu is not None:
         pace = reckoned(one.config, one.text.vocab_size, place.gpu, place.count, chosen, one.pieces(one.rows))
     elif fits:
-        pace = measured(one.config, one.text.vocab_size, one.machine, one.rows)
+        pace = measured(one.config, one.text.vocab_size, one.ctx, one.rows)
     else:
         print("time       not measured, for it does not fit")
         return
     print("\n".join(time_page(one, pace)))
 
 
-def with_minutes(config: RunConfig, place: Place) -> RunConfig:
+def with_minutes(config: RunConfig, place: PlanTarget) -> RunConfig:
     """The config with model and steps chosen, where it gives the minutes to spend; says what there was to choose."""
     if not config.train.minutes:
         return config
@@ -109,33 +109,33 @@ def with_minutes(config: RunConfig, place: Place) -> RunConfig:
     text = find(config.data)
     if text.train is None or text.val is None:
         raise UserError("train.minutes has to know the text: it is prepared by the first run without --plan", CONFIG)
-    machine = get_dist_context(config.train.dtype, config.run.threads)
-    config, lines, _ = choose(config, machine, text.vocab_size, len(text.train), len(text.val), 0.0)
+    ctx = get_dist_context(config.train.dtype, config.run.threads)
+    config, lines, _ = choose(config, ctx, text.vocab_size, len(text.train), len(text.val), 0.0)
     print("\n".join(lines) + "\n", flush=True)
     return config
 
 
-def planned(config: RunConfig, place: Place) -> Plan:
+def planned(config: RunConfig, place: PlanTarget) -> Plan:
     """The run with all that the machine decides decided."""
-    machine, text = get_dist_context(config.train.dtype, config.run.threads), find(config.data)
+    ctx, text = get_dist_context(config.train.dtype, config.run.threads), find(config.data)
     rows = micro_batch_rows(config, place.count)
     if place.gpu is None:
-        way = choose_way(config, machine, text.vocab_size, rows, {}).way
-        machine, model = way.machine(machine), way.model(config.model)
+        way = choose_way(config, ctx, text.vocab_size, rows, {}).way
+        ctx, model = way.machine(ctx), way.model(config.model)
     else:
         low = config.train.dtype != "fp32" and place.gpu.bf16 > 0
-        machine = replace(machine, dtype=torch.bfloat16 if low else torch.float32)
-        model = choose_attention(config.model, torch.device("cuda"), machine.dtype)
-    return Plan(replace(config, model=model), place, machine, text, rows)
+        ctx = replace(ctx, dtype=torch.bfloat16 if low else torch.float32)
+        model = resolve_attention(config.model, torch.device("cuda"), ctx.dtype)
+    return Plan(replace(config, model=model), place, ctx, text, rows)
 
 
 def heading(one: Plan, name: str) -> list[str]:
     """What is planned, where, on what text."""
     config, place, text = one.config, one.place, one.text
     train, model = config.train, config.model
-    where = f"this machine: {one.machine.describe()}"
+    where = f"this machine: {one.ctx.describe()}"
     if place.gpu is not None:
-        where = f"{place.count} x {place.gpu.name}, {'bf16' if one.machine.dtype == torch.bfloat16 else 'fp32'}"
+        where = f"{place.count} x {place.gpu.name}, {'bf16' if one.ctx.dtype == torch.bfloat16 else 'fp32'}"
     tokens = train.steps * train.batch_size * model.context
     epochs, known = "", f"not prepared yet; vocabulary of {text.vocab_size:,} ({text.how})"
     if text.train is not None:
@@ -154,7 +154,7 @@ def heading(one: Plan, name: str) -> list[str]:
 
 def parts_page(one: Plan) -> list[str]:
     """Parameters by part."""
-    parts = parameters(one.config.model, one.text.vocab_size)
+    parts = count_parameters(one.config.model, one.text.vocab_size)
     total = sum(parts.values())
     named = {"embeddings": "embeddings, which are the head too"}
     lines = [f"{'parameters':<36}{total:>16,}"]
@@ -164,11 +164,11 @@ def parts_page(one: Plan) -> list[str]:
 def operations_page(one: Plan) -> list[str]:
     """Operations of a token, a step and the run, over all processes."""
     config = one.config
-    cost = operations(config.model, one.text.vocab_size)
+    cost = flops_per_token(config.model, one.text.vocab_size)
     tokens = config.train.batch_size * config.model.context
     rows = {"forward": cost.forward * tokens, "backward": cost.backward * tokens}
     if config.optim.name == "muon":
-        rows["Muon"] = muon_operations(config.model) * one.place.count
+        rows["Muon"] = muon_flops(config.model) * one.place.count
     rows["sum"] = sum(rows.values())
     rows["scores and weighted sums of these"] = 3 * cost.square * tokens
     lines = [f"{'operations of matrix products':<36}{'a token':>12}{'a step':>12}{'the run':>12}{'share':>8}"]
@@ -239,7 +239,7 @@ def time_page(one: Plan, pace: Speed) -> list[str]:
     """Time of a step and of the run."""
     config = one.config
     train, context = config.train, config.model.context
-    cost = operations(config.model, one.text.vocab_size)
+    cost = flops_per_token(config.model, one.text.vocab_size)
     tokens = train.batch_size * context
     rate = tokens * (cost.forward + cost.backward) / pace.step
     evaluations = -(-train.steps // train.eval_every)
@@ -254,19 +254,19 @@ def time_page(one: Plan, pace: Speed) -> list[str]:
         f"  the run  {duration(train.steps * pace.step + looking)}, of which {duration(looking)} for "
         f"{counted(evaluations + 1, 'evaluation')}; without start, samples, saving and what is shown of attention",
     ]
-    device = torch.device("cuda") if one.place.gpu else one.machine.device
+    device = torch.device("cuda") if one.place.gpu else one.ctx.device
     measured = train.compile == "on" and not one.place.gpu
-    if worth_compiling(train, train.steps * pace.step, device) and not measured:
+    if should_compile(train, train.steps * pace.step, device) and not measured:
         lines.append("  this run would be compiled, which is not reckoned with: expect it to be faster")
     return lines
 
 
-def available(place: Place, machine: DistContext) -> float:
+def available(place: PlanTarget, ctx: DistContext) -> float:
     """Bytes that may be there at once."""
     if place.gpu is not None:
         return SPARED * place.gpu.memory
-    if machine.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(machine.device)[0])
+    if ctx.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(ctx.device)[0])
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             found = {line.split(":")[0]: int(line.split()[1]) for line in file}

@@ -14,15 +14,15 @@ from data.prepare import TokenizedCorpus, prepare
 from training.device import DistContext
 
 
-def prepare_once(config: DataConfig, machine: DistContext) -> TokenizedCorpus:
+def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
     """The tokens of a corpus, as `data.prepare.prepare` gives them; every process calls it at the same point.
 
     Raises:
         UserError: as `prepare` does.
     """
-    if machine.world == 1:
+    if ctx.world_size == 1:
         return prepare(config)
-    first = machine.local_rank == 0
+    first = ctx.local_rank == 0
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def prepare_once(config: DataConfig, machine: DistContext) -> TokenizedCorpus:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # another machine's first process, or another job, is at it
                 first = False
-        machine.all_reduce_max(0)  # from here on the lock is taken by whoever goes first
+        ctx.all_reduce_max(0)  # from here on the lock is taken by whoever goes first
         if not first:
-            fcntl.flock(lock, fcntl.LOCK_EX if machine.local_rank == 0 else fcntl.LOCK_SH)
-        return prepare(config, progress=machine.is_main_process, verify=machine.local_rank == 0)
+            fcntl.flock(lock, fcntl.LOCK_EX if ctx.local_rank == 0 else fcntl.LOCK_SH)
+        return prepare(config, progress=ctx.is_main_process, verify=ctx.local_rank == 0)

@@ -20,9 +20,9 @@ from training import checkpoint
 from training.checkpoint import Checkpoint, Origin, TrainState
 from training.choice import choose_way, compiled_if_faster
 from training.config import RunConfig, to_toml
-from training.device import DistContext, compiled, is_compiled, worth_compiling
-from training.distributed import gather, is_sharded, share
-from training.memory import bounded_memory
+from training.device import DistContext, compile_model, is_compiled, should_compile
+from training.distributed import gather_weights, is_fsdp, wrap_model
+from training.memory import advise_on_oom
 from training.metrics import Metrics, Progress, read_metrics
 from training.optimizer import Optimizer
 from training.pace import Pace
@@ -49,37 +49,35 @@ class Run:
         UserError: for whatever keeps the run from starting.
     """
 
-    def __init__(self, config: RunConfig, machine: DistContext, data: TokenizedCorpus) -> None:
-        if config.train.batch_size % machine.world:
+    def __init__(self, config: RunConfig, ctx: DistContext, data: TokenizedCorpus) -> None:
+        if config.train.batch_size % ctx.world_size:
             raise UserError(
-                f"train.batch_size is {config.train.batch_size}, which {machine.world} processes cannot share evenly",
+                f"train.batch_size is {config.train.batch_size}, which {ctx.world_size} processes cannot share evenly",
                 CONFIG,
             )
-        machine.require_same({"the corpus": data.fingerprint})
+        ctx.check_same_everywhere({"the corpus": data.fingerprint})
         self.config, self.data = config, data
         self.folder = Path(config.run.dir)
-        self.saver = Saver(self.folder, config.train.keep) if machine.is_main_process else None
+        self.saver = Saver(self.folder, config.train.keep) if ctx.is_main_process else None
         saved = checkpoint.open_checkpoint(Path(config.run.resume)) if config.run.resume else None
         if saved is not None:
             check_resumable(config, saved, data)
-            machine.require_same({"the checkpoint": str(saved.state)})
-        rows = micro_batch_rows(config, machine.world)
-        with bounded_memory(rows, config.train.batch_size):
+            ctx.check_same_everywhere({"the checkpoint": str(saved.state)})
+        rows = micro_batch_rows(config, ctx.world_size)
+        with advise_on_oom(rows, config.train.batch_size):
             begun = saved.origin.how if saved is not None else {}
-            self.choice = choose_way(config, machine, data.tokenizer.vocab_size, rows, begun)
-            self.machine = machine = self.choice.way.machine(machine)
+            self.choice = choose_way(config, ctx, data.tokenizer.vocab_size, rows, begun)
+            self.ctx = ctx = self.choice.way.machine(ctx)
             self.model, self.wrapped_model, self.optimizer, state = self.build(saved)
-        self.trainer = Trainer(
-            config, machine, data, self.model, self.wrapped_model, self.optimizer, state, bool(saved)
-        )
+        self.trainer = Trainer(config, ctx, data, self.model, self.wrapped_model, self.optimizer, state, bool(saved))
         self.origin = Origin(data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how())
         self.sample: list[int] = []  # tokens of the sample of the moment
         tokens = config.train.batch_size * config.model.context
-        self.progress = Progress(state.step, config.train.steps, tokens, machine.is_main_process)
-        if machine.is_main_process:
+        self.progress = Progress(state.step, config.train.steps, tokens, ctx.is_main_process)
+        if ctx.is_main_process:
             self.metrics = Metrics(self.folder, state)
-        self.tracker = Tracker(config, self.folder, self.folder.name, machine.is_main_process)
-        if saved is not None and machine.is_main_process:
+        self.tracker = Tracker(config, self.folder, self.folder.name, ctx.is_main_process)
+        if saved is not None and ctx.is_main_process:
             self.compare_paths(saved.origin.how)
 
     @property
@@ -89,13 +87,13 @@ class Run:
 
     def build(self, saved: Checkpoint | None) -> tuple[GPT, nn.Module, Optimizer, TrainState]:
         """The plain model, the one that is stepped, its optimizer, where they stand: new, or as a checkpoint says."""
-        config, machine = self.config, self.machine
+        config, ctx = self.config, self.ctx
         vocab_size = self.data.tokenizer.vocab_size
         shape = self.choice.way.model(config.model)
         model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.restored(shape)
         state = TrainState() if saved is None else saved.state
-        stepped = share(model, machine, config.train.sharding)
-        optimizer = Optimizer(stepped if is_sharded(stepped) else model, config.optim)
+        stepped = wrap_model(model, ctx, config.train.sharding)
+        optimizer = Optimizer(stepped if is_fsdp(stepped) else model, config.optim)
         if saved is not None and state.tokens_seen:  # before the first step that counted there are no moments
             try:
                 optimizer.load_state_dict(saved.moments())
@@ -105,27 +103,27 @@ class Run:
 
     def faster(self, stepped: nn.Module, saved: Checkpoint | None) -> nn.Module:
         """The model compiled where that pays; a resumed run goes on as it began."""
-        config, machine = self.config, self.machine
-        wanted = worth_compiling(config.train, self.choice.seconds(config, machine.world), machine.device)
+        config, ctx = self.config, self.ctx
+        wanted = should_compile(config.train, self.choice.seconds(config, ctx.world_size), ctx.device)
         decided = config.train.compile == "on"
         if saved is not None and config.train.compile == "auto" and "compiled" in saved.origin.how:
             wanted = decided = saved.origin.how["compiled"] == "yes"
         if not wanted:
             return stepped
-        shape = (micro_batch_rows(config, machine.world), config.model.context)
-        example = torch.zeros(shape, dtype=torch.long, device=machine.device)
-        return (compiled if decided else compiled_if_faster)(stepped, example, machine)
+        shape = (micro_batch_rows(config, ctx.world_size), config.model.context)
+        example = torch.zeros(shape, dtype=torch.long, device=ctx.device)
+        return (compile_model if decided else compiled_if_faster)(stepped, example, ctx)
 
     def how(self) -> dict[str, str]:
         """The path that the numbers take; another path may round otherwise."""
-        machine = self.machine
+        ctx = self.ctx
         return {
-            "device": machine.device.type,
-            "dtype": str(machine.dtype).removeprefix("torch."),
+            "device": ctx.device.type,
+            "dtype": str(ctx.dtype).removeprefix("torch."),
             "attention": self.model.config.attention,
             "compiled": "yes" if is_compiled(self.wrapped_model) else "no",
             "threads": str(torch.get_num_threads()),
-            "processes": str(machine.world),
+            "processes": str(ctx.world_size),
             "torch": torch.__version__,
         }
 
@@ -142,7 +140,7 @@ class Run:
         if not self.config.run.resume:
             self.save()
             self.trainer.saved = (self.state.step, self.state.evaluated)
-        if self.machine.is_main_process:
+        if self.ctx.is_main_process:
             keep_config(self.config)
         self.introduce()
 
@@ -160,8 +158,8 @@ class Run:
             f"model   {shape.preset}: {shape.n_layers} layers, {shape.n_heads} heads, width {shape.d_model}, "
             f"context {shape.context}; {parameters:,} parameters"
         )
-        compiled = "compiled" if self.origin.how["compiled"] == "yes" else "eager"
-        say(f"machine {self.machine.describe()}, {shape.attention} attention, {compiled}{self.choice.said()}")
+        mode = "compiled" if self.origin.how["compiled"] == "yes" else "eager"
+        say(f"machine {self.ctx.describe()}, {shape.attention} attention, {mode}{self.choice.said()}")
         begin = f"from step {self.state.step} " if self.state.step else ""
         say(f"run     {self.folder}: {begin}to step {train.steps}, {train.batch_size} x {shape.context} tokens each")
 
@@ -175,12 +173,12 @@ class Run:
         pace = None if end is None else Pace(end, self.settle)
 
         def on_evaluation(metrics: dict[str, Any]) -> None:
-            if self.machine.is_main_process:
+            if self.ctx.is_main_process:
                 self.tell_evaluation(metrics)
                 observe(self.state)
 
         try:
-            with bounded_memory(self.trainer.rows, self.config.train.batch_size):
+            with advise_on_oom(self.trainer.rows, self.config.train.batch_size):
                 look = None if pace is None else (lambda: pace.look(self.config, self.state.step))
                 self.trainer.run(self.tell_step, on_evaluation, self.save, look)
             self.finish_saving()
@@ -202,7 +200,7 @@ class Run:
     def tell_step(self, metrics: dict[str, Any]) -> None:
         """Log the numbers of a step, or that it was passed over."""
         self.progress.step(metrics["step"], metrics.get("loss"))
-        if not self.machine.is_main_process:
+        if not self.ctx.is_main_process:
             return
         if "skipped" in metrics:
             self.progress.say(f"step {metrics['step']} passed over: loss or gradient not finite ({metrics['skipped']})")
@@ -232,7 +230,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint. Every process takes part: where the model is split, its parts are brought together."""
-        gather(self.wrapped_model, self.model)
+        gather_weights(self.wrapped_model, self.model)
         moments = self.optimizer.state_dict()
         if self.saver is not None:
             self.metrics.sync()
@@ -254,8 +252,8 @@ class Run:
     def report(self) -> None:
         """The loss in context: a table, and the plot."""
         loss, targets = self.trainer.full_validation_loss()
-        gather(self.wrapped_model, self.model)
-        if not self.machine.is_main_process:
+        gather_weights(self.wrapped_model, self.model)
+        if not self.ctx.is_main_process:
             return
         references = baseline_losses(self.data, self.trainer.val_sequences)
         self.metrics.write({"step": self.state.step, "final_val_loss": loss, **references})
@@ -283,15 +281,15 @@ class Run:
         say(f"  python attend.py summary {self.folder}")
 
 
-def agreed(config: RunConfig, machine: DistContext) -> RunConfig:
+def agreed(config: RunConfig, ctx: DistContext) -> RunConfig:
     """The config with the folder that the first process has decided on, and the same one everywhere.
 
     Raises:
         UserError: if the processes were started differently (exit code 2).
     """
-    folder, resume = json.loads(machine.broadcast_str(json.dumps([config.run.dir, config.run.resume])))
+    folder, resume = json.loads(ctx.broadcast_str(json.dumps([config.run.dir, config.run.resume])))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume))
-    machine.require_same({"the configuration": to_toml(config), "the version of torch": torch.__version__})
+    ctx.check_same_everywhere({"the configuration": to_toml(config), "the version of torch": torch.__version__})
     return config
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from data.dataloader import batch
 from model.gpt import GPT
 from training.config import RunConfig
-from training.device import DistContext, compiled
-from training.flops import muon_operations, operations
+from training.device import DistContext, compile_model
+from training.flops import flops_per_token, muon_flops
 from training.footprint import Footprint, stand_in
 from training.hardware import GPU
 from training.timing import median, once
@@ -54,12 +54,12 @@ def reckoned(config: RunConfig, vocab_size: int, gpu: GPU, world: int, memory: F
     """
     low = config.train.dtype != "fp32" and gpu.bf16 > 0
     peak = gpu.bf16 if low else gpu.fp32
-    cost = operations(config.model, vocab_size)
+    cost = flops_per_token(config.model, vocab_size)
     windows = config.train.batch_size / world
     each = config.model.context / (UTILISATION * peak)
     optimizer = (2 * memory.weights + memory.gradients + 2 * memory.moments) / gpu.bandwidth
     if config.optim.name == "muon":
-        optimizer += muon_operations(config.model) / (UTILISATION * peak)
+        optimizer += muon_flops(config.model) / (UTILISATION * peak)
     computing = windows * each * (cost.forward + cost.backward) + optimizer
     calls = memory.attention * pieces + memory.moves
     how = (
@@ -71,7 +71,7 @@ def reckoned(config: RunConfig, vocab_size: int, gpu: GPU, world: int, memory: F
     return Speed(max(computing, calls * CALL_SECONDS), each * cost.forward / world, how, peak)
 
 
-def measured(config: RunConfig, vocab_size: int, machine: DistContext, rows: int, seconds: float = SECONDS) -> Speed:
+def measured(config: RunConfig, vocab_size: int, ctx: DistContext, rows: int, seconds: float = SECONDS) -> Speed:
     """The speed of the real loop here, on random tokens, in one process.
 
     A micro-batch that would take long is measured on fewer windows, and the time taken to grow with their number. The
@@ -81,48 +81,48 @@ def measured(config: RunConfig, vocab_size: int, machine: DistContext, rows: int
         rows: windows of a micro-batch.
         seconds: that steps are measured for, about.
     """
-    cost = operations(config.model, vocab_size)
-    products = product_speed(machine)
+    cost = flops_per_token(config.model, vocab_size)
+    products = product_speed(ctx)
     window = config.model.context * (cost.forward + cost.backward) / (0.3 * products)
     some = max(1, min(rows, int(seconds / 2 / window)))
     whole = some == rows
     pieces = -(-config.train.batch_size // rows) if whole and config.train.batch_size * window < seconds / 2 else 1
-    model = GPT(config.model, vocab_size, config.run.seed).to(machine.device)
+    model = GPT(config.model, vocab_size, config.run.seed).to(ctx.device)
     stepped: nn.Module = model
     if config.train.compile == "on":
-        example = torch.zeros(some, config.model.context, dtype=torch.long, device=machine.device)
-        stepped = compiled(model, example, machine)
-    trainer = stand_in(config, vocab_size, machine, model, some, pieces, stepped=stepped)
-    step = steps(trainer, machine, seconds)
+        example = torch.zeros(some, config.model.context, dtype=torch.long, device=ctx.device)
+        stepped = compile_model(model, example, ctx)
+    trainer = stand_in(config, vocab_size, ctx, model, some, pieces, stepped=stepped)
+    step = steps(trainer, ctx, seconds)
     done = min(some * pieces, config.train.batch_size)
     if done < config.train.batch_size:
-        moving = optimizer_seconds(trainer, machine, some)
+        moving = optimizer_seconds(trainer, ctx, some)
         step = moving + max(0.0, step - moving) * config.train.batch_size / done
     indices = np.arange(some) % len(trainer.val_sequences)
-    forward = median(lambda: trainer.validation_loss(indices), machine, AT_LEAST) / some
+    forward = median(lambda: trainer.validation_loss(indices), ctx, AT_LEAST) / some
     how = "measured here" if done == config.train.batch_size else f"measured here on {done} windows"
     return Speed(step, forward, how, products)
 
 
-def steps(trainer: Trainer, machine: DistContext, seconds: float) -> float:
+def steps(trainer: Trainer, ctx: DistContext, seconds: float) -> float:
     """The median time of a step, measured for about that many seconds."""
-    first = [once(trainer.train_step, machine) for _ in range(WARM_UP)]
+    first = [once(trainer.train_step, ctx) for _ in range(WARM_UP)]
     count = max(AT_LEAST, min(AT_MOST, int(seconds / first[-1])))
-    return median(trainer.train_step, machine, count)
+    return median(trainer.train_step, ctx, count)
 
 
-def optimizer_seconds(trainer: Trainer, machine: DistContext, rows: int) -> float:
+def optimizer_seconds(trainer: Trainer, ctx: DistContext, rows: int) -> float:
     """The median time that the optimizer takes of a step."""
     found = []
     for step in range(AT_LEAST):
         trainer.forward_backward(batch(trainer.data.train, trainer.train_sequences, 0, step, rows), 1)
-        found.append(once(trainer.optimizer.step, machine))
+        found.append(once(trainer.optimizer.step, ctx))
     return statistics.median(found)
 
 
-def product_speed(machine: DistContext) -> float:
+def product_speed(ctx: DistContext) -> float:
     """Operations a second of a large matrix product in this machine's number format."""
-    size = 4096 if machine.device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=machine.device, dtype=machine.dtype) for _ in range(2))
-    once(lambda: left @ right, machine)
-    return 2 * size**3 / min(once(lambda: left @ right, machine) for _ in range(5))
+    size = 4096 if ctx.device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=ctx.device, dtype=ctx.dtype) for _ in range(2))
+    once(lambda: left @ right, ctx)
+    return 2 * size**3 / min(once(lambda: left @ right, ctx) for _ in range(5))

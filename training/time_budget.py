@@ -129,7 +129,7 @@ def expected_loss(weights: int, tokens: float) -> float:
 
 
 def choose(
-    config: RunConfig, machine: DistContext, vocab_size: int, text: int, held_out: int, spent: float
+    config: RunConfig, ctx: DistContext, vocab_size: int, text: int, held_out: int, spent: float
 ) -> tuple[RunConfig, list[str], float]:
     """The config with what `train.minutes` decides decided, the plan in lines, and when the last step should be over.
 
@@ -145,7 +145,7 @@ def choose(
         UserError: if the time is too short, several processes would share the work (exit code 2), or the text is too
             short (3).
     """
-    sizes = candidates(machine, text)
+    sizes = candidates(ctx, text)
     end, known = time.perf_counter() + 60 * config.train.minutes - spent, dict[Size, Speed]()
 
     def offered(size: Size, speeds: Mapping[Size, Speed], less: float = 0.0) -> Offer:
@@ -159,11 +159,11 @@ def choose(
         best = min(offers, key=learned)
         if best.size in known:
             break
-        known[best.size] = speed(best.size, switched(config, "off"), machine, vocab_size)
-    if may_compile(config, machine, best):
-        fast = {best.size: speed(best.size, switched(config, "on"), machine, vocab_size)}
+        known[best.size] = speed(best.size, switched(config, "off"), ctx, vocab_size)
+    if may_compile(config, ctx, best):
+        fast = {best.size: speed(best.size, switched(config, "on"), ctx, vocab_size)}
         # once more, for a machine that others use is not as fast as it was half a minute ago
-        known[best.size] = speed(best.size, switched(config, "off"), machine, vocab_size)
+        known[best.size] = speed(best.size, switched(config, "off"), ctx, vocab_size)
         offers = [offered(size, known) for size in sizes]
         compiled = replace(offered(best.size, fast, AGAIN), compiled=True)
         best = compiled if config.train.compile == "on" else min([*offers, compiled], key=learned)
@@ -171,12 +171,12 @@ def choose(
     if best.steps < FEWEST_STEPS:
         gone = 60 * config.train.minutes - (end - time.perf_counter())
         raise too_short(config.train.minutes, gone + best.fixed + FEWEST_STEPS * best.step)
-    return decided(config, best), page(config, machine, offers, best), end - best.finish
+    return decided(config, best), page(config, ctx, offers, best), end - best.finish
 
 
-def candidates(machine: DistContext, text: int) -> list[Size]:
+def candidates(ctx: DistContext, text: int) -> list[Size]:
     """The sizes whose windows a text of `text` tokens fills; `UserError` as `choose` says."""
-    if machine.world > 1:
+    if ctx.world_size > 1:
         raise UserError("train.minutes measures one process: leave torchrun out, or set train.steps yourself", CONFIG)
     sizes = [size for size in SIZES if size.context < text]
     if not sizes:
@@ -200,10 +200,10 @@ def switched(config: RunConfig, compiler: Literal["on", "off"]) -> RunConfig:
     return replace(config, train=replace(config.train, compile=compiler))
 
 
-def may_compile(config: RunConfig, machine: DistContext, best: Offer) -> bool:
+def may_compile(config: RunConfig, ctx: DistContext, best: Offer) -> bool:
     """Whether it is measured how much faster the compiler makes a step: it takes half a minute to say so."""
     asked, long = config.train.compile, best.steps * best.step > COMPILE_SECONDS
-    return asked == "on" or (asked == "auto" and long and has_compiler(machine.device))
+    return asked == "on" or (asked == "auto" and long and has_compiler(ctx.device))
 
 
 def decided(config: RunConfig, best: Offer) -> RunConfig:
@@ -232,16 +232,16 @@ def shaped(config: RunConfig, size: Size) -> RunConfig:
     return replace(config, model=model, train=replace(config.train, batch_size=size.batch_size, micro_batch_size=0))
 
 
-def speed(size: Size, config: RunConfig, machine: DistContext, vocab_size: int) -> Speed:
+def speed(size: Size, config: RunConfig, ctx: DistContext, vocab_size: int) -> Speed:
     """How fast that size is here; compiled if `train.compile` is on."""
     config, threads = shaped(config, size), torch.get_num_threads()
     endless = replace(
         config, train=replace(config.train, steps=1 << 40)
     )  # how many steps there will be is not known yet
-    way = choose_way(endless, machine, vocab_size, size.batch_size, {}).way
+    way = choose_way(endless, ctx, vocab_size, size.batch_size, {}).way
     config = replace(config, model=way.model(config.model))
     seconds = max(1.0, MEASURING * 60 * config.train.minutes)
-    found = measured(config, vocab_size, way.machine(machine), size.batch_size, seconds)
+    found = measured(config, vocab_size, way.machine(ctx), size.batch_size, seconds)
     torch.set_num_threads(threads)
     return found
 
@@ -265,7 +265,7 @@ def offer(size: Size, known: Mapping[Size, Speed], seconds: float, text: int, he
     return Offer(size, step, steps, evaluations, steps * size.tokens / text, loss, fixed, finish + 2 * look)
 
 
-def page(config: RunConfig, machine: DistContext, offers: list[Offer], best: Offer) -> list[str]:
+def page(config: RunConfig, ctx: DistContext, offers: list[Offer], best: Offer) -> list[str]:
     """The plan in lines: what each size could do, and which one is taken."""
     lines = [
         f"plan    {config.train.minutes:g} min on {machine.describe()}; what each size would do with that",

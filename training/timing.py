@@ -11,21 +11,21 @@ import torch
 from training.device import DistContext
 
 
-def once(work: Callable[[], object], machine: DistContext) -> float:
+def once(work: Callable[[], object], ctx: DistContext) -> float:
     """The seconds that something takes on the machine, to its end."""
-    settle(machine)
+    settle(ctx)
     start = time.perf_counter()
     work()
-    settle(machine)
+    settle(ctx)
     return time.perf_counter() - start
 
 
-def median(work: Callable[[], object], machine: DistContext, count: int) -> float:
+def median(work: Callable[[], object], ctx: DistContext, count: int) -> float:
     """The median time of doing something so often."""
-    return statistics.median([once(work, machine) for _ in range(count)])
+    return statistics.median([once(work, ctx) for _ in range(count)])
 
 
-def settle(machine: DistContext) -> None:
+def settle(ctx: DistContext) -> None:
     """Wait until a GPU is done with what it was told."""
-    if machine.device.type == "cuda":
-        torch.cuda.synchronize(machine.device)
+    if ctx.device.type == "cuda":
+        torch.cuda.synchronize(ctx.device)

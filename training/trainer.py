@@ -31,7 +31,7 @@ from model.gpt import GPT
 from training.checkpoint import TrainState
 from training.config import RunConfig
 from training.device import DistContext
-from training.distributed import clip_gradient, gather, is_sharded, last_only
+from training.distributed import clip_grad_norm, gather_weights, is_fsdp, maybe_no_sync
 from training.loss import cross_entropy_sum
 from training.optimizer import Optimizer, get_lr_scale
 from training.signals import Stop
@@ -48,7 +48,7 @@ def evaluate(
     windows: PackedSequences,
     indices: Any,
     rows: int,
-    machine: DistContext,
+    ctx: DistContext,
     stop: Stop | None = None,
 ) -> tuple[float, int] | None:
     """Mean loss in nats over every counted target of the windows `indices`, and how many targets that is.
@@ -58,22 +58,22 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=machine.device)
-    mine = indices[machine.rank :: machine.world]
-    share = -(-len(indices) // machine.world)
+    total = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+    mine = indices[ctx.rank :: ctx.world_size]
+    share = -(-len(indices) // ctx.world_size)
     for first in range(0, share, rows):
-        if stop is not None and machine.all_reduce_max(stop.number):
+        if stop is not None and ctx.all_reduce_max(stop.number):
             break
         chosen = mine[first : first + rows]
         read = read_sequences(split, windows, chosen if len(chosen) else indices[:1])
-        with machine.autocast():
-            logits = model(machine.to_device(read.tokens))
+        with ctx.autocast():
+            logits = model(ctx.to_device(read.tokens))
         if len(chosen):
-            targets = machine.to_device(read.targets)
+            targets = ctx.to_device(read.targets)
             total[0] += cross_entropy_sum(logits, targets)
             total[1] += (targets != IGNORE_INDEX).sum()
     else:
-        total = machine.sum(total)
+        total = ctx.all_reduce_sum(total)
         model.train(was_training)
         return float(total[0] / total[1]), int(total[1])
     model.train(was_training)
@@ -93,7 +93,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        machine: DistContext,
+        ctx: DistContext,
         data: TokenizedCorpus,
         model: GPT,
         wrapped_model: nn.Module,
@@ -101,12 +101,12 @@ class Trainer:
         state: TrainState,
         resumed: bool = False,
     ) -> None:
-        self.config, self.machine, self.data = config, machine, data
+        self.config, self.ctx, self.data = config, ctx, data
         self.model, self.wrapped_model, self.optimizer, self.state = model, wrapped_model, optimizer, state
         self.train_sequences = pack_documents(data.train, config.model.context)
         self.val_sequences = pack_documents(data.val, config.model.context)
         self.val_part = eval_indices(self.val_sequences, config.train.eval_tokens)
-        self.rows = micro_batch_rows(config, machine.world)
+        self.rows = micro_batch_rows(config, ctx.world_size)
         self.saved = (state.step, state.evaluated) if resumed else (-1, -1)
         self.stop = Stop()
         self.asked = 0  # the signal that the processes have agreed to stop for
@@ -140,9 +140,7 @@ class Trainer:
                     save()
                     self.saved = position
                 if stopping:
-                    self.machine.all_reduce_max(
-                        0
-                    )  # nobody leaves before all is saved: torchrun would soon end the others
+                    self.ctx.all_reduce_max(0)  # nobody leaves before all is saved: torchrun would soon end the others
                     raise SystemExit(128 + self.asked if self.asked else 0)
                 if last:
                     return
@@ -158,7 +156,7 @@ class Trainer:
 
     def is_asked_to_stop(self) -> bool:
         """Whether any process was sent a signal, or `run.stop_at_step` is reached; the same answer everywhere."""
-        self.asked = self.machine.all_reduce_max(self.stop.number)  # the handler's own number is never written here
+        self.asked = self.ctx.all_reduce_max(self.stop.number)  # the handler's own number is never written here
         return bool(self.asked) or 0 < self.config.run.stop_at_step <= self.state.step
 
     def tell(self, metrics: dict[str, Any], on_step: Tell) -> None:
@@ -171,17 +169,17 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step on the batch of this step; its loss, before the step, and its learning rate."""
-        settings, state, machine, seed = self.config.train, self.state, self.machine, self.config.run.seed
+        settings, state, ctx, seed = self.config.train, self.state, self.ctx, self.config.run.seed
         share = get_lr_scale(state.step, settings.steps, self.config.optim)
         self.optimizer.set_lr_scale(share)
         rows = batch(
-            self.data.train, self.train_sequences, seed, state.step, settings.batch_size, machine.rank, machine.world
+            self.data.train, self.train_sequences, seed, state.step, settings.batch_size, ctx.rank, ctx.world_size
         )
         counted = num_valid_tokens(self.train_sequences, seed, state.step, settings.batch_size)
         if self.config.model.dropout:  # seeded by the step, so that a resumed run drops the same activations
-            torch.manual_seed(hash((seed, state.step, machine.rank)))
+            torch.manual_seed(hash((seed, state.step, ctx.rank)))
         loss = self.forward_backward(rows, counted)
-        norm = clip_gradient(self.wrapped_model, self.config.optim.clip)
+        norm = clip_grad_norm(self.wrapped_model, self.config.optim.clip)
         metrics: dict[str, Any] = {"loss": loss, "lr": share * self.config.optim.lr}
         if math.isfinite(norm) and math.isfinite(float(loss)):
             self.optimizer.step()
@@ -193,18 +191,18 @@ class Trainer:
 
     def forward_backward(self, rows: Batch, counted: int) -> Tensor:
         """Leave the gradient of the mean loss over the whole batch's `counted` targets in the parameters; that loss."""
-        machine = self.machine
-        tokens, targets = machine.to_device(rows.tokens), machine.to_device(rows.targets)
-        total = torch.zeros((), device=machine.device)
+        ctx = self.ctx
+        tokens, targets = ctx.to_device(rows.tokens), ctx.to_device(rows.targets)
+        total = torch.zeros((), device=ctx.device)
         pieces = list(zip(tokens.split(self.rows), targets.split(self.rows), strict=True))
         for i, (inputs, wanted) in enumerate(pieces):
-            with last_only(self.wrapped_model, i == len(pieces) - 1):
-                with machine.autocast():
+            with maybe_no_sync(self.wrapped_model, i == len(pieces) - 1):
+                with ctx.autocast():
                     logits = self.wrapped_model(inputs)
                 loss = cross_entropy_sum(logits, wanted) / counted
-                (loss * machine.world).backward()  # sharing averages over the processes, and the loss is a sum
+                (loss * ctx.world_size).backward()  # sharing averages over the processes, and the loss is a sum
             total += loss.detach()
-        return machine.sum(total)
+        return ctx.all_reduce_sum(total)
 
     def pass_over(self, loss: float, norm: float) -> dict[str, Any]:
         """Forget a gradient that is not finite; loss and norm are everybody's, so every process decides alike.
@@ -234,10 +232,10 @@ class Trainer:
         seen = self.validation_loss(self.val_part, self.stop)
         if seen is None:
             return False
-        gather(self.wrapped_model, self.model)
+        gather_weights(self.wrapped_model, self.model)
         found = {"step": state.step, "val_loss": seen[0], "tokens_seen": state.tokens_seen}
         told = self.stop.attempt(lambda: on_evaluation(found))
-        if self.machine.all_reduce_max(not told):
+        if self.ctx.all_reduce_max(not told):
             return False
         state.evaluated = state.step
         best = math.isfinite(seen[0]) and (state.best_loss is None or seen[0] < state.best_loss)
@@ -249,8 +247,8 @@ class Trainer:
 
     def validation_loss(self, indices: Any, stop: Stop | None = None) -> tuple[float, int] | None:
         """Mean loss over some windows of the validation split, and how many targets they have."""
-        model = self.wrapped_model if is_sharded(self.wrapped_model) else self.model
-        return evaluate(model, self.data.val, self.val_sequences, indices, self.rows, self.machine, stop)
+        model = self.wrapped_model if is_fsdp(self.wrapped_model) else self.model
+        return evaluate(model, self.data.val, self.val_sequences, indices, self.rows, self.ctx, stop)
 
     def full_validation_loss(self) -> tuple[float, int]:
         """The loss over the whole validation split, or an even part of it above `FINAL_TARGETS`."""

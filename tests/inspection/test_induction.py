@@ -74,10 +74,10 @@ def learned(n_layers: int, seed: int) -> Learned:
     """Train as the config says, until the head is there and was used for a while, or to the end."""
     config: RunConfig = parse_train([str(CONFIG), f"--model.n_layers={n_layers}", f"--run.seed={seed}"])[0]
     config = replace(config, model=replace(config.model, attention="sdpa"))
-    machine, data = get_dist_context("fp32"), prepare(config.data, progress=False)
+    ctx, data = get_dist_context("fp32"), prepare(config.data, progress=False)
     model = GPT(config.model, data.tokenizer.vocab_size, seed)
     optimizer = Optimizer(model, config.optim)
-    trainer = Trainer(config, machine, data, model, model, optimizer, TrainState())
+    trainer = Trainer(config, ctx, data, model, model, optimizer, TrainState())
     assert data.nats_per_document is not None
     course = Learned(data.nats_per_document * data.val.n_documents / (len(data.val) - 1))
     texts = watched(data)

@@ -22,8 +22,8 @@ from common.errors import UserError, run_main
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import OptimConfig
-from training.device import DistContext, compiled, get_dist_context
-from training.distributed import bare, clip_gradient, gather, last_only, processes, share
+from training.device import DistContext, compile_model, get_dist_context
+from training.distributed import clip_grad_norm, gather_weights, maybe_no_sync, process_group, unwrap_model, wrap_model
 from training.optimizer import Optimizer
 
 SHAPE = ModelConfig(preset="qwen3", n_layers=2, n_heads=2, d_model=20, context=8, attention="eager")
@@ -42,18 +42,18 @@ def plain(seed: int = 1, shape: ModelConfig = SHAPE) -> GPT:
     return model
 
 
-def pieces(machine: DistContext, step: int, rows: int = 12) -> list[Tensor]:
+def pieces(ctx: DistContext, step: int, rows: int = 12) -> list[Tensor]:
     """This process's share of a step's tokens, two rows at a time."""
     tokens = torch.randint(VOCAB, (rows, SHAPE.context), generator=torch.Generator().manual_seed(step))
-    return list(tokens[machine.rank :: machine.world].split(2))
+    return list(tokens[ctx.rank :: ctx.world_size].split(2))
 
 
-def gradient(stepped: nn.Module, machine: DistContext, step: int, rows: int = 12) -> None:
+def gradient(stepped: nn.Module, ctx: DistContext, step: int, rows: int = 12) -> None:
     """Leave the gradient of the mean over the whole batch in the parameters."""
-    mine = pieces(machine, step, rows)
+    mine = pieces(ctx, step, rows)
     for i, tokens in enumerate(mine):
-        with last_only(stepped, i == len(mine) - 1):
-            (stepped(tokens).square().mean(dim=(1, 2)).sum() / rows * machine.world).backward()
+        with maybe_no_sync(stepped, i == len(mine) - 1):
+            (stepped(tokens).square().mean(dim=(1, 2)).sum() / rows * ctx.world_size).backward()
 
 
 def optimizer_of(stepped: nn.Module) -> Optimizer:
@@ -61,12 +61,12 @@ def optimizer_of(stepped: nn.Module) -> Optimizer:
     return Optimizer(stepped, OptimConfig(name="muon", lr=0.01, muon_lr=0.02))
 
 
-def train(stepped: nn.Module, machine: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
+def train(stepped: nn.Module, ctx: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
     """Some steps; the norm of each one's gradient."""
     norms = []
     for step in steps:
-        gradient(stepped, machine, step)
-        norms.append(clip_gradient(stepped, 0.5))
+        gradient(stepped, ctx, step)
+        norms.append(clip_grad_norm(stepped, 0.5))
         optimizer.step()
     return norms
 
@@ -82,99 +82,99 @@ def kept(file: Path, kind: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{kind}/"): value for name, value in load_file(file).items() if name.startswith(kind)}
 
 
-def write(machine: DistContext, folder: Path) -> None:
+def write(ctx: DistContext, folder: Path) -> None:
     """Train a little, each way; the first process saves. Each process begins with other weights: the first's count."""
     for sharding in ("none", "full"):
-        model = plain(seed=1 + machine.rank)
-        stepped = share(model, machine, sharding)
+        model = plain(seed=1 + ctx.rank)
+        stepped = wrap_model(model, ctx, sharding)
         optimizer = optimizer_of(stepped)
-        norms = train(stepped, machine, optimizer, range(3))
-        gather(stepped, model)
+        norms = train(stepped, ctx, optimizer, range(3))
+        gather_weights(stepped, model)
         moments = optimizer.state_dict()
-        if machine.is_main_process:
+        if ctx.is_main_process:
             keep(folder / f"{sharding}.safetensors", model, moments)
             (folder / f"{sharding}.json").write_text(json.dumps(norms))
         elif sharding == "full":
             assert not moments and all(value.is_meta for value in model.parameters())
 
 
-def read(machine: DistContext, folder: Path) -> None:
+def read(ctx: DistContext, folder: Path) -> None:
     """Take up what was saved, split it among the processes, bring it together again, and save that; then go on."""
     for name in ("none", "full"):
         model = GPT(SHAPE, VOCAB, seed=9)
-        if machine.is_main_process:
+        if ctx.is_main_process:
             model.load_state_dict(kept(folder / f"{name}.safetensors", "weights"), strict=False)
-        stepped = share(model, machine, "full")
+        stepped = wrap_model(model, ctx, "full")
         optimizer = optimizer_of(stepped)
         optimizer.load_state_dict(kept(folder / f"{name}.safetensors", "moments"))
-        if machine.is_main_process:
+        if ctx.is_main_process:
             nn.init.zeros_(model.blocks[0].mlp.up.weight)
-        gather(stepped, model)
+        gather_weights(stepped, model)
         moments = optimizer.state_dict()
-        if machine.is_main_process:
-            keep(folder / f"{name}-{machine.world}.safetensors", model, moments)
-        train(stepped, machine, optimizer, range(3, 4))
-        gather(stepped, model)
-        if machine.is_main_process:
-            keep(folder / f"{name}-{machine.world}-later.safetensors", model, {})
+        if ctx.is_main_process:
+            keep(folder / f"{name}-{ctx.world_size}.safetensors", model, moments)
+        train(stepped, ctx, optimizer, range(3, 4))
+        gather_weights(stepped, model)
+        if ctx.is_main_process:
+            keep(folder / f"{name}-{ctx.world_size}-later.safetensors", model, {})
 
 
-def exchanges(stepped: nn.Module, machine: DistContext) -> list[int]:
+def exchanges(stepped: nn.Module, ctx: DistContext) -> list[int]:
     """How often gradients are exchanged during each piece of a step."""
-    counts, mine = [], pieces(machine, 0)
+    counts, mine = [], pieces(ctx, 0)
     for i, tokens in enumerate(mine):
-        with profile() as seen, last_only(stepped, i == len(mine) - 1):
+        with profile() as seen, maybe_no_sync(stepped, i == len(mine) - 1):
             stepped(tokens).sum().backward()
         counts.append(sum(event.name.startswith("c10d::") and "reduce" in event.name for event in seen.events()))
     return counts
 
 
-def count(machine: DistContext, folder: Path) -> None:
+def count(ctx: DistContext, folder: Path) -> None:
     """Count the exchanges of a step of three pieces, each way."""
-    found = {sharding: exchanges(share(plain(), machine, sharding), machine) for sharding in ("none", "full")}
-    if machine.is_main_process:
+    found = {sharding: exchanges(wrap_model(plain(), ctx, sharding), ctx) for sharding in ("none", "full")}
+    if ctx.is_main_process:
         (folder / "counts.json").write_text(json.dumps(found))
 
 
-def count_compiled(machine: DistContext, folder: Path) -> None:
+def count_compiled(ctx: DistContext, folder: Path) -> None:
     """The same of a single block, compiled; and how far the gradient is from that of the model as it is."""
     found = {}
     shape = replace(SHAPE, n_layers=1)
     for sharding in ("none", "full"):
-        stepped = share(plain(shape=shape), machine, sharding)
+        stepped = wrap_model(plain(shape=shape), ctx, sharding)
         example = torch.zeros(2, SHAPE.context, dtype=torch.long)
-        fast = compiled(stepped, example, machine)
-        counts = exchanges(fast, machine)
+        fast = compile_model(stepped, example, ctx)
+        counts = exchanges(fast, ctx)
         stepped.zero_grad()
-        gradient(fast, machine, 0)
+        gradient(fast, ctx, 0)
         one = plain(shape=shape)
-        gradient(one, DistContext(machine.device, machine.dtype), 0)
-        grads = [(p.grad, q.grad) for p, q in zip(bare(fast).parameters(), one.parameters(), strict=True)]
+        gradient(one, DistContext(ctx.device, ctx.dtype), 0)
+        grads = [(p.grad, q.grad) for p, q in zip(unwrap_model(fast).parameters(), one.parameters(), strict=True)]
         far = [float((getattr(a, "full_tensor", lambda a=a: a)() - b).norm() / b.norm()) for a, b in grads]
         found[sharding] = {"counts": counts, "far": max(far), "wrapped": fast is not stepped}
-    if machine.is_main_process:
+    if ctx.is_main_process:
         (folder / "compiled.json").write_text(json.dumps(found))
 
 
-def agree(machine: DistContext, folder: Path) -> None:
+def agree(ctx: DistContext, folder: Path) -> None:
     """Everything by which processes agree; each writes what it came to."""
     told: dict[str, object] = {
-        "sum": float(machine.sum(torch.tensor(machine.rank + 0.5))),
-        "largest": machine.all_reduce_max(10 - machine.rank),
-        "agree": machine.broadcast_str(f"größer {machine.rank} \udc80" if machine.is_main_process else ""),
-        "empty": machine.broadcast_str("" if machine.is_main_process else "something"),
-        "last": machine.broadcast_str(str(machine.rank), source=machine.world - 1),
+        "sum": float(ctx.all_reduce_sum(torch.tensor(ctx.rank + 0.5))),
+        "largest": ctx.all_reduce_max(10 - ctx.rank),
+        "agree": ctx.broadcast_str(f"größer {ctx.rank} \udc80" if ctx.is_main_process else ""),
+        "empty": ctx.broadcast_str("" if ctx.is_main_process else "something"),
+        "last": ctx.broadcast_str(str(ctx.rank), source=ctx.world_size - 1),
     }
-    machine.require_same({"the data": "same", "settings": "a\nb"})
+    ctx.check_same_everywhere({"the data": "same", "settings": "a\nb"})
     try:
-        odd = machine.rank == machine.world - 1
-        machine.require_same({"the data": "same", "settings": f"a = 1\nb = {odd}\n" + "c" * 500})
+        odd = ctx.rank == ctx.world_size - 1
+        ctx.check_same_everywhere({"the data": "same", "settings": f"a = 1\nb = {odd}\n" + "c" * 500})
     except UserError as error:
         told["refused"] = str(error)
-    (folder / f"agree-{machine.rank}.json").write_text(json.dumps(told))
+    (folder / f"agree-{ctx.rank}.json").write_text(json.dumps(told))
 
 
-def fail_to_compile(machine: DistContext, folder: Path) -> None:
+def fail_to_compile(ctx: DistContext, folder: Path) -> None:
     """A compiler that the last process lacks."""
 
     def broken(model: nn.Module) -> nn.Module:
@@ -183,22 +183,22 @@ def fail_to_compile(machine: DistContext, folder: Path) -> None:
     def lazy(model: nn.Module) -> nn.Module:
         return nn.Sequential(model)  # stands for torch's wrapper
 
-    torch.compile = broken if machine.rank == machine.world - 1 else lazy  # type: ignore[assignment]
-    stepped = share(plain(), machine, "none")
-    fast = compiled(stepped, torch.zeros(2, SHAPE.context, dtype=torch.long), machine)
-    (folder / f"compiler-{machine.rank}.json").write_text(json.dumps(fast is stepped))
+    torch.compile = broken if ctx.rank == ctx.world_size - 1 else lazy  # type: ignore[assignment]
+    stepped = wrap_model(plain(), ctx, "none")
+    fast = compile_model(stepped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
+    (folder / f"compiler-{ctx.rank}.json").write_text(json.dumps(fast is stepped))
 
 
 def lose(how: signal.Signals, sharding: str) -> Callable[[DistContext, Path], None]:
     """Train until the last process is killed or frozen."""
 
-    def program(machine: DistContext, folder: Path) -> None:
-        stepped = share(plain(), machine, sharding)
+    def program(ctx: DistContext, folder: Path) -> None:
+        stepped = wrap_model(plain(), ctx, sharding)
         for step in range(1000):
-            if step == 3 and machine.rank == machine.world - 1:
+            if step == 3 and ctx.rank == ctx.world_size - 1:
                 (folder / "lost.json").write_text(json.dumps(os.getpid()))
                 os.kill(os.getpid(), how)
-            gradient(stepped, machine, step)
+            gradient(stepped, ctx, step)
             time.sleep(0.01)
 
     return program
@@ -217,7 +217,7 @@ PROGRAMS = {
 
 def main(argv: list[str]) -> None:
     name, folder = argv
-    with processes(5.0 if name.startswith("SIG") else TIMEOUT):
+    with process_group(5.0 if name.startswith("SIG") else TIMEOUT):
         PROGRAMS[name](get_dist_context("fp32", threads=1), Path(folder))
 
 

@@ -47,12 +47,12 @@ def test_what_two_processes_saved_one_and_four_take_up(tmp_path: Path) -> None:
     together(2, "write", tmp_path)
     for count in (4, 1):
         together(count, "read", tmp_path)
-    machine = DistContext(torch.device("cpu"), torch.float32)
+    ctx = DistContext(torch.device("cpu"), torch.float32)
     for name in ("none", "full"):
         first = tmp_path / f"{name}.safetensors"
         model = plain()
         optimizer = optimizer_of(model)
-        norms = train(model, machine, optimizer, range(3))  # one process from the start
+        norms = train(model, ctx, optimizer, range(3))  # one process from the start
         assert left(tmp_path, name) == pytest.approx(norms, rel=1e-4)
         moments = kept(first, "moments")
         assert moments.keys() == optimizer.state_dict().keys()
@@ -66,7 +66,7 @@ def test_what_two_processes_saved_one_and_four_take_up(tmp_path: Path) -> None:
         resumed.load_state_dict(kept(first, "weights"), strict=False)
         optimizer = optimizer_of(resumed)
         optimizer.load_state_dict(moments)
-        train(resumed, machine, optimizer, range(3, 4))
+        train(resumed, ctx, optimizer, range(3, 4))
         before = kept(first, "weights")
         for count in (4, 1):
             for key, value in kept(tmp_path / f"{name}-{count}-later.safetensors", "weights").items():

@@ -19,19 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import LOST_PROCESS, UserError
 from tests.parallel.programs import optimizer_of, plain, train
-from training.device import DistContext, apart, compiled, get_dist_context, is_compiled
+from training.device import DistContext, compile_model, first_difference, get_dist_context, is_compiled
 from training.distributed import (
-    bare,
-    clip_gradient,
-    gather,
-    is_sharded,
-    is_split,
-    last_only,
+    clip_grad_norm,
+    distribute,
+    full_tensor,
+    gather_weights,
+    is_dtensor,
+    is_fsdp,
+    maybe_no_sync,
     own_round,
-    processes,
-    share,
-    split,
-    whole,
+    process_group,
+    unwrap_model,
+    wrap_model,
 )
 from training.muon import Muon
 
@@ -79,7 +79,7 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: str(error)[-40:])
 def test_a_lost_process_becomes_one_line(error: RuntimeError, torchrun: None) -> None:
-    with pytest.raises(UserError) as caught, processes(60):
+    with pytest.raises(UserError) as caught, process_group(60):
         raise error
     assert caught.value.exit_code == LOST_PROCESS and "--run.resume" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -87,18 +87,18 @@ def test_a_lost_process_becomes_one_line(error: RuntimeError, torchrun: None) ->
 
 @pytest.mark.parametrize("error", OURS, ids=lambda error: str(error)[-40:])
 def test_any_other_error_stays_what_it_is(error: BaseException, torchrun: None) -> None:
-    with pytest.raises(BaseException) as caught, processes(60):
+    with pytest.raises(BaseException) as caught, process_group(60):
         raise error
     assert caught.value is error
 
 
 def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    with processes(60):
+    with process_group(60):
         assert not dist.is_initialized()
         model = plain()
-        assert share(model, get_dist_context("fp32"), "full") is model  # nobody to share with
-    with pytest.raises(RuntimeError), processes(60):
+        assert wrap_model(model, get_dist_context("fp32"), "full") is model  # nobody to share with
+    with pytest.raises(RuntimeError), process_group(60):
         raise LOST[0]  # nobody to lose
 
 
@@ -111,14 +111,14 @@ def test_the_timeout_reaches_the_group(torchrun: None, monkeypatch: pytest.Monke
         real(*arguments, **settings)
 
     monkeypatch.setattr(dist, "init_process_group", init)
-    with processes(7.5):
+    with process_group(7.5):
         assert told == [timedelta(seconds=7.5)]
 
 
 def test_a_group_that_does_not_come_about_is_a_lost_process(torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of two processes never comes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError) as caught, processes(1):
+    with pytest.raises(UserError) as caught, process_group(1):
         pass
     assert caught.value.exit_code == LOST_PROCESS
 
@@ -157,19 +157,19 @@ def test_one_process_under_torchrun_learns_what_one_does_without(sharding: str, 
     alone = plain()
     expected = optimizer_of(alone)
     norms = train(alone, CPU, expected, range(3))
-    with processes(60):
-        machine, model = get_dist_context("fp32"), plain()
-        stepped = share(model, machine, sharding)
-        assert (stepped is model) == (sharding == "none") and is_sharded(stepped) == (sharding == "full")
+    with process_group(60):
+        ctx, model = get_dist_context("fp32"), plain()
+        stepped = wrap_model(model, ctx, sharding)
+        assert (stepped is model) == (sharding == "none") and is_fsdp(stepped) == (sharding == "full")
         optimizer = optimizer_of(stepped)
-        assert train(stepped, machine, optimizer, range(3)) == pytest.approx(norms, rel=1e-4)
+        assert train(stepped, ctx, optimizer, range(3)) == pytest.approx(norms, rel=1e-4)
         with torch.no_grad():
             stepped(torch.zeros(1, 4, dtype=torch.long))  # an evaluation
-        gather(stepped, model)
-        assert all(is_split(p) == (sharding == "full") for p in stepped.parameters())
+        gather_weights(stepped, model)
+        assert all(is_dtensor(p) == (sharding == "full") for p in stepped.parameters())
         moments = optimizer.state_dict()
         assert model.head.weight is model.token_embedding.weight
-        assert bare(stepped).head.weight is bare(stepped).token_embedding.weight
+        assert unwrap_model(stepped).head.weight is unwrap_model(stepped).token_embedding.weight
     for first, a, b in zip(plain().parameters(), alone.parameters(), model.parameters(), strict=True):
         assert (a - b).norm() <= 0.02 * (a - first).norm()
     found = expected.state_dict()
@@ -183,18 +183,18 @@ def test_muon_of_a_split_matrix_is_torchs_muon(torchrun: None) -> None:
     for shape in ((30, 8), (8, 30)):
         value = torch.randn(shape, generator=generator)
         gradients = [torch.randn(shape, generator=generator) for _ in range(4)]
-        with processes(60):
+        with process_group(60):
             apart = nn.Parameter(distribute_tensor(value, init_device_mesh("cpu", (1,)), [Shard(0)]))
             one = nn.Parameter(value.clone())
             settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
             mine, theirs = Muon([apart], **settings), torch.optim.Muon([one], **settings)  # type: ignore[arg-type]
             for gradient in gradients:
-                apart.grad, one.grad = split(gradient, apart), gradient.clone()
+                apart.grad, one.grad = distribute(gradient, apart), gradient.clone()
                 mine.step()
                 theirs.step()
             buffers = (mine.state[apart]["momentum_buffer"], theirs.state[one]["momentum_buffer"])
             for a, b in ((apart, one), buffers):
-                assert (whole(a) - b).norm() <= 1e-6 * b.norm()
+                assert (full_tensor(a) - b).norm() <= 1e-6 * b.norm()
 
 
 def test_split_moments_are_taken_up_as_they_were(torchrun: None) -> None:
@@ -202,11 +202,11 @@ def test_split_moments_are_taken_up_as_they_were(torchrun: None) -> None:
     optimizer = optimizer_of(model)
     train(model, CPU, optimizer, range(2))
     saved = {key: value.clone() for key, value in optimizer.state_dict().items()}
-    with processes(60):
-        stepped = share(model, get_dist_context("fp32"), "full")
+    with process_group(60):
+        stepped = wrap_model(model, get_dist_context("fp32"), "full")
         again = optimizer_of(stepped)
         again.load_state_dict(saved)
-        assert all(is_split(value) for _, value in again.named_state() if value.dim())
+        assert all(is_dtensor(value) for _, value in again.named_state() if value.dim())
         assert all(torch.equal(value, saved[key]) for key, value in again.state_dict().items())
         with pytest.raises(ValueError):
             again.load_state_dict({**saved, "nobody/exp_avg": torch.zeros(2)})
@@ -214,32 +214,32 @@ def test_split_moments_are_taken_up_as_they_were(torchrun: None) -> None:
 
 def test_gradients_wait_for_the_last_piece_also_when_compiled(torchrun: None) -> None:
     """torch.compile's wrapper stands around what shares the gradients."""
-    with processes(60):
+    with process_group(60):
         shared = DistributedDataParallel(plain())
         wrapper = nn.Module()  # as torch.compile has it; the real one is tried by test_many.py
         wrapper._orig_mod = shared
         for stepped in (shared, wrapper):
-            with last_only(stepped, False):
+            with maybe_no_sync(stepped, False):
                 assert not shared.require_backward_grad_sync
-            with last_only(stepped, True):
+            with maybe_no_sync(stepped, True):
                 assert shared.require_backward_grad_sync
-            assert list(bare(stepped).state_dict()) == list(plain().state_dict())
+            assert list(unwrap_model(stepped).state_dict()) == list(plain().state_dict())
 
 
 def test_a_gradient_is_cut_to_its_limit_or_left_alone() -> None:
     model = nn.Linear(3, 1, bias=False)
     for limit, expected in ((0.0, 5.0), (10.0, 5.0), (1.0, 1.0)):
         model.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
-        assert clip_gradient(model, limit) == 5.0
+        assert clip_grad_norm(model, limit) == 5.0
         assert float(model.weight.grad.norm()) == pytest.approx(expected)
     model.weight.grad = torch.tensor([[torch.inf, 0.0, 0.0]])
-    assert clip_gradient(model, 1.0) == torch.inf
+    assert clip_grad_norm(model, 1.0) == torch.inf
 
 
 def test_a_machine_of_its_own_agrees_with_itself() -> None:
     assert CPU.all_reduce_max(3) == 3 and CPU.broadcast_str("a") == "a" and float(CPU.sum(torch.tensor(2.0))) == 2.0
-    CPU.require_same({"the data": "a"})
-    assert apart("a\nb\nc", "a\nd\nc") == ("b", "d") and apart("a", "a\nb") == ("", "b")
+    CPU.check_same_everywhere({"the data": "a"})
+    assert first_difference("a\nb\nc", "a\nd\nc") == ("b", "d") and first_difference("a", "a\nb") == ("", "b")
 
 
 def test_all_go_on_uncompiled_where_one_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +251,8 @@ def test_all_go_on_uncompiled_where_one_cannot_compile(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "compile", lambda model: nn.Sequential(model))
     model, example = plain(), torch.zeros(1, 4, dtype=torch.long)
-    assert compiled(model, example, Other(CPU.device, CPU.dtype)) is model
-    fast = compiled(model, example, CPU)
+    assert compile_model(model, example, Other(CPU.device, CPU.dtype)) is model
+    fast = compile_model(model, example, CPU)
     assert fast is not model and all(p.grad is None for p in model.parameters())
     assert not is_compiled(model)
 
@@ -262,7 +262,7 @@ def test_the_blocks_of_a_split_model_are_compiled_in_place(torchrun: None, monke
         block._compiled_call_impl = block._call_impl
 
     monkeypatch.setattr(nn.Module, "compile", pretend)
-    with processes(60):
-        stepped = share(plain(), get_dist_context("fp32"), "full")
+    with process_group(60):
+        stepped = wrap_model(plain(), get_dist_context("fp32"), "full")
         assert not is_compiled(stepped)
-        assert compiled(stepped, torch.zeros(1, 4, dtype=torch.long), CPU) is stepped and is_compiled(stepped)
+        assert compile_model(stepped, torch.zeros(1, 4, dtype=torch.long), CPU) is stepped and is_compiled(stepped)

@@ -51,9 +51,9 @@ def trainer(micro_batch_size: int = 0, dropout: float = 0.0, step: int = 0) -> T
     config = RunConfig(model=model_config, optim=OPTIM, train=train)
     data = corpus()
     model = GPT(model_config, data.tokenizer.vocab_size, seed=3)
-    machine = DistContext(torch.device("cpu"), torch.float32)
+    ctx = DistContext(torch.device("cpu"), torch.float32)
     optimizer = Optimizer(model, OPTIM)
-    return Trainer(config, machine, data, model, model, optimizer, TrainState(step=step))
+    return Trainer(config, ctx, data, model, model, optimizer, TrainState(step=step))
 
 
 def batch_of(one: Trainer, step: int) -> batches.Batch:

@@ -44,11 +44,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Way]]:
     def set_up(seconds: Times, threads: int = 2) -> list[Way]:
         tried: list[Way] = []
 
-        def layer(config: RunConfig, machine: DistContext, way: Way, rows: int) -> Way:
+        def layer(config: RunConfig, ctx: DistContext, way: Way, rows: int) -> Way:
             tried.append(way)
             return way
 
-        def timed(works: dict[Way, Way], machine: DistContext) -> dict[Way, list[float]]:
+        def timed(works: dict[Way, Way], ctx: DistContext) -> dict[Way, list[float]]:
             return {way: [seconds(way)] * choice.ROUNDS for way in works}
 
         monkeypatch.setattr(choice, "layer", layer)
@@ -60,8 +60,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Way]]:
     return set_up
 
 
-def chosen(config: RunConfig = LONG, machine: DistContext = CPU, begun: dict[str, str] | None = None) -> Choice:
-    return choose_way(config, machine, 100, config.train.batch_size, begun or {})
+def chosen(config: RunConfig = LONG, ctx: DistContext = CPU, begun: dict[str, str] | None = None) -> Choice:
+    return choose_way(config, ctx, 100, config.train.batch_size, begun or {})
 
 
 def test_a_short_run_goes_by_the_rules(pretend: Callable[..., list[Way]], cache: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_resumed_run_goes_on_as_it_began(pretend: Callable[..., list[Way]], mo
     tried = pretend(lambda way: 1.0)
     monkeypatch.setattr(choice, "bf16_is_fast", lambda device: True)
     assert chosen(begun=BEGUN).way == Way("bf16", "eager", 1)
-    assert chosen(machine=LOW, begun={**BEGUN, "dtype": "float32"}).way == Way("fp32", "eager", 1)
+    assert chosen(ctx=LOW, begun={**BEGUN, "dtype": "float32"}).way == Way("fp32", "eager", 1)
     assert chosen(begun={"device": "cpu"}).way == Way("fp32", "sdpa", 2)  # an old checkpoint says no more
     assert chosen(begun={**BEGUN, "threads": "64"}).way.threads == 2
     asked = replace(LONG, train=replace(LONG.train, dtype="fp32"), model=replace(SHAPE, attention="sdpa"))
@@ -221,11 +221,11 @@ class Sleeper(nn.Module):
 def test_compiled_only_where_that_is_faster(monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
     model, fast = Sleeper(0.012), Sleeper(slower)
 
-    def compiled(model: nn.Module, example: Tensor, machine: DistContext) -> nn.Module:
+    def compiled(model: nn.Module, example: Tensor, ctx: DistContext) -> nn.Module:
         torch.use_deterministic_algorithms(True, warn_only=True)
         return fast
 
-    monkeypatch.setattr(choice, "compiled", compiled)
+    monkeypatch.setattr(choice, "compile_model", compiled)
     try:
         taken = compiled_if_faster(model, torch.ones(2, 4), CPU)
         assert taken is (fast if slower < 0.012 else model)

@@ -27,9 +27,9 @@ from tests.runs import ROOT, TINY, said, script
 from training import speed
 from training.config import OptimConfig, RunConfig, TrainConfig
 from training.device import DistContext
-from training.flops import muon_operations, operations, parameters
+from training.flops import count_parameters, flops_per_token, muon_flops
 from training.footprint import Blocks, Footprint, footprint, nothing, stand_in
-from training.hardware import GPUS, Place, place_named, take_plan
+from training.hardware import GPUS, PlanTarget, parse_plan_option, parse_target
 from training.optimizer import Optimizer
 from training.plan import SPARED, Plan, duration, scaled, verdict
 from training.speed import reckoned
@@ -57,24 +57,24 @@ def flops(counter: FlopCounterMode, work: Any, *given: Any) -> int:
 def test_operations_are_those_of_the_model(preset: str, groups: int, attention: str) -> None:
     """To the last product, forward, backward, and in Muon's step."""
     config = shape(preset, attention, groups, d_head=12, d_mlp=40, n_layers=2)
-    model, said = GPT(config, V), operations(config, V)
+    model, said = GPT(config, V), flops_per_token(config, V)
     tokens = torch.randint(V, (B, T))
     counter, kept = FlopCounterMode(display=False), []
     assert flops(counter, lambda: kept.append(model(tokens))) == said.forward * B * T
     assert flops(FlopCounterMode(display=False), kept[0].sum().backward) == said.backward * B * T
     optimizer = Optimizer(model, OptimConfig())
-    assert flops(FlopCounterMode(display=False), optimizer.step) == muon_operations(config)
+    assert flops(FlopCounterMode(display=False), optimizer.step) == muon_flops(config)
 
 
 def test_attentions_share_grows_with_the_context() -> None:
-    short, long = (operations(shape("glass", context=context), V) for context in (32, 64))
+    short, long = (flops_per_token(shape("glass", context=context), V) for context in (32, 64))
     assert long.square == 2 * short.square
     assert long.forward - long.square == short.forward - short.square
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_are_those_of_the_model(preset: str) -> None:
-    parts = parameters(shape(preset, groups=2), V)
+    parts = count_parameters(shape(preset, groups=2), V)
     model = GPT(shape(preset, groups=2), V)
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
     assert parts["MLP"] == sum(p.numel() for block in model.blocks for p in block.mlp.parameters())
@@ -106,7 +106,7 @@ def test_what_stays_in_memory_is_what_a_real_step_leaves(preset: str, optimizer:
     assert planned.moments == bytes_of(value for _, value in trainer.optimizer.named_state())
 
 
-def kept_by(model: GPT, machine: DistContext, rows: int) -> int:
+def kept_by(model: GPT, ctx: DistContext, rows: int) -> int:
     """Bytes that autograd keeps of everything up to the head, each block of memory once, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     blocks: dict[int, int] = {}
@@ -118,7 +118,7 @@ def kept_by(model: GPT, machine: DistContext, rows: int) -> int:
             alive.append(tensor)  # so that no other block takes its place
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), machine.autocast():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), ctx.autocast():
         model.features(torch.zeros(rows, model.config.context, dtype=torch.long))
     return sum(blocks.values())
 
@@ -138,16 +138,16 @@ def kept_by(model: GPT, machine: DistContext, rows: int) -> int:
     ],
 )
 def test_activations_are_what_autograd_keeps(
-    machine: DistContext, attention: str, preset: str, groups: int, dropout: float
+    ctx: DistContext, attention: str, preset: str, groups: int, dropout: float
 ) -> None:
     """Within 1% of the bytes that a real forward pass keeps."""
     config = config_of(shape(preset, attention, groups, dropout=dropout))
-    planned = footprint(config, V, machine, B)
+    planned = footprint(config, V, ctx, B)
     model = GPT(config.model, V)
-    head = 2 * V * config.model.d_model if machine is BF16 else 0  # the head's copy is none of the features
-    assert planned.activations + planned.copies - head == pytest.approx(kept_by(model, machine, B), rel=0.01)
+    head = 2 * V * config.model.d_model if ctx is BF16 else 0  # the head's copy is none of the features
+    assert planned.activations + planned.copies - head == pytest.approx(kept_by(model, ctx, B), rel=0.01)
     matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "position" not in name]
-    copies = bytes_of(matrices) // 2 if machine is BF16 else 0  # and, fused, the gains of queries and keys
+    copies = bytes_of(matrices) // 2 if ctx is BF16 else 0  # and, fused, the gains of queries and keys
     assert planned.copies == pytest.approx(copies, rel=0.01)
 
 
@@ -162,20 +162,20 @@ def test_what_is_computed_again_is_not_counted_but_weights_are(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("machine", "pieces"), [(BF16, 1), (FP32, 2)], ids=["bf16", "fp32 in two"])
-def test_the_most_at_once_is_that_of_a_real_step(machine: DistContext, pieces: int) -> None:
+def test_the_most_at_once_is_that_of_a_real_step(ctx: DistContext, pieces: int) -> None:
     """The same blocks counted while real memory is used."""
     config = config_of(shape("glass", context=64), batch_size=4 * pieces)
     model = GPT(config.model, 300)
-    trainer = stand_in(config, 300, machine, model, 4, pieces)
+    trainer = stand_in(config, 300, ctx, model, 4, pieces)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     trainer.forward_backward(nothing(4, 64, CPU), 1)
     trainer.optimizer.step()
     with Blocks(weights) as blocks:
         trainer.forward_backward(nothing(4 * pieces, 64, CPU), 1)
         trainer.optimizer.step()
-    planned = footprint(config, 300, machine, 4, pieces)
+    planned = footprint(config, 300, ctx, 4, pieces)
     assert planned.peak - planned.weights - planned.moments == pytest.approx(blocks.peak, rel=0.02)
-    assert planned.loss >= 4 * 64 * 300 * (2 if machine is BF16 else 4)  # at least the logits
+    assert planned.loss >= 4 * 64 * 300 * (2 if ctx is BF16 else 4)  # at least the logits
 
 
 def test_blocks_are_counted_from_their_coming_to_their_going() -> None:
@@ -208,16 +208,18 @@ def test_splitting_leaves_each_its_share() -> None:
 @pytest.mark.parametrize(
     ("argv", "rest", "place"),
     [
-        (["--plan"], [], Place()),
-        (["--plan", "--train.steps=5"], ["--train.steps=5"], Place()),
-        (["--plan", "a.toml"], ["a.toml"], Place()),
-        (["a.toml", "--plan", "8xH100", "--run.seed", "2"], ["a.toml", "--run.seed", "2"], Place(GPUS["h100"], 8)),
-        (["a.toml", "--plan=RTX 4090"], ["a.toml"], Place(GPUS["rtx4090"])),
+        (["--plan"], [], PlanTarget()),
+        (["--plan", "--train.steps=5"], ["--train.steps=5"], PlanTarget()),
+        (["--plan", "a.toml"], ["a.toml"], PlanTarget()),
+        (["a.toml", "--plan", "8xH100", "--run.seed", "2"], ["a.toml", "--run.seed", "2"], PlanTarget(GPUS["h100"], 8)),
+        (["a.toml", "--plan=RTX 4090"], ["a.toml"], PlanTarget(GPUS["rtx4090"])),
         (["a.toml"], ["a.toml"], None),
     ],
 )
-def test_the_option_is_taken_out_of_the_command_line(argv: list[str], rest: list[str], place: Place | None) -> None:
-    assert take_plan(argv) == (rest, place)
+def test_the_option_is_taken_out_of_the_command_line(
+    argv: list[str], rest: list[str], place: PlanTarget | None
+) -> None:
+    assert parse_plan_option(argv) == (rest, place)
 
 
 @pytest.mark.parametrize(
@@ -231,13 +233,13 @@ def test_the_option_is_taken_out_of_the_command_line(argv: list[str], rest: list
 )
 def test_a_mistyped_gpu_gets_the_nearest(text: str, hint: str) -> None:
     with pytest.raises(UserError, match=re.escape(hint)):
-        place_named(text)
+        parse_target(text)
 
 
 @pytest.mark.parametrize("text", ["0xh100", "999999xh100", "x", "-3xt4", "\x1b[31m"])
 def test_a_number_of_gpus_that_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(UserError) as refused:
-        place_named(text)
+        parse_target(text)
     assert "\x1b" not in str(refused.value)
 
 
@@ -267,8 +269,8 @@ def test_the_page_of_this_machine(clean: Path) -> None:
     assert out.startswith("plan       quickstart on this machine: cpu, ")
     assert "vocabulary of 97 (assumed" in out
     assert "6 steps of 4 x 16 tokens: 384 tokens\n" in out
-    parameters = int(re.search(r"^parameters +([\d,]+)$", out, re.M)[1].replace(",", ""))  # type: ignore[index]
-    assert parameters == sum(p.numel() for p in GPT(shape("glass", n_layers=2, n_heads=2, d_model=16), 97).parameters())
+    total = int(re.search(r"^parameters +([\d,]+)$", out, re.M)[1].replace(",", ""))  # type: ignore[index]
+    assert total == sum(p.numel() for p in GPT(shape("glass", n_layers=2, n_heads=2, d_model=16), 97).parameters())
     assert "it fits" in out and "measured here\n" in out
     assert re.search(r"a step +[\d.]+ (ms|s): [\d,]+ tokens/s", out)
     assert not list(clean.iterdir())  # no run folder, no cache
@@ -350,7 +352,7 @@ def test_torchrun_is_refused(clean: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def planned_for(gpu: str, count: int, model: ModelConfig, batch_size: int) -> Plan:
     config = config_of(model, "adamw", batch_size)
     rows = batch_size // count
-    return Plan(config, Place(GPUS[gpu], count), BF16, found.Found(300, ""), rows)
+    return Plan(config, PlanTarget(GPUS[gpu], count), BF16, found.Found(300, ""), rows)
 
 
 def advice(one: Plan, limit: float) -> tuple[str, Footprint]:
@@ -375,7 +377,7 @@ def test_where_no_micro_batch_fits_sharing_is_named() -> None:
     limit = least.sharded(4, 1)
     assert limit < least.peak
     assert "--train.sharding full would" in advice(one, limit)[0]
-    assert "of them would" in advice(replace(one, place=Place(GPUS["t4"]), rows=1), least.sharded(2, 2))[0]
+    assert "of them would" in advice(replace(one, place=PlanTarget(GPUS["t4"]), rows=1), least.sharded(2, 2))[0]
     assert "lower model.context" in advice(one, least.activations)[0]
 
 
@@ -385,7 +387,7 @@ def test_time_on_a_gpu_follows_the_data_sheet() -> None:
     config = config_of(large, "adamw", 64)
     memory = Footprint(10, 10, 20, 5, 100, 50, 195, 100, 40, 2, 5)
     once = reckoned(config, 50_257, GPUS["h100"], 1, memory, 1)
-    cost = operations(large, 50_257)
+    cost = flops_per_token(large, 50_257)
     assert once.step == pytest.approx(64 * 256 * 3 * cost.forward / (0.4 * 989e12), rel=0.01)
     assert reckoned(config, 50_257, GPUS["h100"], 8, memory, 1).step == pytest.approx(once.step / 8, rel=0.01)
     small = config_of(shape("glass"), batch_size=4)
@@ -397,7 +399,7 @@ def test_a_step_measured_on_a_part_is_scaled_to_the_whole(monkeypatch: pytest.Mo
     monkeypatch.setattr(speed, "SECONDS", 0.05)
     config = config_of(shape("glass", context=64, n_layers=1), batch_size=4)
     whole = speed.measured(config, V, FP32, 4)
-    monkeypatch.setattr(speed, "product_speed", lambda machine: 1e6)  # so slow that one window has to do
+    monkeypatch.setattr(speed, "product_speed", lambda ctx: 1e6)  # so slow that one window has to do
     part = speed.measured(config, V, FP32, 4)
     assert whole.how == "measured here" and part.how == "measured here on 1 windows"
     assert 0.1 < part.step / whole.step < 10

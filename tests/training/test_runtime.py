@@ -100,21 +100,21 @@ def test_moments_of_another_model_are_refused(damage: str) -> None:
 
 def test_kernels_are_chosen_for_the_machine_unless_they_are_named() -> None:
     auto = replace(SHAPE, attention="auto")
-    assert device.choose_attention(auto, CPU, torch.bfloat16).attention == "chunked"
-    assert device.choose_attention(auto, CPU, torch.float32).attention == "sdpa"
-    assert device.choose_attention(auto, torch.device("cuda"), torch.bfloat16).attention == "sdpa"
-    assert device.choose_attention(SHAPE, torch.device("cuda"), torch.bfloat16).attention == "eager"
+    assert device.resolve_attention(auto, CPU, torch.bfloat16).attention == "chunked"
+    assert device.resolve_attention(auto, CPU, torch.float32).attention == "sdpa"
+    assert device.resolve_attention(auto, torch.device("cuda"), torch.bfloat16).attention == "sdpa"
+    assert device.resolve_attention(SHAPE, torch.device("cuda"), torch.bfloat16).attention == "eager"
 
 
 def test_compiling_has_to_be_earned(monkeypatch: pytest.MonkeyPatch) -> None:
     train = TrainConfig()
-    assert not device.worth_compiling(train, 50.0, CPU)  # the quickstart: a minute saves nothing
+    assert not device.should_compile(train, 50.0, CPU)  # the quickstart: a minute saves nothing
     monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/c++")
-    assert device.worth_compiling(train, 3600.0, CPU)
+    assert device.should_compile(train, 3600.0, CPU)
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
-    assert not device.worth_compiling(train, 3600.0, CPU)
-    assert device.worth_compiling(replace(train, compile="on"), 1.0, CPU)
-    assert not device.worth_compiling(replace(train, compile="off"), 1e9, CPU)
+    assert not device.should_compile(train, 3600.0, CPU)
+    assert device.should_compile(replace(train, compile="on"), 1.0, CPU)
+    assert not device.should_compile(replace(train, compile="off"), 1e9, CPU)
 
 
 def test_a_compiler_that_fails_costs_one_line(
@@ -125,6 +125,6 @@ def test_a_compiler_that_fails_costs_one_line(
 
     monkeypatch.setattr(torch, "compile", broken)
     model = tiny()
-    machine = device.DistContext(CPU, torch.float32)
-    assert device.compiled(model, torch.zeros(1, 8, dtype=torch.long), machine) is model
+    ctx = device.DistContext(CPU, torch.float32)
+    assert device.compile_model(model, torch.zeros(1, 8, dtype=torch.long), ctx) is model
     assert capsys.readouterr().err == "torch.compile failed, going on without it: no compiler here\n"

@@ -61,8 +61,8 @@ def last_piece(real: Callable[..., Any]) -> Callable[..., Any]:
 
 def clipped_too_late(patch: Patch) -> None:
     """The norm is measured before the step, the gradient is scaled after it, when it is gone."""
-    clip = trainer.clip_gradient
-    patch.setattr(trainer, "clip_gradient", lambda stepped, limit: clip(stepped, 0.0))
+    clip = trainer.clip_grad_norm
+    patch.setattr(trainer, "clip_grad_norm", lambda stepped, limit: clip(stepped, 0.0))
     step = Trainer.train_step
     patch.setattr(Trainer, "train_step", lambda self: (step(self), clip(self.wrapped_model, self.config.optim.clip))[0])
 
@@ -132,7 +132,7 @@ MUTANTS: dict[str, tuple[Breaks, Callable[[], None]]] = {
     ),
     "the gradient is clipped after the step": (clipped_too_late, checks.check_steps),
     "the gradient is not clipped": (
-        function("clip_gradient", lambda real: lambda stepped, limit: real(stepped, 0.0)),
+        function("clip_grad_norm", lambda real: lambda stepped, limit: real(stepped, 0.0)),
         checks.check_steps,
     ),
     "the rate is the next step's": (

@@ -207,13 +207,13 @@ def test_a_step_is_measured_as_it_will_be_taken(
     """Through the compiler if, and only if, the config says so."""
     ran = []
 
-    def compiled(model: nn.Module, example: torch.Tensor, machine: DistContext) -> nn.Module:
+    def compiled(model: nn.Module, example: torch.Tensor, ctx: DistContext) -> nn.Module:
         assert example.shape == (4, 16)
         fast = nn.Sequential(model)
         fast.register_forward_hook(lambda *_: ran.append(1))
         return fast
 
-    monkeypatch.setattr(speed, "compiled", compiled)
+    monkeypatch.setattr(speed, "compile_model", compiled)
     config = replace(RunConfig(), train=TrainConfig(batch_size=4, compile=switch), model=TINY)
     found = speed.measured(config, 65, CPU, 4, 0.05)
     assert found.step > 0
@@ -241,7 +241,7 @@ def test_a_text_has_to_fill_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_processes_are_refused() -> None:
     with pytest.raises(UserError, match="leave torchrun out"):
-        choose(minutes(2), replace(CPU, world=2), 65, TEXT, HELD_OUT, 3.0)
+        choose(minutes(2), replace(CPU, world_size=2), 65, TEXT, HELD_OUT, 3.0)
 
 
 @pytest.mark.parametrize(

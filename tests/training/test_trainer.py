@@ -27,7 +27,7 @@ from training import signals
 from training.checkpoint import TrainState
 from training.config import DataConfig, RunConfig, RunSettings, TrainConfig
 from training.device import DistContext
-from training.memory import bounded_memory
+from training.memory import advise_on_oom
 from training.optimizer import Optimizer
 from training.signals import Stop
 from training.trainer import Trainer, evaluate
@@ -51,9 +51,9 @@ def trainer(text: Path, train: TrainConfig = TRAIN, stop_at_step: int = 0, state
     )
     data = prepare(config.data, progress=False)
     model = GPT(config.model, data.tokenizer.vocab_size, 1)
-    machine = DistContext(torch.device("cpu"), torch.float32)
+    ctx = DistContext(torch.device("cpu"), torch.float32)
     optimizer = Optimizer(model, config.optim)
-    return Trainer(config, machine, data, model, model, optimizer, state or TrainState())
+    return Trainer(config, ctx, data, model, model, optimizer, state or TrainState())
 
 
 class Poison(nn.Module):
@@ -117,7 +117,7 @@ def test_a_step_that_is_passed_over_leaves_no_trace_in_weights_and_moments(text:
 def test_an_infinite_loss_with_a_finite_gradient_is_bad_too(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trainer(text)
     monkeypatch.setattr(one, "forward_backward", lambda rows, counted: torch.tensor(float("inf")))
-    monkeypatch.setattr("training.trainer.clip_gradient", lambda stepped, limit: 1.0)
+    monkeypatch.setattr("training.trainer.clip_grad_norm", lambda stepped, limit: 1.0)
     with pytest.raises(UserError) as caught:
         one.train_step()
     assert caught.value.exit_code == NON_FINITE and one.state.step == 0
@@ -254,23 +254,23 @@ def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_says_otherwise(s
     ],
 )
 def test_out_of_memory_names_the_micro_batch_to_try(error: Exception) -> None:
-    with pytest.raises(UserError) as caught, bounded_memory(16, 64):
+    with pytest.raises(UserError) as caught, advise_on_oom(16, 64):
         raise error
     assert caught.value.exit_code == DISK_OR_MEMORY
     assert "--train.micro_batch_size 8" in str(caught.value) and "64" in str(caught.value)
-    with pytest.raises(UserError) as caught, bounded_memory(1, 64):
+    with pytest.raises(UserError) as caught, advise_on_oom(1, 64):
         raise error
     assert "micro_batch_size" not in str(caught.value) and "sharding" in str(caught.value)
 
 
 def test_other_errors_are_bugs_and_pass_through() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), bounded_memory(16, 64):
+    with pytest.raises(RuntimeError, match="shapes"), advise_on_oom(16, 64):
         raise RuntimeError("shapes do not fit")
 
 
 def test_evaluation_counts_every_target_once_whatever_the_number_of_processes(text: Path) -> None:
     one = trainer(text)
-    seen = evaluate(one.model, one.data.val, one.val_sequences, one.val_part, 3, one.machine)
+    seen = evaluate(one.model, one.data.val, one.val_sequences, one.val_part, 3, one.ctx)
     assert seen is not None and seen[1] == int(one.val_sequences.counts[one.val_part].sum())
 
 
