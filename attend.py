@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from inspection.activation_cache import ActivationCache
     from inspection.commands.verify import Origin
-    from inspection.tables import Terminal
+    from inspection.terminal import Terminal
     from model.gpt import GPT
     from training.checkpoint import Checkpoint
 
@@ -112,7 +112,7 @@ def command(name: str, argv: list[str]) -> None:
         argv = [*argv[:at], f"--other={words[1]}", *argv[at + 1 :]]
     config: Any = parse(settings, argv, f"{settings.__doc__}  python attend.py {name} RUN", positional="run")
     from inspection.run_reader import run_of
-    from inspection.tables import to_csv, to_json
+    from inspection.terminal import to_csv, to_json
 
     if name in WRITING and Path(config.run).is_dir():
         refuse_links(run_of(Path(config.run)))
@@ -130,7 +130,7 @@ def command(name: str, argv: list[str]) -> None:
 
 def terminal() -> Terminal:
     """What the standard output can show."""
-    from inspection.tables import WIDEST, Terminal
+    from inspection.terminal import WIDEST, Terminal
 
     return Terminal(sys.stdout.encoding, min(shutil.get_terminal_size((120, 24)).columns, WIDEST))
 

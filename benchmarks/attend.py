@@ -112,15 +112,15 @@ def pages(run: Path, say: Page) -> None:
     """Build and open the page of a run, then one as large as is promised to stay fluid."""
     from inspection.attention_file import read_attention_file
     from inspection.page_builder import PageRun, write_page
-    from inspection.run_reader import RunAttention
+    from inspection.run_reader import RunFiles
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "attention.html"
-        seen = RunAttention.open(run)
+        seen = RunFiles.open(run)
         large_dump(Path(folder) / "large.safetensors")
         for name, load, claims, evidence in (
-            (run.name, lambda: [seen.dumps[step] for step in seen.steps], seen.claims, seen.evidence),
+            (run.name, lambda: [seen.attention_files[step] for step in seen.steps], seen.findings, seen.ablation_json),
             (
                 "12 x 12 heads x 512 tokens",
                 lambda: [read_attention_file(Path(folder) / "large.safetensors")],

@@ -27,7 +27,7 @@ from inspection.attention_file import read_attention_file
 from inspection.commands.plot import draw
 from inspection.eval_texts import EvalTexts
 from inspection.page_builder import PageRun, write_page
-from inspection.run_reader import RunAttention, dumps_in
+from inspection.run_reader import RunFiles, find_attention_files
 from inspection.scores import head_scores
 from inspection.terminal import DISCLAIMER
 from model.gpt import GPT
@@ -76,7 +76,7 @@ class AttentionRecorder:
             except UserError as damage:
                 print(f"{printable(damage)}; other texts are watched from here on", file=sys.stderr)
         self.watched.save(file)
-        for at, path in dumps_in(self.folder).items():
+        for at, path in find_attention_files(self.folder).items():
             if at > step:
                 path.unlink()
                 continue
@@ -106,14 +106,14 @@ class AttentionRecorder:
         """What the heads do, in words, pictures and a page, all in the run's folder."""
         found = relations(self.model, self.watched.probes)
         evidence = self.without_each_head(step, weights_sha256)
-        seen = RunAttention.open(self.run)
+        seen = RunFiles.open(self.run)
         told = self.weigh(seen, evidence, found)
-        if not seen.dumps[step].texts:  # a context of one token, and no sample
+        if not seen.attention_files[step].texts:  # a context of one token, and no sample
             return Report([claims.sentence(told), DISCLAIMER], [], None)
         pictures = draw(seen, self.run, "png", step)
         page = self.run / "attention.html"
-        whole = PageRun(self.run.name, list(seen.dumps.values()))
-        write_page(page, [whole], seen.claims, seen.evidence, self.run.name)
+        whole = PageRun(self.run.name, list(seen.attention_files.values()))
+        write_page(page, [whole], seen.findings, seen.ablation_json, self.run.name)
         lines = [claims.sentence(told)]
         if found:
             lines += ["", "what decides, and which head reads it", *("  " + line for line in sentence(found))]
@@ -132,10 +132,10 @@ class AttentionRecorder:
         return evidence
 
     def weigh(
-        self, seen: RunAttention, evidence: AblationResults, found: Sequence[AntecedentScore]
+        self, seen: RunFiles, evidence: AblationResults, found: Sequence[AntecedentScore]
     ) -> list[claims.Finding]:
         """What may be said of the heads, kept in `findings.json`."""
-        over_time = {step: seen.dumps[step].scores for step in seen.steps if step <= evidence.step}
+        over_time = {step: seen.attention_files[step].scores for step in seen.steps if step <= evidence.step}
         readings = {
             f"antecedent.{one.kind}": (one.head, one.weight, max(one.offset_weight, one.nearest_weight or 0.0))
             for one in found

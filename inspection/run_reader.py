@@ -34,8 +34,8 @@ NEWEST = -1
 """The step that stands for the last one there is."""
 
 
-class Dumps(Mapping[int, AttentionFile]):
-    """Dumps by step, in their order. Each is read when it is asked for, and not kept: together they can be large."""
+class AttentionFiles(Mapping[int, AttentionFile]):
+    """Attention files by step, in their order. Each is read when it is asked for, and not kept: together they can be large."""
 
     def __init__(self, paths: Mapping[int, Path]) -> None:
         self.paths = dict(sorted(paths.items()))
@@ -54,17 +54,17 @@ class Dumps(Mapping[int, AttentionFile]):
 
 
 @dataclass(frozen=True)
-class RunAttention:
+class RunFiles:
     """The attention files of one run."""
 
     folder: Path
     """Of the run; the file itself where a single one was opened."""
-    dumps: Dumps
+    attention_files: AttentionFiles
     asked: int = NEWEST
     """The step that the opened path names: that of a checkpoint or of a single file."""
 
     @staticmethod
-    def open(path: Path | str) -> RunAttention:
+    def open(path: Path | str) -> RunFiles:
         """The run that `path` names: its folder, its attention folder, one of its checkpoints or of its dumps.
 
         Raises:
@@ -75,12 +75,12 @@ class RunAttention:
         if path.is_file() and not of_step:
             step = read_attention_file(path).metadata.get("step", "")
             number = int(step) if _is_step(step) else 0
-            return RunAttention(path, Dumps({number: path}), number)
+            return RunFiles(path, AttentionFiles({number: path}), number)
         folder = path.parent.parent if of_step else run_of(path)
-        dumps = dumps_in(folder / DUMPS)
+        dumps = find_attention_files(folder / DUMPS)
         if not dumps:
             raise UserError(_nothing_in(folder), CHECKPOINT)
-        run = RunAttention(folder, Dumps(dumps))
+        run = RunFiles(folder, AttentionFiles(dumps))
         if of_step:
             return replace(run, asked=run.step(int(path.stem)))
         asked = int(path.name) if folder != path and _is_step(path.name) else NEWEST
@@ -89,7 +89,7 @@ class RunAttention:
     @property
     def steps(self) -> list[int]:
         """The steps with a dump, first to last."""
-        return list(self.dumps)
+        return list(self.attention_files)
 
     def step(self, wanted: int = NEWEST) -> int:
         """`wanted`, or the newest step.
@@ -99,7 +99,7 @@ class RunAttention:
         """
         if wanted == NEWEST:
             return self.steps[-1] if self.asked == NEWEST else self.asked
-        if wanted in self.dumps:
+        if wanted in self.attention_files:
             return wanted
         near = sorted(sorted(self.steps, key=lambda step: abs(step - wanted))[:3])
         message = f"{self.folder} has no attention file of step {wanted}; the nearest are {', '.join(map(str, near))}"
@@ -111,7 +111,7 @@ class RunAttention:
         Raises:
             UserError: if a dump is damaged, or has other heads than the one before it (exit code 4).
         """
-        found = [self.dumps[step].scores for step in self.steps]
+        found = [self.attention_files[step].scores for step in self.steps]
         shapes = {table.shape for tables in found for table in tables.values()}
         if len(shapes) > 1:
             raise UserError(f"the attention files in {self.folder} are of models with different heads", CHECKPOINT)
@@ -120,7 +120,7 @@ class RunAttention:
         return {name: np.stack([tables.get(name, empty) for tables in found]) for name in names}
 
     @property
-    def effects(self) -> AblationResults | None:
+    def ablation(self) -> AblationResults | None:
         """What taking heads away has shown; None where it was not measured.
 
         Raises:
@@ -130,13 +130,13 @@ class RunAttention:
         return AblationResults.load(path) if path.is_file() else None
 
     @property
-    def evidence(self) -> dict[str, Any] | None:
+    def ablation_json(self) -> dict[str, Any] | None:
         """`effects` as plain data, which the page takes."""
-        effects = self.effects
+        effects = self.ablation
         return effects.as_json() if effects else None
 
     @property
-    def claims(self) -> dict[str, Any] | None:
+    def findings(self) -> dict[str, Any] | None:
         """What may be said of the heads: `sentence` and `claims`, as `findings.json` holds them; None without the file.
 
         Raises:
@@ -150,7 +150,7 @@ class RunAttention:
             raise UserError(f"{path} holds no claims that can be read; delete it to go on without", CHECKPOINT)
         return table
 
-    def watched(self, vocab_size: int, context: int) -> EvalTexts | None:
+    def eval_texts(self, vocab_size: int, context: int) -> EvalTexts | None:
         """What the run looked at throughout; None where that was not kept. Loads torch.
 
         Raises:
@@ -177,7 +177,7 @@ class RunAttention:
         return lines
 
 
-def dumps_in(folder: Path) -> dict[int, Path]:
+def find_attention_files(folder: Path) -> dict[int, Path]:
     """The dumps of a run's steps; texts that `attend.py` was given have other names and are left out."""
     found = folder.glob("*.safetensors") if folder.is_dir() else ()
     return {int(path.stem): path for path in found if _is_step(path.stem)}
@@ -198,7 +198,7 @@ def run_of(path: Path) -> Path:
         hint = f"did you mean {path.parent / near[0]}?" if near else "give a run folder such as runs/quickstart"
         raise UserError(f"{path} is no folder; {hint}", CHECKPOINT)
     whole = path.resolve()
-    if not dumps_in(path / DUMPS) and dumps_in(whole.parent / DUMPS):
+    if not find_attention_files(path / DUMPS) and find_attention_files(whole.parent / DUMPS):
         return _short(whole.parent)  # a folder inside a run, such as its attention folder
     if (path / "manifest.json").is_file() or (path / "state.json").is_file():
         return _short(whole.parents[1])
@@ -214,7 +214,7 @@ def _short(path: Path) -> Path:
 def _runs_in(folder: Path) -> list[Path]:
     """The folders in `folder` that hold attention files."""
     try:
-        return sorted(path for path in folder.iterdir() if dumps_in(path / DUMPS))
+        return sorted(path for path in folder.iterdir() if find_attention_files(path / DUMPS))
     except OSError:
         return []
 

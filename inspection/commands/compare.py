@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from common.errors import CONFIG, UserError, printable
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Told, as_name, heads_in, heads_of, short
-from inspection.run_reader import NEWEST, RunAttention
-from inspection.tables import Column, Result, Terminal, paragraph, table
-from inspection.terminal import DISCLAIMER, head_name
+from inspection.run_reader import NEWEST, RunFiles
+from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, paragraph, table
 
 OLDEST_OR_NEWEST = -1
 
@@ -41,12 +40,12 @@ class Compare(Told):
 
 def run(config: Compare, terminal: Terminal) -> Result:
     """Scores and patterns of two dumps, first minus second."""
-    first = RunAttention.open(config.run)
-    second = RunAttention.open(config.other) if config.other else first
+    first = RunFiles.open(config.run)
+    second = RunFiles.open(config.other) if config.other else first
     steps = first.step(config.step), second.step(config.against)
     if not config.other and config.against == OLDEST_OR_NEWEST:
         steps = steps[0], first.steps[0]
-    dumps = first.dumps[steps[0]], second.dumps[steps[1]]
+    dumps = first.attention_files[steps[0]], second.attention_files[steps[1]]
     sides = [f"{printable(run.folder)} at step {step}" for run, step in zip((first, second), steps, strict=True)]
     scores, notes = _scores(*dumps, sides)
     patterns, more = _patterns(*dumps, config.text, sides)

@@ -20,9 +20,8 @@ from inspection.commands.shared import (
     short,
     title_of,
 )
-from inspection.run_reader import NEWEST, RunAttention
-from inspection.tables import Column, Result, Terminal, interval, number, table
-from inspection.terminal import DISCLAIMER
+from inspection.run_reader import NEWEST, RunFiles
+from inspection.terminal import DISCLAIMER, Column, Result, Terminal, interval, number, table
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Heads(Told):
 
 def run(config: Heads, terminal: Terminal) -> Result:
     """All scores, or one in full."""
-    attention = RunAttention.open(config.run)
+    attention = RunFiles.open(config.run)
     step = attention.step(config.step)
-    dump, evidence = attention.dumps[step], attention.effects
+    dump, evidence = attention.attention_files[step], attention.ablation
     require_scores(dump.scores, attention)
     names = list(dump.scores)
     if config.score:

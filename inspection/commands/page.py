@@ -7,8 +7,8 @@ from pathlib import Path
 
 from common.errors import printable
 from inspection.commands.shared import OfRun
-from inspection.run_reader import RunAttention
-from inspection.tables import Result, Terminal
+from inspection.run_reader import RunFiles
+from inspection.terminal import Result, Terminal
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ def run(config: Page, terminal: Terminal) -> Result:
     """Build the page and say what it holds."""
     from inspection.page_builder import PageRun, write_page
 
-    attentions = [RunAttention.open(name) for name in (config.run, config.against) if name]
+    attentions = [RunFiles.open(name) for name in (config.run, config.against) if name]
     first = attentions[0]
     beside = first.folder if first.folder.is_dir() else first.folder.parent
     path = Path(config.out) if config.out else beside / "attention.html"
     report = write_page(
         path,
-        [PageRun(str(each.folder), list(each.dumps.values())) for each in attentions],
-        first.claims,
-        first.evidence,
+        [PageRun(str(each.folder), list(each.attention_files.values())) for each in attentions],
+        first.findings,
+        first.ablation_json,
         str(first.folder),
     )
     lines = [f"page  {printable(report.path)}  {report.bytes / 1e6:.1f} MB", *map(printable, report.notes)]

@@ -16,9 +16,8 @@ from inspection.commands.shared import OfRun, as_name, best_head, short, text_of
 from inspection.findings import ATTENTION_THRESHOLD
 from inspection.findings import DESCRIPTIONS as TELLING
 from inspection.registry import ANTECEDENT
-from inspection.run_reader import NEWEST, RunAttention
-from inspection.tables import Result, Terminal
-from inspection.terminal import clearest_head, head_name, token_text
+from inspection.run_reader import NEWEST, RunFiles
+from inspection.terminal import Result, Terminal, clearest_head, head_name, token_text
 
 PHASE_CHANGE = "phase_change"
 
@@ -41,7 +40,7 @@ class Plot(OfRun):
 
 def run(config: Plot, terminal: Terminal) -> Result:
     """Draw what there is, and say what there was not."""
-    attention = RunAttention.open(config.run)
+    attention = RunFiles.open(config.run)
     step = attention.step(config.step)
     beside = attention.folder if attention.folder.is_dir() else attention.folder.parent
     folder = Path(config.out) if config.out else beside / "figures"
@@ -57,7 +56,7 @@ def run(config: Plot, terminal: Terminal) -> Result:
     return Result(lines, {"figures": [str(path) for path in drawn]}, [{"figure": str(path)} for path in drawn])
 
 
-def draw(attention: RunAttention, folder: Path, kind: str, step: int, text: str = "", score: str = "") -> list[Path]:
+def draw(attention: RunFiles, folder: Path, kind: str, step: int, text: str = "", score: str = "") -> list[Path]:
     """All heads on a text, the head that stands out, a score over the steps, and the loss beside the heads.
 
     Args:
@@ -65,9 +64,9 @@ def draw(attention: RunAttention, folder: Path, kind: str, step: int, text: str 
         kind: `png` or `svg`.
         text, score: names; empty for those that tell most.
     """
-    from inspection.charts import timeline
+    from inspection.plots import timeline
 
-    drawn = _patterns(folder, kind, text, attention.dumps[step], step, attention)
+    drawn = _patterns(folder, kind, text, attention.attention_files[step], step, attention)
     scores = attention.scores()
     chosen = _chosen(score, scores, attention)
     for name in chosen:
@@ -78,9 +77,7 @@ def draw(attention: RunAttention, folder: Path, kind: str, step: int, text: str 
     return [*drawn, change] if change else drawn
 
 
-def _patterns(
-    folder: Path, kind: str, wanted: str, dump: AttentionFile, step: int, attention: RunAttention
-) -> list[Path]:
+def _patterns(folder: Path, kind: str, wanted: str, dump: AttentionFile, step: int, attention: RunFiles) -> list[Path]:
     """All heads on one text, and the head that stands out in it."""
     from inspection.plots import head_grid, one_head
 
@@ -102,7 +99,7 @@ def _patterns(
     return paths
 
 
-def _chosen(wanted: str, scores: dict[str, NDArray[np.float32]], attention: RunAttention) -> list[str]:
+def _chosen(wanted: str, scores: dict[str, NDArray[np.float32]], attention: RunFiles) -> list[str]:
     """The scores whose timelines are drawn."""
     if wanted == "all" or not scores:
         return list(scores)
@@ -121,11 +118,9 @@ def telling(scores: Mapping[str, NDArray[np.float32]]) -> str:
     return next(iter([*passed, *scores]), "")
 
 
-def _phase_change(
-    folder: Path, kind: str, attention: RunAttention, scores: dict[str, NDArray[np.float32]]
-) -> Path | None:
+def _phase_change(folder: Path, kind: str, attention: RunFiles, scores: dict[str, NDArray[np.float32]]) -> Path | None:
     """The loss beside the induction head and the previous-token head that are best in the end."""
-    from inspection.charts import Line, phase_change
+    from inspection.plots import Line, phase_change
 
     loss = repeats_loss(attention) or validation_loss(attention)
     steps, heads = attention.steps, {}
@@ -142,12 +137,12 @@ def _phase_change(
     return path
 
 
-def repeats_loss(attention: RunAttention) -> tuple[str, list[int], list[float]] | None:
+def repeats_loss(attention: RunFiles) -> tuple[str, list[int], list[float]] | None:
     """Mean nats/token on the second sayings of the repeated random tokens, whose first token nothing foretells."""
     steps, means = [], []
     for step in attention.steps:
         losses = []
-        for text in attention.dumps[step].texts:
+        for text in attention.attention_files[step].texts:
             n = (len(text.tokens) - 1) // 2
             if text.name.startswith("repeat ") and n >= 2:
                 losses.append(text.loss[n + 1 :].mean())  # loss[k] is of token k + 1
@@ -157,7 +152,7 @@ def repeats_loss(attention: RunAttention) -> tuple[str, list[int], list[float]] 
     return ("loss on repeats", steps, means) if len(steps) > 1 else None
 
 
-def validation_loss(attention: RunAttention) -> tuple[str, list[int], list[float]] | None:
+def validation_loss(attention: RunFiles) -> tuple[str, list[int], list[float]] | None:
     """The validation losses in the run's metrics."""
     found: dict[int, Any] = {line["step"]: line["val_loss"] for line in attention.metrics() if "val_loss" in line}
     known = {step: float(loss) for step, loss in found.items() if isinstance(loss, int | float)}

@@ -16,7 +16,7 @@ from inspection.ablation_results import AblationEffects, AblationResults, Interv
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
 from inspection.registry import ANTECEDENT, score_info
-from inspection.run_reader import RunAttention
+from inspection.run_reader import RunFiles
 from inspection.terminal import head_name
 
 NO_WEIGHTS = ("entropy", "distance", "copying")
@@ -80,7 +80,7 @@ def text_of(dump: AttentionFile, name: str, where: str) -> AttentionRecord:
     return texts[as_name(name, (text.name for text in dump.texts), "text", where)]
 
 
-def require_scores(scores: dict[str, Any], run: RunAttention) -> None:
+def require_scores(scores: dict[str, Any], run: RunFiles) -> None:
     """Raise `UserError` (exit code 4) where the dumps hold none."""
     if not scores:
         raise UserError(
@@ -172,7 +172,7 @@ def flat(found: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def about_evidence(run: RunAttention, step: int, dump: AttentionFile, evidence: AblationResults | None) -> list[str]:
+def about_evidence(run: RunFiles, step: int, dump: AttentionFile, evidence: AblationResults | None) -> list[str]:
     """What has to be said of the effects beside scores of a step: none, or those of other weights."""
     if evidence is None:
         return [

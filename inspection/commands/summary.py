@@ -8,9 +8,8 @@ from typing import Any
 from common.errors import printable
 from inspection.attention_file import AttentionFile
 from inspection.commands.shared import OfRun, about_evidence, best_head, effects_of, heads_in, marks, record, short
-from inspection.run_reader import RunAttention
-from inspection.tables import Column, Result, Terminal, interval, number, paragraph, table
-from inspection.terminal import DISCLAIMER
+from inspection.run_reader import RunFiles
+from inspection.terminal import DISCLAIMER, Column, Result, Terminal, interval, number, paragraph, table
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class Summary(OfRun):
 
 def run(config: Summary, terminal: Terminal) -> Result:
     """The summary of a run's newest step."""
-    attention = RunAttention.open(config.run)
+    attention = RunFiles.open(config.run)
     step = attention.step()
-    dump, evidence, claims = attention.dumps[step], attention.effects, attention.claims
+    dump, evidence, claims = attention.attention_files[step], attention.ablation, attention.findings
     shape = heads_in(dump) or (0, 0)
     best = []
     for name, values in dump.scores.items():
@@ -52,7 +51,7 @@ def run(config: Summary, terminal: Terminal) -> Result:
     return Result([*lines, *([] if claims else [DISCLAIMER])], data, best)
 
 
-def _what_is_there(attention: RunAttention, step: int, dump: AttentionFile, width: int) -> list[str]:
+def _what_is_there(attention: RunFiles, step: int, dump: AttentionFile, width: int) -> list[str]:
     L, H = heads_in(dump) or (0, 0)
     steps, tokens = attention.steps, [len(text.tokens) for text in dump.texts]
     names = ", ".join(printable(text.name) for text in dump.texts)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from common.errors import printable
 from inspection.commands.shared import Told, as_name, best_head, heads_of, require_scores, short, title_of
 from inspection.findings import ATTENTION_THRESHOLD
-from inspection.run_reader import RunAttention
-from inspection.tables import Cell, Column, Result, Terminal, scale, sparkline, table
-from inspection.terminal import head_name
+from inspection.plots import score_range
+from inspection.run_reader import RunFiles
+from inspection.terminal import Cell, Column, Result, Terminal, head_name, sparkline, table
 
 DRAWN = 60
 """Marks of a sparkline, at most."""
@@ -30,7 +30,7 @@ class Timeline(Told):
 
 def run(config: Timeline, terminal: Terminal) -> Result:
     """A line for each head, or for the best head of each score."""
-    attention = RunAttention.open(config.run)
+    attention = RunFiles.open(config.run)
     scores, steps = attention.scores(), attention.steps
     require_scores(scores, attention)
     one = config.score not in ("", "all")
@@ -75,13 +75,13 @@ def _lines(
     score: str,
     records: list[dict[str, Any]],
     scores: dict[str, NDArray[np.float32]],
-    attention: RunAttention,
+    attention: RunFiles,
     terminal: Terminal,
 ) -> list[str]:
     steps = attention.steps
     rows: list[Sequence[Cell]] = []
     for one in records:
-        low, high = scale(one["score"], scores[one["score"]])
+        low, high = score_range(one["score"], scores[one["score"]])
         line = sparkline(one["values"], low, high, terminal.encoding, DRAWN)
         reached = "never" if one["half_step"] is None else str(one["half_step"])
         rows.append((short(one["score"]), one["head"], line, one["first"], one["last"], one["max"], reached))

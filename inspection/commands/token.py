@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from common.errors import CONFIG, UserError, printable
 from inspection.attention_file import AttentionRecord
 from inspection.commands.shared import Told, text_of
-from inspection.run_reader import NEWEST, RunAttention
-from inspection.tables import Column, Result, Terminal, table
-from inspection.terminal import DISCLAIMER, head_name, token_text
+from inspection.run_reader import NEWEST, RunFiles
+from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, table, token_text
 
 TOP, TOP_OF_ONE = 3, 10
 """Readings that are told of each head, and of the one that was asked for."""
@@ -50,9 +49,9 @@ class Token(Told):
 
 def run(config: Token, terminal: Terminal) -> Result:
     """What the token reads, in words or numbers."""
-    attention = RunAttention.open(config.run)
+    attention = RunFiles.open(config.run)
     step = attention.step(config.step)
-    dump = attention.dumps[step]
+    dump = attention.attention_files[step]
     text = text_of(dump, config.text, f"step {step} of {attention.folder}")
     position, notes = _position(config, text, dump.texts)
     L, H, _ = text.value_norms.shape
@@ -154,7 +153,7 @@ def _expected(text: AttentionRecord, position: int) -> list[dict[str, Any]] | No
 
 
 def _lines(
-    data: dict[str, Any], text: AttentionRecord, notes: list[str], terminal: Terminal, attention: RunAttention
+    data: dict[str, Any], text: AttentionRecord, notes: list[str], terminal: Terminal, attention: RunFiles
 ) -> list[str]:
     position, encoding = data["position"], terminal.encoding
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UserError, printable
 from inspection.attention_file import read_attention_file
 from inspection.commands.shared import Told
-from inspection.run_reader import NEWEST, RunAttention
-from inspection.tables import Column, Result, Terminal, paragraph, table
+from inspection.run_reader import NEWEST, RunFiles
+from inspection.terminal import Column, Result, Terminal, paragraph, table
 
 if TYPE_CHECKING:
     from inspection.verify import CheckResult
@@ -45,10 +45,10 @@ Origins = Callable[[Path, int], Origin | None]
 
 def run(config: Verify, terminal: Terminal, origin: Origins) -> Result:
     """Every check of every dump."""
-    attention = RunAttention.open(config.run)
+    attention = RunFiles.open(config.run)
     records: list[dict[str, Any]] = []
     without: list[int] = []
-    paths = attention.dumps.paths
+    paths = attention.attention_files.paths
     if attention.asked != NEWEST:
         paths = {attention.asked: paths[attention.asked]}
     for step, path in paths.items():
@@ -73,7 +73,7 @@ def run(config: Verify, terminal: Terminal, origin: Origins) -> Result:
     return Result(lines, data, records, ok=not failed)
 
 
-def _findings(attention: RunAttention, path: Path, source: Origin | None) -> list[dict[str, Any]]:
+def _findings(attention: RunFiles, path: Path, source: Origin | None) -> list[dict[str, Any]]:
     """The findings on one file; that it can't be read is one too."""
     from inspection.verify import CheckResult, verify_dump
 
@@ -84,7 +84,7 @@ def _findings(attention: RunAttention, path: Path, source: Origin | None) -> lis
     found = [CheckResult("the file can be read", True, 0, 0)]
     if source is None:
         return [_plain(one) for one in [*found, *verify_dump(dump)]]
-    watched = attention.watched(source.model.vocab_size, source.model.config.context)
+    watched = attention.eval_texts(source.model.vocab_size, source.model.config.context)
 
     def scores(model: GPT) -> dict[str, Any]:
         from inspection.scores import head_scores

@@ -26,7 +26,7 @@ import pytest
 from inspection.ablation_results import TABLES, AblationEffects, AblationResults, Interval
 from inspection.attention_file import read_attention_file
 from inspection.record import write_attention_file as write
-from inspection.run_reader import RunAttention
+from inspection.run_reader import RunFiles
 from inspection.terminal import DISCLAIMER
 from tests.runs import ROOT, TINY, said, script
 
@@ -392,11 +392,11 @@ def test_figures_are_drawn(run: Path, tmp_path: Path) -> None:
 def test_the_loss_on_repeats_is_that_of_the_second_saying(made: Path) -> None:
     from inspection.commands.plot import repeats_loss, validation_loss
 
-    name, steps, values = repeats_loss(RunAttention.open(made)) or ("", [], [])
+    name, steps, values = repeats_loss(RunFiles.open(made)) or ("", [], [])
     losses = [read_attention_file(made / "attention" / f"000{step}.safetensors").texts[2].loss for step in STEPS]
     assert (name, steps) == ("loss on repeats", list(STEPS))
     assert values == pytest.approx([loss[4:].mean() for loss in losses])  # first, r1 r2 r3, r1 r2 r3: r2 and r3
-    assert validation_loss(RunAttention.open(made)) == ("validation loss", [100, 200], [3.5, 2.5])
+    assert validation_loss(RunFiles.open(made)) == ("validation loss", [100, 200], [3.5, 2.5])
 
 
 # verify

@@ -11,7 +11,7 @@ import pytest
 from matplotlib import image
 
 from common.errors import CONFIG, DISK_OR_MEMORY, UserError
-from inspection.charts import Line, phase_change, timeline
+from inspection.plots import Line, phase_change, timeline
 
 STEPS = [100, 200, 300, 400]
 SVG = "{http://www.w3.org/2000/svg}"

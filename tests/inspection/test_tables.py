@@ -12,20 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inspection.tables import (
+from inspection.plots import score_range
+from inspection.terminal import (
     ASCII_BLOCKS,
     BLOCKS,
     Column,
+    columns_of,
     interval,
     number,
     paragraph,
-    scale,
     sparkline,
     table,
     to_csv,
     to_json,
 )
-from inspection.terminal import columns_of
 
 NAN = math.nan
 
@@ -107,11 +107,11 @@ def test_any_numbers_make_a_sparkline(values: list[float], width: int) -> None:
 
 
 def test_scores_are_drawn_from_their_least_to_their_largest_value() -> None:
-    assert scale("induction", [0.2]) == (0, 1)
-    assert scale("copying", [0.2]) == (-1, 1)
-    assert scale("distance", [3.0, 17.0, NAN]) == (0, 17)
-    assert scale("antecedent.pronoun", [0.2]) == (0, 1)
-    assert scale("a stranger's", [0.2]) == (0, 1)
+    assert score_range("induction", [0.2]) == (0, 1)
+    assert score_range("copying", [0.2]) == (-1, 1)
+    assert score_range("distance", [3.0, 17.0, NAN]) == (0, 17)
+    assert score_range("antecedent.pronoun", [0.2]) == (0, 1)
+    assert score_range("a stranger's", [0.2]) == (0, 1)
 
 
 def test_json_has_finite_numbers_or_null() -> None:
