@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, printable, run_main
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars, run_main
 from training.cli import parse, split_options
 from training.run_dir import refuse_links
 
@@ -90,12 +90,12 @@ def refuse_near_command(argv: list[str]) -> None:
     words = [value or "" for option, value in split_options(argv) if not option]
     behind = [word for word in words[1:] if word in COMMANDS]
     if behind:
-        raise UserError(f"the command comes first: python attend.py {behind[0]} {printable(words[0])}")
+        raise UserError(f"the command comes first: python attend.py {behind[0]} {escape_control_chars(words[0])}")
     if words and not Path(words[0]).exists():
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         if near or len(words) > 1:
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-            raise UserError(f"{printable(words[0])!r} is neither a folder nor a command; {hint}")
+            raise UserError(f"{escape_control_chars(words[0])!r} is neither a folder nor a command; {hint}")
 
 
 def command(name: str, argv: list[str]) -> None:
@@ -123,7 +123,7 @@ def command(name: str, argv: list[str]) -> None:
     elif getattr(config, "csv", False):
         print(to_csv(result.records))
     else:
-        print("\n".join(printable(line.rstrip()) for line in result.lines))
+        print("\n".join(escape_control_chars(line.rstrip()) for line in result.lines))
     if not result.ok:
         raise UserError("the attention files do not hold what they say; write them anew, or restore them", CHECKPOINT)
 
@@ -154,7 +154,10 @@ def origin(folder: Path, step: int) -> Origin | None:
         if not kept:
             return None
         if fault := fault_of(kept[0]):
-            print(f"passing over the damaged checkpoint {printable(kept[0])}: {printable(fault)}", file=sys.stderr)
+            print(
+                f"passing over the damaged checkpoint {escape_control_chars(kept[0])}: {escape_control_chars(fault)}",
+                file=sys.stderr,
+            )
             return None
         saved = read_state(kept[0])
     model, tokenizer = saved.model(get_dist_context("fp32")), saved.tokenizer()
@@ -274,7 +277,7 @@ def write_files(
         raise UserError(
             f"cannot write into {folder}: {error.strerror}; choose another with --out", DISK_OR_MEMORY
         ) from error
-    where = printable(folder / stem)
+    where = escape_control_chars(folder / stem)
     print(f"weights  {where}.safetensors\npicture  {where}.png\npage     {where}.html")
 
 

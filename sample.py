@@ -14,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from common.errors import printable, run_main
+from common.errors import escape_control_chars, run_main
 from training.cli import parse
 
 
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
         print()
     if file and recorder:
         write(file, recorder.generated(), tokenizer.token_bytes, provenance(model, tokenizer, saved.state))
-        print(f"weights  {printable(file)}", file=sys.stderr)
+        print(f"weights  {escape_control_chars(file)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     with run_folder(config, name) as config:
         from training.distributed import process_group
 
-        with process_group(config.run.timeout):
+        with process_group(config.run.dist_timeout):
             train(config, started)
 
 
@@ -109,9 +109,9 @@ def watch_set(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     tokenizer, model = data.tokenizer, config.model
     texts: list[tuple[str, tuple[int, ...]]] = []
     questions = probes(data)
-    if config.log.watch:
+    if config.log.prompts:
         encode = encoder(data)
-        file = Path(config.log.watch)
+        file = Path(config.log.prompts)
         texts, own = user_prompts(file, encode, tokenizer.token_bytes, tokenizer.end_of_text, model.context)
         questions += own
     length = watched_length(model, len(texts) + SHOWN + len(KINDS) + 2)

@@ -130,7 +130,7 @@ def steps(
     """Tokens a second and peak memory by contestant, and the parameters of matrix products."""
     sizes = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width, "block_size": shape.context}
     ours = [
-        *("--model.preset=gpt2", "--optim.name=adamw", "--train.dtype=bf16", f"--train.compile={scale.compile}"),
+        *("--model.preset=gpt2", "--optim.optimizer=adamw", "--train.dtype=bf16", f"--train.compile={scale.compile}"),
         *(f"--model.n_layers={shape.layers}", f"--model.n_heads={shape.heads}", f"--model.d_model={shape.width}"),
         *(f"--model.context={shape.context}", f"--train.batch_size={shape.rows}", "--train.steps=100000"),
     ]

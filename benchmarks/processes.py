@@ -65,10 +65,10 @@ CASES = (
     Case("one process, 6 pieces", micro_batch_size=3),
     Case("DDP x2", 2),
     Case("DDP x2, 3 pieces", 2, micro_batch_size=3),
-    Case("FSDP2 x2", 2, sharding="full"),
-    Case("FSDP2 x2, 3 pieces", 2, micro_batch_size=3, sharding="full"),
+    Case("FSDP2 x2", 2, sharding="fsdp"),
+    Case("FSDP2 x2, 3 pieces", 2, micro_batch_size=3, sharding="fsdp"),
     Case("DDP x4", 4),
-    Case("FSDP2 x4", 4, sharding="full"),
+    Case("FSDP2 x4", 4, sharding="fsdp"),
 )
 
 
@@ -78,7 +78,7 @@ def settings(folder: Path, case: Case, optimizer: str = "adamw") -> RunConfig:
         run=RunSettings(threads=1),
         data=DataConfig(source=str(folder / "stories.txt"), tokenizer="byte"),
         model=SHAPE,
-        optim=OptimConfig(name=optimizer, warmup=5),  # type: ignore[arg-type]
+        optim=OptimConfig(optimizer=optimizer, warmup_steps=5),  # type: ignore[arg-type]
         train=TrainConfig(steps=LEARNED, batch_size=BATCH, micro_batch_size=case.micro_batch_size),
     )
 

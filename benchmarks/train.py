@@ -46,7 +46,7 @@ SHAPE = (
     *(f"--model.n_layers={LAYERS}", f"--model.n_heads={HEADS}", f"--model.d_model={WIDTH}"),
     *(f"--model.context={CONTEXT}", f"--train.batch_size={ROWS}", "--train.steps=5000"),
 )
-SAME_MODEL = ("--model.preset=gpt2", "--optim.name=adamw")
+SAME_MODEL = ("--model.preset=gpt2", "--optim.optimizer=adamw")
 
 
 def ours(recipe: tuple[str, ...]) -> dict[str, float]:

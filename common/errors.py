@@ -46,7 +46,7 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-def printable(text: object) -> str:
+def escape_control_chars(text: object) -> str:
     """`text` with control characters and lone surrogates escaped, so that no file name or token drives a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
@@ -183,13 +183,13 @@ def refuse(error: UserError, debug: bool) -> NoReturn:
     """Say what is wrong and end with its exit code. Of torchrun's processes one speaks for all of a wrong setting."""
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():
-            print(printable(line), file=sys.stderr)
+            print(escape_control_chars(line), file=sys.stderr)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     # What is wrong with the text is most often wrong everywhere; the first of the machine's processes comes first.
     who = f"error (process {os.environ.get('RANK')})" if error.exit_code == DATA and not first else "error"
     if first or error.exit_code != CONFIG:
         for line in str(error).splitlines():
-            print(f"{who}: {printable(line)}", file=sys.stderr)
+            print(f"{who}: {escape_control_chars(line)}", file=sys.stderr)
     else:
         time.sleep(TURN)  # torchrun ends all once one has ended: not before the first has spoken
     sys.exit(error.exit_code)

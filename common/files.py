@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from common.errors import DISK_OR_MEMORY, UserError
 
@@ -35,9 +37,25 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
 
 
-def sweep(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove what `write_atomic` had begun beside its files when its process was killed."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
             with contextlib.suppress(OSError):  # a leftover does no harm
                 path.unlink()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` up to the first that is not a JSON object with a step; a crash may cut the last.
+
+    A file that is missing, unreadable or not a regular file has no lines.
+    """
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        for text in texts:
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                break
+            lines.append(line)
+    return lines

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import CONFIG, DATA, UserError, printable
+from common.errors import CONFIG, DATA, UserError, escape_control_chars
 from data.vocabulary import Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _fetch(name: str) -> tiktoken.Encoding:
     known = ["char", "byte", "bpe", *encoding_names()]
     if name not in known:
         near = difflib.get_close_matches(name, known, 3, 0.5) or known
-        raise UserError(f"there is no tokenizer '{printable(name)}'; nearest are: {', '.join(near)}", CONFIG)
+        raise UserError(f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(near)}", CONFIG)
     outcome: list[tiktoken.Encoding | Exception] = []
 
     def fetch() -> None:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.errors import DATA, UserError, printable
+from common.errors import DATA, UserError, escape_control_chars
 from data.documents import (
     DOCUMENT_SEPARATOR,
     Piece,
@@ -112,7 +112,7 @@ def _split_file(span: Span, val_fraction: float) -> tuple[Span, Span]:
     cut = character_start(only.path, only.start + int((only.end - only.start) * (1 - val_fraction)))
     train, val = replace(only, end=cut), replace(only, start=cut)
     if not (has_text(train) and has_text(val)):
-        problem = f"{printable(span.path)} is too short to hold out a part of it: give it more text"
+        problem = f"{escape_control_chars(span.path)} is too short to hold out a part of it: give it more text"
         raise UserError(problem, DATA)
     return train, val
 
@@ -149,5 +149,5 @@ def _only_document(span: Span) -> Span:
     for start, end in zip(starts, ends, strict=True):
         if has_text(stretch := replace(span, start=start, end=max(start, end))):
             return stretch
-    problem = f"{printable(span.path)} holds nothing but white space: there is no text to train on"
+    problem = f"{escape_control_chars(span.path)} holds nothing but white space: there is no text to train on"
     raise UserError(problem, DATA)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from common.errors import DATA, UserError, printable
+from common.errors import DATA, UserError, escape_control_chars
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 """On a line of its own it ends one document and begins the next."""
@@ -175,18 +175,18 @@ def reading(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise UserError(f"cannot read {printable(path)}: {reason(error)}", DATA) from error
+        raise UserError(f"cannot read {escape_control_chars(path)}: {reason(error)}", DATA) from error
 
 
 def reason(error: Exception) -> str:
     """Why the system refused, in its own words."""
-    return printable(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
+    return escape_control_chars(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
 
 
 def not_utf8(path: Path, offset: int, byte: int) -> UserError:
     """The error for a byte that is no UTF-8."""
     return UserError(
-        f"{printable(path)} is not UTF-8 text: byte 0x{byte:02x} at offset {offset}; convert text in another "
+        f"{escape_control_chars(path)} is not UTF-8 text: byte 0x{byte:02x} at offset {offset}; convert text in another "
         "encoding, such as LATIN1, with `iconv -f LATIN1 -t UTF-8 OLD > NEW`, export other files as text",
         DATA,
     )
@@ -277,13 +277,13 @@ def _read_text(file: BinaryIO, path: Path, n_bytes: int) -> bytes:
     block = file.read(n_bytes)
     if len(block) < n_bytes:
         raise UserError(
-            f"{printable(path)} ends at byte {place + len(block)}, earlier than when it was first looked at: "
+            f"{escape_control_chars(path)} ends at byte {place + len(block)}, earlier than when it was first looked at: "
             "something changes it; start again when it is finished",
             DATA,
         )
     if (nul := block.find(0)) >= 0:
         raise UserError(
-            f"{printable(path)} is no text file: NUL byte at offset {place + nul}; give one of UTF-8 text",
+            f"{escape_control_chars(path)} is no text file: NUL byte at offset {place + nul}; give one of UTF-8 text",
             DATA,
         )
     return block

@@ -14,7 +14,7 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-from common.errors import DATA, DISK_OR_MEMORY, UserError, printable
+from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from data import repeated_tokens as repeats
 from data import stories
 from data.documents import reading, reason
@@ -80,7 +80,7 @@ def shakespeare_file(cache: Path) -> Path:
         if _is_shakespeare(file.read(SHAKESPEARE_BYTES + 1)):
             return path
     raise UserError(
-        f"{printable(path)} is not Tiny Shakespeare (its sha256 differs): delete it, and it is fetched again",
+        f"{escape_control_chars(path)} is not Tiny Shakespeare (its sha256 differs): delete it, and it is fetched again",
         DATA,
     )
 
@@ -106,14 +106,14 @@ def _download(path: Path) -> bytes:
         why = f"{len(data)} bytes came, and they are not the text"
     raise UserError(
         f"cannot download Tiny Shakespeare ({why}): fetch {SHAKESPEARE_URL} by other means and put it at "
-        f"{printable(path)}, or take --data.source stories, which needs no network",
+        f"{escape_control_chars(path)}, or take --data.source stories, which needs no network",
         DATA,
     )
 
 
 def _unwritable(cache: Path, error: OSError) -> UserError:
     return UserError(
-        f"cannot write to the cache {printable(cache)} ({reason(error)}): make room or rights there, or let "
+        f"cannot write to the cache {escape_control_chars(cache)} ({reason(error)}): make room or rights there, or let "
         "the environment variable GLASSGPT_CACHE name another folder",
         DISK_OR_MEMORY,
     )

@@ -29,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.errors import CHECKPOINT, DATA, DISK_OR_MEMORY, UserError, printable
+from common.errors import CHECKPOINT, DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from data.config import DataConfig, cache_folder
 from data.corpora import Corpus, open_corpus
 from data.documents import jobs, read_documents, sample
@@ -95,7 +95,10 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
         try:
             return _open(folder, key, corpus, progress, verify)
         except DamagedShards as damage:
-            print(f"{printable(folder)} is damaged: {printable(damage)}; preparing again", file=sys.stderr)
+            print(
+                f"{escape_control_chars(folder)} is damaged: {escape_control_chars(damage)}; preparing again",
+                file=sys.stderr,
+            )
             with _storage(cache):
                 _remove(folder)
     raise UserError(f"{folder} is damaged again and again; is another program writing there?", DISK_OR_MEMORY)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from common.errors import DATA, UserError, printable
+from common.errors import DATA, UserError, escape_control_chars
 from data.documents import Span, not_utf8, reading, reason
 
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
@@ -42,21 +42,23 @@ def find_files(source: str) -> list[Path]:
         if not glob.has_magic(source):
             why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
             accepted = "--data.source takes stories, repeats, shakespeare, a text file, a folder, or a glob"
-            raise UserError(f"{printable(source)} {why}; {accepted}", DATA) from error
+            raise UserError(f"{escape_control_chars(source)} {why}; {accepted}", DATA) from error
         found, wanted = _matching(path), "matches it; ** stands for folders of any depth"
     else:
         if stat.S_ISDIR(mode):
             found = (file for file in _below(path) if file.name.lower().endswith(PROSE))
-            wanted = f"ends in {' '.join(PROSE)}; name others with a glob, such as '{printable(source)}/**/*.py'"
+            wanted = (
+                f"ends in {' '.join(PROSE)}; name others with a glob, such as '{escape_control_chars(source)}/**/*.py'"
+            )
         elif stat.S_ISREG(mode):
             found, wanted = iter([path]), ""
         else:
-            raise UserError(f"{printable(source)} is no regular file; give a file of UTF-8 text", DATA)
+            raise UserError(f"{escape_control_chars(source)} is no regular file; give a file of UTF-8 text", DATA)
     files = _distinct(found)
     if not files:
-        raise UserError(f"no text found for {printable(source)}: no file {wanted}", DATA)
+        raise UserError(f"no text found for {escape_control_chars(source)}: no file {wanted}", DATA)
     if not (filled := [file for file in files if file.stat().st_size]):
-        raise UserError(f"{printable(source)} is empty: there is no text to train on", DATA)
+        raise UserError(f"{escape_control_chars(source)} is empty: there is no text to train on", DATA)
     return filled
 
 
@@ -109,7 +111,7 @@ def _names(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise UserError(f"cannot read the folder {printable(folder)}: {reason(error)}", DATA) from error
+        raise UserError(f"cannot read the folder {escape_control_chars(folder)}: {reason(error)}", DATA) from error
 
 
 def _distinct(paths: Iterable[Path]) -> list[Path]:
@@ -128,13 +130,13 @@ def whole_file(path: Path) -> Span:
         size = os.fstat(file.fileno()).st_size
     if encoding := _wide_encoding(head):
         raise UserError(
-            f"{printable(path)} is {encoding}, and only UTF-8 is read: convert it with "
+            f"{escape_control_chars(path)} is {encoding}, and only UTF-8 is read: convert it with "
             f"`iconv -f {encoding} -t UTF-8 OLD > NEW`",
             DATA,
         )
     if (nul := head.find(0)) >= 0:
         raise UserError(
-            f"{printable(path)} is a binary file (NUL byte at offset {nul}): give a file of UTF-8 text", DATA
+            f"{escape_control_chars(path)} is a binary file (NUL byte at offset {nul}): give a file of UTF-8 text", DATA
         )
     try:
         head.decode()

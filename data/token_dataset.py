@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 import numpy as np
 
-from common.errors import DATA, DISK_OR_MEMORY, UserError, printable
+from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from data.held import ChecksummedFile, DamagedShards
 
 SHARD_TOKENS = 64 * 1024 * 1024
@@ -77,17 +77,15 @@ class ShardFile:
         try:
             return self.row(start, max(start, stop))
         except DamagedShards as damage:
-            message = f"{printable(self.path)} was damaged while it was in use ({damage}): {self.remedy()}"
+            message = f"{escape_control_chars(self.path)} was damaged while it was in use ({damage}): {self.remedy()}"
             raise UserError(message, DATA) from damage
         except OSError as error:
-            message = f"cannot read {printable(self.path)} ({error.strerror}): look after the disk, or {self.remedy()}"
+            message = f"cannot read {escape_control_chars(self.path)} ({error.strerror}): look after the disk, or {self.remedy()}"
             raise UserError(message, DISK_OR_MEMORY) from error
 
     def remedy(self) -> str:
         """What a user can do when this file fails."""
-        return (
-            f"remove the folder {printable(self.path.parent.name)}, it is prepared again; then go on with --run.resume"
-        )
+        return f"remove the folder {escape_control_chars(self.path.parent.name)}, it is prepared again; then go on with --run.resume"
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +140,7 @@ class TokenSplit:
         shard, position = self.shards[at], start + first - self._ends[at] + len(self.shards[at])
         message = f"token {tokens[first]} at position {position} is not in the vocabulary of {self.vocab_size}"
         if isinstance(shard, ShardFile):
-            message = f"{printable(shard.path)} is damaged ({message}): {shard.remedy()}"
+            message = f"{escape_control_chars(shard.path)} is damaged ({message}): {shard.remedy()}"
         raise UserError(message, DATA)
 
 

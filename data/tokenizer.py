@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from common.errors import CHECKPOINT, UserError, printable
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from data.bpe import MAX_TOKEN_BYTES, BPETokenizer, TiktokenTokenizer, encoding_names, train_bpe
 from data.vocabulary import FORMAT, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_char
 
@@ -87,10 +87,10 @@ def load(path: Path) -> Tokenizer:
             raise ValueError(f"it is larger than {_MAX_FILE_BYTES} bytes")
         return _from_saved(json.loads(data))
     except OSError as error:
-        raise UserError(f"cannot read {printable(path)}: {error.strerror or error}", CHECKPOINT) from error
+        raise UserError(f"cannot read {escape_control_chars(path)}: {error.strerror or error}", CHECKPOINT) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
-            f"{printable(path)} is damaged or no tokenizer ({printable(error)}): take another checkpoint",
+            f"{escape_control_chars(path)} is damaged or no tokenizer ({escape_control_chars(error)}): take another checkpoint",
             CHECKPOINT,
         ) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import DATA, UserError, printable
+from common.errors import DATA, UserError, escape_control_chars
 
 FORMAT = 1
 """Version of the saved form."""
@@ -75,7 +75,7 @@ class CharTokenizer(Tokenizer):
         text = replace_surrogates(text)
         ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
         if unknown := np.flatnonzero(ids < 0).tolist():
-            shown = ", ".join(f"'{printable(text[i])}' at position {i}" for i in unknown[:5])
+            shown = ", ".join(f"'{escape_control_chars(text[i])}' at position {i}" for i in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise UserError(
                 f"characters that are not in the vocabulary: {shown}{more}; leave them out, or train "

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from common.errors import CHECKPOINT, UserError, printable
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import write_atomic
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.findings import measure_for_score
@@ -91,9 +91,9 @@ def write_page(
     if not runs:
         raise UserError("no attention files with texts in them: there is nothing to show", CHECKPOINT)
     path = Path(path)
-    frame = {"title": html.escape(printable(title)), "style": _source("page.css"), "script": _script()}
+    frame = {"title": html.escape(escape_control_chars(title)), "style": _source("page.css"), "script": _script()}
     told = {
-        "title": printable(title),
+        "title": escape_control_chars(title),
         "headline": str((claims or {}).get("headline") or ""),
         "findings": plain(list((claims or {}).get("findings") or [])),
         "evidence": plain(dict(evidence)) if evidence else None,
@@ -209,7 +209,7 @@ def _run(r: int, run: PageRun, names: list[str], plan: Plan, blocks: Blocks, wor
                 "texts": texts,
             }
         )
-    return {"label": printable(run.label), "layers": layers, "heads": heads, "steps": steps}
+    return {"label": escape_control_chars(run.label), "layers": layers, "heads": heads, "steps": steps}
 
 
 def _text(
@@ -260,7 +260,7 @@ def _described(name: str) -> dict[str, Any]:
     except KeyError:
         score = HeadScore(name, name, formula="", low=0.0, high=None, source="", texts="")
     return {
-        "title": printable(score.title),
+        "title": escape_control_chars(score.title),
         "formula": score.formula,
         "source": score.source,
         "on": score.texts,

@@ -211,7 +211,7 @@ def head_grid(path: Path | str, pattern: ArrayLike, token_texts: Sequence[str], 
     Args:
         path: ends in .png or .svg.
         pattern: weights (L, H, T, T).
-        token_texts: T texts, printable or not.
+        token_texts: T texts, escape_control_chars or not.
 
     Raises:
         UserError: if the ending is another one, or the file cannot be written.
@@ -270,7 +270,7 @@ def one_head(
     Args:
         path: ends in .png or .svg.
         pattern: weights (T, T).
-        token_texts: T texts, printable or not.
+        token_texts: T texts, escape_control_chars or not.
         query: a row to frame, 0 to T - 1.
 
     Raises:

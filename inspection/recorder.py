@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.errors import UserError, printable
-from common.files import sweep
+from common.errors import UserError, escape_control_chars
+from common.files import remove_temporary_files
 from inspection import findings as claims
 from inspection import record
 from inspection.ablation import GroupEffect, effects, group_effect
@@ -69,12 +69,12 @@ class AttentionRecorder:
         """
         file = self.folder / "eval_texts.json"
         for folder in (self.folder, self.run):
-            sweep(folder)
+            remove_temporary_files(folder)
         if step and file.is_file():
             try:
                 self.watched = EvalTexts.load(file, self.model.vocab_size, self.model.config.context)
             except UserError as damage:
-                print(f"{printable(damage)}; other texts are watched from here on", file=sys.stderr)
+                print(f"{escape_control_chars(damage)}; other texts are watched from here on", file=sys.stderr)
         self.watched.save(file)
         for at, path in find_attention_files(self.folder).items():
             if at > step:
@@ -83,7 +83,7 @@ class AttentionRecorder:
             try:
                 read_attention_file(path)
             except UserError as damage:
-                print(f"{printable(damage)}; that step is left out", file=sys.stderr)
+                print(f"{escape_control_chars(damage)}; that step is left out", file=sys.stderr)
                 path.replace(path.with_suffix(".damaged"))
 
     def has(self, step: int) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CHECKPOINT, CONFIG, UserError
+from common.files import read_metrics
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, read_attention_file
 
@@ -162,19 +163,8 @@ class RunFiles:
         return EvalTexts.load(path, vocab_size, context) if path.is_file() else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the run's `metrics.jsonl`, up to the first that is no table with a step."""
-        lines: list[dict[str, Any]] = []
-        file = self.folder / "metrics.jsonl"
-        try:
-            texts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []  # no pipe, which may hang
-            for text in texts:
-                line = json.loads(text)
-                if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                    break
-                lines.append(line)
-        except (OSError, ValueError, RecursionError):
-            pass  # a last line that a crash cut short, or a run whose numbers are elsewhere
-        return lines
+        """The lines of the run's `metrics.jsonl`; none if there is no such file."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
 
 def find_attention_files(folder: Path) -> dict[int, Path]:

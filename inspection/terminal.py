@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from common.errors import printable
+from common.errors import escape_control_chars
 
 ASCII_SHADES = ".:-=+*#%@"
 BLOCK_SHADES = "·░▒▓█"
@@ -355,5 +355,7 @@ def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow({name: printable(v) if isinstance(v, str) else v for name, v in plain(record).items()})
+        writer.writerow(
+            {name: escape_control_chars(v) if isinstance(v, str) else v for name, v in plain(record).items()}
+        )
     return text.getvalue().rstrip("\n")

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.errors import CONFIG, UserError, printable
+from common.errors import CONFIG, UserError, escape_control_chars
 from inspection.contrast_pairs import ContrastPair, Span, locate
 
 MOST_TEXTS = 8
@@ -38,14 +38,14 @@ def user_prompts(
         rows = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise UserError(f"cannot read the lines to watch in {printable(path)}: {reason}", CONFIG) from error
+        raise UserError(f"cannot read the lines to watch in {escape_control_chars(path)}: {reason}", CONFIG) from error
     texts: list[tuple[str, tuple[int, ...]]] = []
     probes: list[ContrastPair] = []
     for number, row in enumerate(rows, 1):
         if not row.strip():
             continue
         columns = row.split("\t")
-        where = f"{printable(path)}, line {number}"
+        where = f"{escape_control_chars(path)}, line {number}"
         try:
             if len(columns) == 1:
                 texts.append((f"line {number}", (end_of_text, *encode(row))[:context]))
@@ -56,9 +56,11 @@ def user_prompts(
         if probes and probes[-1].length > context:
             raise UserError(f"{where}: {probes[-1].length} tokens, more than the context of {context}", CONFIG)
     if len(texts) > MOST_TEXTS:
-        raise UserError(f"{printable(path)} has {len(texts)} texts; at most {MOST_TEXTS} can be watched", CONFIG)
+        raise UserError(
+            f"{escape_control_chars(path)} has {len(texts)} texts; at most {MOST_TEXTS} can be watched", CONFIG
+        )
     if not texts and not probes:
-        raise UserError(f"{printable(path)} has no lines to watch", CONFIG)
+        raise UserError(f"{escape_control_chars(path)} has no lines to watch", CONFIG)
     return texts, probes
 
 

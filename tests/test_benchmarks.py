@@ -176,7 +176,7 @@ def test_every_ablation_can_be_trained(change: ablate.Change, tmp_path: Path) ->
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 400, "utf-8")
     before = PRESETS["glass"]
-    recipe = (*TINY, f"--data.source={text}", "--train.steps=2", "--optim.warmup=1")
+    recipe = (*TINY, f"--data.source={text}", "--train.steps=2", "--optim.warmup_steps=1")
     try:
         found = ablate.learned(change, recipe, seed=1)
     finally:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.files import read_metrics
 from data.config import cache_folder
 from data.stories import KINDS, parse
 from inspection.attention_file import read_attention_file
 from tests.runs import process
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
-from training.metrics import read_metrics
 from training.text_generation import Sampling, first_tokens, write_text
 
 pytestmark = pytest.mark.slow

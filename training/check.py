@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common.errors import CHECKPOINT, CONFIG, UserError, printable
+from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from training.checkpoint import FILES, MANIFEST, fault_of, steps_in
 from training.config import RunConfig, to_toml
 
@@ -42,7 +42,7 @@ def check_resume(config: RunConfig) -> None:
     first = int(start.name) if start else 0
     where = f"step {first} of {run}" if start else f"the beginning of {run} (it has no checkpoint early enough)"
     print(
-        f"from {printable(where)}: {steps} steps at a stretch, against {middle}, a new process, and {steps - middle}",
+        f"from {escape_control_chars(where)}: {steps} steps at a stretch, against {middle}, a new process, and {steps - middle}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix=".check-", dir=run) as place:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import CHECKPOINT, UserError, printable
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from data import tokenizer as tokenizers
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json")
 FORMAT = 1
 REPLACED = ".replaced-"
 """Before a step's name: the checkpoint that another of that step is about to take the place of."""
@@ -127,11 +127,11 @@ class Checkpoint:
         Raises:
             UserError: if it is damaged, or has another number of tokens than the model (exit code 4).
         """
-        path = self.folder / "tokenizer.json"
+        path = self.folder / "vocabulary.json"
         found = tokenizers.load(path)
         if found.vocab_size != self.vocab_size:
             raise UserError(
-                f"{printable(path)} has {found.vocab_size} tokens, the model beside it {self.vocab_size}: "
+                f"{escape_control_chars(path)} has {found.vocab_size} tokens, the model beside it {self.vocab_size}: "
                 "take another checkpoint",
                 CHECKPOINT,
             )
@@ -175,10 +175,14 @@ def load_weights(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:
         whole = {**weights, "head.weight": weights["token_embedding.weight"]}
         model.load_state_dict(whole, assign=without_memory)
     except KeyError as error:
-        raise UserError(f"the weights in {printable(folder)} lack {printable(error)}", CHECKPOINT) from error
+        raise UserError(
+            f"the weights in {escape_control_chars(folder)} lack {escape_control_chars(error)}", CHECKPOINT
+        ) from error
     except RuntimeError as error:
-        last = printable(str(error).splitlines()[-1].strip())
-        raise UserError(f"the weights in {printable(folder)} do not fit its config: {last}", CHECKPOINT) from error
+        last = escape_control_chars(str(error).splitlines()[-1].strip())
+        raise UserError(
+            f"the weights in {escape_control_chars(folder)} do not fit its config: {last}", CHECKPOINT
+        ) from error
     model.head.weight = model.token_embedding.weight
 
 
@@ -237,7 +241,7 @@ def fault_of(folder: Path) -> str | None:
             if sha256_of_file(path) != sha256:
                 return f"{name} does not have the sha256 of its manifest"
     except OSError as error:
-        return f"{printable(Path(error.filename or MANIFEST).name)}: {error.strerror}"
+        return f"{escape_control_chars(Path(error.filename or MANIFEST).name)}: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
@@ -251,7 +255,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: if there is no such folder, or no good checkpoint in it (exit code 4).
     """
-    shown = printable(path)
+    shown = escape_control_chars(path)
     try:
         if not path.is_dir():
             raise UserError(
@@ -273,7 +277,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 if len(candidates) == 1:
                     raise
                 fault = str(error)
-        print(f"passing over the damaged checkpoint {printable(folder)}: {fault}", file=sys.stderr)
+        print(f"passing over the damaged checkpoint {escape_control_chars(folder)}: {fault}", file=sys.stderr)
     raise UserError(f"no checkpoint in {shown} is whole; restore one from a copy, or train again", CHECKPOINT)
 
 
@@ -300,9 +304,10 @@ def read_state(folder: Path) -> Checkpoint:
             raise ValueError(f"its vocab_size is {vocab_size}")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
-            f"{printable(path)} is not a state that this version reads ({printable(error)})", CHECKPOINT
+            f"{escape_control_chars(path)} is not a state that this version reads ({escape_control_chars(error)})",
+            CHECKPOINT,
         ) from error
-    config = from_saved(table, printable(path))
+    config = from_saved(table, escape_control_chars(path))
     check_weights(folder / "model.safetensors", config.model, vocab_size)
     check_cache(folder / "model.safetensors", config.model)
     return Checkpoint(folder, config, vocab_size, state, origin)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from common.errors import CONFIG, UserError, printable
+from common.errors import CONFIG, UserError, escape_control_chars
 
 
 class Settings(Protocol):
@@ -87,7 +87,7 @@ def judge(option: str, value: str | None, known: dict[str, Any]) -> str | None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
             key for key in known if key.rsplit(".", 1)[-1] == name
         ]
-        return f"unknown option {printable(option)}" + (
+        return f"unknown option {escape_control_chars(option)}" + (
             f"; did you mean --{near[0]}?" if near else "; --help lists the options"
         )
     if value is None:

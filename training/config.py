@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import CHECKPOINT, CONFIG, UserError, printable
+from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from data.config import DataConfig
 from model.config import ModelConfig
 from training.cli import parse
@@ -28,7 +28,7 @@ MINUTES_DECIDE = (
     ),
     *(
         f"optim.{name}"
-        for name in ("lr", "muon_lr", "momentum", "warmup", "schedule", "decay_fraction", "min_lr_ratio")
+        for name in ("lr", "muon_lr", "momentum", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
     ),
 )
 """What `train.minutes` chooses (`training/time_budget.py`)."""
@@ -60,11 +60,11 @@ class RunSettings:
     """Processor threads; 0 takes what torch takes, or fewer where that is faster."""
     stop_at_step: int = 0
     """Stop once this step is done and saved, as after a signal; 0 goes on to the end."""
-    timeout: float = 600.0
+    dist_timeout: float = 600.0
     """Seconds that a process waits for the others before it gives the job up (torchrun)."""
 
     def problems(self) -> list[str]:
-        found = at_least("run", self, seed=0, threads=0, stop_at_step=0, timeout=1)
+        found = at_least("run", self, seed=0, threads=0, stop_at_step=0, dist_timeout=1)
         if self.seed >= 1 << 63:
             found.append(f"run.seed is {self.seed}; it must be below 2**63")
         return found
@@ -74,7 +74,7 @@ class RunSettings:
 class OptimConfig:
     """How the weights follow the gradient."""
 
-    name: Literal["muon", "adamw"] = "muon"
+    optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon for the matrices inside the blocks, AdamW for the rest; `adamw`: AdamW for all."""
     lr: float = 0.005
     """Peak learning rate of AdamW."""
@@ -88,7 +88,7 @@ class OptimConfig:
     """AdamW's memory of its square."""
     momentum: float = 0.95
     """Muon's memory of the gradient."""
-    warmup: int = 10
+    warmup_steps: int = 10
     """Steps over which the rate rises from zero to its peak."""
     schedule: Literal["linear", "cosine"] = "linear"
     """`linear`: stay at the peak, then fall in a line; `cosine`: fall along a half cosine."""
@@ -96,11 +96,11 @@ class OptimConfig:
     """Share of the steps over which `linear` falls."""
     min_lr_ratio: float = 0.0
     """Share of the peak at which the rate ends."""
-    clip: float = 1.0
+    grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 leaves it as it is."""
 
     def problems(self) -> list[str]:
-        found = at_least("optim", self, lr=0, muon_lr=0, weight_decay=0, warmup=0, clip=0)
+        found = at_least("optim", self, lr=0, muon_lr=0, weight_decay=0, warmup_steps=0, grad_clip=0)
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
@@ -129,14 +129,14 @@ class TrainConfig:
     """Validation tokens in an evaluation, the same every time; all of them when there are fewer."""
     save_every: int = 100
     """Steps between checkpoints; the best evaluation and the end are saved as well."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Newest checkpoints that are kept, beside the best."""
     patience: int = 0
     """Stop after so many evaluations without a new best; 0 never does."""
     skip_nonfinite_steps: int = 0
     """Steps whose loss or gradient is not finite that a run may pass over before it stops; 0 stops at the first."""
-    sharding: Literal["none", "full"] = "none"
-    """`none`: every process holds the whole model; `full`: weights and moments are split among the processes."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """`none`: every process holds the whole model; `fsdp`: weights and moments are split among the processes."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the matrix products; `auto` takes bf16 where that is faster."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -154,7 +154,7 @@ class TrainConfig:
             eval_every=1,
             eval_tokens=1,
             save_every=1,
-            keep=1,
+            keep_checkpoints=1,
             patience=0,
             skip_nonfinite_steps=0,
         )
@@ -168,8 +168,10 @@ class LogConfig:
     """Steps between lines of metrics."""
     sample_tokens: int = 100
     """Length of the sample that is written at each evaluation; 0 writes none."""
-    watch: str = ""
+    prompts: str = ""
     """A file of your own lines to watch: texts, or questions as prompt, right and wrong answer with tabs between."""
+    attention: Literal["on", "off"] = "on"
+    """`on`: record attention and head scores at each evaluation and write the page; `off`: train without."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; `offline` writes a run into the run folder for `wandb sync`."""
     wandb_project: str = "glassgpt"
@@ -177,8 +179,8 @@ class LogConfig:
 
     def problems(self) -> list[str]:
         found = at_least("log", self, every=1, sample_tokens=0)
-        if self.watch and not os.path.isfile(self.watch):
-            found.append(f"log.watch is {self.watch!r}; there is no such file")
+        if self.prompts and not os.path.isfile(self.prompts):
+            found.append(f"log.prompts is {self.prompts!r}; there is no such file")
         return found
 
 
@@ -209,15 +211,15 @@ def as_arguments(table: dict[str, Any], where: str) -> list[str]:
     for section, entries in table.items():
         if not isinstance(entries, dict):
             raise UserError(
-                f"{where}: {printable(section)} stands outside a section; write it as [section] and key = value"
+                f"{where}: {escape_control_chars(section)} stands outside a section; write it as [section] and key = value"
             )
         for key, value in entries.items():
             if isinstance(value, str) and "\0" in value:
                 raise UserError(
-                    f"{where}: {printable(f'{section}.{key}')} holds a zero, which ends a word for the system"
+                    f"{where}: {escape_control_chars(f'{section}.{key}')} holds a zero, which ends a word for the system"
                 )
             if isinstance(value, (dict, list)):
-                raise UserError(f"{where}: {printable(f'{section}.{key}')} must be one plain value")
+                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} must be one plain value")
             arguments.append(f"--{section}.{key}={value}")
     return arguments
 
@@ -228,13 +230,13 @@ def read_toml(path: Path) -> list[str]:
     Raises:
         UserError: if it can't be read or is no TOML.
     """
-    where = printable(path)
+    where = escape_control_chars(path)
     try:
         return as_arguments(tomllib.loads(path.read_text(encoding="utf-8")), where)
     except OSError as error:
         raise UserError(f"cannot read the config file {where}: {error.strerror}", CONFIG) from error
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5,000 digits, nested too deeply
-        raise UserError(f"{where} is no valid TOML: {printable(error)}", CONFIG) from error
+        raise UserError(f"{where} is no valid TOML: {escape_control_chars(error)}", CONFIG) from error
 
 
 def to_toml(config: RunConfig) -> str:
@@ -258,7 +260,7 @@ def from_saved(table: dict[str, Any], where: str) -> RunConfig:
         return parse(RunConfig, as_arguments(table, where), "")
     except UserError as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{where} holds no usable config ({printable(first)})", CHECKPOINT) from error
+        raise UserError(f"{where} holds no usable config ({escape_control_chars(first)})", CHECKPOINT) from error
 
 
 def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
@@ -275,12 +277,12 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
         saved = Path(resumed[-1]) / "config.toml"
         if not os.path.isfile(saved):  # not Path.is_file, which raises for names that are too long
             raise UserError(
-                f"{printable(resumed[-1])} is no run folder: it has no config.toml; give one that train.py wrote",
+                f"{escape_control_chars(resumed[-1])} is no run folder: it has no config.toml; give one that train.py wrote",
                 CHECKPOINT,
             )
         if file is not None:
             raise UserError(
-                f"--run.resume brings its own config; leave out {printable(file)}, or change single options"
+                f"--run.resume brings its own config; leave out {escape_control_chars(file)}, or change single options"
             )
         file, typed = saved, [*typed, f"--run.dir={resumed[-1]}"]
     file = file or QUICKSTART
@@ -294,7 +296,9 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
     if config.train.minutes:
         refuse_two_plans(typed, saved_line, bool(resumed))
     if config.run.resume and not resumed:
-        raise UserError(f"{printable(file)} sets run.resume, which belongs on the command line: --run.resume RUN")
+        raise UserError(
+            f"{escape_control_chars(file)} sets run.resume, which belongs on the command line: --run.resume RUN"
+        )
     own_text = file == QUICKSTART and config.data.source != DataConfig().source
     name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if own_text else file.stem
     return config, name or "run"

@@ -1,7 +1,7 @@
 """One model in many processes: the group that torchrun starts, and the model as it is stepped there.
 
 Three ways to step a `GPT`: as it is (one process), with gradients averaged over all processes (DDP), or with weights,
-gradients and moments split among them (FSDP2, `train.sharding = "full"`). All three leave the same gradient. The loop
+gradients and moments split among them (FSDP2, `train.sharding = "fsdp"`). All three leave the same gradient. The loop
 asks `share` for one and treats it the same from then on; `training/device.py` knows where this process stands.
 """
 
@@ -74,7 +74,7 @@ def process_group(timeout: float) -> Iterator[None]:
         time.sleep(PATIENCE)  # if the other one has said why it ended, torchrun ends this one before it speaks
         raise UserError(
             f"process {os.environ['RANK']} lost another one, which ended or did not answer for {timeout:g} s "
-            "(run.timeout); nothing saved is lost: go on with --run.resume",
+            "(run.dist_timeout); nothing saved is lost: go on with --run.resume",
             LOST_PROCESS,
         ) from error
     finally:
@@ -135,7 +135,7 @@ def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:
             the first process alone, to be filled by `gather`; where torchrun did not start us there is nobody to
             share with, and it is `none`.
     """
-    if sharding == "full" and dist.is_initialized():
+    if sharding == "fsdp" and dist.is_initialized():
         return wrap_fsdp(model, ctx)
     model.to(ctx.device)
     if ctx.world_size == 1:

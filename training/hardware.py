@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, printable
+from common.errors import UserError, escape_control_chars
 
 PLAN = "--plan"
 MOST = 65_536
@@ -99,8 +99,8 @@ def parse_target(text: str = "") -> PlanTarget:
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5) or [key for key in GPUS if name and name in key]
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"--plan knows no GPU {printable(text)!r}; {hint}it knows {', '.join(GPUS)}, and 8xh100 for eight"
+            f"--plan knows no GPU {escape_control_chars(text)!r}; {hint}it knows {', '.join(GPUS)}, and 8xh100 for eight"
         )
     if not 1 <= count <= MOST:
-        raise UserError(f"--plan {printable(text)}: the number of GPUs must lie between 1 and {MOST:,}")
+        raise UserError(f"--plan {escape_control_chars(text)}: the number of GPUs must lie between 1 and {MOST:,}")
     return PlanTarget(GPUS[name], count)

@@ -62,5 +62,5 @@ def advise_on_oom(rows: int, batch_size: int) -> Iterator[None]:
         if rows > 1:
             advice = f"try --train.micro_batch_size {rows // 2}, which leaves the step's batch of {batch_size} as it is"
         else:
-            advice = "lower model.context or the model's size, or split it among processes by --train.sharding full"
+            advice = "lower model.context or the model's size, or split it among processes by --train.sharding fsdp"
         raise UserError(f"out of memory with {rows} windows at once: {advice}", DISK_OR_MEMORY) from error

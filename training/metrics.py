@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import DISK_OR_MEMORY, UserError
+from common.files import read_metrics
 from training.checkpoint import TrainState
 from training.text_generation import shown
 
@@ -84,21 +85,6 @@ def belongs(line: Mapping[str, Any], state: TrainState) -> bool:
         return False
     again = "val_loss" in line and line["step"] == state.step > state.evaluated  # that evaluation was broken off
     return not again
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; it ends where a crash cut it short, or where it is no longer metrics."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                break
-            lines.append(line)
-    return lines
 
 
 class Progress:

@@ -17,17 +17,17 @@ from training.stepper import AdamW, Stepper
 def get_lr_scale(step: int, steps: int, config: OptimConfig) -> float:
     """The learning rate of a step as a share of its peak: a pure function of the step.
 
-    It rises in a line over `warmup` steps; then `cosine` falls along a half cosine to `min_lr_ratio`
+    It rises in a line over `warmup_steps` steps; then `cosine` falls along a half cosine to `min_lr_ratio`
     (Loshchilov & Hutter 2017, equation 5), while `linear` stays at 1 until the last `decay_fraction` of the steps and
     falls in a line (the trapezoid of Hägele et al. 2024).
 
     Args:
         step: counted from 0, below `steps`.
     """
-    if step < config.warmup:
-        return (step + 1) / (config.warmup + 1)
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "cosine":
-        progress = (step - config.warmup) / max(1, steps - config.warmup)
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         falling = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         falling = min(1.0, (steps - step) / max(1.0, config.decay_fraction * steps))
@@ -50,7 +50,7 @@ class Optimizer:
         for parameter, name in self.names.items():
             if parameter.dim() < 2:
                 vectors.append(parameter)
-            elif config.name == "muon" and ".blocks." in f".{name}":
+            elif config.optimizer == "muon" and ".blocks." in f".{name}":
                 hidden.append(parameter)
             else:
                 matrices.append(parameter)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.errors import CONFIG, UserError, printable
+from common.errors import CONFIG, UserError, escape_control_chars
 from data.dataloader import pack_documents
 from data.found import Found, find
 from model.config import ATTENTION_IMPLEMENTATIONS
@@ -60,7 +60,7 @@ class Plan:
 
     def most(self, memory: Footprint, rows: int) -> int:
         """Bytes that a process has to have, as this run shares the model."""
-        split = self.config.train.sharding == "full" and self.place.count > 1
+        split = self.config.train.sharding == "fsdp" and self.place.count > 1
         return memory.sharded(self.place.count, self.pieces(rows)) if split else memory.peak
 
 
@@ -145,8 +145,8 @@ def heading(one: Plan, name: str) -> list[str]:
             epochs = f", {train.steps * train.batch_size / windows:.2f} epochs"
     shape = f"{model.n_layers} layers, {model.n_heads} heads, width {model.d_model}, context {model.context}"
     return [
-        f"plan       {printable(name)} on {where}, {model.attention} attention",
-        f"data       {printable(config.data.source)}: {known}",
+        f"plan       {escape_control_chars(name)} on {where}, {model.attention} attention",
+        f"data       {escape_control_chars(config.data.source)}: {known}",
         f"model      {model.preset}: {shape}",
         f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: {tokens:,} tokens{epochs}",
     ]
@@ -167,7 +167,7 @@ def operations_page(one: Plan) -> list[str]:
     cost = flops_per_token(config.model, one.text.vocab_size)
     tokens = config.train.batch_size * config.model.context
     rows = {"forward": cost.forward * tokens, "backward": cost.backward * tokens}
-    if config.optim.name == "muon":
+    if config.optim.optimizer == "muon":
         rows["Muon"] = muon_flops(config.model) * one.place.count
     rows["sum"] = sum(rows.values())
     rows["scores and weighted sums of these"] = 3 * cost.square * tokens
@@ -187,7 +187,7 @@ def memory_page(one: Plan, memory: Mapping[str, Footprint]) -> list[str]:
     rows["sum"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     rows["at once, at most" + (", with DDP" if count > 1 else "")] = [m.peak for m in memory.values()]
     if count > 1:
-        rows["with train.sharding full, about"] = [m.sharded(count, one.pieces(one.rows)) for m in memory.values()]
+        rows["with train.sharding fsdp, about"] = [m.sharded(count, one.pieces(one.rows)) for m in memory.values()]
     shown = [
         (name, "".join(f"{scaled(n) + 'B':>12}" for n in numbers)) for name, numbers in rows.items() if any(numbers)
     ]
@@ -226,10 +226,10 @@ def other_place(one: Plan, least: Footprint, limit: float) -> str:
     count, windows = one.place.count, one.config.train.batch_size
     split = least.sharded(count, one.pieces(1))
     if count > 1 and one.config.train.sharding == "none" and split <= limit:
-        return f"--train.micro_batch_size 1 --train.sharding full would: about {scaled(split)}B"
+        return f"--train.micro_batch_size 1 --train.sharding fsdp would: about {scaled(split)}B"
     enough = [n for n in POWERS if count < n <= windows and least.sharded(n, -(-windows // n)) <= limit]
     if one.place.gpu and enough:
-        return f"{enough[0]} of them would, with --train.sharding full and --train.micro_batch_size 1"
+        return f"{enough[0]} of them would, with --train.sharding fsdp and --train.micro_batch_size 1"
     larger = [name for name, gpu in GPUS.items() if least.peak <= SPARED * gpu.memory]
     hint = f"; with one window at once it would fit {', '.join(larger)}" if larger else ""
     return f"not even one window does: lower model.context or the size of the model{hint}"

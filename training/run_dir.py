@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError, printable
+from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError, escape_control_chars
 from training.config import RunConfig, to_toml
 
 MARK = "config.toml"
@@ -59,7 +59,7 @@ def claim(config: RunConfig, name: str) -> tuple[RunConfig, IO[str]]:
             )
         if holds_steps(folder) and not is_run(folder):
             raise UserError(
-                f"{printable(folder)} holds checkpoints but no {MARK}; bring that back, or choose another --run.dir",
+                f"{escape_control_chars(folder)} holds checkpoints but no {MARK}; bring that back, or choose another --run.dir",
                 CHECKPOINT,
             )
         return settled(config, folder, restarted), lock_folder(folder)
@@ -146,13 +146,15 @@ def refuse_links(folder: Path) -> None:
             path = Path(place) / name
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise UserError(
-                    f"{printable(path)} is a link that leads out of the run folder; put a copy in its place, or "
+                    f"{escape_control_chars(path)} is a link that leads out of the run folder; put a copy in its place, or "
                     "remove it",
                     CHECKPOINT,
                 )
             kind = path.lstat().st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISLNK(kind)):
-                raise UserError(f"{printable(path)} is no file but a pipe or a device; remove it", CHECKPOINT)
+                raise UserError(
+                    f"{escape_control_chars(path)} is no file but a pipe or a device; remove it", CHECKPOINT
+                )
 
 
 def keep_config(config: RunConfig) -> None:

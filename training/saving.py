@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError, printable
+from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError, escape_control_chars
 from common.safetensors_header import file_head
 from data.tokenizer import Tokenizer
 from data.vocabulary import tokenizer_json
@@ -96,7 +96,7 @@ class Saver:
             with suppress(OSError):
                 remove(temporary)
             raise UserError(
-                f"cannot write the checkpoint {printable(final)}: {error.strerror or error}; earlier ones are as they "
+                f"cannot write the checkpoint {escape_control_chars(final)}: {error.strerror or error}; earlier ones are as they "
                 "were: make room, then go on with --run.resume",
                 DISK_OR_MEMORY,
             ) from error
@@ -120,7 +120,7 @@ class Saver:
 
     def say(self, line: str) -> None:
         """A line on stderr."""
-        print(printable(line), file=sys.stderr, flush=True)
+        print(escape_control_chars(line), file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Return once nothing is being verified."""
@@ -137,7 +137,7 @@ class Saver:
         self.wait()
         if self.fault is not None:
             raise UserError(
-                f"the disk did not keep the newest checkpoint in {printable(self.root)}: {self.fault}; older ones are "
+                f"the disk did not keep the newest checkpoint in {escape_control_chars(self.root)}: {self.fault}; older ones are "
                 "as they were: look after the disk, then go on with --run.resume",
                 DISK_OR_MEMORY,
             )
@@ -154,7 +154,7 @@ def check_finite(tensors: Mapping[str, Tensor], state: TrainState | None = None)
         name = "the best loss"
     if name is not None:
         raise UserError(
-            f"a number in {printable(name)} is not finite: nothing was saved, and earlier checkpoints are as they "
+            f"a number in {escape_control_chars(name)} is not finite: nothing was saved, and earlier checkpoints are as they "
             "were; go on from them with --run.resume and a lower optim.lr",
             NON_FINITE,
         )
@@ -215,7 +215,7 @@ def write_files(
         "optimizer.safetensors": tensor_file(moments),  # the largest first: its hash takes longest
         "model.safetensors": tensor_file(weights),
         "state.json": [state],
-        "tokenizer.json": [tokenizer_json(tokenizer)],
+        "vocabulary.json": [tokenizer_json(tokenizer)],
     }
     with ExitStack() as stack:
         hashes, handles = {}, {}

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import CHECKPOINT, CONFIG, UserError, end_if_asked, printable
+from common.errors import CHECKPOINT, CONFIG, UserError, end_if_asked, escape_control_chars
+from common.files import read_metrics
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
 from training import checkpoint
@@ -23,7 +24,7 @@ from training.config import RunConfig, to_toml
 from training.device import DistContext, compile_model, is_compiled, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
 from training.memory import advise_on_oom
-from training.metrics import Metrics, Progress, read_metrics
+from training.metrics import Metrics, Progress
 from training.optimizer import Optimizer
 from training.pace import Pace
 from training.report import baseline_losses, plot_loss, table
@@ -58,7 +59,7 @@ class Run:
         ctx.check_same_everywhere({"the corpus": data.fingerprint})
         self.config, self.data = config, data
         self.folder = Path(config.run.dir)
-        self.saver = Saver(self.folder, config.train.keep) if ctx.is_main_process else None
+        self.saver = Saver(self.folder, config.train.keep_checkpoints) if ctx.is_main_process else None
         saved = checkpoint.open_checkpoint(Path(config.run.resume)) if config.run.resume else None
         if saved is not None:
             check_resumable(config, saved, data)
@@ -259,7 +260,7 @@ class Run:
         self.metrics.write({"step": self.state.step, "final_val_loss": loss, **references})
         self.progress.say("\n" + table(loss, targets, references, self.data))  # now: pictures take a second
         plot = self.folder / "loss.png"
-        title = printable(f"{self.data.name}: {self.folder}")
+        title = escape_control_chars(f"{self.data.name}: {self.folder}")
         plot_loss(plot, read_metrics(self.folder / "metrics.jsonl"), references, title)
         self.tracker.log(self.state.step, {"final_val_loss": loss}, image=plot)
 

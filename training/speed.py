@@ -58,7 +58,7 @@ def reckoned(config: RunConfig, vocab_size: int, gpu: GPU, world: int, memory: F
     windows = config.train.batch_size / world
     each = config.model.context / (UTILISATION * peak)
     optimizer = (2 * memory.weights + memory.gradients + 2 * memory.moments) / gpu.bandwidth
-    if config.optim.name == "muon":
+    if config.optim.optimizer == "muon":
         optimizer += muon_flops(config.model) / (UTILISATION * peak)
     computing = windows * each * (cost.forward + cost.backward) + optimizer
     calls = memory.attention * pieces + memory.moves

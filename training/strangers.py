@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from common.errors import CHECKPOINT, UserError, printable
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from model.config import ModelConfig
 from model.gpt import GPT
 
@@ -86,11 +86,12 @@ def read_shapes(path: Path) -> Shapes:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             others = [name for name, found in slices.items() if found.get_dtype() != "F32"]
             if others:
-                raise ValueError(f"{printable(others[0])} is {slices[others[0]].get_dtype()} and not F32")
+                raise ValueError(f"{escape_control_chars(others[0])} is {slices[others[0]].get_dtype()} and not F32")
             return {name: tuple(found.get_shape()) for name, found in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{printable(path)} is no safetensors file of a checkpoint: {printable(reason(error))}", CHECKPOINT
+            f"{escape_control_chars(path)} is no safetensors file of a checkpoint: {escape_control_chars(reason(error))}",
+            CHECKPOINT,
         ) from error
 
 
@@ -112,10 +113,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         found = load_file(path, backend="pread")
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{printable(path)} cannot be read: {printable(reason(error))}", CHECKPOINT) from error
+        raise UserError(
+            f"{escape_control_chars(path)} cannot be read: {escape_control_chars(reason(error))}", CHECKPOINT
+        ) from error
     if (name := not_finite(found)) is not None:
         raise UserError(
-            f"{printable(path)} holds a number that is not finite, in {printable(name)}: take another checkpoint",
+            f"{escape_control_chars(path)} holds a number that is not finite, in {escape_control_chars(name)}: take another checkpoint",
             CHECKPOINT,
         )
     return found
@@ -195,7 +198,7 @@ def check_weights(path: Path, config: ModelConfig, vocab_size: int) -> None:
                 raise ValueError(f"{name} has shape {shape} instead of {wanted}")
     except ValueError as error:
         raise UserError(
-            f"{printable(path)} does not fit the config beside it: {printable(error)}", CHECKPOINT
+            f"{escape_control_chars(path)} does not fit the config beside it: {escape_control_chars(error)}", CHECKPOINT
         ) from error
 
 
@@ -210,7 +213,7 @@ def check_moments(path: Path, config: ModelConfig, vocab_size: int) -> None:
         wanted = expected_shape(name.partition("/")[0], config, outside, block)
         if wanted is None or shape not in ((), wanted):
             raise UserError(
-                f"{printable(path)} does not fit the model: {printable(name)} has shape {shape} instead of {wanted}",
+                f"{escape_control_chars(path)} does not fit the model: {escape_control_chars(name)} has shape {shape} instead of {wanted}",
                 CHECKPOINT,
             )
 
@@ -224,7 +227,7 @@ def check_cache(path: Path, config: ModelConfig) -> None:
     asked = 2 * 4 * config.n_layers * config.kv_heads * config.width_of_head * config.context
     if asked > max(LARGEST_CACHE, CACHE_TO_WEIGHTS * path.stat().st_size):
         raise UserError(
-            f"the config beside {printable(path)} has a context of {config.context:,} tokens, whose keys and values "
+            f"the config beside {escape_control_chars(path)} has a context of {config.context:,} tokens, whose keys and values "
             f"would take {asked / 1e9:,.0f} GB: it is damaged or hostile; take another checkpoint",
             CHECKPOINT,
         )

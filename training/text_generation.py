@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.errors import UserError, printable
+from common.errors import UserError, escape_control_chars
 from data.tokenizer import Tokenizer
 from model.generate import generate
 from model.gpt import GPT
@@ -102,4 +102,4 @@ def check_prompt(prompt: str) -> None:
 
 def shown(text: str) -> str:
     """Text as it may reach a terminal: whatever could steer it is escaped, line breaks and tabs stay."""
-    return "".join(c if c in "\n\t" else printable(c) for c in text)
+    return "".join(c if c in "\n\t" else escape_control_chars(c) for c in text)

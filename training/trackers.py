@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from common.errors import printable
+from common.errors import escape_control_chars
 from training.config import RunConfig
 
 PROGRAM = Path(__file__).parent / "wandb_process.py"
@@ -72,8 +72,8 @@ class Tracker:
             return
         try:
             keywords = {
-                "project": printable(config.log.wandb_project),
-                "name": printable(name),
+                "project": escape_control_chars(config.log.wandb_project),
+                "name": escape_control_chars(name),
                 "dir": str(folder.absolute()),
                 "mode": config.log.wandb,
                 "config": dataclasses.asdict(config),
@@ -200,7 +200,7 @@ class Tracker:
             told, self.out = self.out, True
         self.end()
         if not told:
-            self.say(f"wandb is out ({printable(reason)[:200]}); training goes on without it")
+            self.say(f"wandb is out ({escape_control_chars(reason)[:200]}); training goes on without it")
 
     def say(self, text: str) -> None:
         """A line on stderr, beside the progress bar."""

@@ -179,7 +179,7 @@ class Trainer:
         if self.config.model.dropout:  # seeded by the step, so that a resumed run drops the same activations
             torch.manual_seed(hash((seed, state.step, ctx.rank)))
         loss = self.forward_backward(rows, counted)
-        norm = clip_grad_norm(self.wrapped_model, self.config.optim.clip)
+        norm = clip_grad_norm(self.wrapped_model, self.config.optim.grad_clip)
         metrics: dict[str, Any] = {"loss": loss, "lr": share * self.config.optim.lr}
         if math.isfinite(norm) and math.isfinite(float(loss)):
             self.optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.errors import CHECKPOINT, UserError, printable
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from inspection.commands.shared import OfRun
 from inspection.commands.verify import Origins
 from inspection.run_reader import NEWEST, RunFiles
@@ -32,7 +32,11 @@ def run(config: Ablate, terminal: Terminal, origin: Origins) -> Result:
     if step not in attention.attention_files:
         observer.write(step, kept.metadata)
     report = observer.report(step, kept.metadata["weights_sha256"])
-    lines = [part for line in report.lines for part in (paragraph(printable(line), terminal.width) if line else [""])]
+    lines = [
+        part
+        for line in report.lines
+        for part in (paragraph(escape_control_chars(line), terminal.width) if line else [""])
+    ]
     written = [*report.pictures, *([report.page] if report.page else [])]
     data = {"step": step, "lines": report.lines, "written": [str(path) for path in written]}
-    return Result([*lines, "", *(f"written  {printable(path)}" for path in written)], data, [data])
+    return Result([*lines, "", *(f"written  {escape_control_chars(path)}" for path in written)], data, [data])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CONFIG, UserError, printable
+from common.errors import CONFIG, UserError, escape_control_chars
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Told, as_name, heads_in, heads_of, short
 from inspection.run_reader import NEWEST, RunFiles
@@ -46,7 +46,9 @@ def run(config: Compare, terminal: Terminal) -> Result:
     if not config.other and config.against == OLDEST_OR_NEWEST:
         steps = steps[0], first.steps[0]
     dumps = first.attention_files[steps[0]], second.attention_files[steps[1]]
-    sides = [f"{printable(run.folder)} at step {step}" for run, step in zip((first, second), steps, strict=True)]
+    sides = [
+        f"{escape_control_chars(run.folder)} at step {step}" for run, step in zip((first, second), steps, strict=True)
+    ]
     scores, notes = _scores(*dumps, sides)
     patterns, more = _patterns(*dumps, config.text, sides)
     if not scores and not patterns:
@@ -89,7 +91,7 @@ def _scores(first: AttentionFile, second: AttentionFile, sides: list[str]) -> tu
         raise UserError(f"{each[0]}, {each[1]}: they cannot be compared head by head", CONFIG)
     both = [name for name in first.scores if name in second.scores]
     alone = sorted({*first.scores, *second.scores} - {*both})
-    notes = [f"only one of the two has the scores {', '.join(map(printable, alone))}"] if alone else []
+    notes = [f"only one of the two has the scores {', '.join(map(escape_control_chars, alone))}"] if alone else []
     records = []
     for name in both:
         for head in heads_of(first.scores[name]):
@@ -111,7 +113,7 @@ def _patterns(
     records = []
     for name in names:
         if ours[name].token_bytes != theirs[name].token_bytes:
-            notes.append(f"text {printable(name)!r} has other tokens in the two: compared by scores only")
+            notes.append(f"text {escape_control_chars(name)!r} has other tokens in the two: compared by scores only")
             continue
         apart, moved = apart_and_moved(ours[name], theirs[name])
         records += [
@@ -154,7 +156,7 @@ def _table(scores: list[dict[str, Any]], patterns: list[dict[str, Any]], termina
 def _explained(patterns: list[dict[str, Any]], notes: list[str], width: int) -> list[str]:
     lines = list(notes)
     if patterns:
-        names = ", ".join(printable(name) for name in dict.fromkeys(one["text"] for one in patterns))
+        names = ", ".join(escape_control_chars(name) for name in dict.fromkeys(one["text"] for one in patterns))
         lines += [
             *paragraph(f"pattern |diff|: mean |difference| of a weight over the texts {names};", width),
             "moved: the share of its weight that a token reads elsewhere, on average",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import printable
+from common.errors import escape_control_chars
 from inspection.commands.shared import (
     Told,
     about_evidence,
@@ -56,7 +56,7 @@ def run(config: Heads, terminal: Terminal) -> Result:
     else:
         body = _all(records, names, terminal)
         title = "every score of every head; beside it the nats lost when the head's output is set to zero"
-    lines = [f"{printable(attention.folder)}, step {step}", title, "", *body, ""]
+    lines = [f"{escape_control_chars(attention.folder)}, step {step}", title, "", *body, ""]
     lines += [*marks(records), *about_evidence(attention, step, dump, evidence), DISCLAIMER]
     data: dict[str, Any] = {"run": str(attention.folder), "step": step, "heads": records, "disclaimer": DISCLAIMER}
     return Result(lines, data, [flat(one) for one in records])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import printable
+from common.errors import escape_control_chars
 from inspection.commands.shared import OfRun
 from inspection.run_reader import RunFiles
 from inspection.terminal import Result, Terminal
@@ -36,6 +36,9 @@ def run(config: Page, terminal: Terminal) -> Result:
         first.ablation_json,
         str(first.folder),
     )
-    lines = [f"page  {printable(report.path)}  {report.bytes / 1e6:.1f} MB", *map(printable, report.notes)]
+    lines = [
+        f"page  {escape_control_chars(report.path)}  {report.bytes / 1e6:.1f} MB",
+        *map(escape_control_chars, report.notes),
+    ]
     data = {"path": str(report.path), "bytes": report.bytes, "notes": list(report.notes)}
     return Result(lines, data, [data])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import DISK_OR_MEMORY, UserError, printable
+from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars
 from inspection.attention_file import AttentionFile
 from inspection.commands.shared import OfRun, as_name, best_head, short, text_of
 from inspection.findings import ATTENTION_THRESHOLD
@@ -50,7 +50,7 @@ def run(config: Plot, terminal: Terminal) -> Result:
         message = f"cannot make {folder}: {error.strerror}; choose another with --out"
         raise UserError(message, DISK_OR_MEMORY) from error
     drawn = draw(attention, folder, config.format, step, config.text, config.score)
-    lines = [f"figure  {printable(path)}" for path in drawn]
+    lines = [f"figure  {escape_control_chars(path)}" for path in drawn]
     if not any(path.stem == PHASE_CHANGE for path in drawn):
         lines.append("no figure of the phase change: it needs two steps with scores, and the losses of the run")
     return Result(lines, {"figures": [str(path) for path in drawn]}, [{"figure": str(path)} for path in drawn])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tyro.conf import Positional
 
-from common.errors import CHECKPOINT, CONFIG, UserError, printable
+from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
@@ -62,8 +62,8 @@ def as_name(name: str, names: Iterable[str], what: str, where: str) -> str:
         return name
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    listed = f"it has {', '.join(map(printable, known))}" if known else f"it has no {what}"
-    raise UserError(f"{where} has no {what} {printable(name)!r}; {hint}{listed}", CONFIG)
+    listed = f"it has {', '.join(map(escape_control_chars, known))}" if known else f"it has no {what}"
+    raise UserError(f"{where} has no {what} {escape_control_chars(name)!r}; {hint}{listed}", CONFIG)
 
 
 def text_of(dump: AttentionFile, name: str, where: str) -> AttentionRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import printable
+from common.errors import escape_control_chars
 from inspection.attention_file import AttentionFile
 from inspection.commands.shared import OfRun, about_evidence, best_head, effects_of, heads_in, marks, record, short
 from inspection.run_reader import RunFiles
@@ -42,7 +42,7 @@ def run(config: Summary, terminal: Terminal) -> Result:
         "best": best,
         "disclaimer": DISCLAIMER,
     }
-    lines = [*paragraph(printable(claims["headline"]), terminal.width), DISCLAIMER, ""] if claims else []
+    lines = [*paragraph(escape_control_chars(claims["headline"]), terminal.width), DISCLAIMER, ""] if claims else []
     lines += [*_what_is_there(attention, step, dump, terminal.width), ""]
     lines += (
         _best(best, terminal) if best else ["the attention files hold no scores of heads (an older version wrote them)"]
@@ -54,11 +54,11 @@ def run(config: Summary, terminal: Terminal) -> Result:
 def _what_is_there(attention: RunFiles, step: int, dump: AttentionFile, width: int) -> list[str]:
     L, H = heads_in(dump) or (0, 0)
     steps, tokens = attention.steps, [len(text.tokens) for text in dump.texts]
-    names = ", ".join(printable(text.name) for text in dump.texts)
+    names = ", ".join(escape_control_chars(text.name) for text in dump.texts)
     several = f"{len(steps)} steps, {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {step}"
     lengths = f"{min(tokens)} to {max(tokens)} tokens" if tokens else "none"
     return [
-        f"run    {printable(attention.folder)}: {L} layers of {H} heads; {several}, shown is step {step}",
+        f"run    {escape_control_chars(attention.folder)}: {L} layers of {H} heads; {several}, shown is step {step}",
         *paragraph(f"texts  {len(tokens)} of {lengths}: {names}", width),
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import printable
+from common.errors import escape_control_chars
 from inspection.commands.shared import Told, as_name, best_head, heads_of, require_scores, short, title_of
 from inspection.findings import ATTENTION_THRESHOLD
 from inspection.plots import score_range
@@ -91,7 +91,7 @@ def _lines(
     title = f"step {steps[0]} to {steps[-1]}, {len(steps)} attention files, a mark for each"
     if len(steps) > DRAWN:
         title = f"step {steps[0]} to {steps[-1]}, {len(steps)} attention files, several to a mark"
-    head = [f"{printable(attention.folder)}, {title}"]
+    head = [f"{escape_control_chars(attention.folder)}, {title}"]
     fixed = 3
     if score not in ("", "all"):
         head.append(f"{score}: {title_of(score)}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CONFIG, UserError, printable
+from common.errors import CONFIG, UserError, escape_control_chars
 from inspection.attention_file import AttentionRecord
 from inspection.commands.shared import Told, text_of
 from inspection.run_reader import NEWEST, RunFiles
@@ -105,7 +105,7 @@ def _position(config: Token, text: AttentionRecord, others: list[AttentionRecord
         return places[-1], []
     if config.position >= T:
         raise UserError(
-            f"--position is {config.position}; text {printable(text.name)!r} has tokens 0 to {T - 1}", CONFIG
+            f"--position is {config.position}; text {escape_control_chars(text.name)!r} has tokens 0 to {T - 1}", CONFIG
         )
     return (T - 1 if config.position == -1 else config.position), []
 
@@ -122,10 +122,10 @@ def _not_there(word: str, text: AttentionRecord, others: list[AttentionRecord]) 
     """Where else the word stands, or how the text reads."""
     elsewhere = [other.name for other in others if places_of(word, other.token_bytes)]
     if elsewhere:
-        hint = f"it stands in --text {printable(elsewhere[0])!r}"
+        hint = f"it stands in --text {escape_control_chars(elsewhere[0])!r}"
     else:
         hint = f"the text begins {token_text(b''.join(text.token_bytes), space=' ')[:60]!r}"
-    return f"{printable(word)!r} is not in text {printable(text.name)!r}; {hint}"
+    return f"{escape_control_chars(word)!r} is not in text {escape_control_chars(text.name)!r}; {hint}"
 
 
 def _readings(text: AttentionRecord, row: NDArray[np.float64], head: tuple[int, int], top: int) -> list[dict[str, Any]]:
@@ -163,7 +163,10 @@ def _lines(
     loss = f"its loss {data['loss']:.3f} nats" if position else "the first token, so it has no loss"
     came = f"; then comes {quoted(position + 1)}" if position + 1 < len(text.tokens) else ""
     kind = "weight times the length of what is read" if data["value_weighted"] else "weight"
-    lines = [f"{printable(attention.folder)}, step {data['step']}, text {printable(text.name)!r}", *notes]
+    lines = [
+        f"{escape_control_chars(attention.folder)}, step {data['step']}, text {escape_control_chars(text.name)!r}",
+        *notes,
+    ]
     lines += [_context(text, position, terminal), "", f"token {position} is {quoted(position)}: {loss}{came}", ""]
     heads: dict[str, list[str]] = {}
     for one in data["reads"]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import UserError, printable
+from common.errors import UserError, escape_control_chars
 from inspection.attention_file import read_attention_file
 from inspection.commands.shared import Told
 from inspection.run_reader import NEWEST, RunFiles
@@ -59,7 +59,7 @@ def run(config: Verify, terminal: Terminal, origin: Origins) -> Result:
     failed = [one for one in records if not one["ok"]]
     data = {"run": str(attention.folder), "ok": not failed, "without_checkpoint": without, "checks": records}
     lines = [
-        f"{printable(attention.folder)}: attention files checked: {len(paths)}",
+        f"{escape_control_chars(attention.folder)}: attention files checked: {len(paths)}",
         "",
         *_table(records, terminal),
         "",
@@ -112,9 +112,9 @@ def _plain(finding: CheckResult) -> dict[str, Any]:
 
 def _shown(one: dict[str, Any]) -> str:
     measured, bound = (
-        f"{v:.2g}" if isinstance(v, float) else printable(v)[:16] for v in (one["measured"], one["bound"])
+        f"{v:.2g}" if isinstance(v, float) else escape_control_chars(v)[:16] for v in (one["measured"], one["bound"])
     )
-    where = f" ({printable(one['where'])})" if one["where"] else ""
+    where = f" ({escape_control_chars(one['where'])})" if one["where"] else ""
     return f"{measured}, bound {bound}{where}"
 
 
@@ -127,10 +127,11 @@ def _table(records: list[dict[str, Any]], terminal: Terminal) -> list[str]:
         mine = [one for one in records if one["check"] == name]
         worst = max(mine, key=_distance)
         measured, bound = (
-            f"{v:.2g}" if isinstance(v, float) else printable(v)[:8] for v in (worst["measured"], worst["bound"])
+            f"{v:.2g}" if isinstance(v, float) else escape_control_chars(v)[:8]
+            for v in (worst["measured"], worst["bound"])
         )
         fails = sum(not one["ok"] for one in mine)
-        rows.append((name, len(mine), fails, measured, bound, worst["step"], printable(worst["where"])[:40]))
+        rows.append((name, len(mine), fails, measured, bound, worst["step"], escape_control_chars(worst["where"])[:40]))
     return table(columns, rows, max(terminal.width, 140), fixed=1)
 
 

@@ -23,12 +23,12 @@ SHARED = (
     *FAULTY,
     *(
         "--model.dropout=0",
-        "--optim.name=adamw",
+        "--optim.optimizer=adamw",
         "--train.batch_size=32",
         "--train.micro_batch_size=1",
         "--train.steps=40",
     ),
-    *("--train.eval_every=20", "--train.save_every=5", "--train.keep=3"),
+    *("--train.eval_every=20", "--train.save_every=5", "--train.keep_checkpoints=3"),
 )
 """A run whose steps take long enough to be met in their midst, by whoever looks into metrics.jsonl. With AdamW: Muon
 rounds to bf16, which makes much of the last digits, and in these numbers of processes differ."""

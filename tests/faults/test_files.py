@@ -16,7 +16,7 @@ from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, numbers
 from tests.runs import said
 
-FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
+FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json")
 STANDS, BEFORE, ENDS = 6, 4, 8
 Damage = Callable[[Path], None]
 

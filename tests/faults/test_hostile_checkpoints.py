@@ -1,7 +1,7 @@
 """Checkpoints written by somebody who means harm, or by nobody at all: ten thousand of them, and pickles in disguise.
 
 Each file of a good checkpoint is changed in all the ways that hypothesis thinks of, and the manifest is made to vouch
-for it. Whatever comes of that is a `UserError` of one printable line with exit code 4, or a checkpoint that is used to
+for it. Whatever comes of that is a `UserError` of one escape_control_chars line with exit code 4, or a checkpoint that is used to
 its end, within a bounded memory.
 """
 
@@ -25,7 +25,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.errors import CHECKPOINT, UserError, printable
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from tests.runs import script
 from tests.training.checkpoints import bounded_memory, saved, vouch
 from training.checkpoint import FILES, MANIFEST, Checkpoint, open_checkpoint
@@ -82,7 +82,7 @@ def ends_well(action: Any) -> bool:
         action()
     except UserError as error:
         assert error.exit_code == CHECKPOINT, error
-        assert str(error) == printable(error), error
+        assert str(error) == escape_control_chars(error), error
     return True
 
 
@@ -204,10 +204,10 @@ def test_hostile_tokenizers(folder: Path, good: Path, figures: Any) -> None:
     @given(
         st.sampled_from(TOKENIZERS).flatmap(damaged).map(dumped)
         | VALUES.map(dumped)
-        | spoiled((good / "tokenizer.json").read_bytes())
+        | spoiled((good / "vocabulary.json").read_bytes())
     )
     def holds(content: bytes) -> None:
-        (folder / "tokenizer.json").write_bytes(content)
+        (folder / "vocabulary.json").write_bytes(content)
         figures.add(tried=1, survived=ends_well(found.tokenizer))
 
     holds()

@@ -175,13 +175,13 @@ def test_no_command_line_makes_the_parser_stumble(survives: Any, argv: list[str]
     survives(parse, CONFIG, CHECKPOINT, lines=len(argv) + 3)
 
 
-@pytest.mark.parametrize("option", ["run.resume", "log.watch", "run.dir", "data.source"])
+@pytest.mark.parametrize("option", ["run.resume", "log.prompts", "run.dir", "data.source"])
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 5000, "\udc80", "a\nb"], ids=lambda name: repr(name[:4]))
 def test_no_name_of_a_file_makes_the_parser_stumble(option: str, name: str, survives: Any) -> None:
     survives(lambda: parse_train([f"--{option}={name}"]), CONFIG, CHECKPOINT)
 
 
-@pytest.mark.parametrize("name", ["run.dir", "run.resume", "log.watch", "data.source"])
+@pytest.mark.parametrize("name", ["run.dir", "run.resume", "log.prompts", "data.source"])
 def test_a_file_may_name_no_file_with_a_zero_in_it(name: str, tmp_path: Path, survives: Any) -> None:
     section, entry = name.split(".")
     put(tmp_path / "zero.toml", f'[{section}]\n{entry} = "a\\u0000b"\n')

@@ -27,16 +27,16 @@ from tests.faults.started import ROOT, Forked, Started, allowed, error_lines, lo
 SOON = 10.0
 """Seconds within which a job that was asked to stop has saved and ended."""
 TIMEOUT = 15
-"""`run.timeout` of the tests: seconds after which a process that does not answer is given up."""
+"""`run.dist_timeout` of the tests: seconds after which a process that does not answer is given up."""
 AGENT = 30.0
 """Seconds that torchrun grants a process before it kills it."""
-SPLIT = pytest.mark.parametrize("sharding", ["none", "full"])
+SPLIT = pytest.mark.parametrize("sharding", ["none", "fsdp"])
 
 
 def options(corpus: Path, sharding: str = "none", optimizer: str = "adamw") -> tuple[str, ...]:
     """Of the run that all these tests make."""
-    chosen = (f"--train.sharding={sharding}", f"--optim.name={optimizer}")
-    return (*SHARED, f"--data.source={corpus}", f"--run.timeout={TIMEOUT}", *chosen)
+    chosen = (f"--train.sharding={sharding}", f"--optim.optimizer={optimizer}")
+    return (*SHARED, f"--data.source={corpus}", f"--run.dist_timeout={TIMEOUT}", *chosen)
 
 
 class Whole:
@@ -171,10 +171,10 @@ def test_torchrun_is_asked_to_stop(
 def test_a_lost_process_ends_the_others(
     number: int, rank: int, sharding: str, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
 ) -> None:
-    """A death is noticed at once, a freeze after `run.timeout`. One line, exit code 8, and nothing saved is lost."""
+    """A death is noticed at once, a freeze after `run.dist_timeout`. One line, exit code 8, and nothing saved is lost."""
     run, reference = tmp_path / "run", whole.run(sharding, "muon")
     timeout = 3 if number == signal.SIGSTOP else TIMEOUT
-    argv = (*options(whole.corpus, sharding, "muon"), f"--run.dir={run}", f"--run.timeout={timeout}")
+    argv = (*options(whole.corpus, sharding, "muon"), f"--run.dir={run}", f"--run.dist_timeout={timeout}")
     with Ranks(server, 2, *argv) as running:
         running.until(lambda: steps_done(run) >= 12, "the thirteenth step")
         before = committed(run)
@@ -184,7 +184,7 @@ def test_a_lost_process_ends_the_others(
     one_line(done, "--run.resume")
     assert committed(run) >= before >= 10
     check_whole(run)
-    together(server, 2, f"--run.resume={run}", f"--run.timeout={TIMEOUT}")
+    together(server, 2, f"--run.resume={run}", f"--run.dist_timeout={TIMEOUT}")
     check_equal(run, reference)
     figures.add(tried=1, survived=1, resumed=1, equal=1)
 
@@ -228,10 +228,10 @@ def test_nobody_leaves_before_the_last_save_is_done(
 def test_a_process_that_never_starts(
     rank: int, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
 ) -> None:
-    """The others wait for `run.timeout`, not for ever."""
+    """The others wait for `run.dist_timeout`, not for ever."""
     run = tmp_path / "run"
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "RANK": str(rank)}
-    argv = (*options(whole.corpus), f"--run.dir={run}", "--run.timeout=2")
+    argv = (*options(whole.corpus), f"--run.dir={run}", "--run.dist_timeout=2")
     done = Forked(server, *argv, env={**env, "LOCAL_RANK": "0"}).end(SOON)
     assert done.returncode == LOST_PROCESS, done.stderr
     one_line([done])
@@ -243,7 +243,7 @@ def test_a_process_that_never_starts(
 def test_torchrun_ends_when_a_process_is_lost(
     number: int, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
 ) -> None:
-    """Within `run.timeout`, and the 30 s after which torchrun kills a process that does not end; nobody is left."""
+    """Within `run.dist_timeout`, and the 30 s after which torchrun kills a process that does not end; nobody is left."""
     run = tmp_path / "run"
     with torchrun(2, *options(whole.corpus), f"--run.dir={run}") as started:
         started.until(lambda: steps_done(run) >= 12, "the thirteenth step")
@@ -265,7 +265,7 @@ def test_torchrun_ends_when_a_process_is_lost(
 
 @pytest.mark.parametrize(
     ("named", "rank", "sharding"),
-    [(True, 1, "none"), (False, 0, "none"), (False, 1, "full")],
+    [(True, 1, "none"), (False, 0, "none"), (False, 1, "fsdp")],
     ids=["run.dir", "the first, no run.dir", "full, no run.dir"],
 )
 def test_a_job_with_restarts_goes_on_by_itself(

@@ -116,13 +116,13 @@ DAMAGES = {"": nothing, "cut": cut_step_8, "left": half_written_step_8}
 
 @pytest.fixture(scope="module")
 def stands(server: ForkServer, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reference.stopped_at(STANDS, server, tmp_path_factory.mktemp("stands") / "run", "--train.keep=1")
+    return reference.stopped_at(STANDS, server, tmp_path_factory.mktemp("stands") / "run", "--train.keep_checkpoints=1")
 
 
 @pytest.fixture(scope="module")
 def whole(server: ForkServer, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """The same run, never disturbed, up to step 10."""
-    options = (*reference.argv, "--train.keep=1", f"--run.stop_at_step={ENDS}")
+    options = (*reference.argv, "--train.keep_checkpoints=1", f"--run.stop_at_step={ENDS}")
     return Reference.make(server, tmp_path_factory.mktemp("whole") / "run", options)
 
 
@@ -227,7 +227,7 @@ def test_the_order_of_a_save_as_the_kernel_sees_it(bench: Bench, figures: Figure
     (renamed,) = [i for i in positions("rename", writing) if found[i].paths[-1] == final]
     files = sorted({call.paths[0] for call in found[:renamed] if call.name.startswith(("write", "pwrite"))})
     assert [Path(file).name for file in files] == [
-        *("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json")
+        *("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json")
     ]
     synced = {}
     for file in files:

@@ -37,7 +37,7 @@ SLOW_EVALUATION = (
     "--train.micro_batch_size=1",
     "--train.steps=8",
     "--train.eval_tokens=100000",
-    "--train.keep=9",
+    "--train.keep_checkpoints=9",
 )
 """A run that evaluates for a second or two, on `long_corpus`."""
 

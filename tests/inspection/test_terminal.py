@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(world: Path) -> subprocess.CompletedProcess[str]:
-    options = (f"--data.source={world / NAME}", f"--run.dir={world / 'run'}{NAME}", f"--log.watch={world / 'lines'}")
+    options = (f"--data.source={world / NAME}", f"--run.dir={world / 'run'}{NAME}", f"--log.prompts={world / 'lines'}")
     options += (f"--log.wandb_project={HOSTILE}", "--log.sample_tokens=60", "--model.context=60")
     return script("train.py", *TINY, *options, "--data.val_fraction=0.3", "--train.steps=1")
 
@@ -133,7 +133,7 @@ def test_where_attention_goes_while_sampling_is_said_without_control_characters(
         pytest.param(("train.py", "--data.source=stories", f"--{HOSTILE}=1"), 2, marks=SLOW),
         (("train.py", f"--model.n_layers={HOSTILE}", f"--model.preset={HOSTILE}", f"--optim.lr={HOSTILE}"), 2),
         (("train.py", HOSTILE), 2),
-        (("train.py", f"--log.watch={HOSTILE}"), 2),
+        (("train.py", f"--log.prompts={HOSTILE}"), 2),
         (("train.py", f"--run.resume={NAME}"), 4),
         (("train.py", f"--run.dir=/proc/{NAME}"), 6),
         (("sample.py", NAME), 4),

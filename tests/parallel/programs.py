@@ -58,7 +58,7 @@ def gradient(stepped: nn.Module, ctx: DistContext, step: int, rows: int = 12) ->
 
 def optimizer_of(stepped: nn.Module) -> Optimizer:
     """Muon and AdamW, with rates at which every moment of every weight moves."""
-    return Optimizer(stepped, OptimConfig(name="muon", lr=0.01, muon_lr=0.02))
+    return Optimizer(stepped, OptimConfig(optimizer="muon", lr=0.01, muon_lr=0.02))
 
 
 def train(stepped: nn.Module, ctx: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
@@ -84,7 +84,7 @@ def kept(file: Path, kind: str) -> dict[str, Tensor]:
 
 def write(ctx: DistContext, folder: Path) -> None:
     """Train a little, each way; the first process saves. Each process begins with other weights: the first's count."""
-    for sharding in ("none", "full"):
+    for sharding in ("none", "fsdp"):
         model = plain(seed=1 + ctx.rank)
         stepped = wrap_model(model, ctx, sharding)
         optimizer = optimizer_of(stepped)
@@ -94,17 +94,17 @@ def write(ctx: DistContext, folder: Path) -> None:
         if ctx.is_main_process:
             keep(folder / f"{sharding}.safetensors", model, moments)
             (folder / f"{sharding}.json").write_text(json.dumps(norms))
-        elif sharding == "full":
+        elif sharding == "fsdp":
             assert not moments and all(value.is_meta for value in model.parameters())
 
 
 def read(ctx: DistContext, folder: Path) -> None:
     """Take up what was saved, split it among the processes, bring it together again, and save that; then go on."""
-    for name in ("none", "full"):
+    for name in ("none", "fsdp"):
         model = GPT(SHAPE, VOCAB, seed=9)
         if ctx.is_main_process:
             model.load_state_dict(kept(folder / f"{name}.safetensors", "weights"), strict=False)
-        stepped = wrap_model(model, ctx, "full")
+        stepped = wrap_model(model, ctx, "fsdp")
         optimizer = optimizer_of(stepped)
         optimizer.load_state_dict(kept(folder / f"{name}.safetensors", "moments"))
         if ctx.is_main_process:
@@ -131,7 +131,7 @@ def exchanges(stepped: nn.Module, ctx: DistContext) -> list[int]:
 
 def count(ctx: DistContext, folder: Path) -> None:
     """Count the exchanges of a step of three pieces, each way."""
-    found = {sharding: exchanges(wrap_model(plain(), ctx, sharding), ctx) for sharding in ("none", "full")}
+    found = {sharding: exchanges(wrap_model(plain(), ctx, sharding), ctx) for sharding in ("none", "fsdp")}
     if ctx.is_main_process:
         (folder / "counts.json").write_text(json.dumps(found))
 
@@ -140,7 +140,7 @@ def count_compiled(ctx: DistContext, folder: Path) -> None:
     """The same of a single block, compiled; and how far the gradient is from that of the model as it is."""
     found = {}
     shape = replace(SHAPE, n_layers=1)
-    for sharding in ("none", "full"):
+    for sharding in ("none", "fsdp"):
         stepped = wrap_model(plain(shape=shape), ctx, sharding)
         example = torch.zeros(2, SHAPE.context, dtype=torch.long)
         fast = compile_model(stepped, example, ctx)
@@ -211,7 +211,7 @@ PROGRAMS = {
     "count_compiled": count_compiled,
     "agree": agree,
     "fail_to_compile": fail_to_compile,
-    **{f"{how.name}-{way}": lose(how, way) for how in (signal.SIGKILL, signal.SIGSTOP) for way in ("none", "full")},
+    **{f"{how.name}-{way}": lose(how, way) for how in (signal.SIGKILL, signal.SIGSTOP) for way in ("none", "fsdp")},
 }
 
 

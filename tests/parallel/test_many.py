@@ -48,7 +48,7 @@ def test_what_two_processes_saved_one_and_four_take_up(tmp_path: Path) -> None:
     for count in (4, 1):
         together(count, "read", tmp_path)
     ctx = DistContext(torch.device("cpu"), torch.float32)
-    for name in ("none", "full"):
+    for name in ("none", "fsdp"):
         first = tmp_path / f"{name}.safetensors"
         model = plain()
         optimizer = optimizer_of(model)
@@ -76,17 +76,17 @@ def test_what_two_processes_saved_one_and_four_take_up(tmp_path: Path) -> None:
 
 def test_gradients_are_exchanged_on_the_last_piece_only(tmp_path: Path) -> None:
     together(2, "count", tmp_path)
-    assert left(tmp_path, "counts") == {"none": [0, 0, 1], "full": [0, 0, SHAPE.n_layers + 1]}
+    assert left(tmp_path, "counts") == {"none": [0, 0, 1], "fsdp": [0, 0, SHAPE.n_layers + 1]}
 
 
 def test_the_same_holds_when_compiled(tmp_path: Path) -> None:
     """torch.compile wraps what DDP shares, and compiles the blocks of a split model in place."""
     together(2, "count_compiled", tmp_path)
     found = left(tmp_path, "compiled")
-    for sharding, last in (("none", 1), ("full", 2)):
+    for sharding, last in (("none", 1), ("fsdp", 2)):
         assert found[sharding]["counts"] == [0, 0, last]
         assert found[sharding]["far"] < 1e-5
-    assert found["none"]["wrapped"] and not found["full"]["wrapped"]
+    assert found["none"]["wrapped"] and not found["fsdp"]["wrapped"]
 
 
 def test_processes_agree(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_one_process_without_a_compiler_keeps_all_from_compiling(tmp_path: Path)
     assert [left(tmp_path, f"compiler-{rank}") for rank in range(2)] == [True, True]
 
 
-@pytest.mark.parametrize(("how", "sharding"), [(signal.SIGKILL, "full"), (signal.SIGSTOP, "none")])
+@pytest.mark.parametrize(("how", "sharding"), [(signal.SIGKILL, "fsdp"), (signal.SIGSTOP, "none")])
 def test_a_lost_process_ends_the_others_with_one_line(how: signal.Signals, sharding: str, tmp_path: Path) -> None:
     """Started one by one: torchrun's agent would end the others itself."""
     with socket.socket() as free:
@@ -129,7 +129,7 @@ def test_a_lost_process_ends_the_others_with_one_line(how: signal.Signals, shard
     assert started[0].returncode == LOST_PROCESS, words
     said = [line for line in words.splitlines() if line.startswith("error: ")]
     assert said == [
-        "error: process 0 lost another one, which ended or did not answer for 5 s (run.timeout); nothing saved is "
+        "error: process 0 lost another one, which ended or did not answer for 5 s (run.dist_timeout); nothing saved is "
         "lost: go on with --run.resume"
     ]
     assert "Traceback" not in words

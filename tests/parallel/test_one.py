@@ -97,7 +97,7 @@ def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> 
     with process_group(60):
         assert not dist.is_initialized()
         model = plain()
-        assert wrap_model(model, get_dist_context("fp32"), "full") is model  # nobody to share with
+        assert wrap_model(model, get_dist_context("fp32"), "fsdp") is model  # nobody to share with
     with pytest.raises(RuntimeError), process_group(60):
         raise LOST[0]  # nobody to lose
 
@@ -151,7 +151,7 @@ def test_a_restart_reads_no_address_of_the_start_before() -> None:
                 own_round(store, rank, 3, 0.1)
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_one_process_under_torchrun_learns_what_one_does_without(sharding: str, torchrun: None) -> None:
     """Weights, moments and norms; a rounding more or less in Muon's sums in bf16 shows in the third digit of a step."""
     alone = plain()
@@ -160,13 +160,13 @@ def test_one_process_under_torchrun_learns_what_one_does_without(sharding: str, 
     with process_group(60):
         ctx, model = get_dist_context("fp32"), plain()
         stepped = wrap_model(model, ctx, sharding)
-        assert (stepped is model) == (sharding == "none") and is_fsdp(stepped) == (sharding == "full")
+        assert (stepped is model) == (sharding == "none") and is_fsdp(stepped) == (sharding == "fsdp")
         optimizer = optimizer_of(stepped)
         assert train(stepped, ctx, optimizer, range(3)) == pytest.approx(norms, rel=1e-4)
         with torch.no_grad():
             stepped(torch.zeros(1, 4, dtype=torch.long))  # an evaluation
         gather_weights(stepped, model)
-        assert all(is_dtensor(p) == (sharding == "full") for p in stepped.parameters())
+        assert all(is_dtensor(p) == (sharding == "fsdp") for p in stepped.parameters())
         moments = optimizer.state_dict()
         assert model.head.weight is model.token_embedding.weight
         assert unwrap_model(stepped).head.weight is unwrap_model(stepped).token_embedding.weight
@@ -203,7 +203,7 @@ def test_split_moments_are_taken_up_as_they_were(torchrun: None) -> None:
     train(model, CPU, optimizer, range(2))
     saved = {key: value.clone() for key, value in optimizer.state_dict().items()}
     with process_group(60):
-        stepped = wrap_model(model, get_dist_context("fp32"), "full")
+        stepped = wrap_model(model, get_dist_context("fp32"), "fsdp")
         again = optimizer_of(stepped)
         again.load_state_dict(saved)
         assert all(is_dtensor(value) for _, value in again.named_state() if value.dim())
@@ -263,6 +263,6 @@ def test_the_blocks_of_a_split_model_are_compiled_in_place(torchrun: None, monke
 
     monkeypatch.setattr(nn.Module, "compile", pretend)
     with process_group(60):
-        stepped = wrap_model(plain(), get_dist_context("fp32"), "full")
+        stepped = wrap_model(plain(), get_dist_context("fp32"), "fsdp")
         assert not is_compiled(stepped)
         assert compile_model(stepped, torch.zeros(1, 4, dtype=torch.long), CPU) is stepped and is_compiled(stepped)

@@ -33,7 +33,7 @@ from training.trainer import Trainer
 STEPS = 6
 LINES = ("the fox runs", "a dog", "the lazy dog sleeps under the old tree", "one", "two more words for the end")
 """Documents of unequal length: windows with unequal numbers of targets."""
-OPTIM = OptimConfig("adamw", lr=0.01, weight_decay=0.3, warmup=3, clip=0.2, decay_fraction=1.0)
+OPTIM = OptimConfig("adamw", lr=0.01, weight_decay=0.3, warmup_steps=3, grad_clip=0.2, decay_fraction=1.0)
 """Rates that differ from step to step, and gradients that are all too long."""
 
 
@@ -108,10 +108,10 @@ def by_hand(model: GPT, step: int, moments: dict[str, tuple[Tensor, Tensor]]) ->
     """Clip to the norm that is allowed (Pascanu et al. 2013), then AdamW (Loshchilov & Hutter 2019, algorithm 2)."""
     parameters: Mapping[str, Any] = dict(model.named_parameters())
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
-    assert norm > OPTIM.clip, "a gradient that is not clipped proves nothing about clipping"
+    assert norm > OPTIM.grad_clip, "a gradient that is not clipped proves nothing about clipping"
     rate = OPTIM.lr * optim.get_lr_scale(step, STEPS, OPTIM)
     for name, p in parameters.items():
-        gradient = p.grad * (OPTIM.clip / norm)
+        gradient = p.grad * (OPTIM.grad_clip / norm)
         first, second = moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
         first = OPTIM.beta1 * first + (1 - OPTIM.beta1) * gradient
         second = OPTIM.beta2 * second + (1 - OPTIM.beta2) * gradient.square()

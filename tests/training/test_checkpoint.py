@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import CHECKPOINT, UserError, printable
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from data.vocabulary import CharTokenizer
 from model.gpt import GPT
 from tests.training.checkpoints import ORIGIN, SHAPE, bounded_memory, changed, saved, tensors, vouch
@@ -61,7 +61,7 @@ def refused(run: Path) -> str:
         found.moments()
         found.model(MACHINE)
     line = str(caught.value)
-    assert caught.value.exit_code == CHECKPOINT and line == printable(line), line
+    assert caught.value.exit_code == CHECKPOINT and line == escape_control_chars(line), line
     return line
 
 
@@ -147,7 +147,7 @@ def test_moments_that_are_not_the_models_are_refused(change: str, tmp_path: Path
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path)
-    CharTokenizer("abc").save(folder / "tokenizer.json")
+    CharTokenizer("abc").save(folder / "vocabulary.json")
     vouch(folder)
     assert "4 tokens" in refused(tmp_path)
 

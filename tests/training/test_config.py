@@ -161,7 +161,7 @@ def test_a_large_config_builds_its_model_on_the_meta_device(config: str) -> None
 
 
 def test_a_number_too_large_for_a_float_survives_being_saved(tmp_path: Path) -> None:
-    config, _ = parse_train(["--optim.clip=" + "9" * 400])
+    config, _ = parse_train(["--optim.grad_clip=" + "9" * 400])
     file = tmp_path / "again.toml"
     file.write_text(to_toml(config))
     assert parse_train([str(file)])[0] == config

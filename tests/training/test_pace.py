@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.files import read_metrics
 from tests.runs import script
 from training import pace
 from training import time_budget as budget
 from training.checkpoint import open_checkpoint
 from training.config import OptimConfig, RunConfig, TrainConfig, read_toml
-from training.metrics import read_metrics
 from training.optimizer import get_lr_scale
 from training.pace import Pace, as_long_as, turn
 from training.time_budget import RECIPE, Size

@@ -85,7 +85,7 @@ def test_parameters_are_those_of_the_model(preset: str) -> None:
 def config_of(model: ModelConfig, optimizer: str = "muon", batch_size: int = B) -> RunConfig:
     return RunConfig(
         model=model,
-        optim=OptimConfig(name=optimizer),  # type: ignore[arg-type]
+        optim=OptimConfig(optimizer=optimizer),  # type: ignore[arg-type]
         train=TrainConfig(batch_size=batch_size),
     )
 
@@ -280,7 +280,7 @@ def test_the_page_of_eight_gpus(clean: Path) -> None:
     out = page(ROOT / "configs/gpt2_124m.toml", "--plan", "8xh100", "--model.n_layers=2", "--data.tokenizer=byte")
     assert "8 x H100 SXM, bf16, fused attention" in out
     assert "vocabulary of 257 (256 bytes and end-of-text)" in out
-    assert "32 windows at once" in out and "with train.sharding full" in out
+    assert "32 windows at once" in out and "with train.sharding fsdp" in out
     assert "40% (assumed) of 989 TFLOP/s" in out
     assert not list(clean.iterdir())
 
@@ -376,7 +376,7 @@ def test_where_no_micro_batch_fits_sharing_is_named() -> None:
     least = one.memory("sdpa", 1)
     limit = least.sharded(4, 1)
     assert limit < least.peak
-    assert "--train.sharding full would" in advice(one, limit)[0]
+    assert "--train.sharding fsdp would" in advice(one, limit)[0]
     assert "of them would" in advice(replace(one, place=PlanTarget(GPUS["t4"]), rows=1), least.sharded(2, 2))[0]
     assert "lower model.context" in advice(one, least.activations)[0]
 

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
+from common.files import read_metrics
 from tests.runs import TINY, said, script
 from training.checkpoint import open_checkpoint, sha256_of_file
-from training.metrics import Metrics, read_metrics
+from training.metrics import Metrics
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12  # 30 windows: an epoch ends within the eighth step
-LENGTH = ("--train.steps=12", "--train.eval_every=4", "--train.save_every=5", "--train.keep=9")
+LENGTH = ("--train.steps=12", "--train.eval_every=4", "--train.save_every=5", "--train.keep_checkpoints=9")
 VARIANTS = {
     "plain": (),
     "dropout": ("--model.dropout=0.2",),
     "accumulation": ("--train.micro_batch_size=3",),
-    "adamw": ("--optim.name=adamw", "--model.dropout=0.1", "--train.micro_batch_size=1"),
+    "adamw": ("--optim.optimizer=adamw", "--model.dropout=0.1", "--train.micro_batch_size=1"),
 }
 
 

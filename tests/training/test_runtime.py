@@ -31,7 +31,7 @@ def tiny() -> GPT:
 def test_the_rate_rises_then_falls_and_never_leaves_its_bounds(
     steps: int, warmup: int, schedule: str, decay: float, final: float
 ) -> None:
-    config = OptimConfig(warmup=warmup, schedule=schedule, decay_fraction=decay, min_lr_ratio=final)  # type: ignore[arg-type]
+    config = OptimConfig(warmup_steps=warmup, schedule=schedule, decay_fraction=decay, min_lr_ratio=final)  # type: ignore[arg-type]
     rates = [get_lr_scale(step, steps, config) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
     rising, falling = rates[: min(warmup, steps)], rates[warmup:]
@@ -39,7 +39,7 @@ def test_the_rate_rises_then_falls_and_never_leaves_its_bounds(
 
 
 def test_the_rate_in_closed_form() -> None:
-    config = OptimConfig(warmup=4, schedule="linear", decay_fraction=0.5, min_lr_ratio=0.0)
+    config = OptimConfig(warmup_steps=4, schedule="linear", decay_fraction=0.5, min_lr_ratio=0.0)
     assert [get_lr_scale(step, 20, config) for step in (0, 3, 4, 10, 15, 19)] == [0.2, 0.8, 1, 1, 0.5, 0.1]
     assert get_lr_scale(12, 20, replace(config, schedule="cosine")) == pytest.approx(0.5)
 
@@ -47,7 +47,7 @@ def test_the_rate_in_closed_form() -> None:
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name: str) -> None:
     model = tiny()
-    optimizer = Optimizer(model, OptimConfig(name=name))  # type: ignore[arg-type]
+    optimizer = Optimizer(model, OptimConfig(optimizer=name))  # type: ignore[arg-type]
     found = [
         (p, group["weight_decay"]) for part in optimizer.parts for group in part.param_groups for p in group["params"]
     ]
@@ -69,7 +69,7 @@ def stepped(model: GPT, optimizer: Optimizer, times: int) -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_moments_survive_being_saved(name: str) -> None:
-    config = OptimConfig(name=name)  # type: ignore[arg-type]
+    config = OptimConfig(optimizer=name)  # type: ignore[arg-type]
     model, other = tiny(), tiny()
     optimizer = Optimizer(model, config)
     stepped(model, optimizer, 2)

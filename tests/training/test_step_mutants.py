@@ -64,7 +64,9 @@ def clipped_too_late(patch: Patch) -> None:
     clip = trainer.clip_grad_norm
     patch.setattr(trainer, "clip_grad_norm", lambda stepped, limit: clip(stepped, 0.0))
     step = Trainer.train_step
-    patch.setattr(Trainer, "train_step", lambda self: (step(self), clip(self.wrapped_model, self.config.optim.clip))[0])
+    patch.setattr(
+        Trainer, "train_step", lambda self: (step(self), clip(self.wrapped_model, self.config.optim.grad_clip))[0]
+    )
 
 
 def everything_decays(real: Callable[..., None]) -> Callable[..., None]:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from common.files import read_metrics
 from inspection.attention_file import read_attention_file
 from model.config import ATTENTION_IMPLEMENTATIONS
 from tests.runs import ROOT, TINY, said, script
 from training.checkpoint import open_checkpoint, sha256_of_weights
 from training.device import get_dist_context
-from training.metrics import read_metrics
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_the_readme_says(run: Path) -> None:
     pictures = ("loss.png", "attention.png", "head.png", "timeline.png", "phase_change.png")
     for name in ("config.toml", "metrics.jsonl", "samples.txt", "attention.html", *pictures):
         assert (run / name).stat().st_size > 0, name
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "manifest.json"):
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json", "manifest.json"):
         assert (run / "checkpoints" / "000006" / name).stat().st_size > 0, name
     dumps = [f"{step:06d}.safetensors" for step in (0, 3, 6)]
     names = sorted(path.name for path in (run / "attention").iterdir())
@@ -121,24 +121,24 @@ def test_where_there_is_little_to_look_at_the_run_ends_well_all_the_same(
 def test_lines_of_ones_own_are_watched(corpus: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("the lazy dog\nthe fox\t fox\t dog\n")
-    options = (f"--log.watch={lines}", f"--data.source={corpus}", f"--run.dir={tmp_path / 'own'}")
+    options = (f"--log.prompts={lines}", f"--data.source={corpus}", f"--run.dir={tmp_path / 'own'}")
     done = script("train.py", *TINY, *options)
     assert done.returncode == 0, done.stderr
     assert "own: right in" not in done.stdout  # one question is too few to choose a head on and to judge it
     seen = read_attention_file(tmp_path / "own" / "attention" / "000006.safetensors")
     assert {"line 1", "own 1"} <= {text.name for text in seen.texts} and "antecedent.own" in seen.scores
-    assert "no such file" in said(script("train.py", *TINY, "--log.watch=nowhere.txt"), 2)
+    assert "no such file" in said(script("train.py", *TINY, "--log.prompts=nowhere.txt"), 2)
 
 
 def test_watching_more_often_changes_nothing(run: Path, corpus: Path, tmp_path: Path) -> None:
-    options = ("--train.eval_every=1", "--log.sample_tokens=3", "--train.save_every=2", "--train.keep=9")
+    options = ("--train.eval_every=1", "--log.sample_tokens=3", "--train.save_every=2", "--train.keep_checkpoints=9")
     done = script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={tmp_path / 'often'}")
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "often") == weights(run)
 
 
 def test_accumulation_changes_the_memory_and_not_the_step(run: Path, corpus: Path, tmp_path: Path) -> None:
-    argv = (*TINY, f"--data.source={corpus}", "--train.dtype=fp32", "--optim.name=adamw", "--train.steps=1")
+    argv = (*TINY, f"--data.source={corpus}", "--train.dtype=fp32", "--optim.optimizer=adamw", "--train.steps=1")
     for name, micro in (("whole", 4), ("pieces", 1)):
         done = script("train.py", *argv, f"--run.dir={tmp_path / name}", f"--train.micro_batch_size={micro}")
         assert done.returncode == 0, done.stderr
@@ -206,7 +206,13 @@ def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, option: str, code: 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
-    options = ("--optim.lr=1e30", "--optim.name=adamw", "--optim.clip=0", "--train.steps=30", "--train.eval_every=30")
+    options = (
+        "--optim.lr=1e30",
+        "--optim.optimizer=adamw",
+        "--optim.grad_clip=0",
+        "--train.steps=30",
+        "--train.eval_every=30",
+    )
     line = said(script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={folder}"), 5)
     assert "step" in line
     for path in folder.glob("checkpoints/*/model.safetensors"):
