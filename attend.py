@@ -170,16 +170,16 @@ def look(config: AttendConfig) -> None:
     from inspection.terminal import token_text
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
-    from training.text_generation import check_prompt, first_tokens, sample_tokens
+    from training.text_generation import check_prompt, encode_prompt, generate_tokens
 
     check_prompt(config.prompt)
     saved = open_checkpoint(Path(config.run))
     tokenizer = saved.tokenizer()
-    tokens = first_tokens(tokenizer, config.prompt, saved.documents)
+    tokens = encode_prompt(tokenizer, config.prompt, saved.documents)
     model = saved.model(get_dist_context("fp32"))
     chosen = find_head(config.head, model.config.n_layers, model.config.n_heads)
     if not config.prompt:
-        tokens = sample_tokens(model, tokenizer, tokens, config.tokens, config.seed)
+        tokens = generate_tokens(model, tokenizer, tokens, config.tokens, config.seed)
     if len(tokens) > model.config.context:
         print(
             f"the text has {len(tokens)} tokens; the last {model.config.context}, a whole context, are looked at",

@@ -1,104 +1,149 @@
-"""Write text with a trained model:  python sample.py RUN [--prompt TEXT] [--option value ...]
+"""Generate text with a trained model:  python sample.py RUN [--prompt TEXT] [--option value ...]
 
-RUN is a run folder (its newest good checkpoint is taken) or one checkpoint folder.
+RUN is a run folder (its newest intact checkpoint is used) or a checkpoint folder.
 """
 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from common.errors import escape_control_chars, run_main
+from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars, run_main
 from training.cli import parse
+
+if TYPE_CHECKING:
+    from model.gpt import GPT
+    from training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What to write."""
+    """Sampling settings."""
 
     run: Positional[str]
-    """A run folder, or one of its checkpoints."""
+    """Run folder or checkpoint folder."""
     prompt: str = ""
-    """How the text begins; without one the model begins itself."""
+    """Beginning of the text."""
     tokens: int = 200
-    """Most tokens to write; a text that the model ends is shorter."""
+    """Maximum number of new tokens; generation stops at end-of-text."""
     samples: int = 1
-    """How many texts."""
+    """Number of texts."""
     temperature: float = 0.8
-    """Below 1 likelier tokens, above 1 bolder ones; 0 always takes the likeliest."""
+    """Sampling temperature; 0 is greedy."""
     top_k: int = 0
-    """Draw among so many of the likeliest tokens only; 0 draws among all."""
+    """Sample from the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability; 1 draws among all."""
+    """Sample from the smallest set of most likely tokens with this total probability; 1 keeps all."""
     seed: int = 1
-    """The same seed writes the same text."""
-    weights: Literal["fp32", "fp16", "int8"] = "fp32"
-    """How weights are held while writing: fp32 as trained; fp16 halves a large model's time a token and changes its
-    loss by less than 0.01 %; int8 takes the least memory and reads long prompts fastest, loss within 0.5 %."""
+    """Random seed; the same seed gives the same text."""
+    dtype: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Storage of the weights. fp16 halves the time per token of a large model and changes its loss by less than
+    0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %."""
     attend: str = ""
-    """Write what each token read to this .safetensors file (inspection/attention_file.py); the written-out attention is used."""
+    """Write the attention of the finished text to this .safetensors file."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, a line each."""
-        found = []
+        """What is wrong with these values, one line each."""
+        problems = []
         if not 0 <= self.temperature < float("inf"):
-            found.append(f"--temperature is {self.temperature}; it must be 0 (the likeliest token) or more")
+            problems.append(f"--temperature is {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
-            found.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
-        for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                found.append(f"--{name} is {getattr(self, name)}; it must be at least {least}")
+            problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+        for name, minimum in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                problems.append(f"--{name} is {getattr(self, name)}; it must be at least {minimum}")
         if self.attend and self.samples > 1:
-            found.append(f"--attend takes one text, and --samples is {self.samples}; leave one of them out")
-        if self.attend and self.weights != "fp32":
-            found.append(f"--attend shows what fp32 weights read, and --weights is {self.weights}; leave one out")
-        return found
+            problems.append(f"--attend needs --samples 1; it is {self.samples}")
+        if self.attend and self.dtype != "fp32":
+            problems.append(f"--attend needs --dtype fp32; it is {self.dtype}")
+        return problems
 
 
 def main(argv: list[str]) -> None:
-    config = parse(SampleConfig, argv, "Write text with a trained model.", positional="run")
+    config = parse(SampleConfig, argv, "Generate text with a trained model.", positional="run")
+    from model.generate import SamplingParams
     from model.quantize import quantize_
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
-    from training.text_generation import Sampling, check_prompt, first_tokens, shown, write_text
+    from training.text_generation import (
+        check_prompt,
+        decode,
+        encode_prompt,
+        escape_text,
+        generate_text,
+        generate_tokens,
+    )
 
     check_prompt(config.prompt)
-    saved = open_checkpoint(Path(config.run))
+    checkpoint = open_checkpoint(Path(config.run))
     if config.attend:
-        from inspection.generation import attention_file, recording, write
-        from training.provenance import provenance
-    file = attention_file(config.attend) if config.attend else None
-    tokenizer = saved.tokenizer()
-    start = first_tokens(tokenizer, config.prompt, saved.documents)
-    model = saved.model(get_dist_context("fp32"))
-    if not file:
-        quantize_(model, config.weights)
-    if len(start) > model.config.context:
+        path = attention_path(config.attend)
+    tokenizer = checkpoint.tokenizer()
+    prompt = encode_prompt(tokenizer, config.prompt, checkpoint.documents)
+    model = checkpoint.model(get_dist_context("fp32"))
+    if len(prompt) > model.config.context:
         print(
-            f"the prompt has {len(start)} tokens, more than the context of {model.config.context}: its end is read",
+            f"the prompt has {len(prompt)} tokens, more than the context of {model.config.context}; only its end is used",
             file=sys.stderr,
         )
-    how = Sampling(config.temperature, config.top_k, config.top_p)
-    written = partial(write_text, model, tokenizer, start, config.tokens, config.samples, config.seed, how)
-    if config.samples > 1:
-        texts = ["".join(text) for text in zip(*written(), strict=True)] or [""] * config.samples
-        for number, text in enumerate(texts, 1):
-            print(f"--- {number} ---\n{shown(config.prompt + text)}")
+    params = SamplingParams(config.temperature, config.top_k, config.top_p)
+    if config.attend:
+        tokens = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
+        print(escape_text(config.prompt + decode(tokenizer, tokens[len(prompt) :])))
+        write_attention(path, model, checkpoint, tokens)
         return
-    with recording(model, start, config.tokens) if file else nullcontext() as recorder:
-        print(shown(config.prompt), end="", flush=True)
-        for piece in written(recorder.drawn if recorder else None):
-            print(shown(piece[0]), end="", flush=True)
-        print()
-    if file and recorder:
-        write(file, recorder.generated(), tokenizer.token_bytes, provenance(model, tokenizer, saved.state))
-        print(f"weights  {escape_control_chars(file)}", file=sys.stderr)
+    quantize_(model, config.dtype)
+    pieces = generate_text(model, tokenizer, prompt, config.tokens, config.samples, config.seed, params)
+    if config.samples > 1:
+        texts = ["".join(text) for text in zip(*pieces, strict=True)] or [""] * config.samples
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number} ---\n{escape_text(config.prompt + text)}")
+        return
+    print(escape_text(config.prompt), end="", flush=True)
+    for (piece,) in pieces:
+        print(escape_text(piece), end="", flush=True)
+    print()
+
+
+def attention_path(name: str) -> Path:
+    """The path for `--attend`, with its suffix and parent folders created.
+
+    Raises:
+        UserError: if it has another suffix or would replace another kind of file (exit code 2), or the folder cannot be
+            created (exit code 6).
+    """
+    from inspection import attention_file
+
+    path = Path(name)
+    if path.is_dir() or path.suffix not in ("", ".safetensors"):
+        raise UserError(f"--attend is {name!r}; give the name of a .safetensors file")
+    path = path.with_suffix(".safetensors")
+    try:
+        if path.exists():
+            attention_file.read_attention_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except UserError as error:
+        raise UserError(f"{path} exists and is not an attention file; give --attend another name") from error
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}", DISK_OR_MEMORY) from error
+    return path
+
+
+def write_attention(path: Path, model: GPT, checkpoint: Checkpoint, tokens: list[int]) -> None:
+    """Write the attention of the finished text, of at most the last `context` tokens, as an attention file."""
+    from inspection.recorder import write_dump
+    from training.provenance import provenance
+
+    context, tokenizer = model.config.context, checkpoint.tokenizer()
+    if len(tokens) > context:
+        print(f"the text has {len(tokens)} tokens; the attention of the last {context} is written", file=sys.stderr)
+    metadata = provenance(model, tokenizer, checkpoint.state)
+    write_dump(path, model, [("sample", tokens[-context:])], tokenizer.token_bytes, metadata)
+    print(f"attention  {escape_control_chars(path)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

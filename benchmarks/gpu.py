@@ -35,7 +35,6 @@ from benchmarks.steps import random_tokens
 from model.config import ModelConfig
 from model.generate import generate
 from model.gpt import GPT
-from training.graphs import recorder
 
 PUBLISHED = 1.4697
 
@@ -216,7 +215,7 @@ def written(scale: Scale, model: GPT, batch: int) -> float:
     prompt = torch.zeros(batch, 1, dtype=torch.long, device=scale.device)
     generator = torch.Generator(scale.device).manual_seed(1)
     start = time.perf_counter()
-    last = [tokens for tokens in generate(model, prompt, scale.written, generator, record=recorder(model))][-1]
+    last = [tokens for tokens in generate(model, prompt, scale.written, generator)][-1]
     last.tolist()  # what is on the GPU is waited for
     return time.perf_counter() - start
 

@@ -92,8 +92,8 @@ def happened(config: RunConfig) -> dict[str, float]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), ctx.autocast():
-        kept = model.features(rows.tokens)  # what is kept lives as long as this
-        model.head(kept[:1, :1])  # the copy of its weights
+        kept = model.hidden_states(rows.tokens)  # what is kept lives as long as this
+        model.lm_head(kept[:1, :1])  # the copy of its weights
     trainer.forward_backward(rows, 1)
     sizes = {
         "weights": model.parameters(),

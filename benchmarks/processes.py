@@ -89,7 +89,7 @@ def trainer(folder: Path, case: Case, ctx: DistContext, optimizer: str = "adamw"
     data = prepare(config.data, progress=False, verify=False)
     model = GPT(config.model, data.tokenizer.vocab_size, seed=1)
     if (learned := folder / "learned.safetensors").exists():
-        model.load_state_dict({**load_file(learned), "head.weight": load_file(learned)["token_embedding.weight"]})
+        model.load_state_dict({**load_file(learned), "lm_head.weight": load_file(learned)["token_embedding.weight"]})
     stepped = wrap_model(model, ctx, case.sharding)
     moves = Optimizer(stepped if is_fsdp(stepped) else model, config.optim)
     return Trainer(config, ctx, data, model, stepped, moves, TrainState())

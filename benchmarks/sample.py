@@ -28,13 +28,13 @@ from benchmarks.results import Page, page
 from benchmarks.side_by_side import Spent, Target, Worker, alternate, options, spend, spread, table, targets
 from data.config import cache_folder
 from model.config import ModelConfig
-from model.generate import generate
+from model.generate import SamplingParams, generate
 from model.gpt import GPT
-from model.quantize import ROWS, Stored, quantize_
+from model.quantize import PREPACK_ROWS, WeightDtype, quantize_
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
 
-FORMATS: tuple[Stored, ...] = ("fp32", "fp16", "int8")
+FORMATS: tuple[WeightDtype, ...] = ("fp32", "fp16", "int8")
 SHAPE = ModelConfig(preset="gpt2", n_layers=12, n_heads=12, d_model=768, context=1024, attention="sdpa")
 VOCAB = 50257
 CASES = {"1 text": (1, 8, 256), "16 texts": (16, 8, 32), "prompt of 768": (1, 768, 1)}
@@ -62,14 +62,14 @@ def prompt(batch: int, length: int) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(2))
 
 
-def ours(stored: Stored) -> Callable[[int, int, int], float]:
+def ours(dtype: WeightDtype) -> Callable[[int, int, int], float]:
     """Seconds that we need for (texts, tokens of prompt, tokens to write)."""
     model = GPT(SHAPE, VOCAB).eval()
-    quantize_(model, stored)
+    quantize_(model, dtype)
 
     def write(batch: int, length: int, count: int) -> float:
         start = time.perf_counter()
-        for _ in generate(model, prompt(batch, length), count, torch.Generator().manual_seed(1), temperature=0.8):
+        for _ in generate(model, prompt(batch, length), count, torch.Generator().manual_seed(1), SamplingParams(0.8)):
             pass
         return time.perf_counter() - start
 
@@ -110,7 +110,7 @@ def seconds_at_best() -> float:
         found.append(best_seconds(lambda: [x @ w for x, w in zip(rows, turned, strict=True)], 1.0))
         del turned
         kernels = torch.ops.mkldnn
-        blocks = [kernels._reorder_linear_weight(matrix, ROWS) for matrix in matrices]
+        blocks = [kernels._reorder_linear_weight(matrix, PREPACK_ROWS) for matrix in matrices]
         multiply = kernels._linear_pointwise
         pairs = list(zip(rows, blocks, strict=True))
         found.append(best_seconds(lambda: [multiply(x, w, None, "none", [], "") for x, w in pairs], 1.0))
@@ -179,7 +179,7 @@ def costs(say: Page, run: Path) -> list[Target]:
     losses = {}
     for stored in FORMATS:
         model = saved.model(get_dist_context("fp32"))
-        quantize_(model, stored)
+        quantize_(model, dtype)
         losses[stored] = loss_of(model, tokens)
     say.say(f"Loss of a model of Tiny Shakespeare by character, {len(tokens):,} held-out tokens.")
     more = {name: loss / losses["fp32"] - 1 for name, loss in losses.items()}

@@ -30,7 +30,7 @@ from inspection.activation_cache import pad
 from inspection.attribution import Layer, at_rest, blocks_of, embedded, layers, sum_of
 from inspection.eval_items import EvalTask, Places, Tokens, batches, exams_of
 from inspection.eval_texts import EvalTexts
-from model.gpt import GPT, Angles
+from model.gpt import GPT, Rope
 
 Head = tuple[int, int]
 Progress = Callable[[int, int], None]
@@ -111,7 +111,7 @@ class Cut:
 
 
 def _resume(
-    model: GPT, number: int, layer: Layer, heads: Float[Tensor, "B T HD"], angles: Angles | None, places: Places
+    model: GPT, number: int, layer: Layer, heads: Float[Tensor, "B T HD"], angles: Rope | None, places: Places
 ) -> Float[Tensor, "1 S V"]:
     """Logits at the places that are asked for, from a layer's attention on: `Block.forward` without the part that no
     head's absence can change."""
@@ -123,7 +123,7 @@ def _resume(
     x = x + block.mlp(block.norm2(x))
     for later in rest:
         x = later(x, angles)
-    return model.head(model.final_norm(places.at(x) if rest else x))
+    return model.lm_head(model.final_norm(places.at(x) if rest else x))
 
 
 def falls(

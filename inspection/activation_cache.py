@@ -62,16 +62,16 @@ class ActivationCache:
 def eager_attention(model: GPT) -> Iterator[None]:
     """Attention written out and dropout off while the body runs; every flag as it was afterwards."""
     attention = [cast(Block, block).attention for block in model.blocks]
-    fused = [module.fused for module in attention]
+    implementations = [module.attention_implementation for module in attention]
     training = [(module, module.training) for module in model.modules()]
     try:
         for module in attention:
-            module.fused = False
+            module.attention_implementation = "eager"
         model.eval()
         yield
     finally:
-        for module, was in zip(attention, fused, strict=True):
-            module.fused = was
+        for module, implementation in zip(attention, implementations, strict=True):
+            module.attention_implementation = implementation
         for part, mode in training:
             part.training = mode  # one by one: model.train() would wake what was put to rest on purpose
 
@@ -116,7 +116,7 @@ def hooks(
         for layer, block in enumerate(model.blocks):
             attention = cast(Block, block).attention
             after_weights = partial(_after_weights, layer, on_weights, on_scored)
-            handles.append(attention.weights.register_forward_hook(after_weights))
+            handles.append(attention.pattern.register_forward_hook(after_weights))
             if on_values is not None:
                 after_qkv = partial(_after_qkv, layer, attention.n_heads, attention.n_kv_heads, on_values)
                 handles.append(attention.qkv.register_forward_hook(after_qkv))

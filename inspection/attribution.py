@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from model import functional
-from model.gpt import GPT, Angles, Block, LayerNorm
+from model.gpt import GPT, Block, LayerNorm, Rope
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def at_rest(model: GPT) -> Iterator[GPT]:
             module.training = mode  # one by one: model.train() would wake what was put to rest on purpose
 
 
-def embedded(model: GPT, tokens: Int[Tensor, "B T"]) -> tuple[dict[str, Float[Tensor, "_ T C"]], Angles | None]:
+def embedded(model: GPT, tokens: Int[Tensor, "B T"]) -> tuple[dict[str, Float[Tensor, "_ T C"]], Rope | None]:
     """What stands in the residual stream at first, by name, and the angles of rotary positions: the head of
     `GPT.forward`, its sum not yet drawn.
 
@@ -90,7 +90,7 @@ def embedded(model: GPT, tokens: Int[Tensor, "B T"]) -> tuple[dict[str, Float[Te
     positions = torch.arange(T, device=tokens.device)
     parts = {"token embedding": model.token_embedding(tokens)}
     if model.position_embedding is None:
-        return parts, functional.precompute_rope(positions, config.width_of_head, config.architecture.rope_theta)
+        return parts, functional.precompute_rope(positions, config.d_head, config.architecture.rope_theta)
     return {**parts, "position embedding": model.position_embedding(positions)[None]}, None
 
 
@@ -98,7 +98,7 @@ def blocks_of(model: GPT) -> list[Block]:
     return [cast(Block, block) for block in model.blocks]
 
 
-def layers(model: GPT, x: Float[Tensor, "B T C"], angles: Angles | None) -> Iterator[Layer]:
+def layers(model: GPT, x: Float[Tensor, "B T C"], angles: Rope | None) -> Iterator[Layer]:
     """Each layer in turn, while the model reads on from the embeddings `x`."""
     for block in blocks_of(model):
         layer = _run(block, x, angles)
@@ -106,7 +106,7 @@ def layers(model: GPT, x: Float[Tensor, "B T C"], angles: Angles | None) -> Iter
         x = layer.after
 
 
-def _run(block: Block, x: Float[Tensor, "B T C"], angles: Angles | None) -> Layer:
+def _run(block: Block, x: Float[Tensor, "B T C"], angles: Rope | None) -> Layer:
     seen: dict[str, Tensor] = {}
     handles = [
         block.attention.out.register_forward_pre_hook(lambda module, args: seen.update(heads=args[0])),
@@ -126,8 +126,8 @@ def _reading(model: GPT, x: Float[Tensor, " C"], token: int) -> tuple[Float[Tens
     The final norm is linear once it is known by what it divides: taking the mean from `x` is the same as taking it
     from the vector that reads `x`.
     """
-    norm, column = model.final_norm, model.head.weight[token]
-    reader = column * norm.gain
+    norm, column = model.final_norm, model.lm_head.weight[token]
+    reader = column * norm.weight
     if not isinstance(norm, LayerNorm):
         return reader * torch.rsqrt(x.square().mean() + norm.eps), None
     scale = torch.rsqrt((x - x.mean()).square().mean() + norm.eps)
@@ -161,7 +161,7 @@ def direct_logit_attribution(
             for layer in layers(model, sum_of(embeddings), angles)
         ]
         final = here[-1][2]
-        chosen = int(model.head(model.final_norm(final)).argmax()) if token is None else token
+        chosen = int(model.lm_head(model.final_norm(final)).argmax()) if token is None else token
         reader, shift = _reading(model, final, chosen)
         parts = {name: x[0, position] @ reader for name, x in embeddings.items()}
         for number, (block, (heads, mlp, _)) in enumerate(zip(blocks_of(model), here, strict=True)):
@@ -197,4 +197,4 @@ def logit_lens(model: GPT, tokens: Int[Tensor, " T"]) -> Float[Tensor, "Lplus1 T
         embeddings, angles = embedded(model, tokens[None])
         x = sum_of(embeddings)
         stages = [x, *(layer.after for layer in layers(model, x, angles))]
-        return torch.cat([model.head(model.final_norm(stage)) for stage in stages]).cpu()
+        return torch.cat([model.lm_head(model.final_norm(stage)) for stage in stages]).cpu()

@@ -159,7 +159,7 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
     layers between add.
     """
     embedding = model.token_embedding.weight.float()
-    read = embedding * model.final_norm.gain.float()
+    read = embedding * model.final_norm.weight.float()
     if model.config.architecture.norm == "layer":
         embedding = embedding - embedding.mean(dim=-1, keepdim=True)
         read = read - read.mean(dim=-1, keepdim=True)
@@ -169,7 +169,7 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
         block = cast(Block, block)
         H, G, D = block.attention.n_heads, block.attention.n_kv_heads, block.attention.d_head
         values = block.attention.qkv.weight.double().cpu()[(H + G) * D :].unflatten(0, (G, D))
-        values = (values * block.norm1.gain.double().cpu()).repeat_interleave(H // G, dim=0)
+        values = (values * block.norm1.weight.double().cpu()).repeat_interleave(H // G, dim=0)
         outputs = block.attention.out.weight.double().cpu().unflatten(1, (H, D)).transpose(0, 1)
         products.append(values @ between @ outputs)
         sizes.append(values.norm(dim=(1, 2)) * between.norm() * outputs.norm(dim=(1, 2)))

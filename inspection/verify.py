@@ -78,7 +78,7 @@ def _metadata(dump: AttentionFile) -> CheckResult:
 def _strangers(dump: AttentionFile, config: ModelConfig, vocab_size: int) -> list[str]:
     """What does not fit a model of this shape."""
     problems = []
-    heads, width = (config.n_layers, config.n_heads), config.width_of_head
+    heads, width = (config.n_layers, config.n_heads), config.d_head
     for text in dump.texts:
         T = len(text.tokens)
         try:

@@ -20,8 +20,8 @@ class Architecture:
     biases: bool
     embedding_std: float
     """Spread of the first token embeddings; wide ones keep every token recognisable while classes are learned."""
-    final_gain: float
-    """The last norm's gain at the start; below 1 it keeps wide embeddings from being sure of the first guess."""
+    final_norm_weight: float
+    """Initial weight of the final norm; below 1 it keeps the first predictions of wide embeddings unsure."""
     zero_outputs: bool
     """The projections that write into the residual stream start at zero, so that every block starts as the identity."""
     mlp_ratio: int
@@ -65,21 +65,20 @@ class ModelConfig:
     """`explicit`: every step written out; `fused`: the library's kernels; `chunked`: attention written out, some
     queries at a time, the rest the library's; `auto`: the fastest for this machine."""
 
+    def __post_init__(self) -> None:
+        """Resolve the sizes that are 0 from the others; wrong values stay as they are, for `problems` to report."""
+        if self.n_heads < 1 or self.d_model < 1:
+            return
+        if self.n_kv_heads == 0:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.d_head == 0 and self.d_model % self.n_heads == 0:
+            object.__setattr__(self, "d_head", self.d_model // self.n_heads)
+        if self.d_mlp == 0:
+            object.__setattr__(self, "d_mlp", self.architecture.mlp_ratio * self.d_model)
+
     @property
     def architecture(self) -> Architecture:
         return PRESETS[self.preset]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def width_of_head(self) -> int:
-        return self.d_head or self.d_model // self.n_heads
-
-    @property
-    def width_of_mlp(self) -> int:
-        return self.d_mlp or self.architecture.mlp_ratio * self.d_model
 
     def problems(self) -> list[str]:
         """What is wrong with these values, a line each; empty when all is well."""
@@ -103,14 +102,14 @@ class ModelConfig:
                 f"model.d_model is {self.d_model}, which {self.n_heads} heads cannot share evenly; "
                 f"take model.d_model {-(-self.d_model // self.n_heads) * self.n_heads}, or another model.n_heads"
             )
-        if self.n_heads % self.kv_heads:
+        if self.n_heads % self.n_kv_heads:
             found.append(
-                f"model.n_heads is {self.n_heads}, which {self.kv_heads} key/value heads cannot share evenly; "
+                f"model.n_heads is {self.n_heads}, which {self.n_kv_heads} key/value heads cannot share evenly; "
                 "take a divisor of n_heads as model.n_kv_heads"
             )
-        if self.architecture.positions == "rotary" and not found and self.width_of_head % 2:
+        if self.architecture.positions == "rotary" and not found and self.d_head % 2:
             found.append(
-                f"the width of a head is {self.width_of_head}; rotary positions need an even one "
+                f"the width of a head is {self.d_head}; rotary positions need an even one "
                 "(set model.d_head, or change model.d_model)"
             )
         if not 0 <= self.dropout < 1:

@@ -1,9 +1,8 @@
-"""The operations of a transformer, each written out from its formula beside the library kernel that computes the same.
+"""The mathematics of a transformer, each operation written out from its formula.
 
-Every operation has two faces: `explicit` shows each step, `fused` calls one kernel. Tests prove that they agree in
-value and in gradient. Nothing here knows a device, a file or a configuration.
+`sdpa` is the exception: it computes the same as `attention_pattern(q, k) @ v` with PyTorch's fused kernel.
 
-Shapes: B batch, H heads, G key/value heads, T query positions, S key positions, D head width, C model width.
+Shapes: B batch, H heads, G key/value heads, T query positions, S key positions, D head size, C model size, F MLP size.
 """
 
 from __future__ import annotations
@@ -17,89 +16,73 @@ from torch import Tensor
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Bool[Tensor, "T S"]:
-    """True where query row i may read key column j. The queries are the last T of the S positions."""
+    """True where query i may attend to key j. The T queries are the last of the S positions."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def attention_pattern(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
-    """How much each query reads each key: softmax(Q Kᵀ / √D + mask), Vaswani et al. 2017, equation 1.
+def attention_scores(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
+    """Scaled dot products QKᵀ / √D. The scale keeps their variance independent of D (Vaswani et al. 2017, 3.2.1)."""
+    scores = q @ k.transpose(-2, -1)
+    return scores / math.sqrt(q.shape[-1])
 
-    Row i sums to 1 and is exactly 0 for every key that comes later than query i.
+
+def attention_pattern(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
+    """softmax(QKᵀ / √D + mask): how much each query attends to each key (Vaswani et al. 2017, equation 1).
+
+    Each row sums to 1 and is exactly 0 for keys after the query.
     """
-    T, D = q.shape[-2:]
-    S = k.shape[-2]
-    scores = q @ k.transpose(-2, -1)  # how well each query matches each key
-    scores = scores / math.sqrt(D)  # a sum of D products grows like √D; undo that, or softmax saturates
-    if T == 1:
-        return scores.softmax(dim=-1)  # the newest position may read all
-    forbidden = torch.zeros_like(scores[0, 0]).masked_fill(~causal_mask(T, S, q.device), -torch.inf)
-    return (scores + forbidden).softmax(dim=-1)  # nobody reads the future
+    scores = attention_scores(q, k)
+    mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
 
 
 def sdpa(
-    q: Float[Tensor, "B H T D"],
-    k: Float[Tensor, "B G S D"],
-    v: Float[Tensor, "B G S D"],
-    dropout: float = 0.0,
-    allowed: Bool[Tensor, "1 S"] | None = None,
+    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], dropout: float = 0.0
 ) -> Float[Tensor, "B H T D"]:
-    """`attention_pattern(q, k) @ v` in one kernel that never holds the weights, heads shared as in `repeat_kv`.
+    """`attention_pattern(q, k) @ v` in one kernel, for grouped keys and values too.
 
     Args:
-        allowed: which keys a single query reads; without it the newest, which is the last of them, reads all.
+        dropout: probability of dropping an entry of the pattern.
     """
     (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
-    if T == 1:  # Heads that share keys stand as queries side by side: nothing is copied.
-        side_by_side = q.reshape(-1, G, H // G, q.shape[-1])
-        y = F.scaled_dot_product_attention(side_by_side, k, v, attn_mask=allowed, dropout_p=dropout)
-        return y.reshape(q.shape)
+    if T == 1:  # decoding: the heads of a group become the queries of one head, so that keys are not repeated
+        grouped = q.reshape(-1, G, H // G, q.shape[-1])
+        return F.scaled_dot_product_attention(grouped, k, v, dropout_p=dropout).reshape(q.shape)
     k, v = repeat_kv(k, H), repeat_kv(v, H)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    # The kernel's own mask counts from the first key; with a cache the queries are the last ones.
+    # is_causal aligns the mask with the first key; with a KV cache the queries are the last positions
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, S, q.device), dropout_p=dropout)
 
 
 def repeat_kv(x: Float[Tensor, "B G S D"], n_heads: int) -> Float[Tensor, "B H S D"]:
-    """Repeat each of the G key/value heads for the H / G query heads that share it (Ainslie et al. 2023)."""
+    """Repeat each key/value head for the H / G query heads of its group (Ainslie et al. 2023, section 2.2)."""
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
 def layer_norm(
-    x: Float[Tensor, "*batch C"], gain: Float[Tensor, "C"], bias: Float[Tensor, "C"] | None, eps: float
+    x: Float[Tensor, "*batch C"], weight: Float[Tensor, "C"], bias: Float[Tensor, "C"] | None, eps: float
 ) -> Float[Tensor, "*batch C"]:
-    """Layer normalisation (Ba et al. 2016, equation 4): mean 0 and variance 1, then a learned gain and shift."""
-    centred = x - x.mean(dim=-1, keepdim=True)
-    variance = centred.square().mean(dim=-1, keepdim=True)
-    normalised = centred * torch.rsqrt(variance + eps)
-    return normalised * gain if bias is None else normalised * gain + bias
+    """Layer normalization (Ba et al. 2016, equation 4)."""
+    centered = x - x.mean(dim=-1, keepdim=True)
+    variance = centered.square().mean(dim=-1, keepdim=True)
+    normalized = centered * torch.rsqrt(variance + eps)
+    return normalized * weight if bias is None else normalized * weight + bias
 
 
-def fused_layer_norm(
-    x: Float[Tensor, "*batch C"], gain: Float[Tensor, "C"], bias: Float[Tensor, "C"] | None, eps: float
-) -> Float[Tensor, "*batch C"]:
-    """`layer_norm` in one kernel."""
-    return F.layer_norm(x, gain.shape, gain, bias, eps)
-
-
-def rms_norm(x: Float[Tensor, "*batch C"], gain: Float[Tensor, "C"], eps: float) -> Float[Tensor, "*batch C"]:
-    """Root-mean-square normalisation (Zhang & Sennrich 2019, equation 4): layer norm without mean and shift."""
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * gain
-
-
-def fused_rms_norm(x: Float[Tensor, "*batch C"], gain: Float[Tensor, "C"], eps: float) -> Float[Tensor, "*batch C"]:
-    """`rms_norm` in one kernel."""
-    return F.rms_norm(x, gain.shape, gain.to(x.dtype), eps)
+def rms_norm(x: Float[Tensor, "*batch C"], weight: Float[Tensor, "C"], eps: float) -> Float[Tensor, "*batch C"]:
+    """Root mean square normalization (Zhang & Sennrich 2019, equation 4): layer norm without mean and bias."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
 def precompute_rope(
-    positions: Int[Tensor, "T"], width: int, theta: float
+    positions: Int[Tensor, "T"], d_head: int, theta: float
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """Cosine and sine of the angle by which each position turns each pair of features (Su et al. 2021, equation 15).
+    """Cosines and sines of rotary position embeddings (Su et al. 2021, equation 15).
 
-    Pair i of D/2 turns by position * theta^(-2i/D): the first pairs tell neighbours apart, the last ones far places.
+    Pair i of the D/2 pairs of features rotates by position * theta^(-2i/D).
     """
-    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    frequencies = theta ** (-torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32) / d_head)
     angles = positions[:, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
@@ -108,33 +91,21 @@ def precompute_rope(
 def apply_rope(
     x: Float[Tensor, "B H T D"], cos: Float[Tensor, "T D"], sin: Float[Tensor, "T D"]
 ) -> Float[Tensor, "B H T D"]:
-    """Turn the pairs (x_i, x_{i + D/2}) by the angle of their place; query·key then depends on distance alone."""
+    """Rotate each pair (x_i, x_{i + D/2}) by its angle, so that q·k depends only on the distance of the positions."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form of GELU that GPT-2 was trained with (Hendrycks & Gimpel 2016, section 2)."""
+    """GELU in the tanh approximation that GPT-2 uses (Hendrycks & Gimpel 2016, section 2)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def fused_gelu(x: Tensor) -> Tensor:
-    """`gelu` in one kernel."""
-    return F.gelu(x, approximate="tanh")
-
-
 def relu2(x: Tensor) -> Tensor:
-    """The square of the positive part (So et al. 2021, Primer)."""
+    """Squared ReLU (So et al. 2021, Primer)."""
     return x.relu().square()
 
 
-def swiglu(gate_and_up: Float[Tensor, "*batch twoF"]) -> Float[Tensor, "*batch F"]:
-    """One half, passed through SiLU, gates the other (Shazeer 2020, equation 6)."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return gate * torch.sigmoid(gate) * up
-
-
-def fused_swiglu(gate_and_up: Float[Tensor, "*batch twoF"]) -> Float[Tensor, "*batch F"]:
-    """`swiglu` with the library's SiLU."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def silu(x: Tensor) -> Tensor:
+    """SiLU, also called Swish (Elfwing et al. 2017)."""
+    return x * torch.sigmoid(x)

@@ -1,12 +1,13 @@
-"""Writing text: logits → a token → the text, one longer. Pure functions with an explicit generator.
+"""Autoregressive generation: sampling of the next token from the logits, with a KV cache.
 
-A text that outgrows the context goes on by one rule, with and without a cache (`window_start`): when the window is
-full, its older half is let go and the rest is read anew from position 0.
+A text longer than the context is continued by context shift: when the context is full, its older half is dropped and
+the rest is encoded again from position 0. It is the same with and without a cache (`context_start`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -14,14 +15,24 @@ from torch import Tensor
 
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from model.recorded import Record, RecordedReading
 
 
-def window_start(length: int, context: int) -> int:
-    """First position that the model reads in a text of `length` tokens.
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is sampled."""
 
-    0 while the text fits; after that the start moves on by half a context at a time, so that between half a
-    context and a whole one is always read, and a cache has to be filled anew only once in half a context.
+    temperature: float = 1.0
+    """The logits are divided by it; 0 is greedy."""
+    top_k: int = 0
+    """Sample from the `top_k` most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of most likely tokens with at least this total probability; 1 keeps all."""
+
+
+def context_start(length: int, context: int) -> int:
+    """Index of the first token in context for a text of `length` tokens: 0, or a multiple of half a context.
+
+    Moving by half a context at a time, a cache has to be filled again only once every half context.
     """
     if length <= context:
         return 0
@@ -30,93 +41,75 @@ def window_start(length: int, context: int) -> int:
 
 
 def filter_logits(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
-    """Set to -inf what may not be drawn: all but the `top_k` best, and all beyond the nucleus of mass `top_p`.
+    """Set the logits outside the top k, and outside the nucleus of probability `top_p`, to -inf.
 
-    The nucleus is the smallest set of most likely tokens whose probabilities reach top_p (Holtzman et al. 2020,
-    section 3.1). `top_k` 0 or above the vocabulary keeps all; so does `top_p` 1.
+    Tokens tied for the k-th place are all kept. The most likely token is always in the nucleus (Holtzman et al. 2020,
+    section 3.1).
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        probability = ordered.softmax(dim=-1)
-        beyond = probability.cumsum(dim=-1) - probability >= top_p  # the mass of all better ones is enough
-        beyond[:, 0] = False  # the best is always kept
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(dim=-1)), -torch.inf)
+        probabilities = ordered.softmax(dim=-1)
+        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # more likely tokens already reach top_p
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.gather(-1, order.argsort(dim=-1)), -torch.inf)
     return logits
 
 
-def next_token(
-    logits: Float[Tensor, "B V"],
-    generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+def sample_token(
+    logits: Float[Tensor, "B V"], generator: torch.Generator, params: SamplingParams = SamplingParams()
 ) -> Int[Tensor, "B"]:
-    """Draw one token a row from softmax(logits / temperature), after `filter_logits`; temperature 0 takes the best."""
-    if temperature == 0:
+    """Sample one token per row from softmax(logits / temperature) after `filter_logits`; at temperature 0 the argmax."""
+    if params.temperature == 0:
         return logits.argmax(dim=-1)
-    probability = filter_logits(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
-    return draw(probability, generator)
+    probabilities = filter_logits(logits.float() / params.temperature, params.top_k, params.top_p).softmax(dim=-1)
+    return sample_indices(probabilities, generator)
 
 
-def draw(probability: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
-    """Draw one index a row by inverting the row's distribution function at one random number.
+def sample_indices(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
+    """Sample one index per row by inverting the cumulative distribution at one random number.
 
-    torch.multinomial draws V random numbers for that, a millisecond for 50,257 tokens.
+    torch.multinomial draws V random numbers instead, which takes a millisecond for 50,257 tokens.
     """
-    reached = probability.cumsum(dim=-1, dtype=torch.float64)
-    aim = torch.rand(len(reached), 1, dtype=torch.float64, device=reached.device, generator=generator)
-    found = torch.searchsorted(reached, aim * reached[:, -1:], right=True)[:, 0]  # right: never one of probability 0
-    return found.clamp_max(probability.shape[-1] - 1)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    uniform = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
+    threshold = uniform * cumulative[:, -1:]
+    indices = torch.searchsorted(cumulative, threshold, right=True)[:, 0]  # right: skips probabilities of 0
+    return indices.clamp_max(probabilities.shape[-1] - 1)
 
 
-def last_logits(
-    model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = None, recorded: RecordedReading | None = None
-) -> Float[Tensor, "B V"]:
-    """Logits of the token after `text`. A cache that holds the beginning of the window saves reading it again.
+def next_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
+    """Logits of the token after `text`, of which the tokens in context are encoded.
 
-    The cache belongs to one growing text: it is filled anew whenever the window moves. `recorded` reads a single token
-    instead of the model; it has the same cache.
+    Args:
+        cache: of the same growing text: only the tokens after the cached ones are encoded. It is filled again when the
+            context shifts.
     """
-    start = window_start(text.shape[1], model.config.context)
-    window = text[:, start:]
-    if cache is None:
-        return newest_logits(model, window)
-    if cache.start != start or cache.length >= window.shape[1]:  # the window has moved, and with it every position
-        cache.clear(start)
-    new = window[:, cache.length :]
-    return recorded(new) if recorded and new.shape[1] == 1 else newest_logits(model, new, cache)
-
-
-def newest_logits(model: GPT, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
-    """`model(tokens, cache)` at the last position: of a long prompt the head, the largest matrix, reads that one."""
-    return model.head(model.features(tokens, cache)[:, -1])
+    start = context_start(text.shape[1], model.config.context)
+    tokens = text[:, start:]
+    if cache is not None:
+        if cache.start != start or cache.length >= tokens.shape[1]:
+            cache.reset(start)
+        tokens = tokens[:, cache.length :]
+    return model.lm_head(model.hidden_states(tokens, cache)[:, -1])  # the LM head is applied to the last position only
 
 
 @torch.inference_mode()
 def generate(
     model: GPT,
     prompt: Int[Tensor, "B N"],
-    count: int,
+    max_new_tokens: int,
     generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    params: SamplingParams = SamplingParams(),
     use_cache: bool = True,
-    record: Record | None = None,
 ) -> Iterator[Int[Tensor, "B"]]:
-    """Yield `count` times the next token of each row of `prompt` (at least one token long).
-
-    Args:
-        record: how single tokens are recorded and replayed (`model/recorded.py`); without it they are computed.
-    """
-    text = torch.empty(prompt.shape[0], prompt.shape[1] + count, dtype=torch.long, device=prompt.device)
-    text[:, : prompt.shape[1]] = prompt
+    """Yield the next token (B) of each row of `prompt`, which has at least one token, `max_new_tokens` times."""
+    N = prompt.shape[1]
+    text = torch.empty(prompt.shape[0], N + max_new_tokens, dtype=torch.long, device=prompt.device)
+    text[:, :N] = prompt
     cache = KVCache(model.config, prompt.shape[0], model.token_embedding.weight) if use_cache else None
-    recorded = RecordedReading(model, cache, record) if cache and record else None
-    for end in range(prompt.shape[1], text.shape[1]):
-        logits = last_logits(model, text[:, :end], cache, recorded)
-        text[:, end] = next_token(logits, generator, temperature, top_k, top_p)
+    for end in range(N, N + max_new_tokens):
+        text[:, end] = sample_token(next_logits(model, text[:, :end], cache), generator, params)
         yield text[:, end]

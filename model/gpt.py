@@ -1,9 +1,8 @@
-"""The model, bottom-up: norms, causal self-attention, MLP, block, GPT.
+"""The GPT model, bottom-up: norms, causal self-attention, MLP, block, GPT.
 
-It maps tokens to logits and knows nothing else: no loss, no optimizer, no tokenizer, no file. Weights start as
-`initialise` says; what each operation computes stands in `model/functional.py`.
+It maps tokens to logits. Loss, optimizer, tokenizer and files are elsewhere; the formulas are in `model/functional.py`.
 
-Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D head width, V vocabulary.
+Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D = d_head, F = d_mlp, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,218 +10,220 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model import chunked_attention as thrift
 from model import functional
+from model.chunked_attention import checkpointed_mlp, chunked_attention
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 
-Angles = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines (T, D) of the rotary position embeddings."""
 
 
 class LayerNorm(nn.Module):
-    """Mean 0, variance 1, then a learned gain and, where the preset has biases, a learned shift."""
+    """Layer normalization (Ba et al. 2016)."""
 
-    def __init__(self, width: int, eps: float, bias: bool, fused: bool) -> None:
+    def __init__(self, size: int, eps: float, bias: bool, eager: bool) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.eps, self.fused = eps, fused
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.eps, self.eager = eps, eager
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        norm = functional.fused_layer_norm if self.fused else functional.layer_norm
-        return norm(x, self.gain, self.bias, self.eps)
+        if self.eager:
+            return functional.layer_norm(x, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """Mean square 1, then a learned gain."""
+    """Root mean square normalization (Zhang & Sennrich 2019)."""
 
-    def __init__(self, width: int, eps: float, fused: bool) -> None:
+    def __init__(self, size: int, eps: float, eager: bool) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(width))
-        self.eps, self.fused = eps, fused
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.eager = eps, eager
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        norm = functional.fused_rms_norm if self.fused else functional.rms_norm
-        return norm(x, self.gain, self.eps)
+        if self.eager:
+            return functional.rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def block_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
-    """The norm that stands before attention, MLP and head."""
-    preset, fused = config.architecture, config.attention != "eager"
+def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+    """The norm before attention, MLP and LM head."""
+    preset, eager = config.architecture, config.attention == "eager"
     if preset.norm == "rms":
-        return RMSNorm(config.d_model, preset.norm_eps, fused)
-    return LayerNorm(config.d_model, preset.norm_eps, preset.biases, fused)
+        return RMSNorm(config.d_model, preset.norm_eps, eager)
+    return LayerNorm(config.d_model, preset.norm_eps, preset.biases, eager)
 
 
-class AttentionWeights(nn.Module):
-    """Which positions each query reads. A module of its own, so that a hook can read the very weights that are used."""
+class AttentionPattern(nn.Module):
+    """Masked softmax of the attention scores. A module, so that forward hooks can read and replace the pattern."""
 
     def forward(self, q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
         return functional.attention_pattern(q, k)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position asks (query), offers (key), and hands over (value); each head reads by its own measure."""
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with grouped keys and values."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        preset, fused = config.architecture, config.attention != "eager"
-        self.layer, self.fused, self.dropout = layer, fused, config.dropout
-        self.chunked = config.attention == "chunked"
-        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.kv_heads, config.width_of_head
+        preset, eager = config.architecture, config.attention == "eager"
+        self.layer, self.attention_implementation, self.dropout = layer, config.attention, config.dropout
+        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
         self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=preset.biases)
         self.out = nn.Linear(self.n_heads * self.d_head, config.d_model, bias=preset.biases)
-        self.q_norm = RMSNorm(self.d_head, preset.norm_eps, fused) if preset.qk_norm else None
-        self.k_norm = RMSNorm(self.d_head, preset.norm_eps, fused) if preset.qk_norm else None
-        self.weights = AttentionWeights()
+        self.q_norm = RMSNorm(self.d_head, preset.norm_eps, eager) if preset.qk_norm else None
+        self.k_norm = RMSNorm(self.d_head, preset.norm_eps, eager) if preset.qk_norm else None
+        self.pattern = AttentionPattern()
 
     def project(
-        self, x: Float[Tensor, "B T C"], angles: Angles | None
+        self, x: Float[Tensor, "B T C"], rope: Rope | None
     ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
-        """Queries, keys and values of each head; with rotary positions, queries and keys turned by their place."""
+        """Queries, keys and values of each head, with QK norm and rotary embeddings applied where the preset has them."""
         H, G, D = self.n_heads, self.n_kv_heads, self.d_head
         q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).transpose(1, 2).split([H, G, G], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = functional.apply_rope(q, *angles), functional.apply_rope(k, *angles)
+        if rope is not None:
+            q, k = functional.apply_rope(q, *rope), functional.apply_rope(k, *rope)
         return q, k, v
 
     def forward(
-        self, x: Float[Tensor, "B T C"], angles: Angles | None = None, cache: KVCache | None = None
+        self, x: Float[Tensor, "B T C"], rope: Rope | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T C"]:
-        q, k, v = self.project(x, angles)
+        q, k, v = self.project(x, rope)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+            k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if not self.fused:
+        if self.attention_implementation == "eager":
             k, v = functional.repeat_kv(k, self.n_heads), functional.repeat_kv(v, self.n_heads)
-            y = nn.functional.dropout(self.weights(q, k), dropout) @ v
-        elif self.chunked and cache is None:
-            y = thrift.chunked_attention(q, k, v, dropout)
+            y = F.dropout(self.pattern(q, k), dropout) @ v
+        elif self.attention_implementation == "chunked" and cache is None:
+            y = chunked_attention(q, k, v, dropout)
         else:
-            y = functional.sdpa(q, k, v, dropout, None if cache is None else cache.allowed)
-        return self.out(y.transpose(1, 2).flatten(-2))  # the heads side by side again, then mixed
+            y = functional.sdpa(q, k, v, dropout)
+        return self.out(y.transpose(1, 2).flatten(-2))  # concatenate the heads and project
 
 
 class MLP(nn.Module):
-    """Two projections with a bend between them, at each position alone."""
+    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        preset, width = config.architecture, config.width_of_mlp
-        self.activation = {
-            ("gelu", False): functional.gelu,
-            ("gelu", True): functional.fused_gelu,
-            ("relu2", False): functional.relu2,
-            ("relu2", True): functional.relu2,
-            ("swiglu", False): functional.swiglu,
-            ("swiglu", True): functional.fused_swiglu,
-        }[preset.activation, config.attention != "eager"]
-        gates = 2 if preset.activation == "swiglu" else 1
-        self.up = nn.Linear(config.d_model, gates * width, bias=preset.biases)
-        self.down = nn.Linear(width, config.d_model, bias=preset.biases)
-        self.thrifty = config.attention == "chunked"
+        preset = config.architecture
+        self.kind, self.eager = preset.activation, config.attention == "eager"
+        self.checkpointed = config.attention == "chunked"
+        gates = 2 if self.kind == "swiglu" else 1
+        self.up = nn.Linear(config.d_model, gates * config.d_mlp, bias=preset.biases)
+        self.down = nn.Linear(config.d_mlp, config.d_model, bias=preset.biases)
+
+    def activation(self, hidden: Float[Tensor, "*batch GF"]) -> Float[Tensor, "*batch F"]:
+        """GELU, squared ReLU, or SwiGLU: SiLU of one half times the other half (Shazeer 2020, equation 6)."""
+        if self.kind == "relu2":
+            return functional.relu2(hidden)
+        if self.kind == "gelu":
+            return functional.gelu(hidden) if self.eager else F.gelu(hidden, approximate="tanh")
+        gate, up = hidden.chunk(2, dim=-1)
+        return (functional.silu(gate) if self.eager else F.silu(gate)) * up
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        if self.thrifty:
-            return thrift.bent(self.activation, self.up(x), self.down)
+        if self.checkpointed:
+            return checkpointed_mlp(self.activation, self.up(x), self.down)
         return self.down(self.activation(self.up(x)))
 
 
 class Block(nn.Module):
-    """Attention moves information between positions, the MLP works on it in place; both add to the residual stream."""
+    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = block_norm(config)
+        self.norm1 = make_norm(config)
         self.attention = CausalSelfAttention(config, layer)
-        self.norm2 = block_norm(config)
+        self.norm2 = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], angles: Angles | None = None, cache: KVCache | None = None
+        self, x: Float[Tensor, "B T C"], rope: Rope | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T C"]:
-        x = x + self.dropout(self.attention(self.norm1(x), angles, cache))
+        x = x + self.dropout(self.attention(self.norm1(x), rope, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: for each position, the logits of the token that comes next.
+    """A decoder-only transformer: for each position, the logits of the next token.
 
     Args:
-        config: the shape; its `kernels` must not be `auto`, which `training/device.py` decides.
-        vocab_size: V, the tokenizer's number of tokens.
-        seed: of the generator that draws the first weights.
+        config: its `attention` must not be `auto`; `training/device.py` resolves that.
+        vocab_size: V, the number of tokens of the tokenizer.
+        seed: seed of the generator that initializes the weights.
 
     Raises:
-        ValueError: if the configuration contradicts itself.
+        ValueError: if the configuration is invalid.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
-        if found := config.problems():
-            raise ValueError("; ".join(found))
-        preset = config.architecture
+        if problems := config.problems():
+            raise ValueError("; ".join(problems))
+        learned = config.architecture.positions == "learned"
         self.config, self.vocab_size = config, vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
-        self.position_embedding = (
-            nn.Embedding(config.context, config.d_model) if preset.positions == "learned" else None
-        )
+        self.position_embedding = nn.Embedding(config.context, config.d_model) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = block_norm(config)
-        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
-        self.head.weight = self.token_embedding.weight  # tied: what is read can be written as it is
-        if not self.head.weight.is_meta:  # a model without memory has nothing to draw
-            self.initialise(seed)
+        self.final_norm = make_norm(config)
+        self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
+        self.lm_head.weight = self.token_embedding.weight  # weight tying (Press & Wolf 2017)
+        if not self.lm_head.weight.is_meta:
+            self.init_weights(seed)
 
-    def initialise(self, seed: int) -> None:
-        """Draw the first weights: matrices from N(0, 0.02²), biases 0, gains 1 (Radford et al. 2019, section 2.3).
+    def init_weights(self, seed: int) -> None:
+        """Initialize matrices from N(0, 0.02²), biases with 0, norm weights with 1 (Radford et al. 2019, section 2.3).
 
-        What writes into the residual stream starts at N(0, 0.02² / 2L), so that the sum over 2L writers keeps its
-        size, or, in the preset `glass`, at zero, so that every block begins as the identity; there the token
-        embeddings, which are the head as well, start at N(0, 0.2²) and the last gain at 1/4.
+        Projections into the residual stream start at N(0, 0.02² / 2L), so that the sum of 2L of them keeps its
+        variance; in the preset `glass` they start at zero, so that every block starts as the identity. There the
+        token embeddings, which are tied to the LM head, start at N(0, 0.2²) and the final norm's weight at 1/4.
         """
         preset = self.config.architecture
         generator = torch.Generator(device=self.token_embedding.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                nn.init.constant_(parameter, 1.0 if name.endswith("gain") else 0.0)
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
                 continue
             std = preset.embedding_std if name == "token_embedding.weight" else 0.02
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 std = 0.0 if preset.zero_outputs else 0.02 / math.sqrt(2 * self.config.n_layers)
             nn.init.normal_(parameter, std=std, generator=generator)
-        nn.init.constant_(self.final_norm.gain, preset.final_gain)
+        nn.init.constant_(self.final_norm.weight, preset.final_norm_weight)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
-        """Logits (B, T, V): row t scores every token as the successor of tokens[:, : t + 1]."""
-        return self.head(self.features(tokens, cache))
+        """Logits (B, T, V) of the next token: row t depends on tokens[:, : t + 1] only.
 
-    def features(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
-        """What the head reads: the residual stream after all blocks, normalised.
-
-        With a cache, `tokens` are the positions that come after those which the cache holds.
+        With a cache, `tokens` are the positions after those in the cache.
         """
-        count, context = tokens.shape[1], self.config.context
-        assert count <= context, f"{count} positions in a context of {context}"
-        positions = torch.arange(count, device=tokens.device) if cache is None else cache.positions(count)
+        return self.lm_head(self.hidden_states(tokens, cache))
+
+    def hidden_states(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
+        """The residual stream after the last block and the final norm: the input of the LM head."""
+        T, context = tokens.shape[1], self.config.context
+        assert context >= T, f"{T} positions in a context of {context}"
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + T, device=tokens.device)
         x = self.token_embedding(tokens)
-        angles = None
+        rope = None
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         else:
-            angles = functional.precompute_rope(
-                positions, self.config.width_of_head, self.config.architecture.rope_theta
-            )
+            rope = functional.precompute_rope(positions, self.config.d_head, self.config.architecture.rope_theta)
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, angles, cache)
+            x = block(x, rope, cache)
         if cache is not None:
-            cache.advance(count)
+            cache.length += T
         return self.final_norm(x)

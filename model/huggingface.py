@@ -31,13 +31,13 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 # Their names for our tensors, in a block and outside. Several names: our rows, cut in that order.
 BLOCK_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {
-        "norm1.gain": ("ln_1.weight",),
+        "norm1.weight": ("ln_1.weight",),
         "norm1.bias": ("ln_1.bias",),
         "attention.qkv.weight": ("attn.c_attn.weight",),
         "attention.qkv.bias": ("attn.c_attn.bias",),
         "attention.out.weight": ("attn.c_proj.weight",),
         "attention.out.bias": ("attn.c_proj.bias",),
-        "norm2.gain": ("ln_2.weight",),
+        "norm2.weight": ("ln_2.weight",),
         "norm2.bias": ("ln_2.bias",),
         "mlp.up.weight": ("mlp.c_fc.weight",),
         "mlp.up.bias": ("mlp.c_fc.bias",),
@@ -45,12 +45,12 @@ BLOCK_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp.down.bias": ("mlp.c_proj.bias",),
     },
     "qwen3": {
-        "norm1.gain": ("input_layernorm.weight",),
+        "norm1.weight": ("input_layernorm.weight",),
         "attention.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-        "attention.q_norm.gain": ("self_attn.q_norm.weight",),
-        "attention.k_norm.gain": ("self_attn.k_norm.weight",),
+        "attention.q_norm.weight": ("self_attn.q_norm.weight",),
+        "attention.k_norm.weight": ("self_attn.k_norm.weight",),
         "attention.out.weight": ("self_attn.o_proj.weight",),
-        "norm2.gain": ("post_attention_layernorm.weight",),
+        "norm2.weight": ("post_attention_layernorm.weight",),
         "mlp.up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
         "mlp.down.weight": ("mlp.down_proj.weight",),
     },
@@ -59,12 +59,12 @@ OTHER_NAMES = {
     "gpt2": {
         "token_embedding.weight": "transformer.wte.weight",
         "position_embedding.weight": "transformer.wpe.weight",
-        "final_norm.gain": "transformer.ln_f.weight",
+        "final_norm.weight": "transformer.ln_f.weight",
         "final_norm.bias": "transformer.ln_f.bias",
     },
     "qwen3": {
         "token_embedding.weight": "model.embed_tokens.weight",
-        "final_norm.gain": "model.norm.weight",
+        "final_norm.weight": "model.norm.weight",
     },
 }
 BLOCKS = {"gpt2": "transformer.h", "qwen3": "model.layers"}
@@ -87,10 +87,10 @@ class Entry:
 
 def layout(config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of a model of this shape, the head excepted, which is the token embedding."""
-    preset, D = config.preset, config.width_of_head
+    preset, D = config.preset, config.d_head
     rows = {
-        "attention.qkv.weight": (config.n_heads * D, config.kv_heads * D, config.kv_heads * D),
-        "mlp.up.weight": (config.width_of_mlp, config.width_of_mlp),
+        "attention.qkv.weight": (config.n_heads * D, config.n_kv_heads * D, config.n_kv_heads * D),
+        "mlp.up.weight": (config.d_mlp, config.d_mlp),
     }
     for ours, name in OTHER_NAMES[preset].items():
         yield Entry(ours, (name,), (), False)
@@ -111,7 +111,7 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if config.preset not in BLOCKS:
         raise UserError(f"the preset {config.preset} has no Hugging Face layout; train with model.preset gpt2 or qwen3")
     if config.preset == "gpt2" and (
-        config.kv_heads != config.n_heads or config.n_heads * config.width_of_head != config.d_model
+        config.n_kv_heads != config.n_heads or config.n_heads * config.d_head != config.d_model
     ):
         raise UserError(
             "GPT-2 on Hugging Face knows no shared key/value heads and no head width but d_model / n_heads; "
@@ -162,7 +162,7 @@ def from_huggingface(
     found += strangers(weights, shape, known)
     if found:
         raise refusal(found)
-    return shape, vocab_size, state | {"head.weight": state["token_embedding.weight"]}
+    return shape, vocab_size, state | {"lm_head.weight": state["token_embedding.weight"]}
 
 
 def misfit(name: str, tensor: Tensor | None, shape: torch.Size) -> str:

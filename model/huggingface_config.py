@@ -64,10 +64,10 @@ def describe(config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> dict[s
     ours = {
         "n_layers": config.n_layers,
         "n_heads": config.n_heads,
-        "n_kv_heads": config.kv_heads,
+        "n_kv_heads": config.n_kv_heads,
         "d_model": config.d_model,
-        "d_head": config.width_of_head,
-        "d_mlp": config.width_of_mlp,
+        "d_head": config.d_head,
+        "d_mlp": config.d_mlp,
         "context": config.context,
     }
     common: dict[str, Any] = {

@@ -14,10 +14,11 @@ from common.files import read_metrics
 from data.config import cache_folder
 from data.stories import KINDS, parse
 from inspection.attention_file import read_attention_file
+from model.generate import SamplingParams
 from tests.runs import process
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
-from training.text_generation import Sampling, first_tokens, write_text
+from training.text_generation import encode_prompt, generate_text
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +54,8 @@ def test_the_right_answer_is_preferred_in_every_family(quickstart: tuple[Path, s
 def test_nine_of_ten_samples_are_sentences_of_the_grammar(quickstart: tuple[Path, str], temperature: float) -> None:
     saved = open_checkpoint(quickstart[0])
     model, tokenizer = saved.model(get_dist_context("fp32")), saved.tokenizer()
-    start, count = first_tokens(tokenizer, "", saved.documents), model.config.context - 1
-    pieces = write_text(model, tokenizer, start, count, 200, 1, Sampling(temperature))
+    start, count = encode_prompt(tokenizer, "", saved.documents), model.config.context - 1
+    pieces = generate_text(model, tokenizer, start, count, 200, 1, SamplingParams(temperature))
     texts = ["".join(written) for written in zip(*pieces, strict=True)]
     good = sum(is_story(text) for text in texts)
     # At the default temperature 90%; at 1, where every rare token gets its full chance, most of them.

@@ -49,14 +49,14 @@ def test_every_named_module_is_there() -> None:
 
 
 def test_the_five_steps_stand_in_the_code() -> None:
-    code = (ROOT / "model" / "ops.py").read_text() + (ROOT / "model" / "gpt.py").read_text()
+    code = (ROOT / "model" / "functional.py").read_text() + (ROOT / "model" / "gpt.py").read_text()
     for step in (
-        "q, k, v = self.project(x, angles)",
+        "q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).transpose(1, 2).split([H, G, G], dim=1)",
         "scores = q @ k.transpose(-2, -1)",
-        "scores = scores / math.sqrt(D)",
+        "scores / math.sqrt(q.shape[-1])",
     ):
         assert step in code and step in README
-    for piece in ("(scores + forbidden).softmax(dim=-1)", "self.weights(q, k)"):
+    for piece in ("scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)", "F.dropout(self.pattern(q, k), dropout) @ v"):
         assert piece in code and piece in README
 
 

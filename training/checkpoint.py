@@ -172,7 +172,7 @@ def load_weights(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:
     """
     without_memory = model.token_embedding.weight.is_meta
     try:
-        whole = {**weights, "head.weight": weights["token_embedding.weight"]}
+        whole = {**weights, "lm_head.weight": weights["token_embedding.weight"]}
         model.load_state_dict(whole, assign=without_memory)
     except KeyError as error:
         raise UserError(
@@ -183,7 +183,7 @@ def load_weights(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:
         raise UserError(
             f"the weights in {escape_control_chars(folder)} do not fit its config: {last}", CHECKPOINT
         ) from error
-    model.head.weight = model.token_embedding.weight
+    model.lm_head.weight = model.token_embedding.weight
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:

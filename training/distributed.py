@@ -156,7 +156,7 @@ def wrap_fsdp(plain: GPT, ctx: DistContext) -> GPT:
     from torch.distributed.fsdp import fully_shard
 
     plain.to("cpu" if ctx.is_main_process else "meta")
-    plain.head.weight = plain.token_embedding.weight  # on the way to `meta` each module gets a parameter of its own
+    plain.lm_head.weight = plain.token_embedding.weight  # on the way to `meta` each module gets a parameter of its own
     with torch.device("meta"):
         sharded = GPT(plain.config, plain.vocab_size)
     mesh = init_device_mesh(ctx.device.type, (ctx.world_size,))
@@ -167,7 +167,7 @@ def wrap_fsdp(plain: GPT, ctx: DistContext) -> GPT:
     for name, outside in sharded.named_children():
         if name != "blocks":
             outside.to_empty(device=ctx.device)
-    sharded.head.weight = sharded.token_embedding.weight
+    sharded.lm_head.weight = sharded.token_embedding.weight
     broadcast_weights(sharded, plain)
     fully_shard(sharded, mesh=mesh)
     return sharded

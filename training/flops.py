@@ -57,12 +57,12 @@ class FlopsPerToken:
 
 def flops_per_token(config: ModelConfig, vocab_size: int) -> FlopsPerToken:
     """The operations of a token of this model."""
-    heads, groups, width = config.n_heads, config.kv_heads, config.width_of_head
+    heads, groups, width = config.n_heads, config.n_kv_heads, config.d_head
     gates = 2 if config.architecture.activation == "swiglu" else 1
     return FlopsPerToken(
         projections=config.n_layers * 2 * config.d_model * width * (2 * heads + 2 * groups),
         square=config.n_layers * 4 * config.context * heads * width,
-        mlp=config.n_layers * 2 * config.d_model * config.width_of_mlp * (gates + 1),
+        mlp=config.n_layers * 2 * config.d_model * config.d_mlp * (gates + 1),
         head=2 * config.d_model * vocab_size,
     )
 
@@ -72,13 +72,13 @@ def muon_flops(config: ModelConfig) -> int:
 
     Each round takes X Xᵀ, its square, and their product with X: 4m²n + 2m³ for an m x n matrix with m ≤ n.
     """
-    width, heads, groups = config.d_model, config.n_heads, config.kv_heads
+    width, heads, groups = config.d_model, config.n_heads, config.n_kv_heads
     gates = 2 if config.architecture.activation == "swiglu" else 1
     matrices = (
-        (width, (heads + 2 * groups) * config.width_of_head),
-        (width, heads * config.width_of_head),
-        (width, gates * config.width_of_mlp),
-        (width, config.width_of_mlp),
+        (width, (heads + 2 * groups) * config.d_head),
+        (width, heads * config.d_head),
+        (width, gates * config.d_mlp),
+        (width, config.d_mlp),
     )
     sides = [(min(pair), max(pair)) for pair in matrices]
     return config.n_layers * ROUNDS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)

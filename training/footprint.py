@@ -215,7 +215,7 @@ def built(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
-    model.head.weight = model.token_embedding.weight
+    model.lm_head.weight = model.token_embedding.weight
     return model
 
 

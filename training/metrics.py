@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common.errors import DISK_OR_MEMORY, UserError
 from common.files import read_metrics
 from training.checkpoint import TrainState
-from training.text_generation import shown
+from training.text_generation import escape_text
 
 
 class Metrics:
@@ -123,7 +123,7 @@ class Progress:
         if not self.visible:
             return
         try:
-            self.bar.write(shown(text), file=sys.stdout)
+            self.bar.write(escape_text(text), file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # the terminal is closed, or the reader gone: the run goes on in silence
             self.visible = False

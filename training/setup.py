@@ -31,7 +31,7 @@ from training.report import baseline_losses, plot_loss, table
 from training.resuming import check_resumable
 from training.run_dir import keep_config
 from training.saving import Saver
-from training.text_generation import decoded, first_tokens, sample_tokens
+from training.text_generation import decode, encode_prompt, generate_tokens
 from training.trackers import Tracker
 from training.trainer import Trainer, micro_batch_rows
 
@@ -223,11 +223,11 @@ class Run:
     def write_sample(self, count: int) -> str:
         """A sample of the moment; drawn from a generator of its own."""
         tokenizer = self.data.tokenizer
-        start = first_tokens(tokenizer, "", self.origin.documents)
+        start = encode_prompt(tokenizer, "", self.origin.documents)
         self.model.eval()
-        self.sample = sample_tokens(self.model, tokenizer, start, count, self.config.run.seed + self.state.step)
+        self.sample = generate_tokens(self.model, tokenizer, start, count, self.config.run.seed + self.state.step)
         self.model.train()
-        return decoded(tokenizer, self.sample[len(start) :])
+        return decode(tokenizer, self.sample[len(start) :])
 
     def save(self) -> None:
         """Write a checkpoint. Every process takes part: where the model is split, its parts are brought together."""

@@ -224,7 +224,7 @@ def check_cache(path: Path, config: ModelConfig) -> None:
     Raises:
         UserError: if one text's keys and values would dwarf the model (exit code 4).
     """
-    asked = 2 * 4 * config.n_layers * config.kv_heads * config.width_of_head * config.context
+    asked = 2 * 4 * config.n_layers * config.n_kv_heads * config.d_head * config.context
     if asked > max(LARGEST_CACHE, CACHE_TO_WEIGHTS * path.stat().st_size):
         raise UserError(
             f"the config beside {escape_control_chars(path)} has a context of {config.context:,} tokens, whose keys and values "

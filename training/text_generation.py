@@ -1,34 +1,27 @@
-"""From a checkpoint's model and a prompt to text: what `sample.py` prints and training writes at each evaluation."""
+"""From a prompt to text: the generation that `sample.py` and the samples during training share."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from common.errors import UserError, escape_control_chars
 from data.tokenizer import Tokenizer
-from model.generate import generate
+from model.generate import SamplingParams, generate
 from model.gpt import GPT
-from training.graphs import recorder
+
+DEFAULT_PARAMS = SamplingParams(temperature=0.8)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
+def encode_prompt(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[int]:
+    """The tokens that generation starts from; never empty.
 
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-def first_tokens(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[int]:
-    """The tokens that the model reads before it writes.
-
-    Where the corpus had documents each began with end-of-text, so a sample does too. In one long text that token was
-    hardly ever seen, and a sample without a prompt starts on a new line, if the vocabulary has one.
+    Args:
+        documents: whether the training documents began with end-of-text; then the prompt does too. In a model of one
+            long text, for which end-of-text is out of distribution, an empty prompt becomes a line break if the
+            vocabulary has one.
 
     Raises:
         UserError: if the vocabulary lacks a character of the prompt (exit code 2).
@@ -37,35 +30,30 @@ def first_tokens(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[int
         return [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
     if prompt:
         return tokenizer.encode(prompt).tolist()
-    knows_newline = any(tokenizer.token_bytes(token) == b"\n" for token in range(min(tokenizer.vocab_size, 512)))
-    return tokenizer.encode("\n").tolist() if knows_newline else [tokenizer.end_of_text]
+    has_newline = any(tokenizer.token_bytes(token) == b"\n" for token in range(min(tokenizer.vocab_size, 512)))
+    return tokenizer.encode("\n").tolist() if has_newline else [tokenizer.end_of_text]
 
 
-def write_text(
+def generate_text(
     model: GPT,
     tokenizer: Tokenizer,
-    start: list[int],
-    count: int,
-    samples: int,
+    prompt: list[int],
+    max_new_tokens: int,
+    n_samples: int,
     seed: int,
-    how: Sampling,
-    drawn: list[list[int]] | None = None,
+    params: SamplingParams = DEFAULT_PARAMS,
 ) -> Iterator[list[str]]:
-    """Yield, token by token, what each of `samples` texts grows by ('' once its text has ended).
+    """Yield, token by token, the new piece of each of `n_samples` continuations; '' after a text's end-of-text.
 
-    A character that is spread over several tokens appears with the last of them. The tokens themselves are appended to
-    `drawn`.
+    A character spread over several tokens is yielded with the last of them.
     """
     device = model.token_embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    prompt = torch.tensor(start, device=device).expand(samples, -1)
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
-    ended = [False] * samples
-    drawing = (how.temperature, how.top_k, how.top_p)
-    for tokens in generate(model, prompt, count, generator, *drawing, record=recorder(model)):
+    batch = torch.tensor(prompt, device=device).expand(n_samples, -1)
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n_samples)]
+    ended = [False] * n_samples
+    for tokens in generate(model, batch, max_new_tokens, generator, params):
         pieces = []
-        if drawn is not None:
-            drawn.append(tokens.tolist())
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == tokenizer.end_of_text
             pieces.append("" if ended[i] else decoders[i].decode(tokenizer.token_bytes(token)))
@@ -75,31 +63,38 @@ def write_text(
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
-def sample_tokens(model: GPT, tokenizer: Tokenizer, start: list[int], count: int, seed: int) -> list[int]:
-    """The tokens of one text, `start` included, up to the end-of-text that closes it."""
+def generate_tokens(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    max_new_tokens: int,
+    seed: int,
+    params: SamplingParams = DEFAULT_PARAMS,
+) -> list[int]:
+    """`prompt` and its continuation, up to and including the first new end-of-text."""
     device = model.token_embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = list(start)
-    for (token,) in generate(model, torch.tensor([start], device=device), count, generator, Sampling().temperature):
+    tokens = list(prompt)
+    for (token,) in generate(model, torch.tensor([prompt], device=device), max_new_tokens, generator, params):
         tokens.append(int(token))
         if tokens[-1] == tokenizer.end_of_text:
             break
     return tokens
 
 
-def decoded(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """The text that tokens spell; the end-of-text that closes one has no letters."""
+def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """The text of `tokens`; end-of-text is empty."""
     return b"".join(tokenizer.token_bytes(token) for token in tokens).decode("utf-8", "replace")
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise `UserError` (exit code 2) for a prompt that is no text, as the shell passes bytes that are not UTF-8."""
+    """Raise `UserError` (exit code 2) for a prompt that is not valid UTF-8 on the command line."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is no UTF-8 text: its character {error.start} is a stray byte") from error
+        raise UserError(f"the prompt is not valid UTF-8: invalid byte at character {error.start}") from error
 
 
-def shown(text: str) -> str:
-    """Text as it may reach a terminal: whatever could steer it is escaped, line breaks and tabs stay."""
+def escape_text(text: str) -> str:
+    """`text` with control characters escaped for the terminal, except line breaks and tabs."""
     return "".join(c if c in "\n\t" else escape_control_chars(c) for c in text)

@@ -87,7 +87,7 @@ def handmade(
         for parameter in model.parameters():
             parameter.zero_()
         for name, parameter in model.named_parameters():
-            if name.endswith("gain"):
+            if "norm" in name and name.endswith("weight"):
                 parameter.fill_(stream.deviation)
         _embed(model, stream)
         _previous_token_head(model.blocks[PREVIOUS[0]].attention, stream)
@@ -112,8 +112,8 @@ def _embed(model: GPT, stream: Stream) -> None:
     positions[:, stream.position] = torch.eye(len(positions))
     positions[:, stream.balance] = -1
     positions[:, stream.anchor] = torch.tensor([ANCHOR, -ANCHOR])
-    model.final_norm.gain[stream.token] *= LEAD
-    model.final_norm.gain[stream.mirror] *= -LEAD
+    model.final_norm.weight[stream.token] *= LEAD
+    model.final_norm.weight[stream.mirror] *= -LEAD
 
 
 def _previous_token_head(attention: CausalSelfAttention, stream: Stream) -> None:

@@ -134,7 +134,7 @@ def expanded(
     """`copying` through the V x V matrix itself, one head at a time in fp64; each switch breaks it in one way."""
     double = {name: p.detach().double() for name, p in model.named_parameters()}
     config, E = model.config, double["token_embedding.weight"]
-    H, G, D = config.n_heads, config.kv_heads, config.width_of_head
+    H, G, D = config.n_heads, config.n_kv_heads, config.d_head
     centred = centre and config.architecture.norm == "layer"
 
     def norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def expanded(
             out = double[block + "attention.out.weight"][:, head * D : (head + 1) * D]
             if swap:
                 out = double[block + "attention.out.weight"][:, head::H]
-            written = norm(E, double[block + "norm1.gain"]) @ value.T @ out.T  # (V, C): what reading each token adds
-            eigenvalues = torch.linalg.eigvals(norm(written, double["final_norm.gain"]) @ E.T)
+            written = norm(E, double[block + "norm1.weight"]) @ value.T @ out.T  # (V, C): what reading each token adds
+            eigenvalues = torch.linalg.eigvals(norm(written, double["final_norm.weight"]) @ E.T)
             total = eigenvalues.abs().sum()
             real = eigenvalues.real.abs().sum() if absolute else eigenvalues.real.sum()
             if by_size:

@@ -432,13 +432,13 @@ def test_weights_in_half_precision_are_read_in_fp32() -> None:
     half = copy.deepcopy(model).bfloat16()
     watch = EvalTexts(watched().texts)
     wide = effects(copy.deepcopy(half).float(), watch)
-    assert effects(half, watch) == wide and half.head.weight.dtype == torch.bfloat16
+    assert effects(half, watch) == wide and half.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_a_model_that_is_not_finite_is_one_line() -> None:
     model = random_model("glass")
     with torch.no_grad():
-        model.final_norm.gain[3] = math.nan
+        model.final_norm.weight[3] = math.nan
     with pytest.raises(UserError, match="not finite") as caught:
         effects(model, watched())
     assert caught.value.exit_code == NON_FINITE

@@ -71,19 +71,19 @@ def by_hand(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     if model.position_embedding is not None:
         x = x + model.position_embedding.weight[:T]
     else:
-        angles = functional.precompute_rope(torch.arange(T), config.width_of_head, config.architecture.rope_theta)
+        angles = functional.precompute_rope(torch.arange(T), config.d_head, config.architecture.rope_theta)
     patterns = torch.zeros(config.n_layers, config.n_heads, T, T)
     norms = torch.zeros(config.n_layers, config.n_heads, T)
     for layer, block in enumerate(model.blocks):
         q, k, v = block.attention.project(block.norm1(x), angles)
         for head in range(config.n_heads):
-            shared = head * config.kv_heads // config.n_heads
-            D = config.width_of_head
+            shared = head * config.n_kv_heads // config.n_heads
+            D = config.d_head
             handed = v[0, shared] @ block.attention.out.weight[:, head * D : (head + 1) * D].T
             norms[layer, head] = handed.norm(dim=-1)
             for i in range(T):
                 scores = [float(q[0, head, i].double() @ k[0, shared, j].double()) for j in range(i + 1)]
-                scores = [score / math.sqrt(config.width_of_head) for score in scores]
+                scores = [score / math.sqrt(config.d_head) for score in scores]
                 total = sum(math.exp(score - max(scores)) for score in scores)
                 for j, score in enumerate(scores):
                     patterns[layer, head, i, j] = math.exp(score - max(scores)) / total
@@ -210,7 +210,7 @@ def test_weights_are_in_fp32_whatever_the_model_runs_in() -> None:
 
 def test_what_an_intervention_puts_in_place_of_the_weights_is_what_is_seen() -> None:
     model, tokens = lively(SMALL), some_tokens(8)
-    hook = model.blocks[1].attention.weights.register_forward_hook(lambda m, args, out: torch.eye(8).expand_as(out))
+    hook = model.blocks[1].attention.pattern.register_forward_hook(lambda m, args, out: torch.eye(8).expand_as(out))
     with_hook = run_with_cache(model, tokens)
     hook.remove()
     assert torch.equal(with_hook.pattern[1], torch.eye(8).expand(4, 8, 8))

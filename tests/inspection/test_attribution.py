@@ -41,7 +41,7 @@ def check_a_head_by_its_weights(preset: str) -> None:
     """With the heads' columns of the output matrix doubled, a share of the last layer doubles: a part is its own."""
     model = random_model(preset).double()
     before = direct_logit_attribution(model, TEXT, 6, 5)
-    H, D = model.config.n_heads, model.config.width_of_head
+    H, D = model.config.n_heads, model.config.d_head
     doubled = copy.deepcopy(model)
     with torch.no_grad():
         doubled.blocks[1].attention.out.weight[:, (H - 2) * D : (H - 1) * D] *= 2
@@ -108,9 +108,9 @@ def mlp_with_attention(layer: attribution.Layer) -> attribution.Layer:
 
 
 def uncentred(model: GPT, x: Tensor, token: int) -> tuple[Tensor, Tensor | None]:
-    norm, column = model.final_norm, model.head.weight[token]
+    norm, column = model.final_norm, model.lm_head.weight[token]
     scale = torch.rsqrt(x.var(correction=0) + norm.eps)
-    return column * norm.gain * scale, None if norm.bias is None else norm.bias @ column
+    return column * norm.weight * scale, None if norm.bias is None else norm.bias @ column
 
 
 MUTANTS: dict[str, tuple[Callable[[Patch], None], list[str]]] = {
@@ -172,7 +172,7 @@ def test_the_last_row_of_the_lens_is_the_model(preset: str, attention: Attention
         embedded = model.token_embedding(TEXT)
         if model.position_embedding is not None:
             embedded = embedded + model.position_embedding(torch.arange(T))
-        torch.testing.assert_close(lens[0], model.head(model.final_norm(embedded)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(lens[0], model.lm_head(model.final_norm(embedded)), rtol=0, atol=1e-5)
     assert not torch.equal(lens[0], lens[1]) and not torch.equal(lens[1], lens[2])
 
 

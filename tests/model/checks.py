@@ -41,13 +41,13 @@ def random_model(preset: str, attention: AttentionImplementation = "eager", seed
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith(("q_norm.gain", "k_norm.gain")):
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.copy_(0.9 + 0.2 * noise)  # the scores' scale, where queries and keys are normalised
             elif name.endswith("gain"):
                 parameter.copy_(1 + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * noise)
-            elif "embedding" in name or name == "head.weight":
+            elif "embedding" in name or name == "lm_head.weight":
                 parameter.copy_(0.1 * noise)
             else:
                 parameter.copy_(1.1 * noise / math.sqrt(parameter.shape[1]))
@@ -75,7 +75,7 @@ def reference_of(model: gpt.GPT) -> Any:
 def recorded(model: gpt.GPT) -> Iterator[list[Tensor]]:
     """The attention weights (B, H, T, S) of each layer, in order, as the model uses them."""
     seen: list[Tensor] = []
-    modules = modules_of(model, gpt.AttentionWeights)
+    modules = modules_of(model, gpt.AttentionPattern)
     hooks = [module.register_forward_hook(lambda m, i, out: seen.append(out)) for module in modules]
     yield seen
     for hook in hooks:
@@ -162,9 +162,9 @@ def check_tied_head(preset: str) -> None:
     """One matrix embeds tokens and scores them, and it stays one after training's steps and after loading."""
     model = random_model(preset)
     model.load_state_dict(model.state_dict())
-    assert model.head.weight is model.token_embedding.weight
+    assert model.lm_head.weight is model.token_embedding.weight
     names = [name for name, _ in model.named_parameters()]
-    assert "head.weight" not in names and "token_embedding.weight" in names
+    assert "lm_head.weight" not in names and "token_embedding.weight" in names
 
 
 # The operations.

@@ -109,7 +109,7 @@ def test_large_weights_are_not_kept_and_small_ones_are(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_large_activation_is_computed_again(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens, times = random_model(preset, "chunked", n_layers=1), random_tokens(3, 9), []
-    mlp, size = model.blocks[0].mlp, 3 * 9 * model.config.width_of_mlp
+    mlp, size = model.blocks[0].mlp, 3 * 9 * model.config.d_mlp
     activation = mlp.activation
     monkeypatch.setattr(mlp, "activation", lambda x: times.append(1) or activation(x))
     kept, found = [], []

@@ -99,7 +99,7 @@ def test_the_cache_stays_where_it_is() -> None:
 
 def test_the_head_reads_the_last_position_of_a_prompt_alone() -> None:
     model, read = random_model("gpt2"), []
-    model.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape))
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape))
     written(model, random_tokens(2, 9), 3)
     assert read == [(2, 48)] * 3
 

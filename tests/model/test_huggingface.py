@@ -102,11 +102,11 @@ def test_there_and_back_again_is_the_same_model(preset: str, tmp_path: Path) -> 
     shape, vocab_size, state = from_huggingface(*to_huggingface(ours))
     assert vocab_size == VOCAB and state.keys() == ours.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
-    for name in ("preset", "n_layers", "n_heads", "kv_heads", "width_of_head", "width_of_mlp", "context"):
+    for name in ("preset", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "context"):
         assert getattr(shape, name) == getattr(ours.config, name)
     save_huggingface(ours, tmp_path)
     again = load_huggingface(tmp_path)
-    assert again.head.weight is again.token_embedding.weight
+    assert again.lm_head.weight is again.token_embedding.weight
     assert torch.equal(again(random_tokens(1, 9)), ours(random_tokens(1, 9)))
 
 
@@ -179,7 +179,7 @@ def test_the_original_gpt2_configuration_is_read() -> None:
     with torch.device("meta"):
         _, weights = to_huggingface(GPT(ModelConfig("gpt2", 12, 12, d_model=768, context=1024), 50257))
     shape, vocab_size, _ = from_huggingface(config, weights)
-    assert shape.width_of_mlp == 3072 and shape.dropout == 0 and vocab_size == 50257
+    assert shape.d_mlp == 3072 and shape.dropout == 0 and vocab_size == 50257
 
 
 def test_a_qwen3_configuration_of_transformers_4_is_read() -> None:
@@ -187,7 +187,7 @@ def test_a_qwen3_configuration_of_transformers_4_is_read() -> None:
     del config["rope_parameters"]
     old = {"rope_theta": 1000000, "rope_scaling": None, "sliding_window": None, "max_window_layers": 28}
     shape, _, _ = from_huggingface(config | old, weights)
-    assert shape.width_of_head == 10 and shape.kv_heads == 2
+    assert shape.d_head == 10 and shape.n_kv_heads == 2
 
 
 def test_files_say_that_they_hold_torch_tensors(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from model import functional
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation, ModelConfig
-from model.gpt import GPT, AttentionWeights, CausalSelfAttention
+from model.gpt import GPT, AttentionPattern, CausalSelfAttention
 from tests.model.checks import (
     PRESETS,
     SHAPES,
@@ -41,7 +41,7 @@ def test_the_first_guess_is_nearly_uniform(preset: Preset) -> None:
 def test_glass_begins_as_the_identity() -> None:
     """Its blocks write nothing yet: what is read goes straight to the head."""
     model, tokens = GPT(SHAPES["glass"], VOCAB), random_tokens(2, 9)
-    expected = model.head(model.final_norm(model.token_embedding(tokens)))
+    expected = model.lm_head(model.final_norm(model.token_embedding(tokens)))
     assert torch.equal(model(tokens), expected)
 
 
@@ -50,7 +50,7 @@ def test_weights_start_as_documented(preset: Preset) -> None:
     model = GPT(ModelConfig(preset, n_layers=8, n_heads=4, d_model=96, context=64), 500)
     for name, parameter in model.named_parameters():
         if name.endswith("gain"):
-            assert (parameter == (0.25 if preset == "glass" and name == "final_norm.gain" else 1)).all(), name
+            assert (parameter == (0.25 if preset == "glass" and name == "final_norm.weight" else 1)).all(), name
         elif name.endswith("bias"):
             assert (parameter == 0).all(), name
         else:
@@ -85,7 +85,7 @@ def test_gpt2_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         model = GPT(config, 50257)
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    assert model.head.weight.is_meta
+    assert model.lm_head.weight.is_meta
 
 
 def test_qwen3_has_the_published_number_of_parameters() -> None:
@@ -189,7 +189,7 @@ def test_hooks_see_the_weights_that_were_used(preset: Preset) -> None:
 def test_a_hook_may_change_what_is_read(preset: Preset) -> None:
     """With the identity for weights each position reads itself alone: the others cease to matter."""
     model = random_model(preset)
-    for weights in modules_of(model, AttentionWeights):
+    for weights in modules_of(model, AttentionPattern):
         weights.register_forward_hook(lambda module, inputs, out: torch.eye(*out.shape[-2:]).expand_as(out))
     tokens = random_tokens(1, 9)
     with torch.no_grad():

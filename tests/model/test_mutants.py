@@ -65,7 +65,7 @@ def projecting(change: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable
 
 
 def untie(model: GPT) -> None:
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
 def positions_off_by_one(model: GPT) -> None:

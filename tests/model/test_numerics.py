@@ -63,8 +63,8 @@ def test_gradients_are_the_slopes_of_the_loss(preset: Preset, face: AttentionImp
 
     def losses(*parameters: Tensor) -> Tensor:
         state = dict(zip(names, parameters, strict=True))
-        if "head.weight" not in state:
-            state["head.weight"] = state["token_embedding.weight"]
+        if "lm_head.weight" not in state:
+            state["lm_head.weight"] = state["token_embedding.weight"]
         logits = functional_call(model, state, (tokens,))
         return F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1).flatten(), reduction="none")
 

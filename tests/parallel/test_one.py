@@ -168,8 +168,8 @@ def test_one_process_under_torchrun_learns_what_one_does_without(sharding: str, 
         gather_weights(stepped, model)
         assert all(is_dtensor(p) == (sharding == "fsdp") for p in stepped.parameters())
         moments = optimizer.state_dict()
-        assert model.head.weight is model.token_embedding.weight
-        assert unwrap_model(stepped).head.weight is unwrap_model(stepped).token_embedding.weight
+        assert model.lm_head.weight is model.token_embedding.weight
+        assert unwrap_model(stepped).lm_head.weight is unwrap_model(stepped).token_embedding.weight
     for first, a, b in zip(plain().parameters(), alone.parameters(), model.parameters(), strict=True):
         assert (a - b).norm() <= 0.02 * (a - first).norm()
     found = expected.state_dict()

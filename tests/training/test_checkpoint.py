@@ -34,7 +34,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
         assert now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
     model = found.model(MACHINE)
     assert checkpoint.sha256_of_weights(model) == checkpoint.sha256_of_weights(GPT(SHAPE, found.vocab_size))
-    assert model.head.weight is model.token_embedding.weight and not model.training
+    assert model.lm_head.weight is model.token_embedding.weight and not model.training
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000003"]
 
 
@@ -108,7 +108,7 @@ def replaced(name: str, change: Callable[[dict[str, Tensor]], object], folder: P
     vouch(folder)
 
 
-NORM, UP = "final_norm.gain", "blocks.1.mlp.up.weight"
+NORM, UP = "final_norm.weight", "blocks.1.mlp.up.weight"
 CHANGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "is nan": lambda t: t[f"{UP}"].view(-1)[5:6].fill_(float("nan")),
     "is infinite": lambda t: t[f"{NORM}"].fill_(-float("inf")),

@@ -119,7 +119,7 @@ def kept_by(model: GPT, ctx: DistContext, rows: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), ctx.autocast():
-        model.features(torch.zeros(rows, model.config.context, dtype=torch.long))
+        model.hidden_states(torch.zeros(rows, model.config.context, dtype=torch.long))
     return sum(blocks.values())
 
 
