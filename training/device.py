@@ -1,16 +1,19 @@
-"""The machine a run lives on: device, number format, kernels, compilation, and its place among torchrun's processes.
+"""The only place that decides device, dtype, attention implementation and compilation; and a process's place in its group.
 
-The place that asks "cuda or cpu?", and through which processes agree. What it chooses it can say in one line,
-`DistContext.describe`. How a model is shared among processes stands in `training/distributed.py`.
+Every decision is a rule, so that the same command computes the same bits on the same machine. How a model is wrapped for
+several processes is in `training/distributed.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import cast
@@ -20,218 +23,284 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import deterministic
 
-from common.errors import CONFIG, UserError
+from common.errors import CONFIG, DISK_OR_MEMORY, UserError
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import TrainConfig
-from training.memory import keep_freed_memory
 
 COMPILE_SECONDS = 300.0
-"""A run that would take longer than this without it earns the minute that torch.compile takes."""
-ASSUMED_FLOPS = 1.5e11
-"""Operations a second in matrix products that a small processor is taken to reach before it is measured."""
+"""On a CPU, `compile = "auto"` compiles a run estimated to take longer than this: compiling takes up to a minute."""
+COMPILE_STEPS = 1000
+"""The same on a GPU, in steps."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt` (malloc.h)."""
+LARGEST_MMAP_THRESHOLD = 32 << 20
+"""Bytes: glibc accepts no higher value on 64-bit systems."""
+OOM_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """Where a process computes, and its place among the others."""
+    """Device and dtype of this process, and its rank among all processes."""
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    dtype_reason: str = ""
+    """Why `dtype` was chosen, in a word or two."""
 
     @property
     def is_main_process(self) -> bool:
-        """True for the one process that prints and writes."""
+        """True for rank 0, which prints and writes files."""
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Matrix products in this machine's number format; weights and sums stay in fp32."""
+        """Matrix products in `dtype`; parameters and reductions stay in fp32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A processor's tensor on this machine's device; a GPU fetches it on its own, while it is given more to do."""
+        """Copy a CPU tensor to the device, asynchronously on a GPU."""
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, on this machine's device; `value` itself may be overwritten."""
+        """Sum a tensor over all processes, on the device; `value` may be overwritten."""
         if self.world_size == 1:
             return value
-        here = value.to(self.device)
-        dist.all_reduce(here)
-        return here
+        value = value.to(self.device)
+        dist.all_reduce(value)
+        return value
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of what the processes say, on every process: how they agree on a step, a signal, a failure."""
+        """Maximum of an integer over all processes; used to agree on signals and failures."""
         if self.world_size == 1:
             return value
-        here = torch.tensor(value, device=self.device)
-        dist.all_reduce(here, dist.ReduceOp.MAX)
-        return int(here)
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
 
-    def broadcast_str(self, text: str, source: int = 0) -> str:
-        """The text of the first process, or of `source`, on every process."""
+    def broadcast_str(self, text: str, src: int = 0) -> str:
+        """Return the text of rank `src` on every process."""
         if self.world_size == 1:
             return text
         content = list(text.encode("utf-8", "surrogateescape"))
         length = torch.tensor(len(content), device=self.device)
-        dist.broadcast(length, source)
-        if self.rank == source:
-            told = torch.tensor(content, dtype=torch.uint8, device=self.device)
+        dist.broadcast(length, src)
+        if self.rank == src:
+            data = torch.tensor(content, dtype=torch.uint8, device=self.device)
         else:
-            told = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        if len(told):
-            dist.broadcast(told, source)
-        return bytes(told.tolist()).decode("utf-8", "surrogateescape")
+            data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if len(data):
+            dist.broadcast(data, src)
+        return bytes(data.tolist()).decode("utf-8", "surrogateescape")
 
-    def check_same_everywhere(self, what: dict[str, str]) -> None:
-        """Go on only if every process says the same of each thing named.
+    def check_same_everywhere(self, values: dict[str, str]) -> None:
+        """Check that every process has the same `values`, given as {description: text}.
 
         Raises:
-            UserError: on every process, naming the first thing that differs and a process that differs.
+            UserError: on every process, naming the first value that differs and a rank where it does (exit code 2).
         """
-        first = json.loads(self.broadcast_str(json.dumps(what)))
-        different = [key for key in [*first, *what] if first.get(key) != what.get(key)]
-        odd = self.all_reduce_max(self.rank if different else 0)  # the first process never differs from itself
-        if odd:
-            key = self.broadcast_str(different[0] if different else "", odd)
-            here, there = first_difference(*(self.broadcast_str(what.get(key, ""), rank) for rank in (0, odd)))
+        expected = json.loads(self.broadcast_str(json.dumps(values)))
+        different = [key for key in [*expected, *values] if expected.get(key) != values.get(key)]
+        rank = self.all_reduce_max(self.rank if different else 0)  # rank 0 never differs from itself
+        if rank:
+            key = self.broadcast_str(different[0] if different else "", rank)
+            a, b = first_difference(*(self.broadcast_str(values.get(key, ""), src) for src in (0, rank)))
             raise UserError(
-                f"{key} differs: {here!r} on process 0, {there!r} on process {odd}; "
+                f"{key} differs: {a!r} on process 0, {b!r} on process {rank}; "
                 "start every process with the same command, data and versions",
                 CONFIG,
             )
 
     def describe(self) -> str:
-        """The choices in words, such as `cpu, 2 threads, bf16`."""
+        """The choices in words, such as `cpu, 2 threads, bf16 (AVX512-BF16)`."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"{name}{threads}{processes}, {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}"
+        reason = f" ({self.dtype_reason})" if self.dtype_reason else ""
+        return f"{name}{threads}{processes}, {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}{reason}"
 
 
-def first_difference(one: str, other: str) -> tuple[str, str]:
-    """The first line in which two texts differ, of each one; at most 80 characters."""
-    lines = zip_longest(one.splitlines(), other.splitlines(), fillvalue="")
-    a, b = next(((a, b) for a, b in lines if a != b), (one, other))
-    return a[:80], b[:80]
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices natively; elsewhere bf16 is emulated and slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+def first_difference(a: str, b: str) -> tuple[str, str]:
+    """The first line in which two texts differ, from each text; at most 80 characters."""
+    pairs = zip_longest(a.splitlines(), b.splitlines(), fillvalue="")
+    line_a, line_b = next(((x, y) for x, y in pairs if x != y), (a, b))
+    return line_a[:80], line_b[:80]
 
 
 def get_dist_context(dtype: str = "auto", threads: int = 0) -> DistContext:
-    """The device of this process and the number format that pays on it.
+    """Choose device and dtype for this process.
 
-    Under torchrun each process takes the GPU of its local rank; its group must be open (`training/distributed.py`).
+    Under torchrun each process takes the GPU of its local rank; the process group must be initialised
+    (`distributed.process_group`).
+
+    Args:
+        dtype: `auto` takes bf16 where the hardware multiplies it natively, else fp32.
+        threads: CPU threads; 0 leaves torch's default.
     """
     if threads:
         torch.set_num_threads(threads)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    fast = bf16_is_fast(device) if dtype == "auto" else dtype == "bf16"
+    support = native_bf16(device)
+    use_bf16 = bool(support) if dtype == "auto" else dtype == "bf16"
+    reason = (support or "no native bf16") if dtype == "auto" else "train.dtype"
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return DistContext(device, torch.bfloat16 if fast else torch.float32, rank, world_size, local)
+    return DistContext(device, torch.bfloat16 if use_bf16 else torch.float32, rank, world_size, local_rank, reason)
+
+
+def native_bf16(device: torch.device) -> str:
+    """The hardware feature that multiplies bf16 matrices, or "" where bf16 is emulated, which is slow."""
+    if device.type == "cuda":
+        return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        amx, avx512 = capabilities.get("amx_tile", False), capabilities.get("avx512_bf16", False)
+    else:  # older versions of torch have only private functions for it
+        tests = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16"))
+        amx, avx512 = (test() for test in tests)
+    return "AMX" if amx else "AVX512-BF16" if avx512 else ""
 
 
 def resolve_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
-    """The config with `kernels` decided. The library's win, but for its attention in bf16 on a processor."""
+    """Replace `attention = "auto"`: chunked for bf16 on a CPU, where torch's kernel is slow, else sdpa."""
     if config.attention != "auto":
         return config
     return replace(config, attention="chunked" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa")
 
 
 def should_compile(train: TrainConfig, seconds: float, device: torch.device) -> bool:
-    """Whether `auto` tries to compile: where a compiler is there and the run is long enough to earn its minute back.
+    """Whether to compile the model; `auto` compiles a long run where a compiler is installed.
 
     Args:
-        seconds: that all the steps would take without it.
+        seconds: estimated time of all steps without compiling.
     """
     if train.compile != "auto":
         return train.compile == "on"
     if device.type == "cuda":
-        return train.steps >= 1000
-    return has_compiler(device) and seconds > COMPILE_SECONDS
+        return train.steps >= COMPILE_STEPS
+    return seconds > COMPILE_SECONDS and has_compiler(device)
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: for a processor it writes C++."""
+    """Whether torch.compile has what it needs: a C++ compiler on a CPU."""
     return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> nn.Module:
-    """The model as it is stepped, through torch.compile; as it was, with one line on stderr, if that fails anywhere.
+def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[nn.Module, bool]:
+    """The model through torch.compile, and whether that worked; if not, the model itself and a line on stderr.
 
-    It is tried on `example` first, without a word to the other processes: then all go on compiled, or none. A model
-    whose weights are split is compiled block by block, in place, since weights are exchanged between the blocks.
+    Each process first tries `example` (B, T) without communication; then all use the compiled model, or none does.
+    An FSDP model is compiled block by block, in place, because parameters are gathered between the blocks.
     """
     from torch.distributed.fsdp import FSDPModule
 
     set_deterministic(ctx.device.type == "cpu")
-    split = isinstance(model, FSDPModule)
-    failure, fast = "", model
+    is_fsdp, error_text, compiled = isinstance(model, FSDPModule), "", model
     try:
-        if split:
-            shape = cast(GPT, model)
-            small = GPT(replace(shape.config, n_layers=1), shape.vocab_size).to(ctx.device)
-            trial = compile_blocks(small)
+        if is_fsdp:
+            gpt = cast(GPT, model)
+            trial: nn.Module = GPT(replace(gpt.config, n_layers=1), gpt.vocab_size).to(ctx.device)
+            compile_blocks(trial)
         else:
-            trial = fast = torch.compile(model)  # type: ignore[assignment]
-        with no_sync(model):
+            trial = compiled = torch.compile(model)  # type: ignore[assignment]
+        with getattr(model, "no_sync", contextlib.nullcontext)():
             forward_backward(trial, example, ctx)
-    except Exception as error:  # a compiler fails in too many ways to name; the run goes on without it
-        failure = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        print(f"torch.compile failed, going on without it: {failure}", file=sys.stderr)
+    except Exception as error:  # compilers fail in too many ways to list; training works without
+        error_text = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        print(f"torch.compile failed, training continues without it: {error_text}", file=sys.stderr)
     model.zero_grad(set_to_none=True)
-    if ctx.all_reduce_max(int(bool(failure))):
+    if ctx.all_reduce_max(int(bool(error_text))):
         set_deterministic(False)
-        return model
-    return compile_blocks(model) if split else fast
+        return model, False
+    if is_fsdp:
+        compile_blocks(model)
+    return compiled, True
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block of a GPT in place."""
+    for block in cast(GPT, model).blocks:
+        block.compile()
 
 
 def forward_backward(model: nn.Module, tokens: Tensor, ctx: DistContext) -> None:
-    """A forward and a backward pass that leave no gradient."""
+    """Run a forward and a backward pass and discard the gradient."""
     with ctx.autocast():
         logits: Tensor = model(tokens)
     logits.float().sum().backward()
     model.zero_grad(set_to_none=True)
 
 
-def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Backward passes without a word to the other processes."""
-    return getattr(model, "no_sync", contextlib.nullcontext)()
-
-
 def set_deterministic(on: bool) -> None:
-    """Whether compiled code adds up the embedding's gradient in a fixed order, whatever its threads do.
-
-    Else no compiled run is like another. Without the compiler the order is fixed anyway.
-    """
+    """Make compiled code sum the embedding's gradient in a fixed order; without compiling the order is fixed anyway."""
     torch.use_deterministic_algorithms(on, warn_only=True)
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is for finding mistakes
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only needed for debugging
 
 
-def compile_blocks(model: nn.Module) -> nn.Module:
-    """The model itself, its blocks compiled."""
-    for block in cast(GPT, model).blocks:
-        block.compile()
-    return model
+def synchronize(ctx: DistContext) -> None:
+    """Wait until a GPU has finished its queued work."""
+    if ctx.device.type == "cuda":
+        torch.cuda.synchronize(ctx.device)
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `compiled` changed anything."""
-    blocks = getattr(model, "blocks", [])
-    return hasattr(model, "_orig_mod") or any(block._compiled_call_impl is not None for block in blocks)
+def measure_matmul_flops(ctx: DistContext) -> float:
+    """FLOP/s of a large matrix product in `ctx.dtype`: the best of five, in about 0.1 s."""
+    size = 4096 if ctx.device.type == "cuda" else 1024
+    a, b = torch.ones(2, size, size, device=ctx.device, dtype=ctx.dtype)
+    times = []
+    for _ in range(6):  # the first one loads libraries
+        synchronize(ctx)
+        start = time.perf_counter()
+        a @ b
+        synchronize(ctx)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory in the process instead of returning it to the system.
+
+    Otherwise pages are returned and cleared again during every step, a ninth of its time (benchmarks/NOTES.md).
+    Settings made by the user in the environment take precedence.
+    """
+    is_set = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if is_set or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+
+
+@contextlib.contextmanager
+def advise_on_oom(micro_batch_size: int, batch_size: int) -> Iterator[None]:
+    """Turn running out of memory in the body into one line of advice.
+
+    Raises:
+        UserError: naming the micro-batch size to try (exit code 6).
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_oom(error):
+            raise
+        if micro_batch_size > 1:
+            advice = f"try --train.micro_batch_size {micro_batch_size // 2}; the batch of {batch_size} stays the same"
+        else:
+            advice = "lower model.context or the model's size, or shard it over processes with --train.sharding fsdp"
+        raise UserError(f"out of memory with {micro_batch_size} sequences at once: {advice}", DISK_OR_MEMORY) from error
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether an error means that memory ran out; on a CPU torch raises a RuntimeError that says so."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in OOM_MESSAGES)

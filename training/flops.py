@@ -13,7 +13,11 @@ import torch
 
 from model.config import ModelConfig
 from model.gpt import GPT
+from training.config import RunConfig
 from training.muon import ROUNDS
+
+ASSUMED_FLOPS = 1.5e11
+"""FLOP/s that a small CPU is assumed to reach in training."""
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
@@ -65,6 +69,13 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> FlopsPerToken:
         mlp=config.n_layers * 2 * config.d_model * config.d_mlp * (gates + 1),
         head=2 * config.d_model * vocab_size,
     )
+
+
+def estimate_train_seconds(config: RunConfig, vocab_size: int, world_size: int) -> float:
+    """Rough time of all steps of a run at `ASSUMED_FLOPS`, before anything is measured."""
+    cost = flops_per_token(config.model, vocab_size)
+    tokens = config.train.steps * config.train.batch_size * config.model.context
+    return tokens * (cost.forward + cost.backward) / ASSUMED_FLOPS / world_size
 
 
 def muon_flops(config: ModelConfig) -> int:

@@ -16,7 +16,6 @@ from common.errors import CONFIG, UserError, escape_control_chars
 from data.dataloader import pack_documents
 from data.found import Found, find
 from model.config import ATTENTION_IMPLEMENTATIONS
-from training.choice import choose_way
 from training.config import RunConfig
 from training.device import DistContext, get_dist_context, resolve_attention, should_compile
 from training.flops import count_parameters, flops_per_token, muon_flops
@@ -120,8 +119,7 @@ def planned(config: RunConfig, place: PlanTarget) -> Plan:
     ctx, text = get_dist_context(config.train.dtype, config.run.threads), find(config.data)
     rows = micro_batch_rows(config, place.count)
     if place.gpu is None:
-        way = choose_way(config, ctx, text.vocab_size, rows, {}).way
-        ctx, model = way.machine(ctx), way.model(config.model)
+        model = resolve_attention(config.model, ctx.device, ctx.dtype)
     else:
         low = config.train.dtype != "fp32" and place.gpu.bf16 > 0
         ctx = replace(ctx, dtype=torch.bfloat16 if low else torch.float32)

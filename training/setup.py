@@ -19,11 +19,10 @@ from data.prepare import TokenizedCorpus
 from model.gpt import GPT
 from training import checkpoint
 from training.checkpoint import Checkpoint, Origin, TrainState
-from training.choice import choose_way, compiled_if_faster
 from training.config import RunConfig, to_toml
-from training.device import DistContext, compile_model, is_compiled, should_compile
+from training.device import DistContext, advise_on_oom, compile_model, resolve_attention, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
-from training.memory import advise_on_oom
+from training.flops import estimate_train_seconds
 from training.metrics import Metrics, Progress
 from training.optimizer import Optimizer
 from training.pace import Pace
@@ -57,7 +56,7 @@ class Run:
                 CONFIG,
             )
         ctx.check_same_everywhere({"the corpus": data.fingerprint})
-        self.config, self.data = config, data
+        self.config, self.ctx, self.data = config, ctx, data
         self.folder = Path(config.run.dir)
         self.saver = Saver(self.folder, config.train.keep_checkpoints) if ctx.is_main_process else None
         saved = checkpoint.open_checkpoint(Path(config.run.resume)) if config.run.resume else None
@@ -66,9 +65,6 @@ class Run:
             ctx.check_same_everywhere({"the checkpoint": str(saved.state)})
         rows = micro_batch_rows(config, ctx.world_size)
         with advise_on_oom(rows, config.train.batch_size):
-            begun = saved.origin.how if saved is not None else {}
-            self.choice = choose_way(config, ctx, data.tokenizer.vocab_size, rows, begun)
-            self.ctx = ctx = self.choice.way.machine(ctx)
             self.model, self.wrapped_model, self.optimizer, state = self.build(saved)
         self.trainer = Trainer(config, ctx, data, self.model, self.wrapped_model, self.optimizer, state, bool(saved))
         self.origin = Origin(data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how())
@@ -90,7 +86,7 @@ class Run:
         """The plain model, the one that is stepped, its optimizer, where they stand: new, or as a checkpoint says."""
         config, ctx = self.config, self.ctx
         vocab_size = self.data.tokenizer.vocab_size
-        shape = self.choice.way.model(config.model)
+        shape = resolve_attention(config.model, ctx.device, ctx.dtype)
         model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.restored(shape)
         state = TrainState() if saved is None else saved.state
         stepped = wrap_model(model, ctx, config.train.sharding)
@@ -100,20 +96,20 @@ class Run:
                 optimizer.load_state_dict(saved.moments())
             except ValueError as error:
                 raise UserError(f"cannot go on from {saved.folder}: {error}", CHECKPOINT) from error
-        return model, self.faster(stepped, saved), optimizer, state
+        stepped, self.is_compiled = self.maybe_compile(stepped, saved)
+        return model, stepped, optimizer, state
 
-    def faster(self, stepped: nn.Module, saved: Checkpoint | None) -> nn.Module:
-        """The model compiled where that pays; a resumed run goes on as it began."""
+    def maybe_compile(self, model: nn.Module, saved: Checkpoint | None) -> tuple[nn.Module, bool]:
+        """The model compiled where that pays, and whether it is; a resumed run keeps what it started with."""
         config, ctx = self.config, self.ctx
-        wanted = should_compile(config.train, self.choice.seconds(config, ctx.world_size), ctx.device)
-        decided = config.train.compile == "on"
+        seconds = estimate_train_seconds(config, self.data.tokenizer.vocab_size, ctx.world_size)
+        wanted = should_compile(config.train, seconds, ctx.device)
         if saved is not None and config.train.compile == "auto" and "compiled" in saved.origin.how:
-            wanted = decided = saved.origin.how["compiled"] == "yes"
+            wanted = saved.origin.how["compiled"] == "yes"
         if not wanted:
-            return stepped
+            return model, False
         shape = (micro_batch_rows(config, ctx.world_size), config.model.context)
-        example = torch.zeros(shape, dtype=torch.long, device=ctx.device)
-        return (compile_model if decided else compiled_if_faster)(stepped, example, ctx)
+        return compile_model(model, torch.zeros(shape, dtype=torch.long, device=ctx.device), ctx)
 
     def how(self) -> dict[str, str]:
         """The path that the numbers take; another path may round otherwise."""
@@ -122,7 +118,7 @@ class Run:
             "device": ctx.device.type,
             "dtype": str(ctx.dtype).removeprefix("torch."),
             "attention": self.model.config.attention,
-            "compiled": "yes" if is_compiled(self.wrapped_model) else "no",
+            "compiled": "yes" if self.is_compiled else "no",
             "threads": str(torch.get_num_threads()),
             "processes": str(ctx.world_size),
             "torch": torch.__version__,
@@ -159,8 +155,8 @@ class Run:
             f"model   {shape.preset}: {shape.n_layers} layers, {shape.n_heads} heads, width {shape.d_model}, "
             f"context {shape.context}; {parameters:,} parameters"
         )
-        mode = "compiled" if self.origin.how["compiled"] == "yes" else "eager"
-        say(f"machine {self.ctx.describe()}, {shape.attention} attention, {mode}{self.choice.said()}")
+        mode = "compiled" if self.is_compiled else "not compiled"
+        say(f"machine {self.ctx.describe()}, {shape.attention} attention, {mode}")
         begin = f"from step {self.state.step} " if self.state.step else ""
         say(f"run     {self.folder}: {begin}to step {train.steps}, {train.batch_size} x {shape.context} tokens each")
 

@@ -15,7 +15,7 @@ from torch import nn
 from data.dataloader import batch
 from model.gpt import GPT
 from training.config import RunConfig
-from training.device import DistContext, compile_model
+from training.device import DistContext, compile_model, measure_matmul_flops
 from training.flops import flops_per_token, muon_flops
 from training.footprint import Footprint, stand_in
 from training.hardware import GPU
@@ -82,7 +82,7 @@ def measured(config: RunConfig, vocab_size: int, ctx: DistContext, rows: int, se
         seconds: that steps are measured for, about.
     """
     cost = flops_per_token(config.model, vocab_size)
-    products = product_speed(ctx)
+    products = measure_matmul_flops(ctx)
     window = config.model.context * (cost.forward + cost.backward) / (0.3 * products)
     some = max(1, min(rows, int(seconds / 2 / window)))
     whole = some == rows
@@ -91,7 +91,7 @@ def measured(config: RunConfig, vocab_size: int, ctx: DistContext, rows: int, se
     stepped: nn.Module = model
     if config.train.compile == "on":
         example = torch.zeros(some, config.model.context, dtype=torch.long, device=ctx.device)
-        stepped = compile_model(model, example, ctx)
+        stepped, _ = compile_model(model, example, ctx)
     trainer = stand_in(config, vocab_size, ctx, model, some, pieces, stepped=stepped)
     step = steps(trainer, ctx, seconds)
     done = min(some * pieces, config.train.batch_size)
@@ -118,11 +118,3 @@ def optimizer_seconds(trainer: Trainer, ctx: DistContext, rows: int) -> float:
         trainer.forward_backward(batch(trainer.data.train, trainer.train_sequences, 0, step, rows), 1)
         found.append(once(trainer.optimizer.step, ctx))
     return statistics.median(found)
-
-
-def product_speed(ctx: DistContext) -> float:
-    """Operations a second of a large matrix product in this machine's number format."""
-    size = 4096 if ctx.device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=ctx.device, dtype=ctx.dtype) for _ in range(2))
-    once(lambda: left @ right, ctx)
-    return 2 * size**3 / min(once(lambda: left @ right, ctx) for _ in range(5))

@@ -14,12 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from common.errors import CONFIG, DATA, UserError
-from training.choice import choose_way
 from training.config import RunConfig
-from training.device import COMPILE_SECONDS, DistContext, has_compiler
+from training.device import COMPILE_SECONDS, DistContext, has_compiler, resolve_attention
 from training.speed import Speed, measured
 from training.trainer import FINAL_TARGETS
 
@@ -234,16 +231,9 @@ def shaped(config: RunConfig, size: Size) -> RunConfig:
 
 def speed(size: Size, config: RunConfig, ctx: DistContext, vocab_size: int) -> Speed:
     """How fast that size is here; compiled if `train.compile` is on."""
-    config, threads = shaped(config, size), torch.get_num_threads()
-    endless = replace(
-        config, train=replace(config.train, steps=1 << 40)
-    )  # how many steps there will be is not known yet
-    way = choose_way(endless, ctx, vocab_size, size.batch_size, {}).way
-    config = replace(config, model=way.model(config.model))
-    seconds = max(1.0, MEASURING * 60 * config.train.minutes)
-    found = measured(config, vocab_size, way.machine(ctx), size.batch_size, seconds)
-    torch.set_num_threads(threads)
-    return found
+    config = shaped(config, size)
+    config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
+    return measured(config, vocab_size, ctx, size.batch_size, max(1.0, MEASURING * 60 * config.train.minutes))
 
 
 def offer(size: Size, known: Mapping[Size, Speed], seconds: float, text: int, held_out: int) -> Offer:

@@ -143,7 +143,7 @@ def count_compiled(ctx: DistContext, folder: Path) -> None:
     for sharding in ("none", "fsdp"):
         stepped = wrap_model(plain(shape=shape), ctx, sharding)
         example = torch.zeros(2, SHAPE.context, dtype=torch.long)
-        fast = compile_model(stepped, example, ctx)
+        fast, _ = compile_model(stepped, example, ctx)
         counts = exchanges(fast, ctx)
         stepped.zero_grad()
         gradient(fast, ctx, 0)
@@ -185,7 +185,7 @@ def fail_to_compile(ctx: DistContext, folder: Path) -> None:
 
     torch.compile = broken if ctx.rank == ctx.world_size - 1 else lazy  # type: ignore[assignment]
     stepped = wrap_model(plain(), ctx, "none")
-    fast = compile_model(stepped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
+    fast, _ = compile_model(stepped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
     (folder / f"compiler-{ctx.rank}.json").write_text(json.dumps(fast is stepped))
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import LOST_PROCESS, UserError
 from tests.parallel.programs import optimizer_of, plain, train
-from training.device import DistContext, compile_model, first_difference, get_dist_context, is_compiled
+from training.device import DistContext, compile_model, first_difference, get_dist_context
 from training.distributed import (
     clip_grad_norm,
     distribute,
@@ -251,10 +251,10 @@ def test_all_go_on_uncompiled_where_one_cannot_compile(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "compile", lambda model: nn.Sequential(model))
     model, example = plain(), torch.zeros(1, 4, dtype=torch.long)
-    assert compile_model(model, example, Other(CPU.device, CPU.dtype)) is model
-    fast = compile_model(model, example, CPU)
+    assert compile_model(model, example, Other(CPU.device, CPU.dtype)) == (model, False)
+    fast, is_compiled = compile_model(model, example, CPU)
     assert fast is not model and all(p.grad is None for p in model.parameters())
-    assert not is_compiled(model)
+    assert is_compiled
 
 
 def test_the_blocks_of_a_split_model_are_compiled_in_place(torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,5 +264,4 @@ def test_the_blocks_of_a_split_model_are_compiled_in_place(torchrun: None, monke
     monkeypatch.setattr(nn.Module, "compile", pretend)
     with process_group(60):
         stepped = wrap_model(plain(), get_dist_context("fp32"), "fsdp")
-        assert not is_compiled(stepped)
-        assert compile_model(stepped, torch.zeros(1, 4, dtype=torch.long), CPU) is stepped and is_compiled(stepped)
+        assert compile_model(stepped, torch.zeros(1, 4, dtype=torch.long), CPU) == (stepped, True)

@@ -26,8 +26,7 @@ from tests.runs import ROOT
 from training import signals
 from training.checkpoint import TrainState
 from training.config import DataConfig, RunConfig, RunSettings, TrainConfig
-from training.device import DistContext
-from training.memory import advise_on_oom
+from training.device import DistContext, advise_on_oom
 from training.optimizer import Optimizer
 from training.signals import Stop
 from training.trainer import Trainer, evaluate
