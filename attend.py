@@ -26,7 +26,7 @@ from tyro.conf import Positional
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars, run_main
 from training.cli import parse, split_options
-from training.run_dir import refuse_links
+from training.run_dir import check_links
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def command(name: str, argv: list[str]) -> None:
     from inspection.terminal import to_csv, to_json
 
     if name in WRITING and Path(config.run).is_dir():
-        refuse_links(run_of(Path(config.run)))
+        check_links(run_of(Path(config.run)))
     extra = {"origin": origin} if name in ("verify", "evidence") else {}
     result = module.run(config, terminal(), **extra)
     if getattr(config, "json", False):
@@ -142,7 +142,7 @@ def origin(folder: Path, step: int) -> Origin | None:
         folder: of the run; of a single attention file, the file, which may lie in one.
     """
     from inspection.commands.verify import Origin
-    from training.checkpoint import fault_of, open_checkpoint, read_state
+    from training.checkpoint import open_checkpoint, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
     from training.provenance import provenance
 
@@ -153,14 +153,14 @@ def origin(folder: Path, step: int) -> Origin | None:
         kept = [path for path in near[: 1 if folder.is_dir() else 3] if path.is_dir()]
         if not kept:
             return None
-        if fault := fault_of(kept[0]):
+        if fault := verify_checkpoint(kept[0]):
             print(
                 f"passing over the damaged checkpoint {escape_control_chars(kept[0])}: {escape_control_chars(fault)}",
                 file=sys.stderr,
             )
             return None
-        saved = read_state(kept[0])
-    model, tokenizer = saved.model(get_dist_context("fp32")), saved.tokenizer()
+        saved = read_checkpoint(kept[0])
+    model, tokenizer = saved.load_model(get_dist_context("fp32")), saved.tokenizer()
     return Origin(model, saved.state.step, provenance(model, tokenizer, saved.state), tokenizer.token_bytes)
 
 
@@ -175,8 +175,8 @@ def look(config: AttendConfig) -> None:
     check_prompt(config.prompt)
     saved = open_checkpoint(Path(config.run))
     tokenizer = saved.tokenizer()
-    tokens = encode_prompt(tokenizer, config.prompt, saved.documents)
-    model = saved.model(get_dist_context("fp32"))
+    tokens = encode_prompt(tokenizer, config.prompt, saved.starts_with_eot)
+    model = saved.load_model(get_dist_context("fp32"))
     chosen = find_head(config.head, model.config.n_layers, model.config.n_heads)
     if not config.prompt:
         tokens = generate_tokens(model, tokenizer, tokens, config.tokens, config.seed)
@@ -259,7 +259,7 @@ def write_files(
     from training.provenance import provenance
 
     if not config.out and saved.folder.parent.name == "checkpoints":
-        refuse_links(saved.folder.parent.parent)
+        check_links(saved.folder.parent.parent)
     folder = Path(config.out) if config.out else saved.folder.parent.parent / "attention"
     text = config.prompt or f"own text, seed {config.seed}"
     slug = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:24].strip("-")
@@ -289,14 +289,18 @@ def write_own_page(path: Path, newest: Checkpoint, text: str, tokens: list[int])
     from inspection import record
     from inspection.activation_cache import run_with_cache_batch
     from inspection.page_builder import PageRun, write_page
-    from training.checkpoint import fault_of, read_state, steps_in
+    from training.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
     from training.provenance import provenance
 
     machine, seen = get_dist_context("fp32"), []
-    folders = [f for f in steps_in(newest.folder.parent) if int(f.name) < newest.state.step and fault_of(f) is None]
-    for saved in [*map(read_state, folders), newest]:
-        model, tokenizer = saved.model(machine), saved.tokenizer()
+    folders = [
+        f
+        for f in list_checkpoints(newest.folder.parent)
+        if int(f.name) < newest.state.step and verify_checkpoint(f) is None
+    ]
+    for saved in [*map(read_checkpoint, folders), newest]:
+        model, tokenizer = saved.load_model(machine), saved.tokenizer()
         capture = run_with_cache_batch(model, [tokens], details=saved is newest)[0]
         rows = [(text, capture, [tokenizer.token_bytes(token) for token in tokens])]
         with tempfile.TemporaryDirectory() as folder:

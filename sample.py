@@ -83,8 +83,8 @@ def main(argv: list[str]) -> None:
     if config.attend:
         path = attention_path(config.attend)
     tokenizer = checkpoint.tokenizer()
-    prompt = encode_prompt(tokenizer, config.prompt, checkpoint.documents)
-    model = checkpoint.model(get_dist_context("fp32"))
+    prompt = encode_prompt(tokenizer, config.prompt, checkpoint.starts_with_eot)
+    model = checkpoint.load_model(get_dist_context("fp32"))
     if len(prompt) > model.config.context:
         print(
             f"the prompt has {len(prompt)} tokens, more than the context of {model.config.context}; only its end is used",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from common.errors import run_main
 from training.config import RunConfig, parse_train
 from training.hardware import parse_plan_option
-from training.run_dir import run_folder
+from training.run_dir import open_run_dir
 
 if TYPE_CHECKING:
     from data.prepare import TokenizedCorpus
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     argv, place = parse_plan_option(argv)
     config, name = parse_train([word for word in argv if word != CHECK])
     if CHECK in argv:
-        from training.check import check_resume
+        from training.resume_check import check_resume
 
         check_resume(config)
         return
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
         plan(config, place, name)
         return
-    with run_folder(config, name) as config:
+    with open_run_dir(config, name) as config:
         from training.distributed import process_group
 
         with process_group(config.run.dist_timeout):

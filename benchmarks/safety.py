@@ -56,16 +56,16 @@ def model_124m() -> tuple[Any, Any, Any]:
 def save(root: str | None, rounds: int) -> None:
     """Saves and plain writes of the same bytes in turn."""
     from data.vocabulary import ByteTokenizer
-    from training.checkpoint import Origin, TrainState
-    from training.saving import Saver
+    from training.checkpoint import RunEnvironment, TrainState
+    from training.saving import CheckpointWriter
 
     config, weights, moments = model_124m()
     raw, blocked, verified = [], [], []
     with tempfile.TemporaryDirectory(dir=root) as folder:
-        saver = Saver(Path(folder), keep=1)
+        saver = CheckpointWriter(Path(folder), keep=1)
         for step in range(1, rounds + 1):
             start = time.perf_counter()
-            final = saver.save(config, TrainState(step), weights, moments, ByteTokenizer(), 50257, Origin(True))
+            final = saver.save(config, TrainState(step), weights, moments, ByteTokenizer(), 50257, RunEnvironment(True))
             blocked.append(time.perf_counter() - start)
             saver.finish()  # what is verified behind training's back would disturb the plain write
             verified.append(time.perf_counter() - start - blocked[-1])
@@ -91,11 +91,11 @@ def watched() -> dict[str, list[float]]:
 
     parts: tuple[tuple[str, Any, str], ...] = (
         ("locking the folder", folder, "lock_folder"),
-        ("refusing links in it", folder, "refuse_links"),
+        ("refusing links in it", folder, "check_links"),
         ("verifying the tokens", Stored, "verify"),
         ("finite numbers only", saving, "check_finite"),
         ("hashing, as it is written", saving.Hashed, "take"),
-        ("verifying what is written", saving.Saver, "verify"),
+        ("verifying what is written", saving.CheckpointWriter, "verify"),
         ("agreeing on whether to stop", Trainer, "is_asked_to_stop"),
     )
     spent: dict[str, list[float]] = {}
@@ -109,13 +109,13 @@ def run(root: str | None) -> None:
     import train
     from data.prepare import prepare
     from training.config import parse_train
-    from training.saving import Saver
+    from training.saving import CheckpointWriter
 
     with tempfile.TemporaryDirectory(dir=root) as folder:
         arguments = [f"--run.dir={folder}/run"]
         prepare(parse_train(arguments)[0].data)  # so that the tokens are there, and are verified
         spent, saving = watched(), list[float]()
-        Saver.save = timed(Saver.save, saving)  # type: ignore[method-assign]
+        CheckpointWriter.save = timed(CheckpointWriter.save, saving)  # type: ignore[method-assign]
         start = time.perf_counter()
         train.main(arguments)
         whole = time.perf_counter() - start

@@ -178,7 +178,7 @@ def costs(say: Page, run: Path) -> list[Target]:
     tokens = torch.from_numpy(saved.tokenizer().encode(text[int(0.9 * len(text)) :]).astype("int64"))
     losses = {}
     for stored in FORMATS:
-        model = saved.model(get_dist_context("fp32"))
+        model = saved.load_model(get_dist_context("fp32"))
         quantize_(model, dtype)
         losses[stored] = loss_of(model, tokens)
     say.say(f"Loss of a model of Tiny Shakespeare by character, {len(tokens):,} held-out tokens.")

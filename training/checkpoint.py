@@ -40,18 +40,18 @@ from training.strangers import (
 
 __all__ = [
     "Checkpoint",
-    "Origin",
+    "RunEnvironment",
     "TrainState",
-    "fault_of",
+    "list_checkpoints",
     "load_weights",
     "model_weights",
     "open_checkpoint",
-    "read_state",
+    "read_checkpoint",
     "read_tensors",
     "sha256_of_file",
     "sha256_of_weights",
-    "step_of",
-    "steps_in",
+    "step_of_folder",
+    "verify_checkpoint",
 ]
 
 MANIFEST = "manifest.json"
@@ -69,23 +69,23 @@ class TrainState:
     tokens_seen: int = 0
     best_loss: float | None = None
     best_step: int = 0
-    stale: int = 0
+    evals_without_improvement: int = 0
     """Evaluations since the best one."""
-    evaluated: int = -1
+    last_eval_step: int = -1
     """The last step that was evaluated."""
-    skipped: int = 0
+    skipped_steps: int = 0
     """Steps passed over because their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
-class Origin:
+class RunEnvironment:
     """What a checkpoint's numbers come from."""
 
-    documents: bool
+    starts_with_eot: bool
     """Whether a text begins with end-of-text: the corpus had several documents, or no lines to begin after."""
-    data: str = ""
+    corpus: str = ""
     """Fingerprint of the prepared corpus."""
-    how: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What else decides the last bits: device, dtype, kernels, threads, compiled, torch."""
 
 
@@ -97,12 +97,12 @@ class Checkpoint:
     config: RunConfig
     vocab_size: int
     state: TrainState
-    origin: Origin
+    environment: RunEnvironment
 
     @property
-    def documents(self) -> bool:
+    def starts_with_eot(self) -> bool:
         """Whether a text begins with end-of-text."""
-        return self.origin.documents
+        return self.environment.starts_with_eot
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters by name.
@@ -112,7 +112,7 @@ class Checkpoint:
         """
         return read_tensors(self.folder / "model.safetensors")
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's moments, named as `Optimizer.state` names them.
 
         Raises:
@@ -137,7 +137,7 @@ class Checkpoint:
             )
         return found
 
-    def restored(self, shape: ModelConfig) -> GPT:
+    def build_model(self, shape: ModelConfig) -> GPT:
         """The model as it was saved, on the CPU; no first weights are drawn for it.
 
         Args:
@@ -152,14 +152,14 @@ class Checkpoint:
         load_weights(model, self.weights(), self.folder)
         return model
 
-    def model(self, ctx: DistContext) -> GPT:
+    def load_model(self, ctx: DistContext) -> GPT:
         """The model, ready to be sampled from.
 
         Raises:
             UserError: if the weights do not fit the config beside them (exit code 4).
         """
         shape = resolve_attention(self.config.model, ctx.device, ctx.dtype)
-        return self.restored(shape).to(ctx.device).eval()
+        return self.build_model(shape).to(ctx.device).eval()
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:
@@ -206,27 +206,27 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def step_of(folder: Path) -> int | None:
+def step_of_folder(folder: Path) -> int | None:
     """The step that a checkpoint's folder is named after; None for another name."""
     found = re.fullmatch(r"[0-9]{6,18}", folder.name.removeprefix(REPLACED))
     step = int(found[0]) if found else -1
     return step if found and f"{step:06d}" == found[0] else None
 
 
-def steps_in(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoint folders, oldest step first.
 
     Where a process was killed between two renames, the folder that was about to be replaced stands for its step.
     """
     found: dict[int, Path] = {}
     for path in sorted(root.iterdir() if root.is_dir() else ()):  # "." sorts before digits
-        step = step_of(path)
+        step = step_of_folder(path)
         if step is not None and path.is_dir():
             found[step] = path
     return [found[step] for step in sorted(found)]
 
 
-def fault_of(folder: Path) -> str | None:
+def verify_checkpoint(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, or None: every file present, of the listed size and sha256."""
     try:
         listed = read_json(folder / MANIFEST)["files"]
@@ -263,16 +263,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 CHECKPOINT,
             )
         single = (path / MANIFEST).is_file() or (path / "state.json").is_file()
-        candidates = [path] if single else steps_in(path / "checkpoints")[::-1]
+        candidates = [path] if single else list_checkpoints(path / "checkpoints")[::-1]
     except OSError as error:
         raise UserError(f"cannot read {shown}: {error.strerror}", CHECKPOINT) from error
     if not candidates:
         raise UserError(f"{shown} holds no checkpoint; train one with: python train.py --run.dir {shown}", CHECKPOINT)
     for folder in candidates:
-        fault = fault_of(folder)
+        fault = verify_checkpoint(folder)
         if fault is None:
             try:
-                return read_state(folder)
+                return read_checkpoint(folder)
             except UserError as error:
                 if len(candidates) == 1:
                     raise
@@ -281,7 +281,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise UserError(f"no checkpoint in {shown} is whole; restore one from a copy, or train again", CHECKPOINT)
 
 
-def read_state(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint's `state.json`, and whether the weights beside it have the shape that it says.
 
     A folder that is named after another step than it holds is refused: it was copied there by hand, and the steps
@@ -297,7 +297,7 @@ def read_state(folder: Path) -> Checkpoint:
             raise ValueError(f"its format is {saved['format']}, and this version reads {FORMAT}")
         state, origin = state_from(plain(saved["state"], dict)), origin_from(saved)
         vocab_size, table = plain(saved["vocab_size"], int), plain(saved["config"], dict)
-        named = step_of(folder)
+        named = step_of_folder(folder)
         if named is not None and named != state.step:
             raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
         if vocab_size < 1:
@@ -319,15 +319,15 @@ def state_from(table: dict[str, object]) -> TrainState:
     if state.best_loss is not None and not math.isfinite(plain(state.best_loss, float)):
         raise ValueError("its best loss is not finite")
     for name, value in dataclasses.asdict(state).items():
-        if name != "best_loss" and not (-1 if name == "evaluated" else 0) <= plain(value, int) < 10**18:
+        if name != "best_loss" and not (-1 if name == "last_eval_step" else 0) <= plain(value, int) < 10**18:
             raise ValueError(f"its {name} is {value}")
     return state
 
 
-def origin_from(saved: dict[str, object]) -> Origin:
+def origin_from(saved: dict[str, object]) -> RunEnvironment:
     """Raises ValueError, KeyError or TypeError for all that is no origin."""
-    if "origin" not in saved:  # written before there was one
-        return Origin(documents=plain(saved["documents"], bool))
-    table = plain(saved["origin"], dict)
-    how = {plain(key, str): plain(value, str) for key, value in plain(table["how"], dict).items()}
-    return Origin(plain(table["documents"], bool), plain(table["data"], str), how)
+    if "environment" not in saved:  # written before there was one
+        return RunEnvironment(plain(saved["documents"], bool))
+    table = plain(saved["environment"], dict)
+    how = {plain(key, str): plain(value, str) for key, value in plain(table["settings"], dict).items()}
+    return RunEnvironment(plain(table["starts_with_eot"], bool), plain(table["corpus"], str), how)

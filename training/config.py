@@ -59,7 +59,7 @@ class RunSettings:
     threads: int = 0
     """Processor threads; 0 takes what torch takes, or fewer where that is faster."""
     stop_at_step: int = 0
-    """Stop once this step is done and saved, as after a signal; 0 goes on to the end."""
+    """SignalHandler once this step is done and saved, as after a signal; 0 goes on to the end."""
     dist_timeout: float = 600.0
     """Seconds that a process waits for the others before it gives the job up (torchrun)."""
 
@@ -132,7 +132,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept, beside the best."""
     patience: int = 0
-    """Stop after so many evaluations without a new best; 0 never does."""
+    """SignalHandler after so many evaluations without a new best; 0 never does."""
     skip_nonfinite_steps: int = 0
     """Steps whose loss or gradient is not finite that a run may pass over before it stops; 0 stops at the first."""
     sharding: Literal["none", "fsdp"] = "none"

@@ -83,7 +83,7 @@ def belongs(line: Mapping[str, Any], state: TrainState) -> bool:
     """Whether a line of metrics belongs to a run that stands at `state`."""
     if "final_val_loss" in line or line["step"] > state.step:
         return False
-    again = "val_loss" in line and line["step"] == state.step > state.evaluated  # that evaluation was broken off
+    again = "val_loss" in line and line["step"] == state.step > state.last_eval_step  # that evaluation was broken off
     return not again
 
 

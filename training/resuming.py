@@ -29,7 +29,7 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
             )
     tokenizer = data.tokenizer
     same = tokenizer.vocab_size == saved.vocab_size and fingerprint(tokenizer) == fingerprint(saved.tokenizer())
-    if not same or saved.origin.data not in ("", data.fingerprint):
+    if not same or saved.environment.corpus not in ("", data.fingerprint):
         raise UserError(
             f"the corpus or its tokenizer has changed since {saved.folder} was written; bring the old text back, or "
             "start a new run",

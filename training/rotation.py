@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from training.checkpoint import REPLACED, fault_of, step_of, steps_in
+from training.checkpoint import REPLACED, list_checkpoints, step_of_folder, verify_checkpoint
 
 WRITING, REMOVING = ".writing-", ".removing-"
 
@@ -26,7 +26,7 @@ def settle(folder: Path) -> None:
     if not replaced.exists():
         return
     if folder.exists():
-        if fault_of(folder) is None or fault_of(replaced) is not None:
+        if verify_checkpoint(folder) is None or verify_checkpoint(replaced) is not None:
             remove(replaced)
             return
         discard(folder)
@@ -48,15 +48,15 @@ def prune(root: Path, step: int, best: int, keep: int) -> None:
 
     Later ones can only be left from before a resumption that passed over them: they are replaced when their step comes.
     """
-    past = [folder for folder in steps_in(root) if (step_of(folder) or 0) <= step]
+    past = [folder for folder in list_checkpoints(root) if (step_of_folder(folder) or 0) <= step]
     for folder in past[:-keep]:
-        if step_of(folder) not in (step, best):
+        if step_of_folder(folder) not in (step, best):
             discard(folder)
 
 
 def discard(folder: Path) -> None:
     """Remove a checkpoint: no folder with a step's name is ever half there."""
-    removing = folder.with_name(f"{REMOVING}{step_of(folder):06d}")
+    removing = folder.with_name(f"{REMOVING}{step_of_folder(folder):06d}")
     remove(removing)
     rename(folder, removing)
     remove(removing)

@@ -24,7 +24,7 @@ MARK = "config.toml"
 
 
 @contextlib.contextmanager
-def run_folder(config: RunConfig, name: str) -> Iterator[RunConfig]:
+def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
     """The config with its folder decided, which is locked while the body runs; for the first of several processes.
 
     Args:
@@ -115,7 +115,7 @@ def lock_folder(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(folder)
+        check_links(folder)
         lock = (folder / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +134,7 @@ def lock_folder(folder: Path) -> IO[str]:
     return lock
 
 
-def refuse_links(folder: Path) -> None:
+def check_links(folder: Path) -> None:
     """Refuse a run folder in which a symbolic link leads out of it: a run writes into its own folder alone.
 
     Raises:
@@ -157,7 +157,7 @@ def refuse_links(folder: Path) -> None:
                 )
 
 
-def keep_config(config: RunConfig) -> None:
+def save_config(config: RunConfig) -> None:
     """Write `config.toml`, in one step: from now on the folder is a run.
 
     Raises:

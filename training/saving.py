@@ -1,6 +1,6 @@
 """Writing checkpoints: whole or absent, whatever happens in between.
 
-`run.py` calls `Saver.save` for each checkpoint; `checkpoint.py` reads what stands here. A checkpoint is written under
+`run.py` calls `CheckpointWriter.save` for each checkpoint; `checkpoint.py` reads what stands here. A checkpoint is written under
 another name, each file is forced to the disk, then the manifest, which lists their sizes and sha256, then the folder,
 and only then does the folder get its name. Reading it back, from the disk, is done behind the back of training, and
 old checkpoints go only after that: at no moment is there less than there was.
@@ -38,7 +38,7 @@ from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError, escape_control_
 from common.safetensors_header import file_head
 from data.tokenizer import Tokenizer
 from data.vocabulary import tokenizer_json
-from training.checkpoint import FILES, FORMAT, MANIFEST, REPLACED, Origin, TrainState, fault_of
+from training.checkpoint import FILES, FORMAT, MANIFEST, REPLACED, RunEnvironment, TrainState, verify_checkpoint
 from training.config import RunConfig
 from training.rotation import WRITING, announce, prune, remove, rename, settle, sweep, sync
 from training.strangers import not_finite
@@ -48,7 +48,7 @@ WAITING = 64  # pieces that may wait for their hash: a gigabyte at most
 Chunk = bytes | memoryview
 
 
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of a run, verifies each in the background, and only then lets old ones go.
 
     Args:
@@ -72,7 +72,7 @@ class Saver:
         moments: Mapping[str, Tensor],
         tokenizer: Tokenizer,
         vocab_size: int,
-        origin: Origin,
+        origin: RunEnvironment,
     ) -> Path:
         """Write `checkpoints/<step>`, whole or not at all; one of that step that is byte for byte the same is left.
 
@@ -109,7 +109,7 @@ class Saver:
         """Read a new checkpoint back from the disk; if it is whole, let go what rotation lets go."""
         try:
             forget_cached(folder)
-            self.fault = fault_of(folder)
+            self.fault = verify_checkpoint(folder)
             if self.fault is None:
                 prune(self.root, step, best, self.keep)
             settle(folder)
@@ -160,12 +160,12 @@ def check_finite(tensors: Mapping[str, Tensor], state: TrainState | None = None)
         )
 
 
-def state_text(config: RunConfig, state: TrainState, vocab_size: int, origin: Origin) -> bytes:
+def state_text(config: RunConfig, state: TrainState, vocab_size: int, origin: RunEnvironment) -> bytes:
     """What `state.json` says."""
     saved = {
         "format": FORMAT,
         "vocab_size": vocab_size,
-        "origin": dataclasses.asdict(origin),
+        "environment": dataclasses.asdict(origin),
         "state": dataclasses.asdict(state),
         "config": dataclasses.asdict(config),
     }
@@ -291,7 +291,7 @@ def put_in_place(temporary: Path, final: Path) -> None:
 
 def same(new: Path, old: Path) -> bool:
     """Whether a checkpoint is whole and byte for byte what was to take its place."""
-    return (new / MANIFEST).read_bytes() == (old / MANIFEST).read_bytes() and fault_of(old) is None
+    return (new / MANIFEST).read_bytes() == (old / MANIFEST).read_bytes() and verify_checkpoint(old) is None
 
 
 def forget_cached(folder: Path) -> None:

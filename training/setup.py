@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import CHECKPOINT, CONFIG, UserError, end_if_asked, escape_control_chars
+from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import read_metrics
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
 from training import checkpoint
-from training.checkpoint import Checkpoint, Origin, TrainState
+from training.checkpoint import Checkpoint, RunEnvironment, TrainState
 from training.config import RunConfig, to_toml
 from training.device import DistContext, advise_on_oom, compile_model, resolve_attention, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
@@ -28,8 +28,8 @@ from training.optimizer import Optimizer
 from training.pace import Pace
 from training.report import baseline_losses, plot_loss, table
 from training.resuming import check_resumable
-from training.run_dir import keep_config
-from training.saving import Saver
+from training.run_dir import save_config
+from training.saving import CheckpointWriter
 from training.text_generation import decode, encode_prompt, generate_tokens
 from training.trackers import Tracker
 from training.trainer import Trainer, micro_batch_rows
@@ -58,7 +58,7 @@ class Run:
         ctx.check_same_everywhere({"the corpus": data.fingerprint})
         self.config, self.ctx, self.data = config, ctx, data
         self.folder = Path(config.run.dir)
-        self.saver = Saver(self.folder, config.train.keep_checkpoints) if ctx.is_main_process else None
+        self.saver = CheckpointWriter(self.folder, config.train.keep_checkpoints) if ctx.is_main_process else None
         saved = checkpoint.open_checkpoint(Path(config.run.resume)) if config.run.resume else None
         if saved is not None:
             check_resumable(config, saved, data)
@@ -67,7 +67,9 @@ class Run:
         with advise_on_oom(rows, config.train.batch_size):
             self.model, self.wrapped_model, self.optimizer, state = self.build(saved)
         self.trainer = Trainer(config, ctx, data, self.model, self.wrapped_model, self.optimizer, state, bool(saved))
-        self.origin = Origin(data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how())
+        self.environment = RunEnvironment(
+            data.train.n_documents > 1 or not has_lines(data), data.fingerprint, self.how()
+        )
         self.sample: list[int] = []  # tokens of the sample of the moment
         tokens = config.train.batch_size * config.model.context
         self.progress = Progress(state.step, config.train.steps, tokens, ctx.is_main_process)
@@ -75,7 +77,7 @@ class Run:
             self.metrics = Metrics(self.folder, state)
         self.tracker = Tracker(config, self.folder, self.folder.name, ctx.is_main_process)
         if saved is not None and ctx.is_main_process:
-            self.compare_paths(saved.origin.how)
+            self.compare_paths(saved.environment.settings)
 
     @property
     def state(self) -> TrainState:
@@ -87,13 +89,13 @@ class Run:
         config, ctx = self.config, self.ctx
         vocab_size = self.data.tokenizer.vocab_size
         shape = resolve_attention(config.model, ctx.device, ctx.dtype)
-        model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.restored(shape)
+        model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.build_model(shape)
         state = TrainState() if saved is None else saved.state
         stepped = wrap_model(model, ctx, config.train.sharding)
         optimizer = Optimizer(stepped if is_fsdp(stepped) else model, config.optim)
         if saved is not None and state.tokens_seen:  # before the first step that counted there are no moments
             try:
-                optimizer.load_state_dict(saved.moments())
+                optimizer.load_state_dict(saved.optimizer_state())
             except ValueError as error:
                 raise UserError(f"cannot go on from {saved.folder}: {error}", CHECKPOINT) from error
         stepped, self.is_compiled = self.maybe_compile(stepped, saved)
@@ -104,8 +106,8 @@ class Run:
         config, ctx = self.config, self.ctx
         seconds = estimate_train_seconds(config, self.data.tokenizer.vocab_size, ctx.world_size)
         wanted = should_compile(config.train, seconds, ctx.device)
-        if saved is not None and config.train.compile == "auto" and "compiled" in saved.origin.how:
-            wanted = saved.origin.how["compiled"] == "yes"
+        if saved is not None and config.train.compile == "auto" and "compiled" in saved.environment.settings:
+            wanted = saved.environment.settings["compiled"] == "yes"
         if not wanted:
             return model, False
         shape = (micro_batch_rows(config, ctx.world_size), config.model.context)
@@ -126,19 +128,18 @@ class Run:
 
     def compare_paths(self, before: Mapping[str, str]) -> None:
         """Say what differs from the machine that the run was begun on: the same bits are then not to be expected."""
-        now = self.origin.how
+        now = self.environment.settings
         changed = [f"{key} {before[key]} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
         if changed:
             self.progress.say(f"resumed on another path, so the last digits may differ: {', '.join(changed)}")
 
     def begin(self) -> None:
         """Make the folder a run: once the untrained weights are saved, it can be resumed at any moment."""
-        end_if_asked()
         if not self.config.run.resume:
             self.save()
-            self.trainer.saved = (self.state.step, self.state.evaluated)
+            self.trainer.saved = (self.state.step, self.state.last_eval_step)
         if self.ctx.is_main_process:
-            keep_config(self.config)
+            save_config(self.config)
         self.introduce()
 
     def introduce(self) -> None:
@@ -189,7 +190,7 @@ class Run:
 
     def settle(self, config: RunConfig) -> None:
         """Go on with another number of steps; it is written down before anything is done by it."""
-        keep_config(config)
+        save_config(config)
         self.config = self.trainer.config = config
         self.progress.settle(config.train.steps)
         self.progress.say(f"plan    {config.train.steps:,} steps, by the time that {self.state.step:,} have taken")
@@ -219,7 +220,7 @@ class Run:
     def write_sample(self, count: int) -> str:
         """A sample of the moment; drawn from a generator of its own."""
         tokenizer = self.data.tokenizer
-        start = encode_prompt(tokenizer, "", self.origin.documents)
+        start = encode_prompt(tokenizer, "", self.environment.starts_with_eot)
         self.model.eval()
         self.sample = generate_tokens(self.model, tokenizer, start, count, self.config.run.seed + self.state.step)
         self.model.train()
@@ -238,7 +239,7 @@ class Run:
                 moments,
                 self.data.tokenizer,
                 self.model.vocab_size,
-                self.origin,
+                self.environment,
             )
 
     def finish_saving(self) -> None:

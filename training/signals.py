@@ -1,7 +1,7 @@
-"""Signals: a run that is asked to stop finishes the step in hand, saves, and says so by its exit code.
+"""Signals: a run that is asked to stop finishes the current step, saves a checkpoint and exits with 128 + signal.
 
-Ctrl-C (SIGINT), `kill` and a cluster's notice (SIGTERM), and a terminal that is closed (SIGHUP) all ask the same. The
-loop looks for the request between steps; what can be done again later, such as looking at attention, is broken off.
+SIGINT (Ctrl-C), SIGTERM (`kill`, a cluster's notice) and SIGHUP (a closed terminal) are handled alike. The loop checks
+for a request between steps; work that can be repeated later, such as recording attention, is interrupted at once.
 """
 
 from __future__ import annotations
@@ -13,55 +13,55 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ECHO = 0.3
-"""Seconds within which a second signal is the first one's echo: a terminal and torchrun may both deliver it."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DUPLICATE_SECONDS = 0.3
+"""A second SIGINT within this time is the same Ctrl-C, delivered by both the terminal and torchrun."""
 
 
-class BrokenOff(BaseException):
-    """Raised by a signal inside of what can be done again later. No `Exception`: nothing may swallow it."""
+class ShutdownRequested(BaseException):
+    """Raised inside of interruptible work by a signal. A BaseException, so that no `except Exception` swallows it."""
 
 
-class Stop:
-    """Remembers that the run was asked to stop, and by which signal."""
+class SignalHandler:
+    """Remembers the first signal that asked the run to stop, in `signum`; 0 before that."""
 
     def __init__(self) -> None:
-        self.number = 0
-        self._since = 0.0
-        self._breakable = False
+        self.signum = 0
+        self._received_at = 0.0
+        self._interruptible = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take over the signals while the body runs. One that was ignored (`nohup`) stays ignored."""
-        before = {number: signal.getsignal(number) for number in REQUESTS}
-        heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-        for number in heard:
-            signal.signal(number, self._receive)
+    def installed(self) -> Iterator[None]:
+        """Handle the signals while the body runs. Signals that were ignored before (`nohup`) stay ignored."""
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
+        handled = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
+        for number in handled:
+            signal.signal(number, self._handle)
         try:
             yield
         finally:
-            for number in heard:
-                signal.signal(number, before[number])
+            for number in handled:
+                signal.signal(number, previous[number])
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.number and number == signal.SIGINT and now - self._since > ECHO:
-            os._exit(128 + number)  # a second Ctrl-C: at once; what is half-written has no name yet
-        if not self.number:
-            self.number, self._since = number, now
-        if self._breakable:
-            self._breakable = False
-            raise BrokenOff
+        if self.signum and number == signal.SIGINT and now - self._received_at > DUPLICATE_SECONDS:
+            os._exit(128 + number)  # a second Ctrl-C exits at once; half-written files have temporary names
+        if not self.signum:
+            self.signum, self._received_at = number, now
+        if self._interruptible:
+            self._interruptible = False
+            raise ShutdownRequested
 
-    def attempt(self, action: Callable[[], None]) -> bool:
-        """Do what can be done again later; False if a signal broke it off, or came before."""
+    def run_interruptible(self, action: Callable[[], None]) -> bool:
+        """Run an action that can be repeated later; False if a signal interrupted it, or had come before."""
         try:
-            self._breakable = True
-            if not self.number:
+            self._interruptible = True
+            if not self.signum:
                 action()
-            self._breakable = False
-        except BrokenOff:
+            self._interruptible = False
+        except ShutdownRequested:
             return False
         finally:
-            self._breakable = False
-        return not self.number
+            self._interruptible = False
+        return not self.signum

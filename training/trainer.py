@@ -34,7 +34,7 @@ from training.device import DistContext
 from training.distributed import clip_grad_norm, gather_weights, is_fsdp, maybe_no_sync
 from training.loss import cross_entropy_sum
 from training.optimizer import Optimizer, get_lr_scale
-from training.signals import Stop
+from training.signals import SignalHandler
 
 Tell = Callable[[dict[str, Any]], None]
 FINAL_TARGETS = 500_000
@@ -49,7 +49,7 @@ def evaluate(
     indices: Any,
     rows: int,
     ctx: DistContext,
-    stop: Stop | None = None,
+    stop: SignalHandler | None = None,
 ) -> tuple[float, int] | None:
     """Mean loss in nats over every counted target of the windows `indices`, and how many targets that is.
 
@@ -62,7 +62,7 @@ def evaluate(
     mine = indices[ctx.rank :: ctx.world_size]
     share = -(-len(indices) // ctx.world_size)
     for first in range(0, share, rows):
-        if stop is not None and ctx.all_reduce_max(stop.number):
+        if stop is not None and ctx.all_reduce_max(stop.signum):
             break
         chosen = mine[first : first + rows]
         read = read_sequences(split, windows, chosen if len(chosen) else indices[:1])
@@ -107,8 +107,8 @@ class Trainer:
         self.val_sequences = pack_documents(data.val, config.model.context)
         self.val_part = eval_indices(self.val_sequences, config.train.eval_tokens)
         self.rows = micro_batch_rows(config, ctx.world_size)
-        self.saved = (state.step, state.evaluated) if resumed else (-1, -1)
-        self.stop = Stop()
+        self.saved = (state.step, state.last_eval_step) if resumed else (-1, -1)
+        self.stop = SignalHandler()
         self.asked = 0  # the signal that the processes have agreed to stop for
 
     def run(
@@ -129,13 +129,13 @@ class Trainer:
             SystemExit: after a signal (130, 143) or at `run.stop_at_step` (0), once the checkpoint is written.
         """
         state = self.state
-        with self.stop.listening():
+        with self.stop.installed():
             while True:
                 settings = self.config.train
                 best = self.is_due() and self.evaluate(on_evaluation)
                 stopping = self.is_asked_to_stop()
-                last = state.step >= settings.steps or 0 < settings.patience <= state.stale
-                position = (state.step, state.evaluated)
+                last = state.step >= settings.steps or 0 < settings.patience <= state.evals_without_improvement
+                position = (state.step, state.last_eval_step)
                 if (best or last or stopping or state.step % settings.save_every == 0) and self.saved != position:
                     save()
                     self.saved = position
@@ -152,11 +152,11 @@ class Trainer:
         """Whether an evaluation of this step is wanted, and has not been made."""
         step, settings = self.state.step, self.config.train
         wanted = step > 0 and (step % settings.eval_every == 0 or step >= settings.steps)
-        return wanted and self.state.evaluated < step
+        return wanted and self.state.last_eval_step < step
 
     def is_asked_to_stop(self) -> bool:
         """Whether any process was sent a signal, or `run.stop_at_step` is reached; the same answer everywhere."""
-        self.asked = self.ctx.all_reduce_max(self.stop.number)  # the handler's own number is never written here
+        self.asked = self.ctx.all_reduce_max(self.stop.signum)  # the handler's own number is never written here
         return bool(self.asked) or 0 < self.config.run.stop_at_step <= self.state.step
 
     def tell(self, metrics: dict[str, Any], on_step: Tell) -> None:
@@ -213,15 +213,15 @@ class Trainer:
         state, settings, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
         documents = documents_in_batch(self.data.train, self.train_sequences, seed, state.step, settings.batch_size)
-        if state.skipped >= settings.skip_nonfinite_steps:
+        if state.skipped_steps >= settings.skip_nonfinite_steps:
             raise UserError(
                 f"loss {loss:.4g}, gradient norm {norm:.4g} at step {state.step} (seed {seed}, training documents "
                 f"{listed(documents)}): nothing was saved since step {max(0, self.saved[0])}; lower optim.lr (now "
                 f"{self.config.optim.lr}) or optim.muon_lr, or pass over such steps by train.skip_nonfinite_steps",
                 NON_FINITE,
             )
-        state.skipped += 1
-        return {"skipped": state.skipped, "documents": documents}
+        state.skipped_steps += 1
+        return {"skipped": state.skipped_steps, "documents": documents}
 
     def evaluate(self, on_evaluation: Tell) -> bool:
         """The loss on the fixed part of the validation split; True if it is the best so far.
@@ -234,18 +234,18 @@ class Trainer:
             return False
         gather_weights(self.wrapped_model, self.model)
         found = {"step": state.step, "val_loss": seen[0], "tokens_seen": state.tokens_seen}
-        told = self.stop.attempt(lambda: on_evaluation(found))
+        told = self.stop.run_interruptible(lambda: on_evaluation(found))
         if self.ctx.all_reduce_max(not told):
             return False
-        state.evaluated = state.step
+        state.last_eval_step = state.step
         best = math.isfinite(seen[0]) and (state.best_loss is None or seen[0] < state.best_loss)
         if best:
-            state.best_loss, state.best_step, state.stale = seen[0], state.step, 0
+            state.best_loss, state.best_step, state.evals_without_improvement = seen[0], state.step, 0
         else:
-            state.stale += 1
+            state.evals_without_improvement += 1
         return best
 
-    def validation_loss(self, indices: Any, stop: Stop | None = None) -> tuple[float, int] | None:
+    def validation_loss(self, indices: Any, stop: SignalHandler | None = None) -> tuple[float, int] | None:
         """Mean loss over some windows of the validation split, and how many targets they have."""
         model = self.wrapped_model if is_fsdp(self.wrapped_model) else self.model
         return evaluate(model, self.data.val, self.val_sequences, indices, self.rows, self.ctx, stop)

@@ -68,8 +68,8 @@ def use(folder: Path) -> None:
     found = open_checkpoint(folder.parent.parent)
     tokenizer = found.tokenizer()
     tokenizer.decode(tokenizer.encode("One day"))
-    found.moments()
-    found.model(MACHINE)(torch.zeros(1, 4, dtype=torch.long))
+    found.optimizer_state()
+    found.load_model(MACHINE)(torch.zeros(1, 4, dtype=torch.long))
 
 
 def survives(folder: Path) -> bool:
@@ -261,8 +261,8 @@ def hostile_file(draw: st.DrawFn, content: bytes) -> bytes:
 
 def tensors_of(found: Checkpoint) -> None:
     """What a header decides: model and moments."""
-    found.moments()
-    found.restored(dataclasses.replace(found.config.model, attention="eager"))
+    found.optimizer_state()
+    found.build_model(dataclasses.replace(found.config.model, attention="eager"))
 
 
 def test_hostile_headers(folder: Path, good: Path, figures: Any) -> None:

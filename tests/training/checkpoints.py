@@ -15,12 +15,12 @@ from torch import Tensor
 from data.vocabulary import ByteTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
-from training.checkpoint import FILES, MANIFEST, Origin, TrainState, model_weights
+from training.checkpoint import FILES, MANIFEST, RunEnvironment, TrainState, model_weights
 from training.config import RunConfig
-from training.saving import Saver
+from training.saving import CheckpointWriter
 
 SHAPE = ModelConfig(n_layers=2, n_heads=2, d_model=16, context=8, attention="eager")
-ORIGIN = Origin(True, "a corpus", {"device": "cpu", "threads": "1"})
+ENVIRONMENT = RunEnvironment(True, "a corpus", {"device": "cpu", "threads": "1"})
 
 
 def tensors(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -30,16 +30,18 @@ def tensors(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, {**moments, **{f"{name}/step": torch.tensor(3.0) for name in weights}}
 
 
-def write(saver: Saver, step: int, best: int | None = None, seed: int = 0, config: RunConfig | None = None) -> Path:
+def write(
+    saver: CheckpointWriter, step: int, best: int | None = None, seed: int = 0, config: RunConfig | None = None
+) -> Path:
     """A checkpoint, as soon as it is there: it may be verified after that."""
     state = TrainState(step, best_loss=None if best is None else 1.0, best_step=best or 0)
     config = config or RunConfig(model=SHAPE)
-    return saver.save(config, state, *tensors(seed), ByteTokenizer(), ByteTokenizer().vocab_size, ORIGIN)
+    return saver.save(config, state, *tensors(seed), ByteTokenizer(), ByteTokenizer().vocab_size, ENVIRONMENT)
 
 
 def saved(run: Path, step: int = 3) -> Path:
     """A checkpoint, verified."""
-    saver = Saver(run, 9)
+    saver = CheckpointWriter(run, 9)
     folder = write(saver, step, step)
     saver.finish()
     return folder

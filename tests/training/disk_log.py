@@ -37,14 +37,14 @@ def main(run: str) -> None:
         real(handle)
         log.append(("os.fsync", os.readlink(f"/proc/self/fd/{handle}"), os.fstat(handle).st_size))
 
-    def fault_of(folder: Path, real: Any = saving.fault_of) -> str | None:
+    def verify_checkpoint(folder: Path, real: Any = saving.verify_checkpoint) -> str | None:
         fault: str | None = real(folder)
         log.append(("verified", str(folder), fault))
         return fault
 
-    os.fsync, saving.fault_of = fsync, fault_of
+    os.fsync, saving.verify_checkpoint = fsync, verify_checkpoint
     sys.addaudithook(listen)
-    saver = saving.Saver(Path(run), keep=1)
+    saver = saving.CheckpointWriter(Path(run), keep=1)
     for step in (1, 2):
         write(saver, step)
         saver.finish()

@@ -172,10 +172,10 @@ def check_best() -> None:
         saves.append(one.state.step)
 
     def note(found: dict[str, Any]) -> None:
-        course.append((one.state.best_loss, one.state.best_step, one.state.stale))
+        course.append((one.state.best_loss, one.state.best_step, one.state.evals_without_improvement))
 
     one.run(lambda line: None, note, save)
-    course.append((one.state.best_loss, one.state.best_step, one.state.stale))
+    course.append((one.state.best_loss, one.state.best_step, one.state.evals_without_improvement))
     assert course[1:] == [(3.0, 1, 0), (2.0, 2, 0), (2.0, 2, 1), (2.0, 2, 2), (1.5, 5, 0), (1.5, 5, 1)], course
     assert {1, 2, 5, 6} <= set(saves) and not {3, 4} & set(saves), saves
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from common.errors import CHECKPOINT, UserError, escape_control_chars
 from data.vocabulary import CharTokenizer
 from model.gpt import GPT
-from tests.training.checkpoints import ORIGIN, SHAPE, bounded_memory, changed, saved, tensors, vouch
+from tests.training.checkpoints import ENVIRONMENT, SHAPE, bounded_memory, changed, saved, tensors, vouch
 from training import checkpoint, device
-from training.checkpoint import FILES, MANIFEST, Origin, open_checkpoint, steps_in
+from training.checkpoint import FILES, MANIFEST, RunEnvironment, list_checkpoints, open_checkpoint
 from training.config import RunConfig
 
 MACHINE = device.DistContext(torch.device("cpu"), torch.float32)
@@ -27,12 +27,12 @@ MACHINE = device.DistContext(torch.device("cpu"), torch.float32)
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     found = open_checkpoint(tmp_path)
-    assert found.folder == folder and found.state.step == 3 and found.origin == ORIGIN and found.documents
+    assert found.folder == folder and found.state.step == 3 and found.environment == ENVIRONMENT and found.documents
     assert found.config == RunConfig(model=SHAPE)
     weights, moments = tensors()
-    for now, before in ((found.weights(), weights), (found.moments(), moments)):
+    for now, before in ((found.weights(), weights), (found.optimizer_state(), moments)):
         assert now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
-    model = found.model(MACHINE)
+    model = found.load_model(MACHINE)
     assert checkpoint.sha256_of_weights(model) == checkpoint.sha256_of_weights(GPT(SHAPE, found.vocab_size))
     assert model.lm_head.weight is model.token_embedding.weight and not model.training
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000003"]
@@ -58,8 +58,8 @@ def refused(run: Path) -> str:
     with pytest.raises(UserError) as caught:
         found = open_checkpoint(run)
         found.tokenizer()
-        found.moments()
-        found.model(MACHINE)
+        found.optimizer_state()
+        found.load_model(MACHINE)
     line = str(caught.value)
     assert caught.value.exit_code == CHECKPOINT and line == escape_control_chars(line), line
     return line
@@ -208,7 +208,7 @@ def test_only_whole_steps_are_steps(tmp_path: Path, capfd: pytest.CaptureFixture
     for name in ("00040\x1b[31m", "7", "0000007", "٠٠٠٠٠٤", "-00001", "1e1000", ".writing-000009", "9" * 200):
         (root / name).mkdir()
     (root / "000009").write_text("a file")
-    assert [path.name for path in steps_in(root)] == ["000003"] and open_checkpoint(tmp_path).state.step == 3
+    assert [path.name for path in list_checkpoints(root)] == ["000003"] and open_checkpoint(tmp_path).state.step == 3
     assert capfd.readouterr().err == ""
 
 
@@ -230,7 +230,7 @@ def test_a_checkpoint_from_before_origins_is_read(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps({**state, "documents": False}))
     vouch(folder)
     found = open_checkpoint(tmp_path)
-    assert found.origin == Origin(False) and found.state.evaluated == -1
+    assert found.environment == RunEnvironment(False) and found.state.last_eval_step == -1
 
 
 def test_tensors_outlive_their_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from common.errors import CHECKPOINT, CONFIG, IN_USE, UserError
 from tests.runs import ROOT, said, script
 from training.config import RunConfig, RunSettings
-from training.run_dir import claim, keep_config, run_folder
+from training.run_dir import claim, open_run_dir, save_config
 
 HOLD = """
 import sys, time
@@ -41,7 +41,7 @@ def test_a_run_without_a_folder_takes_the_next_free_name(tmp_path: Path, monkeyp
     for expected in ("runs/mine", "runs/mine-2", "runs/mine-3"):
         config, lock = claim(RunConfig(), "mine")
         assert config.run.dir == expected
-        keep_config(config)
+        save_config(config)
         lock.close()
 
 
@@ -90,7 +90,7 @@ def test_the_lock_is_taken_before_torch_is_loaded(holder: tuple[Path, subprocess
 
 def test_processes_other_than_the_first_lock_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with run_folder(RunConfig(run=RunSettings(dir=str(tmp_path / "none"))), "x"):
+    with open_run_dir(RunConfig(run=RunSettings(dir=str(tmp_path / "none"))), "x"):
         assert not (tmp_path / "none").exists()
 
 
@@ -107,12 +107,12 @@ def test_a_restarted_job_goes_on_with_its_own_run_and_no_other(tmp_path: Path, m
         config, lock = claim(RunConfig(), "mine")
         assert config.run.dir == ("runs/mine" if job == "one" else "runs/mine-2")
         assert config.run.resume == (config.run.dir if (job, count) == ("one", "1") else "")
-        keep_config(config)
+        save_config(config)
         lock.close()
         if job == "one":
             config, lock = claim(asked, "mine")
             assert config.run.resume == ("asked" if count == "1" else "")
-            keep_config(config)
+            save_config(config)
             lock.close()
 
 

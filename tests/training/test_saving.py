@@ -20,11 +20,19 @@ import torch
 
 from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
 from data.vocabulary import ByteTokenizer
-from tests.training.checkpoints import ORIGIN, SHAPE, tensors, write
+from tests.training.checkpoints import ENVIRONMENT, SHAPE, tensors, write
 from training import rotation, saving
-from training.checkpoint import FILES, TrainState, fault_of, open_checkpoint, read_state, step_of, steps_in
+from training.checkpoint import (
+    FILES,
+    TrainState,
+    list_checkpoints,
+    open_checkpoint,
+    read_checkpoint,
+    step_of_folder,
+    verify_checkpoint,
+)
 from training.config import OptimConfig, RunConfig
-from training.saving import Saver
+from training.saving import CheckpointWriter
 
 OTHER = RunConfig(model=SHAPE, optim=OptimConfig(lr=0.25))
 Event = tuple[str, str, Any]
@@ -110,7 +118,7 @@ def test_a_large_file_is_written_in_several_pieces(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_best_and_the_newest_stay_by_step_and_not_by_time(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, 2)
+    saver = CheckpointWriter(tmp_path, 2)
     for step in (0, 3, 5, 7, 9):
         folder = write(saver, step, best=None if step < 3 else 3)
         saver.wait()
@@ -121,17 +129,17 @@ def test_the_best_and_the_newest_stay_by_step_and_not_by_time(tmp_path: Path) ->
 
 def test_what_lies_beyond_the_step_is_neither_counted_nor_removed(tmp_path: Path) -> None:
     """A run that was resumed below a damaged checkpoint meets it again when it gets there."""
-    saver = Saver(tmp_path, 2)
+    saver = CheckpointWriter(tmp_path, 2)
     beyond = write(saver, 900)
     (tmp_path / "checkpoints" / "notes").mkdir()
     for step in (1, 2, 3):
         write(saver, step)
     saver.finish()
-    assert names(tmp_path) == ["000002", "000003", "000900", "notes"] and fault_of(beyond) is None
+    assert names(tmp_path) == ["000002", "000003", "000900", "notes"] and verify_checkpoint(beyond) is None
 
 
 def test_a_checkpoint_that_is_there_already_is_left_alone(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, 1)
+    saver = CheckpointWriter(tmp_path, 1)
     folder = write(saver, 4)
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
     assert write(saver, 4) == folder
@@ -141,7 +149,7 @@ def test_a_checkpoint_that_is_there_already_is_left_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json", ""])
 def test_a_damaged_checkpoint_of_the_same_step_gives_way(name: str, tmp_path: Path) -> None:
-    saver = Saver(tmp_path, 1)
+    saver = CheckpointWriter(tmp_path, 1)
     folder = write(saver, 4)
     if name:
         content = bytearray((folder / name).read_bytes())
@@ -152,11 +160,11 @@ def test_a_damaged_checkpoint_of_the_same_step_gives_way(name: str, tmp_path: Pa
         folder.write_text("no folder at all")
     assert write(saver, 4) == folder
     saver.finish()
-    assert fault_of(folder) is None and names(tmp_path) == ["000004"]
+    assert verify_checkpoint(folder) is None and names(tmp_path) == ["000004"]
 
 
 def test_another_checkpoint_of_the_same_step_takes_its_place(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, 1)
+    saver = CheckpointWriter(tmp_path, 1)
     write(saver, 4)
     write(saver, 4, config=OTHER)
     saver.finish()
@@ -177,30 +185,33 @@ class Interruption:
 
 def newest(run: Path) -> tuple[int, bytes]:
     """Step and state of the newest checkpoint that is whole, as `open_checkpoint` would find it."""
-    folder = next(folder for folder in steps_in(run / "checkpoints")[::-1] if fault_of(folder) is None)
-    return step_of(folder) or 0, (folder / "state.json").read_bytes()
+    folder = next(folder for folder in list_checkpoints(run / "checkpoints")[::-1] if verify_checkpoint(folder) is None)
+    return step_of_folder(folder) or 0, (folder / "state.json").read_bytes()
 
 
 def one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException], save: Callable[[Saver], object]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Callable[[], BaseException],
+    save: Callable[[CheckpointWriter], object],
 ) -> int:
     """Break off a save, its verification and its pruning at each operation; how many there are."""
     monkeypatch.setattr(saving, "threading", SimpleNamespace(Thread=AtOnce))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # a matter of power failures, and slow
     for step in (2, 4):
-        write(Saver(tmp_path / "before", 9), step)
+        write(CheckpointWriter(tmp_path / "before", 9), step)
     for number in range(1, 200):
         run = shutil.copytree(tmp_path / "before", tmp_path / str(number))
         interruption = Interruption(number, error)
         with monkeypatch.context() as patch, contextlib.suppress(Killed, UserError):
             for module in (saving, rotation):
                 patch.setattr(module, "announce", interruption)
-            save(Saver(run, 1))
+            save(CheckpointWriter(run, 1))
         found = newest(run)  # before any trainer has tidied up
         assert found[0] >= 4
-        Saver(run, 1)
+        CheckpointWriter(run, 1)
         assert newest(run) == found and not [name for name in names(run) if name.startswith(".")]
-        assert all(fault_of(folder) is None for folder in steps_in(run / "checkpoints"))
+        assert all(verify_checkpoint(folder) is None for folder in list_checkpoints(run / "checkpoints"))
         if interruption.left > 0:
             assert names(run) == [f"{found[0]:06d}"]
             return number - 1
@@ -235,7 +246,7 @@ def test_a_save_that_ends_anywhere_loses_nothing(
 
 
 def test_a_full_disk_is_said_and_tidied_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver = Saver(tmp_path, 1)
+    saver = CheckpointWriter(tmp_path, 1)
     write(saver, 4)
     saver.finish()
 
@@ -260,7 +271,9 @@ def test_numbers_that_are_not_finite_are_never_saved(where: str, bad: float, tmp
         )[-1] = bad
     named = "best loss" if where == "best loss" else "blocks.1.mlp.up.weight"
     with pytest.raises(UserError, match=named) as caught:
-        Saver(tmp_path, 1).save(RunConfig(model=SHAPE), state, weights, moments, ByteTokenizer(), 257, ORIGIN)
+        CheckpointWriter(tmp_path, 1).save(
+            RunConfig(model=SHAPE), state, weights, moments, ByteTokenizer(), 257, ENVIRONMENT
+        )
     assert caught.value.exit_code == NON_FINITE and not list(tmp_path.iterdir())
 
 
@@ -275,7 +288,7 @@ def test_a_disk_that_does_not_keep_what_is_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing older goes for it; the next checkpoint that the disk keeps makes it good."""
-    saver = Saver(tmp_path, 1)
+    saver = CheckpointWriter(tmp_path, 1)
     write(saver, 1)
     saver.finish()
 
@@ -299,17 +312,19 @@ def test_a_disk_that_does_not_keep_what_is_written_is_told(
 def test_what_was_replaced_comes_back_if_the_disk_does_not_keep_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = Saver(tmp_path, 1)
+    saver = CheckpointWriter(tmp_path, 1)
     before = write(saver, 4)
     saver.finish()
     monkeypatch.setattr(saving, "forget_cached", lambda folder: (folder / "state.json").write_text("{"))
     write(saver, 4, config=OTHER)
     saver.wait()
-    assert fault_of(before) is None and read_state(before).config != OTHER and names(tmp_path) == ["000004"]
+    assert (
+        verify_checkpoint(before) is None and read_checkpoint(before).config != OTHER and names(tmp_path) == ["000004"]
+    )
 
 
 def test_leftovers_are_swept_when_a_run_begins(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, 3)
+    saver = CheckpointWriter(tmp_path, 3)
     for step in (1, 2, 3):
         write(saver, step, seed=step)
     saver.finish()
@@ -321,6 +336,6 @@ def test_leftovers_are_swept_when_a_run_begins(tmp_path: Path) -> None:
     (root / ".removing-000008").symlink_to(elsewhere)
     (root / "000001").rename(root / ".removing-000001")
     (root / "000002").rename(root / ".replaced-000002")
-    assert [read_state(folder).state.step for folder in steps_in(root)] == [2, 3]
-    Saver(tmp_path, 3)
+    assert [read_checkpoint(folder).state.step for folder in list_checkpoints(root)] == [2, 3]
+    CheckpointWriter(tmp_path, 3)
     assert names(tmp_path) == ["000002", "000003"] and (elsewhere / "precious").exists()

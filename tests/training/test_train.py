@@ -41,7 +41,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(folder: Path) -> str:
-    return sha256_of_weights(open_checkpoint(folder).model(get_dist_context("fp32")))
+    return sha256_of_weights(open_checkpoint(folder).load_model(get_dist_context("fp32")))
 
 
 def test_a_run_leaves_what_the_readme_says(run: Path) -> None:

@@ -28,7 +28,7 @@ from training.checkpoint import TrainState
 from training.config import DataConfig, RunConfig, RunSettings, TrainConfig
 from training.device import DistContext, advise_on_oom
 from training.optimizer import Optimizer
-from training.signals import Stop
+from training.signals import SignalHandler
 from training.trainer import Trainer, evaluate
 
 TRAIN = TrainConfig(steps=8, batch_size=4, eval_every=4, save_every=100, eval_tokens=64)
@@ -91,10 +91,10 @@ def test_a_bad_step_is_passed_over_and_counted_or_ends_the_run(allowed: int, tex
         assert caught.value.exit_code == NON_FINITE
         line, step = str(caught.value), 5 if allowed else 2
         assert f"step {step} " in line and "seed 1" in line and "documents 0" in line and "\n" not in line
-        assert one.state.step == step and one.state.skipped == allowed
+        assert one.state.step == step and one.state.skipped_steps == allowed
         return
     told.run()
-    assert one.state.step == 8 and one.state.skipped == 2
+    assert one.state.step == 8 and one.state.skipped_steps == 2
     assert [line["step"] for line in told.steps if "skipped" in line] == [3, 6]
     assert all(p.isfinite().all() for p in one.model.parameters())
     assert any((p != before[name]).any() for name, p in one.model.named_parameters())
@@ -146,10 +146,10 @@ def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, text: Path
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stop = Stop()
-        with stop.listening():
+        stop = SignalHandler()
+        with stop.installed():
             os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.number == 0
+        assert stop.signum == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -170,7 +170,7 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_again(text: Path) -> N
         told.run()
     hook.remove()
     assert seen == 2 and told.evaluations == [] and told.saves == [0, 4]
-    assert one.state.evaluated < 4 and one.is_due()
+    assert one.state.last_eval_step < 4 and one.is_due()
     again = Told(trainer(text, replace(TRAIN, batch_size=2), state=one.state))
     again.run()
     assert [line["step"] for line in again.evaluations] == [4, 8]
@@ -202,14 +202,14 @@ def test_the_second_ctrl_c_leaves_at_once_but_not_its_echo(monkeypatch: pytest.M
     monkeypatch.setattr(signals.os, "_exit", left.append)
     now = 100.0
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
-    stop = Stop()
+    stop = SignalHandler()
     stop._receive(signal.SIGINT, None)
     now += 0.1
     stop._receive(signal.SIGINT, None)
     assert left == []
     now += 1
     stop._receive(signal.SIGTERM, None)  # a cluster that asks again does not mean "at once"
-    assert left == [] and stop.number == signal.SIGINT
+    assert left == [] and stop.signum == signal.SIGINT
     stop._receive(signal.SIGINT, None)
     assert left == [130]
 
@@ -300,7 +300,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(text: Path, monkeypatch: py
         one.state.step += 1
         assert one.evaluate(lambda told: None) == (loss == best)
         assert one.state.best_loss == best
-    assert one.state.best_step == 5 and one.state.stale == 0
+    assert one.state.best_step == 5 and one.state.evals_without_improvement == 0
 
 
 def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
-from training.checkpoint import FILES, MANIFEST, fault_of, steps_in
+from training.checkpoint import FILES, MANIFEST, list_checkpoints, verify_checkpoint
 from training.config import RunConfig, to_toml
 
 STEPS = 8
@@ -63,8 +63,8 @@ def check_resume(config: RunConfig) -> None:
 
 def start_of(run: Path, latest: int) -> Path | None:
     """The newest good checkpoint that is not beyond step `latest`; None if there is none."""
-    good = (folder for folder in steps_in(run / "checkpoints")[::-1] if int(folder.name) <= latest)
-    return next((folder for folder in good if fault_of(folder) is None), None)
+    good = (folder for folder in list_checkpoints(run / "checkpoints")[::-1] if int(folder.name) <= latest)
+    return next((folder for folder in good if verify_checkpoint(folder) is None), None)
 
 
 def prepared(folder: Path, config: RunConfig, start: Path | None) -> str:
@@ -96,7 +96,7 @@ def digests(folder: Path) -> tuple[str, str]:
     Raises:
         UserError: if the checkpoint is not whole (exit code 4).
     """
-    if fault := fault_of(folder):
+    if fault := verify_checkpoint(folder):
         raise UserError(f"{folder}: {fault}", CHECKPOINT)
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     return files[FILES[0]]["sha256"], files[FILES[1]]["sha256"]
