@@ -1,238 +1,339 @@
-"""Weights to and from the Hugging Face layouts: other programs run what is trained here, and we run theirs.
+"""Hugging Face checkpoints to and from `GPT`.
 
-Beside the flow: nothing in training needs it. A folder holds `config.json` and `model.safetensors`, as
-transformers, vLLM and llama.cpp read them; nothing in it is ever executed. The presets `gpt2` and `qwen3` are
-exactly `GPT2LMHeadModel` and `Qwen3ForCausalLM`; `glass` has no counterpart there.
-
-Dropout belongs to training, not to what a model computes: neither direction carries it.
+A folder holds `config.json` and `model.safetensors`, as transformers, vLLM and llama.cpp read them. The presets `gpt2`
+and `qwen3` are exactly `GPT2LMHeadModel` and `Qwen3ForCausalLM`; `glass` has no counterpart. A configuration that no
+preset computes exactly (another activation, sliding windows, scaled RoPE) is rejected by name. Dropout is not carried
+over in either direction.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
-from model.config import AttentionImplementation, ModelConfig
+from common.errors import CHECKPOINT, UserError
+from common.files import write_atomic
+from model.config import PRESETS, AttentionImplementation, ModelConfig
 from model.gpt import GPT
-from model.huggingface_config import describe, read_config, refusal
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-
-# Their names for our tensors, in a block and outside. Several names: our rows, cut in that order.
-BLOCK_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "norm1.weight": ("ln_1.weight",),
-        "norm1.bias": ("ln_1.bias",),
-        "attention.qkv.weight": ("attn.c_attn.weight",),
-        "attention.qkv.bias": ("attn.c_attn.bias",),
-        "attention.out.weight": ("attn.c_proj.weight",),
-        "attention.out.bias": ("attn.c_proj.bias",),
-        "norm2.weight": ("ln_2.weight",),
-        "norm2.bias": ("ln_2.bias",),
-        "mlp.up.weight": ("mlp.c_fc.weight",),
-        "mlp.up.bias": ("mlp.c_fc.bias",),
-        "mlp.down.weight": ("mlp.c_proj.weight",),
-        "mlp.down.bias": ("mlp.c_proj.bias",),
-    },
-    "qwen3": {
-        "norm1.weight": ("input_layernorm.weight",),
-        "attention.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-        "attention.q_norm.weight": ("self_attn.q_norm.weight",),
-        "attention.k_norm.weight": ("self_attn.k_norm.weight",),
-        "attention.out.weight": ("self_attn.o_proj.weight",),
-        "norm2.weight": ("post_attention_layernorm.weight",),
-        "mlp.up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        "mlp.down.weight": ("mlp.down_proj.weight",),
-    },
-}
-OTHER_NAMES = {
-    "gpt2": {
-        "token_embedding.weight": "transformer.wte.weight",
-        "position_embedding.weight": "transformer.wpe.weight",
-        "final_norm.weight": "transformer.ln_f.weight",
-        "final_norm.bias": "transformer.ln_f.bias",
-    },
-    "qwen3": {
-        "token_embedding.weight": "model.embed_tokens.weight",
-        "final_norm.weight": "model.norm.weight",
-    },
-}
-BLOCKS = {"gpt2": "transformer.h", "qwen3": "model.layers"}
-# Old files keep these beside the weights: constants that the code computes for itself.
-UNUSED_IN_BLOCK = {"gpt2": ("attn.bias", "attn.masked_bias"), "qwen3": ("self_attn.rotary_emb.inv_freq",)}
-HEAD = "lm_head.weight"
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One of our tensors and where it stands on the other side."""
+class Layout:
+    """How Hugging Face names a preset's sizes, settings and tensors."""
 
-    ours: str
-    theirs: tuple[str, ...]
-    rows: tuple[int, ...]
-    """How many of our rows each of theirs takes; empty when there is only one."""
-    transposed: bool
-    """GPT-2 keeps its projections as (in, out), torch as (out, in)."""
+    architecture: str
+    prefix: str
+    """Of all tensor names; some files omit it."""
+    blocks: str
+    sizes: dict[str, str]
+    """Our size -> theirs."""
+    fixed: dict[str, tuple[Any, ...]]
+    """Settings that change what is computed -> the values that the preset computes, the first by default."""
+    outside: dict[str, str]
+    """Our tensor outside the blocks -> theirs."""
+    block: dict[str, tuple[str, ...]]
+    """Our tensor of a block -> theirs; of several names, each takes a part of our rows."""
+    ignored: tuple[str, ...]
+    """Constants of a block that old files contain."""
 
 
-def layout(config: ModelConfig) -> Iterator[Entry]:
-    """Every tensor of a model of this shape, the head excepted, which is the token embedding."""
-    preset, D = config.preset, config.d_head
-    rows = {
-        "attention.qkv.weight": (config.n_heads * D, config.n_kv_heads * D, config.n_kv_heads * D),
-        "mlp.up.weight": (config.d_mlp, config.d_mlp),
-    }
-    for ours, name in OTHER_NAMES[preset].items():
-        yield Entry(ours, (name,), (), False)
+LAYOUTS = {
+    "gpt2": Layout(
+        architecture="GPT2LMHeadModel",
+        prefix="transformer.",
+        blocks="transformer.h",
+        sizes=dict(n_layers="n_layer", n_heads="n_head", d_model="n_embd", d_mlp="n_inner", context="n_positions"),
+        fixed={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "layer_norm_epsilon": (PRESETS["gpt2"].norm_eps,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+            "quantization_config": (None,),
+        },
+        outside={
+            "token_embedding.weight": "transformer.wte.weight",
+            "position_embedding.weight": "transformer.wpe.weight",
+            "final_norm.weight": "transformer.ln_f.weight",
+            "final_norm.bias": "transformer.ln_f.bias",
+        },
+        block={
+            f"{ours}.{kind}": (f"{theirs}.{kind}",)
+            for ours, theirs in {
+                "norm1": "ln_1",
+                "attention.qkv": "attn.c_attn",
+                "attention.out": "attn.c_proj",
+                "norm2": "ln_2",
+                "mlp.up": "mlp.c_fc",
+                "mlp.down": "mlp.c_proj",
+            }.items()
+            for kind in ("weight", "bias")
+        },
+        ignored=("attn.bias", "attn.masked_bias"),
+    ),
+    "qwen3": Layout(
+        architecture="Qwen3ForCausalLM",
+        prefix="model.",
+        blocks="model.layers",
+        sizes={
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "n_kv_heads": "num_key_value_heads",
+            "d_model": "hidden_size",
+            "d_head": "head_dim",
+            "d_mlp": "intermediate_size",
+            "context": "max_position_embeddings",
+        },
+        fixed={
+            "hidden_act": ("silu", "swish"),
+            "rms_norm_eps": (PRESETS["qwen3"].norm_eps,),
+            "attention_bias": (False,),
+            "use_sliding_window": (False,),
+            "tie_word_embeddings": (True,),
+            "quantization_config": (None,),
+        },
+        outside={"token_embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"},
+        block={
+            "norm1.weight": ("input_layernorm.weight",),
+            "attention.qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+            "attention.q_norm.weight": ("self_attn.q_norm.weight",),
+            "attention.k_norm.weight": ("self_attn.k_norm.weight",),
+            "attention.out.weight": ("self_attn.o_proj.weight",),
+            "norm2.weight": ("post_attention_layernorm.weight",),
+            "mlp.up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            "mlp.down.weight": ("mlp.down_proj.weight",),
+        },
+        ignored=("self_attn.rotary_emb.inv_freq",),
+    ),
+}
+
+
+def tensor_map(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...], bool]]:
+    """For each of our tensors except the LM head: its name, their names, the rows of each, and whether it is transposed.
+
+    GPT-2 stores projections as (in, out), torch as (out, in).
+    """
+    layout = LAYOUTS[config.preset]
+    q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    rows = {"attention.qkv.weight": (q, kv, kv), "mlp.up.weight": (config.d_mlp, config.d_mlp)}
+    for ours, theirs in layout.outside.items():
+        yield ours, (theirs,), (), False
     for layer in range(config.n_layers):
-        for ours, names in BLOCK_NAMES[preset].items():
-            transposed = preset == "gpt2" and ours.endswith("weight")  # the norms have gains
-            theirs = tuple(f"{BLOCKS[preset]}.{layer}.{name}" for name in names)
-            yield Entry(f"blocks.{layer}.{ours}", theirs, rows[ours] if len(names) > 1 else (), transposed)
+        for ours, names in layout.block.items():
+            full_names = tuple(f"{layout.blocks}.{layer}.{name}" for name in names)
+            transposed = config.preset == "gpt2" and ours.endswith("weight") and "norm" not in ours
+            yield f"blocks.{layer}.{ours}", full_names, rows[ours] if len(names) > 1 else (), transposed
+
+
+def parts_of(tensor: Tensor, rows: tuple[int, ...], transposed: bool) -> tuple[Tensor, ...]:
+    """Our tensor as their tensors."""
+    return tensor.split(rows) if rows else (tensor.t() if transposed else tensor,)
 
 
 def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The content of `config.json`, and copies of the weights in the names and shapes that it implies.
+    """The content of `config.json`, and copies of the weights under Hugging Face's names.
 
     Raises:
         UserError: if Hugging Face has no model that computes the same.
     """
     config = model.config
-    if config.preset not in BLOCKS:
-        raise UserError(f"the preset {config.preset} has no Hugging Face layout; train with model.preset gpt2 or qwen3")
-    if config.preset == "gpt2" and (
-        config.n_kv_heads != config.n_heads or config.n_heads * config.d_head != config.d_model
-    ):
+    if config.preset not in LAYOUTS:
+        raise UserError(f"preset {config.preset} has no Hugging Face equivalent; train with model.preset gpt2 or qwen3")
+    standard = config.n_kv_heads == config.n_heads and config.n_heads * config.d_head == config.d_model
+    if config.preset == "gpt2" and not standard:
         raise UserError(
-            "GPT-2 on Hugging Face knows no shared key/value heads and no head width but d_model / n_heads; "
+            "GPT-2 has no grouped key/value heads and no head size other than d_model / n_heads; "
             "train with model.preset qwen3, or leave model.n_kv_heads and model.d_head at 0"
         )
     state, weights = model.state_dict(), {}
-    for entry in layout(config):
-        tensor = state[entry.ours].detach()
-        parts = tensor.split(entry.rows) if entry.rows else (tensor.t() if entry.transposed else tensor,)
-        for name, part in zip(entry.theirs, parts, strict=True):
+    for ours, theirs, rows, transposed in tensor_map(config):
+        for name, part in zip(theirs, parts_of(state[ours].detach(), rows, transposed), strict=True):
             weights[name] = part.clone(memory_format=torch.contiguous_format)
-    return describe(config, model.vocab_size, model.token_embedding.weight.dtype), weights
+    return config_to_huggingface(config, model.vocab_size, model.token_embedding.weight.dtype), weights
+
+
+def config_to_huggingface(config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of `config.json`, with every value explicit, since defaults differ between versions."""
+    layout = LAYOUTS[config.preset]
+    content: dict[str, Any] = {
+        "model_type": config.preset,
+        "architectures": [layout.architecture],
+        "vocab_size": vocab_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "initializer_range": 0.02,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **{theirs: getattr(config, ours) for ours, theirs in layout.sizes.items()},
+        **{name: allowed[0] for name, allowed in layout.fixed.items() if allowed[0] is not None},
+    }
+    if config.preset == "gpt2":
+        return content | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    theta = config.architecture.rope_theta
+    return content | {
+        "rope_theta": theta,  # read by transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},  # read by transformers 5
+        "attention_dropout": 0.0,
+        "sliding_window": None,
+    }
 
 
 def from_huggingface(
     config: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> tuple[ModelConfig, int, dict[str, Tensor]]:
-    """Our configuration, the vocabulary size, and a `state_dict` for `GPT`, in the weights' own data type.
-
-    Names may come with or without the prefix `transformer.` or `model.`, as both are in circulation.
+    """Model config, vocabulary size, and a `state_dict` for `GPT` in the dtype of `weights`.
 
     Raises:
-        UserError: if no preset computes what the configuration asks for, or a tensor is missing, misshapen or
-            unknown.
+        UserError: if no preset computes what the configuration says, or a tensor is missing, misshapen or unknown.
     """
-    shape, vocab_size = read_config(config)
-    weights = with_prefix(weights, shape.preset)
+    shape, vocab_size = config_from_huggingface(config)
+    layout = LAYOUTS[shape.preset]
+    if not any(name.startswith(layout.prefix) for name in weights):
+        weights = {name if name == LM_HEAD else layout.prefix + name: tensor for name, tensor in weights.items()}
     if shape.n_layers > len(weights):
-        raise refusal([f"config.json counts {shape.n_layers} layers, with only {len(weights)} tensors"])
+        raise load_error([f"config.json has {shape.n_layers} layers, but there are only {len(weights)} tensors"])
     try:
-        with torch.device("meta"):  # shapes alone, no memory
+        with torch.device("meta"):
             expected = GPT(shape, vocab_size).state_dict()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise refusal([f"a model of the sizes in config.json cannot be built ({reason})"]) from error
-    found: list[str] = []
+        raise load_error(
+            [f"cannot build a model of the sizes in config.json ({str(error).splitlines()[0]})"]
+        ) from error
     state: dict[str, Tensor] = {}
-    known: set[str] = set()
-    for entry in layout(shape):
-        known.update(entry.theirs)
-        whole = expected[entry.ours]
-        slots = whole.split(entry.rows) if entry.rows else (whole.t() if entry.transposed else whole,)
-        wrong = [misfit(n, weights.get(n), s.shape) for n, s in zip(entry.theirs, slots, strict=True)]
-        found += [line for line in wrong if line]
-        if not any(wrong):
-            tensor = torch.cat([weights[name] for name in entry.theirs])
-            state[entry.ours] = tensor.t().contiguous() if entry.transposed else tensor
-    found += strangers(weights, shape, known)
-    if found:
-        raise refusal(found)
-    return shape, vocab_size, state | {"lm_head.weight": state["token_embedding.weight"]}
+    problems = unknown_tensors(weights, shape)
+    for ours, theirs, rows, transposed in tensor_map(shape):
+        shapes = [part.shape for part in parts_of(expected[ours], rows, transposed)]
+        wrong = [line for name, size in zip(theirs, shapes, strict=True) if (line := problem(weights, name, size))]
+        if not wrong:
+            tensor = torch.cat([weights[name] for name in theirs])
+            state[ours] = tensor.t().contiguous() if transposed else tensor
+        problems += wrong
+    if problems:
+        raise load_error(problems)
+    return shape, vocab_size, state | {LM_HEAD: state["token_embedding.weight"]}
 
 
-def misfit(name: str, tensor: Tensor | None, shape: torch.Size) -> str:
-    """What is wrong with a tensor that should have this shape; empty when nothing is."""
-    if tensor is None:
+def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Model config and vocabulary size from the content of `config.json`.
+
+    Raises:
+        UserError: naming every setting that no preset has.
+    """
+    preset = config.get("model_type")
+    if not isinstance(preset, str) or preset not in LAYOUTS:
+        raise load_error([f"model_type is {preset!r}; only {' and '.join(LAYOUTS)} are supported"])
+    config = {"tie_word_embeddings": preset == "gpt2", **config}  # the defaults of transformers
+    problems = [
+        f"{name} is {config[name]!r}; it must be {' or '.join(map(repr, allowed))}"
+        for name, allowed in LAYOUTS[preset].fixed.items()
+        if config.get(name, allowed[0]) not in allowed
+    ]
+    if preset == "qwen3":
+        problems += rope_problems(config)
+    sizes: dict[str, Any] = {}
+    for ours, theirs in {**LAYOUTS[preset].sizes, "vocab_size": "vocab_size"}.items():
+        sizes[ours] = config.get(theirs)
+        if sizes[ours] is None and theirs in ("n_inner", "num_key_value_heads"):
+            sizes[ours] = 0  # null has the meaning of our 0
+        elif type(sizes[ours]) is not int or sizes[ours] < 1:
+            problems.append(f"{theirs} is {sizes[ours]!r}; it must be a positive integer")
+    if problems:
+        raise load_error(problems)
+    vocab_size = sizes.pop("vocab_size")
+    shape = ModelConfig(**sizes, preset=cast(Any, preset))
+    if problems := shape.problems():
+        raise load_error(problems)
+    return shape, vocab_size
+
+
+def rope_problems(config: Mapping[str, Any]) -> list[str]:
+    """Where a Qwen3 configuration differs from the preset's unscaled RoPE, or from full attention."""
+    problems = []
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        problems.append(f"RoPE scaling is {rope!r}; it is not supported")
+    elif rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
+        problems.append("partial_rotary_factor is not 1; RoPE on a part of each head is not supported")
+    elif unknown := sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
+        problems.append(f"RoPE parameters {', '.join(unknown)} are not supported")
+    else:
+        theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+        if theta != PRESETS["qwen3"].rope_theta:
+            problems.append(f"rope_theta is {theta!r}; it must be {PRESETS['qwen3'].rope_theta!r}")
+    kinds = config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        problems.append("layer_types has other values than 'full_attention'")
+    return problems
+
+
+def problem(weights: Mapping[str, Tensor], name: str, shape: torch.Size) -> str:
+    """What is wrong with a tensor that should have this shape; '' if nothing is."""
+    if name not in weights:
         return f"{name} is missing"
-    if tensor.shape != shape:
-        return f"{name} has shape {tuple(tensor.shape)} where config.json implies {tuple(shape)}"
-    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return f"{name} is {tensor.dtype}; quantized weights cannot be read"
+    if weights[name].shape != shape:
+        return f"{name} has shape {tuple(weights[name].shape)}, but config.json implies {tuple(shape)}"
+    if weights[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"{name} is {weights[name].dtype}; quantized weights are not supported"
     return ""
 
 
-def with_prefix(weights: Mapping[str, Tensor], preset: str) -> dict[str, Tensor]:
-    """The weights under full names; the files of the original GPT-2 lack the prefix."""
-    prefix = BLOCKS[preset].split(".")[0] + "."
-    if any(name.startswith(prefix) for name in weights):
-        return dict(weights)
-    return {name if name == HEAD else prefix + name: tensor for name, tensor in weights.items()}
+def unknown_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
+    """Tensors that the model would ignore, and so compute something else."""
+    layout = LAYOUTS[config.preset]
+    known = {LM_HEAD} | {name for _, theirs, _, _ in tensor_map(config) for name in theirs}
+    known |= {f"{layout.blocks}.{layer}.{name}" for layer in range(config.n_layers) for name in layout.ignored}
+    problems = [f"{name} is unknown" for name in sorted(set(weights) - known)]
+    embedding = weights.get(layout.outside["token_embedding.weight"])
+    if LM_HEAD in weights and embedding is not None and not torch.equal(weights[LM_HEAD], embedding):
+        problems.append(f"{LM_HEAD} differs from the token embedding; only tied embeddings are supported")
+    return problems
 
 
-def strangers(weights: Mapping[str, Tensor], config: ModelConfig, known: set[str]) -> list[str]:
-    """Tensors that the model has no place for: they would be lost, and it would compute something else."""
-    blocks = [f"{BLOCKS[config.preset]}.{layer}" for layer in range(config.n_layers)]
-    unused = {f"{block}.{name}" for block in blocks for name in UNUSED_IN_BLOCK[config.preset]}
-    found = [f"{name} is unknown" for name in sorted(set(weights) - known - unused - {HEAD})]
-    embedding = weights.get(OTHER_NAMES[config.preset]["token_embedding.weight"])
-    if HEAD in weights and embedding is not None and not torch.equal(weights[HEAD], embedding):
-        found.append(f"{HEAD} differs from the token embedding; only a tied head can be represented")
-    return found
+def load_error(problems: list[str]) -> UserError:
+    """One error for all problems, of which the first six are listed."""
+    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+    return UserError("cannot load this Hugging Face model: " + "; ".join(problems[:6]) + more, CHECKPOINT)
 
 
 def save_huggingface(model: GPT, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` into `folder`, each whole or not at all.
+    """Write `config.json` and `model.safetensors`, each atomically.
 
     Raises:
-        UserError: if Hugging Face has no such model, or the disk refuses.
+        UserError: if Hugging Face has no such model (exit code 2), or the files cannot be written (exit code 6).
     """
     config, weights = to_huggingface(model)
-    folder = Path(folder)
-    unfinished = [folder / f".{name}.unfinished" for name in (WEIGHTS_FILE, CONFIG_FILE)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, unfinished[0], metadata={"format": "pt"})
-        unfinished[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished[0], folder / WEIGHTS_FILE)
-        os.replace(unfinished[1], folder / CONFIG_FILE)
-    except (OSError, SafetensorError) as error:
-        for path in unfinished:
-            path.unlink(missing_ok=True)
-        raise UserError(f"cannot write the model to {folder}: {error}", DISK_OR_MEMORY) from error
+    write_atomic(Path(folder) / WEIGHTS_FILE, [save(weights, {"format": "pt"})])
+    write_atomic(Path(folder) / CONFIG_FILE, [json.dumps(config, indent=2).encode() + b"\n"])
 
 
 def load_huggingface(folder: str | Path, attention: AttentionImplementation = "eager") -> GPT:
-    """The model, in float32 on the CPU, that a folder with `config.json` and `model.safetensors` describes.
+    """The model of a folder with `config.json` and `model.safetensors`, in float32 on the CPU.
 
     Raises:
-        UserError: if a file is missing or broken, or as in `from_huggingface`.
+        UserError: if a file is missing or damaged, or as in `from_huggingface` (exit code 4).
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError as error:
-        missing = f"{folder} lacks {CONFIG_FILE} or {WEIGHTS_FILE}; both are needed (no shards)"
+        missing = f"{folder} needs {CONFIG_FILE} and an unsharded {WEIGHTS_FILE}"
         raise UserError(missing, CHECKPOINT) from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"cannot read the model in {folder}: {error}", CHECKPOINT) from error
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG_FILE} holds no JSON object", CHECKPOINT)
+        raise UserError(f"{folder / CONFIG_FILE} is not a JSON object", CHECKPOINT)
     shape, vocab_size, state = from_huggingface(config, weights)
     model = GPT(replace(shape, attention=attention), vocab_size)
     model.load_state_dict(state)

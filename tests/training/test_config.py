@@ -34,7 +34,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "--model.attention is 'fuse'; it takes one of auto, explicit, fused, chunked; did you mean fused?",
         "--train.steps is 'many'; it takes a whole number",
         "--train.batch_size needs a value: a whole number",
-        "model.d_model is 130, which 4 heads cannot share evenly; take model.d_model 132, or another model.n_heads",
+        "model.d_model is 130, which is not divisible by 4 heads; use model.d_model 132, or another model.n_heads",
         "optim.lr is -1.0; it must be at least 0",
     ]
 
