@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import run_main
 from training.config import RunConfig, parse_train
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from inspection.contrast_pairs import ContrastPair
     from inspection.eval_texts import EvalTexts
     from training.device import DistContext
+    from training.trainer import Trainer
 
 CHECK = "--check"
 PROBE_STORIES = 200
@@ -51,40 +52,97 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: RunConfig, started: float) -> None:
-    """One run, from text to what the model learned of it."""
+    """One run, from text to a report of the loss and of the attention heads."""
     from data.prepare import require
-    from inspection.recorder import AttentionRecorder
-    from training.checkpoint import TrainState, sha256_of_weights
     from training.device import get_dist_context
+    from training.metrics import print_line
     from training.preparing import prepare_once
-    from training.provenance import provenance
-    from training.setup import Run, agreed
+    from training.setup import Checkpointer, broadcast_config, build_trainer, get_callbacks, print_header
 
     ctx = get_dist_context(config.train.dtype, config.run.threads)
-    config = agreed(config, ctx)
+    config = broadcast_config(config, ctx)
     data = prepare_once(config.data, ctx)
-    config, end = planned(config, ctx, data, started)
+    config, deadline = plan_minutes(config, ctx, data, started)
     require(data, config.model.context)
-    watched = watch_set(data, config)
-    run = Run(config, ctx, data)
-    observer = AttentionRecorder(run.model, watched, data.tokenizer.token_bytes, run.folder)
-
-    def observe(state: TrainState) -> None:
-        observer.write(state.step, provenance(run.model, data.tokenizer, state), run.sample)
-
-    run.begin()
+    eval_texts = build_eval_texts(data, config) if config.log.attention == "on" else None
+    checkpointer = Checkpointer(config, ctx)
+    trainer = build_trainer(config, ctx, data)
+    recorder = None if eval_texts is None else get_recorder(trainer, eval_texts)
+    trainer.callbacks = get_callbacks(trainer, checkpointer, recorder)
+    if deadline is not None:
+        trainer.callbacks.append(KeepDeadline(deadline))
+    print_header(trainer)
+    if recorder is None and ctx.is_main_process:
+        print_line("log.attention is off: no attention is recorded and no page is written")
+    trainer.run()
     if ctx.is_main_process:
-        observer.begin(run.state.step)
-        if not observer.has(run.state.step):  # untrained heads, or those of a run that was stopped
-            observe(run.state)
-    run.train(observe, end)
-    run.report()
-    if ctx.is_main_process:
-        seen = observer.report(run.state.step, sha256_of_weights(run.model))
-        run.finish(seen.lines, seen.pictures, seen.page, started)
+        print_line(closing_lines(config, time.perf_counter() - started))
 
 
-def planned(
+def closing_lines(config: RunConfig, seconds: float) -> str:
+    """How long the command took, and what to do with the run."""
+    run = Path(config.run.dir)
+    lines = [f"\n{seconds:.0f} s in all; the run is in {run}"]
+    if config.log.attention == "on":
+        lines += [f"  open {run / 'attention.html'}"] * (run / "attention.html").is_file()
+        lines += [f"  python attend.py summary {run}"]
+    return "\n".join([*lines, f"  python sample.py {run}"])
+
+
+def get_recorder(trainer: Trainer, eval_texts: EvalTexts) -> object:
+    """The callback that records attention at each evaluation."""
+    from inspection.recorder import AttentionRecorder
+    from training.metrics import print_line
+
+    token_bytes, folder = trainer.data.tokenizer.token_bytes, Path(trainer.config.run.dir)
+    recorder = AttentionRecorder(trainer.model, eval_texts, token_bytes, folder)
+    if hasattr(recorder, "on_eval"):
+        return recorder
+
+    class Adapter:
+        """The recorder as a callback."""
+
+        def on_start(self, trainer: Trainer) -> None:
+            recorder.begin(trainer.state.step)
+            if not recorder.has(trainer.state.step):
+                self.on_eval(trainer, {})
+
+        def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            recorder.write(trainer.state.step, trainer.provenance(), trainer.sample_tokens or [])
+
+        def on_end(self, trainer: Trainer) -> None:
+            report = recorder.report(trainer.state.step, trainer.provenance()["weights_sha256"])
+            print_line("\n" + "\n".join(report.lines))
+
+    return Adapter()
+
+
+class KeepDeadline:
+    """Adjusts the number of steps of a run with `train.minutes` once, when the learning rate is about to decay."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def on_start(self, trainer: Trainer) -> None:
+        from training.pace import Pace
+
+        self.pace = Pace(self.deadline, lambda config: set_config(trainer, config))
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.pace.look(trainer.config, trainer.state.step)
+
+
+def set_config(trainer: Trainer, config: RunConfig) -> None:
+    """Continue with another number of steps, and write it to `config.toml`."""
+    from training.metrics import print_line
+    from training.run_dir import save_config
+
+    save_config(config)
+    trainer.config = config
+    print_line(f"plan    {config.train.steps:,} steps, from the time that {trainer.state.step:,} have taken")
+
+
+def plan_minutes(
     config: RunConfig, ctx: DistContext, data: TokenizedCorpus, started: float
 ) -> tuple[RunConfig, float | None]:
     """The config with model, batch and steps chosen, where it gives the minutes to spend; when they should be over."""
@@ -98,7 +156,7 @@ def planned(
     return config, end
 
 
-def watch_set(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
+def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     """What is looked at throughout the run: held-out texts, repeats of random tokens, questions, the user's lines."""
     import numpy as np
 
@@ -108,7 +166,7 @@ def watch_set(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
 
     tokenizer, model = data.tokenizer, config.model
     texts: list[tuple[str, tuple[int, ...]]] = []
-    questions = probes(data)
+    questions = story_contrast_pairs(data)
     if config.log.prompts:
         encode = encoder(data)
         file = Path(config.log.prompts)
@@ -140,7 +198,7 @@ def encoder(data: TokenizedCorpus) -> Callable[[str], list[int]]:
     return lambda text: data.tokenizer.encode(text).tolist()
 
 
-def probes(data: TokenizedCorpus) -> list[ContrastPair]:
+def story_contrast_pairs(data: TokenizedCorpus) -> list[ContrastPair]:
     """Questions about held-out stories whose answers are known; none for other corpora."""
     from data.stories import stories
     from inspection.contrast_pairs import locate

@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps TOKENS.npy VOCABULARY [--section.key value ...]
 
-The options are train.py's, and so is the way: `training.setup.Run` chooses number format, attention, threads and compiler
+The options are train.py's, and so is the way: `training.setup.build_trainer` chooses number format, attention, threads and compiler
 as it does for any run, and its trainer takes the steps, batches and clipping included. Only the corpus is random
 numbers, so that any size of vocabulary can be measured.
 """
@@ -26,7 +26,7 @@ from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from training.config import parse_train
 from training.device import get_dist_context
-from training.setup import Run
+from training.setup import build_trainer
 
 
 class Numbers(Tokenizer):
@@ -74,21 +74,21 @@ def main(argv: list[str]) -> None:
     tokens, vocab_size, *options = argv
     with tempfile.TemporaryDirectory() as folder:
         config, _ = parse_train([*options, f"--run.dir={folder}"])
-        run = Run(
+        trainer = build_trainer(
             config, get_dist_context(config.train.dtype, config.run.threads), corpus(Path(tokens), int(vocab_size))
         )
         for _ in range(2):
-            run.trainer.train_step()
+            trainer.train_step()
         about = {
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-            "matrices": matrix_parameters(run.model),
-            "how": run.how(),
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "matrices": matrix_parameters(trainer.model),
+            "how": dict(trainer.environment.settings),
         }
         print(json.dumps(about), flush=True)
         for line in sys.stdin:
             start = time.perf_counter()
             for _ in range(int(line)):
-                run.trainer.train_step()
+                trainer.train_step()
             print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": peak()}), flush=True)
 
 

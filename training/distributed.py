@@ -214,12 +214,12 @@ def maybe_no_sync(stepped: nn.Module, last: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
-def clip_grad_norm(stepped: nn.Module, limit: float) -> float:
+def clip_grad_norm(stepped: nn.Module, limit: float) -> Tensor:
     """Scale the gradient down to the norm `limit` (0: leave it); its norm before that, the same on every process."""
     parameters = [p for p in stepped.parameters() if p.grad is not None]
     norm = full_tensor(get_total_norm([cast(Tensor, p.grad) for p in parameters]))
     clip_grads_with_norm_(parameters, limit or math.inf, norm)
-    return float(norm)
+    return norm
 
 
 def is_dtensor(value: Tensor) -> bool:

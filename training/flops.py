@@ -14,7 +14,7 @@ import torch
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import RunConfig
-from training.muon import ROUNDS
+from training.muon import NEWTON_SCHULZ_STEPS
 
 ASSUMED_FLOPS = 1.5e11
 """FLOP/s that a small CPU is assumed to reach in training."""
@@ -92,4 +92,4 @@ def muon_flops(config: ModelConfig) -> int:
         (width, config.d_mlp),
     )
     sides = [(min(pair), max(pair)) for pair in matrices]
-    return config.n_layers * ROUNDS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
+    return config.n_layers * NEWTON_SCHULZ_STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)

@@ -1,48 +1,51 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, and, on request, Weights & Biases.
-
-Telling never stops training: an outage of wandb is one line on stderr, and the run goes on.
-"""
+"""Metrics of a run: `metrics.jsonl`, `samples.txt`, and the progress bar or plain lines."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from common.errors import DISK_OR_MEMORY, UserError
 from common.files import read_metrics
 from training.checkpoint import TrainState
+from training.device import measure_matmul_flops
+from training.flops import flops_per_token
 from training.text_generation import escape_text
+from training.trainer import Callback, Trainer
+
+PLAIN_SECONDS = 10.0
+"""Least seconds between two progress lines where there is no terminal."""
 
 
-class Metrics:
-    """`metrics.jsonl`: one JSON object a line, each with its step; and `samples.txt`, which grows with it.
+class MetricsLogger(Callback):
+    """Writes `metrics.jsonl`, one JSON object a line, each with its step, and `samples.txt`.
 
-    A resumed run drops what lies beyond its step: there is no gap and no line twice.
-
-    Args:
-        folder: of the run.
-        state: where the run begins or goes on.
+    A resumed run first drops the lines after its step, so that no line is missing or written twice. It adds
+    `tokens_per_second` (over the steps since the last line), `mfu` (model FLOPs utilization: the share of the FLOP/s of
+    a large matrix product on this device) and `peak_memory_mb` to the metrics of a step.
 
     Raises:
-        UserError: if the files can't be written (exit code 6).
+        UserError: if the files cannot be written (exit code 6).
     """
 
     def __init__(self, folder: Path, state: TrainState) -> None:
         path, self.samples = folder / "metrics.jsonl", folder / "samples.txt"
-        lines = read_metrics(path)
-        kept = [line for line in lines if belongs(line, state)]
+        kept = [line for line in read_metrics(path) if belongs_to(line, state)]
+        self.last_step, self.last_seconds, self.peak_flops = state.step, 0.0, 0.0
         with writing(path):
             ends = [line["samples_end"] for line in kept if isinstance(line.get("samples_end"), int)]
-            told = any("val_loss" in line for line in kept)  # without an end: samples are off, or of an older version
-            if self.samples.exists() and (ends or not told):
+            has_evaluations = any("val_loss" in line for line in kept)  # with no ends: samples were switched off
+            if self.samples.exists() and (ends or not has_evaluations):
                 os.truncate(self.samples, min(self.samples.stat().st_size, max([0, *ends])))
             temporary = path.with_suffix(".writing")
             with temporary.open("w", encoding="utf-8") as file:
@@ -52,83 +55,164 @@ class Metrics:
             temporary.replace(path)
             self.file = path.open("a", encoding="utf-8")
 
+    def on_start(self, trainer: Trainer) -> None:
+        """Measure what MFU is a share of."""
+        self.peak_flops = measure_matmul_flops(trainer.ctx) * trainer.ctx.world_size
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Add throughput and memory, and write the line, if it is due."""
+        if trainer.should_log(metrics):
+            metrics |= self.telemetry(trainer)
+            self.write(metrics)
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Write the evaluation, and the sample if there is one; the line says where the sample ends, in bytes."""
+        line = {key: value for key, value in metrics.items() if key != "sample"}
+        if "sample" in metrics:
+            with writing(self.samples), self.samples.open("a", encoding="utf-8") as file:
+                file.write(f"step {metrics['step']}\n{metrics['sample']}\n\n")
+                line["samples_end"] = file.tell()
+        self.write(line)
+
+    def on_save(self, trainer: Trainer) -> None:
+        """Flush the lines to the disk: a checkpoint must not outlive the metrics of its steps."""
+        with writing(Path(self.file.name)):
+            os.fsync(self.file.fileno())
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Write the final loss and the baselines."""
+        self.write({"step": trainer.state.step, **trainer.final_metrics})
+
+    def on_exit(self, trainer: Trainer, exit_code: int) -> None:
+        """Close the file."""
+        self.file.close()
+
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, at once."""
+        """Append one line at once."""
         with writing(Path(self.file.name)):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 
-    def write_sample(self, step: int, text: str) -> int:
-        """Append a sample to `samples.txt`; where it ends there, in bytes, which belongs into the evaluation's line."""
-        with writing(self.samples), self.samples.open("a", encoding="utf-8") as file:
-            file.write(f"step {step}\n{text}\n\n")
-            return file.tell()
+    def telemetry(self, trainer: Trainer) -> dict[str, float]:
+        """Throughput since the last call, and peak memory so far."""
+        step, config = trainer.state.step, trainer.config
+        seconds = max(1e-9, trainer.train_seconds - self.last_seconds)
+        tokens = (step - self.last_step) * config.train.batch_size * config.model.context
+        self.last_step, self.last_seconds = step, trainer.train_seconds
+        flops = flops_per_token(trainer.model.config, trainer.model.vocab_size)
+        mfu = tokens / seconds * (flops.forward + flops.backward) / self.peak_flops
+        return {
+            "tokens_per_second": round(tokens / seconds),
+            "mfu": round(mfu, 4),
+            "peak_memory_mb": round(peak_memory(trainer.ctx.device) / 1e6),
+        }
 
-    def sync(self) -> None:
-        """Wait until every line is on the disk: a checkpoint must not outlive the metrics of its steps."""
-        with writing(Path(self.file.name)):
-            os.fsync(self.file.fileno())
+
+class ProgressBar(Callback):
+    """A bar on a terminal; elsewhere a line every `PLAIN_SECONDS`. Prints a line at each evaluation."""
+
+    def __init__(self, state: TrainState, steps: int) -> None:
+        self.first_step, self.start = state.step, time.perf_counter()
+        self.is_terminal, self.printed = sys.stderr.isatty(), self.start
+        self.latest: dict[str, Any] = {}
+        self.bar = tqdm(
+            total=steps, initial=state.step, unit="step", disable=not self.is_terminal, leave=False, dynamic_ncols=True
+        )
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Start the clock of the time that is left."""
+        self.start = self.printed = time.perf_counter()
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Advance the bar; print a line if one is due."""
+        self.bar.total = trainer.config.train.steps
+        self.bar.update(metrics["step"] - self.bar.n)
+        if "skipped" in metrics:
+            print_line(f"step {metrics['step']} skipped: loss or gradient not finite ({metrics['skipped']} so far)")
+        elif trainer.should_log(metrics):
+            self.latest = metrics
+            self.bar.set_postfix_str(format_metrics(metrics))
+            if not self.is_terminal and time.perf_counter() - self.printed > PLAIN_SECONDS:
+                self.print_progress(trainer, metrics)
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Print the validation loss, and the sample if there is one."""
+        self.print_progress(trainer, {**self.latest, **metrics})
+        if "sample" in metrics:
+            print_line("    " + metrics["sample"].strip().replace("\n", "\n    "))
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+    def on_exit(self, trainer: Trainer, exit_code: int) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+    def print_progress(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Print step, metrics and the time left."""
+        step, steps, self.printed = metrics["step"], trainer.config.train.steps, time.perf_counter()
+        left = (self.printed - self.start) * (steps - step) / max(1, step - self.first_step)
+        parts = [f"step {step}/{steps}", format_metrics(metrics)]
+        print_line(" | ".join(parts + [f"{format_seconds(left)} left"] * (step < steps)))
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """`loss 0.311 | val 0.3047 | lr 1.0e-2 | grad 0.42 | 54k tok/s | mfu 40%`, as far as they are there."""
+    formats = {
+        "loss": lambda value: f"loss {value:.3f}",
+        "val_loss": lambda value: f"val {value:.4f}",
+        "lr": lambda value: f"lr {value:.1e}".replace("e-0", "e-").replace("e+0", "e+"),
+        "grad_norm": lambda value: f"grad {value:.2f}",
+        "tokens_per_second": lambda value: f"{format_count(value)} tok/s",
+        "mfu": lambda value: f"mfu {value:.0%}",
+    }
+    return " | ".join(text(metrics[name]) for name, text in formats.items() if name in metrics)
+
+
+def format_count(number: float) -> str:
+    """`950`, `54k`, `1.2M`."""
+    if number >= 1e6:
+        return f"{number / 1e6:.1f}M"
+    return f"{number / 1e3:.0f}k" if number >= 1e3 else f"{number:.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`15s`, `12m`, `3.5h`."""
+    if seconds < 100:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.1f}h"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a GPU, else the peak resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def print_line(text: str) -> None:
+    """Print to stdout without breaking the progress bar; nothing once stdout is closed."""
+    try:
+        tqdm.write(escape_text(text), file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:  # the terminal or the reader of a pipe is gone; training continues
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell the user of a file that can't be written (exit code 6)."""
+    """Report a file that cannot be written (exit code 6)."""
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
 
 
-def belongs(line: Mapping[str, Any], state: TrainState) -> bool:
-    """Whether a line of metrics belongs to a run that stands at `state`."""
+def belongs_to(line: Mapping[str, Any], state: TrainState) -> bool:
+    """Whether a line of metrics was written by `state` or before it."""
     if "final_val_loss" in line or line["step"] > state.step:
         return False
-    again = "val_loss" in line and line["step"] == state.step > state.last_eval_step  # that evaluation was broken off
-    return not again
-
-
-class Progress:
-    """A bar with loss, tokens/s and the time left; plain lines where stderr is no terminal."""
-
-    def __init__(self, first: int, steps: int, tokens_per_step: int, visible: bool) -> None:
-        self.steps, self.tokens_per_step, self.first = steps, tokens_per_step, first
-        self.visible, self.plain = visible, not sys.stderr.isatty()
-        self.start = self.told = time.perf_counter()
-        self.bar = tqdm(
-            total=steps, initial=first, unit="step", disable=not visible or self.plain, dynamic_ncols=True, leave=False
-        )
-
-    def settle(self, steps: int) -> None:
-        """Expect that many steps from now on."""
-        self.steps = self.bar.total = steps
-
-    def speed(self, step: int) -> float:
-        """Tokens a second since the start."""
-        return (step - self.first) * self.tokens_per_step / max(1e-9, time.perf_counter() - self.start)
-
-    def step(self, step: int, loss: float | None) -> None:
-        """Move on to `step`; `loss` where it is known."""
-        self.bar.update(step - self.bar.n)
-        if loss is None:
-            return
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.speed(step):,.0f} tokens/s")
-        now = time.perf_counter()
-        if self.visible and self.plain and now - self.told > 10:
-            self.told = now
-            left = (now - self.start) * (self.steps - step) / max(1, step - self.first)
-            self.say(f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed(step):,.0f} tokens/s  {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
-        if not self.visible:
-            return
-        try:
-            self.bar.write(escape_text(text), file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:  # the terminal is closed, or the reader gone: the run goes on in silence
-            self.visible = False
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self.bar.close()
+    was_interrupted = "val_loss" in line and line["step"] == state.step > state.last_eval_step
+    return not was_interrupted

@@ -1,25 +1,30 @@
-"""How weights follow gradients: parameter groups, AdamW and Muon, the rate of each step."""
+"""The optimizer: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest; and the learning rate."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from training.config import OptimConfig
 from training.distributed import distribute, full_tensor, is_dtensor, unwrap_model
-from training.muon import Muon
-from training.stepper import AdamW, Stepper
+from training.muon import muon
+
+ADAMW_EPS = 1e-8
 
 
 def get_lr_scale(step: int, steps: int, config: OptimConfig) -> float:
-    """The learning rate of a step as a share of its peak: a pure function of the step.
+    """The learning rate of a step as a fraction of its peak: a pure function of the step.
 
-    It rises in a line over `warmup_steps` steps; then `cosine` falls along a half cosine to `min_lr_ratio`
-    (Loshchilov & Hutter 2017, equation 5), while `linear` stays at 1 until the last `decay_fraction` of the steps and
-    falls in a line (the trapezoid of Hägele et al. 2024).
+    Linear warmup over `warmup_steps` steps; then `cosine` decays to `min_lr_ratio` along a half cosine (Loshchilov & Hutter
+    2017, equation 5), while `linear` stays at 1 until the last `decay_fraction` of the steps and decays linearly
+    (warmup-stable-decay; Hägele et al. 2024).
 
     Args:
         step: counted from 0, below `steps`.
@@ -28,25 +33,34 @@ def get_lr_scale(step: int, steps: int, config: OptimConfig) -> float:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        falling = 0.5 * (1 + math.cos(math.pi * progress))
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        falling = min(1.0, (steps - step) / max(1.0, config.decay_fraction * steps))
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * falling
+        decay = min(1.0, (steps - step) / max(1.0, config.decay_fraction * steps))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay
 
 
 class Optimizer:
-    """AdamW, or Muon for the matrices inside the blocks and AdamW for the rest, stepped as one.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) and Muon (Jordan et al. 2024) over the groups of a model.
 
-    Muon (Jordan et al. 2024) orthogonalises the update of a matrix, which makes sense where a matrix maps one hidden
-    space to another; embeddings, the head, gains and biases stay with AdamW. Matrices decay, gains and biases do not.
+    | group    | parameters                                     | algorithm      | weight decay |
+    |----------|------------------------------------------------|----------------|--------------|
+    | matrices | embeddings; with `adamw` every matrix          | AdamW          | yes          |
+    | vectors  | norms and biases                               | AdamW          | no           |
+    | hidden   | with `muon` the matrices inside the blocks     | Muon           | yes          |
+
+    Muon orthogonalizes the update of a matrix, which makes sense where a matrix maps one hidden space to another.
+    torch.optim's classes are not used because each of them imports torch's compiler, about a second; the arithmetic
+    is torch.optim's own, through `torch.optim.adamw.adamw`.
 
     Args:
-        model: as it is stepped; where its weights are split among processes, their moments are split the same way.
+        model: the model that is trained; FSDP-sharded parameters have sharded optimizer state.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        hidden, matrices, vectors = [], [], []
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in unwrap_model(model).named_parameters()}
+        self.config = config
+        self.names = {parameter: name for name, parameter in unwrap_model(model).named_parameters()}
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        matrices, vectors, hidden = [], [], []
         for parameter, name in self.names.items():
             if parameter.dim() < 2:
                 vectors.append(parameter)
@@ -55,70 +69,104 @@ class Optimizer:
             else:
                 matrices.append(parameter)
         decay = config.weight_decay
-        groups = [
-            {"params": matrices, "lr": config.lr, "weight_decay": decay},
-            {"params": vectors, "lr": config.lr, "weight_decay": 0.0},
+        groups = [("adamw", matrices, config.lr, decay), ("adamw", vectors, config.lr, 0.0)]
+        groups += [("muon", hidden, config.muon_lr, decay)]
+        self.param_groups: list[dict[str, Any]] = [
+            {"algorithm": algorithm, "params": params, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
+            for algorithm, params, lr, weight_decay in groups
         ]
-        self.parts: list[Stepper] = [AdamW(groups, config.beta1, config.beta2)]
-        if hidden:
-            self.parts.append(Muon(hidden, config.muon_lr, decay, config.momentum))
-        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
-    def set_lr_scale(self, share: float) -> None:
-        """Set every learning rate to `share` of its peak."""
-        for part, peaks in zip(self.parts, self.peaks, strict=True):
-            for group, peak in zip(part.param_groups, peaks, strict=True):
-                group["lr"] = share * peak
+    def set_lr_scale(self, scale: float) -> None:
+        """Set every learning rate to `scale` times its peak."""
+        for group in self.param_groups:
+            group["lr"] = scale * group["peak_lr"]
 
+    @torch.no_grad()
     def step(self) -> None:
-        """Move the weights, and forget the gradient."""
-        for part in self.parts:
-            part.step()
+        """Update every parameter that has a gradient, and drop the gradients."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters and group["algorithm"] == "adamw":
+                self.step_adamw(parameters, group["lr"], group["weight_decay"])
+            elif parameters:
+                self.step_muon(parameters, group["lr"], group["weight_decay"])
         self.zero_grad()
 
+    def step_adamw(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        """AdamW by torch's fused kernel."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            [self.state[parameter]["step"] for parameter in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=ADAMW_EPS,
+            maximize=False,
+        )
+
+    def step_muon(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Muon over stacked matrices."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        muon(parameters, buffers, lr=lr, weight_decay=weight_decay, momentum=self.config.momentum)
+
     def zero_grad(self) -> None:
-        """Let the gradient go."""
-        for part in self.parts:
-            part.zero_grad()
+        """Drop the gradients."""
+        for parameter in self.names:
+            parameter.grad = None
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every moment as it lies here, named by its parameter; in the same order on every process."""
-        for part in self.parts:
-            for parameter in (p for group in part.param_groups for p in group["params"]):
-                for key, value in part.state.get(parameter, {}).items():
+        """Every tensor of the optimizer state as this process holds it, in the same order on every process."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                for key, value in self.state.get(parameter, {}).items():
                     yield f"{self.names[parameter]}/{key}", value
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every moment, whole, named by its parameter, such as `blocks.0.attention.qkv.weight/momentum_buffer`.
+        """Every tensor of the optimizer state, by name, such as `blocks.0.attention.qkv.weight/momentum_buffer`.
 
-        Where moments are split every process calls this at the same point; they are put together one at a time and
-        laid down on the first process's CPU, and only that one gets them.
+        Sharded state is gathered one tensor at a time onto the main process's CPU, where every process must call this;
+        the others get an empty dict.
         """
         if not any(is_dtensor(parameter) for parameter in self.names):
             return dict(self.named_state())
-        found = {}
+        gathered = {}
         for name, value in self.named_state():
             value = full_tensor(value)
             if dist.get_rank() == 0:
-                found[name] = value.cpu()
-        return found
+                gathered[name] = value.cpu()
+        return gathered
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, or this process's share of it.
+        """Load what `state_dict` returned; of sharded parameters this process's shard.
 
         Raises:
-            ValueError: if it belongs to other parameters or another optimizer.
+            ValueError: if it is of other parameters.
         """
-        by_name = {name: parameter for parameter, name in self.names.items()}
-        owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
-        if missing := set(by_name) - {key.partition("/")[0] for key in saved}:
-            raise ValueError(f"it lacks the moments of {sorted(missing)[0]}")
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        if missing := set(parameters) - {key.partition("/")[0] for key in saved}:
+            raise ValueError(f"the optimizer state of {sorted(missing)[0]} is missing")
         for key, value in saved.items():
             name, _, entry = key.partition("/")
-            if name not in by_name:
-                raise ValueError(f"it holds moments of {name}, which the model lacks")
-            parameter = by_name[name]
+            if name not in parameters:
+                raise ValueError(f"there is optimizer state of {name}, which the model lacks")
+            parameter = parameters[name]
             if value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"the moments of {name} have shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-            mine = distribute(value, parameter) if value.dim() else value.to(parameter.device)
-            owners[parameter].state[parameter][entry] = mine
+                shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
+                raise ValueError(f"the optimizer state of {name} has shape {shapes}")
+            shard = distribute(value, parameter) if value.dim() else value.to(parameter.device)
+            self.state[parameter][entry] = shard

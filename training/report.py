@@ -1,4 +1,4 @@
-"""The loss in context: beside what knowing nothing, counting words, or knowing everything would give."""
+"""The final loss compared with baselines: a table and `loss.png`."""
 
 from __future__ import annotations
 
@@ -6,36 +6,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.errors import escape_control_chars
+from common.files import read_metrics
 from data.dataloader import PackedSequences
 from data.ngram_baseline import baselines, bits_per_byte
 from data.prepare import TokenizedCorpus
+from training.distributed import gather_weights
+from training.metrics import print_line
+from training.trainer import Callback, Trainer
 
-WORDS = {
+DESCRIPTIONS = {
     "uniform": "every token equally likely",
-    "unigram": "how often each token occurs",
+    "unigram": "token frequencies",
     "trigram": "the two tokens before it",
-    "floor": "the entropy of the corpus: nobody can do better",
+    "floor": "entropy of the corpus: the lowest possible loss",
 }
 
 
-def baseline_losses(data: TokenizedCorpus, windows: PackedSequences) -> dict[str, float]:
-    """Losses in nats/token that the model's is to be read against; `floor` where the corpus's entropy is known."""
-    found = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
+class LossReport(Callback):
+    """At the end of training: the loss on the whole validation split, and the baselines."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Every process takes part; the main one prints the table and writes the plot."""
+        loss, num_targets = trainer.full_validation_loss()
+        gather_weights(trainer.wrapped_model, trainer.model)
+        if not trainer.ctx.is_main_process:
+            return
+        references = baseline_losses(trainer.data, trainer.val_sequences)
+        trainer.final_metrics = {"final_val_loss": loss, **references}
+        print_line("\n" + table(loss, num_targets, references, trainer.data))
+        folder = Path(trainer.config.run.dir)
+        title = escape_control_chars(f"{trainer.data.name}: {folder}")
+        plot_loss(folder / "loss.png", read_metrics(folder / "metrics.jsonl"), references, title)
+
+
+def baseline_losses(data: TokenizedCorpus, sequences: PackedSequences) -> dict[str, float]:
+    """Losses in nats/token to compare the model's with; `floor` where the entropy of the corpus is known."""
+    losses = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
     if data.nats_per_document is not None:
-        # Every token after the first is a target once, the documents' ends included.
-        found["floor"] = data.nats_per_document * data.val.n_documents / (len(data.val) - 1)
-    return found
+        # Every token after the first is a target once, the end-of-text tokens included.
+        losses["floor"] = data.nats_per_document * data.val.n_documents / (len(data.val) - 1)
+    return losses
 
 
-def table(loss: float, targets: int, references: Mapping[str, float], data: TokenizedCorpus) -> str:
-    """The model's loss and its references, a line each, in nats/token and bits/byte."""
+def table(loss: float, num_targets: int, references: Mapping[str, float], data: TokenizedCorpus) -> str:
+    """The model's loss and the baselines, highest first, in nats/token and bits/byte."""
     rows = sorted([*references.items(), ("this model", loss)], key=lambda row: (-row[1], row[0]))
-    lines = [f"loss on {targets:,} held-out tokens ({data.val.n_documents:,} documents)   nats/token   bits/byte"]
+    lines = [f"loss on {num_targets:,} held-out tokens ({data.val.n_documents:,} documents)   nats/token   bits/byte"]
     for name, nats in rows:
-        what = WORDS.get(name, "")
-        lines.append(
-            f"  {name:<12}{what:<48}{nats:>9.4f}   {bits_per_byte(nats, len(data.val) - 1, data.val.n_bytes):>9.4f}"
-        )
+        bits = bits_per_byte(nats, len(data.val) - 1, data.val.n_bytes)
+        lines.append(f"  {name:<12}{DESCRIPTIONS.get(name, ''):<48}{nats:>9.4f}   {bits:>9.4f}")
     if "floor" in references:
         gap = loss - references["floor"]
         lines.append(f"  this model is {abs(gap):.4f} nats/token {'above' if gap > 0 else 'below'} the floor")
@@ -43,7 +63,7 @@ def table(loss: float, targets: int, references: Mapping[str, float], data: Toke
 
 
 def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str, float], title: str) -> None:
-    """`loss.png`: training and validation loss over the steps, the references as lines across."""
+    """`loss.png`: training and validation loss over the steps, baselines as horizontal lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
@@ -58,18 +78,11 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str
     if val:
         axes.plot(*zip(*val, strict=True), color="#1f3b70", linewidth=2, marker="o", markersize=3, label="validation")
     for name, nats in references.items():
-        color, line = ("#c0392b", "-") if name == "floor" else ("#888888", ":")
-        axes.axhline(nats, color=color, linestyle=line, linewidth=1.2)
-        axes.annotate(
-            f"{name} {nats:.3f}",
-            (1, nats),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color=color,
-        )
+        color, style = ("#c0392b", "-") if name == "floor" else ("#888888", ":")
+        axes.axhline(nats, color=color, linestyle=style, linewidth=1.2)
+        position: dict[str, Any] = {"xy": (1, nats), "xycoords": ("axes fraction", "data")}
+        offset: dict[str, Any] = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"{name} {nats:.3f}", **position, **offset, fontsize=8, color=color)
     axes.set(xlabel="step", ylabel="loss (nats/token)", title=title.replace("$", r"\$"))
     lowest = min([*references.values(), *(loss for _, loss in train + val)], default=1.0)
     axes.set_yscale("log")

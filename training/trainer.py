@@ -1,15 +1,20 @@
-"""The loop: what is due, save, step, log.
+"""The training loop.
 
-Everything it needs is handed in; where it stands is its `TrainState`. A step is a pure function of (weights, moments,
-seed, step), so that nothing that happens between steps can change what is learned.
+`Trainer.run` evaluates, saves, steps and logs until the last step. Metrics, text samples, checkpoints, trackers and
+attention are callbacks. A step is a pure function of (weights, optimizer state, seed, step), so that nothing a callback
+does changes what is learned, and a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,66 +33,98 @@ from data.dataloader import (
 from data.prepare import TokenizedCorpus
 from data.token_dataset import TokenSplit
 from model.gpt import GPT
-from training.checkpoint import TrainState
+from training.checkpoint import Checkpoint, RunEnvironment, TrainState
 from training.config import RunConfig
-from training.device import DistContext
+from training.device import DistContext, advise_on_oom
 from training.distributed import clip_grad_norm, gather_weights, is_fsdp, maybe_no_sync
 from training.loss import cross_entropy_sum
 from training.optimizer import Optimizer, get_lr_scale
+from training.provenance import provenance
 from training.signals import SignalHandler
 
-Tell = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
 FINAL_TARGETS = 500_000
-"""Validation targets of the last evaluation, at most."""
+"""Validation targets of the final evaluation, at most."""
+PREFETCH_STEPS = 2
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    split: TokenSplit,
-    windows: PackedSequences,
-    indices: Any,
-    rows: int,
-    ctx: DistContext,
-    stop: SignalHandler | None = None,
-) -> tuple[float, int] | None:
-    """Mean loss in nats over every counted target of the windows `indices`, and how many targets that is.
+class Callback:
+    """Hooks of the training loop. Each does nothing by default.
 
-    Every process reads as many batches as the others, the last ones perhaps empty: where a model is split among them,
-    nobody computes alone. None if `stop` broke it off.
+    The trainer calls a hook only if the callback has it, so a class from another package need not inherit from this
+    one. Callbacks run in the order of `trainer.callbacks`.
     """
-    was_training = model.training
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=ctx.device)
-    mine = indices[ctx.rank :: ctx.world_size]
-    share = -(-len(indices) // ctx.world_size)
-    for first in range(0, share, rows):
-        if stop is not None and ctx.all_reduce_max(stop.signum):
-            break
-        chosen = mine[first : first + rows]
-        read = read_sequences(split, windows, chosen if len(chosen) else indices[:1])
-        with ctx.autocast():
-            logits = model(ctx.to_device(read.tokens))
-        if len(chosen):
-            targets = ctx.to_device(read.targets)
-            total[0] += cross_entropy_sum(logits, targets)
-            total[1] += (targets != IGNORE_INDEX).sum()
-    else:
-        total = ctx.all_reduce_sum(total)
-        model.train(was_training)
-        return float(total[0] / total[1]), int(total[1])
-    model.train(was_training)
-    return None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Called once before the first step of a new or resumed run; a new run has saved its initial weights."""
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Called after every step.
+
+        Args:
+            metrics: `step` (1 after the first), `loss`, `lr`, `grad_norm`; of a skipped step `step`, `skipped` (how
+                many so far) and `documents`. A callback may add entries for the ones after it.
+        """
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Called after an evaluation, before its checkpoint. `trainer.model` has the current weights.
+
+        A signal may interrupt it; the evaluation is then repeated when the run is resumed.
+
+        Args:
+            metrics: `step`, `val_loss`, `tokens_seen`. A callback may add entries for the ones after it.
+        """
+
+    def on_save(self, trainer: Trainer) -> None:
+        """Called when a checkpoint is due."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Called after the last step and its checkpoint. Not called if the run is stopped or fails."""
+
+    def on_exit(self, trainer: Trainer, exit_code: int) -> None:
+        """Called last, whether the run ended (0), was stopped by a signal, or failed: release resources here."""
+
+
+class Prefetcher(Generic[T]):
+    """Computes `read(step)` for the next steps in a background thread.
+
+    An error of `read` is raised by the `get` of its step.
+    """
+
+    def __init__(self, read: Callable[[int], T]) -> None:
+        self.read = read
+        self.thread = ThreadPoolExecutor(1, "prefetch")
+        self.pending: dict[int, Future[T]] = {}
+
+    def get(self, step: int) -> T:
+        """The result for `step`; the steps after it are computed meanwhile."""
+        wanted = range(step, step + 1 + PREFETCH_STEPS)
+        self.pending = {s: self.pending.get(s) or self.thread.submit(self.read, s) for s in wanted}
+        return self.pending.pop(step).result()
+
+    def close(self) -> None:
+        """Stop the thread; what was not started is dropped."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Trainer:
-    """One run of the loop.
+    """Trains a model.
 
     Args:
-        model: the plain model: what is looked at and saved.
-        wrapped_model: the model as it is stepped: compiled, shared with other processes, or split among them.
-        state: where the run stands; it moves on with every step.
-        resumed: whether that is what a checkpoint says.
+        config: settings; a callback may replace it between steps.
+        ctx: device and process group.
+        data: the tokenized corpus.
+        model: the plain model, which is saved and inspected.
+        wrapped_model: the model that is trained: `model` itself, or compiled, DDP, or an FSDP copy of it.
+        optimizer: of `wrapped_model`'s parameters.
+        state: step and counters; updated in place.
+
+    Attributes:
+        callbacks: set by the caller; those that log exist on the main process only.
+        resumed_from: the checkpoint that the run continues from.
+        environment: what decides the last bits of the results; saved with each checkpoint.
+        sample_tokens: tokens of the text sample of the current evaluation, None if there is none.
+        train_seconds: time spent in training steps, without evaluations and checkpoints.
     """
 
     def __init__(
@@ -99,171 +136,263 @@ class Trainer:
         wrapped_model: nn.Module,
         optimizer: Optimizer,
         state: TrainState,
-        resumed: bool = False,
     ) -> None:
         self.config, self.ctx, self.data = config, ctx, data
         self.model, self.wrapped_model, self.optimizer, self.state = model, wrapped_model, optimizer, state
+        self.callbacks: Sequence[Any] = ()
+        self.resumed_from: Checkpoint | None = None
+        self.environment = RunEnvironment(starts_with_eot=True)
+        self.sample_tokens: list[int] | None = None
+        self.final_metrics: dict[str, float] = {}
+        self.train_seconds = 0.0
         self.train_sequences = pack_documents(data.train, config.model.context)
         self.val_sequences = pack_documents(data.val, config.model.context)
-        self.val_part = eval_indices(self.val_sequences, config.train.eval_tokens)
-        self.rows = micro_batch_rows(config, ctx.world_size)
-        self.saved = (state.step, state.last_eval_step) if resumed else (-1, -1)
+        self.eval_subset = eval_indices(self.val_sequences, config.train.eval_tokens)
+        self.micro_batch_size = micro_batch_rows(config, ctx.world_size)
+        self.batches = Prefetcher(self.read_batch)
+        self.saved: tuple[int, int] | None = None  # (step, last evaluated step) of the newest checkpoint
         self.stop = SignalHandler()
-        self.asked = 0  # the signal that the processes have agreed to stop for
+        self.is_stopped = False  # by a signal or `run.stop_at_step`
+        self.stop_signal = 0  # the signal that all processes have agreed to stop for
 
-    def run(
-        self, on_step: Tell, on_evaluation: Tell, save: Callable[[], None], look: Callable[[], None] | None = None
-    ) -> None:
-        """Train until the last step, the end of patience, or a signal; save whatever was learned.
-
-        All processes pass through here in step: they agree on whether to stop before each step.
-
-        Args:
-            on_step: told the metrics of a step, every `log.every` steps.
-            on_evaluation: told those of an evaluation, before the checkpoint is written.
-            save: writes a checkpoint.
-            look: called before each step; it may set another `config`.
+    def run(self) -> None:
+        """Train to the last step, until patience runs out, or until a signal; save whatever was learned.
 
         Raises:
-            UserError: if the loss is no longer finite (exit code 5), a disk or a file fails, ...
-            SystemExit: after a signal (130, 143) or at `run.stop_at_step` (0), once the checkpoint is written.
+            UserError: if the loss is not finite (exit code 5), memory or the disk is full (6), ...
+            SystemExit: after a signal (128 + its number) or at `run.stop_at_step` (0), once the checkpoint is written.
         """
-        state = self.state
-        with self.stop.installed():
-            while True:
-                settings = self.config.train
-                best = self.is_due() and self.evaluate(on_evaluation)
-                stopping = self.is_asked_to_stop()
-                last = state.step >= settings.steps or 0 < settings.patience <= state.evals_without_improvement
-                position = (state.step, state.last_eval_step)
-                if (best or last or stopping or state.step % settings.save_every == 0) and self.saved != position:
-                    save()
-                    self.saved = position
-                if stopping:
-                    self.ctx.all_reduce_max(0)  # nobody leaves before all is saved: torchrun would soon end the others
-                    raise SystemExit(128 + self.asked if self.asked else 0)
-                if last:
-                    return
-                if look is not None:
-                    look()
-                self.tell(self.train_step(), on_step)
+        exit_code = 1
+        try:
+            if self.resumed_from is None:
+                self.save()
+            else:
+                self.saved = (self.state.step, self.state.last_eval_step)
+            self.notify("on_start")
+            with advise_on_oom(self.micro_batch_size, self.config.train.batch_size), self.stop.installed():
+                self.loop()
+            self.notify("on_end")
+            exit_code = 0
+        except SystemExit as stop:
+            exit_code = int(stop.code or 0)
+            raise
+        except UserError as error:
+            exit_code = error.exit_code
+            raise
+        finally:
+            self.batches.close()
+            self.notify("on_exit", exit_code)
 
-    def is_due(self) -> bool:
-        """Whether an evaluation of this step is wanted, and has not been made."""
-        step, settings = self.state.step, self.config.train
-        wanted = step > 0 and (step % settings.eval_every == 0 or step >= settings.steps)
-        return wanted and self.state.last_eval_step < step
+    def loop(self) -> None:
+        """All processes run it in step: they agree on whether to stop before each step."""
+        while True:
+            is_best = self.should_evaluate() and self.evaluate()
+            should_stop = self.should_stop()
+            is_last = self.is_last_step()
+            if is_best or should_stop or is_last or self.state.step % self.config.train.save_every == 0:
+                self.save()
+            if should_stop:
+                self.is_stopped = True
+                self.ctx.all_reduce_max(0)  # wait for all: torchrun ends the others soon after the first one exits
+                raise SystemExit(128 + self.stop_signal if self.stop_signal else 0)
+            if is_last:
+                return
+            metrics = self.train_step()
+            self.notify("on_step", metrics)
 
-    def is_asked_to_stop(self) -> bool:
-        """Whether any process was sent a signal, or `run.stop_at_step` is reached; the same answer everywhere."""
-        self.asked = self.ctx.all_reduce_max(self.stop.signum)  # the handler's own number is never written here
-        return bool(self.asked) or 0 < self.config.run.stop_at_step <= self.state.step
+    def provenance(self) -> dict[str, str]:
+        """Step, shape and hashes of the current model, for the metadata of an attention file."""
+        return provenance(self.model, self.data.tokenizer, self.state)
 
-    def tell(self, metrics: dict[str, Any], on_step: Tell) -> None:
-        """Pass on the metrics of a step that is due; a step that was passed over always is."""
+    def notify(self, hook: str, *args: Any) -> None:
+        """Call a hook of every callback that has it."""
+        for callback in self.callbacks:
+            if (method := getattr(callback, hook, None)) is not None:
+                method(self, *args)
+
+    def should_evaluate(self) -> bool:
+        """Whether an evaluation of this step is due and was not made yet."""
+        step, train = self.state.step, self.config.train
+        is_due = step > 0 and (step % train.eval_every == 0 or step >= train.steps)
+        return is_due and self.state.last_eval_step < step
+
+    def should_stop(self) -> bool:
+        """Whether any process got a signal, or `run.stop_at_step` is reached; the same answer on every process."""
+        self.stop_signal = self.ctx.all_reduce_max(self.stop.signum)
+        return bool(self.stop_signal) or 0 < self.config.run.stop_at_step <= self.state.step
+
+    def is_last_step(self) -> bool:
+        """Whether all steps are done or patience has run out."""
+        train = self.config.train
+        return self.state.step >= train.steps or 0 < train.patience <= self.state.evals_without_improvement
+
+    def should_log(self, metrics: dict[str, Any]) -> bool:
+        """Whether the metrics of this step are written: every `log.every` steps, at the end, and if it was skipped."""
         step = self.state.step
-        if "skipped" in metrics:
-            on_step({"step": step, **metrics})
-        elif step % self.config.log.every == 0 or step >= self.config.train.steps:
-            on_step({"step": step, **metrics, "loss": float(metrics["loss"])})
+        return step % self.config.log.every == 0 or step >= self.config.train.steps or "skipped" in metrics
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the newest one is of this very state."""
+        position = (self.state.step, self.state.last_eval_step)
+        if self.saved != position:
+            self.notify("on_save")
+            self.saved = position
+
+    def read_batch(self, step: int) -> tuple[Batch, int]:
+        """This process's rows of a step's batch, and how many valid targets the whole batch has."""
+        seed, size, ctx = self.config.run.seed, self.config.train.batch_size, self.ctx
+        rows = batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
+        return rows, num_valid_tokens(self.train_sequences, seed, step, size)
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step on the batch of this step; its loss, before the step, and its learning rate."""
-        settings, state, ctx, seed = self.config.train, self.state, self.ctx, self.config.run.seed
-        share = get_lr_scale(state.step, settings.steps, self.config.optim)
-        self.optimizer.set_lr_scale(share)
-        rows = batch(
-            self.data.train, self.train_sequences, seed, state.step, settings.batch_size, ctx.rank, ctx.world_size
-        )
-        counted = num_valid_tokens(self.train_sequences, seed, state.step, settings.batch_size)
+        """One optimizer step; its loss (before the update), learning rate and gradient norm."""
+        start = time.perf_counter()
+        optim, state, seed = self.config.optim, self.state, self.config.run.seed
+        lr_scale = get_lr_scale(state.step, self.config.train.steps, optim)
+        self.optimizer.set_lr_scale(lr_scale)
+        rows, num_targets = self.batches.get(state.step)
         if self.config.model.dropout:  # seeded by the step, so that a resumed run drops the same activations
-            torch.manual_seed(hash((seed, state.step, ctx.rank)))
-        loss = self.forward_backward(rows, counted)
-        norm = clip_grad_norm(self.wrapped_model, self.config.optim.grad_clip)
-        metrics: dict[str, Any] = {"loss": loss, "lr": share * self.config.optim.lr}
-        if math.isfinite(norm) and math.isfinite(float(loss)):
+            torch.manual_seed(derive_seed(seed, "dropout", state.step, self.ctx.rank))
+        mean_loss = self.forward_backward(rows, num_targets)
+        norm = clip_grad_norm(self.wrapped_model, optim.grad_clip)
+        loss, grad_norm = torch.stack([mean_loss, norm]).tolist()  # the only wait for the device in a step
+        metrics: dict[str, Any] = {"loss": loss, "lr": lr_scale * optim.lr, "grad_norm": grad_norm}
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.step()
-            state.tokens_seen += counted
+            state.tokens_seen += num_targets
         else:
-            metrics = self.pass_over(float(loss), norm)
+            metrics = self.skip_step(loss, grad_norm)
         state.step += 1
-        return metrics
+        self.train_seconds += time.perf_counter() - start
+        return {"step": state.step, **metrics}
 
-    def forward_backward(self, rows: Batch, counted: int) -> Tensor:
-        """Leave the gradient of the mean loss over the whole batch's `counted` targets in the parameters; that loss."""
+    def forward_backward(self, rows: Batch, num_targets: int) -> Tensor:
+        """Accumulate the gradient of the mean loss over the whole batch's `num_targets` targets; returns that loss."""
         ctx = self.ctx
         tokens, targets = ctx.to_device(rows.tokens), ctx.to_device(rows.targets)
         total = torch.zeros((), device=ctx.device)
-        pieces = list(zip(tokens.split(self.rows), targets.split(self.rows), strict=True))
-        for i, (inputs, wanted) in enumerate(pieces):
-            with maybe_no_sync(self.wrapped_model, i == len(pieces) - 1):
+        micro_batches = list(
+            zip(tokens.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True)
+        )
+        for i, (inputs, labels) in enumerate(micro_batches):
+            with maybe_no_sync(self.wrapped_model, i == len(micro_batches) - 1):
                 with ctx.autocast():
                     logits = self.wrapped_model(inputs)
-                loss = cross_entropy_sum(logits, wanted) / counted
-                (loss * ctx.world_size).backward()  # sharing averages over the processes, and the loss is a sum
+                loss = cross_entropy_sum(logits, labels) / num_targets
+                (loss * ctx.world_size).backward()  # DDP and FSDP average gradients over processes; the loss is a sum
             total += loss.detach()
         return ctx.all_reduce_sum(total)
 
-    def pass_over(self, loss: float, norm: float) -> dict[str, Any]:
-        """Forget a gradient that is not finite; loss and norm are everybody's, so every process decides alike.
+    def skip_step(self, loss: float, grad_norm: float) -> dict[str, Any]:
+        """Drop a gradient that is not finite. Loss and norm are the same on every process, so all decide alike.
 
         Raises:
-            UserError: if no more such steps may be passed over (exit code 5).
+            UserError: if no more steps may be skipped (exit code 5).
         """
-        state, settings, seed = self.state, self.config.train, self.config.run.seed
+        state, train, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
-        documents = documents_in_batch(self.data.train, self.train_sequences, seed, state.step, settings.batch_size)
-        if state.skipped_steps >= settings.skip_nonfinite_steps:
+        documents = documents_in_batch(self.data.train, self.train_sequences, seed, state.step, train.batch_size)
+        if state.skipped_steps >= train.skip_nonfinite_steps:
+            newest = self.saved[0] if self.saved else 0
             raise UserError(
-                f"loss {loss:.4g}, gradient norm {norm:.4g} at step {state.step} (seed {seed}, training documents "
-                f"{listed(documents)}): nothing was saved since step {max(0, self.saved[0])}; lower optim.lr (now "
-                f"{self.config.optim.lr}) or optim.muon_lr, or pass over such steps by train.skip_nonfinite_steps",
+                f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g} at step {state.step} (seed {seed}, "
+                f"training documents {shorten(documents)}); the newest checkpoint is of step {newest}. Lower optim.lr "
+                f"(now {self.config.optim.lr}) or optim.muon_lr, or allow such steps with train.skip_nonfinite_steps",
                 NON_FINITE,
             )
         state.skipped_steps += 1
         return {"skipped": state.skipped_steps, "documents": documents}
 
-    def evaluate(self, on_evaluation: Tell) -> bool:
-        """The loss on the fixed part of the validation split; True if it is the best so far.
+    def evaluate(self) -> bool:
+        """Compute the validation loss and call `on_eval`; True if the loss is the best so far.
 
-        A signal breaks it off: it is made again when the run goes on.
+        A signal interrupts it; it is then repeated when the run is resumed.
         """
         state = self.state
-        seen = self.validation_loss(self.val_part, self.stop)
-        if seen is None:
+        result = self.validation_loss(self.eval_subset, self.stop)
+        if result is None:
             return False
+        val_loss = result[0]
         gather_weights(self.wrapped_model, self.model)
-        found = {"step": state.step, "val_loss": seen[0], "tokens_seen": state.tokens_seen}
-        told = self.stop.run_interruptible(lambda: on_evaluation(found))
-        if self.ctx.all_reduce_max(not told):
+        metrics = {"step": state.step, "val_loss": val_loss, "tokens_seen": state.tokens_seen}
+        completed = self.stop.run_interruptible(lambda: self.notify("on_eval", metrics))
+        if self.ctx.all_reduce_max(not completed):
             return False
         state.last_eval_step = state.step
-        best = math.isfinite(seen[0]) and (state.best_loss is None or seen[0] < state.best_loss)
-        if best:
-            state.best_loss, state.best_step, state.evals_without_improvement = seen[0], state.step, 0
+        is_best = math.isfinite(val_loss) and (state.best_loss is None or val_loss < state.best_loss)
+        if is_best:
+            state.best_loss, state.best_step, state.evals_without_improvement = val_loss, state.step, 0
         else:
             state.evals_without_improvement += 1
-        return best
+        return is_best
 
-    def validation_loss(self, indices: Any, stop: SignalHandler | None = None) -> tuple[float, int] | None:
-        """Mean loss over some windows of the validation split, and how many targets they have."""
+    def validation_loss(self, indices: np.ndarray, stop: SignalHandler | None = None) -> tuple[float, int] | None:
+        """`evaluate` on some sequences of the validation split."""
         model = self.wrapped_model if is_fsdp(self.wrapped_model) else self.model
-        return evaluate(model, self.data.val, self.val_sequences, indices, self.rows, self.ctx, stop)
+        return evaluate(model, self.data.val, self.val_sequences, indices, self.micro_batch_size, self.ctx, stop)
 
     def full_validation_loss(self) -> tuple[float, int]:
-        """The loss over the whole validation split, or an even part of it above `FINAL_TARGETS`."""
-        seen = self.validation_loss(eval_indices(self.val_sequences, FINAL_TARGETS))
-        assert seen is not None  # there was nothing to break it off
-        return seen
+        """The loss on the whole validation split, or on an even subset above `FINAL_TARGETS`, and the target count."""
+        result = self.validation_loss(eval_indices(self.val_sequences, FINAL_TARGETS))
+        assert result is not None  # nothing can interrupt it
+        return result
 
 
-def micro_batch_rows(config: RunConfig, world: int) -> int:
-    """PackedSequences that each of `world` processes holds in memory at once."""
-    share = config.train.batch_size // world
-    return min(config.train.micro_batch_size or share, share)
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: TokenSplit,
+    sequences: PackedSequences,
+    indices: np.ndarray,
+    rows: int,
+    ctx: DistContext,
+    stop: SignalHandler | None = None,
+) -> tuple[float, int] | None:
+    """Mean loss in nats over every valid target of the sequences `indices`, and how many targets these are.
+
+    The sequences are divided among the processes. Each process runs the same number of forward passes, the last ones
+    perhaps on a dummy batch: FSDP communicates in each of them.
+
+    Args:
+        rows: sequences per forward pass.
+        stop: a signal recorded there ends the evaluation; the result is None.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=ctx.device)  # sum of losses, number of targets
+    own = indices[ctx.rank :: ctx.world_size]
+    per_process = -(-len(indices) // ctx.world_size)
+    try:
+        for first in range(0, per_process, rows):
+            if stop is not None and ctx.all_reduce_max(stop.signum):
+                return None
+            chosen = own[first : first + rows]
+            read = read_sequences(split, sequences, chosen if len(chosen) else indices[:1])
+            with ctx.autocast():
+                logits = model(ctx.to_device(read.tokens))
+            if len(chosen):
+                targets = ctx.to_device(read.targets)
+                totals[0] += cross_entropy_sum(logits, targets)
+                totals[1] += (targets != IGNORE_INDEX).sum()
+        loss_sum, num_targets = ctx.all_reduce_sum(totals).tolist()
+        return loss_sum / num_targets, int(num_targets)
+    finally:
+        model.train(was_training)
 
 
-def listed(numbers: list[int], at_most: int = 8) -> str:
-    """Numbers in words: the first few, and how many more."""
-    shown = ", ".join(map(str, numbers[:at_most]))
-    return f"{shown} and {len(numbers) - at_most} more" if len(numbers) > at_most else shown
+def derive_seed(seed: int, purpose: str, step: int = 0, rank: int = 0) -> int:
+    """The seed of one random generator: the first 63 bits of BLAKE2b over `seed/purpose/step/rank`."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def micro_batch_rows(config: RunConfig, world_size: int) -> int:
+    """Sequences that each of `world_size` processes holds in memory at once."""
+    per_process = config.train.batch_size // world_size
+    return min(config.train.micro_batch_size or per_process, per_process)
+
+
+def shorten(numbers: list[int], at_most: int = 8) -> str:
+    """The first few numbers, and how many more there are."""
+    text = ", ".join(map(str, numbers[:at_most]))
+    return f"{text} and {len(numbers) - at_most} more" if len(numbers) > at_most else text

@@ -23,7 +23,7 @@ from training.checkpoint import TrainState
 from training.config import RunConfig, parse_train
 from training.device import get_dist_context
 from training.optimizer import Optimizer
-from training.trainer import Trainer
+from training.trainer import Callback, Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -82,15 +82,18 @@ def learned(n_layers: int, seed: int) -> Learned:
     course = Learned(data.nats_per_document * data.val.n_documents / (len(data.val) - 1))
     texts = watched(data)
 
-    def on_evaluation(told: dict[str, Any]) -> None:
-        course.steps.append(told["step"])
-        course.loss.append(told["val_loss"])
-        course.induction.append(best_heads(model, texts))
+    class Record(Callback):
+        def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            course.steps.append(metrics["step"])
+            course.loss.append(metrics["val_loss"])
+            course.induction.append(best_heads(model, texts))
+
+    trainer.callbacks = [Record()]
 
     while trainer.state.step < config.train.steps and (course.formed is None or course.steps[-1] < course.formed + 50):
         trainer.train_step()
         if trainer.state.step % config.train.eval_every == 0:
-            trainer.evaluate(on_evaluation)
+            trainer.evaluate()
     return course
 
 

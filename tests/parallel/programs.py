@@ -66,7 +66,7 @@ def train(stepped: nn.Module, ctx: DistContext, optimizer: Optimizer, steps: ran
     norms = []
     for step in steps:
         gradient(stepped, ctx, step)
-        norms.append(clip_grad_norm(stepped, 0.5))
+        norms.append(float(clip_grad_norm(stepped, 0.5)))
         optimizer.step()
     return norms
 
