@@ -120,7 +120,7 @@ def pages(run: Path, say: Page) -> None:
         seen = RunFiles.open(run)
         large_dump(Path(folder) / "large.safetensors")
         for name, load, claims, evidence in (
-            (run.name, lambda: [seen.attention_files[step] for step in seen.steps], seen.findings, seen.ablation_json),
+            (run.name, lambda: [seen.attention_files[step] for step in seen.steps], seen.findings, seen.ablation),
             (
                 "12 x 12 heads x 512 tokens",
                 lambda: [read_attention_file(Path(folder) / "large.safetensors")],

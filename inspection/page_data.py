@@ -1,7 +1,7 @@
-"""What a page holds, as text: a dump's numbers as blocks, tables as JSON, tokens as words; and how much of them.
+"""How the numbers of a page are written: arrays as compressed blocks, tokens as safe text, tables as JSON.
 
-Serves `page.py`; `page/data.js` reads what is written here. A block is some arrays one after the other, each as byte
-planes (all first bytes, then all second bytes: like bytes lie together and deflate finds them), deflated, in base64.
+`page_builder.py` decides what goes into a page; `web/data.js` reads it. A block is a few little-endian arrays, one after
+the other, deflated and in base64.
 """
 
 from __future__ import annotations
@@ -11,87 +11,101 @@ import json
 import math
 import unicodedata
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.attention_file import AttentionRecord
+from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label
 
-HALF, FLOAT, INDEX, EIGHT_BITS = "<f2", "<f4", "<u4", "|u1"
-FIRST_TEXTS = 2
-"""So many texts keep every step when the steps of the others are thinned."""
-MARKUP = 64
+DTYPES = {"float16": "<f2", "float32": "<f4", "uint32": "<u4", "sqrt8": "|u1"}
+"""The dtypes of blocks; `sqrt8` is round(255 √a) for a in [0, 1], off by at most 1/255."""
+FULL_TEXTS = 2
+"""The first texts keep every step when steps of the other texts are left out."""
+BLOCK_MARKUP = 64
 """Characters of the element around a block."""
 JOINERS = "\u200c\u200d"
-"""Invisible, but they hold letters and emoji together."""
-LEAST_TOKENS = 64
-"""Before a page has fewer tokens than this, layers and heads are left out."""
+"""Invisible characters that join letters or emoji."""
+EFFECTS = {
+    "repeats": "increase of the loss on repeated sequences",
+    "corpus": "increase of the loss on held-out text",
+}
+"""What an ablation effect is, by measure; for all other measures it is the decrease of the logit difference."""
+LABEL_TEXTS = {
+    "supported": "supported: both ablations have a larger effect than ablating another head",
+    "disputed": "disputed: only one ablation has a larger effect than ablating another head",
+    "same as control": "not supported: the effect is no larger than that of ablating another head",
+    "no effect": "not supported: no effect, an interval contains 0",
+}
 
 
-class TooLarge(Exception):
-    """The page would outgrow its limit."""
+class PageTooLarge(Exception):
+    """The page would exceed its size limit."""
 
 
 class Blocks:
-    """The blocks of one page. What was packed once is remembered, for pages are tried in several sizes."""
+    """The blocks of one page. Encoded blocks are cached, because several sizes of the page are tried."""
 
     def __init__(self) -> None:
-        self._packed: dict[Hashable, str] = {}
+        self._encoded: dict[Hashable, str] = {}
         self.begin(0)
 
     def begin(self, limit: int) -> None:
-        """A new page, of at most `limit` characters."""
-        self.kept: list[str] = []
+        """Start a page of at most `limit` characters."""
+        self.blocks: list[str] = []
         self.size, self.limit = 0, limit
 
     def add(self, name: Hashable, arrays: Callable[[], list[NDArray[Any]]]) -> int:
-        """The number of a block in the page.
+        """Add a block; its index in the page.
 
         Raises:
-            TooLarge: if the page has no room for it.
+            PageTooLarge: if it does not fit into the page.
         """
-        if name not in self._packed:
-            planes = [np.ascontiguousarray(a).view(np.uint8).reshape(-1, a.itemsize).T.tobytes() for a in arrays()]
-            self._packed[name] = base64.b64encode(zlib.compress(b"".join(planes), 6)).decode("ascii")
-        self.kept.append(self._packed[name])
-        self.size += len(self._packed[name]) + MARKUP
+        if name not in self._encoded:
+            data = b"".join(array.tobytes() for array in arrays())
+            self._encoded[name] = base64.b64encode(zlib.compress(data, 6)).decode("ascii")
+        self.blocks.append(self._encoded[name])
+        self.size += len(self._encoded[name]) + BLOCK_MARKUP
         if self.size > self.limit:
-            raise TooLarge
-        return len(self.kept) - 1
+            raise PageTooLarge
+        return len(self.blocks) - 1
 
 
-def parts(token: bytes) -> list[str]:
-    r"""A token as pieces that are safe to show, each with its kind in front: `s·` a space, `n↵` a line break, `x\xc3`
-    something that cannot be shown as it is, `tMia` text. End-of-text, which has no bytes, is `x<end>`.
+def display_pieces(token: bytes) -> list[str]:
+    r"""A token as pieces of text that are safe to show, the first character of each being its kind.
+
+    `s·` is a space, `n↵` a line break, `x\xc3` an escaped byte or control character, `tMia` text. The end-of-text
+    token, which has no bytes, is `x<end>`.
     """
     if not token:
         return ["x<end>"]
-    found: list[str] = []
-    for c in token.decode("utf-8", "surrogateescape"):  # a broken byte b becomes U+DC00 + b
+    pieces: list[str] = []
+    for c in token.decode("utf-8", "surrogateescape"):  # an undecodable byte b becomes U+DC00 + b
+        after_text = bool(pieces) and pieces[-1][0] == "t"
         if c in " \n":
-            found.append("s·" if c == " " else "n↵")
+            pieces.append("s·" if c == " " else "n↵")
             continue
-        begun = bool(found) and found[-1][0] == "t"
         if "\udc80" <= c <= "\udcff":
             kind, shown = "x", f"\\x{ord(c) - 0xDC00:02x}"
-        elif unicodedata.category(c).startswith("M"):  # an accent melts into what stands before it
-            kind, shown = "t", c if begun else "\N{DOTTED CIRCLE}" + c
-        elif c.isprintable() or (c in JOINERS and begun):
+        elif unicodedata.category(c).startswith("M"):  # combining marks need a character to combine with
+            kind, shown = "t", c if after_text else "\N{DOTTED CIRCLE}" + c
+        elif c.isprintable() or (c in JOINERS and after_text):
             kind, shown = "t", c
         else:
             kind, shown = "x", c.encode("unicode_escape").decode("ascii")
-        if found and found[-1][0] == kind and kind == "t":
-            found[-1] += shown
+        if kind == "t" and after_text:
+            pieces[-1] += shown
         else:
-            found.append(kind + shown)
-    return found
+            pieces.append(kind + shown)
+    return pieces
 
 
 class Vocabulary:
-    """The tokens that a page shows, each once."""
+    """The distinct tokens of a page, numbered in the order of their first use."""
 
     def __init__(self) -> None:
         self._index: dict[bytes, int] = {}
@@ -100,120 +114,136 @@ class Vocabulary:
         return self._index.setdefault(token, len(self._index))
 
     def table(self) -> list[list[str]]:
-        """The pieces of every token, by number."""
-        return [parts(token) for token in self._index]
+        """The pieces of each token."""
+        return [display_pieces(token) for token in self._index]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much of the dumps a page holds."""
+class Content:
+    """How much of the attention files a page holds."""
 
-    details: str = "all"
-    """Queries, keys and values of `all` steps, of the `last` one, or of the last one for the first texts (`few`)."""
+    qkv: str = "all"
+    """Queries, keys and values of `all` steps, of the `last` step, or of the last step for the first texts (`few`)."""
     half: bool = False
-    """Queries, keys and values in 16 bits."""
+    """Store queries, keys and values as float16."""
     every: int = 1
-    """Texts after the first ones keep one step in so many; 0: the last alone."""
-    eight: str = ""
-    """Whose weights are 8 bits of their square root (off by 1/255 at most): `some`, those of texts after the first ones
-    but for the last step, or `all`."""
+    """Texts after the first ones keep one step in so many; 0: only the last."""
+    sqrt8: bool = False
+    """Store patterns as 8-bit square roots instead of float16."""
     tokens: int = 0
-    """The last tokens of a text that are kept; 0: all. Likewise the first layers and heads."""
-    layers: int = 0
-    heads: int = 0
+    """Keep only the last tokens of each text; 0: all."""
 
-    def keeps(self, text: int, step: int, last: int) -> bool:
-        """Whether this text (counted from 0) has its weights of this step."""
-        if step == last or self.every == 1:
+    def has_text(self, text: int, step: int, last: int) -> bool:
+        """Whether the page holds text number `text` at step number `step`."""
+        if step == last or self.every == 1 or text < FULL_TEXTS:
             return True
-        return text < FIRST_TEXTS or (self.every > 0 and (last - step) % self.every == 0)
+        return self.every > 0 and (last - step) % self.every == 0
 
-    def explains(self, text: int, step: int, last: int) -> bool:
-        """Whether it has queries, keys and values there; a part of a text has not all the keys of a query."""
-        if self.tokens or not self.keeps(text, step, last):
+    def has_qkv(self, text: int, step: int, last: int) -> bool:
+        """Whether it also holds queries, keys and values; never for a part of a text, where keys are missing."""
+        if self.tokens:
             return False
-        return self.details == "all" or (step == last and (self.details == "last" or text < FIRST_TEXTS))
-
-    def coarse(self, text: int, step: int, last: int) -> bool:
-        """Whether its weights there are kept in 8 bits."""
-        return self.eight == "all" or (self.eight == "some" and text >= FIRST_TEXTS and step != last)
-
-    def smaller(self, tokens: int, layers: int, heads: int) -> Iterator[Plan]:
-        """This plan for ever fewer of so many tokens, layers and heads: half of one of them, each time."""
-        full, whole = layers, heads
-        while max(tokens, layers, heads) > 1:
-            if tokens > LEAST_TOKENS or max(layers, heads) == 1:
-                tokens = math.ceil(tokens / 2)
-            elif layers >= heads:
-                layers = math.ceil(layers / 2)
-            else:
-                heads = math.ceil(heads / 2)
-            yield replace(self, tokens=tokens, layers=layers % full, heads=heads % whole)
+        return self.qkv == "all" or (step == last and (self.qkv == "last" or text < FULL_TEXTS))
 
     def first_token(self, text: AttentionRecord) -> int:
         """The first position that is kept."""
         return max(0, len(text.tokens) - self.tokens) if self.tokens else 0
 
-    def pattern(self, text: AttentionRecord, layer: int, coarse: bool) -> list[NDArray[Any]]:
-        """The weights of one layer, one array (H, t (t + 1) / 2), in 16 bits or in 8."""
-        packed = text.pattern_tril[layer, : self.heads or None]
+    def pattern_arrays(self, text: AttentionRecord, layer: int) -> list[NDArray[Any]]:
+        """The attention patterns of a layer: one array (H, T (T + 1) / 2)."""
+        pattern = text.pattern_tril[layer]
         if first := self.first_token(text):
             rows, columns = np.tril_indices(len(text.tokens))
-            packed = packed[:, (rows >= first) & (columns >= first)]
-        if coarse:
-            share = np.clip(np.nan_to_num(packed.astype(np.float32)), 0, 1)
-            return [np.rint(np.sqrt(share) * 255).astype(EIGHT_BITS)]
-        return [packed.astype(HALF)]
+            pattern = pattern[:, (rows >= first) & (columns >= first)]
+        if self.sqrt8:
+            weights = np.clip(np.nan_to_num(pattern.astype(np.float32)), 0, 1)
+            return [np.rint(np.sqrt(weights) * 255).astype(DTYPES["sqrt8"])]
+        return [pattern.astype(DTYPES["float16"])]
 
-    def side(self, text: AttentionRecord, words: Vocabulary) -> list[NDArray[Any]]:
-        """What goes with the weights: tokens (t), loss (t), value norms (L H t), likely next tokens and theirs (t N).
+    def token_arrays(self, text: AttentionRecord, vocabulary: Vocabulary) -> list[NDArray[Any]]:
+        """Tokens (T), loss (T), value norms (L H T), top next tokens (T N) and their probabilities (T N).
 
-        Of value norms the ratios alone matter: divided by each head's largest they fit into 16 bits.
+        Only ratios of value norms matter: they are divided by each head's largest to fit into float16.
         """
         first = self.first_token(text)
-        tokens = np.array([words.index(token) for token in text.token_bytes[first:]], INDEX)
-        loss = np.concatenate([[np.nan], np.asarray(text.loss)]).astype(FLOAT)[first:]
-        norms = np.asarray(text.value_norms, dtype=np.float64)[: self.layers or None, : self.heads or None, first:]
+        tokens = np.array([vocabulary.index(token) for token in text.token_bytes[first:]], DTYPES["uint32"])
+        loss = np.concatenate([[np.nan], np.asarray(text.loss)]).astype(DTYPES["float32"])[first:]
+        norms = np.asarray(text.value_norms, dtype=np.float64)[..., first:]
         norms = np.nan_to_num(norms, posinf=0, neginf=0)
         norms = norms / np.maximum(norms.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
         top = [pair for row in (text.top_tokens or [])[first:] for pair in row]
-        likely = np.array([words.index(token) for token, _ in top], INDEX)
-        return [tokens, loss, norms.astype(HALF), likely, np.array([p for _, p in top], HALF)]
+        top_ids = np.array([vocabulary.index(token) for token, _ in top], DTYPES["uint32"])
+        probabilities = np.array([p for _, p in top], DTYPES["float16"])
+        return [tokens, loss, norms.astype(DTYPES["float16"]), top_ids, probabilities]
 
-    def details_kind(self, text: AttentionRecord) -> str:
-        """The number format of queries, keys, values and what they come to: 16 bits where they hold it."""
+    def qkv_dtype(self, text: AttentionRecord) -> str:
+        """The dtype for queries, keys, values and attention output: float16 where it can hold them."""
+        assert text.queries is not None
         arrays = [part for part in (text.queries, text.keys, text.values, text.attn_out) if part is not None]
         largest = max(float(np.abs(part).max(initial=0)) for part in arrays)
-        wide = any(part.dtype.itemsize > 2 for part in arrays[:3])
-        return HALF if largest < float(np.finfo(HALF).max) and (self.half or not wide) else FLOAT
+        half = self.half or text.queries.dtype.itemsize == 2
+        return "float16" if half and largest < float(np.finfo(np.float16).max) else "float32"
 
-    def explained(self, text: AttentionRecord, layer: int, kind: str) -> list[NDArray[Any]]:
-        """Queries, keys, values (H, T, D) of one layer; what it adds to the stream (T, C), if that is there."""
+    def qkv_arrays(self, text: AttentionRecord, layer: int, dtype: str) -> list[NDArray[Any]]:
+        """Queries, keys, values (H, T, D) of a layer, and its attention output (T, C) if the file has it."""
         assert text.queries is not None and text.keys is not None and text.values is not None
-        arrays = [part[layer, : self.heads or None] for part in (text.queries, text.keys, text.values)]
-        if text.attn_out is not None:
-            arrays.append(text.attn_out[layer])
-        return [array.astype(kind) for array in arrays]
+        arrays = [text.queries, text.keys, text.values, *([] if text.attn_out is None else [text.attn_out])]
+        return [array[layer].astype(DTYPES[dtype]) for array in arrays]
 
 
-def table(score: ArrayLike, layers: int, heads: int) -> list[list[float | None]]:
-    """A score of every head that is shown, to seven digits; None where it has no value."""
-    rows = np.asarray(score, dtype=np.float64)[:layers, :heads].tolist()
-    return [[float(f"{v:.7g}") if math.isfinite(v) else None for v in row] for row in rows]
+def number(value: float, digits: int = 6) -> float | None:
+    """A number for JSON, rounded to significant digits; None if it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def plain(value: Any) -> Any:
-    """JSON's own types, numbers to six digits and finite, everything else as text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+def score_table(scores: ArrayLike) -> list[list[float | None]]:
+    """A score of each head (L, H) for JSON; None where it was not measured."""
+    return [[number(value, 7) for value in row] for row in np.asarray(scores, dtype=np.float64).tolist()]
 
 
-def as_json(value: Any) -> str:
-    """JSON that holds nothing which could end the element around it, and no character outside ASCII."""
+def ablation_tables(results: AblationResults | None, shape: tuple[int, int]) -> dict[str, Any]:
+    """By measure: a caption, the unit, and of each head the effect, the control and their difference as intervals."""
+    measures = results.measures if results else {}
+    return {
+        name: {
+            "caption": f"Ablation: {EFFECTS.get(name, 'decrease of the logit difference')}, {effects.unit}; "
+            f"{effects.count} items, 95% intervals, step {results.step if results else 0}",
+            "unit": effects.unit,
+            "largest": number(max(cell.value for row in effects.mean for cell in row)),
+            "heads": [[_head_effects(effects, layer, head) for head in range(shape[1])] for layer in range(shape[0])],
+        }
+        for name, effects in measures.items()
+        if (len(effects.zero), len(effects.zero[0])) == shape
+    }
+
+
+def _head_effects(effects: AblationEffects, layer: int, head: int) -> dict[str, Any]:
+    def cell(table: tuple[tuple[Interval, ...], ...] | None) -> list[float | None] | None:
+        interval = table[layer][head] if table else None
+        return [number(interval.value), number(interval.low), number(interval.high)] if interval else None
+
+    zero = (effects.zero, effects.control_zero, effects.difference_zero)
+    mean = (effects.mean, effects.control_mean, effects.difference_mean)
+    return {"zero": [cell(table) for table in zero], "mean": [cell(table) for table in mean]}
+
+
+def ablation_labels(effects: AblationEffects, scores: ArrayLike | None) -> list[list[dict[str, str]]]:
+    """Of each head: whether ablation supports it, as text, and a kind for its style.
+
+    `scores`: (L, H), how much the heads attend to what the score asks for; None if the score is not an attention weight.
+    The kind is `supported`, `caution` (high attention without support) or empty.
+    """
+
+    def label(layer: int, head: int) -> dict[str, str]:
+        name = ablation_label(effects, layer, head)
+        if scores is not None and np.asarray(scores)[layer, head] >= ATTENTION_THRESHOLD and name in LABEL_NOTES:
+            return {"text": f"∅ {LABEL_NOTES[name]}", "kind": "caution"}
+        return {"text": LABEL_TEXTS[name], "kind": "supported" if name == "supported" else ""}
+
+    return [[label(layer, head) for head in range(len(row))] for layer, row in enumerate(effects.zero)]
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """ASCII JSON without `<`, `>` and `&`, which could end the element around it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

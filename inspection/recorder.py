@@ -113,7 +113,7 @@ class AttentionRecorder:
         pictures = draw(seen, self.run, "png", step)
         page = self.run / "attention.html"
         whole = PageRun(self.run.name, list(seen.attention_files.values()))
-        write_page(page, [whole], seen.findings, seen.ablation_json, self.run.name)
+        write_page(page, [whole], seen.findings, seen.ablation, self.run.name)
         lines = [claims.sentence(told)]
         if found:
             lines += ["", "what decides, and which head reads it", *("  " + line for line in sentence(found))]

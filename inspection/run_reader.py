@@ -131,12 +131,6 @@ class RunFiles:
         return AblationResults.load(path) if path.is_file() else None
 
     @property
-    def ablation_json(self) -> dict[str, Any] | None:
-        """`effects` as plain data, which the page takes."""
-        effects = self.ablation
-        return effects.as_json() if effects else None
-
-    @property
     def findings(self) -> dict[str, Any] | None:
         """What may be said of the heads: `sentence` and `claims`, as `findings.json` holds them; None without the file.
 

@@ -33,7 +33,7 @@ def run(config: Page, terminal: Terminal) -> Result:
         path,
         [PageRun(str(each.folder), list(each.attention_files.values())) for each in attentions],
         first.findings,
-        first.ablation_json,
+        first.ablation,
         str(first.folder),
     )
     lines = [

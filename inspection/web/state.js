@@ -1,100 +1,63 @@
-// What is looked at: one object, which the address's hash mirrors, so that a view can be kept as a link.
-
-const run = about.runs[0];
-const second = about.runs[1] || null;
+// What is selected: one object, mirrored in the address's hash so that a view can be shared as a link.
 
 const state = {
-  text: 0, // number of the text
-  step: run.steps.length - 1, // number of the step, not the step itself
+  text: 0, // index of the text
+  step: 0, // index of the step
   layer: 0,
   head: 0,
-  query: 0, // the token that reads, counted from the first that the page holds
-  key: -1, // a token that is read; -1: the one that is read most
+  query: -1, // position of the query token; -1: choose one
+  key: -1, // position of the key token; -1: the one that the query attends to most
   score: "",
-  weigh: false, // weights times the lengths of the values
-  against: "", // "": compare with nothing; "400": with this run's step 400; "other": with the other run
+  value_weighted: false,
+  compare: "", // "": nothing; "400": step 400 of this run; "run": the second run
   pinned: false,
-  theme: "", // "": as the system says
+  theme: "", // "": as the system has it
 };
 
-function scoreNames(step) {
-  return Object.keys(run.steps[step].scores);
+const stepNumber = (k) => run.steps[k].step;
+const stepIndex = (number) => run.steps.findIndex(({ step }) => String(step) === number);
+
+// The first view: the last step, and the head of the headline.
+function initialState() {
+  const step = run.steps.length - 1;
+  const text = run.steps[step].texts.findIndex((stored) => stored);
+  return { ...page.start, step, text, query: -1, key: -1, value_weighted: false, compare: "", pinned: false };
 }
 
-// The head that a table of scores likes best: [layer, head].
-function bestHead(table) {
-  let best = [0, 0];
-  let most = -Infinity;
-  table.forEach((row, l) => row.forEach((value, h) => {
-    if (value !== null && value > most) [most, best] = [value, [l, h]];
-  }));
-  return best;
-}
+const integerBelow = (text, limit) => (/^\d{1,9}$/.test(text || "") && Number(text) < limit ? Number(text) : -1);
 
-function stepNumber(k) {
-  return run.steps[k].step;
-}
-
-// The view that one first sees: the last step, and the head that the page's sentence speaks of.
-function firstView() {
-  const last = run.steps.length - 1;
-  const shown = run.steps[last].texts.findIndex((entry) => entry);
-  Object.assign(state, { step: last, text: Math.max(0, shown), query: -1, key: -1, weigh: false, against: "" });
-  const names = scoreNames(last);
-  const claim = about.findings.find((one) => one && one.is_supported) || about.findings[0];
-  state.score = claim && names.includes(claim.score) ? claim.score : names[0] || "";
-  const table = run.steps[last].scores[state.score];
-  [state.layer, state.head] = table ? bestHead(table) : [0, 0];
-  const [l, h] = (claim && Array.isArray(claim.head) && claim.head) || [-1, -1];
-  if (l >= 0 && l < run.layers && h >= 0 && h < run.heads) [state.layer, state.head] = [l, h];
-}
-
-function whole(text, below) {
-  return /^\d{1,9}$/.test(text || "") && Number(text) < below ? Number(text) : -1;
-}
-
-// Who may be compared with: this run's steps, and the other run.
-function comparable(against) {
-  if (against === "other") return second !== null;
-  return run.steps.some((entry) => String(entry.step) === against);
-}
-
-// What a hash says, as changes of the state. What it says wrongly is passed over.
-function fromHash(hash) {
-  const said = new URLSearchParams(hash.replace(/^#/, ""));
-  const found = {};
-  const text = about.texts.indexOf(said.get("text"));
-  if (text >= 0 && nearestStep(0, run.steps.length - 1, text) >= 0) found.text = text;
-  const step = run.steps.findIndex((entry) => String(entry.step) === said.get("step"));
-  if (step >= 0) found.step = step;
-  const [, layer, head] = /^L(\d{1,4})H(\d{1,4})$/.exec(said.get("head") || "") || [];
-  if (whole(layer, run.layers) >= 0 && whole(head, run.heads) >= 0) {
-    Object.assign(found, { layer: Number(layer), head: Number(head) });
+// The state that a hash describes; invalid parts are ignored.
+function stateFromHash(hash) {
+  const params = new URLSearchParams(hash.replace(/^#/, ""));
+  const changes = initialState();
+  const set = (name, value, valid) => valid && (changes[name] = value);
+  const text = page.texts.indexOf(params.get("text"));
+  set("text", text, text >= 0 && nearestStep(0, 0, text) >= 0);
+  set("step", stepIndex(params.get("step")), stepIndex(params.get("step")) >= 0);
+  const [, layer, head] = /^L(\d+)H(\d+)$/.exec(params.get("head") || "") || [];
+  if (integerBelow(layer, run.layers) >= 0 && integerBelow(head, run.heads) >= 0) {
+    Object.assign(changes, { layer: Number(layer), head: Number(head) });
   }
-  const shown = found.text ?? state.text;
-  const T = textAt(0, nearestStep(0, found.step ?? state.step, shown), shown).tokens;
-  const query = whole(said.get("query"), T);
-  if (query >= 0) found.query = query;
-  const key = whole(said.get("key"), query + 1);
-  if (key >= 0) found.key = key;
-  if (Object.hasOwn(about.scores, said.get("score") || "")) found.score = said.get("score");
-  if (comparable(said.get("against"))) found.against = said.get("against");
-  for (const flag of ["weigh", "pinned"]) if (said.get(flag) === "1") found[flag] = true;
-  if (["light", "dark"].includes(said.get("theme"))) found.theme = said.get("theme");
-  return found;
+  const { tokens: T } = storedText(0, nearestStep(0, changes.step, changes.text), changes.text);
+  changes.query = integerBelow(params.get("query"), T);
+  changes.key = integerBelow(params.get("key"), changes.query + 1);
+  set("score", params.get("score"), Object.hasOwn(page.scores, params.get("score") || ""));
+  const compare = params.get("compare") || "";
+  set("compare", compare, compare === "run" ? secondRun : stepIndex(compare) >= 0);
+  for (const flag of ["value_weighted", "pinned"]) changes[flag] = params.get(flag) === "1";
+  set("theme", params.get("theme"), ["light", "dark"].includes(params.get("theme")));
+  return changes;
 }
 
-function toHash() {
-  const said = new URLSearchParams({
-    text: about.texts[state.text],
+function stateToHash() {
+  const params = new URLSearchParams({
+    text: page.texts[state.text],
     step: stepNumber(state.step),
     head: headName(state.layer, state.head),
     query: state.query,
   });
-  if (state.key >= 0) said.set("key", state.key);
-  if (state.score) said.set("score", state.score);
-  if (state.against) said.set("against", state.against);
-  for (const flag of ["weigh", "pinned"]) if (state[flag]) said.set(flag, "1");
-  if (state.theme) said.set("theme", state.theme);
-  return `#${said}`;
+  if (state.key >= 0) params.set("key", state.key);
+  for (const name of ["score", "compare", "theme"]) if (state[name]) params.set(name, state[name]);
+  for (const flag of ["value_weighted", "pinned"]) if (state[flag]) params.set(flag, "1");
+  return `#${params}`;
 }

@@ -1,15 +1,16 @@
-"""Every key and every control does what it says, and a link brings the same view back."""
+"""Keys, pointer, slider, lists, downloads and links."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from tests.browser import made
-from tests.browser.conftest import Opener
+from tests.browser import example_run
+from tests.browser.conftest import OpenPage
 
 START = "#text=held-out+1&step=200&head=L0H1&query=5&score=induction"
 KEYS = [
@@ -21,180 +22,163 @@ KEYS = [
     ("[", "step=100"),
     ("l", "head=L0H2"),
     ("h", "head=L0H0"),
-    ("v", "weigh=1"),
-    ("c", "against=100"),
+    ("v", "value_weighted=1"),
+    ("c", "compare=100"),
     ("t", "theme=dark"),
     ("Enter", "pinned=1"),
 ]
 
 
-@pytest.mark.parametrize("key, outcome", KEYS)
-def test_keys(key: str, outcome: str, built: Path, opened: Opener) -> None:
-    opened(built, START, color_scheme="light").press(key, outcome)
+@pytest.mark.parametrize("key, expected", KEYS)
+def test_key(key: str, expected: str, page_path: Path, open_page: OpenPage) -> None:
+    open_page(page_path, START, color_scheme="light").press(key, expected)
 
 
-def test_keys_turn_off_what_they_turned_on(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
-    for key, flag in (("v", "weigh"), ("c", "against")):
+def test_keys_toggle_and_stop_at_the_ends(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, START)
+    for key, back, flag in (("v", "v", "value_weighted"), ("c", "c", "compare"), ("Enter", "Escape", "pinned")):
         view.press(key, flag)
-        view.page.keyboard.press(key)
+        view.page.keyboard.press(back)
         view.page.wait_for_selector(f'html:not([data-drawn*="{flag}"])', state="attached")
-    view.press("Enter", "pinned=1")
-    view.page.keyboard.press("Escape")
-    view.page.wait_for_selector('html:not([data-drawn*="pinned"])', state="attached")
-
-
-def test_arrows_stop_at_the_ends(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
-    view.press("Home", "query=0")
-    view.press("ArrowLeft", "query=0")
-    view.press("End", "query=15")
-    view.press("ArrowRight", "query=15")
-
-
-def test_up_and_down_go_by_lines(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
-    view.press("End", "query=15")
+    for key, query in (("Home", 0), ("ArrowLeft", 0), ("End", 15), ("ArrowRight", 15)):
+        view.press(key, f"query={query}")
     view.page.keyboard.press("ArrowUp")
     view.page.wait_for_selector('html:not([data-drawn*="query=15"])', state="attached")
 
 
-def test_arrows_in_the_grid_choose_a_head(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
-    view.page.locator('#grid td[tabindex="0"]').focus()
-    view.press("ArrowDown", "head=L1H1", "query=5")
-    view.press("ArrowRight", "head=L1H2")
-    view.press("ArrowRight", "head=L1H2")
-    assert view.page.evaluate("document.activeElement.dataset.head") == "2"
-
-
-def test_arrows_in_the_matrix_choose_query_and_key(built: Path, opened: Opener) -> None:
-    view = opened(built, START + "&key=3")
+def test_arrow_keys_in_grid_matrix_and_slider(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, START + "&key=3")
     view.page.locator("#matrix").focus()
     view.press("ArrowRight", "key=4", "query=5")
     view.press("ArrowDown", "query=6")
-
-
-def test_fields_keep_their_own_keys(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
+    view.page.locator('#grid td[tabindex="0"]').focus()
+    view.press("ArrowDown", "head=L1H1", "query=6")
+    view.press("ArrowRight", "head=L1H2")
+    view.press("ArrowRight", "head=L1H2")
+    assert view.page.evaluate("document.activeElement.dataset.head") == "2"
     view.page.locator("#step").focus()
-    view.press("ArrowRight", "step=400", "query=5")
+    view.press("ArrowRight", "step=400", "query=6")
 
 
-def test_help(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
+def test_help(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, START)
     view.page.keyboard.press("?")
     assert view.page.locator("#help").is_visible() and "Escape" in view.text("#help")
     view.page.keyboard.press("Escape")
     assert not view.page.locator("#help").is_visible()
 
 
-def test_hovering_reads_and_pinning_holds(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
+def test_hover_and_pin(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, START)
     view.page.locator("#token-7").hover()
-    view.shows("query=7")
+    view.wait_for("query=7")
     view.page.locator("#token-9").click()
-    view.shows("query=9", "pinned=1")
+    view.wait_for("query=9", "pinned=1")
     view.page.locator("#token-3").hover()
-    view.shows("query=9", "key=3")
-    lit = view.page.locator("#text .tok[data-share]").count()
-    assert lit >= 1, "the strongest readings are said above their tokens"
+    view.wait_for("query=9", "key=3")
+    assert view.page.locator("#text .tok[data-percent]").count() >= 1
 
 
-def test_the_slider_moves_text_grid_and_matrix(built: Path, opened: Opener) -> None:
-    view = opened(built, "#text=held-out+1&step=100&head=L1H2&query=9&score=induction")
-    before = view.readings(), view.grid().tolist(), view.pixels().tolist(), view.text("#timeline-readout")
+def test_timeline_click(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, START)
+    box = view.page.locator("#timeline").bounding_box()
+    assert box
+    x, y = box["x"] + box["width"] * 0.88, box["y"] + box["height"] * 0.1
+    view.page.mouse.move(x, y)
+    assert "step 400" in view.text("#timeline-readout")
+    view.page.mouse.click(x, y)
+    layer, head = divmod(int(example_run.files()[2].scores["induction"].argmax()), example_run.H)
+    view.wait_for("step=400", f"head=L{layer}H{head}")
+
+
+def test_step_slider_and_text_list(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, "#text=held-out+1&step=100&head=L1H2&query=9&score=induction")
+    shown = [(view.attention(), view.grid().tolist(), view.cell_colours().tolist(), view.text("#timeline-readout"))]
     view.page.locator("#step").fill("2")
-    view.shows("step=400")
-    after = view.readings(), view.grid().tolist(), view.pixels().tolist(), view.text("#timeline-readout")
-    assert all(a != b for a, b in zip(before, after, strict=True))
+    view.wait_for("step=400")
+    shown.append((view.attention(), view.grid().tolist(), view.cell_colours().tolist(), view.text("#timeline-readout")))
+    assert all(before != after for before, after in zip(*shown, strict=True))
     assert view.text("#step-number") == "400"
-
-
-def test_texts_are_chosen(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
     assert view.page.locator("#text-choice option").all_inner_texts() == ["sample", "held-out 1", "pronoun 1"]
     view.page.select_option("#text-choice", "2")
-    view.shows("text=pronoun+1")
+    view.wait_for("text=pronoun+1")
     assert view.page.locator("#text .tok").count() == 8
 
 
-def test_the_first_view_needs_no_click(built: Path, opened: Opener) -> None:
-    view = opened(built)
-    assert view.text("#headline") == made.CLAIMS["headline"]
-    assert "Weights show what is read, not why." in view.text("#disclaimer")
-    view.shows("text=sample", "step=400", "head=L1H2", "score=reads.pronoun")
-    for part in ("#text", "#readings", "#likely", "#matrix", "#grid", "#effect", "#timeline"):
+def test_first_view_and_findings(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path)
+    assert view.text("#headline") == example_run.FINDINGS["headline"]
+    view.wait_for("text=sample", "step=400", "head=L1H2", "score=antecedent.pronoun")
+    for part in ("#disclaimer", "#text", "#attends-to", "#predictions", "#matrix", "#grid", "#ablation", "#timeline"):
         box = view.page.locator(part).bounding_box()
-        assert box and box["y"] + box["height"] <= 800, f"{part} is out of sight"
+        assert box and box["y"] + box["height"] <= 800, f"{part} is below the window"
+    view.press("h", "head=L1H1")
+    view.page.locator("#findings button").first.click()
+    view.wait_for("text=pronoun+1", "head=L1H2", "query=7", "score=antecedent.pronoun")
 
 
-def test_a_claim_leads_to_its_head(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
-    view.page.locator("#claims button").first.click()
-    view.shows("text=pronoun+1", "head=L1H2", "query=7", "score=reads.pronoun")
-
-
-def test_a_link_brings_the_view_back(built: Path, opened: Opener) -> None:
-    view = opened(built, START)
+def test_link_restores_the_view(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, START)
     for key in ("v", "]", "c", "Enter", "t"):
         view.page.keyboard.press(key)
-    view.shows("weigh=1", "step=400", "against=100", "pinned=1", "theme=")
-    link, readings = view.attribute("data-drawn"), view.readings()
+    view.wait_for("value_weighted=1", "step=400", "compare=100", "pinned=1", "theme=")
+    link, attention = view.attribute("data-drawn"), view.attention()
     view.page.wait_for_timeout(600)
     assert view.page.evaluate("location.hash") == link
-    again = opened(built, link)
-    assert again.attribute("data-drawn") == link and again.readings() == readings
+    again = open_page(page_path, link)
+    assert again.attribute("data-drawn") == link and again.attention() == attention
 
 
 @pytest.mark.parametrize(
     "link",
-    ["#text=none&step=7&head=L9H9&query=99&score=x&against=y&theme=z", "#head=L1H", "#query=-1", "#query=1e9",
+    ["#text=none&step=7&head=L9H9&query=99&score=x&compare=y&theme=z", "#head=L1H", "#query=-1", "#query=1e9",
      "#step=__proto__&score=constructor&text=__proto__", "#%ff%00", "#key=5", "##", "#head=L01H0000&key=9999999999"],
 )  # fmt: skip
-def test_a_broken_link_is_passed_over(link: str, built: Path, opened: Opener) -> None:
-    view = opened(built, link)
-    view.shows("text=sample", "step=400")
-    assert view.readings()
+def test_broken_link_is_ignored(link: str, page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, link)
+    view.wait_for("text=sample", "step=400")
+    assert view.attention()
 
 
-def test_compared_with_itself_everything_is_zero(built: Path, opened: Opener) -> None:
-    view = opened(built, "#text=held-out+1&step=200&head=L1H1&query=9&against=200&score=distance&weigh=1")
-    assert view.readings() == {} and "no difference" in view.text("#readings")
+def test_comparison_with_itself_is_zero(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(
+        page_path, "#text=held-out+1&step=200&head=L1H1&query=9&compare=200&score=distance&value_weighted=1"
+    )
+    assert view.attention() == {} and "no difference" in view.text("#attends-to")
     assert not view.grid().any()
-    cells = view.pixels()[np.tril_indices(16)].astype(int)
-    assert (np.abs(cells[:, :3] - 247).max(axis=1) <= 4).mean() > 0.8, "all but the frame is the middle of the scale"
+    cells = view.cell_colours()[np.tril_indices(16)]
+    assert (np.abs(cells - 247).max(axis=1) <= 4).mean() > 0.8, "all but the frame have the middle colour of the scale"
     view.page.mouse.move(*view.point(12, 4))
     assert "±0.00 points" in view.text("#matrix-readout")
 
 
-def test_two_steps_are_subtracted(built: Path, opened: Opener) -> None:
-    view = opened(built, "#text=held-out+1&step=400&head=L1H1&query=9&against=100&score=induction")
-    a, b = (made.dumps()[k].texts[1].pattern(1)[0, 1, 9].astype(np.float64) for k in (2, 0))
-    for key, value in view.readings().items():
-        assert value == pytest.approx((a - b)[key], abs=1e-6)
-    scores = [made.dumps()[k].scores["induction"].ravel() for k in (2, 0)]
+def test_comparison_of_two_steps(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, "#text=held-out+1&step=400&head=L1H1&query=9&compare=100&score=induction")
+    files = example_run.files()
+    a, b = (files[k].texts[1].pattern(1)[0, 1, 9].astype(np.float64) for k in (2, 0))
+    assert view.attention() == pytest.approx({key: (a - b)[key] for key in view.attention()}, abs=1e-6)
+    scores = [files[k].scores["induction"].ravel() for k in (2, 0)]
     assert view.grid() == pytest.approx(scores[0] - scores[1], abs=1e-4)
-    assert (view.text("#scale-low"), view.text("#scale-high")) == ("\N{MINUS SIGN}1", "1")
+    assert view.text("#scale-low") == "\N{MINUS SIGN}1"
 
 
-def test_two_runs_are_subtracted(pair: Path, opened: Opener) -> None:
-    view = opened(pair, "#text=held-out+1&step=200&head=L0H2&query=9&against=other")
-    a, b = (made.dumps(seed=seed)[1].texts[1].pattern(0)[0, 2, 9].astype(np.float64) for seed in (0, 50))
-    readings = view.readings()
-    assert len(readings) == 5
-    for key, value in readings.items():
-        assert value == pytest.approx((a - b)[key], abs=1e-6)
+def test_comparison_of_two_runs(two_runs_path: Path, open_page: OpenPage) -> None:
+    view = open_page(two_runs_path, "#text=held-out+1&step=200&head=L0H2&query=9&compare=run")
+    a, b = (example_run.files(seed=seed)[1].texts[1].pattern(0)[0, 2, 9].astype(np.float64) for seed in (0, 50))
+    attention = view.attention()
+    assert len(attention) == 5
+    assert attention == pytest.approx({key: (a - b)[key] for key in attention}, abs=1e-6)
+    assert "dashed: second" in view.text("#timeline-readout")
 
 
-def test_texts_of_other_tokens_are_not_subtracted(built: Path, opened: Opener) -> None:
-    view = opened(built, "#text=sample&step=400&against=100&query=5")
-    assert "other tokens" in view.text("#message")
-    assert all(value > 0 for value in view.readings().values()), "weights are shown instead"
+def test_texts_with_different_tokens_are_not_compared(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, "#text=sample&step=400&compare=100&query=5")
+    assert "tokens of this text differ" in view.text("#message")
+    assert all(value > 0 for value in view.attention().values())
 
 
-def test_png(built: Path, opened: Opener, tmp_path: Path) -> None:
-    view = opened(built, START)
+def test_png_download(page_path: Path, open_page: OpenPage, tmp_path: Path) -> None:
+    view = open_page(page_path, START)
     with view.page.expect_download() as download:
         view.page.keyboard.press("d")
     download.value.save_as(tmp_path / "matrix.png")
@@ -204,15 +188,12 @@ def test_png(built: Path, opened: Opener, tmp_path: Path) -> None:
     assert image.shape[0] > 1000 and len(np.unique(colours)) > 20
 
 
-def test_svg(built: Path, opened: Opener, tmp_path: Path) -> None:
-    from xml.etree import ElementTree
-
-    view = opened(built, START)
+def test_svg_download(page_path: Path, open_page: OpenPage, tmp_path: Path) -> None:
+    view = open_page(page_path, START)
     with view.page.expect_download() as download:
         view.page.locator("#svg").click()
     download.value.save_as(tmp_path / "matrix.svg")
-    root = ElementTree.parse(tmp_path / "matrix.svg").getroot()
-    space = "{http://www.w3.org/2000/svg}"
-    texts = ["".join(node.itertext()) for node in root.iter(f"{space}text")]
-    assert {"key (column): what is read", "query (row): what reads", "·fox"} <= set(texts)
-    assert len(list(root.iter(f"{space}rect"))) > 60
+    svg = ElementTree.parse(tmp_path / "matrix.svg").getroot()
+    texts = {"".join(node.itertext()) for node in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"key (column)", "query (row)", "·fox"} <= texts
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}rect"))) > 60

@@ -1,6 +1,6 @@
-"""The page's file: it holds the dumps' numbers exactly, stays small, says what it left out, and lets nothing else in.
+"""The page file: it contains the numbers of the attention files, stays within its budget, and is safe.
 
-What it does in a browser is tested in `tests/browser/`.
+`tests/browser/` tests what it does in a browser.
 """
 
 from __future__ import annotations
@@ -22,218 +22,219 @@ import pytest
 from numpy.typing import NDArray
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
-from inspection import page_builder as page
+from inspection import page_builder
 from inspection.attention_file import AttentionFile
-from inspection.page_builder import PageRun, write_page
-from inspection.page_data import Plan, parts
-from tests.browser import made
+from inspection.page_builder import PageReport, PageRun, write_page
+from inspection.page_data import DTYPES, Content, display_pieces
+from tests.browser import example_run
 
 ROOT = Path(__file__).parents[2]
 
 
-class Read:
-    """A page read back: its table, and its blocks' bytes."""
+class Page:
+    """A page read back."""
 
     def __init__(self, path: Path) -> None:
         self.source = path.read_text("utf-8")
-        self.about: Any = json.loads(self.between('<script type="application/json" id="about">', "</script>"))
+        self.table: Any = json.loads(self.between('<script type="application/json" id="page-data">', "</script>"))
 
     def between(self, start: str, end: str) -> str:
         return self.source.partition(start)[2].partition(end)[0]
 
-    def block(self, k: int, *kinds: tuple[str, int]) -> list[NDArray[Any]]:
-        """The arrays of a block: (number format, how many) of each."""
-        raw = zlib.decompress(base64.b64decode(self.between(f'id="block-{k}">', "</script>")))
-        found, at = [], 0
-        for kind, count in kinds:
-            size = np.dtype(kind).itemsize
-            planes = np.frombuffer(raw[at : at + size * count], np.uint8).reshape(size, count)
-            found.append(np.ascontiguousarray(planes.T).view(kind).ravel())
-            at += size * count
-        assert at == len(raw)
-        return found
+    def block(self, k: int, *layout: tuple[str, int]) -> list[NDArray[Any]]:
+        """The arrays of a block: dtype and length of each."""
+        data = zlib.decompress(base64.b64decode(self.between(f'id="block-{k}">', "</script>")))
+        arrays, offset = [], 0
+        for dtype, length in layout:
+            arrays.append(np.frombuffer(data, DTYPES[dtype], length, offset))
+            offset += arrays[-1].nbytes
+        assert offset == len(data)
+        return arrays
 
     def text(self, step: int, text: int) -> Any:
-        return self.about["runs"][0]["steps"][step]["texts"][text]
+        return self.table["runs"][0]["steps"][step]["texts"][text]
 
 
-def build(tmp_path: Path, dumps: Sequence[AttentionFile], **more: Any) -> tuple[Read, page.PageReport]:
+def build(tmp_path: Path, files: Sequence[AttentionFile], **options: Any) -> tuple[Page, PageReport]:
     path = tmp_path / "attention.html"
-    arguments = {"claims": None, "evidence": None, "title": "a run", **more}
-    report = write_page(path, [PageRun("run", list(dumps))], **arguments)
+    arguments = {"findings": None, "ablations": None, "title": "a run", **options}
+    report = write_page(path, [PageRun("run", files)], **arguments)
     assert report.path == path and report.bytes == path.stat().st_size
-    return Read(path), report
+    return Page(path), report
 
 
-def many(steps: int, texts: int) -> list[AttentionFile]:
-    """A run of some size: 12 tokens, 2 x 3 heads."""
+def large_run(steps: int, texts: int) -> list[AttentionFile]:
     return [
-        AttentionFile([made.text(f"text {k}", made.WORDS, 7 * s + k, True) for k in range(texts)], {"step": str(s)}, {})
+        AttentionFile(
+            [example_run.record(f"text {k}", example_run.WORDS, 7 * s + k, True) for k in range(texts)],
+            {"step": str(s)},
+            {},
+        )
         for s in range(steps)
     ]
 
 
-def test_weights_are_the_dumps_numbers_exactly(tmp_path: Path) -> None:
-    dumps = made.dumps()
-    read, report = build(tmp_path, dumps)
+def test_patterns_are_exact(tmp_path: Path) -> None:
+    files = example_run.files()
+    page, report = build(tmp_path, files)
     assert report.notes == []
-    assert read.about["texts"] == ["sample", "held-out 1", "pronoun 1"]
-    for s, dump in enumerate(dumps):
-        for t, text in enumerate(dump.texts):
-            entry = read.text(s, t)
-            for layer, block in enumerate(entry["layers"]):
-                (kept,) = read.block(block, ("<f2", text.pattern_tril[layer].size))
-                assert np.array_equal(kept, text.pattern_tril[layer].ravel())
+    assert page.table["texts"] == ["sample", "held-out 1", "pronoun 1"]
+    for s, file in enumerate(files):
+        for t, text in enumerate(file.texts):
+            for layer, block in enumerate(page.text(s, t)["layers"]):
+                (stored,) = page.block(block, ("float16", text.pattern_tril[layer].size))
+                assert np.array_equal(stored, text.pattern_tril[layer].ravel())
 
 
-def test_what_goes_with_the_weights(tmp_path: Path) -> None:
-    dumps = made.dumps()
-    read, _ = build(tmp_path, dumps)
-    text, entry = dumps[2].texts[1], read.text(2, 1)
-    T, heads = len(text.tokens), made.L * made.H
-    kinds = (("<u4", T), ("<f4", T), ("<f2", heads * T), ("<u4", 5 * T), ("<f2", 5 * T))
-    tokens, loss, norms, likely, chance = read.block(entry["side"], *kinds)
-    words = ["".join(part[1:] for part in pieces) for pieces in read.about["words"]]
+def test_tokens_losses_norms_and_predictions(tmp_path: Path) -> None:
+    files = example_run.files()
+    page, _ = build(tmp_path, files)
+    text = files[2].texts[1]
+    T, LH = len(text.tokens), example_run.L * example_run.H
+    layout = (("uint32", T), ("float32", T), ("float16", LH * T), ("uint32", 5 * T), ("float16", 5 * T))
+    tokens, loss, norms, top_tokens, top_probs = page.block(page.text(2, 1)["block"], *layout)
+    words = ["".join(piece[1:] for piece in pieces) for pieces in page.table["vocabulary"]]
     assert [words[k] for k in tokens[:4]] == ["<end>", "Mia", "·met", "·the"]
     assert np.isnan(loss[0]) and np.array_equal(loss[1:], text.loss)
-    largest = text.value_norms.max(axis=-1, keepdims=True)
-    assert np.allclose(norms.reshape(made.L, made.H, T), text.value_norms / largest, atol=5e-4)
+    expected = text.value_norms / text.value_norms.max(axis=-1, keepdims=True)
+    assert np.allclose(norms.reshape(expected.shape), expected, atol=5e-4)
     assert text.top_tokens is not None
-    assert [words[k] for k in likely[:5]] == ["".join(p[1:] for p in parts(token)) for token, _ in text.top_tokens[0]]
-    assert np.allclose(chance[:5], [p for _, p in text.top_tokens[0]], rtol=1e-3)
+    pieces = [display_pieces(token) for token, _ in text.top_tokens[0]]
+    assert [words[k] for k in top_tokens[:5]] == ["".join(piece[1:] for piece in word) for word in pieces]
+    assert np.allclose(top_probs[:5], [p for _, p in text.top_tokens[0]], rtol=1e-3)
 
 
-def test_queries_keys_and_values_in_full(tmp_path: Path) -> None:
-    dumps = made.dumps()
-    read, _ = build(tmp_path, dumps)
-    text, entry = dumps[2].texts[0], read.text(2, 0)
-    assert read.text(0, 0).get("details") is None and entry["details"]["half"] is False
+def test_queries_keys_and_values_are_exact(tmp_path: Path) -> None:
+    files = example_run.files()
+    page, _ = build(tmp_path, files)
+    text, qkv = files[2].texts[0], page.text(2, 0)["qkv"]
+    assert "qkv" not in page.text(0, 0) and qkv["dtype"] == "float32"
     assert text.queries is not None and text.keys is not None and text.values is not None and text.attn_out is not None
     arrays = [text.queries[1], text.keys[1], text.values[1], text.attn_out[1]]
-    kept = read.block(entry["details"]["blocks"][1], *(("<f4", array.size) for array in arrays))
-    assert all(np.array_equal(a.ravel(), b) for a, b in zip(arrays, kept, strict=True))
+    stored = page.block(qkv["blocks"][1], *(("float32", array.size) for array in arrays))
+    assert all(np.array_equal(a.ravel(), b) for a, b in zip(arrays, stored, strict=True))
 
 
-def test_scores_and_what_they_mean(tmp_path: Path) -> None:
-    dumps = made.dumps()
-    dumps[1].scores["induction"][0, 0] = np.nan
-    read, _ = build(tmp_path, dumps, evidence=made.evidence(), claims=made.CLAIMS)
-    steps = read.about["runs"][0]["steps"]
-    assert [step["step"] for step in steps] == list(made.STEPS)
+def test_scores_and_timeline(tmp_path: Path) -> None:
+    files = example_run.files()
+    files[1].scores["induction"][0, 0] = np.nan
+    evaluations: list[dict[str, Any]] = [
+        {"step": 0, "val_loss": 3.0},
+        {"step": 50, "head_scores": {"entropy": [[0.5] * 3] * 2}},
+    ]
+    run = PageRun("run", files, evaluations)
+    write_page(tmp_path / "attention.html", [run], None, None, "a run")
+    page = Page(tmp_path / "attention.html")
+    steps = page.table["runs"][0]["steps"]
+    assert [step["step"] for step in steps] == list(example_run.STEPS)
     assert steps[1]["scores"]["induction"][0][0] is None
-    assert np.allclose(steps[2]["scores"]["entropy"], dumps[2].scores["entropy"], rtol=1e-6)
-    meaning = read.about["scores"]
-    assert (
-        meaning["induction"]["measure"] == "repeats"
-        and meaning["antecedent.pronoun"]["measure"] == "logit_diff.pronoun"
-    )
-    assert meaning["entropy"]["measure"] == "corpus" and meaning["distance"]["high"] is None
-    assert not meaning["entropy"]["weight"] and meaning["antecedent.pronoun"]["weight"]
-    assert read.about["headline"] == made.CLAIMS["headline"] and read.about["evidence"]["step"] == 400
+    assert np.allclose(steps[2]["scores"]["entropy"], files[2].scores["entropy"], rtol=1e-6)
+    infos = page.table["scores"]
+    assert infos["entropy"]["high"] == 1 and "held-out" in infos["entropy"]["description"]
+    assert infos["distance"]["high"] == pytest.approx(max(f.scores["distance"].max() for f in files), rel=1e-4)
+    assert page.table["runs"][0]["timeline"] == [{"step": 50, "scores": {"entropy": [[0.5] * 3] * 2}}]
 
 
-# ---- small enough
+def test_ablation_labels_come_from_python(tmp_path: Path) -> None:
+    files, ablations = example_run.files(), example_run.ablations()
+    page, _ = build(tmp_path, files, ablations=ablations, findings=example_run.FINDINGS)
+    effects = page.table["ablation"][page.table["scores"]["antecedent.pronoun"]["measure"]]["heads"]
+    assert effects[1][2]["zero"] == [[2.5, 2.0, 3.0], [0.1, -0.2, 0.3], [2.5, 2.0, 3.0]]
+    labels = page.table["scores"]["antecedent.pronoun"]["labels"]
+    assert labels[1][2]["kind"] == "supported" and labels[1][2]["text"].startswith("supported")
+    assert labels[0][1]["kind"] == "caution" and "disputed" in labels[0][1]["text"]
+    files[2].scores["antecedent.pronoun"][...] = 0.1
+    page, _ = build(tmp_path, files, ablations=ablations, findings=example_run.FINDINGS)
+    labels = page.table["scores"]["antecedent.pronoun"]["labels"]
+    assert labels[0][1]["text"].startswith("disputed") and labels[0][0]["text"].startswith("not supported")
+    assert page.table["scores"]["entropy"]["labels"] is None
+    assert page.table["headline"] == example_run.FINDINGS["headline"]
+    assert page.table["start"] == {"layer": 1, "head": 2, "score": "antecedent.pronoun"}
+    assert page.table["findings"][1]["heads"] == [[1, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("share, lost", [(0.9, "last step"), (0.28, "one step in")])
-def test_what_is_too_much_is_left_out_in_order(
-    share: float, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dumps = many(8, 4)
-    _, whole = build(tmp_path, dumps)
-    empty = len(page._script()) + 20_000  # the page's own source does not shrink
-    budget = empty + int((whole.bytes - empty) * share)
-    monkeypatch.setattr(page, "BUDGET", budget)
-    read, report = build(tmp_path, dumps)
-    assert lost in " ".join(report.notes) and read.about["notes"] == report.notes
+def test_ablations_of_another_model_are_ignored(tmp_path: Path) -> None:
+    file = AttentionFile([example_run.record("a", example_run.WORDS, 1, False, (1, 2))], {}, {})
+    page, _ = build(tmp_path, [file], ablations=example_run.ablations(), findings=example_run.FINDINGS)
+    assert page.table["ablation"] == {} and page.table["findings"] == []
+    assert page.table["start"]["layer"] == 0
+
+
+@pytest.mark.parametrize("share, expected", [(0.9, "last step"), (0.28, "one step in")])
+def test_size_budget(share: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = large_run(8, 4)
+    _, full = build(tmp_path, files)
+    source = len(page_builder._script()) + 20_000  # the page's own source does not shrink
+    budget = source + int((full.bytes - source) * share)
+    monkeypatch.setattr(page_builder, "BUDGET", budget)
+    page, report = build(tmp_path, files)
+    assert expected in " ".join(report.notes) and page.table["notes"] == report.notes
     assert report.bytes <= budget
-    last = len(dumps) - 1
-    assert all(read.text(last, t) for t in range(4)), "the last step of every text is always there"
-    assert all(read.text(s, t) for s in range(8) for t in range(2)) or "last step" in lost
-    assert read.text(last, 0)["details"]
-    assert not any(read.text(s, t)["eight"] for s in range(8) for t in range(4) if read.text(s, t))
+    assert all(page.text(7, t) for t in range(4)), "every text is stored at the last step"
+    assert all(page.text(s, t) for s in range(8) for t in range(2)), "the first texts are stored at every step"
+    assert page.text(7, 0)["qkv"] and page.text(7, 0)["dtype"] == "float16"
 
 
-def test_what_is_kept_in_eight_bits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dumps, seen = many(8, 4), set()
-    _, whole = build(tmp_path, dumps)
-    empty = len(page._script()) + 20_000
-    for percent in range(30, 4, -2):
-        monkeypatch.setattr(page, "BUDGET", empty + (whole.bytes - empty) * percent // 100)
-        read, report = build(tmp_path, dumps)
-        coarse = any(read.text(s, t)["eight"] for s in range(8) for t in range(4) if read.text(s, t))
-        assert ("8 bits" in " ".join(report.notes)) == coarse, report.notes
-        seen.add(coarse)
-    assert seen == {False, True}
+def test_8_bit_patterns_are_as_exact_as_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_builder, "BUDGET", 0)
+    files = large_run(1, 3)
+    page, report = build(tmp_path, files)
+    assert "8 bits, within 0.004, and within 0.002 below 0.25" in " ".join(report.notes)
+    text, entry = files[0].texts[0], page.text(0, 0)
+    (stored,) = page.block(entry["layers"][1], (entry["dtype"], text.pattern_tril[1].size))
+    assert np.abs((stored / 255.0) ** 2 - text.pattern_tril[1].ravel().astype(np.float64)).max() <= 0.004
+    weights = np.linspace(0, 1, 9999)
+    record = replace(text, pattern_tril=weights.reshape(1, 1, -1))
+    error = np.abs((Content(sqrt8=True).pattern_arrays(record, 0)[0].ravel() / 255.0) ** 2 - weights)
+    assert error.max() <= 0.004 and error[weights < 0.25].max() <= 0.002
 
 
-def test_eight_bits_are_within_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dumps = many(1, 3)
-    monkeypatch.setattr(page, "BUDGET", 0)
-    read, report = build(tmp_path, dumps)
-    assert read.text(0, 0)["eight"]
-    assert "8 bits, each within 0.004, those below 0.25 within 0.002" in " ".join(report.notes)
-    text = dumps[0].texts[0]
-    (kept,) = read.block(read.text(0, 0)["layers"][1], ("|u1", text.pattern_tril[1].size))
-    assert np.abs((kept / 255.0) ** 2 - text.pattern_tril[1].ravel().astype(np.float64)).max() <= 0.004
-    everything = np.linspace(0, 1, 9999)
-    plan = replace(made.text("x", [b"a"], 1, False), pattern_tril=everything.reshape(1, 1, -1))
-    off = np.abs((Plan().pattern(plan, 0, True)[0].ravel() / 255.0) ** 2 - everything)
-    assert off.max() <= 0.004 and off[everything < 0.25].max() <= 0.002
-
-
-def test_at_the_very_most_a_part_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(1)
-    words = [bytes([65 + k]) for k in rng.integers(0, 20, 150)]
-    dumps = [AttentionFile([made.text("long", words, 1, True, (6, 5))], {"step": "1"}, {})]
-    monkeypatch.setattr(page, "BUDGET", 0)
-    monkeypatch.setattr(page, "MOST", len(page._script()) + 30_000)
-    read, report = build(tmp_path, dumps)
-    said = " ".join(report.notes)
-    assert report.bytes <= page.MOST
-    run, entry = read.about["runs"][0], read.text(0, 0)
+def test_long_texts_are_cut_to_the_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [bytes([65 + k]) for k in np.random.default_rng(1).integers(0, 20, 150)]
+    files = [AttentionFile([example_run.record("long", words, 1, True, (6, 5))], {"step": "1"}, {})]
+    monkeypatch.setattr(page_builder, "BUDGET", 0)
+    monkeypatch.setattr(page_builder, "MAX_BYTES", len(page_builder._script()) + 60_000)
+    page, report = build(tmp_path, files)
+    assert report.bytes <= page_builder.MAX_BYTES
+    entry = page.text(0, 0)
     kept = entry["tokens"]
-    assert f"the last {kept} tokens" in said and entry["first"] == 150 - kept and "details" not in entry
-    assert len(entry["layers"]) == run["layers"] and f"Of 6 layers the first {run['layers']} are kept" in said
-    whole = dumps[0].texts[0].pattern(0)[0, :, -kept:, -kept:]
+    assert 1 < kept < 150 and f"the last {kept} tokens" in " ".join(report.notes)
+    assert entry["first"] == 150 - kept and "qkv" not in entry
     rows, columns = np.tril_indices(kept)
-    (first,) = read.block(entry["layers"][0], ("|u1", run["heads"] * len(rows)))
-    expected = whole[: run["heads"], rows, columns]
-    assert np.abs((first.reshape(run["heads"], -1) / 255.0) ** 2 - expected).max() <= 0.004
+    (stored,) = page.block(entry["layers"][0], (entry["dtype"], 5 * len(rows)))
+    expected = files[0].texts[0].pattern(0)[0, :, -kept:, -kept:][:, rows, columns]
+    assert np.abs((stored.reshape(5, -1) / 255.0) ** 2 - expected).max() <= 0.004
+    monkeypatch.setattr(page_builder, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match="larger than 1,000 bytes"):
+        build(tmp_path, files)
 
 
-# ---- safe
-
-
-def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
+def test_data_never_becomes_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><!-- {{script}} \u2028"
-    dump = AttentionFile([made.text(evil, made.HOSTILE, 1, True)], {"step": evil}, {evil: np.ones((2, 3), np.float32)})
-    claims = {"headline": evil, "findings": [{"text": evil}]}
-    read, _ = build(tmp_path, [dump], title=evil, claims=claims, evidence={evil: evil})
-    ordinary, _ = build(tmp_path, made.dumps()[:1])
+    record = example_run.record(evil, example_run.HOSTILE, 1, True)
+    file = AttentionFile([record], {"step": evil}, {evil: np.ones((2, 3), np.float32)})
+    page, _ = build(tmp_path, [file], title=evil, findings={"headline": evil, "findings": []})
+    ordinary, _ = build(tmp_path, example_run.files()[:1])
     for tag in ("<script>", "<!--", "</title>"):
-        assert read.source.count(tag) == ordinary.source.count(tag), tag
-    assert read.about["headline"] == evil, "and yet it arrives as it was"
-    data = read.source[read.source.index('id="about"') : read.source.index("<script>")]
-    assert data.isascii()
+        assert page.source.count(tag) == ordinary.source.count(tag), tag
+    assert page.table["headline"] == evil
+    assert page.source[page.source.index('id="page-data"') : page.source.index("<script>")].isascii()
 
 
-def test_the_policy_names_the_script_and_the_style(tmp_path: Path) -> None:
-    read, _ = build(tmp_path, made.dumps())
-    policy = read.between('http-equiv="Content-Security-Policy" content="', '"')
+def test_content_security_policy(tmp_path: Path) -> None:
+    page, _ = build(tmp_path, example_run.files())
+    policy = page.between('http-equiv="Content-Security-Policy" content="', '"')
     assert "default-src 'none'" in policy and "unsafe" not in policy
     for tag in ("script", "style"):
-        inner = read.between(f"<{tag}>", f"</{tag}>")
-        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
-        assert len(re.findall(f"<{tag}>", read.source)) == 1
-    assert not re.search(r"\son\w+=|\sstyle=|javascript:|innerHTML|insertAdjacent|\beval\(", read.source)
-    addresses = set(re.findall(r"https?://[^\s\"'<)`]+", read.source))
-    assert addresses == {"http://www.w3.org/2000/svg"}, "a name, which nobody asks for"
+        digest = hashlib.sha256(page.between(f"<{tag}>", f"</{tag}>").encode()).digest()
+        assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
+        assert page.source.count(f"<{tag}>") == 1
+    assert not re.search(r"\son\w+=|\sstyle=|javascript:|innerHTML|insertAdjacent|\beval\(", page.source)
+    assert set(re.findall(r"https?://[^\s\"'<)`]+", page.source)) == {"http://www.w3.org/2000/svg"}
 
 
 @pytest.mark.parametrize(
-    "token, shown",
+    "token, pieces",
     [
         (b"", ["x<end>"]),
         (b" She", ["s·", "tShe"]),
@@ -249,14 +250,11 @@ def test_the_policy_names_the_script_and_the_style(tmp_path: Path) -> None:
         (b"<b>&", ["t<b>&"]),
     ],
 )
-def test_tokens_are_shown_safely(token: bytes, shown: list[str]) -> None:
-    assert parts(token) == shown
+def test_tokens_are_shown_safely(token: bytes, pieces: list[str]) -> None:
+    assert display_pieces(token) == pieces
 
 
-# ---- faults
-
-
-def test_nothing_to_show_is_one_line(tmp_path: Path) -> None:
+def test_nothing_to_show_is_one_error(tmp_path: Path) -> None:
     for runs in ([], [PageRun("x", [])], [PageRun("x", [AttentionFile([], {"step": "1"}, {})])]):
         with pytest.raises(UserError, match="nothing to show") as caught:
             write_page(tmp_path / "page.html", runs, None, None, "x")
@@ -264,49 +262,47 @@ def test_nothing_to_show_is_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("findings", [{"headline": "x", "findings": [3]}, {"headline": "x", "findings": [{}]}, {}])
+def test_malformed_findings_are_one_error(findings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="findings are malformed") as caught:
+        build(tmp_path, example_run.files(), findings=findings or {"findings": []})
+    assert caught.value.exit_code == CHECKPOINT
+
+
+def test_write_error_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "attention.html"
     target.write_text("old")
 
-    def full(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(UserError, match="No space left") as caught:
-        build(tmp_path, made.dumps())
+        build(tmp_path, example_run.files())
     assert caught.value.exit_code == DISK_OR_MEMORY
     assert [path.name for path in tmp_path.iterdir()] == ["attention.html"] and target.read_text() == "old"
-    with pytest.raises(UserError, match="cannot write"):
-        write_page(target / "x.html", [PageRun("run", made.dumps())], None, None, "x")
 
 
-def test_strange_dumps_still_make_a_page(tmp_path: Path) -> None:
-    """Numbers that are none, a step that is no number, two texts of one name, a text of another shape."""
-    text = made.text("a", made.WORDS, 1, True)
-    broken = replace(
-        text, pattern_tril=np.full_like(text.pattern_tril, np.nan), value_norms=np.full_like(text.value_norms, np.inf)
-    )
-    other = made.text("b", made.WORDS, 1, False, (1, 1))
-    dumps = [AttentionFile([text, broken, other], {"step": "x"}, {}), AttentionFile([broken], {}, {})]
-    read, _ = build(tmp_path, dumps, evidence={"measures": {"corpus": float("nan")}})
-    assert [step["step"] for step in read.about["runs"][0]["steps"]] == [0, 1]
-    assert read.text(0, 0) and read.text(0, 1) is None
+def test_unusual_attention_files(tmp_path: Path) -> None:
+    """Non-finite numbers, a step that is not a number, two texts with one name, a text of another model."""
+    text = example_run.record("a", example_run.WORDS, 1, True)
+    nan, inf = np.full_like(text.pattern_tril, np.nan), np.full_like(text.value_norms, np.inf)
+    broken = replace(text, pattern_tril=nan, value_norms=inf)
+    other = example_run.record("b", example_run.WORDS, 1, False, (1, 1))
+    files = [AttentionFile([text, broken, other], {"step": "x"}, {}), AttentionFile([broken], {}, {})]
+    page, _ = build(tmp_path, files)
+    assert [step["step"] for step in page.table["runs"][0]["steps"]] == [0, 1]
+    assert page.text(0, 0) and page.text(0, 1) is None
 
 
-def test_the_page_is_built_without_torch() -> None:
+def test_page_is_built_without_torch() -> None:
     program = "import sys; sys.modules['torch'] = None; import inspection.page_builder"
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0, ended.stderr
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
 
 
-def test_the_source_is_short_and_complete() -> None:
-    names = {path.stem for path in page.SOURCE.glob("*.js")}
-    assert names == {*page.SCRIPTS, "main"}
-    for path in page.SOURCE.iterdir():
-        assert len(path.read_text("utf-8").splitlines()) <= 330, path.name
-
-
-def test_the_same_dumps_give_the_same_page(tmp_path: Path) -> None:
-    first, _ = build(tmp_path, made.dumps())
-    second, _ = build(tmp_path, made.dumps())
+def test_page_is_reproducible_and_complete(tmp_path: Path) -> None:
+    first, _ = build(tmp_path, example_run.files())
+    second, _ = build(tmp_path, example_run.files())
     assert first.source == second.source
+    assert {path.stem for path in page_builder.WEB.glob("*.js")} == {*page_builder.SCRIPTS, "main"}

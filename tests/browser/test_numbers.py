@@ -1,0 +1,145 @@
+"""The numbers on the page are those of the arrays: attention, scores, losses, ablation, each step of the walk-through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.browser import example_run
+from tests.browser.conftest import OpenPage, View
+
+FILES = example_run.files()
+NAMES = ["sample", "held-out 1", "pronoun 1"]
+
+
+def pattern(step: int, text: int, layer: int, head: int) -> NDArray[np.float64]:
+    return FILES[step].texts[text].pattern(layer)[0, head].astype(np.float64)
+
+
+def value_weighted(step: int, text: int, layer: int, head: int) -> NDArray[np.float64]:
+    """Kobayashi et al. 2020: attention times value norms, each row normalised to sum 1."""
+    product = pattern(step, text, layer, head) * FILES[step].texts[text].value_norms[layer, head]
+    return product / product.sum(axis=-1, keepdims=True)
+
+
+def view_hash(step: int, text: int, layer: int, head: int, query: int, more: str = "") -> str:
+    return f"#text={NAMES[text]}&step={example_run.STEPS[step]}&head=L{layer}H{head}&query={query}{more}"
+
+
+def number(view: View, selector: str) -> float:
+    return float(view.text(selector).replace("\N{MINUS SIGN}", "-"))
+
+
+Selection = tuple[int, int, int, int, int]
+SELECTIONS: list[Selection] = [(2, 0, 0, 0, 7), (2, 1, 1, 2, 15), (0, 1, 0, 1, 4), (1, 2, 1, 0, 7), (2, 1, 1, 1, 0)]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_attends_to(selection: Selection, weighted: bool, page_path: Path, open_page: OpenPage) -> None:
+    step, text, layer, head, query = selection
+    view = open_page(page_path, view_hash(*selection, "&value_weighted=1" if weighted else ""))
+    row = (value_weighted if weighted else pattern)(step, text, layer, head)[query]
+    shown = view.attention()
+    assert set(shown) <= set(np.argsort(-row, kind="stable")[:5].tolist()) and int(row.argmax()) in shown
+    assert shown == pytest.approx({key: row[key] for key in shown}, abs=1e-3 if weighted else 1e-6)
+    assert weighted or f"{100 * row.max():.1f} %" in view.text("#attends-to li:first-child")
+
+
+@pytest.mark.parametrize("query, key", [(15, 3), (15, 15), (6, 0), (9, 12)])
+def test_hovering_over_a_matrix_cell(query: int, key: int, page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, view_hash(2, 1, 1, 2, 14))
+    view.page.mouse.move(*view.point(query, key))
+    expected = "masked" if key > query else f"{100 * pattern(2, 1, 1, 2)[query, key]:.2f} %"
+    assert expected in view.text("#matrix-readout")
+    view.page.mouse.click(*view.point(query, key))
+    view.wait_for(f"query={query}", "pinned=1")
+
+
+def test_matrix_colours(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, view_hash(2, 1, 1, 2, 15))
+    cividis = matplotlib.colormaps["cividis"](range(256), bytes=True)[:, :3].astype(int)
+    expected, shown = pattern(2, 1, 1, 2), view.cell_colours()
+    for i in range(14):  # the rows above the frame of the query
+        for j in range(i + 1):
+            assert np.abs(shown[i, j] - cividis[round(255 * expected[i, j])]).max() <= 4, (i, j)
+    masked = shown[np.triu_indices(16, 1)]
+    assert np.abs(masked - cividis[0]).max(axis=1).min() > 60, "masked cells do not look like attention 0"
+
+
+def test_loss_and_predictions(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, view_hash(2, 1, 0, 0, 5))
+    text = FILES[2].texts[1]
+    assert f"loss {text.loss[4]:.2f} nats" in view.text("#query-details")
+    rows = view.page.locator("#predictions li").all_inner_texts()
+    assert text.top_tokens is not None and len(rows) == 5
+    for row, (token, probability) in zip(rows, text.top_tokens[5], strict=True):
+        assert f"{100 * probability:.1f}"[:-1] in row and token.decode().strip() in row
+    view.press("Home", "query=0")
+    assert "no loss" in view.text("#query-details")
+
+
+@pytest.mark.parametrize("step", range(3))
+@pytest.mark.parametrize("score", ["induction", "distance"])
+def test_scores(score: str, step: int, page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, view_hash(step, 1, 1, 1, 3, f"&score={score}"))
+    scores = FILES[step].scores[score]
+    assert view.grid() == pytest.approx(scores.ravel(), rel=1e-4)
+    assert f"{scores[1, 1]:.3f}" in view.text("#head-score")
+    assert f"step {example_run.STEPS[step]}: L1H1 {scores[1, 1]:.3f}" in view.text("#timeline-readout")
+
+
+def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, view_hash(2, 1, 1, 2, 3, "&score=antecedent.pronoun"))
+    shown = view.text("#ablation")
+    assert "+2.50 2.00 to 3.00" in shown and "+1.50 1.00 to 2.00" in shown and "supported: both" in shown
+    assert "not a reason" in view.text("#disclaimer")
+    table = view.page.eval_on_selector_all("#grid td", "cells => cells.map(c => c.ariaLabel)")
+    assert "supported" in table[5] and "disputed" in table[1] and "no effect" in table[0]
+    high = example_run.files()[2].scores["antecedent.pronoun"].ravel() >= 0.5
+    marks = view.page.eval_on_selector_all("#grid .effect", "marks => marks.map(m => m.textContent === '∅')")
+    assert marks == [bool(high[k]) and k != 5 for k in range(6)]
+    view.page.select_option("#score", "entropy")
+    view.wait_for("score=entropy")
+    assert "not measured" in view.text("#ablation")
+
+
+def test_joint_ablation(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, view_hash(2, 1, 1, 1, 3, "&score=induction"))
+    assert "L1H0 + L1H1 together: ablating both raises the loss." in view.text("#ablation")
+    assert "L1H0 + L1H1" in view.text("#findings")
+    view.press("l", "head=L1H2")
+    assert "together" not in view.text("#ablation")
+
+
+def test_walkthrough(page_path: Path, open_page: OpenPage) -> None:
+    step, text, layer, head, query, key = 2, 1, 1, 2, 12, 5
+    view = open_page(page_path, view_hash(step, text, layer, head, query, f"&key={key}"))
+    view.open_walkthrough()
+    record = FILES[step].texts[text]
+    assert record.queries is not None and record.keys is not None
+    product = float(record.queries[layer, head, query].astype(np.float64) @ record.keys[layer, head, key])
+    assert number(view, "#step-product") == pytest.approx(product, abs=2e-4)
+    assert number(view, "#step-score") == pytest.approx(product / np.sqrt(example_run.D), abs=2e-4)
+    agreement = view.page.locator("#step-agreement")
+    recomputed, stored, largest = (
+        float(agreement.get_attribute(f"data-{name}")) for name in ("recomputed", "stored", "largest")
+    )
+    exact = example_run.softmax_pattern(record.queries, record.keys)[layer, head, query, key]
+    assert recomputed == pytest.approx(exact, abs=1e-6)
+    assert stored == pytest.approx(float(pattern(step, text, layer, head)[query, key]), abs=1e-9)
+    assert largest <= 2**-12
+    assert view.page.locator("#walkthrough tr[data-key]").count() == query + 1
+    assert view.text("#walkthrough tr.masked").startswith("3 later")
+
+
+def test_walkthrough_of_a_step_without_queries(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, view_hash(0, 1, 1, 2, 12))
+    view.page.locator("#walkthrough-section").scroll_into_view_if_needed()
+    view.page.locator("#go-to-stored").click()
+    view.wait_for("step=400", "query=12")
+    view.page.wait_for_selector("#step-agreement")

@@ -1,0 +1,177 @@
+"""The page is safe, accessible, readable in light and dark and in narrow windows, and fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from inspection.attention_file import AttentionFile, AttentionRecord
+from inspection.page_builder import PageRun, write_page
+from tests.browser import example_run
+from tests.browser.conftest import OpenPage, View
+
+HASH = "#text=held-out+1&step=400&head=L1H1&query=9"
+EVIL = "</script><script>window.hacked = 1</script>"
+
+
+@pytest.fixture(scope="module")
+def hostile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "hostile.html"
+    record = example_run.record(EVIL + "\x00", example_run.HOSTILE, 1, True)
+    file = AttentionFile([record], {"step": "1"}, {EVIL: np.ones((2, 3), np.float32)})
+    finding = {"head": [1, 1], "others": [], "score": EVIL, "value": 0.5, "is_supported": True}
+    findings = {"headline": EVIL, "findings": [{**finding, "summary": EVIL, "effect": EVIL}]}
+    write_page(path, [PageRun(EVIL, [file])], findings, None, f"</title>{EVIL}\x00")
+    return path
+
+
+def test_hostile_text_is_shown_as_text(hostile_path: Path, open_page: OpenPage, tmp_path: Path) -> None:
+    view = open_page(hostile_path)
+    page = view.page
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("script:not([type])").count() == 1 and page.locator("img").count() == 0
+    assert page.locator("#text .tok").count() == len(example_run.HOSTILE)
+    shown = [text.strip("\n") for text in page.locator("#text .tok").evaluate_all("t => t.map(s => s.textContent)")]
+    assert shown[0] == "<end>" and shown[1] == example_run.HOSTILE[1].decode() and shown[8] == "\\x00"
+    assert shown[10] == "\\u2028" and shown[11] == "\\xf0\\x9f" and shown[13] == "😀" and shown[16] == "\\u202e"
+    assert view.text("#headline").startswith("</script>") and "\\x00" in page.title()
+    for key in ["ArrowRight"] * 12 + ["v", "c", "l"]:
+        page.keyboard.press(key)
+    view.open_walkthrough()
+    with page.expect_download() as download:
+        page.keyboard.press("s")
+    download.value.save_as(tmp_path / "matrix.svg")
+    assert not list(ElementTree.parse(tmp_path / "matrix.svg").getroot().iter("script"))
+    assert page.evaluate("window.hacked") is None
+
+
+def test_policy_blocks_other_scripts_and_requests(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path)
+    view.page.evaluate(
+        """() => { const s = document.createElement("script"); s.textContent = "window.hacked = 1";
+        const d = document.createElement("div"); d.setAttribute("onclick", "window.hacked = 1");
+        document.body.append(s, d); d.click();
+        fetch("https://example.org/").catch(() => 0); }"""
+    )
+    assert view.page.evaluate("window.hacked") is None
+    view.page.wait_for_timeout(100)
+    assert len(view.errors) >= 3 and all("Content Security Policy" in error for error in view.errors)
+    view.errors.clear()
+
+
+@pytest.mark.parametrize("width", [360, 700, 1000])
+def test_no_horizontal_scrolling(width: int, page_path: Path, hostile_path: Path, open_page: OpenPage) -> None:
+    for path, link in ((page_path, HASH + "&value_weighted=1&compare=100"), (hostile_path, "")):
+        view = open_page(path, link, width=width)
+        view.open_walkthrough()
+        assert view.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+CONTRAST = """() => { const parse = (c) => c.match(/[\\d.]+/g).map(Number);
+const luminance = ([r, g, b]) => [r, g, b]
+  .map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((s, v, k) => s + v * [0.2126, 0.7152, 0.0722][k], 0);
+const over = (top, below) => { const a = top[3] ?? 1; return [0, 1, 2].map((k) => top[k] * a + below[k] * (1 - a)); };
+const background = (e) => { const own = parse(getComputedStyle(e).backgroundColor);
+  return (own[3] ?? 1) === 1 ? own : over(own, e.parentElement ? background(e.parentElement) : [255, 255, 255]); };
+return [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility() && e.closest("option,svg") === null &&
+  [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())).map((e) => {
+    const below = background(e); const style = getComputedStyle(e); const ink = parse(style.color);
+    ink[3] = (ink[3] ?? 1) * style.opacity;
+    const [a, b] = [luminance(over(ink, below)), luminance(below)].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), e.id || e.className || e.tagName, e.textContent.slice(0, 30)]; }); }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("more", ["", "&compare=100"])
+def test_contrast(scheme: str, more: str, page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, HASH + more, color_scheme=scheme)
+    view.open_walkthrough()
+    view.page.wait_for_timeout(150)
+    ratios = view.page.evaluate(CONTRAST)
+    assert len(ratios) > 150
+    assert not [row for row in ratios if row[0] < 4.5], "WCAG 2.2, 1.4.3, level AA"
+
+
+def test_light_and_dark(page_path: Path, open_page: OpenPage) -> None:
+    background = "getComputedStyle(document.documentElement).backgroundColor"
+    light, dark = (open_page(page_path, HASH, color_scheme=scheme) for scheme in ("light", "dark"))
+    assert light.page.evaluate(background) == "rgb(255, 255, 255)" != dark.page.evaluate(background)
+    before = light.cell_colours().tolist()
+    light.page.locator("#theme").click()
+    light.wait_for("theme=dark")
+    assert light.page.evaluate(background) == dark.page.evaluate(background)
+    assert light.cell_colours().tolist() != before, "the mask follows the theme"
+
+
+def test_reduced_motion(page_path: Path, open_page: OpenPage) -> None:
+    duration = "getComputedStyle(document.querySelector('.tok')).transitionDuration"
+    still, moving = (open_page(page_path, HASH, reduced_motion=choice) for choice in ("reduce", "no-preference"))
+    assert still.page.evaluate(duration) == "0s" != moving.page.evaluate(duration)
+
+
+def test_screen_reader(page_path: Path, open_page: OpenPage) -> None:
+    page = open_page(page_path, "#text=held-out+1&step=400&head=L1H1&query=7").page
+    row = example_run.files()[2].texts[1].pattern(1)[0, 1, 7]
+    key = int(row.argmax())
+    word = example_run.WORDS[key].decode().strip() or "<end>"
+    announced = page.locator("#live", has_text=f"She attends to {word} {100 * row[key]:.1f}\u00a0%")
+    announced.wait_for(state="attached", timeout=3000)
+    assert page.locator("#live").get_attribute("aria-live") == "polite"
+    assert page.locator("#text").get_attribute("aria-activedescendant") == "token-7"
+    assert page.locator("#text [aria-selected=true]").count() == 1
+    assert page.locator("#grid [aria-selected=true]").get_attribute("aria-label").startswith("L1H1, ")
+    assert page.get_by_role("listbox", name="text").count() == 1
+    assert page.get_by_role("grid").count() == 1 and page.get_by_role("gridcell").count() == 6
+    assert page.get_by_role("slider", name="Step").get_attribute("aria-valuetext") == "step 400"
+    assert page.get_by_role("checkbox", name="Value-weighted").count() == 1
+    assert page.get_by_role("combobox", name="Compare with").count() == 1
+    unnamed = "e => e.filter(x => !x.textContent.trim() && !x.labels?.length).length"
+    assert page.eval_on_selector_all("button, select, input", unnamed) == 0
+
+
+def open_single(record: AttentionRecord, scores: bool, open_page: OpenPage, folder: Path, link: str = "") -> View:
+    """A page with one text at one step."""
+    layers, heads, _ = record.value_norms.shape
+    table = np.linspace(0, 1, layers * heads, dtype=np.float32).reshape(layers, heads)
+    file = AttentionFile([record], {"step": "1"}, {"entropy": table} if scores else {})
+    write_page(folder / "single.html", [PageRun("run", [file])], None, None, "title")
+    return open_page(folder / "single.html", link)
+
+
+def test_page_without_scores_predictions_or_ablation(open_page: OpenPage, tmp_path: Path) -> None:
+    text = example_run.record("a line", example_run.WORDS, 3, False)
+    bare = AttentionRecord("a line", text.tokens, text.token_bytes, text.loss, text.value_norms, text.pattern_tril)
+    view = open_single(bare, False, open_page, tmp_path)
+    largest = text.pattern()[:, :, 1:].max(axis=-1)
+    assert view.grid() == pytest.approx(largest.mean(axis=-1).ravel(), abs=1e-3)
+    assert "not stored" in view.text("#predictions") and "not measured" in view.text("#ablation")
+
+
+def test_one_token(open_page: OpenPage, tmp_path: Path) -> None:
+    view = open_single(example_run.record("one", [b"Mia"], 3, True), True, open_page, tmp_path)
+    assert view.attention() == {0: 1.0}
+    view.open_walkthrough()
+    for key in ("ArrowRight", "ArrowUp", "v", "c", "]", "End"):
+        view.page.keyboard.press(key)
+    assert view.attention() == {}
+
+
+def test_large_model_is_fast(open_page: OpenPage, tmp_path: Path) -> None:
+    """Generous bounds; benchmarks/attend.py measures the real times."""
+    L, H, T = 12, 12, 512
+    rows, columns = np.tril_indices(T)
+    decay = np.exp(-0.02 * (rows - columns)) / np.cumsum(np.exp(-0.02 * np.arange(T)))[rows]
+    pattern = np.broadcast_to(decay.astype(np.float16), (L, H, len(rows)))
+    words = [example_run.WORDS[1 + k % 8] for k in range(T)]
+    loss, norms = np.ones(T - 1, np.float32), np.ones((L, H, T), np.float32)
+    record = AttentionRecord("long", np.arange(T, dtype=np.int32), words, loss, norms, pattern)
+    view = open_single(record, True, open_page, tmp_path, "#query=300")
+    assert float(view.attribute("data-ready")) < 10_000
+    for _ in range(3):
+        view.page.keyboard.press("ArrowRight")
+    view.wait_for("query=303")
+    assert float(view.attribute("data-redraw-ms")) < 500
