@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from training.stepper import AdamW
 
 from training import muon
 from training.muon import Muon, orthogonalize
-from training.stepper import AdamW
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (24, 8), (1, 8), (8, 1), (24, 8)]
 """Tall, wide and square, in an order that mixes those of one shape with others."""
