@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 def train(config: RunConfig, started: float) -> None:
     """One run, from text to a report of the loss and of the attention heads."""
-    from data.prepare import require
+    from data.prepare import check_min_length
     from training.device import get_dist_context
     from training.metrics import print_line
     from training.preparing import prepare_once
@@ -63,7 +63,7 @@ def train(config: RunConfig, started: float) -> None:
     config = broadcast_config(config, ctx)
     data = prepare_once(config.data, ctx)
     config, deadline = plan_minutes(config, ctx, data, started)
-    require(data, config.model.context)
+    check_min_length(data, config.model.context)
     eval_texts = build_eval_texts(data, config) if config.log.attention == "on" else None
     checkpointer = Checkpointer(config, ctx)
     trainer = build_trainer(config, ctx, data)
@@ -209,7 +209,7 @@ def story_contrast_pairs(data: TokenizedCorpus) -> list[ContrastPair]:
     found = []
     for story in stories("val", PROBE_STORIES):
         for label in story.labels:
-            about = (label.kind, story.text, label.answer, label.evidence, label.wrong)
+            about = (label.kind, story.text, label.answer, label.antecedents, label.wrong)
             found.append(locate(*about, encode, tokenizer.token_bytes, tokenizer.end_of_text, label.nouns))
     return found
 

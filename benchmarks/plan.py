@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from data.dataloader import batch
+from data.dataloader import get_batch
 from data.prepare import prepare
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -82,7 +82,7 @@ def happened(config: RunConfig) -> dict[str, float]:
     for _ in range(4):
         trainer.train_step()
     grown = resident() - before
-    rows = batch(data.train, trainer.train_sequences, 1, 0, micro_batch_rows(config, 1))
+    rows = get_batch(data.train, trainer.train_sequences, 1, 0, micro_batch_rows(config, 1))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     blocks: dict[int, int] = {}
 

@@ -87,9 +87,9 @@ def plain(source: str, encoding: str, out: str, told: str) -> None:
     """
     began = time.perf_counter()
     if encoding.endswith(".json"):
-        from data.tokenizer import load
+        from data.tokenizer import load_tokenizer
 
-        loaded = load(Path(encoding))
+        loaded = load_tokenizer(Path(encoding))
         encode, end = loaded._encoding.encode_ordinary, loaded.end_of_text  # type: ignore[attr-defined]
     else:
         import tiktoken

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import run_main
-from data.dataloader import IGNORE_INDEX, batch, num_valid_tokens
+from data.dataloader import IGNORE_INDEX, get_batch, num_valid_tokens
 from data.prepare import prepare
 from data.stories import stories
 from model.config import ModelConfig
@@ -97,7 +97,7 @@ def trainer(folder: Path, case: Case, ctx: DistContext, optimizer: str = "adamw"
 
 def gradient(one: Trainer, step: int) -> float:
     """Leave the gradient of a step's batch in the parameters; its loss."""
-    rows = batch(one.data.train, one.train_sequences, 1, step, BATCH, one.ctx.rank, one.ctx.world_size)
+    rows = get_batch(one.data.train, one.train_sequences, 1, step, BATCH, one.ctx.rank, one.ctx.world_size)
     return float(one.forward_backward(rows, num_valid_tokens(one.train_sequences, 1, step, BATCH)))
 
 
@@ -121,7 +121,7 @@ def after_sgd(one: Trainer) -> dict[str, Tensor]:
 
 def counted(one: Trainer) -> list[int]:
     """Targets that count in the first batch, of each process."""
-    rows = batch(one.data.train, one.train_sequences, 1, 0, BATCH, one.ctx.rank, one.ctx.world_size)
+    rows = get_batch(one.data.train, one.train_sequences, 1, 0, BATCH, one.ctx.rank, one.ctx.world_size)
     each = torch.zeros(one.ctx.world_size, dtype=torch.int64)
     each[one.ctx.rank] = (rows.targets != IGNORE_INDEX).sum()
     return one.ctx.all_reduce_sum(each).tolist()

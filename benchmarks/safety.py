@@ -55,7 +55,7 @@ def model_124m() -> tuple[Any, Any, Any]:
 
 def save(root: str | None, rounds: int) -> None:
     """Saves and plain writes of the same bytes in turn."""
-    from data.vocabulary import ByteTokenizer
+    from data.tokenizer import ByteTokenizer
     from training.checkpoint import RunEnvironment, TrainState
     from training.saving import CheckpointWriter
 

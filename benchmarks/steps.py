@@ -43,7 +43,7 @@ class Numbers(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         return b"\n"
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": self.name, "vocab_size": self.vocab_size}
 
 

@@ -94,17 +94,23 @@ def _chain(follower: np.ndarray, end: int) -> np.ndarray:
     return np.frombuffer(visited, dtype=np.int64)
 
 
-def batch(
-    split: TokenSplit, windows: PackedSequences, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
+def get_batch(
+    split: TokenSplit,
+    windows: PackedSequences,
+    seed: int,
+    step: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Batch:
-    """The batch of one step, or this rank's share of it: `batch_size / world` rows of `context` tokens.
+    """The batch of one step, or this rank's share of it: `batch_size / world_size` rows of `context` tokens.
 
     Epochs follow one another without a gap: row r of step s is entry s * batch_size + r of the endless stream
     in which epoch e is a permutation of all windows drawn from (seed, e).
     """
-    if batch_size % world:
-        raise UserError(f"a batch of {batch_size} windows cannot be shared evenly by {world} processes")
-    share = batch_size // world
+    if batch_size % world_size:
+        raise UserError(f"a batch of {batch_size} windows cannot be shared evenly by {world_size} processes")
+    share = batch_size // world_size
     return read_sequences(split, windows, sample_indices(windows, seed, step, batch_size)[rank * share :][:share])
 
 

@@ -24,7 +24,8 @@ import numpy as np
 from common.errors import DISK_OR_MEMORY, UserError
 from data.documents import Span, read_documents
 from data.token_dataset import token_dtype
-from data.tokenizer import Tokenizer, load
+from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer as load
 
 Job = Sequence[Span]
 """Stretches of text that one process encodes in one go."""

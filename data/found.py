@@ -11,7 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-from data.bpe import encoding_names
 from data.config import DataConfig, cache_folder
 from data.corpora import open_corpus
 from data.held import DamagedShards
@@ -19,7 +18,7 @@ from data.manifest import load_shards
 from data.named import GENERATED
 from data.prepare import Stamp, cache_key, index_of, known_contents, sha256_of, stamp_of
 from data.token_dataset import TokenSplit
-from data.tokenizer import train_tokenizer
+from data.tokenizer import encoding_names, train_tokenizer
 
 ENCODINGS = {
     "gpt2": 50_257,

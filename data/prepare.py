@@ -37,7 +37,8 @@ from data.encoding import JOB_BYTES, encode_all, size_of
 from data.held import DamagedShards, read_small
 from data.manifest import FORMAT, TOKENIZER, load_shards, seal, unseal, write_manifest
 from data.token_dataset import SplitWriter, TokenSplit, token_dtype
-from data.tokenizer import Tokenizer, load, train_tokenizer
+from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import load_tokenizer as load
 
 Stamp = tuple[int, int, int]
 """Size of a file, time of the last change of its content, and of its entry; nanoseconds."""
@@ -104,7 +105,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
     raise UserError(f"{folder} is damaged again and again; is another program writing there?", DISK_OR_MEMORY)
 
 
-def require(prepared: TokenizedCorpus, context: int) -> None:
+def check_min_length(prepared: TokenizedCorpus, context: int) -> None:
     """Raise `UserError` (3) unless the text is long enough to train with this context.
 
     Training needs one full window, `context + 1` tokens. The validation split may be shorter: its only window

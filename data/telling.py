@@ -25,7 +25,7 @@ class Label:
     kind: str
     answer: Span
     """The word that can be known from what stands before it."""
-    evidence: tuple[Span, ...]
+    antecedents: tuple[Span, ...]
     """Every earlier mention of the word that decides it, in order."""
     wrong: str
     """What the other candidate would look like in the place of the answer, leading space included."""

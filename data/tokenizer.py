@@ -1,126 +1,384 @@
-"""Text to ids and back, behind one small interface.
-
-Where this stands: `prepare.py` trains a tokenizer on a corpus, encodes the corpus with it and keeps it beside
-the tokens; it then travels with every checkpoint, so that `sample.py` and `attend.py` need nothing else. The
-tokenizers themselves stand in `vocabulary.py` (char, byte) and `bpe.py` (the others).
+"""Tokenizers: text to token ids and back.
 
     char    one id for each character of the corpus
     byte    one id for each of the 256 bytes of UTF-8
     bpe     byte-pair encoding, trained on the corpus
-    gpt2, cl100k_base, o200k_base, ...   the encodings that tiktoken knows
+    gpt2, cl100k_base, o200k_base, ...   the encodings of tiktoken
 
-What they have in common: ids 0 ... `vocab_size - 1`, of which `end_of_text` stands between documents. Text
-never encodes to it: the characters `<|endoftext|>` in a text are characters like any others.
+Ids are 0 to `vocab_size - 1`. `end_of_text` separates documents; text never encodes to it: the characters
+`<|endoftext|>` in a text are encoded like any others. A tokenizer is saved as JSON (`vocabulary.json`) with every
+checkpoint. To add one: subclass `Tokenizer`, then extend `train_tokenizer` and `from_dict`.
 """
 
 from __future__ import annotations
 
-import codecs
+import base64
+import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common.errors import CHECKPOINT, UserError, escape_control_chars
-from data.bpe import MAX_TOKEN_BYTES, BPETokenizer, TiktokenTokenizer, encoding_names, train_bpe
-from data.vocabulary import FORMAT, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_char
+import numpy as np
 
-__all__ = ["StreamDecoder", "Tokenizer", "fingerprint", "load", "train_tokenizer"]
+from common.errors import CHECKPOINT, CONFIG, DATA, UserError, escape_control_chars
 
+if TYPE_CHECKING:
+    import tiktoken
+
+FORMAT = 1
+"""Version of the saved JSON."""
+BPE_SAMPLE_CHARACTERS = 16_000_000
+"""Maximum number of characters that `bpe` is trained on."""
+MAX_TOKEN_BYTES = 256
+"""Maximum length of a trained token; keeps long runs of dashes out of the vocabulary."""
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+"""GPT-2's pre-tokenization pattern, with possessive quantifiers as in tiktoken: same matches, faster."""
+
+_DOWNLOAD_SECONDS = 30.0
 _MAX_FILE_BYTES = 64 * 1024 * 1024
+# A text that uses every alternative of the patterns: distinguishes encodings with equal tokens.
+_PATTERN_SAMPLE = "They've  said: \"12345 CAMELCase's\" //\r\n\n \t\n e\u0301\u00a0\u4f60\u597d \U0001f600...  "
 
 
-class StreamDecoder:
-    """Tokens to text one at a time, as they are sampled.
+class Tokenizer(ABC):
+    """Interface of all tokenizers."""
 
-    A character split over several tokens is held back until it is whole. The parts joined are what
-    `Tokenizer.decode` gives for all the tokens at once.
+    name: str
+    vocab_size: int
+    end_of_text: int
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, (n,) int64, never `end_of_text`. Lone surrogates are encoded as U+FFFD."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of a token, which may be a part of a character.
+
+        Empty for `end_of_text`, other special tokens and unused ids. Raises `IndexError` outside the vocabulary.
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values from which `from_dict` makes the tokenizer again."""
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Text of some tokens. Invalid UTF-8 becomes U+FFFD; `end_of_text` becomes nothing."""
+        return b"".join(self.token_bytes(int(token)) for token in tokens).decode("utf-8", "replace")
+
+    def to_json(self) -> bytes:
+        """The saved form: JSON, one value a line."""
+        return json.dumps({"format": FORMAT, **self.to_dict()}, ensure_ascii=False, indent=0).encode() + b"\n"
+
+    def save(self, path: Path) -> None:
+        """Write the JSON that `load_tokenizer` reads."""
+        path.write_bytes(self.to_json())
+
+    def fingerprint(self) -> str:
+        """sha256 of the saved form: equal for tokenizers that encode alike."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def _check_range(self, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise IndexError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in code point order; the last id is end-of-text."""
+
+    name = "char"
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.vocab_size = len(characters) + 1
+        self.end_of_text = len(characters)
+        points = _code_points(characters)
+        # Entries 0 to the largest code point, and one more that all larger code points map to.
+        self._ids = np.full(int(points.max(initial=0)) + 2, -1, np.int64)
+        self._ids[points] = np.arange(len(points))
+
+    def encode(self, text: str) -> np.ndarray:
+        """As `Tokenizer.encode`. Raises `UserError` (2) for characters that are not in the vocabulary."""
+        text = replace_surrogates(text)
+        ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
+        if unknown := np.flatnonzero(ids < 0).tolist():
+            places = ", ".join(f"'{escape_control_chars(text[i])}' at position {i}" for i in unknown[:5])
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise UserError(
+                f"characters that are not in the vocabulary: {places}{more}; leave them out, or train with "
+                "--data.tokenizer byte or bpe, which encode every character"
+            )
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        self._check_range(token)
+        return self.characters[token : token + 1].encode()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "char", "characters": self.characters}
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8; 256 is end-of-text."""
+
+    name = "byte"
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(replace_surrogates(text).encode(), np.uint8).astype(np.int64)
+
+    def token_bytes(self, token: int) -> bytes:
+        self._check_range(token)
+        return bytes([token]) if token < 256 else b""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019).
+
+    Ids 0 to 255 are the bytes, then come the merged tokens in the order learned; the last id is end-of-text. Encoding
+    repeatedly merges the adjacent pair that forms the token with the smallest id.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    name = "bpe"
 
-    def feed(self, token: int) -> str:
-        """The text that this token completes; may be empty."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+    def __init__(self, merged: Sequence[bytes]) -> None:
+        import tiktoken
 
-    def finish(self) -> str:
-        """What was held back, as U+FFFD; empty when all was whole."""
-        return self._decoder.decode(b"", True)
+        self.merged = tuple(merged)
+        self._tokens = tuple(bytes([b]) for b in range(256)) + self.merged
+        self.end_of_text = len(self._tokens)
+        self.vocab_size = self.end_of_text + 1
+        self._encoding = tiktoken.Encoding(
+            "bpe",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(self._tokens)},
+            special_tokens={"<|endoftext|>": self.end_of_text},
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        return _encode_ordinary(self._encoding, replace_surrogates(text))
+
+    def token_bytes(self, token: int) -> bytes:
+        self._check_range(token)
+        return self._tokens[token] if token < self.end_of_text else b""
+
+    def to_dict(self) -> dict[str, Any]:
+        # Latin-1 maps each byte to the character of the same number, so plain words stay readable in the file.
+        return {"kind": "bpe", "merged": [token.decode("latin-1") for token in self.merged]}
 
 
-def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str] | Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of that name, learned from `texts` where it is one that learns.
+class TiktokenTokenizer(Tokenizer):
+    """An encoding of tiktoken. `end_of_text` is the encoding's own, not necessarily the last id."""
 
-    `char` takes the characters of all the texts; give it the validation text too: which characters exist is
-    no knowledge worth hiding, and a held-out text with an unknown character could not be evaluated. `bpe`
-    should see training text alone; it reads the first `bpe.BPE_SAMPLE_CHARACTERS` of it at most
-    (`corpus.sample` spreads as much over a larger text) and learns `vocab_size - 257` merges, or as many as
-    there are pairs that occur twice. `byte` and tiktoken's encodings read nothing. The same texts give the
-    same tokenizer. Raises `UserError`: an unknown name (2), no text (3), an encoding that cannot be fetched
-    (3).
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._encoding = _get_encoding(name)
+        self.vocab_size = self._encoding.n_vocab
+        self.end_of_text = self._encoding.eot_token
+        self._special = {self._encoding.encode_single_token(s) for s in self._encoding.special_tokens_set}
+
+    def encode(self, text: str) -> np.ndarray:
+        return _encode_ordinary(self._encoding, replace_surrogates(text))
+
+    def token_bytes(self, token: int) -> bytes:
+        self._check_range(token)
+        if token in self._special:
+            return b""
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
+
+    def to_dict(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.encode(_PATTERN_SAMPLE).astype("<i8").tobytes())
+        for token in range(self.vocab_size):
+            digest.update(base64.b64encode(self.token_bytes(token)) + b"\n")
+        size = {"vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        return {"kind": "tiktoken", "name": self.name, **size, "sha256": digest.hexdigest()}
+
+
+def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of that name, trained on `texts` if it is `char` or `bpe`; the same texts give the same tokenizer.
+
+    `char` takes all characters of the texts: give it the validation text too, or text with an unknown character could
+    not be evaluated. `bpe` should see training text alone; it learns `vocab_size - 257` merges, or as many as there
+    are pairs that occur twice.
+
+    Raises `UserError`: unknown name (2), no text (3), an encoding that cannot be downloaded (3).
     """
     if name == "byte":
         return ByteTokenizer()
-    if name not in ("char", "bpe"):
-        return TiktokenTokenizer(name)
-    pieces = texts() if callable(texts) else texts
-    return train_char(pieces) if name == "char" else train_bpe(pieces, vocab_size)
+    if name == "char":
+        return _train_char(texts)
+    return _train_bpe(texts, vocab_size) if name == "bpe" else TiktokenTokenizer(name)
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """The sha256 of the saved form: equal for tokenizers that encode alike."""
-    return hashlib.sha256(tokenizer_json(tokenizer)).hexdigest()
-
-
-def load(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     """Read what `Tokenizer.save` wrote.
 
-    Raises `UserError`: missing or damaged (4), or an encoding of tiktoken's that cannot be fetched (3).
+    Raises `UserError`: missing or damaged (4), a tiktoken encoding that cannot be downloaded (3).
     """
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
         if len(data) > _MAX_FILE_BYTES:
             raise ValueError(f"it is larger than {_MAX_FILE_BYTES} bytes")
-        return _from_saved(json.loads(data))
+        return from_dict(json.loads(data))
     except OSError as error:
         raise UserError(f"cannot read {escape_control_chars(path)}: {error.strerror or error}", CHECKPOINT) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f"{escape_control_chars(path)} is damaged or no tokenizer ({escape_control_chars(error)}): take another checkpoint",
-            CHECKPOINT,
-        ) from error
+        message = f"{escape_control_chars(path)} is damaged or not a tokenizer ({escape_control_chars(error)})"
+        raise UserError(f"{message}: use another checkpoint", CHECKPOINT) from error
 
 
-def _from_saved(saved: Any) -> Tokenizer:
-    """Raises ValueError, TypeError or KeyError for all that `save` would not have written."""
+def from_dict(saved: Any) -> Tokenizer:
+    """A tokenizer from its saved JSON. Raises ValueError, TypeError or KeyError if the values are invalid."""
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"not of format {FORMAT}")
-    kind = saved["kind"]
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "char":
-        characters = saved["characters"]
-        if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
-            raise ValueError("its characters are not a sorted set")
-        characters.encode()
-        return CharTokenizer(characters)
-    if kind == "bpe":
-        texts = saved["merged"]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("its merges are no list of strings")
-        merged = [text.encode("latin-1") for text in texts]
-        if len(set(merged)) < len(merged) or not all(1 < len(m) <= MAX_TOKEN_BYTES for m in merged):
-            raise ValueError(f"its merges are not distinct tokens of 2 to {MAX_TOKEN_BYTES} bytes")
-        return BPETokenizer(merged)
-    if kind != "tiktoken":
-        raise ValueError(f"unknown kind {kind!r}")
-    if not isinstance(saved["name"], str) or saved["name"] not in encoding_names():
-        raise ValueError(f"tiktoken has no encoding {saved['name']!r}")
-    tokenizer = TiktokenTokenizer(saved["name"])
-    if {"format": FORMAT, **tokenizer.described()} != saved:
-        raise ValueError(f"the installed tiktoken's {saved['name']} is another one than it was saved with")
-    return tokenizer
+    match saved["kind"]:
+        case "byte":
+            return ByteTokenizer()
+        case "char":
+            characters = saved["characters"]
+            if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+                raise ValueError("its characters are not a sorted set")
+            characters.encode()
+            return CharTokenizer(characters)
+        case "bpe":
+            texts = saved["merged"]
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its merged tokens are not a list of strings")
+            merged = [text.encode("latin-1") for text in texts]
+            if len(set(merged)) < len(merged) or not all(1 < len(m) <= MAX_TOKEN_BYTES for m in merged):
+                raise ValueError(f"its merged tokens are not distinct, of 2 to {MAX_TOKEN_BYTES} bytes")
+            return BPETokenizer(merged)
+        case "tiktoken":
+            if not isinstance(saved["name"], str) or saved["name"] not in encoding_names():
+                raise ValueError(f"tiktoken has no encoding {saved['name']!r}")
+            tokenizer = TiktokenTokenizer(saved["name"])
+            if {"format": FORMAT, **tokenizer.to_dict()} != saved:
+                raise ValueError(f"the installed tiktoken has a different {saved['name']} than it was saved with")
+            return tokenizer
+        case kind:
+            raise ValueError(f"unknown kind {kind!r}")
+
+
+def encoding_names() -> list[str]:
+    """Names of tiktoken's encodings."""
+    import tiktoken
+
+    return tiktoken.list_encoding_names()
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` with lone surrogates (from undecodable bytes of a command line) replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64)
+
+
+def _train_char(texts: Iterable[str]) -> CharTokenizer:
+    occurs = np.zeros(0x110000, np.bool_)
+    for text in texts:
+        occurs[_code_points(replace_surrogates(text))] = True
+    if not occurs.any():
+        raise UserError("there is no text to take characters from", DATA)
+    return CharTokenizer("".join(map(chr, np.flatnonzero(occurs).tolist())))
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Train with `tokenizers` and keep only the merged tokens in the order learned.
+
+    The pairs need not be kept: a token's bytes are always merged in the same order, so each token has one pair of
+    parts, and merging by token rank (tiktoken) equals merging by listed pair (`tokenizers`).
+    """
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import models, pre_tokenizers, trainers
+
+    byte_of = _gpt2_byte_decoder()
+    trained = HFTokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=sorted(byte_of),
+        max_token_length=MAX_TOKEN_BYTES,
+        show_progress=False,
+    )
+    trained.train_from_iterator(_first_characters(texts, BPE_SAMPLE_CHARACTERS), trainer)
+    ids = sorted(trained.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    tokens = [bytes(byte_of[character] for character in token) for token, _ in ids]
+    assert all(len(token) == 1 for token in tokens[:256]), "the bytes come first"
+    return BPETokenizer(tokens[256:])
+
+
+def _first_characters(texts: Iterable[str], n_characters: int) -> Iterator[str]:
+    for text in texts:
+        yield replace_surrogates(text[:n_characters])
+        n_characters -= len(text)
+        if n_characters <= 0:
+            return
+
+
+def _gpt2_byte_decoder() -> dict[str, int]:
+    """GPT-2's mapping of visible characters to bytes, which `tokenizers` uses: visible Latin-1 characters are
+    themselves, the other bytes are U+0100 and following."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _encode_ordinary(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+    except ValueError:
+        # The regex runs out of stack in hundreds of thousands of blanks in a row; half as many may work.
+        if len(text) < 2:
+            raise
+        middle = len(text) // 2
+        return np.concatenate([_encode_ordinary(encoding, text[:middle]), _encode_ordinary(encoding, text[middle:])])
+
+
+def _get_encoding(name: str) -> tiktoken.Encoding:
+    """An encoding from tiktoken's cache, downloaded the first time. Raises `UserError` (2, 3)."""
+    import tiktoken
+
+    known = ["char", "byte", "bpe", *encoding_names()]
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
+        message = f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(nearest)}"
+        raise UserError(message, CONFIG)
+    outcome: list[tiktoken.Encoding | Exception] = []
+
+    def download() -> None:
+        try:
+            outcome.append(tiktoken.get_encoding(name))
+        except Exception as error:
+            outcome.append(error)
+
+    # tiktoken downloads without a timeout; a daemon thread can be abandoned if the network does not answer.
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(_DOWNLOAD_SECONDS)
+    if outcome and isinstance(outcome[0], tiktoken.Encoding):
+        return outcome[0]
+    cause = type(outcome[0]).__name__ if outcome else f"no answer within {_DOWNLOAD_SECONDS:.0f} s"
+    raise UserError(
+        f"cannot download the encoding {name} ({cause}): run once with a network connection, or set "
+        "TIKTOKEN_CACHE_DIR to a folder with its files (copied from another machine)",
+        DATA,
+    )

@@ -128,7 +128,7 @@ class Checkpoint:
             UserError: if it is damaged, or has another number of tokens than the model (exit code 4).
         """
         path = self.folder / "vocabulary.json"
-        found = tokenizers.load(path)
+        found = tokenizers.load_tokenizer(path)
         if found.vocab_size != self.vocab_size:
             raise UserError(
                 f"{escape_control_chars(path)} has {found.vocab_size} tokens, the model beside it {self.vocab_size}: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from data.tokenizer import Tokenizer, fingerprint
+from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from training.checkpoint import TrainState, sha256_of_weights
 
@@ -18,5 +18,5 @@ def provenance(model: GPT, tokenizer: Tokenizer, state: TrainState) -> dict[str,
         "step": str(state.step),
         "tokens_seen": str(state.tokens_seen),
         "weights_sha256": sha256_of_weights(model),
-        "tokenizer_sha256": fingerprint(tokenizer),
+        "tokenizer_sha256": tokenizer.fingerprint(),
     }

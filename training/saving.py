@@ -37,7 +37,6 @@ from torch import Tensor
 from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError, escape_control_chars
 from common.safetensors_header import file_head
 from data.tokenizer import Tokenizer
-from data.vocabulary import tokenizer_json
 from training.checkpoint import FILES, FORMAT, MANIFEST, REPLACED, RunEnvironment, TrainState, verify_checkpoint
 from training.config import RunConfig
 from training.rotation import WRITING, announce, prune, remove, rename, settle, sweep, sync
@@ -215,7 +214,7 @@ def write_files(
         "optimizer.safetensors": tensor_file(moments),  # the largest first: its hash takes longest
         "model.safetensors": tensor_file(weights),
         "state.json": [state],
-        "vocabulary.json": [tokenizer_json(tokenizer)],
+        "vocabulary.json": [tokenizer.to_json()],
     }
     with ExitStack() as stack:
         hashes, handles = {}, {}

@@ -14,7 +14,6 @@ from torch import nn
 
 from common.errors import CHECKPOINT, CONFIG, DATA, UserError
 from data.prepare import TokenizedCorpus
-from data.tokenizer import fingerprint
 from model.gpt import GPT
 from training.checkpoint import Checkpoint, RunEnvironment, TrainState, model_weights, open_checkpoint
 from training.config import RunConfig, to_toml
@@ -193,7 +192,7 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
                 f"{now[section][key]} on resuming; start a new run for that"
             )
     tokenizer = data.tokenizer
-    same = tokenizer.vocab_size == saved.vocab_size and fingerprint(tokenizer) == fingerprint(saved.tokenizer())
+    same = tokenizer.vocab_size == saved.vocab_size and tokenizer.fingerprint() == saved.tokenizer().fingerprint()
     if not same or saved.environment.corpus not in ("", data.fingerprint):
         raise UserError(
             f"the corpus or its tokenizer has changed since {saved.folder} was written; restore the old text, or "

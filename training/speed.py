@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.dataloader import batch
+from data.dataloader import get_batch
 from model.gpt import GPT
 from training.config import RunConfig
 from training.device import DistContext, compile_model, measure_matmul_flops
@@ -115,6 +115,6 @@ def optimizer_seconds(trainer: Trainer, ctx: DistContext, rows: int) -> float:
     """The median time that the optimizer takes of a step."""
     found = []
     for step in range(AT_LEAST):
-        trainer.forward_backward(batch(trainer.data.train, trainer.train_sequences, 0, step, rows), 1)
+        trainer.forward_backward(get_batch(trainer.data.train, trainer.train_sequences, 0, step, rows), 1)
         found.append(once(trainer.optimizer.step, ctx))
     return statistics.median(found)

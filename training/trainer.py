@@ -23,9 +23,9 @@ from data.dataloader import (
     IGNORE_INDEX,
     Batch,
     PackedSequences,
-    batch,
     documents_in_batch,
     eval_indices,
+    get_batch,
     num_valid_tokens,
     pack_documents,
     read_sequences,
@@ -241,7 +241,7 @@ class Trainer:
     def read_batch(self, step: int) -> tuple[Batch, int]:
         """This process's rows of a step's batch, and how many valid targets the whole batch has."""
         seed, size, ctx = self.config.run.seed, self.config.train.batch_size, self.ctx
-        rows = batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
+        rows = get_batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
         return rows, num_valid_tokens(self.train_sequences, seed, step, size)
 
     def train_step(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from common.errors import CONFIG, DATA, UserError
-from data import bpe, stories
+from data import stories
+from data import tokenizer as bpe
 from data.tokenizer import fingerprint, train_tokenizer
 from tests.data.texts import PROSE, no_network
 

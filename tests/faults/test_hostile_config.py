@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, CONFIG, DATA, DISK_OR_MEMORY, UserError
 from data import tokenizer
-from data.vocabulary import CharTokenizer, tokenizer_json
+from data.tokenizer import CharTokenizer
 from inspection import attention_file as dump
 from inspection.user_prompts import user_prompts
 from tests.faults.conftest import Figures
@@ -227,7 +227,7 @@ def own_file(path: Path, survives: Any) -> None:
         assert len(tokens) <= context
 
 
-TOKENIZERS = [json.loads(tokenizer_json(one)) for one in (CharTokenizer(" abc\n"), tokenizer.ByteTokenizer())]
+TOKENIZERS = [json.loads(one.to_json()) for one in (CharTokenizer(" abc\n"), tokenizer.ByteTokenizer())]
 TOKENIZERS += [
     {"format": 1, "kind": "bpe", "merged": ["ab", "abc", "ca"]},
     {"format": 1, "kind": "tiktoken", "name": "gpt2"},
@@ -275,7 +275,7 @@ def test_a_tokenizer_that_is_made_to_break_a_reader_is_one_line(raw: bytes, tmp_
 
 
 def read_tokenizer(path: Path, survives: Any) -> None:
-    found = survives(lambda: tokenizer.load(path), CHECKPOINT, DATA)
+    found = survives(lambda: tokenizer.load_tokenizer(path), CHECKPOINT, DATA)
     if found is not None and found.name != "gpt2":
         text = found.decode(range(found.vocab_size))
         with contextlib.suppress(UserError):  # a character that is not in the vocabulary

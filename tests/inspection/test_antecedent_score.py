@@ -150,7 +150,7 @@ def test_the_rules_on_the_stories_are_known() -> None:
     words, probes = Words(), []
     for story in stories("val", 60):
         for label in story.labels:
-            spans = (label.answer, label.evidence, label.wrong)
+            spans = (label.answer, label.antecedents, label.wrong)
             located = locate(label.kind, story.text, *spans, words.encode, words.token_bytes, 0, label.nouns)
             probes.append(located)
     model = lively(replace(SMALL, context=128), vocab_size=max(len(words.pieces), 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.vocabulary import ByteTokenizer
+from data.tokenizer import ByteTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.checkpoint import FILES, MANIFEST, RunEnvironment, TrainState, model_weights

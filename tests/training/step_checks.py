@@ -57,7 +57,9 @@ def trainer(micro_batch_size: int = 0, dropout: float = 0.0, step: int = 0) -> T
 
 
 def batch_of(one: Trainer, step: int) -> batches.Batch:
-    return batches.batch(one.data.train, one.train_sequences, one.config.run.seed, step, one.config.train.batch_size)
+    return batches.get_batch(
+        one.data.train, one.train_sequences, one.config.run.seed, step, one.config.train.batch_size
+    )
 
 
 def mean_loss(model: GPT, rows: batches.Batch) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars
-from data.vocabulary import CharTokenizer
+from data.tokenizer import CharTokenizer
 from model.gpt import GPT
 from tests.training.checkpoints import ENVIRONMENT, SHAPE, bounded_memory, changed, saved, tensors, vouch
 from training import checkpoint, device

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from data.vocabulary import ByteTokenizer
+from data.tokenizer import ByteTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
 from training import device

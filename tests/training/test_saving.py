@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
-from data.vocabulary import ByteTokenizer
+from data.tokenizer import ByteTokenizer
 from tests.training.checkpoints import ENVIRONMENT, SHAPE, tensors, write
 from training import rotation, saving
 from training.checkpoint import (

@@ -152,15 +152,15 @@ MUTANTS: dict[str, tuple[Breaks, Callable[[], None]]] = {
     "gains and biases decay": (method(Optimizer, "__init__", everything_decays), checks.check_steps),
     "the gradient is not forgotten": (method(Optimizer, "step", nothing_is_forgotten), checks.check_steps),
     "the first step is made twice": (
-        function("batch", lambda real: lambda a, b, seed, step, *rest: real(a, b, seed, max(0, step - 1), *rest)),
+        function("get_batch", lambda real: lambda a, b, seed, step, *rest: real(a, b, seed, max(0, step - 1), *rest)),
         checks.check_steps,
     ),
     "the batch is the next epoch's": (
-        function("batch", lambda real: lambda a, b, seed, step, *rest: real(a, b, seed, step + len(b), *rest)),
+        function("get_batch", lambda real: lambda a, b, seed, step, *rest: real(a, b, seed, step + len(b), *rest)),
         checks.check_steps,
     ),
     "the batch is another seed's": (
-        function("batch", lambda real: lambda a, b, seed, *rest: real(a, b, seed + 1, *rest)),
+        function("get_batch", lambda real: lambda a, b, seed, *rest: real(a, b, seed + 1, *rest)),
         checks.check_steps,
     ),
     "every epoch has the same order": (
