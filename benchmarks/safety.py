@@ -55,9 +55,10 @@ def model_124m() -> tuple[Any, Any, Any]:
 
 def save(root: str | None, rounds: int) -> None:
     """Saves and plain writes of the same bytes in turn."""
+    from training.saving import CheckpointWriter
+
     from data.tokenizer import ByteTokenizer
     from training.checkpoint import RunEnvironment, TrainState
-    from training.saving import CheckpointWriter
 
     config, weights, moments = model_124m()
     raw, blocked, verified = [], [], []
@@ -106,10 +107,11 @@ def watched() -> dict[str, list[float]]:
 
 def run(root: str | None) -> None:
     """A whole quickstart in this process, with what keeps it safe on a clock."""
+    from training.saving import CheckpointWriter
+
     import train
     from data.prepare import prepare
     from training.config import parse_train
-    from training.saving import CheckpointWriter
 
     with tempfile.TemporaryDirectory(dir=root) as folder:
         arguments = [f"--run.dir={folder}/run"]

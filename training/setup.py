@@ -15,7 +15,14 @@ from torch import nn
 from common.errors import CHECKPOINT, CONFIG, DATA, UserError
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
-from training.checkpoint import Checkpoint, RunEnvironment, TrainState, model_weights, open_checkpoint
+from training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    RunEnvironment,
+    TrainState,
+    model_weights,
+    open_checkpoint,
+)
 from training.config import RunConfig, to_toml
 from training.device import DistContext, advise_on_oom, compile_model, resolve_attention, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
@@ -24,7 +31,6 @@ from training.metrics import MetricsLogger, ProgressBar, print_line
 from training.optimizer import Optimizer
 from training.report import LossReport
 from training.run_dir import save_config
-from training.saving import CheckpointWriter
 from training.text_generation import decode, encode_prompt, generate_tokens
 from training.trackers import WandbTracker
 from training.trainer import Callback, Trainer, derive_seed, micro_batch_rows
@@ -58,21 +64,14 @@ class Checkpointer(Callback):
                 weights,
                 optimizer_state,
                 tokenizer,
-                model.vocab_size,
                 trainer.environment,
             )
             if trainer.saved is None:  # the first checkpoint of a new run: from now on it can be resumed
                 save_config(trainer.config)
 
-    def on_end(self, trainer: Trainer) -> None:
-        """Wait until the last checkpoint is verified."""
-        if self.saver is not None:
-            self.saver.finish()
-
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        """The same for a run that was stopped, with how to resume it."""
+        """Print how to resume a run that was stopped."""
         if self.saver is not None and trainer.is_stopped:
-            self.saver.finish()
             print_line(f"stopped; resume with: python train.py --run.resume {trainer.config.run.dir}")
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from training.saving import CheckpointWriter
 
 from data.tokenizer import ByteTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.checkpoint import FILES, MANIFEST, RunEnvironment, TrainState, model_weights
 from training.config import RunConfig
-from training.saving import CheckpointWriter
 
 SHAPE = ModelConfig(n_layers=2, n_heads=2, d_model=16, context=8, attention="eager")
 ENVIRONMENT = RunEnvironment(True, "a corpus", {"device": "cpu", "threads": "1"})

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from training.saving import CheckpointWriter
 
 from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
 from data.tokenizer import ByteTokenizer
@@ -32,7 +33,6 @@ from training.checkpoint import (
     verify_checkpoint,
 )
 from training.config import OptimConfig, RunConfig
-from training.saving import CheckpointWriter
 
 OTHER = RunConfig(model=SHAPE, optim=OptimConfig(lr=0.25))
 Event = tuple[str, str, Any]
