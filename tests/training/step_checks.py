@@ -1,40 +1,41 @@
-"""Checks of the training step that `test_step_mutants.py` runs: on the real code, and on code broken on purpose.
+"""Checks of the training step that `test_step_mutants.py` runs on the real code and on code broken on purpose.
 
-The step is written a second time here, from the textbook. Each check builds its trainer anew, so that it sees what a
+The step is written a second time here, from the textbook. Each check builds its own trainer, so that it sees what a
 test has patched, and fails with an AssertionError.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import dataloader as batches
-from data.dataloader import IGNORE_INDEX
+from data import dataloader
+from data.dataloader import IGNORE_INDEX, Batch
 from data.prepare import TokenizedCorpus, prepare
 from model.config import ModelConfig
 from model.gpt import GPT
 from tests.model.checks import relative_difference
-from training import optimizer as optim
 from training.checkpoint import TrainState
-from training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
 from training.device import DistContext
-from training.optimizer import Optimizer
-from training.trainer import Trainer
+from training.optimizer import Optimizer, get_lr_scale
+from training.trainer import Callback, Trainer
 
-STEPS = 6
 LINES = ("the fox runs", "a dog", "the lazy dog sleeps under the old tree", "one", "two more words for the end")
-"""Documents of unequal length: windows with unequal numbers of targets."""
+"""Documents of unequal length: sequences with unequal numbers of valid targets."""
+STEPS = 6
+TRAIN = TrainConfig(steps=STEPS, batch_size=6, eval_every=1, eval_tokens=200)
 OPTIM = OptimConfig("adamw", lr=0.01, weight_decay=0.3, warmup_steps=3, grad_clip=0.2, decay_fraction=1.0)
-"""Rates that differ from step to step, and gradients that are all too long."""
+"""Learning rates that differ from step to step, and gradients that are all clipped."""
 
 
 @cache
@@ -45,155 +46,171 @@ def corpus() -> TokenizedCorpus:
         return prepare(DataConfig(source=str(text), tokenizer="char", val_fraction=0.2), progress=False)
 
 
-def trainer(micro_batch_size: int = 0, dropout: float = 0.0, step: int = 0) -> Trainer:
+def make_trainer(
+    train: TrainConfig = TRAIN, dropout: float = 0.0, state: TrainState | None = None, stop_at_step: int = 0
+) -> Trainer:
     model_config = ModelConfig("gpt2", 1, n_heads=2, d_model=8, context=12, attention="eager", dropout=dropout)
-    train = TrainConfig(steps=STEPS, batch_size=6, micro_batch_size=micro_batch_size, eval_every=1, eval_tokens=200)
-    config = RunConfig(model=model_config, optim=OPTIM, train=train)
-    data = corpus()
-    model = GPT(model_config, data.tokenizer.vocab_size, seed=3)
+    run = RunSettings(stop_at_step=stop_at_step)
+    config = RunConfig(run=run, model=model_config, optim=OPTIM, train=train)
+    model = GPT(model_config, corpus().tokenizer.vocab_size, seed=3)
     ctx = DistContext(torch.device("cpu"), torch.float32)
-    optimizer = Optimizer(model, OPTIM)
-    return Trainer(config, ctx, data, model, model, optimizer, TrainState(step=step))
+    return Trainer(config, ctx, corpus(), model, model, Optimizer(model, OPTIM), state or TrainState())
 
 
-def batch_of(one: Trainer, step: int) -> batches.Batch:
-    return batches.get_batch(
-        one.data.train, one.train_sequences, one.config.run.seed, step, one.config.train.batch_size
-    )
+class Record(Callback):
+    """What the loop reported, and when it saved."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.evals: list[dict[str, Any]] = []
+        self.saves: list[int] = []
+        self.exit_code: int | None = None
+        trainer.callbacks = [self]
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.steps.append(metrics)
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.evals.append(metrics)
+
+    def on_save(self, trainer: Trainer) -> None:
+        self.saves.append(trainer.state.step)
+
+    def on_exit(self, trainer: Trainer, exit_code: int) -> None:
+        self.exit_code = exit_code
 
 
-def mean_loss(model: GPT, rows: batches.Batch) -> Tensor:
-    """Nats of a target, on average over those that count."""
+def batch_of(trainer: Trainer, step: int) -> Batch:
+    seed, size = trainer.config.run.seed, trainer.config.train.batch_size
+    return dataloader.get_batch(trainer.data.train, trainer.train_sequences, seed, step, size)
+
+
+def mean_loss(model: GPT, rows: Batch) -> Tensor:
     logits = model(rows.tokens)
-    total = F.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (rows.targets != IGNORE_INDEX).sum()
+    return F.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def check_gradient() -> None:
-    """That of the mean over all counted targets of the batch, however it is cut into pieces."""
-    for step, micro_batch_size in ((0, 0), (1, 4), (2, 1)):
-        one = trainer(micro_batch_size)
-        rows = batch_of(one, step)
+    """The gradient is that of the mean over all valid targets of the batch, whatever the micro-batch size."""
+    for micro_batch_size in (0, 4, 1):
+        trainer = make_trainer(replace(TRAIN, micro_batch_size=micro_batch_size))
+        batches = [batch_of(trainer, step) for step in range(STEPS)]
+        rows = max(batches, key=lambda rows: len((rows.targets != IGNORE_INDEX).sum(dim=1).unique()))
         counts = (rows.targets != IGNORE_INDEX).sum(dim=1)
-        assert len(counts.unique()) > 1, "all rows count alike: a mean of means would be the mean"
-        told = one.forward_backward(rows, int(counts.sum()))
-        found = {name: p.grad.clone() for name, p in one.model.named_parameters() if p.grad is not None}
-        one.model.zero_grad()
-        wanted = mean_loss(one.model, rows)
-        wanted.backward()
-        assert math.isclose(float(told), float(wanted.detach()), rel_tol=1e-6)
-        for name, p in one.model.named_parameters():
-            assert p.grad is not None and relative_difference(found[name], p.grad) <= 1e-5, name
+        assert len(counts.unique()) > 1, "with equal counts a mean of means would be right"
+        loss = trainer.forward_backward(rows, int(counts.sum()))
+        gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+        trainer.model.zero_grad()
+        expected = mean_loss(trainer.model, rows)
+        expected.backward()
+        assert math.isclose(float(loss), float(expected.detach()), rel_tol=1e-6)
+        for name, p in trainer.model.named_parameters():
+            assert p.grad is not None and relative_difference(gradients[name], p.grad) <= 1e-5, name
 
 
 def check_steps() -> None:
-    """Weights after some steps: the batch of each step, its clipped gradient, its rate, and AdamW by its formula."""
-    one, other = trainer(), trainer()
+    """Weights after some steps: each step's batch, clipped gradient and learning rate, and AdamW by its formula."""
+    trainer, reference = make_trainer(), make_trainer()
     moments: dict[str, tuple[Tensor, Tensor]] = {}
-    start = {name: p.detach().clone() for name, p in other.model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
     for step in range(STEPS):
-        told = one.train_step()
-        other.model.zero_grad(set_to_none=True)
-        loss = mean_loss(other.model, batch_of(other, step))
+        metrics = trainer.train_step()
+        reference.model.zero_grad(set_to_none=True)
+        loss = mean_loss(reference.model, batch_of(reference, step))
         loss.backward()
-        assert math.isclose(float(told["loss"]), float(loss.detach()), rel_tol=1e-5), f"the loss of step {step}"
-        by_hand(other.model, step, moments)
-    counted = sum(int((batch_of(one, step).targets != IGNORE_INDEX).sum()) for step in range(STEPS))
-    assert (one.state.step, one.state.tokens_seen) == (STEPS, counted)
-    found = dict(one.model.named_parameters())
-    for name, p in other.model.named_parameters():
-        assert relative_difference(found[name].detach() - start[name], p.detach() - start[name]) <= 1e-4, name
+        assert math.isclose(metrics["loss"], float(loss.detach()), rel_tol=1e-5), f"the loss of step {step}"
+        norm = textbook_update(reference.model, step, moments)
+        assert math.isclose(metrics["grad_norm"], norm, rel_tol=1e-4), f"the gradient norm of step {step}"
+        assert math.isclose(metrics["lr"], OPTIM.lr * get_lr_scale(step, STEPS, OPTIM)), f"the lr of step {step}"
+    tokens_seen = sum(int((batch_of(trainer, step).targets != IGNORE_INDEX).sum()) for step in range(STEPS))
+    assert (trainer.state.step, trainer.state.tokens_seen) == (STEPS, tokens_seen)
+    trained = dict(trainer.model.named_parameters())
+    for name, p in reference.model.named_parameters():
+        assert relative_difference(trained[name].detach() - start[name], p.detach() - start[name]) <= 1e-4, name
 
 
 @torch.no_grad()
-def by_hand(model: GPT, step: int, moments: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Clip to the norm that is allowed (Pascanu et al. 2013), then AdamW (Loshchilov & Hutter 2019, algorithm 2)."""
-    parameters: Mapping[str, Any] = dict(model.named_parameters())
+def textbook_update(model: GPT, step: int, moments: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Clip the norm (Pascanu et al. 2013), then AdamW (Loshchilov & Hutter 2019, algorithm 2); the norm before."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
-    assert norm > OPTIM.grad_clip, "a gradient that is not clipped proves nothing about clipping"
-    rate = OPTIM.lr * optim.get_lr_scale(step, STEPS, OPTIM)
+    assert norm > OPTIM.grad_clip, "a gradient that is not clipped does not test clipping"
+    lr = OPTIM.lr * get_lr_scale(step, STEPS, OPTIM)
     for name, p in parameters.items():
         gradient = p.grad * (OPTIM.grad_clip / norm)
         first, second = moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
         first = OPTIM.beta1 * first + (1 - OPTIM.beta1) * gradient
         second = OPTIM.beta2 * second + (1 - OPTIM.beta2) * gradient.square()
         moments[name] = first, second
-        if p.dim() > 1:  # matrices decay, gains and biases don't
-            p.mul_(1 - rate * OPTIM.weight_decay)
+        if p.dim() > 1:  # matrices decay; norms and biases do not
+            p.mul_(1 - lr * OPTIM.weight_decay)
         unbiased = first / (1 - OPTIM.beta1 ** (step + 1)), second / (1 - OPTIM.beta2 ** (step + 1))
-        p.sub_(rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8))
+        p.sub_(lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8))
+    return norm
 
 
-def dropped(step: int, seed: int) -> list[Tensor]:
-    """Which activations a step drops, when `seed` is the global generator's."""
-    one, seen = trainer(dropout=0.5, step=step), []
-    for module in one.model.modules():
+def dropout_masks(step: int, seed: int) -> list[Tensor]:
+    """Which activations a step drops when `seed` was the global generator's before it."""
+    trainer, masks = make_trainer(dropout=0.5, state=TrainState(step=step)), []
+    for module in trainer.model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda m, inputs, out: seen.append(out == 0))
+            module.register_forward_hook(lambda m, inputs, out: masks.append(out == 0))
     torch.random.default_generator.manual_seed(seed)
-    one.train_step()
-    return seen
+    trainer.train_step()
+    return masks
 
 
 def check_dropout() -> None:
-    """Another pattern at each step, and the same whenever that step is made."""
-    first, again, next_one = dropped(0, seed=1), dropped(0, seed=2), dropped(1, seed=1)
+    """Each step has its own dropout masks, the same ones whenever that step is computed."""
+    first, again, other = dropout_masks(0, seed=1), dropout_masks(0, seed=2), dropout_masks(1, seed=1)
     assert first and all(map(torch.equal, first, again)), "a resumed run would drop other activations"
-    assert not any(map(torch.equal, first, next_one)), "every step drops the same activations"
+    assert not any(map(torch.equal, first, other)), "every step drops the same activations"
 
 
 def check_epochs() -> None:
-    """The steps of an epoch learn from each window once, those of the next one in another order."""
-    one = trainer()
-    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-
-    def note(rows: batches.Batch, counted: int) -> Tensor:
-        seen.extend(zip(map(tuple, rows.tokens.tolist()), map(tuple, rows.targets.tolist()), strict=True))
-        for p in one.model.parameters():
-            p.grad = torch.ones_like(p)
-        return torch.ones(())
-
-    one.forward_backward = note  # type: ignore[method-assign]
-    n = len(one.train_sequences)
-    while len(seen) < 2 * n:
-        one.train_step()
-    every = batches.read_sequences(one.data.train, one.train_sequences, torch.arange(n).numpy())
-    whole = sorted(zip(map(tuple, every.tokens.tolist()), map(tuple, every.targets.tolist()), strict=True))
-    assert sorted(seen[:n]) == sorted(seen[n : 2 * n]) == whole
-    assert seen[:n] != seen[n : 2 * n]
+    """An epoch has every sequence once, the next one in another order."""
+    trainer = make_trainer()
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    n = len(trainer.train_sequences)
+    for step in range(-(-2 * n // trainer.config.train.batch_size)):
+        read = trainer.batches.get(step)[0]
+        rows.extend(zip(map(tuple, read.tokens.tolist()), map(tuple, read.targets.tolist()), strict=True))
+    read = dataloader.read_sequences(trainer.data.train, trainer.train_sequences, torch.arange(n).numpy())
+    every = sorted(zip(map(tuple, read.tokens.tolist()), map(tuple, read.targets.tolist()), strict=True))
+    assert sorted(rows[:n]) == sorted(rows[n : 2 * n]) == every
+    assert rows[:n] != rows[n : 2 * n]
 
 
 def check_best() -> None:
-    """The best loss, its step, and how many evaluations have passed since; a best one is saved."""
-    one, saves = trainer(), []
-    losses = iter([3.0, 2.0, 2.0, 4.0, 1.5, 2.5])
-    one.validation_loss = lambda indices, stop=None: (next(losses), 100)  # type: ignore[method-assign]
-    course = []
+    """The best loss and its step; evaluations without improvement are counted; a best state is saved."""
+    trainer = make_trainer()
+    record, losses = Record(trainer), iter([3.0, 2.0, 2.0, 4.0, 1.5, 2.5])
+    trainer.validation_loss = lambda indices, stop=None: (next(losses), 100)  # type: ignore[method-assign]
+    history = []
 
-    def save() -> None:
-        saves.append(one.state.step)
+    def on_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
+        state = trainer.state
+        history.append((state.best_loss, state.best_step, state.evals_without_improvement))
 
-    def note(found: dict[str, Any]) -> None:
-        course.append((one.state.best_loss, one.state.best_step, one.state.evals_without_improvement))
-
-    one.run(lambda line: None, note, save)
-    course.append((one.state.best_loss, one.state.best_step, one.state.evals_without_improvement))
-    assert course[1:] == [(3.0, 1, 0), (2.0, 2, 0), (2.0, 2, 1), (2.0, 2, 2), (1.5, 5, 0), (1.5, 5, 1)], course
-    assert {1, 2, 5, 6} <= set(saves) and not {3, 4} & set(saves), saves
+    trainer.callbacks = [record, SimpleNamespace(on_step=on_step)]
+    trainer.run()
+    assert history[1:] == [(3.0, 1, 0), (2.0, 2, 0), (2.0, 2, 1), (2.0, 2, 2), (1.5, 5, 0)], history
+    assert trainer.state.evals_without_improvement == 1
+    assert {1, 2, 5, 6} <= set(record.saves) and not {3, 4} & set(record.saves), record.saves
 
 
 def check_evaluation() -> None:
-    """The mean over all counted targets of the part, without dropout, and nothing is learned from it."""
-    one = trainer(micro_batch_size=4, dropout=0.5)
-    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
-    one.model.train()
-    seen = one.validation_loss(one.val_part)
-    assert one.model.training and all(p.grad is None for p in one.model.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in one.model.named_parameters())
-    rows = batches.read_sequences(one.data.val, one.val_sequences, one.val_part)
+    """The mean over all valid targets of the subset, without dropout; nothing is learned from it."""
+    trainer = make_trainer(replace(TRAIN, micro_batch_size=4), dropout=0.5)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.train()
+    result = trainer.validation_loss(trainer.eval_subset)
+    assert trainer.model.training and all(p.grad is None for p in trainer.model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    rows = dataloader.read_sequences(trainer.data.val, trainer.val_sequences, trainer.eval_subset)
     counts = (rows.targets != IGNORE_INDEX).sum(dim=1)
-    assert len(counts.unique()) > 1 and len(counts) % 4, "a mean of means would be the mean"
-    one.model.eval()
+    assert len(counts.unique()) > 1 and len(counts) % 4, "with equal counts a mean of means would be right"
+    trainer.model.eval()
     with torch.no_grad():
-        wanted = float(mean_loss(one.model, rows))
-    assert seen is not None and seen[1] == int(counts.sum()) and math.isclose(seen[0], wanted, rel_tol=1e-5)
+        expected = float(mean_loss(trainer.model, rows))
+    assert result is not None and result[1] == int(counts.sum()) and math.isclose(result[0], expected, rel_tol=1e-5)

@@ -25,13 +25,13 @@ def sample_indices(dtype: torch.dtype, shape: tuple[int, ...] = (B, T, V)) -> tu
     return (4 * torch.randn(shape, generator=generator)).to(dtype), targets
 
 
-@pytest.mark.parametrize("piece", [1, 2 * V, 4 * V, 1 << 22])
+@pytest.mark.parametrize("chunk", [1, 2 * V, 4 * V, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_has_the_bits_of_the_librarys(
-    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row at a time, a few with a rest, or all at once; scaled as a step scales it."""
-    monkeypatch.setattr(loss, "PIECE", piece)
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     logits, targets = sample_indices(dtype)
     gradients, values = [], []
     for ours in (True, False):
@@ -81,8 +81,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_as_large_as_the_logits_is_made(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For 50,257 tokens: the library's loss makes them three times more in fp32; ours keeps to its piece."""
-    monkeypatch.setattr(loss, "PIECE", 1 << 16)
+    """For 50,257 tokens: the library's loss makes them three times more in fp32; ours keeps to its chunk."""
+    monkeypatch.setattr(loss, "CHUNK", 1 << 16)
     generator = torch.Generator().manual_seed(1)
     features, head = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 64, 2), (50_257, 2)))
     logits = features.requires_grad_() @ head.requires_grad_().T

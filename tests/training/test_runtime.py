@@ -1,114 +1,43 @@
-"""The parts of a run: learning rates, parameter groups, the machine's choices."""
+"""Rules of device.py, and memory: what is chosen, what is kept between steps, what is said when it runs out."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from data.tokenizer import ByteTokenizer
+from common.errors import DISK_OR_MEMORY, UserError
 from model.config import ModelConfig
 from model.gpt import GPT
+from tests.runs import ROOT
 from training import device
-from training.config import OptimConfig, TrainConfig
-from training.muon import Muon
-from training.optimizer import Optimizer, get_lr_scale
+from training.config import TrainConfig
+from training.device import advise_on_oom
 
-CPU = torch.device("cpu")
-SHAPE = ModelConfig(n_layers=2, n_heads=2, d_model=16, context=8, attention="eager")
-
-
-def tiny() -> GPT:
-    return GPT(SHAPE, ByteTokenizer().vocab_size)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MODEL = ModelConfig(n_layers=2, n_heads=2, d_model=16, context=8, attention="eager")
 
 
-@given(st.integers(1, 400), st.integers(0, 50), st.sampled_from(["linear", "cosine"]), st.floats(0, 1), st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
-def test_the_rate_rises_then_falls_and_never_leaves_its_bounds(
-    steps: int, warmup: int, schedule: str, decay: float, final: float
-) -> None:
-    config = OptimConfig(warmup_steps=warmup, schedule=schedule, decay_fraction=decay, min_lr_ratio=final)  # type: ignore[arg-type]
-    rates = [get_lr_scale(step, steps, config) for step in range(steps)]
-    assert all(0 < rate <= 1 for rate in rates)
-    rising, falling = rates[: min(warmup, steps)], rates[warmup:]
-    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-
-
-def test_the_rate_in_closed_form() -> None:
-    config = OptimConfig(warmup_steps=4, schedule="linear", decay_fraction=0.5, min_lr_ratio=0.0)
-    assert [get_lr_scale(step, 20, config) for step in (0, 3, 4, 10, 15, 19)] == [0.2, 0.8, 1, 1, 0.5, 0.1]
-    assert get_lr_scale(12, 20, replace(config, schedule="cosine")) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name: str) -> None:
-    model = tiny()
-    optimizer = Optimizer(model, OptimConfig(optimizer=name))  # type: ignore[arg-type]
-    found = [
-        (p, group["weight_decay"]) for part in optimizer.parts for group in part.param_groups for p in group["params"]
-    ]
-    assert {id(p) for p, _ in found} == {id(p) for p in model.parameters()} and len(found) == len(
-        set(map(id, model.parameters()))
-    )
-    assert all((decay > 0) == (p.dim() >= 2) for p, decay in found)
-    muon = [p for part in optimizer.parts if isinstance(part, Muon) for g in part.param_groups for p in g["params"]]
-    inside = [p for p in model.blocks.parameters() if p.dim() == 2]
-    assert {id(p) for p in muon} == ({id(p) for p in inside} if name == "muon" else set())
-
-
-def stepped(model: GPT, optimizer: Optimizer, times: int) -> None:
-    tokens = torch.arange(8)[None]
-    for _ in range(times):
-        model(tokens).square().mean().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_moments_survive_being_saved(name: str) -> None:
-    config = OptimConfig(optimizer=name)  # type: ignore[arg-type]
-    model, other = tiny(), tiny()
-    optimizer = Optimizer(model, config)
-    stepped(model, optimizer, 2)
-    other.load_state_dict(model.state_dict())
-    again = Optimizer(other, config)
-    again.load_state_dict({key: value.clone() for key, value in optimizer.state_dict().items()})
-    stepped(model, optimizer, 2)
-    stepped(other, again, 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
-def test_moments_of_another_model_are_refused(damage: str) -> None:
-    model = tiny()
-    optimizer = Optimizer(model, OptimConfig())
-    stepped(model, optimizer, 1)
-    state = optimizer.state_dict()
-    key = next(key for key, value in state.items() if value.dim() == 2)
-    if damage == "missing":
-        state = {k: v for k, v in state.items() if not k.startswith(key.partition("/")[0])}
-    elif damage == "extra":
-        state["nobody.weight/exp_avg"] = torch.zeros(2)
-    else:
-        state[key] = torch.zeros(3, 5)
-    with pytest.raises(ValueError):
-        Optimizer(tiny(), OptimConfig()).load_state_dict(state)
-
-
-def test_kernels_are_chosen_for_the_machine_unless_they_are_named() -> None:
-    auto = replace(SHAPE, attention="auto")
+def test_attention_implementation_is_chosen_unless_named() -> None:
+    auto = replace(MODEL, attention="auto")
     assert device.resolve_attention(auto, CPU, torch.bfloat16).attention == "chunked"
     assert device.resolve_attention(auto, CPU, torch.float32).attention == "sdpa"
-    assert device.resolve_attention(auto, torch.device("cuda"), torch.bfloat16).attention == "sdpa"
-    assert device.resolve_attention(SHAPE, torch.device("cuda"), torch.bfloat16).attention == "eager"
+    assert device.resolve_attention(auto, CUDA, torch.bfloat16).attention == "sdpa"
+    assert device.resolve_attention(MODEL, CUDA, torch.bfloat16).attention == "eager"
 
 
-def test_compiling_has_to_be_earned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     train = TrainConfig()
-    assert not device.should_compile(train, 50.0, CPU)  # the quickstart: a minute saves nothing
+    assert not device.should_compile(train, 50.0, CPU)
     monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/c++")
     assert device.should_compile(train, 3600.0, CPU)
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
@@ -117,14 +46,83 @@ def test_compiling_has_to_be_earned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not device.should_compile(replace(train, compile="off"), 1e9, CPU)
 
 
-def test_a_compiler_that_fails_costs_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failing_compiler_costs_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(model: nn.Module) -> nn.Module:
         raise RuntimeError("no compiler here\nand a long trace")
 
     monkeypatch.setattr(torch, "compile", broken)
-    model = tiny()
-    ctx = device.DistContext(CPU, torch.float32)
+    model, ctx = GPT(MODEL, 257), device.DistContext(CPU, torch.float32)
     assert device.compile_model(model, torch.zeros(1, 8, dtype=torch.long), ctx) == (model, False)
     assert capsys.readouterr().err == "torch.compile failed, training continues without it: no compiler here\n"
+
+
+PAGES = """
+import resource
+import torch
+from training.device import get_dist_context
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.zeros(2_000_000) for _ in range(20)]
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+get_dist_context("fp32", threads=1)
+print([page_faults() for _ in range(4)])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is configured")
+@pytest.mark.parametrize("setting", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=["ours", "users"])
+def test_freed_memory_is_kept_unless_the_user_configures_malloc(setting: dict[str, str]) -> None:
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES], cwd=ROOT, env={**unset, **setting}, capture_output=True, text=True, check=True
+    )
+    first, *later = json.loads(done.stdout)
+    if setting:
+        assert min(later) > first / 2
+    else:
+        assert later[0] < first / 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_names_the_micro_batch_to_try(error: Exception) -> None:
+    with pytest.raises(UserError, match=r"--train\.micro_batch_size 8.*64") as caught, advise_on_oom(16, 64):
+        raise error
+    assert caught.value.exit_code == DISK_OR_MEMORY
+    with pytest.raises(UserError, match="sharding") as caught, advise_on_oom(1, 64):
+        raise error
+    assert "micro_batch_size" not in str(caught.value)
+
+
+def test_other_errors_are_not_taken_for_out_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), advise_on_oom(16, 64):
+        raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.slow
+def test_running_out_of_memory_is_one_line(tmp_path: Path) -> None:
+    """In a process whose address space is limited: attention patterns of gigabytes."""
+    (tmp_path / "long.txt").write_text("abcdefghij" * 8000)
+    argv = ("--data.tokenizer=char", "--model.n_layers=1", "--model.n_heads=8", "--model.d_model=64")
+    argv += ("--model.context=1024", "--train.batch_size=128", "--train.micro_batch_size=64", "--model.attention=eager")
+    argv += ("--train.dtype=fp32", "--log.sample_tokens=0", "--train.steps=2", f"--data.source={tmp_path / 'long.txt'}")
+    limit = 5 << 30
+    done = subprocess.run(
+        [sys.executable, "train.py", *argv, f"--run.dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode == DISK_OR_MEMORY, done.stderr[-2000:]
+    assert "--train.micro_batch_size 32" in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
-"""The tests' own test, for the training step: it is broken in ways that happen by accident, and a check must notice.
+"""The training step broken in ways that happen by accident: a check must notice each.
 
-None of these breaks ends in an error. Each trains on, a little worse, or reports what is not so.
+None of the mutants raises an error: each trains a little worse, or reports something that is not so.
 """
 
 from __future__ import annotations
@@ -8,37 +8,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from data import dataloader as batches
+from data.dataloader import IGNORE_INDEX, Batch
 from tests.training import step_checks as checks
-from training import trainer
+from training import trainer as trainer_module
 from training.optimizer import Optimizer
 from training.trainer import Trainer
 
 Patch = pytest.MonkeyPatch
-Breaks = Callable[[Patch], None]
+Mutate = Callable[[Patch], None]
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def function(name: str, change: Callable[..., Callable[..., Any]]) -> Breaks:
-    """A function that the trainer calls becomes what `change` makes of it."""
-    return lambda patch: patch.setattr(trainer, name, change(getattr(trainer, name)))
+def function(name: str, wrap: Wrap) -> Mutate:
+    """Replace a function that the trainer calls."""
+    return lambda patch: patch.setattr(trainer_module, name, wrap(getattr(trainer_module, name)))
 
 
-def method(owner: type, name: str, change: Callable[..., Callable[..., Any]]) -> Breaks:
-    return lambda patch: patch.setattr(owner, name, change(getattr(owner, name)))
+def method(owner: type, name: str, wrap: Wrap) -> Mutate:
+    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
-def by_rows(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Each row's own mean, averaged over the rows: short documents weigh as much as long ones."""
+def mean_of_row_means(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Short documents weigh as much as long ones."""
 
-    def forward_backward(self: Trainer, rows: batches.Batch, counted: int) -> torch.Tensor:
+    def forward_backward(self: Trainer, rows: Batch, num_targets: int) -> torch.Tensor:
         total = torch.zeros(())
         for tokens, targets in zip(rows.tokens.split(1), rows.targets.split(1), strict=True):
-            loss = (
-                trainer.cross_entropy_sum(self.wrapped_model(tokens), targets) / (targets != batches.IGNORE_INDEX).sum()
-            )
+            logits = self.wrapped_model(tokens)
+            loss = trainer_module.cross_entropy_sum(logits, targets) / (targets != IGNORE_INDEX).sum()
             (loss / len(rows.tokens)).backward()
             total += loss.detach() / len(rows.tokens)
         return total
@@ -46,64 +47,49 @@ def by_rows(real: Callable[..., Any]) -> Callable[..., Any]:
     return forward_backward
 
 
-def last_piece(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Only the last micro-batch's gradient is left."""
-
-    def forward_backward(self: Trainer, rows: batches.Batch, counted: int) -> torch.Tensor:
-        loss = real(self, rows, counted)
+def last_micro_batch_only(real: Callable[..., Any]) -> Callable[..., Any]:
+    def forward_backward(self: Trainer, rows: Batch, num_targets: int) -> torch.Tensor:
+        loss = real(self, rows, num_targets)
         self.model.zero_grad(set_to_none=True)
-        last = slice(-self.rows, None)
-        (trainer.cross_entropy_sum(self.wrapped_model(rows.tokens[last]), rows.targets[last]) / counted).backward()
+        last = slice(-self.micro_batch_size, None)
+        logits = self.wrapped_model(rows.tokens[last])
+        (trainer_module.cross_entropy_sum(logits, rows.targets[last]) / num_targets).backward()
         return loss
 
     return forward_backward
 
 
-def clipped_too_late(patch: Patch) -> None:
-    """The norm is measured before the step, the gradient is scaled after it, when it is gone."""
-    clip = trainer.clip_grad_norm
-    patch.setattr(trainer, "clip_grad_norm", lambda stepped, limit: clip(stepped, 0.0))
-    step = Trainer.train_step
-    patch.setattr(
-        Trainer, "train_step", lambda self: (step(self), clip(self.wrapped_model, self.config.optim.grad_clip))[0]
-    )
-
-
-def everything_decays(real: Callable[..., None]) -> Callable[..., None]:
-    def build(self: Optimizer, *args: Any, **options: Any) -> None:
-        real(self, *args, **options)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["weight_decay"] = checks.OPTIM.weight_decay
+def all_groups_decay(real: Callable[..., None]) -> Callable[..., None]:
+    def build(self: Optimizer, *args: Any) -> None:
+        real(self, *args)
+        for group in self.param_groups:
+            group["weight_decay"] = checks.OPTIM.weight_decay
 
     return build
 
 
-def nothing_is_forgotten(real: Callable[..., None]) -> Callable[..., None]:
-    """The gradient of a step is added to the next one's."""
-
-    def step(self: Optimizer) -> None:
-        for part in self.parts:
-            part.step()
-
-    return step
+def tokens_of_all_targets(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, rows, num_targets: real(self, rows, rows.targets.numel())
 
 
-def the_last_is_best(real: Callable[..., bool]) -> Callable[..., bool]:
-    """What is told beside the best step is the newest loss."""
+def newest_is_best(real: Callable[..., bool]) -> Callable[..., bool]:
+    def evaluate(self: Trainer) -> bool:
+        self.state.best_loss = None
+        return real(self)
 
-    def evaluate(self: Trainer, on_evaluation: Any) -> bool:
-        seen: list[float] = []
-        best = real(self, lambda found: (on_evaluation(found), seen.append(found["val_loss"])))
-        self.state.best_loss = seen[-1]
-        return best
+    return evaluate
+
+
+def equal_is_better(real: Callable[..., bool]) -> Callable[..., bool]:
+    def evaluate(self: Trainer) -> bool:
+        if self.state.best_loss is not None:
+            self.state.best_loss += 1e-9
+        return real(self)
 
     return evaluate
 
 
 def with_dropout(real: Callable[..., Any]) -> Callable[..., Any]:
-    """The evaluation's model is never told that it is one."""
-
     def evaluate(model: torch.nn.Module, *args: Any) -> Any:
         model.eval = lambda: model  # type: ignore[method-assign, assignment, return-value]
         return real(model, *args)
@@ -111,110 +97,86 @@ def with_dropout(real: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
-def seeded(seed: Callable[[int], int]) -> Breaks:
-    real = torch.manual_seed
-    return lambda patch: patch.setattr(torch, "manual_seed", lambda number: real(seed(number)))
+def with_repetition(real: Callable[..., Any]) -> Callable[..., Any]:
+    def get_batch(split: Any, sequences: Any, seed: int, step: int, size: int, *rest: Any) -> Batch:
+        indices = np.random.default_rng((seed, step)).integers(len(sequences), size=size)
+        return trainer_module.read_sequences(split, sequences, indices)
+
+    return get_batch
 
 
-MUTANTS: dict[str, tuple[Breaks, Callable[[], None]]] = {
-    "the gradient is a sum, not a mean": (
-        method(Trainer, "forward_backward", lambda real: lambda self, rows, counted: real(self, rows, 1)),
+def shifted(name: str, by: Callable[..., int]) -> Mutate:
+    """Batches of another step."""
+    return function(name, lambda real: lambda a, b, seed, step, *rest: real(a, b, seed, by(step, len(b)), *rest))
+
+
+MUTANTS: dict[str, tuple[Mutate, Callable[[], None]]] = {
+    "sum-instead-of-mean": (
+        method(Trainer, "forward_backward", lambda real: lambda self, rows, num_targets: real(self, rows, 1)),
         checks.check_gradient,
     ),
-    "the gradient is divided by all targets, counted or not": (
-        method(
-            Trainer, "forward_backward", lambda real: lambda self, rows, counted: real(self, rows, rows.targets.numel())
-        ),
+    "divided-by-ignored-targets-too": (
+        method(Trainer, "forward_backward", tokens_of_all_targets),
         checks.check_gradient,
     ),
-    "the gradient is a mean of the rows' means": (method(Trainer, "forward_backward", by_rows), checks.check_gradient),
-    "the last micro-batch overwrites the others": (
-        method(Trainer, "forward_backward", last_piece),
-        checks.check_gradient,
-    ),
-    "the gradient is clipped after the step": (clipped_too_late, checks.check_steps),
-    "the gradient is not clipped": (
-        function("clip_grad_norm", lambda real: lambda stepped, limit: real(stepped, 0.0)),
+    "mean-of-row-means": (method(Trainer, "forward_backward", mean_of_row_means), checks.check_gradient),
+    "last-micro-batch-only": (method(Trainer, "forward_backward", last_micro_batch_only), checks.check_gradient),
+    "no-clipping": (
+        function("clip_grad_norm", lambda real: lambda model, limit: real(model, 0.0)),
         checks.check_steps,
     ),
-    "the rate is the next step's": (
+    "norm-after-clipping": (
+        function("clip_grad_norm", lambda real: lambda model, limit: (real(model, limit), real(model, limit))[1]),
+        checks.check_steps,
+    ),
+    "lr-of-next-step": (
         function("get_lr_scale", lambda real: lambda step, *rest: real(step + 1, *rest)),
         checks.check_steps,
     ),
-    "the rate is the last step's": (
-        function("get_lr_scale", lambda real: lambda step, *rest: real(max(0, step - 1), *rest)),
+    "lr-stays-at-peak": (
+        method(Optimizer, "set_lr_scale", lambda real: lambda self, scale: None),
         checks.check_steps,
     ),
-    "the rate stays at its peak": (
-        method(Optimizer, "set_lr_scale", lambda real: lambda self, share: None),
-        checks.check_steps,
-    ),
-    "gains and biases decay": (method(Optimizer, "__init__", everything_decays), checks.check_steps),
-    "the gradient is not forgotten": (method(Optimizer, "step", nothing_is_forgotten), checks.check_steps),
-    "the first step is made twice": (
-        function("get_batch", lambda real: lambda a, b, seed, step, *rest: real(a, b, seed, max(0, step - 1), *rest)),
-        checks.check_steps,
-    ),
-    "the batch is the next epoch's": (
-        function("get_batch", lambda real: lambda a, b, seed, step, *rest: real(a, b, seed, step + len(b), *rest)),
-        checks.check_steps,
-    ),
-    "the batch is another seed's": (
+    "norms-and-biases-decay": (method(Optimizer, "__init__", all_groups_decay), checks.check_steps),
+    "gradients-not-zeroed": (method(Optimizer, "zero_grad", lambda real: lambda self: None), checks.check_steps),
+    "first-batch-twice": (shifted("get_batch", lambda step, n: max(0, step - 1)), checks.check_steps),
+    "next-epochs-batch": (shifted("get_batch", lambda step, n: step + n), checks.check_steps),
+    "other-seeds-batch": (
         function("get_batch", lambda real: lambda a, b, seed, *rest: real(a, b, seed + 1, *rest)),
         checks.check_steps,
     ),
-    "every epoch has the same order": (
-        lambda patch: patch.setattr(batches, "epoch_permutation", same_order(batches.epoch_permutation)),
-        checks.check_epochs,
-    ),
-    "batches are drawn with repetition": (
-        lambda patch: patch.setattr(
-            batches, "sample_indices", lambda windows, seed, step, size: torch.randint(len(windows), (size,)).numpy()
-        ),
-        checks.check_epochs,
-    ),
-    "dropout is seeded without the step": (seeded(lambda number: 7), checks.check_dropout),
-    "dropout is not seeded": (
-        lambda patch: patch.setattr(torch, "manual_seed", lambda number: torch.default_generator),
+    "batches-with-repetition": (function("get_batch", with_repetition), checks.check_epochs),
+    "dropout-seed-without-step": (
+        function("derive_seed", lambda real: lambda seed, *rest: real(seed, "dropout")),
         checks.check_dropout,
     ),
-    "a worse loss overwrites the best": (method(Trainer, "evaluate", the_last_is_best), checks.check_best),
-    "an equal loss counts as a better one": (
-        method(Trainer, "evaluate", lambda real: lambda self, tell: generous(self, real, tell)),
-        checks.check_best,
+    "dropout-not-seeded": (
+        lambda patch: patch.setattr(torch, "manual_seed", lambda seed: torch.default_generator),
+        checks.check_dropout,
     ),
-    "evaluation drops activations": (function("evaluate", with_dropout), checks.check_evaluation),
-    "evaluation averages over windows": (
+    "newest-is-best": (method(Trainer, "evaluate", newest_is_best), checks.check_best),
+    "equal-is-better": (method(Trainer, "evaluate", equal_is_better), checks.check_best),
+    "evaluation-with-dropout": (function("evaluate", with_dropout), checks.check_evaluation),
+    "evaluation-of-first-row": (
         function("cross_entropy_sum", lambda real: lambda logits, targets: real(logits[:1], targets[:1])),
         checks.check_evaluation,
     ),
-    "evaluation leaves its last batch out": (
+    "evaluation-without-last-batch": (
         function("evaluate", lambda real: lambda m, s, w, indices, *rest: real(m, s, w, indices[:-2], *rest)),
         checks.check_evaluation,
     ),
 }
 
 
-def same_order(real: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda seed, epoch, n: real(seed, 0, n)
-
-
-def generous(self: Trainer, real: Callable[..., bool], tell: Any) -> bool:
-    """The best loss is forgotten by a hair before each comparison."""
-    if self.state.best_loss is not None:
-        self.state.best_loss += 1e-9
-    return real(self, tell)
-
-
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_broken_step_is_noticed(name: str, monkeypatch: Patch) -> None:
-    breaks, check = MUTANTS[name]
+def test_mutant_of_the_step_is_noticed(name: str, monkeypatch: Patch) -> None:
+    mutate, check = MUTANTS[name]
     checks.corpus()
-    breaks(monkeypatch)
+    mutate(monkeypatch)
     with pytest.raises(AssertionError):
         check()
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(check for _, check in MUTANTS.values()), ids=lambda c: c.__name__)
-def test_the_real_step_is_the_textbooks(check: Callable[[], None]) -> None:
+def test_step_is_the_textbooks(check: Callable[[], None]) -> None:
     check()

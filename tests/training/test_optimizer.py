@@ -1,0 +1,156 @@
+"""Learning rates, parameter groups, optimizer state; AdamW and Muon equal torch's bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.gpt import GPT
+from training import muon
+from training.config import OptimConfig
+from training.optimizer import Optimizer, get_lr_scale
+
+MODEL = ModelConfig(n_layers=2, n_heads=2, d_model=16, context=8, attention="eager")
+SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (24, 8), (1, 8), (8, 1), (24, 8)]
+"""Tall, wide and square, in an order that mixes those of one shape with others."""
+
+
+@given(st.integers(1, 400), st.integers(0, 50), st.sampled_from(["linear", "cosine"]), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_lr_rises_then_falls_within_its_bounds(
+    steps: int, warmup: int, schedule: Any, decay_fraction: float, min_lr_ratio: float
+) -> None:
+    config = OptimConfig(
+        warmup_steps=warmup, schedule=schedule, decay_fraction=decay_fraction, min_lr_ratio=min_lr_ratio
+    )
+    scales = [get_lr_scale(step, steps, config) for step in range(steps)]
+    assert all(0 < scale <= 1 for scale in scales)
+    rising, falling = scales[: min(warmup, steps)], scales[warmup:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+
+
+def test_lr_in_closed_form() -> None:
+    config = OptimConfig(warmup_steps=4, schedule="linear", decay_fraction=0.5, min_lr_ratio=0.0)
+    assert [get_lr_scale(step, 20, config) for step in (0, 3, 4, 10, 15, 19)] == [0.2, 0.8, 1, 1, 0.5, 0.1]
+    assert get_lr_scale(12, 20, replace(config, schedule="cosine")) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any) -> None:
+    model = GPT(MODEL, 257)
+    groups = Optimizer(model, OptimConfig(optimizer=name)).param_groups
+    found = [(p, group) for group in groups for p in group["params"]]
+    assert sorted(id(p) for p, _ in found) == sorted(id(p) for p in model.parameters())
+    assert all((group["weight_decay"] > 0) == (p.dim() >= 2) for p, group in found)
+    inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+    assert {id(p) for p, group in found if group["algorithm"] == "muon"} == (inside if name == "muon" else set())
+
+
+def train(model: GPT, optimizer: Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        model(torch.arange(8)[None]).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_optimizer_state_is_saved_and_restored(name: Any) -> None:
+    config = OptimConfig(optimizer=name)
+    model, other = GPT(MODEL, 257), GPT(MODEL, 257)
+    optimizer, restored = Optimizer(model, config), Optimizer(other, config)
+    train(model, optimizer, 2)
+    other.load_state_dict(model.state_dict())
+    restored.load_state_dict({key: value.clone() for key, value in optimizer.state_dict().items()})
+    train(model, optimizer, 2)
+    train(other, restored, 2)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
+def test_optimizer_state_of_another_model_is_refused(damage: str) -> None:
+    model = GPT(MODEL, 257)
+    optimizer = Optimizer(model, OptimConfig())
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    key = next(key for key, value in state.items() if value.dim() == 2)
+    if damage == "missing":
+        state = {k: v for k, v in state.items() if not k.startswith(key.partition("/")[0])}
+    else:
+        state["other.weight/exp_avg" if damage == "extra" else key] = torch.zeros(3, 5)
+    with pytest.raises(ValueError):
+        Optimizer(GPT(MODEL, 257), OptimConfig()).load_state_dict(state)
+
+
+def random_parameters(generator: torch.Generator) -> list[nn.Parameter]:
+    shapes = [*SHAPES, (8,), (5,)]
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_gradients(step: int, pairs: list[tuple[nn.Parameter, nn.Parameter]], generator: torch.Generator) -> None:
+    """Gradients of every size, a zero one, a missing one; the same for both parameters of a pair."""
+    for i, (a, b) in enumerate(pairs):
+        gradient = torch.randn(a.shape, generator=generator) * 10.0 ** (i - 4) * (i != 3)
+        a.grad, b.grad = (None, None) if i == step else (gradient, gradient.clone())
+
+
+def test_adamw_equals_torchs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.ParameterList(random_parameters(generator))
+    copies = [nn.Parameter(p.detach().clone()) for p in model]
+    config = OptimConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, beta1=0.8, beta2=0.95)
+    ours = Optimizer(model, config)
+    groups = [
+        {"params": [p for p in copies if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in copies if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), fused=True)
+    for step in range(5):
+        set_gradients(step, list(zip(model, copies, strict=True)), generator)
+        ours.set_lr_scale(1 / (step + 1))
+        for group in reference.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        reference.step()
+        ours.step()
+    for a, b in zip(model, copies, strict=True):
+        assert torch.equal(a, b)
+        assert ours.state[a].keys() == reference.state[b].keys()
+        assert all(torch.equal(value, reference.state[b][key]) for key, value in ours.state[a].items())
+
+
+@pytest.mark.parametrize("max_stack", [1, 2 * 24 * 8, 1 << 22])
+def test_muon_equals_torchs(max_stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "MAX_STACK", max_stack)
+    generator = torch.Generator().manual_seed(1)
+    parameters = random_parameters(generator)[: len(SHAPES)]
+    copies = [nn.Parameter(p.detach().clone()) for p in parameters]
+    buffers = [torch.zeros_like(p) for p in parameters]
+    reference = torch.optim.Muon(copies, lr=0.02, weight_decay=0.1, momentum=0.9)
+    for step in range(5):
+        set_gradients(step, list(zip(parameters, copies, strict=True)), generator)
+        moved = [(p, buffer) for p, buffer in zip(parameters, buffers, strict=True) if p.grad is not None]
+        lr = reference.param_groups[0]["lr"] = 0.02 / (step + 1)
+        with torch.no_grad():
+            muon.muon([p for p, _ in moved], [b for _, b in moved], lr=lr, weight_decay=0.1, momentum=0.9)
+        reference.step()
+    for parameter, buffer, copy in zip(parameters, buffers, copies, strict=True):
+        assert torch.equal(parameter, copy)
+        assert torch.equal(buffer, reference.state[copy]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 8), (3, 8, 32), (2, 16, 16)])
+def test_orthogonalize_keeps_singular_vectors_and_levels_values(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    values = torch.linspace(1, 0.2, u.shape[-1])
+    scale: Tensor = 10.0 ** torch.arange(shape[0])[:, None, None]  # the matrices of a stack differ in size
+    inner = u.mT @ muon.orthogonalize(scale * (u * values) @ vh).float() @ vh.mT
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
+    assert (inner - torch.diag_embed(diagonal)).abs().max() < 0.02
+    assert muon.orthogonalize(torch.zeros(shape)).count_nonzero() == 0
