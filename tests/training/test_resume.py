@@ -12,7 +12,7 @@ import pytest
 from common.files import read_metrics
 from tests.runs import TINY, said, script
 from training.checkpoint import open_checkpoint, sha256_of_file
-from training.metrics import Metrics
+from training.metrics import MetricsLogger
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12  # 30 windows: an epoch ends within the eighth step
 LENGTH = ("--train.steps=12", "--train.eval_every=4", "--train.save_every=5", "--train.keep_checkpoints=9")
@@ -234,7 +234,7 @@ def test_metrics_that_are_none_end_where_they_end(tmp_path: Path, whole: Any) ->
         (tmp_path / "metrics.jsonl").write_text("\n".join([*good, bad, *good]))
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    Metrics(tmp_path, open_checkpoint(whole("plain")).state)
+    MetricsLogger(tmp_path, open_checkpoint(whole("plain")).state)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
