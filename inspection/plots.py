@@ -1,314 +1,395 @@
-"""Attention as pictures, PNG or SVG by the ending of the path.
+"""Attention and head scores as figures, PNG or SVG by the suffix of the path.
 
-Takes patterns from `capture.py` or from a dump (`dump.py`). matplotlib is loaded when a figure is drawn,
-through its object interface: no display, no window, no global figure. The same input gives the same bytes.
+`draw_figures` draws all figures of a run; `head_grid`, `one_head`, `score_timeline` and `phase_change` draw one each from
+arrays. matplotlib is imported when a figure is drawn, and used without pyplot: no display, no global state. The same
+input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import CONFIG, DISK_OR_MEMORY, UserError
-from inspection.registry import score_info
-from inspection.terminal import head_name
+from common.files import write_atomic
+from inspection.findings import ATTENTION_THRESHOLD, DESCRIPTIONS
+from inspection.registry import ANTECEDENT, score_info
+from inspection.run_reader import RunFiles, best_head, find_text, match_name
+from inspection.terminal import clearest_head, head_name, token_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_LAYERS = MAX_HEADS = 8
-"""A grid shows the first layers and heads up to these."""
+"""A grid shows at most the first 8 layers and heads."""
 GRID_TOKENS = 64
-"""Tokens of a grid, and of a single head below: the last ones of a longer text."""
+"""Tokens in a grid, at most: the last ones of a longer text."""
 HEAD_TOKENS = 96
-TOP, GAP, LEAST_WIDTH = 0.98, 0.28, 5.2
-"""Inches: above the panels, for the title; between panels; of the whole figure."""
-VALUES_UP_TO = 16
-"""In texts of so many tokens each cell of a single head says its weight."""
+"""Tokens in a plot of one head, at most."""
+ANNOTATED_TOKENS = 16
+"""Up to so many tokens, each cell of a plot of one head shows its value."""
+MIN_ANNOTATED = 0.01
 LABEL_LENGTH = 14
-FORBIDDEN = "#e3e3e3"
-"""What causality forbids is no colour of the scale: grey, where 0 is dark blue."""
-INK, ACCENT = "#222222", "#c8102e"
+TOP, GAP, MIN_WIDTH = 0.98, 0.28, 5.2
+"""Inches: above the panels, for the title; between panels; of the whole figure."""
+LABEL_SIZES = ((7.0, 0.115), (6.0, 0.094))
+"""(points, inches between two labels); the smaller size where the larger does not fit."""
+FUTURE = "#e3e3e3"
+"""Cells that causality excludes: gray, which is not a color of the scale."""
+INK, ACCENT, GRAY, MUTED = "#222222", "#c8102e", "#c9c9c9", "#666666"
+SERIES_COLORS = ("#00467f", "#c8102e", "#8a6d00")
+"""Colors of the labeled lines, highest first; they differ in lightness too."""
+SERIES_SIZE, AXES_BOX = (7.2, 4.0), (0.085, 0.13, 0.785, 0.72)
+"""Inches; left, bottom, width and height of the axes as fractions of the figure."""
 DPI = 110
-WORTH_A_NUMBER = 0.01
-LABELS = ((7.0, 0.115), (6.0, 0.094))
-"""(points, least distance of two labels in inches); the smaller ones where the larger do not fit."""
-
-
-@cache
-def _glyphs() -> frozenset[int]:
-    """The characters that DejaVu Sans, the font that comes with matplotlib, can draw."""
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
-
-    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return frozenset(FT2Font(str(font)).get_charmap())
-
-
-def drawable(text: str, space: str = "·") -> str:
-    """`text` with a visible mark for each space, and escapes for what the font lacks or nobody can see."""
-    shown = text.replace(" ", space)
-    glyphs = _glyphs()
-    return "".join(
-        c if c.isprintable() and ord(c) in glyphs else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in shown
-    )
-
-
-def _label(text: str) -> str:
-    shown = drawable(text)
-    return shown if len(shown) <= LABEL_LENGTH else shown[: LABEL_LENGTH - 1] + "…"
-
-
-def _margin(labels: Sequence[str]) -> float:
-    """Inches that the longest label needs beside the panels, and the name of the axis beside it."""
-    return 0.42 + 0.065 * max(4, *map(len, labels))
-
-
-def style() -> dict[Any, Any]:
-    """Settings that the reader's own matplotlibrc must not change."""
-    return {
-        "font.family": ["DejaVu Sans"],
-        "text.usetex": False,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.edgecolor": "#888888",
-        "axes.linewidth": 0.6,
-        "axes.grid": False,
-        "figure.facecolor": "white",
-        "savefig.bbox": None,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "attention",
-    }
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, of the kind that its ending names.
-
-    Raises:
-        UserError: if that is another than .png or .svg (exit code 2), or the file cannot be written (6).
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    kind = path.suffix.lower()
-    if kind not in (".png", ".svg"):
-        raise UserError(f"cannot draw {path}: name a figure .png or .svg", CONFIG)
-    # A date, or a version of the library, would make equal figures differ.
-    unmarked = {"Date": None} if kind == ".svg" else {"Software": None}
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind[1:], dpi=DPI, metadata=unmarked)
-    try:
-        path.write_bytes(drawn.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
-
-
-def _image(axes: Axes, weights: NDArray[np.float32]) -> Any:
-    """One head's lower triangle in colour, the rest grey."""
-    import matplotlib
-
-    allowed = np.tril(np.ones(weights.shape, dtype=bool))
-    colours = matplotlib.colormaps["cividis"].with_extremes(bad=FORBIDDEN)
-    shown = np.ma.masked_array(weights, mask=~allowed)
-    return axes.imshow(shown, cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
 
 
 @dataclass(frozen=True)
-class _Ticks:
-    """Which tokens of an axis are named, and how large."""
+class Series:
+    """A line over the training steps."""
 
-    positions: list[int]
-    every: int
-    points: float
-    distance: float
-    """Cells between two labels, at least."""
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float] | NDArray[np.floating[Any]]
 
 
-def _ticks(T: int, inches: float) -> _Ticks:
-    """As many labels as have room on an axis of this length: each token's, or every n-th."""
-    points, room = next((label for label in LABELS if T * label[1] <= inches), LABELS[-1])
-    every = max(1, math.ceil(T * room / inches))
-    return _Ticks(list(range(0, T, every)), every, points, T * room / inches)
+# All figures of a run
 
 
-def _name_tokens(axes: Axes, ticks: _Ticks, labels: Sequence[str], rows: bool, columns: bool) -> None:
-    """Token labels on the wanted sides, as plain text: a `$` in a token is a `$`, not the start of math."""
-    texts = [labels[k] for k in ticks.positions]
-    plain: dict[str, Any] = {"fontsize": ticks.points, "parse_math": False}
-    axes.tick_params(length=1.5, width=0.5, pad=1.5)
-    for wanted, put, turn in ((rows, axes.set_yticks, 0), (columns, axes.set_xticks, 90)):
-        if wanted:
-            put(ticks.positions, texts, rotation=turn, **plain)
-        else:
-            put([])
+def draw_figures(run: RunFiles, folder: Path, suffix: str, step: int, text: str = "", score: str = "") -> list[Path]:
+    """Draw `attention`, `head`, `timeline` and `phase_change`, as far as the run has the data; return their paths.
+
+    Args:
+        suffix: `png` or `svg`.
+        step: of the patterns.
+        text: a name; by default the sample for the grid, and for one head a text on which its score is measured.
+        score: of the timeline, or `all`; by default the most informative one.
+
+    Raises:
+        UserError: for an unknown text or score (2), a damaged file (4) or a file that cannot be written (6).
+    """
+    paths = [folder / f"attention.{suffix}", folder / f"head.{suffix}"]
+    _draw_patterns(paths, run, step, text)
+    scores = run.head_scores.scores
+    names = [match_name(score, scores, "score", str(run.folder))] if score not in ("", "all") else list(scores)
+    if names and not score:
+        names = [most_informative({name: values[-1] for name, values in scores.items()})]
+    for name in names:
+        stem = "timeline" if len(names) == 1 else f"timeline-{_file_name(name)}"
+        paths.append(folder / f"{stem}.{suffix}")
+        score_timeline(paths[-1], run.head_scores.steps, scores[name], name, f"{run.folder.name}: {name}")
+    series = _phase_change_series(run)
+    if series:
+        paths.append(folder / f"phase_change.{suffix}")
+        phase_change(paths[-1], *series, f"{run.folder.name}: loss and head scores")
+    return paths
 
 
-def _panel(figure: Figure, left: float, bottom: float, side: float) -> Axes:
-    """A square, its place and size in inches."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes((left / width, bottom / height, side / width, side / height))
+def _draw_patterns(paths: Sequence[Path], run: RunFiles, step: int, name: str) -> None:
+    """All heads on one text, and one head on a text that shows what it does."""
+    file, where = run.attention_files[step], f"step {step} of {run.folder}"
+    text = find_text(file, name, where)
+    pattern = text.pattern()
+    head_grid(paths[0], pattern, [token_text(t) for t in text.token_bytes], f"step {step}: {text.name}")
+    head, query = clearest_head(pattern), None
+    score = most_informative(file.scores)
+    kind = score.removeprefix(ANTECEDENT)
+    example = "repeat 1" if kind == score else f"{kind} 1"
+    best = best_head(score, file.scores[score]) if score else None
+    if best and not name and any(other.name == example for other in file.texts):
+        text, head = find_text(file, example, where), best
+        query = None if kind == score else len(text.tokens) - 1
+    layer_pattern = text.pattern(head[0])[0, head[1]]
+    title = f"{head_name(*head)} at step {step}: {text.name}"
+    one_head(paths[1], layer_pattern, [token_text(t) for t in text.token_bytes], title, query)
 
 
-def _colour_bar(figure: Figure, image: Any, left: float, top: float, length: float) -> None:
-    """The scale, hanging down from a point given in inches."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((left / width, (top - length) / height, 0.12 / width, length / height))
-    bar = figure.colorbar(image, cax=axes, ticks=[0, 0.25, 0.5, 0.75, 1])
-    axes.tick_params(labelsize=7, length=2)
-    bar.set_label("weight", fontsize=8)
+def most_informative(scores: Mapping[str, NDArray[np.float32]]) -> str:
+    """The first score of `DESCRIPTIONS` on which some head reaches the threshold, else any; empty without scores.
+
+    Args:
+        scores: (L, H) by name.
+    """
+    reached = [name for name in DESCRIPTIONS if name in scores and (scores[name] >= ATTENTION_THRESHOLD).any()]
+    return next(iter([*reached, *scores]), "")
 
 
-def _part(shown: int, whole: int, noun: str, which: str) -> list[str]:
-    """What is said of a figure that shows a part; nothing of one that shows all."""
-    return [] if shown == whole else [f"the {which} {shown} of {whole} {noun}"]
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
 
 
-def _spacing(ticks: _Ticks) -> list[str]:
-    return [] if ticks.every == 1 else [f"one token in {ticks.every} is named"]
+def _phase_change_series(run: RunFiles) -> tuple[Series, Series, Series] | None:
+    """The loss, and the scores of the best induction head and previous-token head; None without the data."""
+    loss = repeats_loss(run) or validation_loss(run)
+    steps, scores = run.head_scores.steps, run.head_scores.scores
+    heads = []
+    for name in ("induction", "previous_token"):
+        best = best_head(name, scores[name][-1]) if name in scores else None
+        if best:
+            heads.append(Series(f"{name} score of {head_name(*best)}", steps, scores[name][:, best[0], best[1]]))
+    if loss is None or len(heads) < 2 or len(steps) < 2:
+        return None
+    return loss, heads[0], heads[1]
 
 
-def heading(figure: Figure, title: str, note: str) -> None:
-    """The title, cut to the figure's width, and smaller below it what has to be said of the figure."""
-    width, height = figure.get_size_inches()
-    plain: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
-    shown, room = drawable(title, " "), int(9.5 * width)  # characters that fit
-    shown = shown if len(shown) <= room else shown[: room - 1] + "…"
-    figure.text(0.15 / width, 1 - 0.12 / height, shown, fontsize=12, weight="bold", **plain)
-    figure.text(0.15 / width, 1 - 0.38 / height, note, fontsize=8.5, color="#555555", **plain)
+def repeats_loss(run: RunFiles) -> Series | None:
+    """Mean loss, in nats/token, on the second copy of repeated random tokens, without the copy's first token."""
+    losses: dict[int, float] = {}
+    for step, file in run.attention_files.items():
+        for text in file.texts:
+            n = (len(text.tokens) - 1) // 2
+            if text.name == "repeat 1" and n >= 2:
+                losses[step] = float(text.loss[n + 1 :].mean())  # loss[k] is of token k + 1
+    return Series("loss on repeats", list(losses), list(losses.values())) if len(losses) > 1 else None
 
 
-def _titled(figure: Figure, title: str, parts: Sequence[str]) -> None:
-    """The title; below it, how to read the figure and what of the model or text is left out."""
-    heading(figure, title, "query (row) reads key (column); grey: later tokens, never read\n" + "; ".join(parts))
+def validation_loss(run: RunFiles) -> Series | None:
+    """The validation loss from metrics.jsonl."""
+    losses = {m["step"]: m["val_loss"] for m in run.metrics() if isinstance(m.get("val_loss"), int | float)}
+    return Series("validation loss", list(losses), list(losses.values())) if len(losses) > 1 else None
 
 
-def _axis_names(figure: Figure, left: float) -> None:
-    """What rows and columns are, along the edges of the figure; columns begin `left` inches from its edge."""
-    width, height = figure.get_size_inches()
-    names: dict[str, Any] = {"fontsize": 8.5, "color": INK}
-    figure.text(0.1 / width, 1 - TOP / height, "query: the token that reads", rotation=90, va="top", **names)
-    figure.text(left / width, 0.1 / height, "key: the token that is read", va="bottom", **names)
+# Patterns
 
 
 def head_grid(path: Path | str, pattern: ArrayLike, token_texts: Sequence[str], title: str) -> None:
-    """All heads side by side: a row for each layer, a column for each head.
+    """All heads: a row for each layer, a column for each head.
 
-    At most 8 layers, 8 heads and the last 64 tokens are shown; the line below the title says what is left
-    out.
+    At most 8 layers, 8 heads and the last 64 tokens are shown; the line below the title says what is left out.
 
     Args:
         path: ends in .png or .svg.
-        pattern: weights (L, H, T, T).
-        token_texts: T texts, escape_control_chars or not.
+        pattern: (L, H, T, T).
+        token_texts: T texts.
 
     Raises:
-        UserError: if the ending is another one, or the file cannot be written.
+        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    weights = np.asarray(pattern, dtype=np.float32)
-    L, H, T, _ = weights.shape
+    pattern = np.asarray(pattern)
+    L, H, T, _ = pattern.shape
     assert len(token_texts) == T, f"{len(token_texts)} texts for {T} tokens"
-    weights = weights[:MAX_LAYERS, :MAX_HEADS, -GRID_TOKENS:, -GRID_TOKENS:]
-    rows, columns, shown, _ = weights.shape
+    pattern = pattern[:MAX_LAYERS, :MAX_HEADS, -GRID_TOKENS:, -GRID_TOKENS:]
+    rows, columns, shown, _ = pattern.shape
     labels = [_label(text) for text in token_texts[-shown:]]
     margin = _margin(labels)
-    panel = float(np.clip(shown * LABELS[0][1], 1.5, min(3.0, 13 / max(rows, columns))))
-    width = max(margin + columns * (panel + GAP) + 0.65, LEAST_WIDTH)
-    height = margin + rows * (panel + GAP) + TOP - GAP
-    ticks = _ticks(shown, panel)
-    with matplotlib.rc_context(style()):
-        figure = Figure(figsize=(width, height))
-        for layer in range(rows):
-            for head in range(columns):
-                bottom = margin + (rows - 1 - layer) * (panel + GAP)
-                axes = _panel(figure, margin + head * (panel + GAP), bottom, panel)
-                image = _image(axes, weights[layer, head])
-                _name_tokens(axes, ticks, labels, head == 0, layer == rows - 1)
-                axes.set_title(head_name(layer, head), fontsize=9, pad=3)
-        _colour_bar(figure, image, margin + columns * (panel + GAP) - 0.08, height - TOP, min(panel, 2.0))
-        _axis_names(figure, margin)
-        missing = [*_part(rows, L, "layers", "first"), *_part(columns, H, "heads", "first")]
-        _titled(figure, title, [*missing, *_part(shown, T, "tokens", "last"), *_spacing(ticks)])
-        save(figure, Path(path))
-
-
-def _values(axes: Axes, weights: NDArray[np.float32]) -> None:
-    """Each weight that is not next to nothing as a number, dark on light and light on dark."""
-    for i, j in zip(*np.nonzero(np.tril(weights) >= WORTH_A_NUMBER), strict=True):
-        value = f"{weights[i, j]:.2f}".removeprefix("0")
-        colour = INK if weights[i, j] > 0.5 else "white"
-        axes.text(j, i, value, ha="center", va="center", fontsize=6.5, color=colour)
-
-
-def _highlight(axes: Axes, row: int, ticks: Sequence[int]) -> None:
-    """A frame around what one query reads, and its label in the same colour."""
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((-0.5, row - 0.5), row + 1, 1, fill=False, edgecolor=ACCENT, linewidth=1.6))
-    axes.get_yticklabels()[list(ticks).index(row)].set(color=ACCENT, weight="bold")
+    side = float(np.clip(shown * LABEL_SIZES[0][1], 1.5, min(3.0, 13 / max(rows, columns))))
+    pitch = side + GAP
+    ticks = _ticks(shown, side)
+    size = max(margin + columns * pitch + 0.65, MIN_WIDTH), margin + rows * pitch + TOP - GAP
+    with _figure(Path(path), size) as figure:
+        for layer, head in np.ndindex(rows, columns):
+            axes = _panel(figure, margin + head * pitch, margin + (rows - 1 - layer) * pitch, side)
+            image = _draw_pattern(axes, pattern[layer, head])
+            _label_tokens(axes, ticks, labels, rows=head == 0, columns=layer == rows - 1)
+            axes.set_title(head_name(layer, head), fontsize=9, pad=3)
+        _color_bar(figure, image, margin + columns * pitch - 0.08, size[1] - TOP, min(side, 2.0))
+        left_out = [*_part(rows, L, "layers", "first"), *_part(columns, H, "heads", "first")]
+        _pattern_text(figure, margin, title, [*left_out, *_part(shown, T, "tokens", "last"), *ticks.note])
 
 
 def one_head(
     path: Path | str, pattern: ArrayLike, token_texts: Sequence[str], title: str, query: int | None = None
 ) -> None:
-    """One head, large: up to 16 tokens with their weights as numbers; at most the last 96 tokens.
+    """One head, large: at most the last 96 tokens; up to 16 tokens with their values as numbers.
 
     Args:
         path: ends in .png or .svg.
-        pattern: weights (T, T).
-        token_texts: T texts, escape_control_chars or not.
+        pattern: (T, T).
+        token_texts: T texts.
         query: a row to frame, 0 to T - 1.
 
     Raises:
-        UserError: if the ending is another one, or the file cannot be written.
+        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    weights = np.asarray(pattern, dtype=np.float32)
-    T = len(weights)
-    assert weights.shape == (T, T) and len(token_texts) == T, f"{weights.shape}, {len(token_texts)} texts"
-    weights = weights[-HEAD_TOKENS:, -HEAD_TOKENS:]
-    shown = len(weights)
+    pattern = np.asarray(pattern)
+    T = len(pattern)
+    assert pattern.shape == (T, T) and len(token_texts) == T, f"{pattern.shape}, {len(token_texts)} texts"
+    pattern = pattern[-HEAD_TOKENS:, -HEAD_TOKENS:]
+    shown = len(pattern)
     labels = [_label(text) for text in token_texts[-shown:]]
     margin = _margin(labels)
-    panel = float(np.clip(shown * 0.34, 2.4, 6.0))
-    ticks = _ticks(shown, panel)
+    side = float(np.clip(shown * 0.34, 2.4, 6.0))
     row = -1 if query is None else query - (T - shown)
-    if row >= 0:  # the framed row is named, and its neighbours make room for it
-        others = [k for k in ticks.positions if abs(k - row) >= ticks.distance]
-        ticks = replace(ticks, positions=sorted([*others, row]))
-    with matplotlib.rc_context(style()):
-        figure = Figure(figsize=(max(margin + panel + GAP + 0.65, LEAST_WIDTH), margin + panel + TOP))
-        axes = _panel(figure, margin, margin, panel)
-        image = _image(axes, weights)
-        _name_tokens(axes, ticks, labels, rows=True, columns=True)
-        if shown <= VALUES_UP_TO:
-            _values(axes, weights)
+    ticks = _ticks(shown, side, keep=row)
+    with _figure(Path(path), (max(margin + side + GAP + 0.65, MIN_WIDTH), margin + side + TOP)) as figure:
+        axes = _panel(figure, margin, margin, side)
+        image = _draw_pattern(axes, pattern)
+        _label_tokens(axes, ticks, labels, rows=True, columns=True)
+        if shown <= ANNOTATED_TOKENS:
+            _annotate(axes, pattern)
         if row >= 0:
-            _highlight(axes, row, ticks.positions)
-        _colour_bar(figure, image, margin + panel + GAP - 0.08, margin + panel, min(panel, 2.0))
-        _axis_names(figure, margin)
-        _titled(figure, title, [*_part(shown, T, "tokens", "last"), *_spacing(ticks)])
-        save(figure, Path(path))
+            _frame_row(axes, row, ticks)
+        _color_bar(figure, image, margin + side + GAP - 0.08, margin + side, min(side, 2.0))
+        _pattern_text(figure, margin, title, [*_part(shown, T, "tokens", "last"), *ticks.note])
+
+
+@dataclass(frozen=True)
+class _Ticks:
+    positions: list[int]
+    every: int
+    points: float
+
+    @property
+    def note(self) -> list[str]:
+        return [] if self.every == 1 else [f"one token in {self.every} is labeled"]
+
+
+def _ticks(T: int, inches: float, keep: int = -1) -> _Ticks:
+    """As many token labels as fit on an axis: all, or every n-th. `keep` is labeled in any case, if it is not negative."""
+    points, room = next((size for size in LABEL_SIZES if T * size[1] <= inches), LABEL_SIZES[-1])
+    every = max(1, math.ceil(T * room / inches))
+    positions = list(range(0, T, every))
+    if keep >= 0:  # its neighbors make room
+        positions = sorted([*(k for k in positions if abs(k - keep) >= T * room / inches), keep])
+    return _Ticks(positions, every, points)
+
+
+def _draw_pattern(axes: Axes, pattern: NDArray[np.floating[Any]]) -> Any:
+    import matplotlib
+
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
+    causal = np.tril(np.ones(pattern.shape, dtype=bool))
+    masked = np.ma.masked_array(pattern, mask=~causal)
+    return axes.imshow(masked, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+
+
+def _label_tokens(axes: Axes, ticks: _Ticks, labels: Sequence[str], rows: bool, columns: bool) -> None:
+    texts = [labels[k] for k in ticks.positions]
+    font: dict[str, Any] = {"fontsize": ticks.points, "parse_math": False}  # a `$` in a token is a `$`
+    axes.tick_params(length=1.5, width=0.5, pad=1.5)
+    for wanted, set_ticks, rotation in ((rows, axes.set_yticks, 0), (columns, axes.set_xticks, 90)):
+        if wanted:
+            set_ticks(ticks.positions, texts, rotation=rotation, **font)
+        else:
+            set_ticks([])
+
+
+def _annotate(axes: Axes, pattern: NDArray[np.floating[Any]]) -> None:
+    """Each value of at least `MIN_ANNOTATED` as a number, dark on light and light on dark."""
+    for i, j in zip(*np.nonzero(np.tril(pattern) >= MIN_ANNOTATED), strict=True):
+        value = f"{pattern[i, j]:.2f}".removeprefix("0")
+        color = INK if pattern[i, j] > 0.5 else "white"
+        axes.text(j, i, value, ha="center", va="center", fontsize=6.5, color=color)
+
+
+def _frame_row(axes: Axes, row: int, ticks: _Ticks) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((-0.5, row - 0.5), row + 1, 1, fill=False, edgecolor=ACCENT, linewidth=1.6))
+    axes.get_yticklabels()[ticks.positions.index(row)].set(color=ACCENT, weight="bold")
+
+
+def _panel(figure: Figure, left: float, bottom: float, side: float) -> Axes:
+    """Square axes; position and side in inches."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes((left / width, bottom / height, side / width, side / height))
+
+
+def _color_bar(figure: Figure, image: Any, left: float, top: float, length: float) -> None:
+    """The color scale, below a point given in inches."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, (top - length) / height, 0.12 / width, length / height))
+    bar = figure.colorbar(image, cax=axes, ticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.tick_params(labelsize=7, length=2)
+    bar.set_label("attention weight", fontsize=8)
+
+
+def _part(shown: int, total: int, noun: str, which: str) -> list[str]:
+    return [] if shown == total else [f"the {which} {shown} of {total} {noun}"]
+
+
+def _pattern_text(figure: Figure, left: float, title: str, notes: Sequence[str]) -> None:
+    """Title, what rows and columns are, and what is left out. Columns begin `left` inches from the edge."""
+    width, height = figure.get_size_inches()
+    font: dict[str, Any] = {"fontsize": 8.5, "color": INK}
+    figure.text(0.1 / width, 1 - TOP / height, "query: the token that attends", rotation=90, va="top", **font)
+    figure.text(left / width, 0.1 / height, "key: the token attended to", va="bottom", **font)
+    _heading(figure, title, "row: query, column: key; gray: later tokens, masked\n" + "; ".join(notes))
+
+
+# Series
+
+
+def score_timeline(
+    path: Path | str, steps: Sequence[int], values: NDArray[np.float32], score: str, title: str
+) -> None:
+    """One score over the steps, a line for each head; the three heads that end highest are labeled, the others gray.
+
+    Args:
+        path: ends in .png or .svg.
+        steps: (S,), increasing.
+        values: (S, L, H); nan where missing.
+        score: its name.
+
+    Raises:
+        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    S, L, H = values.shape
+    assert len(steps) == S, f"{len(steps)} steps for {S} rows"
+    lines, limits = values.reshape(S, L * H), score_range(score, values)
+    last = np.where(np.isfinite(lines[-1]), lines[-1], -np.inf)
+    best = [int(k) for k in np.argsort(-last, kind="stable")[: len(SERIES_COLORS)] if np.isfinite(last[k])]
+    marker = "o" if S == 1 else None
+    with _figure(Path(path), SERIES_SIZE) as figure:
+        axes = figure.add_axes(AXES_BOX)
+        for k in set(range(L * H)) - set(best):
+            axes.plot(steps, lines[:, k], color=GRAY, linewidth=1.0, marker=marker, markersize=4)
+        for k, color in reversed(list(zip(best, SERIES_COLORS, strict=False))):
+            axes.plot(steps, lines[:, k], color=color, linewidth=1.8, marker=marker, markersize=5)
+        _style_axes(axes, steps, limits, score)
+        ends = [(float(lines[-1, k]), f"{head_name(*divmod(k, H))} {lines[-1, k]:.2f}") for k in best]
+        _label_ends(axes, ends, limits)
+        others = f"; gray: the other {L * H - len(best)} heads" if len(best) < L * H else ""
+        _heading(figure, title, score_title(score) + others)
+
+
+def phase_change(path: Path | str, loss: Series, induction: Series, previous_token: Series, title: str) -> None:
+    """The loss (left axis) with the scores of an induction head and a previous-token head (right axis, 0 to 1).
+
+    As a model learns to continue repeated sequences, its loss falls while its induction head forms; a previous-token
+    head forms before or with it (Olsson et al. 2022, "Argument 1").
+
+    Args:
+        path: ends in .png or .svg.
+        loss: in nats/token; its steps may differ from those of the scores.
+
+    Raises:
+        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
+    """
+    steps = [*loss.steps, *induction.steps, *previous_token.steps]
+    losses = np.asarray(loss.values, dtype=np.float64)
+    highest = float(np.nanmax(losses)) if np.isfinite(losses).any() else 1.0
+    with _figure(Path(path), SERIES_SIZE) as figure:
+        axes = figure.add_axes(AXES_BOX)
+        _style_axes(axes, steps, (0.0, highest), f"{loss.name} (nats/token)")
+        lines = axes.plot(loss.steps, losses, color=MUTED, linewidth=1.6, linestyle="--")
+        right = axes.twinx()
+        for series, color in ((induction, SERIES_COLORS[0]), (previous_token, SERIES_COLORS[1])):
+            lines += right.plot(series.steps, series.values, color=color, linewidth=1.8)
+        _style_axes(right, steps, (0.0, 1.0), "score")
+        for side, visible in (("top", False), ("left", False), ("right", True)):
+            right.spines[side].set_visible(visible)
+        names = [drawable(series.name, " ") for series in (loss, induction, previous_token)]
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.01, 0.935), "ncols": 3}
+        legend = figure.legend(lines, names, frameon=False, fontsize=8.5, handlelength=2, **place)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        _heading(figure, title, "")
 
 
 def score_range(name: str, values: ArrayLike) -> tuple[float, float]:
-    """The least and the largest value of a head score, to draw it by; of one without a bound, the largest there is."""
+    """The lowest and highest value to draw a score between; without a known bound, up to the largest value."""
     largest = float(np.nanmax(np.asarray(values, dtype=np.float64), initial=0.0)) or 1.0
     try:
         info = score_info(name)
@@ -317,158 +398,116 @@ def score_range(name: str, values: ArrayLike) -> tuple[float, float]:
     return info.low, largest if info.high is None else info.high
 
 
-COLOURS = ("#00467f", "#c8102e", "#8a6d00")
-"""Of the named heads, best first: dark blue, red and ochre differ in lightness too."""
-GREY, QUIET = "#c9c9c9", "#666666"
-SIZE = (7.2, 4.0)
-"""Inches."""
-LEFT, RIGHT, BOTTOM, UPPER = 0.085, 0.87, 0.13, 0.85
-"""Edges of the axes as shares of the figure."""
-APART = 0.055
-"""Least distance of two names at the lines' ends, as a share of the axis."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """Numbers over steps, and what they are called."""
-
-    name: str
-    steps: Sequence[int]
-    values: Sequence[float] | NDArray[np.floating[Any]]
-
-
-def timeline(
-    path: Path | str, steps: Sequence[int], scores: Mapping[str, NDArray[np.float32]], score: str, title: str
-) -> None:
-    """One score over the steps, a line for each head; the three that end highest are named, the others grey.
-
-    Args:
-        path: ends in .png or .svg.
-        steps: (S,) of training, rising.
-        scores: (S, L, H) by name; nan where one is missing.
-        score: the name of the one to draw.
-
-    Raises:
-        UserError: if the ending is another one, or the file cannot be written.
-    """
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    table = np.asarray(scores[score], dtype=np.float64)
-    S, L, H = table.shape
-    assert len(steps) == S, f"{len(steps)} steps for {S} rows"
-    lines, limits = table.reshape(S, L * H), score_range(score, table)
-    last = np.where(np.isfinite(lines[-1]), lines[-1], -np.inf)
-    best = [int(k) for k in np.argsort(-last, kind="stable")[: len(COLOURS)] if np.isfinite(last[k])]
-    with matplotlib.style.context(["default", style()]):  # whatever the reader has set
-        figure = Figure(figsize=SIZE)
-        axes = figure.add_axes((LEFT, BOTTOM, RIGHT - LEFT, UPPER - BOTTOM))
-        marks = "o" if S == 1 else None
-        for k in range(L * H):
-            if k not in best:
-                axes.plot(steps, lines[:, k], color=GREY, linewidth=1.0, marker=marks, markersize=4)
-        for k, colour in reversed(list(zip(best, COLOURS, strict=False))):
-            axes.plot(steps, lines[:, k], color=colour, linewidth=1.8, marker=marks, markersize=5)
-        _frame(axes, steps, limits, score.replace("_", " "))
-        names = [(float(lines[-1, k]), f"{head_name(*divmod(k, H))} {lines[-1, k]:.2f}") for k in best]
-        _name_ends(axes, names, COLOURS, limits)
-        grey = f"; grey: the other {L * H - len(best)} heads" if len(best) < L * H else ""
-        heading(figure, title, drawable(_meaning(score), " ") + grey)
-        save(figure, Path(path))
-
-
-def _meaning(score: str) -> str:
-    """What a score says, in words."""
+def score_title(name: str) -> str:
+    """What a score measures, in words; the name of an unknown score."""
     try:
-        return score_info(score).title
+        return score_info(name).title
     except KeyError:
-        return score
+        return name
 
 
-def phase_change(path: Path | str, loss: Line, induction: Line, previous: Line, title: str) -> None:
-    """The loss (left axis) with the weight of an induction head and of a previous-token head (right axis, 0 to 1).
-
-    Where a model learns to continue what repeats itself, its loss falls as its induction head forms, and a
-    previous-token head has formed before or with it (Olsson et al. 2022, "Argument 1").
-
-    Args:
-        path: ends in .png or .svg.
-        loss: nats/token; its steps may be others than the scores'.
-        induction: the weight of one head over the steps.
-        previous: the weight of one head over the steps.
-
-    Raises:
-        UserError: if the ending is another one, or the file cannot be written.
-    """
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    steps = [*loss.steps, *induction.steps, *previous.steps]
-    values = np.asarray(loss.values, dtype=np.float64)
-    highest = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
-    with matplotlib.style.context(["default", style()]):  # whatever the reader has set
-        figure = Figure(figsize=SIZE)
-        axes = figure.add_axes((LEFT, BOTTOM, RIGHT - LEFT, UPPER - BOTTOM))
-        _frame(axes, steps, (0.0, highest), f"{loss.name} (nats/token)")
-        axes.plot(loss.steps, values, color=QUIET, linewidth=1.6, linestyle="--")
-        weights = axes.twinx()
-        for line, colour in ((previous, COLOURS[1]), (induction, COLOURS[0])):
-            weights.plot(line.steps, line.values, color=colour, linewidth=1.8)
-        _frame(weights, steps, (0.0, 1.0), "weight")
-        for side in ("top", "left"):
-            weights.spines[side].set_visible(False)
-        weights.spines["right"].set_visible(True)
-        _key(figure, [(loss.name, QUIET, "--"), (induction.name, COLOURS[0], "-"), (previous.name, COLOURS[1], "-")])
-        heading(figure, title, "")
-        save(figure, Path(path))
-
-
-def _frame(axes: Axes, steps: Sequence[int], limits: tuple[float, float], name: str) -> None:
-    """Axes from the first to the last step and a little more, with a line at zero and no box."""
+def _style_axes(axes: Axes, steps: Sequence[int], limits: tuple[float, float], name: str) -> None:
     low, high = limits
     room = 0.03 * (high - low)
-    first, last = min(steps), max(steps)
-    axes.set_xlim(first, last if last > first else first + 1)
+    axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
     axes.set_ylim(low - room, high + room)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(drawable(name, " "), fontsize=9, parse_math=False)
     axes.tick_params(labelsize=8, length=2.5, width=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+    axes.axhline(0, color=GRAY, linewidth=0.6, zorder=0)
 
 
-def _name_ends(
-    axes: Axes, names: Sequence[tuple[float, str]], colours: Sequence[str], limits: tuple[float, float]
-) -> None:
-    """Names beside the ends of their lines, moved apart where they would lie on each other."""
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str]], limits: tuple[float, float]) -> None:
+    """Labels next to the ends of the lines, moved apart where they would overlap."""
     low, high = limits
-    taken: list[float] = []
-    for value, _ in names:  # highest first: each goes below the one before it
-        share = float(np.clip((value - low) / (high - low), 0, 1)) if high > low else 0.0
-        taken.append(min([share, *(place - APART for place in taken[-1:])]))
-    lift = max(0.0, -min(taken, default=0.0))
-    for place, (_, name), colour in zip(taken, names, colours, strict=False):
-        axes.text(
-            1.015, (place + lift) * 0.94 + 0.03, name, transform=axes.transAxes, color=colour, fontsize=9, va="center"
-        )
+    heights: list[float] = []
+    for value, _ in ends:  # highest first: each goes below the previous one
+        height = float(np.clip((value - low) / (high - low), 0, 1)) if high > low else 0.0
+        heights.append(min(height, heights[-1] - 0.055) if heights else height)
+    lift = max(0.0, -min(heights, default=0.0))
+    for height, (_, name), color in zip(heights, ends, SERIES_COLORS, strict=False):
+        y = (height + lift) * 0.94 + 0.03
+        axes.text(1.015, y, name, transform=axes.transAxes, color=color, fontsize=9, va="center")
 
 
-def _key(figure: Any, entries: Sequence[tuple[str, str, Literal["-", "--"]]]) -> None:
-    """What each line is, in a row under the title."""
-    from matplotlib.lines import Line2D
+# Every figure
 
-    handles = [Line2D([], [], color=colour, linestyle=style, linewidth=1.8) for _, colour, style in entries]
-    names = [drawable(name, " ") for name, _, _ in entries]
-    key = figure.legend(
-        handles,
-        names,
-        loc="upper left",
-        bbox_to_anchor=(0.01, 0.935),
-        ncols=3,
-        frameon=False,
-        fontsize=8.5,
-        handlelength=2,
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of so many inches, in our own style whatever the user's matplotlibrc says; written after the body.
+
+    Raises:
+        UserError: for a suffix other than .png and .svg (exit code 2), or if the file cannot be written (6).
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".svg"):
+        raise UserError(f"cannot draw {path}: the name must end in .png or .svg", CONFIG)
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", _style()]):
+        figure = Figure(figsize=size)
+        FigureCanvasAgg(figure)
+        yield figure
+        data = io.BytesIO()
+        # Without a date and the library's version, equal figures have equal bytes.
+        metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
+        figure.savefig(data, format=suffix[1:], dpi=DPI, metadata=metadata)
+    write_atomic(path, [data.getvalue()])
+
+
+def _style() -> dict[Any, Any]:
+    return {
+        "font.family": ["DejaVu Sans"],
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.edgecolor": "#888888",
+        "axes.linewidth": 0.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "attention",
+    }
+
+
+def _heading(figure: Figure, title: str, note: str) -> None:
+    """The title, cut to the figure's width, with a smaller note below."""
+    width, height = figure.get_size_inches()
+    font: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
+    title, room = drawable(title, " "), int(9.5 * width)
+    title = title if len(title) <= room else title[: room - 1] + "…"
+    figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=12, weight="bold", **font)
+    lines = "\n".join(drawable(line, " ") for line in note.split("\n"))
+    figure.text(0.15 / width, 1 - 0.38 / height, lines, fontsize=8.5, color="#555555", **font)
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """The characters of DejaVu Sans, which comes with matplotlib."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return frozenset(FT2Font(str(font)).get_charmap())
+
+
+def drawable(text: str, space: str = "·") -> str:
+    """`text` with a visible mark for each space; characters that the font lacks or that are invisible are escaped."""
+    return "".join(
+        c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text.replace(" ", space)
     )
-    for text in key.get_texts():
-        text.set_parse_math(False)
+
+
+def _label(text: str) -> str:
+    label = drawable(text)
+    return label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…"
+
+
+def _margin(labels: Sequence[str]) -> float:
+    """Inches for the longest label and the name of the axis."""
+    return 0.42 + 0.065 * max(4, *map(len, labels))

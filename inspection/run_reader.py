@@ -1,42 +1,43 @@
-"""What a run folder holds of attention: dumps by step, what was watched, what was found by taking heads away.
+"""Reads what a run folder holds about attention. The commands of `attend.py`, the page and the plots all use it.
 
-Between the files of a run and whatever shows them: the commands of `attend.py`, the page, the figures. Needs numpy
-alone, apart from `watched`.
+    metrics.jsonl                  head scores at each evaluation
+    attention/000400.safetensors   an attention file (`attention_file.py`) of some evaluations
+    attention/eval_texts.json      the texts that all of them show (`eval_texts.py`)
+    attention/ablations.json       effects of ablating each head (`ablation_results.py`)
+    attention/findings.json        what the scores and effects show of each head (`findings.py`)
 
-    attention/000400.safetensors   a dump for each evaluation (`dump.py`)
-    attention/eval_texts.json         what all of them look at (`watch.py`)
-    attention/ablations.json        effects of taking each head away (`evidence.py`)
-    attention/findings.json          what may be said of the heads (`claims.py`)
+Needs NumPy only, apart from `RunFiles.eval_texts`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CHECKPOINT, CONFIG, UserError
+from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import read_metrics
 from inspection.ablation_results import AblationResults
-from inspection.attention_file import AttentionFile, read_attention_file
+from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
 
 if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
 
-DUMPS = "attention"
-LARGEST_JSON = 1 << 28
+FOLDER = "attention"
+MAX_JSON_BYTES = 1 << 28
 NEWEST = -1
-"""The step that stands for the last one there is."""
+"""Stands for the newest step."""
 
 
 class AttentionFiles(Mapping[int, AttentionFile]):
-    """Attention files by step, in their order. Each is read when it is asked for, and not kept: together they can be large."""
+    """Attention files by step, in order. Each access reads the file; none is kept in memory."""
 
     def __init__(self, paths: Mapping[int, Path]) -> None:
         self.paths = dict(sorted(paths.items()))
@@ -56,183 +57,255 @@ class AttentionFiles(Mapping[int, AttentionFile]):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The attention files of one run."""
+    """The files of one run."""
 
     folder: Path
-    """Of the run; the file itself where a single one was opened."""
+    """The run folder; the file itself where a single attention file was opened."""
     attention_files: AttentionFiles
-    asked: int = NEWEST
-    """The step that the opened path names: that of a checkpoint or of a single file."""
+    opened_step: int = NEWEST
+    """The step that the opened path names, if it is a checkpoint or an attention file."""
 
     @staticmethod
     def open(path: Path | str) -> RunFiles:
-        """The run that `path` names: its folder, its attention folder, one of its checkpoints or of its dumps.
+        """Open a run folder, or the run of a checkpoint, an attention folder or an attention file.
 
         Raises:
-            UserError: if that is no run, or one without attention files (exit code 4).
+            UserError: if it is not a run, or has no attention files (exit code 4).
         """
         path = Path(path)
-        of_step = path.suffix == ".safetensors" and _is_step(path.stem) and path.parent.name == DUMPS
-        if path.is_file() and not of_step:
+        in_run = path.suffix == ".safetensors" and _is_step(path.stem) and path.parent.name == FOLDER
+        if path.is_file() and not in_run:
             step = read_attention_file(path).metadata.get("step", "")
             number = int(step) if _is_step(step) else 0
             return RunFiles(path, AttentionFiles({number: path}), number)
-        folder = path.parent.parent if of_step else run_of(path)
-        dumps = find_attention_files(folder / DUMPS)
-        if not dumps:
-            raise UserError(_nothing_in(folder), CHECKPOINT)
-        run = RunFiles(folder, AttentionFiles(dumps))
-        if of_step:
-            return replace(run, asked=run.step(int(path.stem)))
-        asked = int(path.name) if folder != path and _is_step(path.name) else NEWEST
-        return replace(run, asked=asked if asked in dumps else NEWEST)
+        folder = path.parent.parent if in_run else find_run_folder(path)
+        paths = find_attention_files(folder / FOLDER)
+        if not paths:
+            raise UserError(_no_attention_files(folder), CHECKPOINT)
+        run = RunFiles(folder, AttentionFiles(paths))
+        if in_run:
+            return replace(run, opened_step=run.step(int(path.stem)))
+        step = int(path.name) if folder != path and _is_step(path.name) else NEWEST
+        return replace(run, opened_step=step if step in paths else NEWEST)
+
+    @property
+    def base_folder(self) -> Path:
+        """Where files about the run are written."""
+        return self.folder if self.folder.is_dir() else self.folder.parent
 
     @property
     def steps(self) -> list[int]:
-        """The steps with a dump, first to last."""
+        """The steps that have an attention file, in order."""
         return list(self.attention_files)
 
-    def step(self, wanted: int = NEWEST) -> int:
-        """`wanted`, or the newest step.
+    def step(self, step: int = NEWEST) -> int:
+        """`step`, or the one that was opened, or the newest.
 
         Raises:
-            UserError: if there is no dump of that step, naming the nearest ones (exit code 2).
+            UserError: if there is no attention file of that step; names the nearest ones (exit code 2).
         """
-        if wanted == NEWEST:
-            return self.steps[-1] if self.asked == NEWEST else self.asked
-        if wanted in self.attention_files:
-            return wanted
-        near = sorted(sorted(self.steps, key=lambda step: abs(step - wanted))[:3])
-        message = f"{self.folder} has no attention file of step {wanted}; the nearest are {', '.join(map(str, near))}"
-        raise UserError(message, CONFIG)
+        if step == NEWEST:
+            return self.steps[-1] if self.opened_step == NEWEST else self.opened_step
+        if step in self.attention_files:
+            return step
+        nearest = sorted(sorted(self.steps, key=lambda other: abs(other - step))[:3])
+        steps = ", ".join(map(str, nearest))
+        raise UserError(f"{self.folder} has no attention file of step {step}; the nearest are {steps}", CONFIG)
 
-    def scores(self) -> dict[str, NDArray[np.float32]]:
-        """Every score of every head over the steps, (S, L, H) by name; nan at steps where a score is missing.
+    @cached_property
+    def head_scores(self) -> HeadScoreSeries:
+        """The score of every head at each evaluation: from metrics.jsonl, or from the attention files without it.
 
         Raises:
-            UserError: if a dump is damaged, or has other heads than the one before it (exit code 4).
+            UserError: if the scores are of models of different shape, or a file is damaged (exit code 4).
         """
-        found = [self.attention_files[step].scores for step in self.steps]
-        shapes = {table.shape for tables in found for table in tables.values()}
-        if len(shapes) > 1:
-            raise UserError(f"the attention files in {self.folder} are of models with different heads", CHECKPOINT)
-        names = dict.fromkeys(name for tables in reversed(found) for name in tables)
-        empty = np.full(next(iter(shapes), (0, 0)), np.nan, dtype=np.float32)
-        return {name: np.stack([tables.get(name, empty) for tables in found]) for name in names}
+        tables: dict[int, Mapping[str, Any]] = {}
+        for line in self.metrics():
+            if isinstance(scores := line.get("head_scores"), dict):
+                tables[line["step"]] = scores
+        tables = tables or {step: self.attention_files[step].scores for step in self.steps}
+        try:
+            arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / 'metrics.jsonl'} has malformed head scores", CHECKPOINT) from error
+        shapes = {array.shape for scores in arrays.values() for array in scores.values()}
+        if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+            raise UserError(f"the head scores of {self.folder} are of models of different shape", CHECKPOINT)
+        missing = np.full(next(iter(shapes), (0, 0)), np.nan, dtype=np.float32)
+        names = dict.fromkeys(name for scores in reversed(arrays.values()) for name in scores)
+        series = {name: np.stack([scores.get(name, missing) for scores in arrays.values()]) for name in names}
+        return HeadScoreSeries(list(arrays), series)
 
     @property
     def ablation(self) -> AblationResults | None:
-        """What taking heads away has shown; None where it was not measured.
+        """The effects of ablating heads; None where they were not measured.
 
         Raises:
             UserError: if the file is damaged (exit code 4).
         """
-        path = self.folder / DUMPS / "ablations.json"
+        path = self.folder / FOLDER / "ablations.json"
         return AblationResults.load(path) if path.is_file() else None
 
     @property
+    def ablation_json(self) -> dict[str, Any] | None:
+        """`ablation` as JSON types, for the page."""
+        results = self.ablation
+        return results.as_json() if results else None
+
+    @property
     def findings(self) -> dict[str, Any] | None:
-        """What may be said of the heads: `sentence` and `claims`, as `findings.json` holds them; None without the file.
+        """The contents of findings.json: `headline` and `findings`; None without the file.
 
         Raises:
             UserError: if the file is damaged (exit code 4).
         """
-        path = self.folder / DUMPS / "findings.json"
+        path = self.folder / FOLDER / "findings.json"
         if not path.is_file():
             return None
-        table = read_table(path)
-        if not isinstance(table.get("headline"), str) or not isinstance(table.get("findings"), list):
-            raise UserError(f"{path} holds no claims that can be read; delete it to go on without", CHECKPOINT)
-        return table
+        findings = read_json_object(path)
+        if not isinstance(findings.get("headline"), str) or not isinstance(findings.get("findings"), list):
+            raise UserError(f"{path} has no headline and findings; delete it to continue without it", CHECKPOINT)
+        return findings
 
     def eval_texts(self, vocab_size: int, context: int) -> EvalTexts | None:
-        """What the run looked at throughout; None where that was not kept. Loads torch.
+        """The texts on which heads are scored and ablated; None where they were not kept. Loads torch.
 
         Raises:
             UserError: if the file is damaged (exit code 4).
         """
         from inspection.eval_texts import EvalTexts
 
-        path = self.folder / DUMPS / "eval_texts.json"
+        path = self.folder / FOLDER / "eval_texts.json"
         return EvalTexts.load(path, vocab_size, context) if path.is_file() else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the run's `metrics.jsonl`; none if there is no such file."""
+        """The lines of metrics.jsonl."""
         return read_metrics(self.folder / "metrics.jsonl")
 
 
+@dataclass(frozen=True)
+class HeadScoreSeries:
+    """Head scores over the training steps."""
+
+    steps: list[int]
+    scores: dict[str, NDArray[np.float32]]
+    """(S, L, H) by name; nan at a step without the score."""
+
+
 def find_attention_files(folder: Path) -> dict[int, Path]:
-    """The dumps of a run's steps; texts that `attend.py` was given have other names and are left out."""
-    found = folder.glob("*.safetensors") if folder.is_dir() else ()
-    return {int(path.stem): path for path in found if _is_step(path.stem)}
+    """The attention files of a run's steps. Files of prompts, which `attend.py` writes, have other names."""
+    paths = folder.glob("*.safetensors") if folder.is_dir() else ()
+    return {int(path.stem): path for path in paths if _is_step(path.stem)}
 
 
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and len(name) < 19
 
 
-def run_of(path: Path) -> Path:
-    """The run folder that `path` is, or that it belongs to: as its attention folder, or one of its checkpoints.
+def find_run_folder(path: Path) -> Path:
+    """The run folder that `path` is, or that contains it as a checkpoint or attention folder.
 
     Raises:
-        UserError: if it is no folder (exit code 4).
+        UserError: if it is not a folder (exit code 4).
     """
     if not path.is_dir():
         near = difflib.get_close_matches(path.name, [run.name for run in _runs_in(path.parent)], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give a run folder such as runs/quickstart"
-        raise UserError(f"{path} is no folder; {hint}", CHECKPOINT)
-    whole = path.resolve()
-    if not find_attention_files(path / DUMPS) and find_attention_files(whole.parent / DUMPS):
-        return _short(whole.parent)  # a folder inside a run, such as its attention folder
+        raise UserError(f"{path} is not a folder; {hint}", CHECKPOINT)
+    resolved = path.resolve()
+    if not find_attention_files(path / FOLDER) and find_attention_files(resolved.parent / FOLDER):
+        return _relative(resolved.parent)
     if (path / "manifest.json").is_file() or (path / "state.json").is_file():
-        return _short(whole.parents[1])
+        return _relative(resolved.parents[1])
     return path
 
 
-def _short(path: Path) -> Path:
-    """Relative to where the user stands, if it lies below."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+def _relative(path: Path) -> Path:
+    """Relative to the current directory if it is below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folders in `folder` that hold attention files."""
     try:
-        return sorted(path for path in folder.iterdir() if find_attention_files(path / DUMPS))
+        return sorted(path for path in folder.iterdir() if find_attention_files(path / FOLDER))
     except OSError:
         return []
 
 
-def _nothing_in(folder: Path) -> str:
-    """What is said of a folder without dumps: whether it is a run, and which runs are near."""
+def _no_attention_files(folder: Path) -> str:
+    """The message for a folder without attention files; names the runs inside it or next to it."""
     inside = _runs_in(folder)
     if inside:
-        names = ", ".join(str(run) for run in inside[:5])
-        return f"{folder} is no run but holds {len(inside)}: give one of them, such as {names}"
+        return f"{folder} is not a run but contains {len(inside)}; give one of them, such as {inside[0]}"
     if (folder / "config.toml").is_file():
         return (
-            f"{folder} holds no attention files; a run writes one at each evaluation: train with "
-            "python train.py, or look at one text with: python attend.py RUN --prompt TEXT"
+            f"{folder} has no attention files (it was trained with --log.attention off); look at a prompt with: "
+            f"python attend.py {folder} --prompt TEXT"
         )
     near = _runs_in(folder.resolve().parent)
-    hint = f"; near it lies the run {_short(near[0])}" if near else ""
-    return f"{folder} holds no attention files; train with python train.py, which makes a run folder{hint}"
+    hint = f"; did you mean {_relative(near[0])}?" if near else "; python train.py makes a run folder"
+    return f"{folder} is not a run folder{hint}"
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a table.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
 
     Raises:
-        UserError: if it cannot be read or is none (exit code 4).
+        UserError: if it cannot be read or is not one (exit code 4).
     """
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError("it is far too large")
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table, dict):
-            raise ValueError("it is no table")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it to go on without", CHECKPOINT) from error
-    return table
+        raise UserError(f"{path} is damaged ({error}); delete it to continue without it", CHECKPOINT) from error
+    return value
+
+
+# Choosing by name
+
+
+def match_name(name: str, names: Iterable[str], what: str, where: str) -> str:
+    """`name` if it is among `names`.
+
+    Raises:
+        UserError: if not; names the nearest and all of them (exit code 2).
+    """
+    known = list(names)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    options = f"it has {', '.join(map(escape_control_chars, known))}" if known else f"it has no {what}"
+    raise UserError(f"{where} has no {what} {escape_control_chars(name)!r}; {hint}{options}", CONFIG)
+
+
+def find_text(file: AttentionFile, name: str, where: str) -> AttentionRecord:
+    """The text of that name; without a name the model's sample, else the first text.
+
+    Raises:
+        UserError: if there is none (exit code 2, or 4 for a file without texts).
+    """
+    if not file.texts:
+        raise UserError(f"{where} has no texts", CHECKPOINT)
+    texts = {text.name: text for text in reversed(file.texts)}
+    if not name:
+        return texts.get("sample", file.texts[0])
+    return texts[match_name(name, (text.name for text in file.texts), "text", where)]
+
+
+def best_head(score: str, values: NDArray[np.float32]) -> tuple[int, int] | None:
+    """(layer, head) with the highest score, for `entropy` the lowest; None if all are nan.
+
+    Args:
+        values: (L, H).
+    """
+    if not np.isfinite(values).any():
+        return None
+    index = np.nanargmin(values) if score == "entropy" else np.nanargmax(values)
+    layer, head = divmod(int(index), values.shape[1])
+    return layer, head

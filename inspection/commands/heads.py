@@ -1,4 +1,4 @@
-"""`attend.py heads RUN`: every head, every score, and beside each score what is lost without the head."""
+"""`attend.py heads RUN`: every score of every head, next to the effect of ablating the head."""
 
 from __future__ import annotations
 
@@ -8,84 +8,75 @@ from typing import Any
 
 from common.errors import escape_control_chars
 from inspection.commands.shared import (
-    Told,
-    about_evidence,
-    as_name,
-    effects_of,
-    flat,
-    heads_of,
-    marks,
-    record,
+    OutputOptions,
+    ablation_notes,
+    flatten_intervals,
+    note_lines,
     require_scores,
-    short,
-    title_of,
+    score_rows,
 )
-from inspection.run_reader import NEWEST, RunFiles
+from inspection.plots import score_title
+from inspection.run_reader import NEWEST, RunFiles, match_name
 from inspection.terminal import DISCLAIMER, Column, Result, Terminal, interval, number, table
 
 
 @dataclass(frozen=True)
-class Heads(Told):
-    """The scores of all heads at one step."""
+class Heads(OutputOptions):
+    """The scores of all heads at one step, and the effects of ablating them."""
 
     step: int = NEWEST
-    """A step of training with an attention file; -1 is the newest."""
+    """A training step with an attention file; -1 is the newest."""
     score: str = ""
-    """One score, its heads sorted, with all that was measured; by default every score."""
+    """One score: heads sorted, all effects; by default all scores."""
 
 
-def run(config: Heads, terminal: Terminal) -> Result:
+def run(options: Heads, terminal: Terminal) -> Result:
     """All scores, or one in full."""
-    attention = RunFiles.open(config.run)
-    step = attention.step(config.step)
-    dump, evidence = attention.attention_files[step], attention.ablation
-    require_scores(dump.scores, attention)
-    names = list(dump.scores)
-    if config.score:
-        names = [as_name(config.score, names, "score", f"step {step} of {attention.folder}")]
-    records = [
-        record(name, head, float(values[head]), effects_of(evidence, name, values.shape))
-        for name in names
-        for values in [dump.scores[name]]
-        for head in heads_of(values)
-    ]
-    if config.score:
-        records.sort(key=lambda one: -one["value"] if math.isfinite(one["value"]) else math.inf)
-        body = _one(records, terminal)
-        title = f"{config.score}: {title_of(config.score)}"
+    files = RunFiles.open(options.run)
+    step = files.step(options.step)
+    file, results = files.attention_files[step], files.ablation
+    require_scores(file.scores, files)
+    names = list(file.scores)
+    if options.score:
+        names = [match_name(options.score, names, "score", f"step {step} of {files.folder}")]
+    rows = score_rows(file, results, names)
+    if options.score:
+        rows.sort(key=lambda row: -row["value"] if math.isfinite(row["value"]) else math.inf)
+        title, body = f"{options.score}: {score_title(options.score)}", _one_score(rows, terminal)
     else:
-        body = _all(records, names, terminal)
-        title = "every score of every head; beside it the nats lost when the head's output is set to zero"
-    lines = [f"{escape_control_chars(attention.folder)}, step {step}", title, "", *body, ""]
-    lines += [*marks(records), *about_evidence(attention, step, dump, evidence), DISCLAIMER]
-    data: dict[str, Any] = {"run": str(attention.folder), "step": step, "heads": records, "disclaimer": DISCLAIMER}
-    return Result(lines, data, [flat(one) for one in records])
+        title, body = "every score of every head, each followed by the effect of zero ablation", _all_scores(rows, terminal)
+    lines = [f"{escape_control_chars(files.folder)}, step {step}", title, "", *body, ""]
+    lines += [*note_lines(rows), *ablation_notes(files, step, file, results), DISCLAIMER]
+    data: dict[str, Any] = {"run": str(files.folder), "step": step, "heads": rows, "disclaimer": DISCLAIMER}
+    return Result(lines, data, [flatten_intervals(row) for row in rows])
 
 
-def _all(records: list[dict[str, Any]], names: list[str], terminal: Terminal) -> list[str]:
-    """A row for each head; each score followed by its effect, a `!` at what is high and has none."""
-    columns = [Column("head", side="left")]
-    for name in names:
-        columns += [Column(short(name)), Column("zeroed")]
-    rows: dict[str, list[Any]] = {}
-    for one in records:
-        row = rows.setdefault(one["head"], [one["head"]])
-        effect = number(one["zero"][0], 2 if one["unit"] == "nats" else 3, signed=True) if one["zero"] else "-"
-        row += [one["value"], effect + ("!" if one["mark"] else " ")]
-    return table(columns, list(rows.values()), terminal.width)
+def _digits(row: dict[str, Any]) -> int:
+    return 3 if row["unit"] == "nats/token" else 2
 
 
-def _one(records: list[dict[str, Any]], terminal: Terminal) -> list[str]:
-    """A row for each head, the highest score first, with both ways of taking it away and both controls."""
-    titles = ("zero", "mean", "zero, another head", "mean, another head", "")
-    ways = ("zero", "mean", "control_zero", "control_mean")
-    columns = [Column("head", side="left"), Column("value"), *(Column(title, side="left") for title in titles)]
-    rows = []
-    for one in records:
-        digits = 2 if one["unit"] == "nats" else 3
-        rows.append((one["head"], one["value"], *(interval(one[way], digits) for way in ways), one["mark"]))
-    measured = records[0]["measure"]
-    lines = table(columns, rows, terminal.width, fixed=2)
-    if measured:
-        lines += ["", f"effects: {measured}, in {records[0]['unit']}, with 95 % intervals; positive is what is lost"]
+def _all_scores(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
+    """A row for each head; each score is followed by its effect, with a `!` if it has a note."""
+    columns = [Column("head", align="left")]
+    for name in dict.fromkeys(row["score"] for row in rows):
+        columns += [Column(escape_control_chars(name)), Column("ablated")]
+    cells: dict[str, list[Any]] = {}
+    for row in rows:
+        effect = number(row["zero_ablation"][0], _digits(row), signed=True) if row["zero_ablation"] else "-"
+        cells.setdefault(row["head"], [row["head"]]).extend([row["value"], effect + ("!" if row["note"] else " ")])
+    return table(columns, list(cells.values()), terminal.width)
+
+
+def _one_score(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
+    """A row for each head, highest score first, with both ablations and both controls."""
+    titles = ("zero ablation", "mean ablation", "control, zero", "control, mean", "label")
+    keys = ("zero_ablation", "mean_ablation", "control_zero", "control_mean")
+    columns = [Column("head", align="left"), Column("value"), *(Column(title, align="left") for title in titles)]
+    cells = [
+        (row["head"], row["value"], *(interval(row[key], _digits(row)) for key in keys), row["label"] or "-")
+        for row in rows
+    ]
+    lines = table(columns, cells, terminal.width, fixed=2)
+    if rows and rows[0]["measure"]:
+        lines += ["", f"effects on {rows[0]['measure']} in {rows[0]['unit']}, with 95% intervals; positive is worse"]
     return lines

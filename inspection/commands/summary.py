@@ -1,4 +1,4 @@
-"""`attend.py summary RUN`: the sentence, what is there, and the best head for each score with what it does."""
+"""`attend.py summary RUN`: the headline, what the run holds, and the best head for each score with its ablation effects."""
 
 from __future__ import annotations
 
@@ -7,79 +7,71 @@ from typing import Any
 
 from common.errors import escape_control_chars
 from inspection.attention_file import AttentionFile
-from inspection.commands.shared import OfRun, about_evidence, best_head, effects_of, heads_in, marks, record, short
-from inspection.run_reader import RunFiles
-from inspection.terminal import DISCLAIMER, Column, Result, Terminal, interval, number, paragraph, table
+from inspection.commands.shared import RunOptions, ablation_notes, model_shape, note_lines, score_rows
+from inspection.run_reader import RunFiles, best_head
+from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, interval, number, paragraph, table
+
+EXPLANATION = """\
+Effects in nats with 95% intervals; positive: the model gets worse. Zero and mean ablation replace the head's output by 0
+or by its mean; the control is zero ablation of a random other head of the layer. Scores on repeats are followed by the
+loss on repeats, antecedent scores by the logit difference of right and wrong answer, all others by the loss on held-out
+texts."""
 
 
 @dataclass(frozen=True)
-class Summary(OfRun):
-    """What the heads of a run read, and whether it matters."""
+class Summary(RunOptions):
+    """What the heads of a run attend to, and whether ablating them matters."""
 
     json: bool = False
-    """Print the plain numbers as JSON instead."""
+    """Print JSON instead of text."""
 
 
-def run(config: Summary, terminal: Terminal) -> Result:
-    """The summary of a run's newest step."""
-    attention = RunFiles.open(config.run)
-    step = attention.step()
-    dump, evidence, claims = attention.attention_files[step], attention.ablation, attention.findings
-    shape = heads_in(dump) or (0, 0)
-    best = []
-    for name, values in dump.scores.items():
-        head = best_head(name, values)
-        if head is not None:
-            best.append(record(name, head, float(values[head]), effects_of(evidence, name, values.shape)))
+def run(options: Summary, terminal: Terminal) -> Result:
+    """Summarize the newest step of a run."""
+    files = RunFiles.open(options.run)
+    step = files.step()
+    file, results, findings = files.attention_files[step], files.ablation, files.findings
+    best = {name: head_name(*head) for name, values in file.scores.items() if (head := best_head(name, values))}
+    rows = [row for row in score_rows(file, results, list(best)) if row["head"] == best[row["score"]]]
+    shape = model_shape(file) or (0, 0)
+    headline = findings["headline"] if findings else None
     data: dict[str, Any] = {
-        "run": str(attention.folder),
+        "run": str(files.folder),
         "step": step,
-        "steps": attention.steps,
-        "headline": claims["headline"] if claims else None,
-        "texts": [{"name": text.name, "tokens": len(text.tokens)} for text in dump.texts],
-        "layers": shape[0],
-        "heads": shape[1],
-        "best": best,
+        "steps": files.steps,
+        "headline": headline,
+        "texts": [{"name": text.name, "tokens": len(text.tokens)} for text in file.texts],
+        "n_layers": shape[0],
+        "n_heads": shape[1],
+        "best_heads": rows,
         "disclaimer": DISCLAIMER,
     }
-    lines = [*paragraph(escape_control_chars(claims["headline"]), terminal.width), DISCLAIMER, ""] if claims else []
-    lines += [*_what_is_there(attention, step, dump, terminal.width), ""]
-    lines += (
-        _best(best, terminal) if best else ["the attention files hold no scores of heads (an older version wrote them)"]
-    )
-    lines += ["", *about_evidence(attention, step, dump, evidence)]
-    return Result([*lines, *([] if claims else [DISCLAIMER])], data, best)
+    lines = [*paragraph(escape_control_chars(headline), terminal.width), ""] if headline else []
+    lines += [*_contents(files, step, file, terminal.width), ""]
+    lines += _table(rows, terminal) if rows else [f"{files.folder} has no head scores"]
+    return Result([*lines, "", *ablation_notes(files, step, file, results), DISCLAIMER], data, rows)
 
 
-def _what_is_there(attention: RunFiles, step: int, dump: AttentionFile, width: int) -> list[str]:
-    L, H = heads_in(dump) or (0, 0)
-    steps, tokens = attention.steps, [len(text.tokens) for text in dump.texts]
-    names = ", ".join(escape_control_chars(text.name) for text in dump.texts)
-    several = f"{len(steps)} steps, {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {step}"
-    lengths = f"{min(tokens)} to {max(tokens)} tokens" if tokens else "none"
-    return [
-        f"run    {escape_control_chars(attention.folder)}: {L} layers of {H} heads; {several}, shown is step {step}",
-        *paragraph(f"texts  {len(tokens)} of {lengths}: {names}", width),
-    ]
+def _contents(files: RunFiles, step: int, file: AttentionFile, width: int) -> list[str]:
+    L, H = model_shape(file) or (0, 0)
+    steps, lengths = files.steps, [len(text.tokens) for text in file.texts]
+    names = ", ".join(escape_control_chars(text.name) for text in file.texts)
+    which = f"{len(steps)} attention files, steps {steps[0]} to {steps[-1]}; this is step {step}"
+    run = f"run    {escape_control_chars(files.folder)}: {L} layers of {H} heads; "
+    tokens = f" of {min(lengths)} to {max(lengths)} tokens: {names}" if lengths else ""
+    return [run + (which if len(steps) > 1 else f"step {step}"), *paragraph(f"texts  {len(lengths)}{tokens}", width)]
 
 
-def _best(best: list[dict[str, Any]], terminal: Terminal) -> list[str]:
-    """The best head for each score, what is lost without it, and what to beware of."""
-    columns = [Column("score", side="left"), Column("head", side="left"), Column("value")]
-    columns += [Column(title, side="left") for title in ("without it", "its mean instead", "without another")]
-    digits = {"nats/token": 3, "nats": 2}
-    rows = []
-    for one in best:
-        ways = [interval(one[way], digits.get(one["unit"], 2)) for way in ("zero", "mean", "control_zero")]
-        name = short(one["score"]) + (" (least)" if one["score"] == "entropy" else "")
-        rows.append((name, one["head"], number(one["value"]) + ("!" if one["mark"] else " "), *ways))
-    lines = table(columns, rows, max(terminal.width, 80), fixed=3)
-    lines += marks(best)
-    if any(one["zero"] for one in best):
-        lines += [
-            "",
-            "without it: nats lost when the head's output is set to zero, or to its mean; without another: the same",
-            "for a random other head of its layer; in brackets 95 % intervals. Scores of repeats stand beside the loss",
-            "on repeats, readings beside the right answer's lead, all others beside the loss on held-out texts.",
-        ]
+def _table(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
+    columns = [Column("score", align="left"), Column("head", align="left"), Column("value")]
+    columns += [Column(title, align="left") for title in ("zero ablation", "mean ablation", "control")]
+    cells = []
+    for row in rows:
+        digits = 3 if row["unit"] == "nats/token" else 2
+        effects = [interval(row[key], digits) for key in ("zero_ablation", "mean_ablation", "control_zero")]
+        name = row["score"] + (" (lowest)" if row["score"] == "entropy" else "")
+        cells.append((escape_control_chars(name), row["head"], number(row["value"]) + "!" * bool(row["note"]), *effects))
+    lines = [*table(columns, cells, max(terminal.width, 80), fixed=3), *note_lines(rows)]
+    if any(row["zero_ablation"] for row in rows):
+        lines += ["", *paragraph(EXPLANATION, terminal.width)]
     return lines

@@ -1,102 +1,92 @@
-"""`attend.py timeline RUN`: when in training each head learned what it does, as sparklines."""
+"""`attend.py timeline RUN`: the scores of the heads over the training steps, as sparklines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import escape_control_chars
-from inspection.commands.shared import Told, as_name, best_head, heads_of, require_scores, short, title_of
+from inspection.commands.shared import OutputOptions, require_scores
 from inspection.findings import ATTENTION_THRESHOLD
-from inspection.plots import score_range
-from inspection.run_reader import RunFiles
+from inspection.plots import score_range, score_title
+from inspection.run_reader import HeadScoreSeries, RunFiles, best_head, match_name
 from inspection.terminal import Cell, Column, Result, Terminal, head_name, sparkline, table
 
-DRAWN = 60
-"""Marks of a sparkline, at most."""
+SPARKLINE_WIDTH = 60
 
 
 @dataclass(frozen=True)
-class Timeline(Told):
-    """The scores over the steps of training."""
+class Timeline(OutputOptions):
+    """When in training each head learned what it does."""
 
     score: str = ""
-    """One score, or `all`, of every head; by default the words show each score's best head. JSON and CSV hold all."""
+    """One score, or `all`, of every head; by default text shows the best head of each score. JSON and CSV hold all."""
 
 
-def run(config: Timeline, terminal: Terminal) -> Result:
+def run(options: Timeline, terminal: Terminal) -> Result:
     """A line for each head, or for the best head of each score."""
-    attention = RunFiles.open(config.run)
-    scores, steps = attention.scores(), attention.steps
-    require_scores(scores, attention)
-    one = config.score not in ("", "all")
-    names = [as_name(config.score, scores, "score", str(attention.folder))] if one else list(scores)
-    records = [history(name, head, steps, scores[name]) for name in names for head in heads_of(scores[name][-1])]
-    shown = records
-    if not config.score:
-        best = {name: best_head(name, scores[name][-1]) for name in names}
-        shown = [one for one in records if (head := best[one["score"]]) and one["head"] == head_name(*head)]
-    data: dict[str, Any] = {"run": str(attention.folder), "steps": steps, "timelines": records}
-    flat = [
-        {"head": found["head"], "score": found["score"], "step": step, "value": value}
-        for found in records
-        for step, value in zip(steps, found["values"], strict=True)
+    files = RunFiles.open(options.run)
+    series = files.head_scores
+    require_scores(series.scores, files)
+    names = list(series.scores)
+    if options.score not in ("", "all"):
+        names = [match_name(options.score, names, "score", str(files.folder))]
+    timelines = [
+        head_timeline(name, head, series) for name in names for head in np.ndindex(*series.scores[name].shape[1:])
     ]
-    return Result(_lines(config.score, shown, scores, attention, terminal), data, flat)
+    shown = timelines
+    if not options.score:
+        best = {name: best_head(name, series.scores[name][-1]) for name in names}
+        shown = [one for one in timelines if (head := best[one["score"]]) and one["head"] == head_name(*head)]
+    data: dict[str, Any] = {"run": str(files.folder), "steps": series.steps, "timelines": timelines}
+    rows = [
+        {"head": one["head"], "score": one["score"], "step": step, "value": value}
+        for one in timelines
+        for step, value in zip(series.steps, one["values"], strict=True)
+    ]
+    return Result(_lines(options.score, shown, files, terminal), data, rows)
 
 
-def history(name: str, head: tuple[int, int], steps: list[int], values: NDArray[np.float32]) -> dict[str, Any]:
-    """What became of a head's score: (S, L, H) over the steps, summed up.
+def head_timeline(name: str, head: tuple[int, ...], series: HeadScoreSeries) -> dict[str, Any]:
+    """One score of one head over the steps, and the first step at which it reached the threshold.
 
-    `half` is what it is to reach: half of a head's weight; for distances half of the head's own farthest.
+    The threshold is half of the attention; for `distance`, half of the head's own maximum.
     """
-    line = values[:, head[0], head[1]].astype(float)
-    known = line[np.isfinite(line)]
-    largest = float(known.max()) if len(known) else np.nan
-    half = largest / 2 if name == "distance" else ATTENTION_THRESHOLD
-    reached = [step for step, value in zip(steps, line, strict=True) if value >= half]
+    values = series.scores[name][:, head[0], head[1]].astype(float)
+    finite = values[np.isfinite(values)]
+    largest = float(finite.max()) if len(finite) else np.nan
+    threshold = largest / 2 if name == "distance" else ATTENTION_THRESHOLD
+    reached = [step for step, value in zip(series.steps, values, strict=True) if value >= threshold]
     return {
         "head": head_name(*head),
         "score": name,
-        "first": float(line[0]),
-        "last": float(line[-1]),
+        "first": float(values[0]),
+        "last": float(values[-1]),
         "max": largest,
-        "half": half,
-        "half_step": reached[0] if reached else None,
-        "values": line.tolist(),
+        "threshold": threshold,
+        "threshold_step": reached[0] if reached else None,
+        "values": values.tolist(),
     }
 
 
-def _lines(
-    score: str,
-    records: list[dict[str, Any]],
-    scores: dict[str, NDArray[np.float32]],
-    attention: RunFiles,
-    terminal: Terminal,
-) -> list[str]:
-    steps = attention.steps
-    rows: list[Sequence[Cell]] = []
-    for one in records:
-        low, high = score_range(one["score"], scores[one["score"]])
-        line = sparkline(one["values"], low, high, terminal.encoding, DRAWN)
-        reached = "never" if one["half_step"] is None else str(one["half_step"])
-        rows.append((short(one["score"]), one["head"], line, one["first"], one["last"], one["max"], reached))
-    titles = ("score", "head", "over the steps")
-    columns = [Column(title, side="left") for title in titles] + [Column(title) for title in ("first", "last", "max")]
-    columns.append(Column("half at step"))
-    title = f"step {steps[0]} to {steps[-1]}, {len(steps)} attention files, a mark for each"
-    if len(steps) > DRAWN:
-        title = f"step {steps[0]} to {steps[-1]}, {len(steps)} attention files, several to a mark"
-    head = [f"{escape_control_chars(attention.folder)}, {title}"]
-    fixed = 3
+def _lines(score: str, timelines: list[dict[str, Any]], files: RunFiles, terminal: Terminal) -> list[str]:
+    series = files.head_scores
+    rows: list[tuple[Cell, ...]] = []
+    for one in timelines:
+        low, high = score_range(one["score"], series.scores[one["score"]])
+        line = sparkline(one["values"], low, high, terminal.encoding, SPARKLINE_WIDTH)
+        reached = "never" if one["threshold_step"] is None else str(one["threshold_step"])
+        name = escape_control_chars(one["score"])
+        rows.append((name, one["head"], line, one["first"], one["last"], one["max"], reached))
+    columns = [Column(title, align="left") for title in ("score", "head", "over the steps")]
+    columns += [Column(title) for title in ("first", "last", "max", "threshold at step")]
+    steps = series.steps
+    lines = [f"{escape_control_chars(files.folder)}, steps {steps[0]} to {steps[-1]}, {len(steps)} evaluations"]
     if score not in ("", "all"):
-        head.append(f"{score}: {title_of(score)}")
-        rows, columns, fixed = [row[1:] for row in rows], columns[1:], 2
+        lines.append(f"{score}: {score_title(score)}")
     elif not score:
-        head.append("the best head of each score at the last step; --score NAME or --score all shows every head")
-    last = "half: the first step at which the score reached 0.5; of distance, half of the head's own largest"
-    return [*head, "", *table(columns, rows, max(terminal.width, 80), fixed), "", last]
+        lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
+    note = "threshold: the first step with a score of at least 0.5; for distance, half of the head's maximum"
+    return [*lines, "", *table(columns, rows, max(terminal.width, 80), fixed=3), "", note]

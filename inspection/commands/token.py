@@ -1,4 +1,4 @@
-"""`attend.py token RUN`: what one token reads in every head, how surprising it was, and what the model expects next."""
+"""`attend.py token RUN`: what one token attends to in each head, its loss, and the model's next-token probabilities."""
 
 from __future__ import annotations
 
@@ -11,190 +11,156 @@ from numpy.typing import NDArray
 
 from common.errors import CONFIG, UserError, escape_control_chars
 from inspection.attention_file import AttentionRecord
-from inspection.commands.shared import Told, text_of
-from inspection.run_reader import NEWEST, RunFiles
-from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, table, token_text
+from inspection.commands.shared import OutputOptions, parse_head
+from inspection.run_reader import NEWEST, RunFiles, find_text
+from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, quote_token, table, token_text
 
-TOP, TOP_OF_ONE = 3, 10
-"""Readings that are told of each head, and of the one that was asked for."""
+TOP, TOP_OF_ONE_HEAD = 3, 10
+"""Keys listed for each head, and for the head of `--head`."""
 
 
 @dataclass(frozen=True)
-class Token(Told):
-    """What a token reads."""
+class Token(OutputOptions):
+    """What a token attends to."""
 
     text: str = ""
-    """Name of the text; by default the model's own sample, else the first one."""
+    """Name of the text; by default the model's sample, else the first text."""
     find: str = ""
-    """The token at which this word ends; of several places the last."""
+    """The token at which this word ends; the last one if there are several."""
     position: int = -1
-    """The token's number, counted from 0; by default the last one."""
+    """Position of the token, counted from 0; by default the last."""
     step: int = NEWEST
-    """A step of training with an attention file; -1 is the newest."""
+    """A training step with an attention file; -1 is the newest."""
     head: str = ""
-    """One head such as L1H2, with its ten strongest readings."""
+    """One head such as L1H2, with its ten strongest keys."""
     value_weighted: bool = False
-    """Multiply each weight with the length of what is read there, and scale the row back to a sum of 1."""
+    """Multiply each weight by the norm of the value vector and normalize (Kobayashi et al. 2020)."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.find and self.position != -1:
-            found.append("--find and --position do not go together")
+            problems.append("--find and --position exclude each other")
         if self.position < -1:
-            found.append(f"--position is {self.position}; tokens are counted from 0")
-        if self.head and not re.fullmatch(r"L\d{1,6}H\d{1,6}", self.head):
-            found.append(f"--head is {self.head!r}; it takes a layer and a head, such as L1H2")
-        return found
+            problems.append(f"--position is {self.position}; tokens are counted from 0")
+        return problems
 
 
-def run(config: Token, terminal: Terminal) -> Result:
-    """What the token reads, in words or numbers."""
-    attention = RunFiles.open(config.run)
-    step = attention.step(config.step)
-    dump = attention.attention_files[step]
-    text = text_of(dump, config.text, f"step {step} of {attention.folder}")
-    position, notes = _position(config, text, dump.texts)
+def run(options: Token, terminal: Terminal) -> Result:
+    """The strongest keys of one query in every head."""
+    files = RunFiles.open(options.run)
+    step = files.step(options.step)
+    file = files.attention_files[step]
+    text = find_text(file, options.text, f"step {step} of {files.folder}")
+    position, notes = _find_position(options, text, file.texts)
     L, H, _ = text.value_norms.shape
-    heads = [(layer, head) for layer in range(L) for head in range(H)]
-    if config.head:
-        layer, head = map(int, re.findall(r"\d+", config.head))
-        if layer >= L or head >= H:
-            raise UserError(f"--head is {config.head}; the model has L0H0 to L{L - 1}H{H - 1}", CONFIG)
-        heads = [(layer, head)]
-    rows = read_row(text, position, config.value_weighted)
-    top = TOP_OF_ONE if config.head else TOP
-    readings = [one for layer, head in heads for one in _readings(text, rows[layer, head], (layer, head), top)]
+    heads = [parse_head(options.head, L, H)] if options.head else list(np.ndindex(L, H))
+    weights = query_attention(text, position, options.value_weighted)
+    top = TOP_OF_ONE_HEAD if options.head else TOP
+    rows = [row for layer, head in heads for row in _strongest_keys(text, weights, layer, head, top)]
+    next_tokens = None
+    if text.top_tokens is not None:
+        pairs = text.top_tokens[position]
+        next_tokens = [{"token": token_text(token, space=" "), "probability": p} for token, p in pairs]
     data: dict[str, Any] = {
-        "run": str(attention.folder),
+        "run": str(files.folder),
         "step": step,
         "text": text.name,
         "position": position,
         "token": token_text(text.token_bytes[position], space=" "),
         "loss": float(text.loss[position - 1]) if position else None,
-        "value_weighted": config.value_weighted,
-        "reads": readings,
-        "next": _expected(text, position),
+        "value_weighted": options.value_weighted,
+        "attention": rows,
+        "next_tokens": next_tokens,
         "disclaimer": DISCLAIMER,
     }
-    return Result(_lines(data, text, notes, terminal, attention), data, readings)
+    return Result(_lines(data, text, notes, terminal), data, rows)
 
 
-def read_row(text: AttentionRecord, position: int, value_weighted: bool) -> NDArray[np.float64]:
-    """What a query reads, (L, H, position + 1), without unpacking the whole pattern.
+def query_attention(text: AttentionRecord, position: int, value_weighted: bool) -> NDArray[np.float64]:
+    """The attention of one query in every head, (L, H, position + 1).
 
-    Value weighted: A[i, j] |v_j W_O| over its sum (Kobayashi et al. 2020); nan where all of them are 0.
+    Value-weighted: A[i, j] |v_j W_O| divided by its sum over j (Kobayashi et al. 2020); nan where the sum is 0.
     """
-    begin = position * (position + 1) // 2
-    row = text.pattern_tril[:, :, begin : begin + position + 1].astype(np.float64)
+    start = position * (position + 1) // 2
+    weights = text.pattern_tril[:, :, start : start + position + 1].astype(np.float64)
     if value_weighted:
-        row = row * text.value_norms[:, :, : position + 1]
-        total = row.sum(axis=-1, keepdims=True)
-        row = np.divide(row, total, out=np.full_like(row, np.nan), where=total > 0)
-    return row
+        weights = weights * text.value_norms[:, :, : position + 1]
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
+    return weights
 
 
-def _position(config: Token, text: AttentionRecord, others: list[AttentionRecord]) -> tuple[int, list[str]]:
-    """The token that is asked for, and what has to be said about the choice."""
-    T = len(text.tokens)
-    if config.find:
-        places = places_of(config.find, text.token_bytes)
-        if not places:
-            raise UserError(_not_there(config.find, text, others), CONFIG)
-        if len(places) > 1:
-            return places[-1], [f"{config.find!r} ends at tokens {', '.join(map(str, places))}; the last one is shown"]
-        return places[-1], []
-    if config.position >= T:
-        raise UserError(
-            f"--position is {config.position}; text {escape_control_chars(text.name)!r} has tokens 0 to {T - 1}", CONFIG
-        )
-    return (T - 1 if config.position == -1 else config.position), []
-
-
-def places_of(word: str, token_bytes: list[bytes]) -> list[int]:
-    """The tokens at which a word ends, in order: as a whole word where it stands as one, else wherever it stands."""
-    wanted, whole = re.escape(word.encode("utf-8", "surrogateescape")), b"".join(token_bytes)
-    found = list(re.finditer(rb"(?<!\w)" + wanted + rb"(?!\w)", whole)) or list(re.finditer(wanted, whole))
-    ends = np.cumsum([len(token) for token in token_bytes])
-    return sorted({int(np.searchsorted(ends, match.end())) for match in found})
-
-
-def _not_there(word: str, text: AttentionRecord, others: list[AttentionRecord]) -> str:
-    """Where else the word stands, or how the text reads."""
-    elsewhere = [other.name for other in others if places_of(word, other.token_bytes)]
-    if elsewhere:
-        hint = f"it stands in --text {escape_control_chars(elsewhere[0])!r}"
-    else:
-        hint = f"the text begins {token_text(b''.join(text.token_bytes), space=' ')[:60]!r}"
-    return f"{escape_control_chars(word)!r} is not in text {escape_control_chars(text.name)!r}; {hint}"
-
-
-def _readings(text: AttentionRecord, row: NDArray[np.float64], head: tuple[int, int], top: int) -> list[dict[str, Any]]:
-    """The strongest readings of one head, strongest first."""
-    query = len(row) - 1
-    order = np.argsort(-np.nan_to_num(row), kind="stable")[:top]
+def _strongest_keys(
+    text: AttentionRecord, weights: NDArray[np.float64], layer: int, head: int, top: int
+) -> list[dict[str, Any]]:
+    row = weights[layer, head]
     return [
         {
-            "head": head_name(*head),
+            "head": head_name(layer, head),
             "rank": rank,
             "key": int(j),
             "token": token_text(text.token_bytes[j], space=" "),
-            "weight": float(row[j]),
-            "back": query - int(j),
+            "attention": float(row[j]),
+            "distance": len(row) - 1 - int(j),
         }
-        for rank, j in enumerate(order, 1)
+        for rank, j in enumerate(np.argsort(-np.nan_to_num(row), kind="stable")[:top], 1)
     ]
 
 
-def _expected(text: AttentionRecord, position: int) -> list[dict[str, Any]] | None:
-    """The likeliest next tokens; None where the file has not kept them."""
-    if text.top_tokens is None:
-        return None
-    return [{"token": token_text(token, space=" "), "probability": p} for token, p in text.top_tokens[position]]
+def _find_position(options: Token, text: AttentionRecord, texts: list[AttentionRecord]) -> tuple[int, list[str]]:
+    """The position that the options name, and notes on the choice."""
+    T, name = len(text.tokens), escape_control_chars(text.name)
+    if not options.find:
+        if options.position >= T:
+            raise UserError(f"--position is {options.position}; text {name!r} has tokens 0 to {T - 1}", CONFIG)
+        return options.position % T, []
+    word, positions = escape_control_chars(options.find), word_ends(options.find, text.token_bytes)
+    if not positions:
+        elsewhere = [other.name for other in texts if word_ends(options.find, other.token_bytes)]
+        hint = f"the text begins {token_text(b''.join(text.token_bytes), space=' ')[:60]!r}"
+        if elsewhere:
+            hint = f"it is in --text {escape_control_chars(elsewhere[0])!r}"
+        raise UserError(f"{word!r} is not in text {name!r}; {hint}", CONFIG)
+    note = f"{word!r} ends at tokens {', '.join(map(str, positions))}; this is the last"
+    return positions[-1], [note] if len(positions) > 1 else []
 
 
-def _lines(
-    data: dict[str, Any], text: AttentionRecord, notes: list[str], terminal: Terminal, attention: RunFiles
-) -> list[str]:
+def word_ends(word: str, token_bytes: list[bytes]) -> list[int]:
+    """The positions of the tokens at which a word ends: as a whole word if it occurs as one, else anywhere."""
+    pattern, text = re.escape(word.encode("utf-8", "surrogateescape")), b"".join(token_bytes)
+    matches = list(re.finditer(rb"(?<!\w)" + pattern + rb"(?!\w)", text)) or list(re.finditer(pattern, text))
+    ends = np.cumsum([len(token) for token in token_bytes])
+    return sorted({int(np.searchsorted(ends, match.end())) for match in matches})
+
+
+def _lines(data: dict[str, Any], text: AttentionRecord, notes: list[str], terminal: Terminal) -> list[str]:
     position, encoding = data["position"], terminal.encoding
-
-    def quoted(index: int) -> str:
-        return '"' + token_text(text.token_bytes[index], encoding, space=" ").replace('"', '\\"') + '"'
-
-    loss = f"its loss {data['loss']:.3f} nats" if position else "the first token, so it has no loss"
-    came = f"; then comes {quoted(position + 1)}" if position + 1 < len(text.tokens) else ""
-    kind = "weight times the length of what is read" if data["value_weighted"] else "weight"
-    lines = [
-        f"{escape_control_chars(attention.folder)}, step {data['step']}, text {escape_control_chars(text.name)!r}",
-        *notes,
-    ]
-    lines += [_context(text, position, terminal), "", f"token {position} is {quoted(position)}: {loss}{came}", ""]
-    heads: dict[str, list[str]] = {}
-    for one in data["reads"]:
-        back = "itself" if one["back"] == 0 else f"{one['back']} back"
-        share = "-" if one["weight"] != one["weight"] else f"{one['weight']:.1%}".replace("%", " %")
-        heads.setdefault(one["head"], []).append(f"{quoted(one['key'])} {share} ({back})")
-    most = max(map(len, heads.values()))
-    if len(heads) == 1:
-        rows = [[name, cell] for name, cells in heads.items() for cell in cells]
+    tokens = [quote_token(token, encoding) for token in text.token_bytes]
+    loss = f"loss {data['loss']:.3f} nats" if position else "the first token, which has no loss"
+    followed = f", followed by {tokens[position + 1]}" if position + 1 < len(tokens) else ""
+    cells: dict[str, list[str]] = {}
+    for row in data["attention"]:
+        distance = f"{row['distance']} back" if row["distance"] else "itself"
+        share = "-" if np.isnan(row["attention"]) else f"{row['attention']:.1%}"
+        cells.setdefault(row["head"], []).append(f"{tokens[row['key']]} {share} ({distance})")
+    if len(cells) == 1:
+        rows = [[head, cell] for head, keys in cells.items() for cell in keys]
     else:
-        rows = [[name, *cells, *[""] * (most - len(cells))] for name, cells in heads.items()]
-    titles = ["head", f"reads, by {kind}", *[""] * (len(rows[0]) - 2)]
-    lines += table([Column(title, side="left") for title in titles], rows, max(terminal.width, 200))
-    if text.top_tokens is None:
-        lines += ["", "the likeliest next tokens were not kept in this file"]
-    else:
-        likely = ", ".join(
-            f'"{token_text(token, encoding, space=" ")}" {p:.1%}'.replace("%", " %")
-            for token, p in text.top_tokens[position]
-        )
-        lines += ["", f"expects next: {likely}"]
-    return [*lines, "", DISCLAIMER]
+        rows = [[head, *keys] for head, keys in cells.items()]
+    titles = ["head", "attends to" + (" (weights times value norms)" if data["value_weighted"] else "")]
+    columns = [Column(title, align="left") for title in titles + [""] * (len(rows[0]) - 2)]
+    expected = "the next-token probabilities were not kept in this file"
+    if text.top_tokens is not None:
+        expected = "next: " + ", ".join(f"{quote_token(token, encoding)} {p:.1%}" for token, p in text.top_tokens[position])
+    where = f"{escape_control_chars(data['run'])}, step {data['step']}, text {escape_control_chars(text.name)!r}"
+    lines = [where, *notes, _context(text, position, terminal), ""]
+    lines += [f"token {position} {tokens[position]}: {loss}{followed}", expected, ""]
+    return [*lines, *table(columns, rows, max(terminal.width, 200)), "", DISCLAIMER]
 
 
 def _context(text: AttentionRecord, position: int, terminal: Terminal) -> str:
-    """The text around the token, which stands in brackets."""
-    around = range(max(0, position - 12), min(len(text.tokens), position + 6))
-    parts = [token_text(text.token_bytes[k], terminal.encoding, space=" ") for k in around]
-    parts[position - around[0]] = f"[{parts[position - around[0]]}]"
-    dots = ("..." if around[0] else "", "..." if around[-1] + 1 < len(text.tokens) else "")
-    return "".join([dots[0], *parts, dots[1]])
+    """The text around the token, which is in brackets."""
+    start, stop = max(0, position - 12), min(len(text.tokens), position + 6)
+    parts = [token_text(token, terminal.encoding, space=" ") for token in text.token_bytes[start:stop]]
+    parts[position - start] = f"[{parts[position - start]}]"
+    return "".join(["..." if start else "", *parts, "..." if stop < len(text.tokens) else ""])
