@@ -1,13 +1,14 @@
-"""See what a trained model reads:  python attend.py [COMMAND] RUN [--option value ...]
+"""Show the attention of a trained model:  python attend.py [COMMAND] RUN [--option value ...]
 
-Without a command one text is looked at: `python attend.py RUN [--prompt TEXT]`. The commands read what a run has kept
-at each of its evaluations, most of them without loading torch:
+Without a command, `python attend.py RUN --prompt TEXT` shows a prompt: the strongest attention of each head, the next
+token with its direct logit attribution and logit lens; it writes an attention file, a figure and a page. The commands
+show what a run recorded at its evaluations:
 
-    summary   what the heads read and whether it matters        compare   two steps, or two runs, head by head
-    heads     every score of every head                         verify    are the attention files what they say?
-    token     what one token reads in every head                page      (re)build attention.html
-    timeline  when in training each head learned what it does   plot      pictures, PNG or SVG
-    ablate    take every head away again, and write anew what that shows
+    summary   the findings, and the best head for each score      ablate   ablate every head of the newest checkpoint
+    heads     every score of every head                           plot     figures, PNG or SVG
+    token     what one token attends to in every head             page     build attention.html
+    timeline  when in training each head learned what it does     verify   recompute attention files and compare
+    compare   two steps, or two runs, head by head
 """
 
 from __future__ import annotations
@@ -24,292 +25,271 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars, run_main
+from common.errors import CHECKPOINT, UserError, escape_control_chars, run_main
 from training.cli import parse, split_options
 from training.run_dir import check_links
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from inspection.activation_cache import ActivationCache
-    from inspection.commands.verify import Origin
-    from inspection.terminal import Terminal
+    from inspection.commands.shared import LoadedModel
+    from inspection.terminal import Result, Terminal
     from model.gpt import GPT
     from training.checkpoint import Checkpoint
 
-COMMANDS = ("summary", "heads", "token", "timeline", "compare", "verify", "page", "plot", "ablate")
-"""Each a module of inspection/commands with its options, a dataclass of the same name, and `run`."""
-WRITING = ("page", "plot", "ablate")
-"""Those that write into the run folder."""
-MOST_PARTS = 6
-"""Parts of a logit that are named; the others are added up."""
+COMMANDS = ("summary", "heads", "token", "timeline", "compare", "ablate", "plot", "page", "verify")
+"""Each is a module of inspection/commands with a dataclass of options of the same name, and `run`."""
+WRITES_TO_RUN = ("ablate", "plot", "page")
+TAKES_MODEL = ("ablate", "verify")
+MAX_PARTS = 6
+"""Parts of a logit that are listed; the others are added up."""
 
 
 @dataclass(frozen=True)
-class AttendConfig:
-    """What to look at."""
+class AttendOptions:
+    """Options of `attend.py RUN`."""
 
     run: Positional[str]
     """A run folder, or one of its checkpoints."""
     prompt: str = ""
-    """The text to read; without one the model writes its own."""
+    """The text to show; by default the model generates one."""
     head: str = ""
-    """The head to draw in characters, such as L1H2; by default the one that points most clearly."""
+    """The head to draw as a heat map, such as L1H2; by default the one with the clearest pattern."""
     top: int = 3
-    """Strongest readings to print for each head."""
+    """Number of queries to list for each head."""
     tokens: int = 60
-    """Length of the model's own text where there is no prompt."""
+    """Length of the generated text without a prompt."""
     seed: int = 1
-    """Seed of that text."""
+    """Seed of the generated text."""
     out: str = ""
     """Folder for the files; by default the run's attention folder."""
     dtype: Literal["f16", "f32"] = "f16"
-    """Number format of the stored weights."""
+    """Dtype of the attention weights in the file."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, a line each."""
-        found = [
+        """One line for each invalid value."""
+        problems = [
             f"--{name} is {getattr(self, name)}; it must be at least {least}"
             for name, least in (("top", 1), ("tokens", 1), ("seed", 0))
             if getattr(self, name) < least
         ]
-        if self.head and not re.fullmatch(r"L\d+H\d+", self.head):
-            found.append(f"--head is {self.head!r}; it takes a layer and a head, such as L1H2")
-        return found
+        if self.head and not re.fullmatch(r"L\d{1,6}H\d{1,6}", self.head):
+            problems.append(f"--head is {self.head!r}; it must be a layer and a head, such as L1H2")
+        return problems
 
 
 def main(argv: list[str]) -> None:
     if argv and argv[0] in COMMANDS:
-        command(argv[0], argv[1:])
-        return
-    refuse_near_command(argv)
-    look(parse(AttendConfig, argv, __doc__ or "", positional="run"))
+        run_command(argv[0], argv[1:])
+    else:
+        check_command(argv)
+        show_prompt(parse(AttendOptions, argv, __doc__ or "", positional="run"))
 
 
-def refuse_near_command(argv: list[str]) -> None:
-    """Raise `UserError` where a command was meant: mistyped, or behind the run."""
+def check_command(argv: list[str]) -> None:
+    """Raise `UserError` for a command that is misspelled or follows the run."""
     words = [value or "" for option, value in split_options(argv) if not option]
-    behind = [word for word in words[1:] if word in COMMANDS]
-    if behind:
-        raise UserError(f"the command comes first: python attend.py {behind[0]} {escape_control_chars(words[0])}")
+    misplaced = [word for word in words[1:] if word in COMMANDS]
+    if misplaced:
+        raise UserError(f"the command comes first: python attend.py {misplaced[0]} {escape_control_chars(words[0])}")
     if words and not Path(words[0]).exists():
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         if near or len(words) > 1:
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-            raise UserError(f"{escape_control_chars(words[0])!r} is neither a folder nor a command; {hint}")
+            raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
 
 
-def command(name: str, argv: list[str]) -> None:
-    """Run one of the commands on what a run has kept, and print what it found.
+# Commands on what a run recorded
+
+
+def run_command(name: str, argv: list[str]) -> None:
+    """Run a command and print its result.
 
     Raises:
-        UserError: for what the user can mend; if a check fails, once all of them are told (exit code 4).
+        UserError: for a mistake of the user; for a failed check, after everything is printed (exit code 4).
     """
     module = import_module(f"inspection.commands.{name}")
-    settings = getattr(module, name.capitalize())
+    options_class = getattr(module, name.capitalize())
     words = [value for option, value in split_options(argv, ("json", "csv", "value_weighted")) if not option]
     if name == "compare" and len(words) == 2:
-        at = len(argv) - 1 - argv[::-1].index(str(words[1]))
-        argv = [*argv[:at], f"--other={words[1]}", *argv[at + 1 :]]
-    config: Any = parse(settings, argv, f"{settings.__doc__}  python attend.py {name} RUN", positional="run")
-    from inspection.run_reader import run_of
+        last = len(argv) - 1 - argv[::-1].index(str(words[1]))
+        argv = [*argv[:last], f"--other={words[1]}", *argv[last + 1 :]]
+    options: Any = parse(options_class, argv, f"{options_class.__doc__}  python attend.py {name} RUN", positional="run")
+    from inspection.run_reader import find_run_folder
+
+    if name in WRITES_TO_RUN and Path(options.run).is_dir():
+        check_links(find_run_folder(Path(options.run)))
+    result = module.run(options, stdout_terminal(), *([load_model] if name in TAKES_MODEL else []))
+    print_result(options, result)
+    if not result.ok:
+        raise UserError("some attention files differ from their checkpoints; restore or rewrite them", CHECKPOINT)
+
+
+def print_result(options: Any, result: Result) -> None:
     from inspection.terminal import to_csv, to_json
 
-    if name in WRITING and Path(config.run).is_dir():
-        check_links(run_of(Path(config.run)))
-    extra = {"origin": origin} if name in ("verify", "evidence") else {}
-    result = module.run(config, terminal(), **extra)
-    if getattr(config, "json", False):
+    if getattr(options, "json", False):
         print(to_json(result.data))
-    elif getattr(config, "csv", False):
-        print(to_csv(result.records))
+    elif getattr(options, "csv", False):
+        print(to_csv(result.rows))
     else:
         print("\n".join(escape_control_chars(line.rstrip()) for line in result.lines))
-    if not result.ok:
-        raise UserError("the attention files do not hold what they say; write them anew, or restore them", CHECKPOINT)
 
 
-def terminal() -> Terminal:
-    """What the standard output can show."""
-    from inspection.terminal import WIDEST, Terminal
+def stdout_terminal() -> Terminal:
+    from inspection.terminal import MAX_WIDTH, Terminal
 
-    return Terminal(sys.stdout.encoding, min(shutil.get_terminal_size((120, 24)).columns, WIDEST))
+    return Terminal(sys.stdout.encoding, min(shutil.get_terminal_size((120, 24)).columns, MAX_WIDTH))
 
 
-def origin(folder: Path, step: int) -> Origin | None:
-    """The model and tokenizer of a run's step, if its checkpoint is kept and whole; of the newest for a step below 0.
+def load_model(folder: Path, step: int) -> LoadedModel | None:
+    """The model of a step of a run, or of the newest checkpoint if `step` is negative; None if it is not kept or damaged.
 
     Args:
-        folder: of the run; of a single attention file, the file, which may lie in one.
+        folder: a run folder, or an attention file, whose run is searched.
     """
-    from inspection.commands.verify import Origin
+    from inspection.commands.shared import LoadedModel
     from training.checkpoint import open_checkpoint, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
     from training.provenance import provenance
 
     if step < 0:
-        saved = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
     else:
-        near = [base / "checkpoints" / f"{step:06d}" for base in (folder, folder.parent, folder.parent.parent)]
-        kept = [path for path in near[: 1 if folder.is_dir() else 3] if path.is_dir()]
-        if not kept:
+        candidates = [folder] if folder.is_dir() else [folder.parent, folder.parent.parent]
+        paths = [path for base in candidates if (path := base / "checkpoints" / f"{step:06d}").is_dir()]
+        if not paths:
             return None
-        if fault := verify_checkpoint(kept[0]):
-            print(
-                f"passing over the damaged checkpoint {escape_control_chars(kept[0])}: {escape_control_chars(fault)}",
-                file=sys.stderr,
-            )
+        if problem := verify_checkpoint(paths[0]):
+            text = f"skipping the damaged checkpoint {escape_control_chars(paths[0])}: {escape_control_chars(problem)}"
+            print(text, file=sys.stderr)
             return None
-        saved = read_checkpoint(kept[0])
-    model, tokenizer = saved.load_model(get_dist_context("fp32")), saved.tokenizer()
-    return Origin(model, saved.state.step, provenance(model, tokenizer, saved.state), tokenizer.token_bytes)
+        checkpoint = read_checkpoint(paths[0])
+    model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
+    metadata = provenance(model, tokenizer, checkpoint.state)
+    return LoadedModel(model, checkpoint.state.step, metadata, tokenizer.token_bytes)
 
 
-def look(config: AttendConfig) -> None:
-    """Read one text, say what the heads read in it, and write weights, picture and page."""
+# A prompt
+
+
+def show_prompt(options: AttendOptions) -> None:
+    """Print the attention on one text and write an attention file, a figure and a page."""
     from inspection.activation_cache import run_with_cache_batch
-    from inspection.terminal import token_text
+    from inspection.commands.shared import parse_head
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
     from training.text_generation import check_prompt, encode_prompt, generate_tokens
 
-    check_prompt(config.prompt)
-    saved = open_checkpoint(Path(config.run))
-    tokenizer = saved.tokenizer()
-    tokens = encode_prompt(tokenizer, config.prompt, saved.starts_with_eot)
-    model = saved.load_model(get_dist_context("fp32"))
-    chosen = find_head(config.head, model.config.n_layers, model.config.n_heads)
-    if not config.prompt:
-        tokens = generate_tokens(model, tokenizer, tokens, config.tokens, config.seed)
-    if len(tokens) > model.config.context:
-        print(
-            f"the text has {len(tokens)} tokens; the last {model.config.context}, a whole context, are looked at",
-            file=sys.stderr,
-        )
-        tokens = tokens[-model.config.context :]
-    seen = run_with_cache_batch(model, [tokens])[0]
-    encoding = sys.stdout.encoding
-    quoted = [token_text(tokenizer.token_bytes(t), encoding, space=" ") for t in tokens]
-    labels = [token_text(tokenizer.token_bytes(t), encoding) for t in tokens]
-    tell(seen, quoted, labels, chosen, config.top)
-    tell_next(model, tokenizer, tokens)
-    write_files(config, saved, model, tokenizer, tokens, seen)
+    check_prompt(options.prompt)
+    checkpoint = open_checkpoint(Path(options.run))
+    tokenizer = checkpoint.tokenizer()
+    tokens = encode_prompt(tokenizer, options.prompt, checkpoint.starts_with_eot)
+    model = checkpoint.load_model(get_dist_context("fp32"))
+    head = parse_head(options.head, model.config.n_layers, model.config.n_heads) if options.head else None
+    if not options.prompt:
+        tokens = generate_tokens(model, tokenizer, tokens, options.tokens, options.seed)
+    context = model.config.context
+    if len(tokens) > context:
+        print(f"the text has {len(tokens)} tokens; showing the last {context} (the context)", file=sys.stderr)
+        tokens = tokens[-context:]
+    cache = run_with_cache_batch(model, [tokens], details=True)[0]
+    print_attention(cache, tokenizer, head, options.top)
+    print_next_token(model, tokenizer, tokens)
+    write_files(options, checkpoint, model, cache)
 
 
-def find_head(name: str, n_layers: int, n_heads: int) -> tuple[int, int] | None:
-    """The layer and head that `--head` names.
+def print_attention(cache: ActivationCache, tokenizer: Tokenizer, head: tuple[int, int] | None, top: int) -> None:
+    """Print the strongest attention of every head, and one head as a heat map."""
+    from inspection.terminal import DISCLAIMER, clearest_head, head_name, heat_map, strongest_attention, token_text
 
-    Raises:
-        UserError: if the model has no such head (exit code 2).
-    """
-    if not name:
-        return None
-    layer, head = map(int, re.findall(r"\d+", name))
-    if layer >= n_layers or head >= n_heads:
-        raise UserError(f"--head is {name}; the model has L0H0 to L{n_layers - 1}H{n_heads - 1}")
-    return layer, head
-
-
-def tell(seen: ActivationCache, quoted: list[str], labels: list[str], chosen: tuple[int, int] | None, top: int) -> None:
-    """Print the strongest readings of every head, and one head as a map of characters."""
-    from inspection.terminal import DISCLAIMER, clearest_head, head_name, heat_map, strongest
-
-    pattern = seen.pattern.numpy()
-    print(f"The {top} strongest readings of each head:")
-    for line in strongest(pattern, quoted, top):
+    pattern, terminal = cache.pattern.numpy(), stdout_terminal()
+    token_bytes = [tokenizer.token_bytes(token) for token in cache.tokens.tolist()]
+    print(f"Strongest attention of each head (top {top} queries):")
+    for line in strongest_attention(pattern, [token_text(t, terminal.encoding, space=" ") for t in token_bytes], top):
         print("  " + line)
-    layer, head = chosen or clearest_head(pattern)
-    width = shutil.get_terminal_size((110, 24)).columns
-    print(f"\nHead {head_name(layer, head)}: query (row) reads key (column)")
-    for line in heat_map(pattern[layer, head], labels, width - 2, sys.stdout.encoding):
+    layer, head_index = head or clearest_head(pattern)
+    print(f"\nHead {head_name(layer, head_index)}:")
+    for line in heat_map(pattern[layer, head_index], [token_text(t, terminal.encoding) for t in token_bytes], terminal):
         print("  " + line)
     print(f"\n{DISCLAIMER}")
 
 
-def tell_next(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> None:
-    """Print the likeliest next token, what its logit is the sum of, and what would have come after each layer."""
+def print_next_token(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> None:
+    """Print the most likely next token, its direct logit attribution, and the logit lens."""
     import torch
 
     from inspection.attribution import direct_logit_attribution, logit_lens
-    from inspection.terminal import token_text
+    from inspection.terminal import quote_token
 
-    def quoted(token: int) -> str:
-        return '"' + token_text(tokenizer.token_bytes(token), sys.stdout.encoding, space=" ") + '"'
-
-    text = torch.tensor(tokens)
+    text, encoding = torch.tensor(tokens), sys.stdout.encoding
     lens = logit_lens(model, text)[:, -1]
-    found = direct_logit_attribution(model, text)
-    order = found.parts.abs().argsort(descending=True).tolist()
-    parts = [f"{found.labels[k]} {found.parts[k]:+.2f}" for k in order[:MOST_PARTS]]
-    if rest := order[MOST_PARTS:]:
-        parts.append(f"{len(rest)} others {found.parts[rest].sum():+.2f}")
-    chance = lens[-1].softmax(dim=-1)[found.token]
-    print(f"\nNext comes {quoted(found.token)} ({chance:.1%}). Its logit {found.total:.2f} is the sum of")
-    print("  " + ", ".join(parts))
-    print("  read off before the first layer and after each: " + ", ".join(map(quoted, lens.argmax(dim=-1).tolist())))
-    print()
+    logit = direct_logit_attribution(model, text)
+    order = logit.parts.abs().argsort(descending=True).tolist()
+    parts = [f"{logit.labels[k]} {logit.parts[k]:+.2f}" for k in order[:MAX_PARTS]]
+    if rest := order[MAX_PARTS:]:
+        parts.append(f"{len(rest)} others {logit.parts[rest].sum():+.2f}")
+    probability = lens[-1].softmax(dim=-1)[logit.token]
+    layers = [quote_token(tokenizer.token_bytes(token), encoding) for token in lens.argmax(dim=-1).tolist()]
+    print(f"\nNext token: {quote_token(tokenizer.token_bytes(logit.token), encoding)} ({probability:.1%})")
+    print(f"  direct logit attribution: {logit.total:.2f} = {', '.join(parts)}")
+    print(f"  logit lens, before the first layer and after each: {', '.join(layers)}\n")
 
 
-def write_files(
-    config: AttendConfig, saved: Checkpoint, model: GPT, tokenizer: Tokenizer, tokens: list[int], seen: ActivationCache
-) -> None:
-    """Write weights, a picture of all heads, and a page over the kept checkpoints, named after step and text."""
+def write_files(options: AttendOptions, checkpoint: Checkpoint, model: GPT, cache: ActivationCache) -> None:
+    """Write an attention file, a figure of all heads, and a page over the kept checkpoints, named by step and text."""
     from inspection.plots import head_grid
-    from inspection.recorder import write_dump
     from inspection.terminal import token_text
+
+    run, tokenizer = checkpoint.folder.parent.parent, checkpoint.tokenizer()
+    if not options.out and checkpoint.folder.parent.name == "checkpoints":
+        check_links(run)
+    name = options.prompt or f"generated, seed {options.seed}"
+    slug = "-".join(re.findall(r"[a-z0-9]+", name.lower()))[:24].strip("-")
+    digest = hashlib.sha256(repr(cache.tokens.tolist()).encode()).hexdigest()[:6]
+    step = checkpoint.state.step
+    path = (Path(options.out) if options.out else run / "attention") / f"{step:06d}-{slug}-{digest}"
+    write_capture(Path(f"{path}.safetensors"), checkpoint, model, (name, cache), options.dtype)
+    labels = [token_text(tokenizer.token_bytes(token)) for token in cache.tokens.tolist()]
+    head_grid(Path(f"{path}.png"), cache.pattern.numpy(), labels, f"step {step}: {name[:60]}")
+    write_prompt_page(Path(f"{path}.html"), checkpoint, name, cache.tokens.tolist())
+    where = escape_control_chars(path)
+    print(f"attention  {where}.safetensors\nfigure     {where}.png\npage       {where}.html")
+
+
+def write_capture(
+    path: Path, checkpoint: Checkpoint, model: GPT, text: tuple[str, ActivationCache], dtype: str = "f16"
+) -> None:
+    """Write an attention file of one text."""
+    from inspection.record import package_versions, write_attention_file
     from training.provenance import provenance
 
-    if not config.out and saved.folder.parent.name == "checkpoints":
-        check_links(saved.folder.parent.parent)
-    folder = Path(config.out) if config.out else saved.folder.parent.parent / "attention"
-    text = config.prompt or f"own text, seed {config.seed}"
-    slug = "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:24].strip("-")
-    stem = f"{saved.state.step:06d}-{slug}-{hashlib.sha256(repr(tokens).encode()).hexdigest()[:6]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        metadata = provenance(model, tokenizer, saved.state)
-        write_dump(
-            folder / f"{stem}.safetensors", model, [(text, tokens)], tokenizer.token_bytes, metadata, config.dtype
-        )
-        labels = [token_text(tokenizer.token_bytes(t)) for t in tokens]
-        head_grid(folder / f"{stem}.png", seen.pattern.numpy(), labels, f"step {saved.state.step}: {text[:60]}")
-        write_own_page(folder / f"{stem}.html", saved, text, tokens)
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {folder}: {error.strerror}; choose another with --out", DISK_OR_MEMORY
-        ) from error
-    where = escape_control_chars(folder / stem)
-    print(f"weights  {where}.safetensors\npicture  {where}.png\npage     {where}.html")
+    tokenizer, (name, cache) = checkpoint.tokenizer(), text
+    row = (name, cache, [tokenizer.token_bytes(token) for token in cache.tokens.tolist()])
+    metadata = {**provenance(model, tokenizer, checkpoint.state), "versions": package_versions()}
+    write_attention_file(path, [row], metadata, dtype, None, tokenizer.token_bytes, "f32")
 
 
-def write_own_page(path: Path, newest: Checkpoint, text: str, tokens: list[int]) -> None:
-    """A page of one text over the checkpoints that are kept, up to the one that was opened."""
+def write_prompt_page(path: Path, newest: Checkpoint, name: str, tokens: list[int]) -> None:
+    """A page of one text over the kept checkpoints, up to the one that was opened."""
     import tempfile
 
-    from inspection import attention_file as dump
-    from inspection import record
     from inspection.activation_cache import run_with_cache_batch
+    from inspection.attention_file import read_attention_file
     from inspection.page_builder import PageRun, write_page
     from training.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
-    from training.provenance import provenance
 
-    machine, seen = get_dist_context("fp32"), []
-    folders = [
-        f
-        for f in list_checkpoints(newest.folder.parent)
-        if int(f.name) < newest.state.step and verify_checkpoint(f) is None
-    ]
-    for saved in [*map(read_checkpoint, folders), newest]:
-        model, tokenizer = saved.load_model(machine), saved.tokenizer()
-        capture = run_with_cache_batch(model, [tokens], details=saved is newest)[0]
-        rows = [(text, capture, [tokenizer.token_bytes(token) for token in tokens])]
+    ctx, files = get_dist_context("fp32"), []
+    earlier = [path for path in list_checkpoints(newest.folder.parent) if int(path.name) < newest.state.step]
+    for checkpoint in [*(read_checkpoint(path) for path in earlier if verify_checkpoint(path) is None), newest]:
+        model = checkpoint.load_model(ctx)
+        cache = run_with_cache_batch(model, [tokens], details=checkpoint is newest)[0]
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "dump.safetensors"
-            record.write_attention_file(
-                file, rows, provenance(model, tokenizer, saved.state), "f16", None, tokenizer.token_bytes, "f32"
-            )
-            seen.append(dump.read_attention_file(file))
-    write_page(path, [PageRun(newest.folder.parent.parent.name, seen)], None, None, text)
+            file = Path(folder) / "attention.safetensors"
+            write_capture(file, checkpoint, model, (name, cache))
+            files.append(read_attention_file(file))
+    write_page(path, [PageRun(newest.folder.parent.parent.name, files)], None, None, name)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from common.errors import CONFIG, DISK_OR_MEMORY, UserError
+from common.errors import CONFIG, UserError
 from common.files import write_atomic
 from inspection.findings import ATTENTION_THRESHOLD, DESCRIPTIONS
 from inspection.registry import ANTECEDENT, score_info
@@ -320,9 +320,7 @@ def _pattern_text(figure: Figure, left: float, title: str, notes: Sequence[str])
 # Series
 
 
-def score_timeline(
-    path: Path | str, steps: Sequence[int], values: NDArray[np.float32], score: str, title: str
-) -> None:
+def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.float32], score: str, title: str) -> None:
     """One score over the steps, a line for each head; the three heads that end highest are labeled, the others gray.
 
     Args:

@@ -24,9 +24,9 @@ from inspection.ablation_results import AblationResults
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import AntecedentScore, relations, sentence
 from inspection.attention_file import read_attention_file
-from inspection.commands.plot import draw
 from inspection.eval_texts import EvalTexts
 from inspection.page_builder import PageRun, write_page
+from inspection.plots import draw_figures
 from inspection.run_reader import RunFiles, find_attention_files
 from inspection.scores import head_scores
 from inspection.terminal import DISCLAIMER
@@ -110,7 +110,7 @@ class AttentionRecorder:
         told = self.weigh(seen, evidence, found)
         if not seen.attention_files[step].texts:  # a context of one token, and no sample
             return Report([claims.sentence(told), DISCLAIMER], [], None)
-        pictures = draw(seen, self.run, "png", step)
+        pictures = draw_figures(seen, self.run, "png", step)
         page = self.run / "attention.html"
         whole = PageRun(self.run.name, list(seen.attention_files.values()))
         write_page(page, [whole], seen.findings, seen.ablation, self.run.name)

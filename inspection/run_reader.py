@@ -85,8 +85,8 @@ class RunFiles:
         run = RunFiles(folder, AttentionFiles(paths))
         if in_run:
             return replace(run, opened_step=run.step(int(path.stem)))
-        step = int(path.name) if folder != path and _is_step(path.name) else NEWEST
-        return replace(run, opened_step=step if step in paths else NEWEST)
+        opened = int(path.name) if folder != path and _is_step(path.name) else NEWEST
+        return replace(run, opened_step=opened if opened in paths else NEWEST)
 
     @property
     def base_folder(self) -> Path:
@@ -145,12 +145,6 @@ class RunFiles:
         """
         path = self.folder / FOLDER / "ablations.json"
         return AblationResults.load(path) if path.is_file() else None
-
-    @property
-    def ablation_json(self) -> dict[str, Any] | None:
-        """`ablation` as JSON types, for the page."""
-        results = self.ablation
-        return results.as_json() if results else None
 
     @property
     def findings(self) -> dict[str, Any] | None:

@@ -22,7 +22,9 @@ def run(options: Ablate, terminal: Terminal, load_model: LoadModel) -> Result:
     files = RunFiles.open(options.run)
     loaded = load_model(files.folder, NEWEST) if files.folder.is_dir() else None
     if loaded is None:
-        raise UserError(f"{files.folder} is an attention file; ablation needs a run folder with a checkpoint", CHECKPOINT)
+        raise UserError(
+            f"{files.folder} is an attention file; ablation needs a run folder with a checkpoint", CHECKPOINT
+        )
     texts = files.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
     if texts is None:
         raise UserError(f"{files.folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)

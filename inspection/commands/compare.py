@@ -12,7 +12,7 @@ from common.errors import CONFIG, UserError, escape_control_chars
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import OutputOptions, model_shape
 from inspection.run_reader import NEWEST, RunFiles, match_name
-from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, paragraph, table
+from inspection.terminal import DISCLAIMER, Cell, Column, Result, Terminal, head_name, paragraph, table
 
 DEFAULT = -1
 
@@ -63,7 +63,9 @@ def run(options: Compare, terminal: Terminal) -> Result:
     lines = [f"{sides[0]} minus {sides[1]}", *notes, "", *_table(scores, patterns, terminal), ""]
     if patterns:
         names = ", ".join(dict.fromkeys(escape_control_chars(row["text"]) for row in patterns))
-        explanation = "moved: the share of a token's attention that goes elsewhere; |diff|: mean absolute difference of "
+        explanation = (
+            "moved: the share of a token's attention that goes elsewhere; |diff|: mean absolute difference of "
+        )
         lines += paragraph(f"{explanation}attention weights; both over the texts {names}", terminal.width)
     rows = [{"kind": "score", "name": r["score"], "head": r["head"], "difference": r["difference"]} for r in scores]
     rows += [{"kind": "pattern", "name": r["text"], "head": r["head"], "difference": r["difference"]} for r in patterns]
@@ -136,7 +138,7 @@ def _table(scores: list[dict[str, Any]], patterns: list[dict[str, Any]], termina
     columns = [Column("head", align="left")]
     columns += [Column("moved", 3), Column("|diff|", 4)] if patterns else []
     columns += [Column(escape_control_chars(name), signed=True) for name in dict.fromkeys(r["score"] for r in scores)]
-    rows = [
+    rows: list[list[Cell]] = [
         [head, *([float(np.mean(moved)), float(np.mean(differences))] if patterns else []), *score_differences]
         for head, (differences, moved, score_differences) in by_head.items()
     ]

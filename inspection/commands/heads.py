@@ -44,7 +44,10 @@ def run(options: Heads, terminal: Terminal) -> Result:
         rows.sort(key=lambda row: -row["value"] if math.isfinite(row["value"]) else math.inf)
         title, body = f"{options.score}: {score_title(options.score)}", _one_score(rows, terminal)
     else:
-        title, body = "every score of every head, each followed by the effect of zero ablation", _all_scores(rows, terminal)
+        title, body = (
+            "every score of every head, each followed by the effect of zero ablation",
+            _all_scores(rows, terminal),
+        )
     lines = [f"{escape_control_chars(files.folder)}, step {step}", title, "", *body, ""]
     lines += [*note_lines(rows), *ablation_notes(files, step, file, results), DISCLAIMER]
     data: dict[str, Any] = {"run": str(files.folder), "step": step, "heads": rows, "disclaimer": DISCLAIMER}

@@ -70,7 +70,9 @@ def _table(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
         digits = 3 if row["unit"] == "nats/token" else 2
         effects = [interval(row[key], digits) for key in ("zero_ablation", "mean_ablation", "control_zero")]
         name = row["score"] + (" (lowest)" if row["score"] == "entropy" else "")
-        cells.append((escape_control_chars(name), row["head"], number(row["value"]) + "!" * bool(row["note"]), *effects))
+        cells.append(
+            (escape_control_chars(name), row["head"], number(row["value"]) + "!" * bool(row["note"]), *effects)
+        )
     lines = [*table(columns, cells, max(terminal.width, 80), fixed=3), *note_lines(rows)]
     if any(row["zero_ablation"] for row in rows):
         lines += ["", *paragraph(EXPLANATION, terminal.width)]

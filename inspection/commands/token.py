@@ -151,7 +151,9 @@ def _lines(data: dict[str, Any], text: AttentionRecord, notes: list[str], termin
     columns = [Column(title, align="left") for title in titles + [""] * (len(rows[0]) - 2)]
     expected = "the next-token probabilities were not kept in this file"
     if text.top_tokens is not None:
-        expected = "next: " + ", ".join(f"{quote_token(token, encoding)} {p:.1%}" for token, p in text.top_tokens[position])
+        expected = "next: " + ", ".join(
+            f"{quote_token(token, encoding)} {p:.1%}" for token, p in text.top_tokens[position]
+        )
     where = f"{escape_control_chars(data['run'])}, step {data['step']}, text {escape_control_chars(text.name)!r}"
     lines = [where, *notes, _context(text, position, terminal), ""]
     lines += [f"token {position} {tokens[position]}: {loss}{followed}", expected, ""]

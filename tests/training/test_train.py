@@ -67,7 +67,10 @@ def test_the_first_lines_say_what_is_trained_where_and_how(run: Path) -> None:
 def test_the_last_lines_set_the_loss_in_context(run: Path) -> None:
     text = (run / "output.txt").read_text()
     assert "No head passes" in text  # six steps teach no head anything
-    assert "Weights show what is read, not why." in text and f"open {run / 'attention.html'}" in text
+    assert (
+        "An attention weight shows what a head attends to, not why." in text
+        and f"open {run / 'attention.html'}" in text
+    )
     for word in ("uniform", "unigram", "trigram", "this model", "nats/token", "bits/byte"):
         assert word in text
     assert "floor" not in text  # nobody knows the entropy of this text
