@@ -12,32 +12,26 @@ import hashlib
 import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import write_atomic
 from inspection.ablation_results import AblationResults
-from inspection.attention_file import AttentionFile, AttentionRecord
-from inspection.findings import measure_for_score
-from inspection.page_data import (
-    FULL_TEXTS,
-    Blocks,
-    Content,
-    PageTooLarge,
-    Vocabulary,
-    ablation_labels,
+from inspection.attention_file import AttentionRecord
+from inspection.page_data import FULL_TEXTS, Blocks, Content, PageTooLarge, Vocabulary, as_json
+from inspection.page_scores import (
+    PageRun,
     ablation_tables,
-    as_json,
-    number,
-    score_table,
+    describe_scores,
+    file_scores,
+    finding_tables,
+    score_tables,
 )
-from inspection.registry import ANTECEDENT, HeadScore, score_info
+
+__all__ = ["PageReport", "PageRun", "write_page"]
 
 BUDGET = 5_000_000
 """Bytes of a page, as long as leaving out steps, precision, queries and keys can achieve it."""
@@ -47,49 +41,9 @@ NOTES_BYTES = 2_000
 """Bytes reserved for the notes, which are known last."""
 WEB = Path(__file__).parent / "web"
 SCRIPTS = (
-    "dom",
-    "colours",
-    "data",
-    "state",
-    "attention",
-    "text",
-    "matrix",
-    "download",
-    "grid",
-    "timeline",
-    "walkthrough",
-)
+    "dom", "colours", "data", "state", "attention", "text", "matrix", "download", "grid", "timeline", "walkthrough"
+)  # fmt: skip
 """The JavaScript files in the order in which they run; `main` is the last."""
-PATTERN_SCORES = ("previous_token", "duplicate_token", "induction", "first_token")
-"""Scores that are attention weights, as are those of antecedents."""
-MAX_ATTENTION = HeadScore(
-    "max_attention",
-    "attention to the most attended token",
-    "mean over i ≥ 1 of the largest A[i, j]",
-    low=0.0,
-    high=1.0,
-    source="computed from the patterns, because these files contain no scores",
-    texts="the texts shown",
-)
-NO_FINDINGS: Mapping[str, Any] = {"headline": "What each attention head attends to, token by token.", "findings": []}
-
-
-@dataclass(frozen=True)
-class PageRun:
-    """One run: its name, its attention files by step, and optionally its evaluations from metrics.jsonl.
-
-    The evaluations, each with `step` and `head_scores`, give the timeline more steps than there are files.
-    """
-
-    label: str
-    files: Sequence[AttentionFile]
-    evaluations: Sequence[Mapping[str, Any]] = field(default=())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Layers and heads."""
-        layers, heads, _ = self.files[-1].texts[0].value_norms.shape
-        return layers, heads
 
 
 @dataclass(frozen=True)
@@ -124,13 +78,15 @@ def write_page(
     if not runs:
         raise UserError("no attention files with texts: there is nothing to show", CHECKPOINT)
     path, names = Path(path), _text_names(runs)
+    if ablations and any((len(e.zero), len(e.zero[0])) != runs[0].shape for e in ablations.measures.values()):
+        ablations = None  # of another model
     table: dict[str, Any] = {
         "title": escape_control_chars(title),
         "texts": [escape_control_chars(name) for name in names],
-        "ablation": ablation_tables(ablations, runs[0].shape),
-        "scores": _score_infos(runs, ablations),
+        "ablation": ablation_tables(ablations),
+        "scores": describe_scores(runs, ablations),
     }
-    table |= _findings(findings or NO_FINDINGS, table["scores"], names, runs[0])
+    table |= finding_tables(findings, runs[0], table["scores"], names)
     empty = len(_assemble(table, []))
     contents, blocks, content = _fit(runs, names, empty + NOTES_BYTES)
     notes = _notes(content, runs, names)
@@ -212,13 +168,9 @@ def _run(
             if text.value_norms.shape[:2] == run.shape and content.has_text(k, s, last):
                 with_qkv = text.queries is not None and content.has_qkv(k, s, last)
                 texts[k] = _text((r, s, k), text, content, with_qkv, blocks, vocabulary)
-        tables = {name: score_table(scores) for name, scores in _scores(file).items()}
-        steps.append({"step": _step(file, s), "scores": tables, "texts": texts})
-    timeline = [
-        {"step": line["step"], "scores": {name: score_table(scores) for name, scores in line["head_scores"].items()}}
-        for line in run.evaluations
-        if line.get("head_scores")
-    ]
+        steps.append({"step": run.step(s), "scores": score_tables(file_scores(file)), "texts": texts})
+    lines = [line for line in run.evaluations if line.get("head_scores")]
+    timeline = [{"step": line["step"], "scores": score_tables(line["head_scores"])} for line in lines]
     return {
         "label": escape_control_chars(run.label),
         "layers": layers,
@@ -262,99 +214,6 @@ def _text(
             "dtype": dtype,
         }
     return entry
-
-
-def _step(file: AttentionFile, otherwise: int) -> int:
-    text = file.metadata.get("step") or ""
-    return int(text) if re.fullmatch("[0-9]{1,15}", text) else otherwise
-
-
-def _scores(file: AttentionFile) -> Mapping[str, NDArray[np.floating[Any]]]:
-    """The head scores of a file; if it has none, the mean attention to the most attended token, (L, H)."""
-    if file.scores:
-        return file.scores
-    shape = file.texts[0].value_norms.shape[:2]
-    largest = [np.full((*shape, 0), np.nan)]
-    for text in file.texts:
-        queries = np.arange(1, len(text.tokens))
-        if text.value_norms.shape[:2] == shape and len(queries):
-            rows = np.maximum.reduceat(text.pattern_tril, queries * (queries + 1) // 2, axis=-1)
-            largest.append(rows.astype(np.float64))
-    every = np.concatenate(largest, axis=-1)
-    return {MAX_ATTENTION.name: every.mean(axis=-1) if every.shape[-1] else np.full(shape, np.nan)}
-
-
-def _score_infos(runs: Sequence[PageRun], ablations: AblationResults | None) -> dict[str, Any]:
-    """What each score means, its limits, and for each head whether ablation supports it."""
-    tables: dict[str, list[NDArray[np.floating[Any]]]] = {}
-    for run in runs:
-        for file in run.files:
-            for name, scores in _scores(file).items():
-                tables.setdefault(name, []).append(np.asarray(scores))
-    of_step = {_step(file, s): _scores(file) for s, file in enumerate(runs[0].files)}
-    infos = {}
-    for name, values in tables.items():
-        info, measure = _score_info(name), measure_for_score(name)
-        high = info.high if info.high is not None else max(float(np.nanmax(table, initial=0)) for table in values)
-        effects = ablations.measures.get(measure) if ablations else None
-        labels = None
-        if ablations and effects and (len(effects.zero), len(effects.zero[0])) == runs[0].shape:
-            is_attention = name.startswith(ANTECEDENT) or name in PATTERN_SCORES
-            measured = of_step.get(ablations.step, of_step[max(of_step)]).get(name)
-            labels = ablation_labels(effects, measured if is_attention else None)
-        about = (info.formula, f"measured on {info.texts}" if info.texts else "", info.source)
-        infos[name] = {
-            "title": escape_control_chars(info.title),
-            "description": "; ".join(part for part in about if part),
-            "low": info.low,
-            "high": number(high) if high > info.low else info.low + 1,
-            "measure": measure,
-            "labels": labels,
-        }
-    return infos
-
-
-def _score_info(name: str) -> HeadScore:
-    try:
-        return MAX_ATTENTION if name == MAX_ATTENTION.name else score_info(name)
-    except KeyError:
-        return HeadScore(name, name, formula="", low=0.0, high=None, source="", texts="")
-
-
-def _findings(
-    findings: Mapping[str, Any], scores: Mapping[str, Any], names: Sequence[str], run: PageRun
-) -> dict[str, Any]:
-    """The headline, the findings, and the head and score with which the page starts."""
-    try:
-        entries = [_finding(entry, scores, names) for entry in findings["findings"]]
-        headline = str(findings["headline"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the findings are malformed ({error!r}); delete findings.json", CHECKPOINT) from error
-    layers, heads = run.shape
-    entries = [e for e in entries if all(0 <= layer < layers and 0 <= head < heads for layer, head in e["heads"])]
-    last = _scores(run.files[-1])
-    start = next((entry for entry in entries if entry["supported"]), entries[0] if entries else None)
-    score = start["score"] if start and start["score"] in last else next(iter(last))
-    best = np.unravel_index(np.argmax(np.nan_to_num(last[score], nan=-np.inf)), run.shape)
-    layer, head = start["heads"][0] if start else (int(best[0]), int(best[1]))
-    return {"headline": headline, "findings": entries, "start": {"layer": layer, "head": head, "score": score}}
-
-
-def _finding(entry: Mapping[str, Any], scores: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A finding with the text on which the page shows it."""
-    score = str(entry["score"])
-    name = f"{score.removeprefix(ANTECEDENT)} 1" if score.startswith(ANTECEDENT) else "repeat 1"
-    return {
-        "heads": [[int(layer), int(head)] for layer, head in (entry["head"], *entry["others"])],
-        "score": score if score in scores else next(iter(scores)),
-        "title": _score_info(score).title.split(":")[0],
-        "attention": number(float(entry["value"])),
-        "supported": bool(entry["is_supported"]),
-        "summary": str(entry["summary"]),
-        "effect": str(entry["effect"]),
-        "text": names.index(name) if name in names else None,
-        "at_end": score.startswith(ANTECEDENT),  # the query of a contrast pair is its last token
-    }
 
 
 def _assemble(table: Mapping[str, Any], blocks: Sequence[str]) -> str:

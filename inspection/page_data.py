@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import unicodedata
 import zlib
 from collections.abc import Callable, Hashable, Mapping
@@ -16,11 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.attention_file import AttentionRecord
-from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label
 
 DTYPES = {"float16": "<f2", "float32": "<f4", "uint32": "<u4", "sqrt8": "|u1"}
 """The dtypes of blocks; `sqrt8` is round(255 √a) for a in [0, 1], off by at most 1/255."""
@@ -30,17 +27,6 @@ BLOCK_MARKUP = 64
 """Characters of the element around a block."""
 JOINERS = "\u200c\u200d"
 """Invisible characters that join letters or emoji."""
-EFFECTS = {
-    "repeats": "increase of the loss on repeated sequences",
-    "corpus": "increase of the loss on held-out text",
-}
-"""What an ablation effect is, by measure; for all other measures it is the decrease of the logit difference."""
-LABEL_TEXTS = {
-    "supported": "supported: both ablations have a larger effect than ablating another head",
-    "disputed": "disputed: only one ablation has a larger effect than ablating another head",
-    "same as control": "not supported: the effect is no larger than that of ablating another head",
-    "no effect": "not supported: no effect, an interval contains 0",
-}
 
 
 class PageTooLarge(Exception):
@@ -177,70 +163,14 @@ class Content:
         return [tokens, loss, norms.astype(DTYPES["float16"]), top_ids, probabilities]
 
     def qkv_dtype(self, text: AttentionRecord) -> str:
-        """The dtype for queries, keys, values and attention output: float16 where it can hold them."""
-        assert text.queries is not None
-        arrays = [part for part in (text.queries, text.keys, text.values, text.attn_out) if part is not None]
-        largest = max(float(np.abs(part).max(initial=0)) for part in arrays)
-        half = self.half or text.queries.dtype.itemsize == 2
-        return "float16" if half and largest < float(np.finfo(np.float16).max) else "float32"
+        """The dtype of queries, keys, values and attention output."""
+        return "float16" if self.half or (text.queries is not None and text.queries.dtype.itemsize == 2) else "float32"
 
     def qkv_arrays(self, text: AttentionRecord, layer: int, dtype: str) -> list[NDArray[Any]]:
         """Queries, keys, values (H, T, D) of a layer, and its attention output (T, C) if the file has it."""
         assert text.queries is not None and text.keys is not None and text.values is not None
         arrays = [text.queries, text.keys, text.values, *([] if text.attn_out is None else [text.attn_out])]
         return [array[layer].astype(DTYPES[dtype]) for array in arrays]
-
-
-def number(value: float, digits: int = 6) -> float | None:
-    """A number for JSON, rounded to significant digits; None if it is not finite."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-
-
-def score_table(scores: ArrayLike) -> list[list[float | None]]:
-    """A score of each head (L, H) for JSON; None where it was not measured."""
-    return [[number(value, 7) for value in row] for row in np.asarray(scores, dtype=np.float64).tolist()]
-
-
-def ablation_tables(results: AblationResults | None, shape: tuple[int, int]) -> dict[str, Any]:
-    """By measure: a caption, the unit, and of each head the effect, the control and their difference as intervals."""
-    measures = results.measures if results else {}
-    return {
-        name: {
-            "caption": f"Ablation: {EFFECTS.get(name, 'decrease of the logit difference')}, {effects.unit}; "
-            f"{effects.count} items, 95% intervals, step {results.step if results else 0}",
-            "unit": effects.unit,
-            "largest": number(max(cell.value for row in effects.mean for cell in row)),
-            "heads": [[_head_effects(effects, layer, head) for head in range(shape[1])] for layer in range(shape[0])],
-        }
-        for name, effects in measures.items()
-        if (len(effects.zero), len(effects.zero[0])) == shape
-    }
-
-
-def _head_effects(effects: AblationEffects, layer: int, head: int) -> dict[str, Any]:
-    def cell(table: tuple[tuple[Interval, ...], ...] | None) -> list[float | None] | None:
-        interval = table[layer][head] if table else None
-        return [number(interval.value), number(interval.low), number(interval.high)] if interval else None
-
-    zero = (effects.zero, effects.control_zero, effects.difference_zero)
-    mean = (effects.mean, effects.control_mean, effects.difference_mean)
-    return {"zero": [cell(table) for table in zero], "mean": [cell(table) for table in mean]}
-
-
-def ablation_labels(effects: AblationEffects, scores: ArrayLike | None) -> list[list[dict[str, str]]]:
-    """Of each head: whether ablation supports it, as text, and a kind for its style.
-
-    `scores`: (L, H), how much the heads attend to what the score asks for; None if the score is not an attention weight.
-    The kind is `supported`, `caution` (high attention without support) or empty.
-    """
-
-    def label(layer: int, head: int) -> dict[str, str]:
-        name = ablation_label(effects, layer, head)
-        if scores is not None and np.asarray(scores)[layer, head] >= ATTENTION_THRESHOLD and name in LABEL_NOTES:
-            return {"text": f"∅ {LABEL_NOTES[name]}", "kind": "caution"}
-        return {"text": LABEL_TEXTS[name], "kind": "supported" if name == "supported" else ""}
-
-    return [[label(layer, head) for head in range(len(row))] for layer, row in enumerate(effects.zero)]
 
 
 def as_json(value: Mapping[str, Any]) -> str:

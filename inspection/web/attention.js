@@ -35,7 +35,7 @@ async function loadView() {
   const compared = await loadAttention(...other, text, layer);
   if (!compared) return { ...loaded, notice: "The other run does not have this text." };
   if (compared.tokens.join() !== loaded.tokens.join()) {
-    return { ...loaded, notice: "The tokens of this text differ, so the attention cannot be compared. Choose another text." };
+    return { ...loaded, notice: "The tokens of this text differ, so attention cannot be compared. Choose another text." };
   }
   return { ...loaded, other: compared };
 }

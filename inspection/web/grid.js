@@ -31,8 +31,9 @@ function buildGrid() {
   grid.cells = range(run.layers).map((l) => range(run.heads).map((h) =>
     create("td", { role: "gridcell", "data-layer": l, "data-head": h },
       create("span", { class: "score" }), create("span", { class: "effect", "aria-hidden": "true" }))));
-  const rows = grid.cells.map((cells, l) => create("tr", { role: "row" }, create("th", { scope: "row" }, `L${l}`), ...cells));
-  byId("grid").replaceChildren(create("tbody", {}, create("tr", { role: "row" }, corner, ...names), ...rows));
+  const row = (...cells) => create("tr", { role: "row" }, ...cells);
+  const rows = grid.cells.map((cells, l) => row(create("th", { scope: "row" }, `L${l}`), ...cells));
+  byId("grid").replaceChildren(create("tbody", {}, row(corner, ...names), ...rows));
   byId("grid").classList.toggle("dense", run.heads > 8);
 }
 
@@ -44,7 +45,7 @@ function drawCell(cell, score, layer, head) {
   const text = shownScoreText(value, Math.abs(value) >= 10 ? 1 : 2);
   const ablation = ablationOf(score);
   const label = effectLabel(score, layer, head);
-  const effect = ablation?.heads[layer][head].mean[0][0];
+  const effect = ablation?.mean[layer][head][0][0];
   const [number, mark] = cell.children;
   number.textContent = run.heads > 8 ? text.replace(/^([+−]?)0\./, "$1.") : text;
   mark.className = `effect ${label?.kind || ""}`;
@@ -78,7 +79,8 @@ function drawScoreScale(score) {
   const [from, to] = state.compare ? [low - high, high - low] : [low, high];
   byId("grid-low").textContent = String(Number(from.toFixed(3))).replace("-", "−");
   byId("grid-high").textContent = String(Number(to.toFixed(3)));
-  byId("grid-scale").style.background = state.compare ? gradient(divergingColour, -1, 1) : gradient(sequentialColour, 0, 1);
+  const scale = state.compare ? gradient(divergingColour, -1, 1) : gradient(sequentialColour, 0, 1);
+  byId("grid-scale").style.background = scale;
 }
 
 const findingHeads = ({ heads }) => heads.map(([layer, head]) => headName(layer, head)).join(" + ");
@@ -105,7 +107,7 @@ function drawAblation(score) {
   const label = effectLabel(score, layer, head);
   const columns = ["", "this head", "another head", "difference"].map((name) => create("th", { scope: "col" }, name));
   const rows = ["zero", "mean"].map((method) => {
-    const cells = ablation.heads[layer][head][method].map(intervalCell); // effect, control, difference
+    const cells = ablation[method][layer][head].map(intervalCell); // effect, control, difference
     return create("tr", {}, create("th", { scope: "row" }, method), ...cells);
   });
   const joint = page.findings.filter(({ heads, score: found }) => found === score && heads.length > 1

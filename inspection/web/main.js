@@ -187,8 +187,9 @@ function listenToControls() {
 // A button for a finding: it selects the head, and a text on which the score is measured.
 function findingButton(finding) {
   const { heads: [[layer, head]], score, title, attention, text, at_end: atEnd } = finding;
-  const label = [create("strong", {}, findingHeads(finding)), ` ${title}`, create("span", { class: "number" }, ` ${fixed(attention)}`)];
-  const button = create("button", { type: "button", class: finding.supported ? "supported" : null, title: finding.summary }, ...label);
+  const attributes = { type: "button", class: finding.supported ? "supported" : null, title: finding.summary };
+  const number = create("span", { class: "number" }, ` ${fixed(attention)}`);
+  const button = create("button", attributes, create("strong", {}, findingHeads(finding)), ` ${title}`, number);
   button.addEventListener("click", () => {
     const step = text === null ? -1 : nearestStep(0, state.step, text);
     if (step < 0) return change({ layer, head, score, key: -1 });

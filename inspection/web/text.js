@@ -17,7 +17,7 @@ function tokenSpan(token, position) {
 function highlight(span, value, labelled) {
   const colour = comparing() ? (value < 0 ? LESS : MORE) : [255, 205, 40];
   const alpha = Math.min(1, Math.abs(value));
-  span.style.background = css(colour, Math.max(alpha, 0.04).toFixed(3)); // translucent, so that the token stays readable
+  span.style.background = css(colour, Math.max(alpha, 0.04).toFixed(3)); // translucent: the token stays readable
   span.style.color = alpha > 0.45 ? (comparing() ? "#fff" : "#111") : "";
   if (labelled) span.dataset.percent = percent(value, 0).replace(" points", "");
 }
@@ -34,9 +34,9 @@ function drawText() {
     byId("text").replaceChildren(...spans);
   }
   const row = shownRow(state.query);
-  const labelled = new Set();
+  const labelled = new Set(); // not on neighbours, where labels would overlap
   for (const j of topKeys(row, 3)) {
-    if (Math.abs(row[j]) >= 0.05 && !labelled.has(j - 1) && !labelled.has(j + 1)) labelled.add(j); // neighbours would overlap
+    if (Math.abs(row[j]) >= 0.05 && !labelled.has(j - 1) && !labelled.has(j + 1)) labelled.add(j);
   }
   for (const j of textPanel.highlighted) clearHighlight(textPanel.spans[j]);
   textPanel.highlighted = Array.from(row.keys()).filter((j) => !(Math.abs(row[j]) < 0.01));
@@ -66,8 +66,8 @@ function tokenRow(name, value, text, attributes = {}, colour = "") {
   const bar = create("span");
   bar.style.width = `${100 * Math.min(1, Math.abs(value))}%`;
   bar.style.background = colour;
-  const cells = [create("span", { class: "bar", "aria-hidden": "true" }, bar), create("span", { class: "number" }, text)];
-  return create("li", attributes, name, ...cells);
+  const track = create("span", { class: "bar", "aria-hidden": "true" }, bar);
+  return create("li", attributes, name, track, create("span", { class: "number" }, text));
 }
 
 function attentionRows() {
@@ -86,7 +86,8 @@ function predictionRows() {
     const k = state.query * topK + n;
     const actual = topTokens[k] === tokens[state.query + 1];
     const mark = actual ? create("span", { class: "actual", title: "the actual next token" }, " ✓") : "";
-    return tokenRow(create("span", {}, tokenLabel(topTokens[k]), mark), topProbs[k], `${(100 * topProbs[k]).toFixed(1)} %`);
+    const name = create("span", {}, tokenLabel(topTokens[k]), mark);
+    return tokenRow(name, topProbs[k], `${(100 * topProbs[k]).toFixed(1)} %`);
   });
 }
 

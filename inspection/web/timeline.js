@@ -9,8 +9,10 @@ const scorePoints = (run, score, layer, head) => evaluationsOf(run)
   .map((entry) => [entry.step, scoreAt(entry, score, layer, head)])
   .filter(([, value]) => value !== null);
 
-const linePath = (points) =>
-  points.map(([step, value], k) => `${k ? "L" : "M"}${timeline.x(step).toFixed(1)} ${timeline.y(value).toFixed(1)}`).join("");
+function linePath(points) {
+  const { x, y } = timeline;
+  return points.map(([step, value], k) => `${k ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("");
+}
 
 // About `count` round numbers between low and high.
 function ticks(low, high, count) {
@@ -54,16 +56,19 @@ function drawTimeline() {
   byId("training").hidden = evaluationsOf(run).length < 2;
   if (timeline.score !== score) buildTimeline(score);
   const { x, y } = timeline;
+  const { top, bottom, height, width, right } = TIMELINE;
   const line = timeline.lines[layer * run.heads + head];
   const now = x(stepNumber(state.step));
   const value = scoreAt(run.steps[state.step], score, layer, head);
-  const marks = [createSvg("path", { d: linePath(line.points), class: "selected-head" })];
-  if (secondRun) marks.push(createSvg("path", { d: linePath(scorePoints(secondRun, score, layer, head)), class: "second-run" }));
-  marks.push(createSvg("line", { x1: now, x2: now, y1: TIMELINE.top, y2: TIMELINE.height - TIMELINE.bottom, class: "now" }));
+  const second = secondRun ? scorePoints(secondRun, score, layer, head) : [];
+  const marks = [
+    createSvg("path", { d: linePath(line.points), class: "selected-head" }),
+    createSvg("path", { d: linePath(second), class: "second-run" }),
+    createSvg("line", { x1: now, x2: now, y1: top, y2: height - bottom, class: "now" }),
+  ];
   if (value !== null) marks.push(createSvg("circle", { cx: now, cy: y(value), r: 3.5, class: "dot" }));
   const last = line.points.at(-1);
-  const end = TIMELINE.width - TIMELINE.right + 5;
-  if (last) marks.push(createSvg("text", { x: end, y: y(last[1]) + 4, class: "name" }, headName(layer, head)));
+  if (last) marks.push(createSvg("text", { x: width - right + 5, y: y(last[1]) + 4, class: "name" }, headName(layer, head)));
   byId("timeline-marks").replaceChildren(...marks);
   drawTimelineReadout(line, state.step);
 }

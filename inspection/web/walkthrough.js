@@ -26,12 +26,14 @@ function computeAttention({ queries, keys, values, D }, head, i) {
   return { q, allScores, scores, max, exps, total, pattern, weighted };
 }
 
-const sumVectors = (vectors, D) => vectors.reduce((sum, vector) => sum.map((value, d) => value + vector[d]), new Float64Array(D));
+const sumVectors = (vectors, D) =>
+  vectors.reduce((sum, vector) => sum.map((value, d) => value + vector[d]), new Float64Array(D));
 
 // A vector as bars around zero. Options: scale (value of a full bar), marked [from, to], masked (first masked index),
 // note (text beside it). The value under the pointer replaces the note.
-function vectorBars(values, name, { scale = largestOf(values), marked = null, masked = values.length, note = null } = {}) {
+function vectorBars(values, name, options = {}) {
   const n = values.length;
+  const { scale = largestOf(values), marked = null, masked = n, note = `norm ${compact(norm(values))}` } = options;
   const width = n > 200 ? 1 : 0.85;
   const bars = (select) => Array.from(values, (value, d) => {
     const height = (value / (scale || 1)).toFixed(4);
@@ -48,7 +50,7 @@ function vectorBars(values, name, { scale = largestOf(values), marked = null, ma
     createSvg("path", { d: bars((value, d) => d < masked && value < 0), class: "less" }),
     createSvg("path", { d: bars((_, d) => d >= masked), class: "masked" }),
   );
-  const out = create("span", { class: "number" }, note || `norm ${compact(norm(values))}`);
+  const out = create("span", { class: "number" }, note);
   svg.addEventListener("pointermove", (event) => {
     const d = clamp(Math.floor((event.offsetX / svg.clientWidth) * n), 0, n - 1);
     out.textContent = `${d}: ${compact(values[d])}`;
@@ -56,8 +58,10 @@ function vectorBars(values, name, { scale = largestOf(values), marked = null, ma
   return create("div", { class: "bars-row" }, svg, out);
 }
 
-const numberList = (values) =>
-  create("details", {}, create("summary", {}, "numbers"), create("p", { class: "numbers" }, Array.from(values, compact).join("  ")));
+function numberList(values) {
+  const numbers = create("p", { class: "numbers" }, Array.from(values, compact).join("  "));
+  return create("details", {}, create("summary", {}, "numbers"), numbers);
+}
 
 const section = (number, title, ...children) =>
   create("li", {}, create("h3", {}, create("span", { class: "step-number" }, number), title), ...children);
@@ -96,7 +100,7 @@ function softmaxTable({ scores, exps, pattern }, stored, key) {
   if (masked) rows.push(row("td", [`${masked} later`, "−∞", "0", "0", "masked"], { class: "masked" }));
   const header = row("th", ["key", "score", "exp(score − max)", "weight", "stored"]);
   const table = create("table", {}, create("thead", {}, header), create("tbody", {}, ...rows));
-  return create("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "softmax over all keys" }, table);
+  return create("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "softmax" }, table);
 }
 
 function agreement(pattern, stored, key) {
@@ -180,14 +184,14 @@ function drawSteps(qkv) {
     : "This is the last token: no key is later, so nothing is masked.";
   const bars = { marked: [key, key + 1], masked: query + 1, note: `score ${compact(allScores[key])}` };
   byId("walkthrough").replaceChildren(
-    section("1", "Query and key", create("p", {}, "q of ", queryToken, ", k of ", keyToken,
-      ", and their product in each dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k)),
+    section("1", "Query and key", create("p", {}, "q of ", queryToken, ", k of ", keyToken, ", and their product ",
+      "in each dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k)),
     section("2", "Dot product", dotProduct(q, k)),
     section("3", "Scaled by √d_head", formula(
       `${product} / √${D} = ${product} / ${fixed(Math.sqrt(D), 3)} = `, fixed(scores[key], 4), "step-score")),
     section("4", "Causal mask", create("p", {}, maskText), vectorBars(allScores, "scores of all keys", bars)),
     section("5", "Softmax over all keys",
-      formula(`exp(${fixed(scores[key], 3)} − ${fixed(max, 3)}) / ${fixed(total, 4)} = `, fixed(exps[key] / total, 4)),
+      formula(`exp(${fixed(scores[key], 3)} − ${fixed(max, 3)}) / ${fixed(total, 4)} = `, fixed(pattern[key], 4)),
       agreement(pattern, stored, key), softmaxTable(computed, stored, key)),
     section("6", "Weighted sum of the values", ...weightedValues(computed, D)),
     section("7", "All heads concatenated, then projected", ...outputProjection(qkv)),

@@ -138,8 +138,8 @@ def test_scores_and_timeline(tmp_path: Path) -> None:
 def test_ablation_labels_come_from_python(tmp_path: Path) -> None:
     files, ablations = example_run.files(), example_run.ablations()
     page, _ = build(tmp_path, files, ablations=ablations, findings=example_run.FINDINGS)
-    effects = page.table["ablation"][page.table["scores"]["antecedent.pronoun"]["measure"]]["heads"]
-    assert effects[1][2]["zero"] == [[2.5, 2.0, 3.0], [0.1, -0.2, 0.3], [2.5, 2.0, 3.0]]
+    effects = page.table["ablation"][page.table["scores"]["antecedent.pronoun"]["measure"]]
+    assert effects["zero"][1][2] == [[2.5, 2.0, 3.0], [0.1, -0.2, 0.3], [2.5, 2.0, 3.0]]
     labels = page.table["scores"]["antecedent.pronoun"]["labels"]
     assert labels[1][2]["kind"] == "supported" and labels[1][2]["text"].startswith("supported")
     assert labels[0][1]["kind"] == "caution" and "disputed" in labels[0][1]["text"]
