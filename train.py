@@ -55,8 +55,8 @@ def train(config: RunConfig, started: float) -> None:
     """One run, from text to a report of the loss and of the attention heads."""
     from data.prepare import check_min_length
     from training.device import get_dist_context
+    from training.distributed import prepare_once
     from training.metrics import print_line
-    from training.preparing import prepare_once
     from training.setup import Checkpointer, broadcast_config, build_trainer, get_callbacks, print_header
 
     ctx = get_dist_context(config.train.dtype, config.run.threads)
@@ -120,16 +120,16 @@ def get_recorder(trainer: Trainer, eval_texts: EvalTexts) -> object:
 class KeepDeadline:
     """Adjusts the number of steps of a run with `train.minutes` once, when the learning rate is about to decay."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, end: float) -> None:
+        self.end = end
 
     def on_start(self, trainer: Trainer) -> None:
-        from training.pace import Pace
+        from training.time_budget import Deadline
 
-        self.pace = Pace(self.deadline, lambda config: set_config(trainer, config))
+        self.deadline = Deadline(self.end, lambda config: set_config(trainer, config))
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self.pace.look(trainer.config, trainer.state.step)
+        self.deadline.check(trainer.config, trainer.state.step)
 
 
 def set_config(trainer: Trainer, config: RunConfig) -> None:
@@ -148,10 +148,10 @@ def plan_minutes(
     """The config with model, batch and steps chosen, where it gives the minutes to spend; when they should be over."""
     if not config.train.minutes:
         return config, None
-    from training.time_budget import choose
+    from training.time_budget import Corpus, search
 
-    sizes = (data.tokenizer.vocab_size, len(data.train), len(data.val))
-    config, lines, end = choose(config, ctx, *sizes, time.perf_counter() - started)
+    corpus = Corpus(data.tokenizer.vocab_size, len(data.train), len(data.val))
+    config, lines, end = search(config, ctx, corpus, time.perf_counter() - started)
     print("\n".join(lines), flush=True)
     return config, end
 

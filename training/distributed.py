@@ -1,13 +1,14 @@
-"""One model in many processes: the group that torchrun starts, and the model as it is stepped there.
+"""Several processes: torchrun's process group, DDP or FSDP2 around the model, and one process that prepares the data.
 
-Three ways to step a `GPT`: as it is (one process), with gradients averaged over all processes (DDP), or with weights,
-gradients and moments split among them (FSDP2, `train.sharding = "fsdp"`). All three leave the same gradient. The loop
-asks `share` for one and treats it the same from then on; `training/device.py` knows where this process stands.
+A `GPT` is trained as it is (one process), with gradients averaged over processes (DDP), or with parameters, gradients
+and optimizer state sharded over them (FSDP2, `train.sharding = "fsdp"`). All three compute the same gradient.
+`training/device.py` knows rank and device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import re
@@ -22,34 +23,36 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common.errors import LOST_PROCESS, UserError
+from common.errors import DISK_OR_MEMORY, LOST_PROCESS, UserError
+from data.config import DataConfig, cache_folder
+from data.prepare import TokenizedCorpus, prepare
 from model.gpt import GPT
 from training.device import DistContext
 
 LOST_GLOO = re.compile(
     r"gloo.*(closed by peer|reset by peer|timed out|timeout|Broken pipe|refused|unreachable|No route)", re.I | re.S
 )
-"""How gloo words that a process ended or froze (third_party/gloo/gloo/transport/tcp); a wrong call reads otherwise."""
-PATIENCE = 1.0
-"""Seconds; torchrun looks for processes that ended ten times in one."""
+"""Messages of gloo when another process ended or froze (third_party/gloo/gloo/transport/tcp)."""
 LOST_NCCL = re.compile(r"ncclRemoteError|ncclSystemError|timed out|timeout|aborted|closed|reset|refused", re.I)
-"""The same of nccl (torch/csrc/distributed/c10d/NCCLUtils.cpp and ProcessGroupNCCL.cpp)."""
+"""The same of NCCL (torch/csrc/distributed/c10d/NCCLUtils.cpp and ProcessGroupNCCL.cpp)."""
+TORCHRUN_SECONDS = 1.0
+"""torchrun checks for processes that ended ten times a second."""
 
 
-def is_lost(error: RuntimeError) -> bool:
-    """Whether an error of torch.distributed says that another process ended or froze."""
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of torch.distributed means that another process ended or froze."""
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return True
     pattern = LOST_NCCL if isinstance(error, dist.DistBackendError) else LOST_GLOO
-    return bool(pattern.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(pattern.search(str(error)))
 
 
 @contextlib.contextmanager
 def process_group(timeout: float) -> Iterator[None]:
-    """The process group of torchrun while the body runs; nothing when the program was started on its own.
+    """Initialize torchrun's process group for the body; does nothing without torchrun.
 
     Args:
-        timeout: seconds that a process waits for the others, at the start and in every exchange.
+        timeout: seconds to wait for other processes, at the start and in each collective.
 
     Raises:
         UserError: if another process ended or froze (exit code 8).
@@ -57,24 +60,24 @@ def process_group(timeout: float) -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
+    limit = timedelta(seconds=timeout)
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        store = own_round(store, rank, world, timeout)
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store = fresh_store(store, rank, world_size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         yield
     except Exception as error:
         if (group := dist.group.WORLD) is not None:
-            group.abort()  # an orderly end would wait for processes that may be gone
-        if not (isinstance(error, RuntimeError) and is_lost(error)):
+            group.abort()  # destroying it in order would wait for processes that may be gone
+        if not is_lost(error):
             raise
-        time.sleep(PATIENCE)  # if the other one has said why it ended, torchrun ends this one before it speaks
+        time.sleep(TORCHRUN_SECONDS)  # if the other process printed why it ended, torchrun now ends this one silently
         raise UserError(
-            f"process {os.environ['RANK']} lost another one, which ended or did not answer for {timeout:g} s "
-            "(run.dist_timeout); nothing saved is lost: go on with --run.resume",
+            f"process {os.environ['RANK']} lost another process, which ended or did not answer for {timeout:g} s "
+            "(run.dist_timeout); checkpoints are safe: continue with --run.resume",
             LOST_PROCESS,
         ) from error
     finally:
@@ -82,101 +85,115 @@ def process_group(timeout: float) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def own_round(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """A part of torchrun's store that this start of the job shares with none before.
+def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """A prefix of torchrun's store that no earlier start of this job has used.
 
-    After a restart the store is still the old one, and in it lie the addresses of the processes that ended. Who is
-    faster than another one would find those and call nobody (seen with torch 2.13). So the first process names the
-    round, and greets each other one by the number that it drew on arriving, until all have answered.
+    torchrun keeps its store when it restarts a job, with the addresses of the ended processes in it, and a fast process
+    would connect to those (seen with torch 2.13). TORCHELASTIC_RESTART_COUNT cannot be the prefix, because nodes that
+    restart for different reasons count differently. So rank 0 names the start, and sends the name to every other
+    process under the number that it drew on arrival, until all have answered.
 
     Raises:
-        torch.distributed.DistStoreError: if not all have come after `timeout` seconds.
+        torch.distributed.DistStoreError: if not all processes have come after `timeout` seconds.
     """
-    me = str(store.add("arrivals", 1))
-    store.set(f"here/{rank}", me)
+    number = str(store.add("arrivals", 1))
+    store.set(f"number/{rank}", number)
     if rank:
-        store.wait([f"welcome/{me}"], timedelta(seconds=timeout))
-        name = store.get(f"welcome/{me}").decode()
-        store.add(f"answers/{name}", 1)
-        return dist.PrefixStore(name, store)
+        store.wait([f"start/{number}"], timedelta(seconds=timeout))
+        start = store.get(f"start/{number}").decode()
+        store.add(f"answers/{start}", 1)
+        return dist.PrefixStore(start, store)
     deadline = time.monotonic() + timeout
-    while store.add(f"answers/{me}", 0) < world - 1:
+    while store.add(f"answers/{number}", 0) < world_size - 1:
         if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"after {timeout:g} s not all of {world} processes have come")
-        for key in (f"here/{other}" for other in range(1, world)):
-            if store.check([key]):  # perhaps somebody's who is no more; then it changes soon
-                store.set(f"welcome/{store.get(key).decode()}", me)
+            raise dist.DistStoreError(f"after {timeout:g} s not all of {world_size} processes have come")
+        for key in (f"number/{other}" for other in range(1, world_size)):
+            if store.check([key]):  # it may be the number of an ended process; then it will change
+                store.set(f"start/{store.get(key).decode()}", number)
         time.sleep(0.02)
-    return dist.PrefixStore(me, store)
+    return dist.PrefixStore(number, store)
 
 
-def unwrap_model(stepped: nn.Module) -> nn.Module:
-    """The model beneath the wrappers of torch.compile and DDP: its parameters have the names of a plain `GPT`."""
-    while True:
-        if isinstance(stepped, DistributedDataParallel):
-            stepped = stepped.module
-        elif hasattr(stepped, "_orig_mod"):
-            stepped = cast(nn.Module, stepped._orig_mod)
-        else:
-            return stepped
+def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
+    """Prepare the corpus on one process of each machine; the others wait and read the cache.
 
+    They wait for a file lock and not for a message, because preparing may take longer than `run.dist_timeout`, and the
+    system releases the lock of a process that ends.
 
-def is_fsdp(stepped: nn.Module) -> bool:
-    """Whether the weights are split among the processes (FSDP2)."""
-    return hasattr(unwrap_model(stepped), "set_requires_gradient_sync")
+    Raises:
+        UserError: as `data.prepare.prepare` does.
+    """
+    if ctx.world_size == 1:
+        return prepare(config)
+    prepares, folder = ctx.local_rank == 0, cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "preparing.lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache {folder} ({error.strerror}): set GLASSGPT_CACHE to another folder",
+            DISK_OR_MEMORY,
+        ) from error
+    with lock:
+        if prepares:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another job or another machine is preparing
+                prepares = False
+        ctx.all_reduce_max(0)  # whoever prepares has the lock now
+        if not prepares:
+            fcntl.flock(lock, fcntl.LOCK_EX if ctx.local_rank == 0 else fcntl.LOCK_SH)
+        return prepare(config, progress=ctx.is_main_process, verify=ctx.local_rank == 0)
 
 
 def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:
-    """The model as it is stepped: itself, or what makes it one of many.
+    """The model to train.
 
     Args:
-        sharding: `none` gives the model itself, or DDP over it, so that `model`'s parameters are those that are
-            stepped. `full` gives a copy that is split among the processes (FSDP2), and keeps `model` on the CPU of
-            the first process alone, to be filled by `gather`; where torchrun did not start us there is nobody to
-            share with, and it is `none`.
+        sharding: `none` returns `model`, or DDP around it. `fsdp` returns a sharded copy and keeps `model` on the CPU of
+            the main process, to be filled by `gather_weights`; without torchrun it is the same as `none`.
     """
     if sharding == "fsdp" and dist.is_initialized():
         return wrap_fsdp(model, ctx)
     model.to(ctx.device)
     if ctx.world_size == 1:
         return model
-    ids = [ctx.device.index] if ctx.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    device_ids = [ctx.device.index] if ctx.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def wrap_fsdp(plain: GPT, ctx: DistContext) -> GPT:
-    """A copy of `plain` whose weights are split among the processes; `plain` itself goes to the CPU, or to `meta`.
+def wrap_fsdp(model: GPT, ctx: DistContext) -> GPT:
+    """A copy of `model` sharded with FSDP2; `model` itself moves to the CPU of the main process, elsewhere to `meta`.
 
-    Each block is a unit: its weights are put together while it computes, and let go again. What lies outside the
-    blocks, the embeddings and the last norm, is one more. The first process hands the weights out unit by unit, so
-    that no device ever holds more than its share and one unit. In the computer's memory each process has the plain
-    model it comes with, 4 bytes a parameter, until here; from here on the first one alone.
+    Each block is a unit, whose parameters are gathered while it computes; embeddings and the final norm are one more.
+    Weights are broadcast unit by unit, so that no device holds more than its shards and one unit. Each process needs
+    4 bytes of CPU memory per parameter until then.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    plain.to("cpu" if ctx.is_main_process else "meta")
-    plain.lm_head.weight = plain.token_embedding.weight  # on the way to `meta` each module gets a parameter of its own
+    model.to("cpu" if ctx.is_main_process else "meta")
+    model.lm_head.weight = model.token_embedding.weight  # moving to `meta` unties them
     with torch.device("meta"):
-        sharded = GPT(plain.config, plain.vocab_size)
+        sharded = GPT(model.config, model.vocab_size)
     mesh = init_device_mesh(ctx.device.type, (ctx.world_size,))
-    for block, source in zip(sharded.blocks, plain.blocks, strict=True):
+    for block, source in zip(sharded.blocks, model.blocks, strict=True):
         block.to_empty(device=ctx.device)
         broadcast_weights(block, source)
         fully_shard(block, mesh=mesh)
-    for name, outside in sharded.named_children():
+    for name, module in sharded.named_children():
         if name != "blocks":
-            outside.to_empty(device=ctx.device)
+            module.to_empty(device=ctx.device)
     sharded.lm_head.weight = sharded.token_embedding.weight
-    broadcast_weights(sharded, plain)
+    broadcast_weights(sharded, model)
     fully_shard(sharded, mesh=mesh)
     return sharded
 
 
 @torch.no_grad()
-def broadcast_weights(unit: nn.Module, source: nn.Module) -> None:
-    """Give every process the first one's weights; those that are split already have theirs."""
-    for parameter, value in zip(unit.parameters(), source.parameters(), strict=True):
+def broadcast_weights(module: nn.Module, source: nn.Module) -> None:
+    """Copy the main process's `source` into `module` on every process, except parameters that are sharded already."""
+    for parameter, value in zip(module.parameters(), source.parameters(), strict=True):
         if not is_dtensor(parameter):
             if not value.is_meta:
                 parameter.copy_(value)
@@ -184,62 +201,77 @@ def broadcast_weights(unit: nn.Module, source: nn.Module) -> None:
 
 
 @torch.no_grad()
-def gather_weights(stepped: nn.Module, plain: GPT) -> None:
-    """Fill `plain` on the first process with the weights that are split; every process calls it, at the same point.
+def gather_weights(wrapped_model: nn.Module, model: GPT) -> None:
+    """Copy the full weights of an FSDP model into `model` on the main process; every process must call it.
 
-    One tensor at a time is put together on the device and laid down on the CPU. Where the weights are not split,
-    `plain` has them already.
+    One tensor at a time is gathered on the device. Without FSDP `model` shares its weights with `wrapped_model`.
     """
-    if not is_fsdp(stepped):
+    if not is_fsdp(wrapped_model):
         return
-    sharded = cast(Any, unwrap_model(stepped))
-    sharded.reshard()  # an evaluation leaves the embeddings whole
-    for parameter, kept in zip(sharded.parameters(), plain.parameters(), strict=True):
+    sharded = cast(Any, unwrap_model(wrapped_model))
+    sharded.reshard()  # an evaluation leaves the embeddings gathered
+    for parameter, target in zip(sharded.parameters(), model.parameters(), strict=True):
         value = full_tensor(parameter)
-        if not kept.is_meta:
-            kept.copy_(value)
+        if not target.is_meta:
+            target.copy_(value)
 
 
-def maybe_no_sync(stepped: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
-    """Processes exchange gradients on the last piece of a step only.
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and DDP, whose parameters have the names of a `GPT`."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
 
-    Where weights are split, a device holds the gradient of the whole model until then: a step of one piece needs least.
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether the parameters are sharded with FSDP2."""
+    return hasattr(unwrap_model(model), "set_requires_gradient_sync")
+
+
+def maybe_no_sync(model: nn.Module, sync: bool) -> contextlib.AbstractContextManager[object]:
+    """Synchronize gradients in the backward pass only if `sync`: in the last micro-batch of a step.
+
+    With FSDP a device holds the gradient of the full model until then.
     """
-    while hasattr(stepped, "_orig_mod"):  # torch.compile's wrapper
-        stepped = cast(nn.Module, stepped._orig_mod)
-    if isinstance(stepped, DistributedDataParallel):
-        return contextlib.nullcontext() if last else stepped.no_sync()
-    if is_fsdp(stepped):
-        stepped.set_requires_gradient_sync(last)  # type: ignore[operator]
+    while hasattr(model, "_orig_mod"):  # torch.compile
+        model = cast(nn.Module, model._orig_mod)
+    if isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext() if sync else model.no_sync()
+    if is_fsdp(model):
+        model.set_requires_gradient_sync(sync)  # type: ignore[operator]
     return contextlib.nullcontext()
 
 
-def clip_grad_norm(stepped: nn.Module, limit: float) -> Tensor:
-    """Scale the gradient down to the norm `limit` (0: leave it); its norm before that, the same on every process."""
-    parameters = [p for p in stepped.parameters() if p.grad is not None]
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradient down to `max_norm` (0: never); its norm before, the same on every process."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
     norm = full_tensor(get_total_norm([cast(Tensor, p.grad) for p in parameters]))
-    clip_grads_with_norm_(parameters, limit or math.inf, norm)
+    clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
     return norm
 
 
-def is_dtensor(value: Tensor) -> bool:
-    """Whether this process holds a part of the tensor."""
-    return hasattr(value, "full_tensor")
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this process has a shard of the tensor."""
+    return hasattr(tensor, "full_tensor")
 
 
-def full_tensor(value: Tensor) -> Tensor:
-    """All of a tensor that may be split among the processes; if it is, every process calls this at the same point."""
-    return value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; if it is, every process must call this."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def distribute(value: Tensor, like: Tensor) -> Tensor:
-    """What this process keeps of a whole tensor that every process has, where `like` lies and split the same way."""
-    here = value.to(like.device)
+def distribute(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a tensor that every process has, on the device and with the sharding of `like`."""
+    tensor = tensor.to(like.device)
     if not is_dtensor(like):
-        return here
+        return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    part = distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
-    return torch.empty_like(like, requires_grad=False).copy_(part)  # the part itself keeps the whole in memory
+    shard = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like, requires_grad=False).copy_(shard)  # `shard` itself would keep the full tensor alive

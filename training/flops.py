@@ -1,8 +1,7 @@
-"""What a model costs before it is built: parameters by part, and operations by formula.
+"""Parameters of a model by part, and FLOPs of its matrix products by formula.
 
-`train.py --plan` prints them. A multiplication and an addition count as two operations, as FLOP/s are counted on data
-sheets. Only matrix products are counted: norms, activations and the softmax are a few per mille of the operations
-(though not of the time). Nothing here needs weights.
+A multiplication and an addition count as two FLOPs, as on data sheets. Norms, activations and the softmax are a few per
+mille of the FLOPs (though not of the time) and are left out.
 """
 
 from __future__ import annotations
@@ -21,54 +20,70 @@ ASSUMED_FLOPS = 1.5e11
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters by part, each counted once: the head is the token embedding. Read off a model without memory."""
+    """Parameters by part; the LM head is the token embedding and counts once."""
     with torch.device("meta"):
         model = GPT(config, vocab_size)
     parts = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
     for name, parameter in model.named_parameters():
-        within = {"attention": "attention", "mlp": "MLP"}.get(name.split(".")[2] if "blocks." in name else "", "norms")
-        part = "norms" if "norm" in name else "embeddings" if "embedding" in name else within
+        module = name.split(".")[2] if name.startswith("blocks.") else ""
+        part = {"attention": "attention", "mlp": "MLP"}.get(module, "norms")
+        part = "norms" if "norm" in name else "embeddings" if "embedding" in name else part
         parts[part] += parameter.numel()
     return parts
 
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Floating-point operations of the matrix products of one token's forward pass, in a full context.
+    """FLOPs of one token's forward pass in a full context.
 
-    Those of the weights are 2 for each weight that a token meets (Kaplan et al. 2020, appendix B, table 1; Hoffmann et
-    al. 2022, appendix F, who count the head as well, as is done here). Those of the scores and of the weighted sum grow
-    with the context T: 4·T·H·D in each layer. That is the whole square, as both of them count it and as the explicit
-    face computes it, though the causal mask throws half of it away; a fused kernel may skip that half.
+    Products with parameters take 2 FLOPs for each parameter (Kaplan et al. 2020, appendix B, table 1; Hoffmann et al.
+    2022, appendix F, who count the LM head too, as here). Attention scores and weighted sums take 4·T·H·D in each
+    layer: the whole square, as both papers count it, although the causal mask discards half of it.
     """
 
     projections: int
-    """Queries, keys, values, and the way back."""
-    square: int
-    """Scores and weighted sums: what grows with the context."""
+    """Queries, keys, values and output."""
+    attention: int
+    """Scores and weighted sums; proportional to the context."""
     mlp: int
-    head: int
+    lm_head: int
 
     @property
     def forward(self) -> int:
-        return self.projections + self.square + self.mlp + self.head
+        return self.projections + self.attention + self.mlp + self.lm_head
 
     @property
     def backward(self) -> int:
-        """Twice the forward pass: a product Y = XW needs two, for the gradients of X and of W (Kaplan et al. 2020)."""
+        """Twice the forward pass: Y = XW needs two products, for the gradients of X and W (Kaplan et al. 2020)."""
         return 2 * self.forward
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int) -> FlopsPerToken:
-    """The operations of a token of this model."""
-    heads, groups, width = config.n_heads, config.n_kv_heads, config.d_head
+    """FLOPs of a token of this model."""
+    heads, kv_heads, d_head = config.n_heads, config.n_kv_heads, config.d_head
     gates = 2 if config.architecture.activation == "swiglu" else 1
     return FlopsPerToken(
-        projections=config.n_layers * 2 * config.d_model * width * (2 * heads + 2 * groups),
-        square=config.n_layers * 4 * config.context * heads * width,
+        projections=config.n_layers * 2 * config.d_model * d_head * (2 * heads + 2 * kv_heads),
+        attention=config.n_layers * 4 * config.context * heads * d_head,
         mlp=config.n_layers * 2 * config.d_model * config.d_mlp * (gates + 1),
-        head=2 * config.d_model * vocab_size,
+        lm_head=2 * config.d_model * vocab_size,
     )
+
+
+def muon_flops(config: ModelConfig) -> int:
+    """FLOPs of Muon's orthogonalization in one step, independent of the batch (Jordan et al. 2024).
+
+    Each round computes X Xᵀ, its square, and their product with X: 4m²n + 2m³ for an m x n matrix with m ≤ n.
+    """
+    d_model, heads, kv_heads = config.d_model, config.n_heads, config.n_kv_heads
+    gates = 2 if config.architecture.activation == "swiglu" else 1
+    matrices = (
+        (d_model, (heads + 2 * kv_heads) * config.d_head),
+        (d_model, heads * config.d_head),
+        (d_model, gates * config.d_mlp),
+        (d_model, config.d_mlp),
+    )
+    return config.n_layers * NEWTON_SCHULZ_STEPS * sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in matrices)
 
 
 def estimate_train_seconds(config: RunConfig, vocab_size: int, world_size: int) -> float:
@@ -76,20 +91,3 @@ def estimate_train_seconds(config: RunConfig, vocab_size: int, world_size: int) 
     cost = flops_per_token(config.model, vocab_size)
     tokens = config.train.steps * config.train.batch_size * config.model.context
     return tokens * (cost.forward + cost.backward) / ASSUMED_FLOPS / world_size
-
-
-def muon_flops(config: ModelConfig) -> int:
-    """Operations of Muon's orthogonalisation in one step, whatever the batch (Jordan et al. 2024).
-
-    Each round takes X Xᵀ, its square, and their product with X: 4m²n + 2m³ for an m x n matrix with m ≤ n.
-    """
-    width, heads, groups = config.d_model, config.n_heads, config.n_kv_heads
-    gates = 2 if config.architecture.activation == "swiglu" else 1
-    matrices = (
-        (width, (heads + 2 * groups) * config.d_head),
-        (width, heads * config.d_head),
-        (width, gates * config.d_mlp),
-        (width, config.d_mlp),
-    )
-    sides = [(min(pair), max(pair)) for pair in matrices]
-    return config.n_layers * NEWTON_SCHULZ_STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)

@@ -1,13 +1,12 @@
-"""`train.py --plan`: what a run would take, on this machine or on GPUs by name, before anything is trained.
+"""`train.py --plan`: parameters, FLOPs, memory and time of a run on this machine or on GPUs by name, without training.
 
-It reads the configuration and what is prepared already; it writes nothing and prints one page. Operations stand in
-`training/flops.py`, memory in `training/footprint.py`, time in `training/speed.py`.
+It reads the config and a corpus that is prepared already, writes nothing and prints one page. Memory is a formula; time
+is measured here (`time_budget.measure_step`), or assumes a share of a GPU's peak.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,266 +14,345 @@ import torch
 from common.errors import CONFIG, UserError, escape_control_chars
 from data.dataloader import pack_documents
 from data.found import Found, find
-from model.config import ATTENTION_IMPLEMENTATIONS
+from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
+from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
 from training.config import RunConfig
-from training.device import DistContext, get_dist_context, resolve_attention, should_compile
+from training.device import DistContext, get_dist_context, measure_matmul_flops, resolve_attention, should_compile
 from training.flops import count_parameters, flops_per_token, muon_flops
-from training.footprint import Footprint, footprint
 from training.hardware import GPUS, PlanTarget
-from training.speed import Speed, measured, reckoned
-from training.time_budget import choose
+from training.time_budget import Corpus, StepTime, measure_step, search
 from training.trainer import FINAL_TARGETS, micro_batch_rows
 
-SPARED = 0.8
-"""Share of a GPU's memory that is planned with: libraries, what the allocator holds back, and what a GPU computes in
-fp32 where a processor does not, have the rest."""
-HELD_BACK = 1.6
-"""So many times what is there at once a process grows to on a processor: the C library keeps what is given back."""
-POWERS = (2, 4, 8, 16, 32, 64, 128, 256)
-"""Numbers of GPUs that are tried where one is not enough."""
-SUMMED = ("weights", "gradients", "moments", "copies", "activations", "loss")
-NAMED = {"copies": "weights in bf16", "loss": "logits, loss, and what passes"}
+USABLE_MEMORY = 0.8
+"""Share of a GPU's memory to plan with; the rest is for libraries and the allocator."""
+CPU_OVERHEAD = 1.6
+"""Process size per byte of tensors on a CPU, where the C library keeps freed memory."""
+ASSUMED_MFU = 0.4
+"""Share of the data sheet's peak that a GPT of some size reaches on a GPU without compiling."""
+KERNELS_PER_LAYER, LAUNCH_SECONDS = 120, 6e-6
+"""GPU kernels of a layer, forward and backward, and the CPU time to launch one: the limit of a small model."""
+MEASURE_SECONDS = 4.0
+LOSS_CHUNK = 1 << 22
+"""Logits that `training/loss.py` converts to fp32 at a time."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process without sharding."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    bf16_copies: int
+    """Parameters in the dtype of the products."""
+    activations: int
+    """Kept for the backward pass of one micro-batch."""
+    logits: int
+    accumulates: bool
+    """Whether a step has several micro-batches, so that gradients exist during the forward pass."""
+
+    @property
+    def peak(self) -> int:
+        """Gradients appear while activations and logits go, so only the larger of the two counts."""
+        features = self.activations + self.logits
+        largest = features + self.gradients if self.accumulates else max(features, self.gradients)
+        return self.parameters + self.optimizer + self.bf16_copies + largest
+
+    def sharded_peak(self, world_size: int, embeddings: int, block: int) -> int:
+        """With FSDP, stage 3 of Rajbhandari et al. 2020: shares, gathered embeddings and two blocks, their gradient.
+
+        Args:
+            embeddings: bytes of the parameters outside the blocks.
+            block: bytes of the parameters of a block.
+        """
+        gradients = self.gradients if self.accumulates else self.gradients // world_size + max(block, embeddings)
+        shares = (self.parameters + self.optimizer) // world_size
+        return shares + gradients + embeddings + 2 * block + self.bf16_copies + self.activations + self.logits
+
+
+def estimate_memory(
+    config: RunConfig, vocab_size: int, dtype: torch.dtype, rows: int, world_size: int = 1
+) -> MemoryEstimate:
+    """Memory of a step with `rows` sequences in a micro-batch; `model.attention` must be resolved."""
+    model, parts = config.model, count_parameters(config.model, vocab_size)
+    total, matrices, size = sum(parts.values()), parts["attention"] + parts["MLP"], dtype.itemsize
+    in_muon = matrices if config.optim.optimizer == "muon" else 0
+    tokens = rows * model.context
+    rest = 8 * model.d_model + 4 * model.d_head  # embedding, final norm, rotary angles
+    logits = tokens * vocab_size
+    return MemoryEstimate(
+        parameters=4 * total,
+        gradients=4 * total,
+        optimizer=8 * total - 4 * in_muon,  # Muon keeps one value per parameter, AdamW two
+        bf16_copies=size * (matrices + vocab_size * model.d_model) if size < 4 else 0,
+        activations=tokens * (model.n_layers * activation_bytes(model, rows, size) + rest),
+        logits=size * logits + 3 * 4 * min(logits, LOSS_CHUNK),
+        accumulates=config.train.batch_size > rows * world_size,
+    )
+
+
+def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
+    """Bytes that one layer keeps per token for the backward pass, after Korthikanti et al. 2022, section 4.1.
+
+    A test compares it with the tensors that autograd keeps (within 10%).
+
+    Args:
+        size: bytes of an element in the dtype of the products (2 or 4).
+    """
+    preset, context, d_model, d_mlp = config.architecture, config.context, config.d_model, config.d_mlp
+    q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    eager, chunked = config.attention == "eager", config.attention == "chunked"
+    # Norms keep their inputs (and normalized inputs) in fp32; projections keep theirs, and attention q, k, v and output.
+    kept = (16 if eager or preset.norm == "rms" else 8) * d_model + size * (2 * d_model + 2 * q + 2 * kv)
+    if eager:
+        kept += size * 3 * q
+    if preset.qk_norm:
+        kept += size * (q + kv) if eager else 8 * (q + kv) + size * q + (size * (q + kv) if size < 4 else 0)
+    pattern = 0
+    if eager:
+        pattern = config.n_heads * context
+    elif chunked and rows * config.n_heads * context**2 <= RECOMPUTE_ABOVE:
+        pattern = config.n_heads * (context + min(context, CHUNK_SIZE)) // 2
+    hidden = {"gelu": 4, "relu2": 2, "swiglu": 5}[preset.activation]
+    if not eager:
+        recomputed = chunked and rows * context * d_mlp > RECOMPUTE_ABOVE
+        hidden = {"gelu": 2, "relu2": 2, "swiglu": 4}[preset.activation] - recomputed
+    kept += size * (pattern + hidden * d_mlp)
+    if config.dropout:
+        kept += size * (2 * d_model + (pattern if eager else 0)) + (config.n_heads * context // 2 if chunked else 0)
+    return kept
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as it would be on some machine."""
+    """A run on a target."""
 
     config: RunConfig
-    """Its `model.attention` decided."""
-    place: PlanTarget
+    """Its `model.attention` is resolved."""
+    target: PlanTarget
     ctx: DistContext
-    text: Found
-    rows: int
-    """PackedSequences that a process holds at once."""
+    corpus: Found
 
-    def pieces(self, rows: int) -> int:
-        """Micro-batches of a process in a step, with so many windows at once."""
-        return -(-self.config.train.batch_size // (self.place.count * rows))
+    @property
+    def rows(self) -> int:
+        """Sequences in a micro-batch."""
+        return micro_batch_rows(self.config, self.target.count)
 
-    def memory(self, attention: str, rows: int) -> Footprint:
-        """What a process needs with one of the two faces and so many windows at once."""
-        config = replace(self.config, model=replace(self.config.model, attention=attention))  # type: ignore[arg-type]
-        return footprint(config, self.text.vocab_size, self.ctx, rows, self.pieces(rows))
+    def memory(self, rows: int, attention: str = "") -> MemoryEstimate:
+        """The memory of a process."""
+        model = replace(self.config.model, attention=attention or self.config.model.attention)  # type: ignore[arg-type]
+        config = replace(self.config, model=model)
+        return estimate_memory(config, self.corpus.vocab_size, self.ctx.dtype, rows, self.target.count)
 
-    def most(self, memory: Footprint, rows: int) -> int:
-        """Bytes that a process has to have, as this run shares the model."""
-        split = self.config.train.sharding == "fsdp" and self.place.count > 1
-        return memory.sharded(self.place.count, self.pieces(rows)) if split else memory.peak
+    def peak(self, rows: int, count: int = 0, sharding: str = "", attention: str = "") -> int:
+        """Bytes that a process needs, with this plan's number of GPUs, sharding and attention or others."""
+        count, memory = count or self.target.count, self.memory(rows, attention)
+        if (sharding or self.config.train.sharding) == "none" or count == 1:
+            return memory.peak
+        parts = count_parameters(self.config.model, self.corpus.vocab_size)
+        block = 4 * (parts["attention"] + parts["MLP"]) // self.config.model.n_layers
+        return memory.sharded_peak(count, 4 * parts["embeddings"], block)
 
 
-def plan(config: RunConfig, place: PlanTarget, name: str) -> None:
+def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
     """Print what a run would take.
-
-    Args:
-        name: of the run, for the first line.
 
     Raises:
         UserError: for what would keep the run from starting there (exit code 2).
     """
     if "RANK" in os.environ:
+        raise UserError("--plan is for one process: start without torchrun and name the GPUs: --plan 8xh100", CONFIG)
+    if config.train.batch_size % target.count:
         raise UserError(
-            "--plan is for one process: leave torchrun out and name the GPUs, such as --plan 8xh100", CONFIG
+            f"train.batch_size is {config.train.batch_size}; it must be a multiple of the {target.count} processes",
+            CONFIG,
         )
-    if config.train.batch_size % place.count:
-        raise UserError(
-            f"train.batch_size is {config.train.batch_size}, which {place.count} processes cannot share evenly", CONFIG
-        )
-    one = planned(with_minutes(config, place), place)
-    print("\n".join(heading(one, name)) + "\n", flush=True)
-    print("\n".join([*parts_page(one), "", *operations_page(one)]) + "\n", flush=True)
-    memory: dict[str, Footprint] = {kernels: one.memory(kernels, one.rows) for kernels in ATTENTION_IMPLEMENTATIONS}
-    print("\n".join(memory_page(one, memory)), flush=True)
-    limit = available(place, one.ctx)
-    chosen = memory[one.config.model.attention]
-    fits = one.most(chosen, one.rows) <= limit
-    print("\n".join(verdict(one, chosen, limit)) + "\n", flush=True)
-    if place.gpu is not None:
-        pace = reckoned(one.config, one.text.vocab_size, place.gpu, place.count, chosen, one.pieces(one.rows))
-    elif fits:
-        pace = measured(one.config, one.text.vocab_size, one.ctx, one.rows)
+    planned = resolve(choose_size(config, target), target)
+    available = available_memory(target, planned.ctx)
+    fits = planned.peak(planned.rows) <= available
+    print("\n".join(heading(planned, name)) + "\n")
+    print("\n".join([*parameter_lines(planned), "", *flops_lines(planned), "", *memory_lines(planned)]))
+    print("\n".join(fit_lines(planned, available)) + "\n", flush=True)
+    if target.gpu is None and not fits:
+        print("time       not measured, because it does not fit")
     else:
-        print("time       not measured, for it does not fit")
-        return
-    print("\n".join(time_page(one, pace)))
+        print("\n".join(time_lines(planned)))
 
 
-def with_minutes(config: RunConfig, place: PlanTarget) -> RunConfig:
-    """The config with model and steps chosen, where it gives the minutes to spend; says what there was to choose."""
+def choose_size(config: RunConfig, target: PlanTarget) -> RunConfig:
+    """The config with `train.minutes` replaced by a model and steps."""
     if not config.train.minutes:
         return config
-    if place.gpu is not None:
-        raise UserError("train.minutes is measured on the machine that trains; leave out the name after --plan", CONFIG)
-    text = find(config.data)
-    if text.train is None or text.val is None:
-        raise UserError("train.minutes has to know the text: it is prepared by the first run without --plan", CONFIG)
+    if target.gpu is not None:
+        raise UserError("train.minutes is measured on this machine; leave out the name after --plan", CONFIG)
+    corpus = find(config.data)
+    if corpus.train is None or corpus.val is None:
+        raise UserError("train.minutes needs the corpus, which the first run without --plan prepares", CONFIG)
     ctx = get_dist_context(config.train.dtype, config.run.threads)
-    config, lines, _ = choose(config, ctx, text.vocab_size, len(text.train), len(text.val), 0.0)
+    sizes = Corpus(corpus.vocab_size, len(corpus.train), len(corpus.val))
+    config, lines, _ = search(config, ctx, sizes, 0.0)
     print("\n".join(lines) + "\n", flush=True)
     return config
 
 
-def planned(config: RunConfig, place: PlanTarget) -> Plan:
-    """The run with all that the machine decides decided."""
-    ctx, text = get_dist_context(config.train.dtype, config.run.threads), find(config.data)
-    rows = micro_batch_rows(config, place.count)
-    if place.gpu is None:
-        model = resolve_attention(config.model, ctx.device, ctx.dtype)
+def resolve(config: RunConfig, target: PlanTarget) -> Plan:
+    """Decide dtype and attention as the run would."""
+    ctx, device = get_dist_context(config.train.dtype, config.run.threads), torch.device("cuda")
+    if target.gpu is None:
+        device = ctx.device
     else:
-        low = config.train.dtype != "fp32" and place.gpu.bf16 > 0
-        ctx = replace(ctx, dtype=torch.bfloat16 if low else torch.float32)
-        model = resolve_attention(config.model, torch.device("cuda"), ctx.dtype)
-    return Plan(replace(config, model=model), place, ctx, text, rows)
+        use_bf16 = config.train.dtype != "fp32" and target.gpu.bf16 > 0
+        ctx = replace(ctx, dtype=torch.bfloat16 if use_bf16 else torch.float32)
+    model = resolve_attention(config.model, device, ctx.dtype)
+    return Plan(replace(config, model=model), target, ctx, find(config.data))
 
 
-def heading(one: Plan, name: str) -> list[str]:
-    """What is planned, where, on what text."""
-    config, place, text = one.config, one.place, one.text
+def heading(plan: Plan, name: str) -> list[str]:
+    """What is planned, where, on which corpus."""
+    config, target, corpus = plan.config, plan.target, plan.corpus
     train, model = config.train, config.model
-    where = f"this machine: {one.ctx.describe()}"
-    if place.gpu is not None:
-        where = f"{place.count} x {place.gpu.name}, {'bf16' if one.ctx.dtype == torch.bfloat16 else 'fp32'}"
+    where = f"this machine: {plan.ctx.describe()}"
+    if target.gpu is not None:
+        where = f"{target.count} x {target.gpu.name}, {'bf16' if plan.ctx.dtype == torch.bfloat16 else 'fp32'}"
     tokens = train.steps * train.batch_size * model.context
-    epochs, known = "", f"not prepared yet; vocabulary of {text.vocab_size:,} ({text.how})"
-    if text.train is not None:
-        known = f"{len(text.train):,} training tokens; vocabulary of {text.vocab_size:,}"
-        if len(text.train) > model.context:
-            windows = len(pack_documents(text.train, model.context))
-            epochs = f", {train.steps * train.batch_size / windows:.2f} epochs"
-    shape = f"{model.n_layers} layers, {model.n_heads} heads, width {model.d_model}, context {model.context}"
+    epochs, known = "", f"not prepared yet; vocabulary of {corpus.vocab_size:,} ({corpus.how})"
+    if corpus.train is not None:
+        known = f"{len(corpus.train):,} training tokens; vocabulary of {corpus.vocab_size:,}"
+        if len(corpus.train) > model.context:
+            epochs = f", {train.steps * train.batch_size / len(pack_documents(corpus.train, model.context)):.2f} epochs"
     return [
         f"plan       {escape_control_chars(name)} on {where}, {model.attention} attention",
         f"data       {escape_control_chars(config.data.source)}: {known}",
-        f"model      {model.preset}: {shape}",
+        f"model      {model.preset}: {model.n_layers} layers, {model.n_heads} heads, d_model {model.d_model}, "
+        f"context {model.context}",
         f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: {tokens:,} tokens{epochs}",
     ]
 
 
-def parts_page(one: Plan) -> list[str]:
+def parameter_lines(plan: Plan) -> list[str]:
     """Parameters by part."""
-    parts = count_parameters(one.config.model, one.text.vocab_size)
+    parts = count_parameters(plan.config.model, plan.corpus.vocab_size)
     total = sum(parts.values())
-    named = {"embeddings": "embeddings, which are the head too"}
-    lines = [f"{'parameters':<36}{total:>16,}"]
-    return lines + [f"  {named.get(part, part):<34}{n:>16,}{n / total:>8.1%}" for part, n in parts.items()]
+    labels = {"embeddings": "embeddings (also the LM head)"}
+    lines = [f"  {labels.get(part, part):<34}{n:>16,}{n / total:>8.1%}" for part, n in parts.items()]
+    return [f"{'parameters':<36}{total:>16,}", *lines]
 
 
-def operations_page(one: Plan) -> list[str]:
-    """Operations of a token, a step and the run, over all processes."""
-    config = one.config
-    cost = flops_per_token(config.model, one.text.vocab_size)
+def flops_lines(plan: Plan) -> list[str]:
+    """FLOPs of a token, a step and the run, over all processes."""
+    config, cost = plan.config, flops_per_token(plan.config.model, plan.corpus.vocab_size)
     tokens = config.train.batch_size * config.model.context
     rows = {"forward": cost.forward * tokens, "backward": cost.backward * tokens}
     if config.optim.optimizer == "muon":
-        rows["Muon"] = muon_flops(config.model) * one.place.count
-    rows["sum"] = sum(rows.values())
-    rows["scores and weighted sums of these"] = 3 * cost.square * tokens
-    lines = [f"{'operations of matrix products':<36}{'a token':>12}{'a step':>12}{'the run':>12}{'share':>8}"]
+        rows["Muon"] = muon_flops(config.model) * plan.target.count
+    rows["total"] = sum(rows.values())
+    rows["of these in attention scores"] = 3 * cost.attention * tokens
+    lines = [f"{'FLOPs of matrix products':<36}{'per token':>12}{'per step':>12}{'whole run':>12}{'share':>8}"]
     for name, step in rows.items():
-        numbers = (step / tokens, step, step * config.train.steps)
-        lines.append(f"  {name:<34}{''.join(f'{scaled(n):>12}' for n in numbers)}{step / rows['sum']:>8.1%}")
+        numbers = "".join(f"{scaled(n):>12}" for n in (step / tokens, step, step * config.train.steps))
+        lines.append(f"  {name:<34}{numbers}{step / rows['total']:>8.1%}")
     return lines
 
 
-def memory_page(one: Plan, memory: Mapping[str, Footprint]) -> list[str]:
-    """Memory by part, of each face of attention, as every process would have it."""
-    count, chosen = one.place.count, one.config.model.attention
+def memory_lines(plan: Plan) -> list[str]:
+    """Memory of a process by part, for each attention implementation."""
+    chosen, count = plan.config.model.attention, plan.target.count
+    estimates = [plan.memory(plan.rows, attention) for attention in ATTENTION_IMPLEMENTATIONS]
+    titles = "".join(f"{name + (' *' if name == chosen else ''):>12}" for name in ATTENTION_IMPLEMENTATIONS)
     whose = "memory" if count == 1 else f"memory of each of {count} processes"
-    titles = "".join(f"{kernels + (' *' if kernels == chosen else ''):>12}" for kernels in memory)
-    rows = {NAMED.get(part, part): [getattr(m, part) for m in memory.values()] for part in SUMMED}
-    rows["sum"] = [sum(column) for column in zip(*rows.values(), strict=True)]
-    rows["at once, at most" + (", with DDP" if count > 1 else "")] = [m.peak for m in memory.values()]
+    rows = {
+        part.replace("_", " "): [getattr(estimate, part) for estimate in estimates]
+        for part in ("parameters", "gradients", "optimizer", "bf16_copies", "activations", "logits", "peak")
+    }
     if count > 1:
-        rows["with train.sharding fsdp, about"] = [m.sharded(count, one.pieces(one.rows)) for m in memory.values()]
-    shown = [
-        (name, "".join(f"{scaled(n) + 'B':>12}" for n in numbers)) for name, numbers in rows.items() if any(numbers)
-    ]
-    head = f"{whose}, {counted(one.rows, 'window')} at once"
-    return [f"{head:<48}{titles}", *(f"  {name:<46}{numbers}" for name, numbers in shown)]
-
-
-def verdict(one: Plan, memory: Footprint, limit: float) -> list[str]:
-    """Whether it fits, and if not, what would."""
-    where = one.place.gpu.name if one.place.gpu else "this machine"
-    have = f"the {scaled(limit)}B of {where} that are free for it"
-    if one.most(memory, one.rows) <= limit:
-        return [f"  it fits into {have}"]
-    least = one.memory(one.config.model.attention, 1)
-    if (rows := windows_that_fit(one, memory, least, limit)) > 0:
-        would = f"--train.micro_batch_size {rows} would, with the step's batch as it is"
-    else:
-        would = other_place(one, least, limit)
-    return [f"  IT DOES NOT FIT into {have}", f"  {would}"]
-
-
-def windows_that_fit(one: Plan, memory: Footprint, least: Footprint, limit: float) -> int:
-    """The largest micro-batch below the wanted one that fits, perhaps a little less; 0 where not even one window does.
-
-    What is kept grows in a line with the windows; the gradient of earlier micro-batches is there besides.
-    """
-    spare = limit - one.most(least, 1)
-    growth = memory.activations + memory.loss - least.activations - least.loss
-    if spare < 0 or one.rows == 1:
-        return 0
-    return max(1, min(one.rows - 1, 1 + int(spare * (one.rows - 1) / max(1, growth))))
-
-
-def other_place(one: Plan, least: Footprint, limit: float) -> str:
-    """Where a run would fit of which not even one window does here."""
-    count, windows = one.place.count, one.config.train.batch_size
-    split = least.sharded(count, one.pieces(1))
-    if count > 1 and one.config.train.sharding == "none" and split <= limit:
-        return f"--train.micro_batch_size 1 --train.sharding fsdp would: about {scaled(split)}B"
-    enough = [n for n in POWERS if count < n <= windows and least.sharded(n, -(-windows // n)) <= limit]
-    if one.place.gpu and enough:
-        return f"{enough[0]} of them would, with --train.sharding fsdp and --train.micro_batch_size 1"
-    larger = [name for name, gpu in GPUS.items() if least.peak <= SPARED * gpu.memory]
-    hint = f"; with one window at once it would fit {', '.join(larger)}" if larger else ""
-    return f"not even one window does: lower model.context or the size of the model{hint}"
-
-
-def time_page(one: Plan, pace: Speed) -> list[str]:
-    """Time of a step and of the run."""
-    config = one.config
-    train, context = config.train, config.model.context
-    cost = flops_per_token(config.model, one.text.vocab_size)
-    tokens = train.batch_size * context
-    rate = tokens * (cost.forward + cost.backward) / pace.step
-    evaluations = -(-train.steps // train.eval_every)
-    held = len(one.text.val) if one.text.val is not None else FINAL_TARGETS
-    looked = evaluations * min(train.eval_tokens, held) + min(FINAL_TARGETS, held)
-    looking = looked / context * pace.window
-    share = "" if one.place.gpu else f", {rate / pace.products:.0%} of what a large one reaches alone"
-    lines = [
-        f"time       {pace.how}",
-        f"  a step   {duration(pace.step)}: {tokens / pace.step:,.0f} tokens/s; "
-        f"products at {scaled(rate)}FLOP/s{share}",
-        f"  the run  {duration(train.steps * pace.step + looking)}, of which {duration(looking)} for "
-        f"{counted(evaluations + 1, 'evaluation')}; without start, samples, saving and what is shown of attention",
-    ]
-    device = torch.device("cuda") if one.place.gpu else one.ctx.device
-    measured = train.compile == "on" and not one.place.gpu
-    if should_compile(train, train.steps * pace.step, device) and not measured:
-        lines.append("  this run would be compiled, which is not reckoned with: expect it to be faster")
+        rows["peak with train.sharding fsdp"] = [
+            plan.peak(plan.rows, sharding="fsdp", attention=attention) for attention in ATTENTION_IMPLEMENTATIONS
+        ]
+    lines = [f"{f'{whose}, micro-batch of {plan.rows}':<48}{titles}"]
+    for name, numbers in rows.items():
+        if any(numbers):
+            lines.append(f"  {name:<46}{''.join(f'{scaled(n) + chr(66):>12}' for n in numbers)}")
     return lines
 
 
-def available(place: PlanTarget, ctx: DistContext) -> float:
-    """Bytes that may be there at once."""
-    if place.gpu is not None:
-        return SPARED * place.gpu.memory
+def fit_lines(plan: Plan, available: float) -> list[str]:
+    """Whether the run fits into memory, and if not, what would."""
+    where = plan.target.gpu.name if plan.target.gpu else "this machine"
+    memory = f"the {scaled(available)}B of {where} that are available"
+    if plan.peak(plan.rows) <= available:
+        return [f"  it fits into {memory}"]
+    return [f"  IT DOES NOT FIT into {memory}", f"  {advice(plan, available)}"]
+
+
+def advice(plan: Plan, available: float) -> str:
+    """What would fit: a smaller micro-batch, FSDP, more GPUs, or another GPU."""
+    rows = next((rows for rows in range(plan.rows - 1, 0, -1) if plan.peak(rows) <= available), 0)
+    if rows:
+        return f"it would with --train.micro_batch_size {rows}; the batch stays the same"
+    counts = [plan.target.count * 2**i for i in range(9)]
+    for count in counts if plan.target.gpu else []:
+        if 1 < count <= plan.config.train.batch_size and plan.peak(1, count, "fsdp") <= available:
+            return f"{count} of them would, with --train.sharding fsdp --train.micro_batch_size 1"
+    larger = [name for name, gpu in GPUS.items() if plan.memory(1).peak <= USABLE_MEMORY * gpu.memory]
+    hint = f"; a micro-batch of 1 would fit on {', '.join(larger)}" if larger else ""
+    return f"not even a micro-batch of 1 fits: lower model.context or the size of the model{hint}"
+
+
+def available_memory(target: PlanTarget, ctx: DistContext) -> float:
+    """Bytes of tensors that fit."""
+    if target.gpu is not None:
+        return USABLE_MEMORY * target.gpu.memory
     if ctx.device.type == "cuda":
         return float(torch.cuda.mem_get_info(ctx.device)[0])
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
-            found = {line.split(":")[0]: int(line.split()[1]) for line in file}
-        return found["MemAvailable"] * 1024 / HELD_BACK
-    except (OSError, KeyError, ValueError, IndexError):  # no Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / HELD_BACK
+            entries = {line.split(":")[0]: int(line.split()[1]) for line in file}
+        return entries["MemAvailable"] * 1024 / CPU_OVERHEAD
+    except (OSError, KeyError, ValueError, IndexError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / CPU_OVERHEAD
+
+
+def estimate_step(plan: Plan) -> tuple[StepTime, str]:
+    """The time of a step, and how it is known."""
+    config, gpu, cost = plan.config, plan.target.gpu, flops_per_token(plan.config.model, plan.corpus.vocab_size)
+    if gpu is None:
+        step = measure_step(config, plan.corpus.vocab_size, plan.ctx, MEASURE_SECONDS)
+        peak = measure_matmul_flops(plan.ctx)
+        mfu = config.train.batch_size * config.model.context * (cost.forward + cost.backward) / step.step / peak
+        return step, f"measured here; MFU {mfu:.0%} of {scaled(peak)}FLOP/s, a large matrix product"
+    peak = gpu.bf16 if plan.ctx.dtype == torch.bfloat16 else gpu.fp32
+    sequences = config.train.batch_size // plan.target.count
+    sequence = config.model.context * cost.forward / (ASSUMED_MFU * peak)
+    launches = KERNELS_PER_LAYER * config.model.n_layers * -(-sequences // plan.rows) * LAUNCH_SECONDS
+    muon = muon_flops(config.model) / (ASSUMED_MFU * peak) if config.optim.optimizer == "muon" else 0.0
+    seconds, how = 3 * sequences * sequence + muon, f"assuming an MFU of {ASSUMED_MFU:.0%} of {scaled(peak)}FLOP/s"
+    if launches > seconds:
+        seconds, how = launches, "limited by launching kernels: too small a model to fill the GPU"
+    return StepTime(seconds, sequence / plan.target.count), how
+
+
+def time_lines(plan: Plan) -> list[str]:
+    """Time of a step and of the run."""
+    train, context, corpus = plan.config.train, plan.config.model.context, plan.corpus
+    step, how = estimate_step(plan)
+    evals = -(-train.steps // train.eval_every)
+    n_val = len(corpus.val) if corpus.val is not None else FINAL_TARGETS
+    eval_tokens = evals * min(train.eval_tokens, n_val) + min(FINAL_TARGETS, n_val)
+    eval_seconds, seconds = eval_tokens / context * step.forward, train.steps * step.step
+    lines = [
+        f"time       {how}",
+        f"  a step   {duration(step.step)}: {train.batch_size * context / step.step:,.0f} tokens/s",
+        f"  the run  {duration(seconds + eval_seconds)}, of which {duration(eval_seconds)} for {evals + 1} evaluations; "
+        "without start, samples, checkpoints and attention files",
+    ]
+    device = torch.device("cuda") if plan.target.gpu else plan.ctx.device
+    if should_compile(train, seconds, device) and (plan.target.gpu or train.compile == "auto"):
+        lines.append("  this run would be compiled, which is not included: expect it to be faster")
+    return lines
 
 
 def scaled(number: float) -> str:
-    """A number in three digits and a decimal prefix: 1,234,567 is `1.23 M`."""
+    """A number with three digits and a decimal prefix: 1,234,567 is `1.23 M`."""
     for prefix in ("", "k", "M", "G", "T", "P", "E", "Z"):
         if abs(number) < 999.5 or prefix == "Z":
             break
@@ -284,13 +362,8 @@ def scaled(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would take."""
+    """Seconds in a readable unit: `12.3 ms`, `75 s`, `50 min`, `11.6 days`."""
     for limit, size, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}" if seconds / size < 100 else f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86_400:,.3g} days" if seconds < 86_400 * 1000 else f"{seconds / 86_400:,.0f} days"
-
-
-def counted(number: int, thing: str) -> str:
-    """`1 window`, `16 windows`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    return f"{seconds / 86_400:,.3g} days" if seconds < 86_400_000 else f"{seconds / 86_400:,.0f} days"

@@ -1,280 +1,370 @@
-"""`--train.minutes M`: the model, batch and number of steps that learn most in M minutes on this machine.
+"""`--train.minutes M`: choose the model size, batch and number of steps that are expected to learn most in M minutes.
 
-How well a size learns from so many tokens was measured once and put into one formula (`expected_loss`;
-`python -m benchmarks.sizes` measures and fits it again). How fast this machine is, is measured anew, for the sizes in
-question only. What comes out is an ordinary config: written down with the run, and reproducible without the clock. Its
-number of steps alone is settled later, halfway (`training/pace.py`).
+`search` estimates each size's loss from a fitted formula (`expected_loss`) and from step times that it measures here. The
+result is an ordinary config, which is saved with the run and reproduces it without the clock. Only the number of steps
+is adjusted once more, by `Deadline`, just before the learning rate starts to decay.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import nn
 
 from common.errors import CONFIG, DATA, UserError
+from model.gpt import GPT
 from training.config import RunConfig
-from training.device import COMPILE_SECONDS, DistContext, has_compiler, resolve_attention
-from training.speed import Speed, measured
-from training.trainer import FINAL_TARGETS
+from training.device import (
+    COMPILE_SECONDS,
+    DistContext,
+    compile_model,
+    has_compiler,
+    measure_matmul_flops,
+    resolve_attention,
+    synchronize,
+)
+from training.distributed import clip_grad_norm
+from training.flops import flops_per_token
+from training.loss import cross_entropy_sum
+from training.optimizer import Optimizer
+from training.trainer import FINAL_TARGETS, micro_batch_rows
 
 
 @dataclass(frozen=True)
-class Size:
-    """A model and its batch."""
+class ModelSize:
+    """A model size and its batch size."""
 
     n_layers: int
     n_heads: int
     d_model: int
     context: int
     batch_size: int
-    seconds: float
-    """Of a step on two cores of an EPYC in bf16. Only how sizes compare is used, for those that are not measured."""
-    losses: tuple[tuple[int, float], ...] = ()
-    """(steps, nats/token) over the whole validation split of Tiny Shakespeare by character."""
+    reference_seconds: float
+    """Time of a step on two cores of an EPYC in bf16; only ratios of these are used, for sizes not measured here."""
 
     @property
-    def weights(self) -> int:
-        """Parameters of the blocks' matrices (Kaplan et al. 2020, table 1: 12 · layers · width²)."""
+    def n_parameters(self) -> int:
+        """Parameters of the matrices in the blocks: 12 · layers · d_model² (Kaplan et al. 2020, table 1)."""
         return 12 * self.n_layers * self.d_model**2
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
+    def tokens_per_step(self) -> int:
         return self.batch_size * self.context
 
 
 SIZES = (
-    Size(3, 2, 64, 64, 16, 0.028, ((1_071, 1.7248), (3_214, 1.6389), (8_571, 1.582))),
-    Size(4, 4, 128, 128, 8, 0.058, ((517, 1.7203), (1_552, 1.5665), (4_138, 1.4943))),
-    Size(4, 6, 192, 128, 12, 0.165, ((182, 1.8082), (545, 1.6071), (1_455, 1.5095))),
-    Size(6, 4, 256, 192, 8, 0.38, ((79, 2.0356), (237, 1.7127), (632, 1.5566))),
-    Size(6, 6, 384, 256, 8, 0.95, ((50, 2.2177), (95, 1.9064), (253, 1.6407))),
-    Size(8, 8, 512, 256, 16, 4.0),
-    Size(12, 12, 768, 512, 16, 24.0),
+    ModelSize(3, 2, 64, 64, 16, 0.028),
+    ModelSize(4, 4, 128, 128, 8, 0.058),
+    ModelSize(4, 6, 192, 128, 12, 0.165),
+    ModelSize(6, 4, 256, 192, 8, 0.38),
+    ModelSize(6, 6, 384, 256, 8, 0.95),
+    ModelSize(8, 8, 512, 256, 16, 4.0),
+    ModelSize(12, 12, 768, 512, 16, 24.0),
 )
-"""From the smallest. The last two were not trained for the fit, which goes on to them."""
-TABLE_TEXT = 1_003_856
-"""Training tokens of Tiny Shakespeare."""
-
-ENTROPY, OF_SIZE, SIZE_POWER, OF_TOKENS, TOKEN_POWER = 1.32828, 102.276, 0.52, 1164.24, 0.63
-"""The five numbers of `expected_loss`, fitted to the table; off by 0.4% in the median and 2.8% at most."""
+"""The loss formula was fitted to runs of the first five (tests/training/test_time_budget.py has their losses)."""
+LOSS_FIT = (1.32828, 102.276, 0.52, 1164.24, 0.63)
+"""E, A, alpha, B, beta of `expected_loss`, fitted to Tiny Shakespeare by character; error 0.4% median, 2.8% at most."""
 RECIPE = {
     **{"lr": 0.006, "muon_lr": 0.025, "momentum": 0.8, "warmup_steps": 10},
     **{"schedule": "linear", "decay_fraction": 0.5, "min_lr_ratio": 0.0},
 }
-"""Of the optimizer; the table was measured with it."""
-REPEATS_WORTH = 15.4
-"""R* of Muennighoff et al. 2023, section 6.1: how often a text is read until reading it again teaches little."""
-EVALUATED = 20_000
-"""Validation tokens of an evaluation."""
-BEGIN = 0.6
-"""Seconds from the plan to the first step."""
-LOOK = 0.3
-"""Seconds of an evaluation besides its forward passes: a sample, a record of attention, a checkpoint."""
-FINISH = 1.4
-"""Seconds from the last step to the end besides forward passes: what counting words gives, pictures, the page."""
-PASSES_A_HEAD = 49
-"""Forward passes of a window, about, that it takes to find out what a head is good for."""
-FEWEST_STEPS = 50
-FEWEST_EVALUATIONS, MOST_EVALUATIONS = 4, 20
+"""Optimizer settings with which the formula was fitted."""
+REPEAT_VALUE = 15.4
+"""R* of Muennighoff et al. 2023, section 6.1: the number of repetitions after which repeating a text teaches little."""
+EVAL_TOKENS = 20_000
+STARTUP_SECONDS = 0.6
+"""From the plan to the first step."""
+EVAL_SECONDS = 0.3
+"""Of an evaluation besides its forward passes: a sample, an attention file, a checkpoint."""
+FINAL_SECONDS = 1.4
+"""From the last step to the end besides forward passes: baselines, plots, the page."""
+ABLATION_PASSES = 49
+"""Forward passes of a sequence for the ablation of one head, about."""
+MIN_STEPS = 50
+MIN_EVALS, MAX_EVALS = 4, 20
 MANY_EPOCHS = 10
-MEASURING = 1 / 100
-"""Of the time, but at least a second: what steps of a size are measured for. Other work comes and goes in seconds."""
-AGAIN = 8.0
-"""Seconds that compiling takes once more when the run begins, from what was kept when it was measured."""
+RECOMPILE_SECONDS = 8.0
+"""Compiling a second time, from the compiler's cache."""
+TOLERANCE = 0.01
+"""Fraction of the steps by which the plan may be off without being adjusted."""
+MIN_DECAY_FRACTION = 0.2
+"""The learning rate decays over at least this fraction of the steps, even if that takes too long."""
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What a size could do in the time."""
+class StepTime:
+    """Seconds of a training step of a whole batch, and of the forward pass of one sequence."""
 
-    size: Size
     step: float
-    """Seconds."""
+    forward: float
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Numbers of tokens."""
+
+    vocab_size: int
+    n_train: int
+    n_val: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a model size could do in the time."""
+
+    size: ModelSize
+    step_seconds: float
     steps: int
-    evaluations: int
+    evals: int
     epochs: float
     loss: float
-    """Expected, on the scale of Tiny Shakespeare."""
-    fixed: float
-    """Seconds that are not steps."""
-    finish: float
-    """Seconds of those from the last step on, and of two evaluations: so many more come late in a run than early."""
-    compiled: bool = False
+    """Expected, in nats/token, on the scale of Tiny Shakespeare by character; infinite with too few steps."""
+    overhead: float
+    """Seconds that are not spent in steps."""
+    final_seconds: float
+    """Those of them from the last step on, with the two last evaluations."""
+    compile: bool = False
 
 
-def useful_tokens(read: float, text: int) -> float:
-    """Tokens of new text that would teach as much as reading a text of `text` tokens until `read` are read.
-
-    text · (1 + R* · (1 - exp(-R / R*))), R the number of repetitions (Muennighoff et al. 2023, equation 5).
-    """
-    if read <= text:
-        return read
-    return text * (1 + REPEATS_WORTH * -math.expm1(-(read / text - 1) / REPEATS_WORTH))
-
-
-def expected_loss(weights: int, tokens: float) -> float:
-    """Nats/token on Tiny Shakespeare by character: E + A / weights^α + B / tokens^β (Hoffmann et al. 2022, eq. 2).
+def expected_loss(n_parameters: int, tokens: float) -> float:
+    """E + A / parameters^α + B / tokens^β in nats/token (Hoffmann et al. 2022, equation 2).
 
     Args:
-        tokens: as `useful_tokens` counts them.
+        tokens: equivalent tokens of new text, see `effective_tokens`.
     """
-    return ENTROPY + OF_SIZE / weights**SIZE_POWER + OF_TOKENS / tokens**TOKEN_POWER
+    e, a, alpha, b, beta = LOSS_FIT
+    return e + a / n_parameters**alpha + b / tokens**beta
 
 
-def choose(
-    config: RunConfig, ctx: DistContext, vocab_size: int, text: int, held_out: int, spent: float
-) -> tuple[RunConfig, list[str], float]:
-    """The config with what `train.minutes` decides decided, the plan in lines, and when the last step should be over.
+def effective_tokens(tokens: float, n_train: int) -> float:
+    """Tokens of new text that teach as much as `tokens` tokens from a text of `n_train`.
 
-    That moment is one of `time.perf_counter()`; until it is about to come the number of steps may change
-    (`training/pace.py`).
+    n · (1 + R* · (1 - exp(-R / R*))) with R repetitions (Muennighoff et al. 2023, equation 5).
+    """
+    if tokens <= n_train:
+        return tokens
+    return n_train * (1 + REPEAT_VALUE * -math.expm1(-(tokens / n_train - 1) / REPEAT_VALUE))
+
+
+def search(config: RunConfig, ctx: DistContext, corpus: Corpus, elapsed: float) -> tuple[RunConfig, list[str], float]:
+    """Choose model, batch and steps for `train.minutes`.
 
     Args:
-        text: training tokens.
-        held_out: validation tokens.
-        spent: seconds that the command has taken already.
+        elapsed: seconds that the command has taken so far.
+
+    Returns:
+        The config with everything chosen, lines that explain it, and the time (`time.perf_counter`) at which the last
+        step should be over.
 
     Raises:
-        UserError: if the time is too short, several processes would share the work (exit code 2), or the text is too
-            short (3).
+        UserError: if the time is too short or there are several processes (exit code 2), or the text is too short (3).
     """
-    sizes = candidates(ctx, text)
-    end, known = time.perf_counter() + 60 * config.train.minutes - spent, dict[Size, Speed]()
-
-    def offered(size: Size, speeds: Mapping[Size, Speed], less: float = 0.0) -> Offer:
-        return offer(size, speeds, end - time.perf_counter() - less, text, held_out)
-
-    def learned(one: Offer) -> tuple[float, float]:
-        return one.loss, one.step
-
-    while True:
-        offers = [offered(size, known) for size in sizes]
-        best = min(offers, key=learned)
-        if best.size in known:
+    sizes, times = fitting_sizes(ctx, corpus), dict[ModelSize, StepTime]()
+    deadline = time.perf_counter() + 60 * config.train.minutes - elapsed
+    while True:  # measure the best size until the best one is measured
+        seconds = deadline - time.perf_counter()
+        candidates = [estimate(size, times, seconds, corpus) for size in sizes]
+        best = min(candidates, key=lambda candidate: (candidate.loss, candidate.step_seconds))
+        if best.size in times:
             break
-        known[best.size] = speed(best.size, switched(config, "off"), ctx, vocab_size)
+        times[best.size] = measure_size(best.size, config, ctx, corpus, compile=False)
     if may_compile(config, ctx, best):
-        fast = {best.size: speed(best.size, switched(config, "on"), ctx, vocab_size)}
-        # once more, for a machine that others use is not as fast as it was half a minute ago
-        known[best.size] = speed(best.size, switched(config, "off"), ctx, vocab_size)
-        offers = [offered(size, known) for size in sizes]
-        compiled = replace(offered(best.size, fast, AGAIN), compiled=True)
-        best = compiled if config.train.compile == "on" else min([*offers, compiled], key=learned)
-        offers = [best if one.size == best.size else one for one in offers]
-    if best.steps < FEWEST_STEPS:
-        gone = 60 * config.train.minutes - (end - time.perf_counter())
-        raise too_short(config.train.minutes, gone + best.fixed + FEWEST_STEPS * best.step)
-    return decided(config, best), page(config, ctx, offers, best), end - best.finish
+        compiled = {best.size: measure_size(best.size, config, ctx, corpus, compile=True)}
+        seconds = deadline - time.perf_counter() - RECOMPILE_SECONDS
+        candidate = replace(estimate(best.size, compiled, seconds, corpus), compile=True)
+        if config.train.compile == "on" or candidate.loss < best.loss:
+            candidates[candidates.index(best)] = best = candidate
+        else:  # measuring took time
+            best = estimate(best.size, times, deadline - time.perf_counter(), corpus)
+    if best.steps < MIN_STEPS:
+        spent = 60 * config.train.minutes - (deadline - time.perf_counter())
+        needed = spent + best.overhead + MIN_STEPS * best.step_seconds
+        raise UserError(
+            f"train.minutes is {config.train.minutes:g}, which is too short: start, measurement, evaluations and "
+            f"{MIN_STEPS} steps take {needed:.0f} s here; give at least {math.ceil(needed / 6) / 10}",
+            CONFIG,
+        )
+    return apply_candidate(config, best), summary(config, ctx, candidates, best), deadline - best.final_seconds
 
 
-def candidates(ctx: DistContext, text: int) -> list[Size]:
-    """The sizes whose windows a text of `text` tokens fills; `UserError` as `choose` says."""
+def fitting_sizes(ctx: DistContext, corpus: Corpus) -> list[ModelSize]:
+    """The sizes whose context is shorter than the training text; errors as in `search`."""
     if ctx.world_size > 1:
-        raise UserError("train.minutes measures one process: leave torchrun out, or set train.steps yourself", CONFIG)
-    sizes = [size for size in SIZES if size.context < text]
+        raise UserError("train.minutes is for one process: start without torchrun, or set train.steps", CONFIG)
+    sizes = [size for size in SIZES if size.context < corpus.n_train]
     if not sizes:
         raise UserError(
-            f"the training text is {text} tokens long, too short for train.minutes: give it more text", DATA
+            f"the training text is {corpus.n_train} tokens long, too short for train.minutes: give it more text", DATA
         )
     return sizes
 
 
-def too_short(minutes: float, least: float) -> UserError:
-    """What to say where nothing can be learned in the time; `least` seconds would do."""
-    return UserError(
-        f"train.minutes is {minutes:g}, which is too short: starting, measuring and looking at what "
-        f"was learned take {least:.0f} s here with {FEWEST_STEPS} steps; give at least {math.ceil(least / 6) / 10}",
-        CONFIG,
-    )
+def may_compile(config: RunConfig, ctx: DistContext, best: Candidate) -> bool:
+    """Whether to measure compiled steps too, which takes half a minute."""
+    if config.train.compile != "auto":
+        return config.train.compile == "on"
+    return best.steps * best.step_seconds > COMPILE_SECONDS and has_compiler(ctx.device)
 
 
-def switched(config: RunConfig, compiler: Literal["on", "off"]) -> RunConfig:
-    """The config with torch.compile on or off."""
-    return replace(config, train=replace(config.train, compile=compiler))
+def estimate(size: ModelSize, times: Mapping[ModelSize, StepTime], seconds: float, corpus: Corpus) -> Candidate:
+    """What `size` could do in `seconds`; a size that was not measured is scaled from the nearest one that was."""
+    if size in times:
+        step, forward = times[size].step, times[size].forward
+    else:
+        near = min(times, key=lambda s: abs(math.log(s.reference_seconds / size.reference_seconds)), default=None)
+        step = size.reference_seconds * (times[near].step / near.reference_seconds if near else 1.0)
+        forward = step / size.batch_size / 3  # the backward pass costs twice the forward pass
+    evals = min(MAX_EVALS, max(MIN_EVALS, round(seconds / 30)))
+    eval_seconds = EVAL_SECONDS + min(EVAL_TOKENS, corpus.n_val) / size.context * forward
+    passes = min(FINAL_TARGETS, corpus.n_val) / size.context + ABLATION_PASSES * size.n_layers * size.n_heads
+    final_seconds = FINAL_SECONDS + passes * forward
+    overhead = STARTUP_SECONDS + evals * eval_seconds + final_seconds
+    steps = max(0, int((seconds - overhead) / step))
+    tokens = steps * size.tokens_per_step
+    loss = math.inf
+    if steps >= MIN_STEPS:
+        loss = expected_loss(size.n_parameters, effective_tokens(tokens, corpus.n_train))
+    epochs = tokens / corpus.n_train
+    return Candidate(size, step, steps, evals, epochs, loss, overhead, final_seconds + 2 * eval_seconds)
 
 
-def may_compile(config: RunConfig, ctx: DistContext, best: Offer) -> bool:
-    """Whether it is measured how much faster the compiler makes a step: it takes half a minute to say so."""
-    asked, long = config.train.compile, best.steps * best.step > COMPILE_SECONDS
-    return asked == "on" or (asked == "auto" and long and has_compiler(ctx.device))
-
-
-def decided(config: RunConfig, best: Offer) -> RunConfig:
-    """The config of a run of that size; it says nothing of minutes any more."""
-    size = best.size
-    model = shaped(config, size).model
-    every = -(-best.steps // best.evaluations)
-    train = replace(
-        config.train,
-        minutes=0.0,
-        steps=best.steps,
-        batch_size=size.batch_size,
-        micro_batch_size=0,
-        eval_every=every,
-        eval_tokens=EVALUATED,
-        save_every=every,
-        compile="on" if best.compiled else "off",
-    )
-    return replace(config, model=model, train=train, optim=replace(config.optim, **RECIPE))  # type: ignore[arg-type]
-
-
-def shaped(config: RunConfig, size: Size) -> RunConfig:
-    """The config with that model and batch."""
+def with_size(config: RunConfig, size: ModelSize) -> RunConfig:
+    """The config with that model and batch size."""
     shape = {"n_layers": size.n_layers, "n_heads": size.n_heads, "d_model": size.d_model, "context": size.context}
     model = replace(config.model, **shape, n_kv_heads=0, d_head=0, d_mlp=0)  # type: ignore[arg-type]
     return replace(config, model=model, train=replace(config.train, batch_size=size.batch_size, micro_batch_size=0))
 
 
-def speed(size: Size, config: RunConfig, ctx: DistContext, vocab_size: int) -> Speed:
-    """How fast that size is here; compiled if `train.compile` is on."""
-    config = shaped(config, size)
-    config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
-    return measured(config, vocab_size, ctx, size.batch_size, max(1.0, MEASURING * 60 * config.train.minutes))
+def apply_candidate(config: RunConfig, best: Candidate) -> RunConfig:
+    """The config of a run of that candidate, without `train.minutes`."""
+    config, eval_every = with_size(config, best.size), -(-best.steps // best.evals)
+    train = replace(
+        config.train,
+        minutes=0.0,
+        steps=best.steps,
+        eval_every=eval_every,
+        eval_tokens=EVAL_TOKENS,
+        save_every=eval_every,
+        compile="on" if best.compile else "off",
+    )
+    return replace(config, train=train, optim=replace(config.optim, **RECIPE))  # type: ignore[arg-type]
 
 
-def offer(size: Size, known: Mapping[Size, Speed], seconds: float, text: int, held_out: int) -> Offer:
-    """What a size could do in `seconds`; where its speed is not measured, as fast as the next one that is."""
-    if size in known:
-        step, window = known[size].step, known[size].window
-    else:
-        near = min(known, key=lambda other: abs(math.log(other.seconds / size.seconds)), default=None)
-        step = size.seconds * (known[near].step / near.seconds if near else 1.0)
-        window = step / size.batch_size / 3  # the backward pass costs twice the forward pass
-    evaluations = min(MOST_EVALUATIONS, max(FEWEST_EVALUATIONS, round(seconds / 30)))
-    look = LOOK + min(EVALUATED, held_out) / size.context * window
-    passes = min(FINAL_TARGETS, held_out) / size.context + PASSES_A_HEAD * size.n_layers * size.n_heads
-    finish = FINISH + passes * window
-    fixed = BEGIN + evaluations * look + finish
-    steps = max(0, int((seconds - fixed) / step))
-    tokens = useful_tokens(steps * size.tokens, text)
-    loss = expected_loss(size.weights, tokens) if steps >= FEWEST_STEPS else math.inf
-    return Offer(size, step, steps, evaluations, steps * size.tokens / text, loss, fixed, finish + 2 * look)
-
-
-def page(config: RunConfig, ctx: DistContext, offers: list[Offer], best: Offer) -> list[str]:
-    """The plan in lines: what each size could do, and which one is taken."""
+def summary(config: RunConfig, ctx: DistContext, candidates: list[Candidate], best: Candidate) -> list[str]:
+    """What each size could do in the time, and which one is chosen."""
     lines = [
-        f"plan    {config.train.minutes:g} min on {machine.describe()}; what each size would do with that",
-        "          layers  heads  width  context  batch    steps  epochs   loss",
+        f"plan    {config.train.minutes:g} min on {ctx.describe()}; what each model size could do:",
+        "          layers  heads  d_model  context  batch    steps  epochs   loss",
     ]
-    for one in offers:
-        size = one.size
-        shape = f"{size.n_layers:>6}{size.n_heads:>7}{size.d_model:>7}{size.context:>9}{size.batch_size:>7}"
-        mark = ">" if one is best else " "
-        learned = f"{one.loss:>7.2f}" if math.isfinite(one.loss) else f"{'-':>7}"  # too few steps to say
-        lines.append(f"        {mark} {shape}{one.steps:>9,}{one.epochs:>8.2f}{learned}")
-    kind = "compiled steps" if best.compiled else "steps"
+    for candidate in candidates:
+        size = candidate.size
+        shape = f"{size.n_layers:>6}{size.n_heads:>7}{size.d_model:>9}{size.context:>9}{size.batch_size:>7}"
+        mark = ">" if size == best.size else " "
+        loss = f"{candidate.loss:>7.2f}" if math.isfinite(candidate.loss) else f"{'-':>7}"
+        lines.append(f"        {mark} {shape}{candidate.steps:>9,}{candidate.epochs:>8.2f}{loss}")
+    kind = "compiled steps" if best.compile else "steps"
     lines.append(
-        f"        taken: {best.steps:,} {kind} of {1000 * best.step:.3g} ms, and {best.fixed:.0f} s for the rest "
-        "(loss: as on Tiny Shakespeare by character)"
+        f"        chosen: {best.steps:,} {kind} of {1000 * best.step_seconds:.3g} ms and {best.overhead:.0f} s for "
+        "everything else (loss: as on Tiny Shakespeare by character)"
     )
     if best.epochs > MANY_EPOCHS:
         lines.append(
-            f"        the text is read {best.epochs:.0f} times over, which a model may learn by heart: more text would "
-            "help, or --train.patience 2, --model.dropout 0.2"
+            f"        the text is repeated {best.epochs:.0f} times, so the model may overfit: use more text, or "
+            "--train.patience 2, --model.dropout 0.2"
         )
     return lines
+
+
+def measure_size(size: ModelSize, config: RunConfig, ctx: DistContext, corpus: Corpus, *, compile: bool) -> StepTime:
+    """Measure a size for a hundredth of the time, but at least a second: other processes come and go in seconds."""
+    config = with_size(config, size)
+    config = replace(config, train=replace(config.train, compile="on" if compile else "off"))
+    return measure_step(config, corpus.vocab_size, ctx, max(1.0, 0.6 * config.train.minutes))
+
+
+def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> StepTime:
+    """Measure training steps on random tokens for about `seconds`; compiled if `train.compile` is on.
+
+    A micro-batch that would take long is measured with fewer sequences and scaled.
+    """
+    model_config = resolve_attention(config.model, ctx.device, ctx.dtype)
+    cost, context = flops_per_token(model_config, vocab_size), model_config.context
+    sequence_seconds = context * (cost.forward + cost.backward) / (0.3 * measure_matmul_flops(ctx))
+    rows = max(1, min(micro_batch_rows(config, 1), int(seconds / 4 / sequence_seconds)))
+    model = GPT(model_config, vocab_size, config.run.seed).to(ctx.device)
+    optimizer, train_model = Optimizer(model, config.optim), cast(nn.Module, model)
+    tokens = torch.randint(vocab_size, (rows, context + 1), generator=torch.Generator().manual_seed(0)).to(ctx.device)
+    if config.train.compile == "on":
+        train_model, _ = compile_model(model, tokens[:, :-1], ctx)
+
+    def forward_backward() -> None:
+        with ctx.autocast():
+            logits = train_model(tokens[:, :-1])
+        (cross_entropy_sum(logits, tokens[:, 1:]) / (rows * context)).backward()
+
+    def update() -> None:
+        clip_grad_norm(model, config.optim.grad_clip)
+        optimizer.step()
+
+    for warm_up in (forward_backward, update, forward_backward, update):
+        warm_up()
+    times: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 60):
+        times.append((timed(forward_backward, ctx), timed(update, ctx)))
+    forward_backward_seconds, update_seconds = (statistics.median(part) for part in zip(*times, strict=True))
+    sequence = forward_backward_seconds / rows
+    return StepTime(config.train.batch_size * sequence + update_seconds, sequence / 3)
+
+
+def timed(work: Callable[[], None], ctx: DistContext) -> float:
+    """Seconds that `work` takes, including what it queues on a GPU."""
+    synchronize(ctx)
+    start = time.perf_counter()
+    work()
+    synchronize(ctx)
+    return time.perf_counter() - start
+
+
+@dataclass
+class Deadline:
+    """Adjusts the number of steps once, when the learning rate is about to decay, to the time that steps really take.
+
+    Other processes on the machine change its speed from minute to minute. Before the decay no step depends on the
+    number of steps (`optimizer.get_lr_scale`), so the run is still reproducible from its adjusted config.
+
+    Args:
+        end: when the last step should be over, by `time.perf_counter`.
+        on_change: called with the adjusted config.
+    """
+
+    end: float
+    on_change: Callable[[RunConfig], None]
+    start: float = field(default_factory=time.perf_counter)
+
+    def check(self, config: RunConfig, step: int) -> None:
+        """Adjust the config if `step` is the last step before the decay."""
+        if step != decay_start(config):
+            return
+        now = time.perf_counter()
+        adjusted = adjust_steps(config, step, (now - self.start) / step, self.end - now)
+        if abs(adjusted.train.steps - config.train.steps) > TOLERANCE * config.train.steps:
+            self.on_change(adjusted)
+
+
+def decay_start(config: RunConfig) -> int:
+    """Number of steps after which the linear schedule starts to decay; at least 1."""
+    return max(1, int(config.train.steps * (1 - config.optim.decay_fraction)))
+
+
+def adjust_steps(config: RunConfig, step: int, step_seconds: float, seconds_left: float) -> RunConfig:
+    """The config with as many steps as the time allows; the first `step` steps keep their learning rates."""
+    steps = max(step + int(seconds_left / step_seconds), round(step / (1 - MIN_DECAY_FRACTION)), step + 1)
+    optim = replace(config.optim, decay_fraction=min(config.optim.decay_fraction, (steps - step) / steps))
+    return replace(config, train=replace(config.train, steps=steps), optim=optim)
