@@ -12,7 +12,7 @@ from data.tokenizer import ByteTokenizer
 from inspection.activation_cache import run_with_cache
 from inspection.attention_file import read_attention_file
 from model.generate import SamplingParams
-from tests.model.checks import random_model
+from tests.model.checks import normal, random_model
 from tests.runs import TINY, said, script
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
@@ -45,8 +45,10 @@ def test_attend_writes_attention_of_finished_text(run: Path, tmp_path: Path, tok
     assert ("the attention of the last 16 is written" in done.stderr) == cut
     (text,) = read_attention_file(tmp_path / "new" / "file.safetensors").texts
     written = b"".join(text.token_bytes).decode()
-    assert done.stdout.rstrip("\n").endswith(written) and len(text.tokens) == (16 if cut else 7 + tokens)
-    model = open_checkpoint(run).model(get_dist_context("fp32"))
+    assert done.stdout.rstrip("\n").endswith(written) and len(text.tokens) == (
+        16 if cut else 8 + tokens
+    )  # with end-of-text
+    model = open_checkpoint(run).load_model(get_dist_context("fp32"))
     cache = run_with_cache(model, torch.tensor(text.tokens.tolist()))
     assert np.abs(text.pattern() - cache.pattern.numpy()).max() < 1e-3  # f16
     assert script("sample.py", run, *options, f"--attend={tmp_path / 'new' / 'file'}").returncode == 0  # replaced
@@ -74,7 +76,9 @@ def test_attend_does_not_replace_other_files(run: Path, tmp_path: Path) -> None:
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize(("documents", "prompt", "expected"), [(True, "a", [256, 97]), (False, "a", [97]), (False, "", [10])])
+@pytest.mark.parametrize(
+    ("documents", "prompt", "expected"), [(True, "a", [256, 97]), (False, "a", [97]), (False, "", [10])]
+)
 def test_encode_prompt(documents: bool, prompt: str, expected: list[int]) -> None:
     assert encode_prompt(ByteTokenizer(), prompt, documents) == expected
 
@@ -82,9 +86,10 @@ def test_encode_prompt(documents: bool, prompt: str, expected: list[int]) -> Non
 def test_streamed_text_is_the_decoded_tokens() -> None:
     """Also for bytes that are not UTF-8, and up to end-of-text."""
     tokenizer, model = ByteTokenizer(), random_model("glass", "sdpa", context=16)
-    model.lm_head.weight.data = model.token_embedding.weight.data = torch.randn(257, 30) / 3
+    model.lm_head.weight.data = model.token_embedding.weight.data = normal(257, 30) / 3
     params = SamplingParams(temperature=1.5)
-    tokens = generate_tokens(model, tokenizer, [195], 400, 5, params)
-    assert tokens[0] == 195 and 256 not in tokens[1:-1]
-    text = "".join(piece for (piece,) in generate_text(model, tokenizer, [195], 400, 1, 5, params))
-    assert text == decode(tokenizer, tokens[1:])
+    for seed in range(5):
+        tokens = generate_tokens(model, tokenizer, [195], 400, seed, params)
+        assert tokens[0] == 195 and 256 not in tokens[1:-1]
+        text = "".join(piece for (piece,) in generate_text(model, tokenizer, [195], 400, 1, seed, params))
+        assert text == decode(tokenizer, tokens[1:])

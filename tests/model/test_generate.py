@@ -16,11 +16,11 @@ from model.gpt import GPT
 from model.kv_cache import KVCache
 from tests.model.checks import PRESETS, VOCAB, normal, random_model, random_tokens, same
 
-GREEDY = SamplingParams(temperature=0.0)
+DEFAULT, GREEDY = SamplingParams(), SamplingParams(temperature=0.0)
 
 
 def generated(
-    model: GPT, prompt: Tensor, n: int, params: SamplingParams = SamplingParams(), seed: int = 0, use_cache: bool = True
+    model: GPT, prompt: Tensor, n: int, params: SamplingParams = DEFAULT, seed: int = 0, use_cache: bool = True
 ) -> Tensor:
     """The new tokens (B, n)."""
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def test_seed_decides_the_text(use_cache: bool) -> None:
     assert torch.equal(first, generated(model, prompt, 30, seed=1, use_cache=use_cache))
     assert not torch.equal(first, generated(model, prompt, 30, seed=2, use_cache=use_cache))
     assert not torch.equal(first[0], first[1])
-    assert torch.equal(prompt, original) and first.shape == (3, 30) and 0 <= first.min() and first.max() < VOCAB
+    assert torch.equal(prompt, original) and first.shape == (3, 30) and first.min() >= 0 and first.max() < VOCAB
 
 
 def test_greedy_takes_the_most_likely_token() -> None:
