@@ -261,34 +261,31 @@ def write_capture(
     path: Path, checkpoint: Checkpoint, model: GPT, text: tuple[str, ActivationCache], dtype: str = "f16"
 ) -> None:
     """Write an attention file of one text."""
-    from inspection.record import package_versions, write_attention_file
+    from inspection.attention_file import AttentionRecord, package_versions, write_attention_file
     from training.provenance import provenance
 
     tokenizer, (name, cache) = checkpoint.tokenizer(), text
-    row = (name, cache, [tokenizer.token_bytes(token) for token in cache.tokens.tolist()])
+    record = AttentionRecord.from_cache(name, cache, tokenizer.token_bytes)
     metadata = {**provenance(model, tokenizer, checkpoint.state), "versions": package_versions()}
-    write_attention_file(path, [row], metadata, dtype, None, tokenizer.token_bytes, "f32")
+    write_attention_file(path, [record], metadata, dtype=dtype)
 
 
 def write_prompt_page(path: Path, newest: Checkpoint, name: str, tokens: list[int]) -> None:
     """A page of one text over the kept checkpoints, up to the one that was opened."""
-    import tempfile
-
-    from inspection.activation_cache import run_with_cache_batch
-    from inspection.attention_file import read_attention_file
+    from inspection.attention_file import AttentionFile
     from inspection.page_builder import PageRun, write_page
+    from inspection.recorder import capture_texts
     from training.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
+    from training.provenance import provenance
 
     ctx, files = get_dist_context("fp32"), []
     earlier = [path for path in list_checkpoints(newest.folder.parent) if int(path.name) < newest.state.step]
     for checkpoint in [*(read_checkpoint(path) for path in earlier if verify_checkpoint(path) is None), newest]:
         model = checkpoint.load_model(ctx)
-        cache = run_with_cache_batch(model, [tokens], details=checkpoint is newest)[0]
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "attention.safetensors"
-            write_capture(file, checkpoint, model, (name, cache))
-            files.append(read_attention_file(file))
+        tokenizer = checkpoint.tokenizer()
+        records = capture_texts(model, [(name, tokens)], tokenizer.token_bytes, details=checkpoint is newest)
+        files.append(AttentionFile(records, provenance(model, tokenizer, checkpoint.state)))
     write_page(path, [PageRun(newest.folder.parent.parent.name, files)], None, None, name)
 
 

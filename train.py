@@ -8,7 +8,6 @@ config → corpus → model → the loop. Nothing heavy is imported before the c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,12 @@ if TYPE_CHECKING:
     from data.prepare import TokenizedCorpus
     from inspection.contrast_pairs import ContrastPair
     from inspection.eval_texts import EvalTexts
+    from inspection.recorder import AttentionRecorder
     from training.device import DistContext
     from training.trainer import Trainer
 
 CHECK = "--check"
-PROBE_STORIES = 200
+CONTRAST_STORIES = 200
 HELD_OUT_TEXTS = 12
 
 
@@ -89,32 +89,13 @@ def closing_lines(config: RunConfig, seconds: float) -> str:
     return "\n".join([*lines, f"  python sample.py {run}"])
 
 
-def get_recorder(trainer: Trainer, eval_texts: EvalTexts) -> object:
+def get_recorder(trainer: Trainer, eval_texts: EvalTexts) -> AttentionRecorder:
     """The callback that records attention at each evaluation."""
     from inspection.recorder import AttentionRecorder
     from training.metrics import print_line
 
     token_bytes, folder = trainer.data.tokenizer.token_bytes, Path(trainer.config.run.dir)
-    recorder = AttentionRecorder(trainer.model, eval_texts, token_bytes, folder)
-    if hasattr(recorder, "on_eval"):
-        return recorder
-
-    class Adapter:
-        """The recorder as a callback."""
-
-        def on_start(self, trainer: Trainer) -> None:
-            recorder.begin(trainer.state.step)
-            if not recorder.has(trainer.state.step):
-                self.on_eval(trainer, {})
-
-        def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-            recorder.write(trainer.state.step, trainer.provenance(), trainer.sample_tokens or [])
-
-        def on_end(self, trainer: Trainer) -> None:
-            report = recorder.report(trainer.state.step, trainer.provenance()["weights_sha256"])
-            print_line("\n" + "\n".join(report.lines))
-
-    return Adapter()
+    return AttentionRecorder(eval_texts, token_bytes, folder, print_line)
 
 
 class KeepDeadline:
@@ -157,26 +138,29 @@ def plan_minutes(
 
 
 def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
-    """What is looked at throughout the run: held-out texts, repeats of random tokens, questions, the user's lines."""
+    """The texts to record and measure: held-out ones, repeated random tokens, contrast pairs, the user's prompts."""
     import numpy as np
 
     from data.stories import KINDS
-    from inspection.eval_texts import SHOWN, EvalTexts, repeated, watched_length
-    from inspection.user_prompts import user_prompts
+    from inspection.eval_texts import (
+        RECORDED_HELD_OUT,
+        EvalTexts,
+        max_text_length,
+        read_user_prompts,
+        repeated_sequences,
+    )
 
     tokenizer, model = data.tokenizer, config.model
     texts: list[tuple[str, tuple[int, ...]]] = []
-    questions = story_contrast_pairs(data)
+    pairs = story_contrast_pairs(data)
     if config.log.prompts:
-        encode = encoder(data)
-        file = Path(config.log.prompts)
-        texts, own = user_prompts(file, encode, tokenizer.token_bytes, tokenizer.end_of_text, model.context)
-        questions += own
-    length = watched_length(model, len(texts) + SHOWN + len(KINDS) + 2)
+        texts, own = read_user_prompts(Path(config.log.prompts), tokenizer, model.context)
+        pairs += own
+    length = max_text_length(model, len(texts) + RECORDED_HELD_OUT + len(KINDS) + 2)
     texts = [(name, tokens[:length]) for name, tokens in texts] + held_out_texts(data, length)
-    used = np.unique(data.train.tokens[:200_000]).tolist()
-    repeats = repeated(used, tokenizer.end_of_text, length, config.run.seed)
-    return EvalTexts(tuple(texts), repeats, tuple(p for p in questions if p.length <= model.context))
+    used = np.unique(data.train.read(0, min(len(data.train), 200_000))).tolist()
+    repeats = repeated_sequences(used, tokenizer.end_of_text, length, config.run.seed)
+    return EvalTexts(tuple(texts), repeats, tuple(pair for pair in pairs if pair.length <= model.context))
 
 
 def held_out_texts(data: TokenizedCorpus, length: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -189,29 +173,23 @@ def held_out_texts(data: TokenizedCorpus, length: int) -> list[tuple[str, tuple[
         bounds[-1] = int(val.document_starts[HELD_OUT_TEXTS])
     apart = max(length, (bounds[-1] - bounds[0]) // HELD_OUT_TEXTS)
     pieces = [(start, min(start + length, end)) for a, end in pairwise(bounds) for start in range(a, end, apart)]
-    texts = [tuple(val.tokens[start:end].tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
+    texts = [tuple(val.read(start, end).tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
     return [(f"{HELD_OUT} {k}", tokens) for k, tokens in enumerate(texts, 1)]
 
 
-def encoder(data: TokenizedCorpus) -> Callable[[str], list[int]]:
-    """A text's tokens as a list."""
-    return lambda text: data.tokenizer.encode(text).tolist()
-
-
 def story_contrast_pairs(data: TokenizedCorpus) -> list[ContrastPair]:
-    """Questions about held-out stories whose answers are known; none for other corpora."""
+    """Contrast pairs from held-out stories; none for other corpora."""
     from data.stories import stories
-    from inspection.contrast_pairs import locate
+    from inspection.contrast_pairs import LabelledText, make_contrast_pair
 
     if data.name != "stories":
         return []
-    tokenizer, encode = data.tokenizer, encoder(data)
-    found = []
-    for story in stories("val", PROBE_STORIES):
-        for label in story.labels:
-            about = (label.kind, story.text, label.answer, label.antecedents, label.wrong)
-            found.append(locate(*about, encode, tokenizer.token_bytes, tokenizer.end_of_text, label.nouns))
-    return found
+    labelled = [
+        LabelledText(label.kind, story.text, label.answer, label.antecedents, label.wrong, label.nouns)
+        for story in stories("val", CONTRAST_STORIES)
+        for label in story.labels
+    ]
+    return [make_contrast_pair(text, data.tokenizer) for text in labelled]
 
 
 if __name__ == "__main__":

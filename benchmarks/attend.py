@@ -52,7 +52,7 @@ def dumps(say: Page) -> None:
     reporting: list[float] = []
     paging: list[float] = []
     observer.AttentionRecorder.write = timed(observer.AttentionRecorder.write, writing)  # type: ignore[method-assign]
-    observer.AttentionRecorder.report = timed(observer.AttentionRecorder.report, reporting)  # type: ignore[method-assign]
+    observer.report_heads = timed(observer.report_heads, reporting)  # type: ignore[method-assign]
     observer.write_page = timed(observer.write_page, paging)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -71,7 +71,7 @@ def dumps(say: Page) -> None:
 
 def large_dump(path: Path, layers: int = 12, heads: int = 12, tokens: int = 512, width: int = 64) -> None:
     """An attention file of random weights, of the shape of a GPT-2 124M and half of its context."""
-    from inspection import record
+    from inspection.attention_file import AttentionRecord, write_attention_file
 
     class Seen:
         pattern = torch.randn(layers, heads, tokens, tokens).mul(3).softmax(-1).tril()
@@ -80,9 +80,9 @@ def large_dump(path: Path, layers: int = 12, heads: int = 12, tokens: int = 512,
 
     Seen.pattern /= Seen.pattern.sum(-1, keepdim=True)
     Seen.tokens = torch.arange(tokens)  # type: ignore[attr-defined]
-    words = [f" word{k}".encode() for k in range(tokens)]
+    text = AttentionRecord.from_cache("sample", Seen(), lambda token: f" word{token}".encode())
     scores = {"first_token": np.asarray(Seen.pattern[..., 0].mean(-1))}
-    record.write_attention_file(path, [("sample", Seen(), words)], {"step": "1", "tokens_seen": "1"}, scores=scores)
+    write_attention_file(path, [text], {"step": "1", "tokens_seen": "1"}, scores)
 
 
 def in_chromium(page: Path, redraws: int = 40) -> tuple[float, list[float]]:

@@ -1,9 +1,9 @@
-"""What decides an answer, which head reads it, and whether a rule without any content would have found it too.
+"""Which head attends to the antecedent of an answer, and whether a baseline without any content would find it too.
 
-A head that reads the deciding word may only be reading "nine tokens back", if that is where the word mostly stands, or
-the noun that stands nearest. So each family of questions (`probes.py`) is asked of two rivals as well: the best fixed
-distance (Clark et al. 2019, section 4.2, hold their heads against it) and the nearest noun. Head and distance are
-chosen on one half of the probes and all are compared on the other, so that choosing among many does not flatter them.
+A head that attends to the antecedent may only attend "nine tokens back", if that is where it mostly is, or to the
+nearest noun. So each kind of contrast pair has two baselines: the best fixed offset (Clark et al. 2019, section 4.2) and
+the nearest noun. Head and offset are chosen on one half of the pairs and compared on the other, so that choosing among
+many does not bias the result.
 """
 
 from __future__ import annotations
@@ -13,110 +13,116 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from inspection.contrast_pairs import ContrastPair, measure
-from inspection.findings import ATTENTION_THRESHOLD
-from inspection.registry import describe_antecedent
+from inspection.contrast_pairs import BATCH_SIZE, ContrastPair, score_pairs
+from inspection.findings import ATTENTION_THRESHOLD, ChosenHead
+from inspection.head_scores import ANTECEDENT, describe_antecedent
 from inspection.terminal import head_name
 from model.gpt import GPT
 
 
 @dataclass(frozen=True)
 class AntecedentScore:
-    """What the probes of one kind have shown. Weights are means over the judging half of them, from 0 to 1."""
+    """The result for one kind of contrast pair. Attention is a mean over the second half of the pairs, 0 to 1."""
 
     kind: str
     count: int
-    """How many probes there were, in both halves."""
-    preferred: float
-    """Share of all probes in which log p(right) > log p(wrong), each summed over the candidate's tokens."""
+    """Number of pairs, in both halves."""
+    accuracy: float
+    """Share of all pairs with log p(right) > log p(wrong), each summed over the answer's tokens."""
     head: tuple[int, int]
-    """(layer, head), the one that reads the evidence most."""
-    weight: float
-    """Its weight on the evidence at the last position of the prompt."""
+    """(layer, head) with the most attention on the antecedent in the first half."""
+    attention: float
+    """Its attention to the antecedent from the last position of the prompt."""
     offset: int
-    """The best fixed distance: so many tokens before the last position of the prompt."""
-    offset_weight: float
-    """Share of probes in which the token there belongs to the evidence: the weight of a head that reads it alone."""
-    nearest_weight: float | None
-    """Share of the nearest noun's tokens that belong to the evidence; None where no probe knows the nearest noun."""
+    """The best fixed offset: this many tokens before the last position of the prompt."""
+    offset_baseline: float
+    """Share of pairs in which the token at that offset belongs to the antecedent."""
+    nearest_noun_baseline: float | None
+    """Share of the nearest noun's tokens that belong to the antecedent; None where no pair knows the nearest noun."""
 
     @property
-    def passes(self) -> bool:
-        """Whether the head puts half of its weight, or more, on what decides."""
-        return self.weight >= ATTENTION_THRESHOLD
+    def qualifies(self) -> bool:
+        """Whether half of the head's attention, or more, is on the antecedent."""
+        return self.attention >= ATTENTION_THRESHOLD
+
+    @property
+    def baseline(self) -> float:
+        """The better of both baselines."""
+        return max(self.offset_baseline, self.nearest_noun_baseline or 0.0)
+
+    @property
+    def summary(self) -> str:
+        """The result in one line."""
+        back = f"{self.offset} token{'s' * (self.offset != 1)} back" if self.offset else "the last token"
+        values = f"{self.attention:.2f}; {back} {self.offset_baseline:.2f}"
+        if self.nearest_noun_baseline is not None:
+            values += f"; nearest noun {self.nearest_noun_baseline:.2f}"
+        name = head_name(*self.head)
+        result = f"no head puts 50% of its attention on the antecedent (best {name}, {values})"
+        if self.qualifies:
+            result = f"head {name} attends to {describe_antecedent(self.kind)} ({values})"
+        return f"{self.kind}: right in {self.accuracy:.1%} of {self.count}; {result}"
 
 
-def at_offset(probe: ContrastPair, offset: int) -> float:
-    """1 if the token so many before the last of the prompt belongs to the evidence, else 0."""
-    return float(len(probe.tokens) - 1 - offset in probe.evidence)
+def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair], batch_size: int = BATCH_SIZE) -> list[AntecedentScore]:
+    """One `AntecedentScore` for each kind of contrast pair, in the order in which the kinds first occur.
 
-
-def best_offset(probes: Sequence[ContrastPair]) -> int:
-    """The fixed distance that meets the evidence most often; of several the shortest."""
-    return max(range(max(len(probe.tokens) for probe in probes)), key=lambda d: sum(at_offset(p, d) for p in probes))
-
-
-def at_nearest(probe: ContrastPair) -> float:
-    """Share of the nearest noun's tokens that belong to the evidence."""
-    return len(set(probe.nearest) & set(probe.evidence)) / len(probe.nearest)
-
-
-def halves(probes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Two halves, the first to choose by and the second to judge by; an odd one out helps to choose.
-
-    They are drawn, the same for the same number of probes. Every other probe will not do: a story asks twice about
-    its feelings, so the even probes would all be about one animal and the odd ones about the other.
+    Pairs longer than the model's context are left out, and so are kinds with fewer than two pairs.
     """
-    drawn = random.Random(f"halves of {len(probes)}").sample(probes, len(probes))
-    middle = (len(drawn) + 1) // 2
-    return drawn[:middle], drawn[middle:]
-
-
-def relations(model: GPT, probes: Sequence[ContrastPair], batch_size: int = 16) -> list[AntecedentScore]:
-    """Ask the model every probe; one `AntecedentScore` for each kind, in the order in which the kinds first come.
-
-    Probes longer than the model's context are left out, and so is a kind of which fewer than two fit.
-    """
-    fitting = [probe for probe in probes if probe.length <= model.config.context]
+    fitting = [pair for pair in pairs if pair.length <= model.config.context]
     if not fitting:
         return []
-    margins, weights = measure(model, fitting, batch_size)
-    found = []
-    for kind in dict.fromkeys(probe.kind for probe in fitting):
-        mine = [k for k, probe in enumerate(fitting) if probe.kind == kind]
-        if len(mine) < 2:
+    logit_diffs, attention = score_pairs(model, fitting, batch_size)
+    scores = []
+    for kind in dict.fromkeys(pair.kind for pair in fitting):
+        ours = [k for k, pair in enumerate(fitting) if pair.kind == kind]
+        if len(ours) < 2:
             continue
-        choosing, judging = halves(mine)
-        layer, head = divmod(int(weights[choosing].mean(dim=0).argmax()), model.config.n_heads)
-        offset = best_offset([fitting[k] for k in choosing])
-        judges = [fitting[k] for k in judging]
-        known = [at_nearest(probe) for probe in judges if probe.nearest]
-        found.append(
-            AntecedentScore(
-                kind,
-                len(mine),
-                preferred=(margins[mine] > 0).float().mean().item(),
-                head=(layer, head),
-                weight=weights[judging, layer, head].mean().item(),
-                offset=offset,
-                offset_weight=fmean(at_offset(probe, offset) for probe in judges),
-                nearest_weight=fmean(known) if known else None,
-            )
+        choose, judge = halves(ours)
+        layer, head = divmod(int(attention[choose].mean(dim=0).argmax()), model.config.n_heads)
+        offset = best_offset([fitting[k] for k in choose])
+        judged = [fitting[k] for k in judge]
+        nearest = [at_nearest_noun(pair) for pair in judged if pair.nearest_noun]
+        score = AntecedentScore(
+            kind=kind,
+            count=len(ours),
+            accuracy=(logit_diffs[ours] > 0).float().mean().item(),
+            head=(layer, head),
+            attention=attention[judge, layer, head].mean().item(),
+            offset=offset,
+            offset_baseline=fmean(at_offset(pair, offset) for pair in judged),
+            nearest_noun_baseline=fmean(nearest) if nearest else None,
         )
-    return found
+        scores.append(score)
+    return scores
 
 
-def sentence(found: Sequence[AntecedentScore]) -> list[str]:
-    """The outcome in words, a line for each relation."""
-    lines = []
-    for relation in found:
-        name = head_name(*relation.head)
-        back = f"{relation.offset} token{'s' * (relation.offset != 1)} back" if relation.offset else "the last token"
-        shares = f"{relation.weight:.2f}; {back} {relation.offset_weight:.2f}"
-        if relation.nearest_weight is not None:
-            shares += f"; nearest noun {relation.nearest_weight:.2f}"
-        outcome = f"no head puts half of its weight on the deciding word (best {name}, {shares})"
-        if relation.passes:
-            outcome = f"head {name} reads {describe_antecedent(relation.kind)} ({shares})"
-        lines.append(f"{relation.kind}: right in {relation.preferred:.1%} of {relation.count}; {outcome}")
-    return lines
+def chosen_heads(scores: Sequence[AntecedentScore]) -> dict[str, ChosenHead]:
+    """The head of each kind by the name of its head score, for `compute_findings`."""
+    return {ANTECEDENT + score.kind: ChosenHead(score.head, score.attention, score.baseline) for score in scores}
+
+
+def at_offset(pair: ContrastPair, offset: int) -> float:
+    """1 if the token `offset` before the last of the prompt belongs to the antecedent, else 0."""
+    return float(len(pair.tokens) - 1 - offset in pair.antecedent)
+
+
+def best_offset(pairs: Sequence[ContrastPair]) -> int:
+    """The fixed offset that hits the antecedent most often; the shortest of several."""
+    return max(range(max(len(pair.tokens) for pair in pairs)), key=lambda d: sum(at_offset(p, d) for p in pairs))
+
+
+def at_nearest_noun(pair: ContrastPair) -> float:
+    """Share of the nearest noun's tokens that belong to the antecedent."""
+    return len(set(pair.nearest_noun) & set(pair.antecedent)) / len(pair.nearest_noun)
+
+
+def halves(indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Two random halves, the same for the same number of pairs; the first is the larger one if the number is odd.
+
+    Alternating pairs would not do: a story asks twice about its feelings, so all even pairs would be about one animal
+    and all odd ones about the other.
+    """
+    shuffled = random.Random(f"halves of {len(indices)}").sample(indices, len(indices))
+    middle = (len(shuffled) + 1) // 2
+    return shuffled[:middle], shuffled[middle:]

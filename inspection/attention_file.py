@@ -1,86 +1,73 @@
-"""The attention file: what `capture.py` saw of several texts, and a reader that needs numpy alone.
+"""Attention files: what `activation_cache` captured for several texts, written and read without torch.
 
-`record.py` writes it. This file stands on numpy and the standard library: copied anywhere, it reads.
+An attention file is a safetensors file. For L layers, H heads of size D, residual stream of width C, and text k of T
+tokens it holds:
 
-The file is ordinary safetensors (eight bytes of header length, a JSON header, the raw numbers), so every
-library for that format opens it; `read` here needs neither such a library nor torch. For L layers, H heads of
-width D, residual stream of width C, and text k of n with T tokens:
+    k.tokens        i32         (T,)                  token ids
+    k.loss          f32         (T - 1,)              nats, of each token after the first
+    k.value_norms   f32         (L, H, T)             |v_j W_O|
+    k.pattern_tril  f16 or f32  (L, H, T (T + 1) / 2) attention pattern, the lower triangle row by row
 
-    k.pattern      f16 or f32  (L, H, T (T + 1) / 2)  attention weights, the lower triangle row by row
-    k.value_norms  f32         (L, H, T)              |v_j W_O|: length of what each position hands over
-    k.loss         f32         (T - 1,)               nats of each token after the first
-    k.tokens       i32         (T,)                   token ids
-    k.ends         i32         (T,)                   where each token's bytes end in k.bytes
-    k.bytes        u8          (bytes,)               the bytes of all tokens, one after the other
+and for texts with details:
 
-and, where more was asked for (a file of an older version has none of them):
+    k.queries       f16 or f32  (L, H, T, D)          after QK norm and rotary embedding
+    k.keys          f16 or f32  (L, H, T, D)          likewise; shared key heads are repeated
+    k.values        f16 or f32  (L, H, T, D)          shared value heads are repeated
+    k.attn_out      f32         (L, T, C)             attention's output, added to the residual stream
+    k.top_ids       i32         (T, N)                the N most likely next tokens: 5, or V if that is less
+    k.top_probs     f32         (T, N)                their probabilities
 
-    k.queries      f16 or f32  (L, H, T, D)  as the scores use them: normalised, turned by their position
-    k.keys         f16 or f32  (L, H, T, D)  the same of keys; those that heads share are repeated for each
-    k.values       f16 or f32  (L, H, T, D)  what a weight is multiplied with, repeated likewise
-    k.attn_out    f32         (L, T, C)     what the layer's attention adds to the residual stream
-    k.top_tokens          i32         (T, N)        the N likeliest next tokens: five, or a vocabulary of fewer
-    k.top_probs        f32         (T, N)        their probabilities
-    k.top_ends     i32         (T N,)        where the bytes of each end in k.top_bytes
-    k.top_bytes    u8          (bytes,)      their bytes
-    scores.NAME    f32         (L, H)        a score of every head at this step; nan where it has none
+    scores.NAME     f32         (L, H)                a head score at this step; nan where it is undefined
 
-softmax(q_i · k_j / √D) over j <= i is the pattern; from f32 queries and keys it comes back within 1e-6, and in
-the same number format the two are smaller than the pattern in texts of T >= 4 D tokens.
+softmax(q_i · k_j / √D) over j <= i is the pattern, within 1e-6 for f32 queries and keys.
 
-Metadata, all strings: `format` and `texts` (a JSON list of the texts' names) are written by `record.py`; its
-caller adds `config` (JSON), `vocab_size`, `step`, `tokens_seen`, `weights_sha256`, `tokenizer_sha256` and
-`versions` (JSON). Where a text outgrew the context while the model wrote it, `windows` (JSON) says what each query
-could read: [first query, start] for a stretch of queries that read from `start` on, zero before it.
+The safetensors metadata has one entry, `glassgpt`: a JSON object of `format`, `texts` (names), `token_bytes` (bytes of
+every token id in the file, as Latin-1) and what the caller adds, such as `step` and `weights_sha256`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from common.errors import CHECKPOINT, UserError
+from common.files import write_atomic
 
 FORMAT = "glassgpt-attention-1"
-DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "U8": "|u1"}
-MAX_HEADER = 100_000_000
-"""Bytes; the bound of the safetensors format."""
 TOP_K = 5
-"""How many of the likeliest next tokens are kept of each position."""
+"""Number of most likely next tokens that are kept for each position."""
+LARGEST_F16 = 65504.0
 SCORES = "scores."
-
-HALF, FLOAT, INT, BYTE = ("<f2", "<f4"), ("<f4",), ("<i4",), ("|u1",)
-REQUIRED = {
-    "pattern": (HALF, 3),
-    "value_norms": (FLOAT, 3),
-    "loss": (FLOAT, 1),
-    "tokens": (INT, 1),
-    "ends": (INT, 1),
-    "bytes": (BYTE, 1),
+SHAPES = {
+    "tokens": ("I32", "T"),
+    "loss": ("F32", "T-1"),
+    "value_norms": ("F32", "L H T"),
+    "pattern_tril": ("F16 F32", "L H T(T+1)/2"),
+    "queries": ("F16 F32", "L H T D"),
+    "keys": ("F16 F32", "L H T D"),
+    "values": ("F16 F32", "L H T D"),
+    "attn_out": ("F32", "L T C"),
+    "top_ids": ("I32", "T N"),
+    "top_probs": ("F32", "T N"),
 }
-OPTIONAL = {
-    "queries": (HALF, 4),
-    "keys": (HALF, 4),
-    "values": (HALF, 4),
-    "attn_out": (FLOAT, 3),
-    "top_tokens": (INT, 2),
-    "top_probs": (FLOAT, 2),
-    "top_ends": (INT, 1),
-    "top_bytes": (BYTE, 1),
-}
-"""Of each part of a text: the number formats that it may have, and its number of dimensions."""
+"""dtypes and shape of every array of a text; the first four are required."""
+REQUIRED = ("tokens", "loss", "value_norms", "pattern_tril")
+DETAILS = ("queries", "keys", "values", "attn_out")
 
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """One text of a dump: L layers, H heads of width D, T tokens, residual stream of width C."""
+    """The captured attention of one text: L layers, H heads of size D, T tokens, residual stream of width C."""
 
     name: str
     tokens: NDArray[np.int32]
@@ -96,224 +83,198 @@ class AttentionRecord:
     attn_out: NDArray[np.float32] | None = None
     """(L, T, C)."""
     top_tokens: list[list[tuple[bytes, float]]] | None = None
-    """For each of T positions the likeliest next tokens, likeliest first: (bytes, probability)."""
+    """For each position the most likely next tokens, most likely first: (bytes, probability)."""
     top_ids: NDArray[np.int32] | None = None
     """Their ids (T, N)."""
 
-    def pattern(self, layer: int | None = None) -> NDArray[np.float32]:
-        """Attention weights (L, H, T, T), 0 above the diagonal; with `layer`, that layer alone, (1, H, T, T).
+    @staticmethod
+    def from_cache(name: str, cache: Any, token_bytes: Callable[[int], bytes]) -> AttentionRecord:
+        """The record of an `ActivationCache`, or of anything with its fields.
 
-        (1, H, T, T), a batch of one, is what transformers returns for each layer. bertviz's `head_view` takes
-        `[torch.tensor(text.pattern(l)) for l in range(L)]`; CircuitsVis's `attention_patterns` takes
+        Args:
+            token_bytes: the bytes of a token id.
+        """
+        pattern = np.asarray(cache.pattern, dtype=np.float32)
+        rows, columns = np.tril_indices(pattern.shape[-1])
+        details: dict[str, Any] = {}
+        for part in DETAILS:
+            if (array := getattr(cache, part, None)) is not None:
+                details[part] = np.asarray(array, dtype=np.float32)
+        top_ids, top_probs = getattr(cache, "top_tokens", None), getattr(cache, "top_probs", None)
+        tokens = np.asarray(cache.tokens).astype(np.int32)
+        record = AttentionRecord(
+            name,
+            tokens,
+            [token_bytes(token) for token in tokens.tolist()],
+            np.asarray(cache.loss, dtype=np.float32),
+            np.asarray(cache.value_norms, dtype=np.float32),
+            pattern[:, :, rows, columns],
+            **details,
+        )
+        if top_ids is None or top_probs is None:
+            return record
+        return record.with_top(np.asarray(top_ids).astype(np.int32), np.asarray(top_probs, np.float32), token_bytes)
+
+    def with_top(
+        self, ids: NDArray[np.int32], probs: NDArray[np.float32], token_bytes: Callable[[int], bytes]
+    ) -> AttentionRecord:
+        """This record with the most likely next tokens, ids and probabilities (T, N)."""
+        rows = zip(ids.tolist(), probs.tolist(), strict=True)
+        top = [[(token_bytes(token), p) for token, p in zip(*row, strict=True)] for row in rows]
+        return replace(self, top_tokens=top, top_ids=ids)
+
+    def pattern(self, layer: int | None = None) -> NDArray[np.float32]:
+        """Attention pattern (L, H, T, T), 0 above the diagonal; with `layer`, of that layer alone, (1, H, T, T).
+
+        (1, H, T, T) is what transformers returns for each layer. bertviz's `head_view` takes
+        `[torch.tensor(text.pattern(l)) for l in range(L)]`, CircuitsVis's `attention_patterns` takes
         `text.pattern(l)[0]`.
         """
-        packed = self.pattern_tril if layer is None else self.pattern_tril[layer][None]
+        tril = self.pattern_tril if layer is None else self.pattern_tril[layer][None]
         T = len(self.tokens)
-        full = np.zeros((*packed.shape[:2], T, T), dtype=np.float32)
+        pattern = np.zeros((*tril.shape[:2], T, T), dtype=np.float32)
         rows, columns = np.tril_indices(T)
-        full[:, :, rows, columns] = packed
-        return full
+        pattern[:, :, rows, columns] = tril
+        return pattern
+
+    def arrays(self, dtype: str) -> dict[str, NDArray[Any]]:
+        """The arrays of this text as they are written, by name; `dtype` is that of the pattern."""
+        half = np.dtype(np.float16 if dtype == "f16" else np.float32)
+        arrays: dict[str, NDArray[Any]] = {part: getattr(self, part) for part in REQUIRED[:3]}
+        arrays["pattern_tril"] = self.pattern_tril.astype(half)
+        arrays |= {part: array for part in DETAILS if (array := getattr(self, part)) is not None}
+        if self.top_tokens is not None and self.top_ids is not None:
+            probs = [[p for _, p in row] for row in self.top_tokens]
+            arrays |= {"top_ids": self.top_ids, "top_probs": np.array(probs, dtype=np.float32)}
+        return arrays
+
+    def vocabulary(self) -> dict[int, bytes]:
+        """The bytes of every token id of this text."""
+        pairs = dict(zip(self.tokens.tolist(), self.token_bytes, strict=True))
+        if self.top_tokens is not None and self.top_ids is not None:
+            top = (token for row in self.top_tokens for token, _ in row)
+            pairs |= dict(zip(self.top_ids.ravel().tolist(), top, strict=True))
+        return pairs
 
 
 @dataclass(frozen=True)
 class AttentionFile:
-    """All texts of an attention file, and what it says about the model."""
+    """The contents of an attention file."""
 
     texts: list[AttentionRecord]
     metadata: dict[str, str]
+    """Such as step, tokens_seen, config (JSON), vocab_size, weights_sha256, tokenizer_sha256, versions (JSON)."""
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """By name, (L, H) each."""
+    """Head scores by name, (L, H) each."""
 
 
-class _Broken(ValueError):
-    """What is wrong with a file; `read` puts its name to it."""
+def write_attention_file(
+    path: Path | str,
+    texts: Sequence[AttentionRecord],
+    metadata: Mapping[str, str],
+    scores: Mapping[str, ArrayLike] | None = None,
+    dtype: str = "f16",
+) -> None:
+    """Write an attention file atomically.
 
+    Args:
+        metadata: see `AttentionFile.metadata`.
+        scores: head scores (L, H) by name.
+        dtype: of the patterns: `f16` (each value within 2^-12 of the fp32 one) or `f32`.
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _Broken("its header names something twice")
-    return found
-
-
-def _header(raw: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The JSON header, and the numbers behind it."""
-    if len(raw) < 8:
-        raise _Broken("it is too short")
-    (length,) = struct.unpack("<Q", raw[:8])
-    if length > min(len(raw) - 8, MAX_HEADER):
-        raise _Broken(f"its header claims {length} bytes")
-    try:
-        header = json.loads(raw[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
-    except _Broken:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _Broken("its header is no JSON") from error
-    if not isinstance(header, dict):
-        raise _Broken("its header is no table")
-    return header, memoryview(raw)[8 + length :]
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _array(name: str, entry: object, data: memoryview) -> tuple[int, int, NDArray[Any]]:
-    """(begin, end, array) of one entry of the header, every number in it checked."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _Broken(f"the entry {name!r} is malformed")
-    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in DTYPES:
-        raise _Broken(f"{name!r} has an unknown type")
-    for numbers, most in ((shape, 4), (offsets, 2)):
-        if not isinstance(numbers, list) or not 1 <= len(numbers) <= most or not all(map(_whole, numbers)):
-            raise _Broken(f"the entry {name!r} is malformed")
-    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= len(data):
-        raise _Broken(f"{name!r} lies outside the file")
-    dtype = np.dtype(DTYPES[kind])
-    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise _Broken(f"{name!r} does not fill its place")
-    if not math.prod(shape) and max(shape) > len(data):
-        raise _Broken(f"{name!r} is malformed")  # nothing by very much: numpy refuses such shapes
-    return offsets[0], offsets[1], np.frombuffer(data[offsets[0] : offsets[1]], dtype).reshape(shape)
-
-
-def _arrays_of(header: dict[str, Any], data: memoryview) -> dict[str, NDArray[Any]]:
-    found = {name: _array(name, entry, data) for name, entry in header.items() if name != "__metadata__"}
-    covered = 0
-    for begin, end, _ in sorted(found.values(), key=lambda item: item[:2]):
-        if begin < covered:
-            raise _Broken("its arrays overlap")
-        covered = max(covered, end)
-    return {name: array for name, (_, _, array) in found.items()}
-
-
-def _metadata(header: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """The metadata and the names of the texts."""
-    metadata = header.get("__metadata__")
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Broken("it has no metadata")
-    if metadata.get("format") != FORMAT:
-        raise _Broken(f"it is no {FORMAT} file")
-    try:
-        names = json.loads(metadata.get("texts", ""))
-    except (ValueError, RecursionError) as error:
-        raise _Broken("its list of texts is no JSON") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _Broken("its list of texts is malformed")
-    return metadata, names
-
-
-def _parts(k: int, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The arrays of text k by name, each of a known format and rank."""
-    parts = {}
-    for part, (kinds, rank) in (REQUIRED | OPTIONAL).items():
-        array = arrays.get(f"{k}.{part}")
-        if array is None and part in OPTIONAL:
-            continue
-        if array is None or array.dtype.str not in kinds or array.ndim != rank:
-            raise _Broken(f"'{k}.{part}' is missing or malformed")
-        parts[part] = array
-    return parts
-
-
-def _ends_fit(ends: NDArray[Any], count: int, whole: NDArray[Any]) -> bool:
-    """Whether `count` ends cut `whole` into as many pieces."""
-    if ends.shape != (count,) or ends[0] < 0 or ends[-1] != len(whole):
-        return False
-    return bool((ends[1:] >= ends[:-1]).all())
-
-
-def _details_fit(parts: Mapping[str, NDArray[Any]], L: int, H: int, T: int) -> bool:
-    """Whether the optional arrays fit the text, and each other."""
-    wide = [parts[part].shape for part in ("queries", "keys", "values") if part in parts]
-    if any(shape[:3] != (L, H, T) or shape != wide[0] for shape in wide):
-        return False
-    if "attn_out" in parts and parts["attn_out"].shape[:2] != (L, T):
-        return False
-    likeliest = [part in parts for part in ("top_tokens", "top_probs", "top_ends", "top_bytes")]
-    if not all(likeliest):
-        return not any(likeliest)
-    N = parts["top_tokens"].shape[1]
-    shapes = parts["top_tokens"].shape == parts["top_probs"].shape == (T, N) and 1 <= N <= TOP_K
-    return shapes and _ends_fit(parts["top_ends"], T * N, parts["top_bytes"])
-
-
-def _cut(whole: NDArray[Any], ends: NDArray[Any]) -> list[bytes]:
-    raw = whole.tobytes()
-    return [raw[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
-
-
-def _top(parts: Mapping[str, NDArray[Any]]) -> list[list[tuple[bytes, float]]] | None:
-    if "top_tokens" not in parts:
-        return None
-    T, N = parts["top_tokens"].shape
-    pieces, chances = _cut(parts["top_bytes"], parts["top_ends"]), parts["top_probs"].tolist()
-    return [list(zip(pieces[t * N : t * N + N], chances[t], strict=True)) for t in range(T)]
-
-
-def _text(k: int, name: str, arrays: Mapping[str, NDArray[Any]]) -> AttentionRecord:
-    """Text k, once its arrays are found to fit each other."""
-    parts = _parts(k, arrays)
-    L, H, T = parts["value_norms"].shape
-    if not (
-        T >= 1
-        and parts["pattern"].shape == (L, H, T * (T + 1) // 2)
-        and parts["loss"].shape == (T - 1,)
-        and parts["tokens"].shape == (T,)
-        and _ends_fit(parts["ends"], T, parts["bytes"])
-        and _details_fit(parts, L, H, T)
-    ):
-        raise _Broken(f"the arrays of text {k} do not fit each other")
-    details = {part: parts.get(part) for part in ("queries", "keys", "values", "attn_out")}
-    return AttentionRecord(
-        name,
-        parts["tokens"],
-        _cut(parts["bytes"], parts["ends"]),
-        parts["loss"],
-        parts["value_norms"],
-        parts["pattern"],
-        **details,
-        top_tokens=_top(parts),
-        top_ids=parts.get("top_tokens"),
-    )
-
-
-def _scores(arrays: Mapping[str, NDArray[Any]], texts: list[AttentionRecord]) -> dict[str, NDArray[np.float32]]:
-    """The heads' scores, once they are found to be of the heads that the texts have."""
-    found = {name.removeprefix(SCORES): array for name, array in arrays.items() if name.startswith(SCORES)}
-    shapes = {text.value_norms.shape[:2] for text in texts} | {array.shape for array in found.values()}
-    if len(shapes) > 1 or any(array.dtype.str not in FLOAT or array.ndim != 2 for array in found.values()):
-        raise _Broken("its texts and scores are not of the same heads")
-    return found
-
-
-def _failure(message: str) -> Exception:
-    """`UserError`, which our scripts say in one line; in a copy of this file that stands alone, a `ValueError`."""
-    try:
-        from common.errors import CHECKPOINT, UserError
-    except ImportError:
-        return ValueError(message)
-    return UserError(message, CHECKPOINT)
+    Raises:
+        UserError: if the file cannot be written (exit code 6).
+    """
+    arrays = {f"{k}.{part}": a for k, text in enumerate(texts) for part, a in text.arrays(dtype).items()}
+    arrays |= {SCORES + name: np.asarray(table, dtype=np.float32) for name, table in (scores or {}).items()}
+    vocabulary = {token: text for record in texts for token, text in record.vocabulary().items()}
+    about = {
+        **metadata,
+        "format": FORMAT,
+        "texts": [text.name for text in texts],
+        "token_bytes": {str(token): vocabulary[token].decode("latin-1") for token in sorted(vocabulary)},
+    }
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # One metadata entry: safetensors writes several in an order that differs from run to run.
+    write_atomic(Path(path), [save(contiguous, {"glassgpt": json.dumps(about, sort_keys=True)})])
 
 
 def read_attention_file(path: Path | str) -> AttentionFile:
-    """The attention file at `path`. Nothing in it is believed before it is checked.
+    """Read and check an attention file: known names, dtypes, and shapes that fit together.
 
     Raises:
-        UserError: if the file is missing, damaged, or no attention file (exit code 4).
+        UserError: if the file is missing, damaged, or not an attention file (exit code 4).
     """
+    path = Path(path)
+    if not path.is_file():  # a pipe or device may never end
+        reason = "not a regular file" if path.exists() else "No such file or directory"
+        raise UserError(f"cannot read {path}: {reason}", CHECKPOINT)
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise _Broken("it is a folder, or a device or pipe that may never end")
-        header, data = _header(Path(path).read_bytes())
-        metadata, names = _metadata(header)
-        arrays = _arrays_of(header, data)
-        texts = [_text(k, name, arrays) for k, name in enumerate(names)]
-        return AttentionFile(texts, metadata, _scores(arrays, texts))
+        with safe_open(path, framework="numpy") as file:
+            return _parse(file)
     except OSError as error:
-        raise _failure(f"cannot read {path}: {error.strerror}") from error
-    except _Broken as error:
-        raise _failure(
-            f"{path} is no attention file that can be read: {error}; write it anew with attend.py"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}", CHECKPOINT) from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable attention file: {error}", CHECKPOINT) from error
+
+
+def _parse(file: Any) -> AttentionFile:
+    metadata = json.loads((file.metadata() or {}).get("glassgpt", "{}"))
+    if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
+        raise ValueError(f"its metadata does not name the format {FORMAT}")
+    names, vocabulary = metadata.pop("texts", None), metadata.pop("token_bytes", None)
+    if not isinstance(names, list) or not isinstance(vocabulary, dict):
+        raise ValueError("its list of texts or token bytes is missing")
+    strings = [*names, *vocabulary.values(), *metadata.values()]
+    if not all(isinstance(value, str) for value in strings):
+        raise ValueError("its metadata is malformed")
+    token_bytes = {int(token): text.encode("latin-1") for token, text in vocabulary.items()}
+    arrays = {name: _load(file, name, len(names)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    texts = [_record(k, name, arrays, token_bytes) for k, name in enumerate(names)]
+    scores = {name.removeprefix(SCORES): array for name, array in arrays.items() if name.startswith(SCORES)}
+    shapes = {text.value_norms.shape[:2] for text in texts} | {array.shape for array in scores.values()}
+    if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+        raise ValueError("its texts and scores have different numbers of heads")
+    return AttentionFile(texts, metadata, scores)
+
+
+def _load(file: Any, name: str, n_texts: int) -> NDArray[Any]:
+    """An array of a known name and dtype."""
+    number, _, part = name.partition(".")
+    known = name.startswith(SCORES) or (number.isdecimal() and int(number) < n_texts and part in SHAPES)
+    dtypes = "F32" if name.startswith(SCORES) else SHAPES.get(part, ("", ""))[0]
+    if not known or file.get_slice(name).get_dtype() not in dtypes.split():
+        raise ValueError(f"its array {name!r} is unknown or has a wrong dtype")
+    array: NDArray[Any] = file.get_tensor(name)
+    return array
+
+
+def _record(k: int, name: str, arrays: Mapping[str, NDArray[Any]], token_bytes: Mapping[int, bytes]) -> AttentionRecord:
+    """Text k, with every shape checked against the others."""
+    parts: dict[str, Any] = {part: arrays[f"{k}.{part}"] for part in SHAPES if f"{k}.{part}" in arrays}
+    if missing := [part for part in REQUIRED if part not in parts]:
+        raise ValueError(f"text {k} has no {missing[0]}")
+    T = len(parts["tokens"]) if parts["tokens"].ndim else 0
+    sizes = {"T": T, "T-1": T - 1, "T(T+1)/2": T * (T + 1) // 2}
+    for part, array in parts.items():
+        dims = SHAPES[part][1].split()
+        if (
+            T < 1
+            or len(dims) != array.ndim
+            or any(sizes.setdefault(d, n) != n for d, n in zip(dims, array.shape, strict=True))
+        ):
+            raise ValueError(f"text {k}: the shape of {part} does not fit the others")
+    if ("top_ids" in parts) != ("top_probs" in parts) or not 1 <= sizes.get("N", 1) <= TOP_K:
+        raise ValueError(f"text {k}: the most likely next tokens are malformed")
+    top_ids, top_probs = parts.pop("top_ids", None), parts.pop("top_probs", None)
+    ids = parts["tokens"].tolist() + ([] if top_ids is None else top_ids.ravel().tolist())
+    if unknown := set(ids) - token_bytes.keys():
+        raise ValueError(f"text {k}: the bytes of token {min(unknown)} are missing")
+    record = AttentionRecord(name, token_bytes=[token_bytes[token] for token in parts["tokens"].tolist()], **parts)
+    return record if top_ids is None else record.with_top(top_ids, top_probs, token_bytes.__getitem__)
+
+
+def package_versions() -> str:
+    """The versions of Python, torch and numpy as JSON, for the metadata."""
+    versions = {package: version(package) for package in ("torch", "numpy")}
+    return json.dumps({"python": platform.python_version(), **versions})

@@ -1,14 +1,13 @@
-"""What a model is scored on while heads are taken away: repeats, held-out texts, choices.
+"""What a model is scored on while heads are ablated: repeated tokens, held-out texts, contrast pairs.
 
-All of them are the same thing: items, each a weighted sum of log-probabilities of tokens. `EvalTexts` → `EvalTask`; then
-`causal.py` asks the model, batch by batch (`Places`).
+All are `EvalTask`s: items, each a weighted sum of log-probabilities of tokens. `ablation.py` runs them in batches.
 
-Shapes: B texts, T positions, V vocabulary, C model width, S places where logits are needed.
+Shapes: B texts, T positions, V vocabulary, C model width, S positions where logits are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,23 +17,23 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inspection.contrast_pairs import ContrastPair
-from inspection.eval_texts import HELD_OUT, EvalTexts
+from inspection.contrast_pairs import ContrastPair, merge_prefixes
+from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
 Tokens = Sequence[int]
 
-READ_AT_ONCE = 2048
-"""Tokens in one pass."""
-LOGITS_AT_ONCE = 1 << 25
-"""With a large vocabulary, fewer: logits are the largest tensor then (128 MiB in fp32)."""
+BATCH_TOKENS = 2048
+"""Tokens in one forward pass."""
+BATCH_LOGITS = 1 << 25
+"""With a large vocabulary, fewer: the logits are the largest tensor then (128 MiB in fp32)."""
 
 
-class Asked(NamedTuple):
-    """One prediction: log p(token | texts[row][: place + 1]) counts for an item, times a weight."""
+class Query(NamedTuple):
+    """One prediction: log p(token | texts[row][: position + 1]), times a weight, counts for an item."""
 
     row: int
-    place: int
+    position: int
     token: int
     item: int
     weight: float
@@ -45,79 +44,67 @@ class EvalTask:
     """Items to score a model on: each a weighted sum of log-probabilities, higher where the model does better."""
 
     unit: str
+    """`nats/token` (negative loss) or `nats` (logit difference)."""
     reference: list[tuple[int, ...]]
-    """What means are taken over."""
+    """The texts over which mean activations are taken."""
     texts: list[tuple[int, ...]]
-    asked: list[Asked]
+    queries: list[Query]
     measures: dict[str, list[int]]
-    """The items of each measure, two or more: a single one would give no interval."""
+    """The items of each measure, at least two: one would give no interval."""
+
+    @property
+    def n_items(self) -> int:
+        return 1 + max(query.item for query in self.queries)
 
 
-def _of_two_or_more(measures: dict[str, list[int]]) -> dict[str, list[int]]:
-    return {name: items for name, items in measures.items() if len(items) >= 2}
+def eval_tasks(eval_texts: EvalTexts, pairs_per_kind: int, context: int) -> list[EvalTask]:
+    """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`; those without two items have no measures."""
+    repeats, held_out = eval_texts.repeats, [tokens for _, tokens in eval_texts.held_out()]
+    return [
+        # In `first, r1 .. rn, r1 .. rn` the second copy of r2 .. rn can be predicted, the second r1 cannot.
+        _loss_task("repeats", repeats, [len(text) // 2 + 2 for text in repeats]),
+        _loss_task("corpus", held_out, [1] * len(held_out)),
+        _logit_diff_task(eval_texts, pairs_per_kind, context),
+    ]
 
 
-def _losses(name: str, texts: Sequence[tuple[int, ...]], firsts: Sequence[int]) -> EvalTask:
-    """Minus the mean loss of each text, in nats/token, over its tokens from a first one on."""
-    kept, asked = list[tuple[int, ...]](), list[Asked]()
+def _loss_task(name: str, texts: Sequence[tuple[int, ...]], firsts: Sequence[int]) -> EvalTask:
+    """The negative mean loss of each text in nats/token, over its tokens from a first one on."""
+    kept, queries = list[tuple[int, ...]](), list[Query]()
     for text, first in zip(texts, firsts, strict=True):
         if first >= len(text):
             continue
         item, weight = len(kept), 1 / (len(text) - first)
-        asked += [Asked(item, place - 1, text[place], item, weight) for place in range(first, len(text))]
+        queries += [Query(item, position - 1, text[position], item, weight) for position in range(first, len(text))]
         kept.append(text)
-    return EvalTask("nats/token", kept, kept, asked, _of_two_or_more({name: list(range(len(kept)))}))
+    return EvalTask("nats/token", kept, kept, queries, _with_two_items({name: list(range(len(kept)))}))
 
 
-def repeats_exam(watch: EvalTexts) -> EvalTask:
-    """Each repeat `first, r1 .. rn, r1 .. rn`: how well the second r2 .. rn are foretold. Nothing foretells r1."""
-    return _losses("repeats", watch.repeats, [len(text) // 2 + 2 for text in watch.repeats])
-
-
-def corpus_exam(watch: EvalTexts) -> EvalTask:
-    """Each held-out text."""
-    texts = [tokens for name, tokens in watch.texts if name.startswith(HELD_OUT)]
-    return _losses("corpus", texts, [1] * len(texts))
-
-
-def choices_exam(watch: EvalTexts, per_kind: int, context: int) -> EvalTask:
-    """log p(right) - log p(wrong) of the first probes of each kind that fit the context."""
+def _logit_diff_task(eval_texts: EvalTexts, pairs_per_kind: int, context: int) -> EvalTask:
+    """log p(right) - log p(wrong) of the first pairs of each kind that fit the context."""
     measures, chosen = dict[str, list[int]](), list[ContrastPair]()
-    for probe in watch.probes:
-        items = measures.setdefault(f"logit_diff.{probe.kind}", [])
-        if len(items) < per_kind and probe.length <= context:
+    for pair in eval_texts.contrast_pairs:
+        items = measures.setdefault(f"logit_diff.{pair.kind}", [])
+        if len(items) < pairs_per_kind and pair.length <= context:
             items.append(len(chosen))
-            chosen.append(probe)
-    texts, rows = shared({probe.tokens + answer[:-1] for probe in chosen for answer in (probe.right, probe.wrong)})
-    asked = [
-        Asked(rows[probe.tokens + answer[:-1]], len(probe.tokens) - 1 + k, token, item, weight)
-        for item, probe in enumerate(chosen)
-        for answer, weight in ((probe.right, 1.0), (probe.wrong, -1.0))
+            chosen.append(pair)
+    texts, rows = merge_prefixes([pair.tokens + answer[:-1] for pair in chosen for answer in (pair.right, pair.wrong)])
+    queries = [
+        Query(rows[pair.tokens + answer[:-1]], len(pair.tokens) - 1 + k, token, item, weight)
+        for item, pair in enumerate(chosen)
+        for answer, weight in ((pair.right, 1.0), (pair.wrong, -1.0))
         for k, token in enumerate(answer)
     ]
-    return EvalTask("nats", [probe.tokens for probe in chosen], texts, asked, _of_two_or_more(measures))
+    return EvalTask("nats", [pair.tokens for pair in chosen], texts, queries, _with_two_items(measures))
 
 
-def shared(texts: Iterable[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...], int]]:
-    """The texts that begin no other one, and in which of them each text is read.
-
-    No position sees what comes after it, so the questions of one story need its longest prompt alone.
-    """
-    kept, rows = list[tuple[int, ...]](), dict[tuple[int, ...], int]()
-    for text in sorted(texts, reverse=True):  # a text comes right after those that it begins
-        if not kept or kept[-1][: len(text)] != text:
-            kept.append(text)
-        rows[text] = len(kept) - 1
-    return kept, rows
-
-
-def exams_of(watch: EvalTexts, per_kind: int, context: int) -> list[EvalTask]:
-    return [repeats_exam(watch), corpus_exam(watch), choices_exam(watch, per_kind, context)]
+def _with_two_items(measures: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {name: items for name, items in measures.items() if len(items) >= 2}
 
 
 def batches(model: GPT, texts: Sequence[Tokens]) -> Iterator[list[int]]:
-    """The numbers of texts to be read together: like lengths, which need little padding."""
-    most = max(1, min(READ_AT_ONCE, LOGITS_AT_ONCE // model.vocab_size))
+    """Indices of texts for one forward pass each, grouped by similar length, which needs little padding."""
+    most = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size))
     batch: list[int] = []
     for number in sorted(range(len(texts)), key=lambda k: len(texts[k])):
         if batch and (len(batch) + 1) * len(texts[number]) > most:
@@ -129,29 +116,32 @@ def batches(model: GPT, texts: Sequence[Tokens]) -> Iterator[list[int]]:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a batch is asked: S spots of the flattened (B, T), and which of them each of A predictions looks at."""
+class GatherIndex:
+    """Where a batch needs logits: S positions of the flattened (B, T), and which of them each query uses."""
 
-    spots: Tensor
+    positions: Tensor
     which: Tensor
     tokens: Tensor
     items: Tensor
     weights: Tensor
 
     @staticmethod
-    def of(exam: EvalTask, batch: list[int], T: int, device: torch.device) -> Places:
+    def of(task: EvalTask, batch: list[int], T: int, device: torch.device) -> GatherIndex:
+        """The index for the task's texts `batch`, padded to T tokens."""
         rows = {row: k for k, row in enumerate(batch)}
-        asked = [one for one in exam.asked if one.row in rows]
-        flat = torch.tensor([rows[one.row] * T + one.place for one in asked], device=device)
-        spots, which = flat.unique(return_inverse=True)
-        tokens = torch.tensor([one.token for one in asked], device=device)
-        items = torch.tensor([one.item for one in asked])
-        return Places(spots, which, tokens, items, torch.tensor([one.weight for one in asked], dtype=torch.float64))
+        queries = [query for query in task.queries if query.row in rows]
+        flat = torch.tensor([rows[query.row] * T + query.position for query in queries], device=device)
+        positions, which = flat.unique(return_inverse=True)
+        tokens = torch.tensor([query.token for query in queries], device=device)
+        weights = torch.tensor([query.weight for query in queries], dtype=torch.float64)
+        return GatherIndex(positions, which, tokens, torch.tensor([query.item for query in queries]), weights)
 
-    def at(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "1 S C"]:
-        return x.flatten(0, 1)[self.spots][None]
+    def gather(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "1 S C"]:
+        """`x` at the S positions."""
+        return x.flatten(0, 1)[self.positions][None]
 
-    def score(self, logits: Float[Tensor, "1 S V"], items: int) -> NDArray[np.float64]:
+    def score(self, logits: Float[Tensor, "1 S V"], n_items: int) -> NDArray[np.float64]:
         """What this batch adds to the score of each item."""
         log_p = logits[0].log_softmax(dim=-1)[self.which, self.tokens].cpu().double()
-        return torch.zeros(items, dtype=torch.float64).index_add(0, self.items, self.weights * log_p).numpy()
+        scores = torch.zeros(n_items, dtype=torch.float64).index_add(0, self.items, self.weights * log_p)
+        return np.asarray(scores)

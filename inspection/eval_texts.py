@@ -1,7 +1,14 @@
-"""What is watched while a model learns, chosen once and kept for the whole run.
+"""The texts on which attention is recorded and measured, chosen once and kept for the whole run.
 
-The same texts, repeats and questions at every step: so two of a run's dumps differ by the model alone. The set is
-written into the run folder, where `attend.py` finds it again without the corpus.
+The same texts, repeated sequences and contrast pairs at every evaluation, so that two attention files of a run differ by
+the model alone. They are saved in the run folder, where `attend.py` finds them without the corpus.
+
+The user can add prompts in a UTF-8 file. A line is a text, or a contrast pair of three or four tab-separated columns:
+
+    prompt <TAB> right answer <TAB> wrong answer [<TAB> antecedent]
+
+The prompt ends where the answer is due; spaces belong to the answers, as in ` he`. Without a fourth column, every
+earlier mention of the right answer is the antecedent.
 """
 
 from __future__ import annotations
@@ -10,82 +17,93 @@ import dataclasses
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import CHECKPOINT, UserError
+from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import write_atomic
-from inspection.contrast_pairs import ContrastPair
+from inspection.contrast_pairs import ContrastPair, LabelledText, Tokenizer, make_contrast_pair
 from model.config import ModelConfig
 
 FORMAT = "glassgpt-eval-texts-1"
-Texts = Sequence[tuple[str, Sequence[int]]]
+NamedText = tuple[str, tuple[int, ...]]
+"""(name, tokens)."""
 
 HELD_OUT = "held-out"
-"""With this begin the names of texts that are held out; others are the user's own."""
-LONGEST = 256
-"""Tokens of a watched text, at most."""
-DUMP_BYTES = 64_000_000
-"""A dump's weights stay below this: texts are watched by their beginnings where a model has very many heads."""
-SHOWN = 2
-"""Held-out texts that dumps hold; the others only serve to measure."""
-REPEATS, REPEATED = 8, 50
-"""How many sequences of random tokens are said twice, and the tokens of each."""
+"""Prefix of the names of held-out texts; the others are the user's."""
+MAX_TOKENS = 256
+"""Tokens of a recorded text, at most."""
+MAX_FILE_BYTES = 64_000_000
+"""Size of the patterns in an attention file, at most: models with very many heads get shorter texts."""
+RECORDED_HELD_OUT = 2
+"""Held-out texts in an attention file; the others are only used for scores."""
+N_REPEATS, REPEAT_LENGTH = 8, 50
+"""Number of repeated sequences, and length of each copy in tokens."""
+MAX_USER_TEXTS = 8
 
 
-def watched_length(config: ModelConfig, texts: int) -> int:
-    """How many tokens of each of so many texts are watched.
+def max_text_length(config: ModelConfig, n_texts: int) -> int:
+    """The number of tokens of each of so many texts, so that an attention file stays below `MAX_FILE_BYTES`.
 
-    f16 weights of T tokens take L H T (T + 1) bytes.
+    The f16 patterns of T tokens take L H T (T + 1) bytes.
     """
-    room = DUMP_BYTES / (config.n_layers * config.n_heads * max(1, texts))
-    return min(config.context, LONGEST, max(8, int(math.sqrt(room))))
+    budget = MAX_FILE_BYTES / (config.n_layers * config.n_heads * max(1, n_texts))
+    return min(config.context, MAX_TOKENS, max(8, int(math.sqrt(budget))))
 
 
-def repeated(tokens: Sequence[int], first: int, length: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Sequences of random tokens, each said twice: `first, r1 .. rn, r1 .. rn`.
+def repeated_sequences(tokens: Sequence[int], first: int, length: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Sequences of random tokens, repeated once: `first, r1 .. rn, r1 .. rn`.
 
-    Nothing but the first saying tells what comes next in the second, so they show induction by itself (Olsson et
-    al. 2022, "Argument 4"). The tokens of a sequence are distinct where there are enough of them.
+    The second copy can be predicted from the first one only, so they measure induction alone (Olsson et al. 2022,
+    "Argument 4"). The tokens of a sequence are distinct where there are enough of them.
 
     Args:
-        tokens: to draw from: those that the corpus uses; a model knows nothing about the others.
+        tokens: to draw from: those of the corpus, as a model knows nothing about others.
         first: the token that begins a text.
         length: of a whole sequence, at most.
     """
     pool = [token for token in tokens if token != first]
-    n = min(REPEATED, (length - 1) // 2)
+    n = min(REPEAT_LENGTH, (length - 1) // 2)
     if n < 2 or len(pool) < 2:
         return ()
-    draw = random.Random(f"repeats {seed}")
-    said = [draw.sample(pool, n) if len(pool) >= n else draw.choices(pool, k=n) for _ in range(REPEATS)]
-    return tuple((first, *sequence, *sequence) for sequence in said)
+    rng = random.Random(f"repeats {seed}")
+    copies = [rng.sample(pool, n) if len(pool) >= n else rng.choices(pool, k=n) for _ in range(N_REPEATS)]
+    return tuple((first, *copy, *copy) for copy in copies)
 
 
 @dataclass(frozen=True)
 class EvalTexts:
-    """Texts that are shown, random repeats and questions on which heads are measured."""
+    """Texts whose attention is recorded, repeated sequences, and contrast pairs."""
 
-    texts: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """(name, tokens) of held-out texts and the user's own lines."""
+    texts: tuple[NamedText, ...] = ()
+    """Held-out texts and the user's."""
     repeats: tuple[tuple[int, ...], ...] = ()
-    """See `repeated`; all of one length."""
-    probes: tuple[ContrastPair, ...] = ()
+    """See `repeated_sequences`; all of one length."""
+    contrast_pairs: tuple[ContrastPair, ...] = ()
 
-    def shown(self) -> list[tuple[str, tuple[int, ...]]]:
-        """What a dump holds besides the sample of the moment: the texts, one repeat, a question of each kind."""
-        kinds: dict[str, ContrastPair] = {}
-        for probe in self.probes:
-            kinds.setdefault(probe.kind, probe)
-        questions = [(f"{kind} 1", probe.tokens) for kind, probe in kinds.items()]
-        held_out = [text for text in self.texts if text[0].startswith(HELD_OUT)][:SHOWN]
+    def held_out(self) -> list[NamedText]:
+        """The held-out texts."""
+        return [text for text in self.texts if text[0].startswith(HELD_OUT)]
+
+    def pairs_by_kind(self) -> dict[str, list[ContrastPair]]:
+        """The contrast pairs of each kind."""
+        kinds: dict[str, list[ContrastPair]] = {}
+        for pair in self.contrast_pairs:
+            kinds.setdefault(pair.kind, []).append(pair)
+        return kinds
+
+    def recorded_texts(self) -> list[NamedText]:
+        """What an attention file holds: the user's texts, some held-out ones, one repeat, one prompt of each kind."""
         own = [text for text in self.texts if not text[0].startswith(HELD_OUT)]
-        return [*own, *held_out, *(("repeat 1", tokens) for tokens in self.repeats[:1]), *questions]
+        prompts = [(f"{kind} 1", pairs[0].tokens) for kind, pairs in self.pairs_by_kind().items()]
+        repeats = [("repeat 1", tokens) for tokens in self.repeats[:1]]
+        return [*own, *self.held_out()[:RECORDED_HELD_OUT], *repeats, *prompts]
 
     def save(self, path: Path) -> None:
-        """Write the set as JSON.
+        """Write the texts as JSON, atomically.
 
         Raises:
             UserError: if the file cannot be written (exit code 6).
@@ -94,48 +112,89 @@ class EvalTexts:
 
     @staticmethod
     def load(path: Path, vocab_size: int, context: int) -> EvalTexts:
-        """The set that `save` wrote. Every token is checked against the model that is to read it.
+        """Read the texts that `save` wrote, and check that they fit the model.
 
         Raises:
             UserError: if the file is missing or damaged (exit code 4).
         """
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(table, dict) or table.get("format") != FORMAT:
-                raise ValueError(f"it is no {FORMAT} file")
-            texts = tuple((_name(name), _tokens(tokens, vocab_size, context)) for name, tokens in table["texts"])
-            repeats = tuple(_tokens(tokens, vocab_size, context) for tokens in table["repeats"])
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                raise ValueError(f"it is not a {FORMAT} file")
+            texts = tuple((str(name), _tokens(tokens, vocab_size, context)) for name, tokens in data["texts"])
+            repeats = tuple(_tokens(tokens, vocab_size, context) for tokens in data["repeats"])
             if len({len(tokens) for tokens in repeats}) > 1:
                 raise ValueError("its repeats differ in length")
-            probes = tuple(_probe(entry, vocab_size, context) for entry in table["probes"])
+            pairs = tuple(_pair(entry, vocab_size, context) for entry in data["contrast_pairs"])
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{path} is no list of watched texts that can be read: {reason}", CHECKPOINT) from error
-        return EvalTexts(texts, repeats, probes)
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path} is not a readable file of evaluation texts: {reason}", CHECKPOINT) from error
+        return EvalTexts(texts, repeats, pairs)
 
 
-def _name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a name is no text")
-    return value
-
-
-def _tokens(values: Any, below: int, most: int) -> tuple[int, ...]:
-    """1 to `most` whole numbers from 0 to `below` - 1."""
-    whole = isinstance(values, list) and all(type(value) is int and 0 <= value < below for value in values)
-    if not whole or not 1 <= len(values) <= most:
-        raise ValueError(f"it holds a list that is not 1 to {most} numbers below {below}")
+def _tokens(values: Any, below: int, most: int, least: int = 1) -> tuple[int, ...]:
+    """`least` to `most` integers from 0 to `below` - 1."""
+    valid = isinstance(values, list) and all(type(value) is int and 0 <= value < below for value in values)
+    if not valid or not least <= len(values) <= most:
+        raise ValueError(f"a list is not {least} to {most} integers below {below}")
     return tuple(values)
 
 
-def _probe(entry: Any, vocab_size: int, context: int) -> ContrastPair:
-    if not isinstance(entry, dict):
-        raise ValueError("a probe is no table")
+def _pair(entry: Any, vocab_size: int, context: int) -> ContrastPair:
     tokens = _tokens(entry["tokens"], vocab_size, context)
-    evidence, nearest = (
-        _tokens(entry[key], len(tokens), len(tokens)) if entry[key] else () for key in ("evidence", "nearest")
-    )
+    T = len(tokens)
+    antecedent, nearest_noun = (_tokens(entry[key], T, T, 0) for key in ("antecedent", "nearest_noun"))
     right, wrong = (_tokens(entry[key], vocab_size, context) for key in ("right", "wrong"))
-    return ContrastPair(_name(entry["kind"]), tokens, evidence, right, wrong, nearest)
+    return ContrastPair(str(entry["kind"]), tokens, antecedent, right, wrong, nearest_noun)
+
+
+def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[list[NamedText], list[ContrastPair]]:
+    """The texts, at most `MAX_USER_TEXTS`, and the contrast pairs of a user's file.
+
+    Args:
+        context: longer texts are cut, longer contrast pairs refused.
+
+    Raises:
+        UserError: naming the line that can't be used (exit code 2).
+    """
+    name = escape_control_chars(path)
+    try:
+        rows = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"cannot read prompts from {name}: {reason}", CONFIG) from error
+    texts: list[NamedText] = []
+    pairs: list[ContrastPair] = []
+    for number, row in enumerate(rows, 1):
+        columns = row.split("\t")
+        try:
+            if not row.strip():
+                continue
+            if len(columns) == 1:
+                tokens = [int(token) for token in tokenizer.encode(row)]
+                texts.append((f"line {number}", (tokenizer.end_of_text, *tokens)[:context]))
+                continue
+            pairs.append(make_contrast_pair(_label(columns), tokenizer))
+            if pairs[-1].length > context:
+                raise ValueError(f"{pairs[-1].length} tokens, more than the context of {context}")
+        except ValueError as error:
+            raise UserError(f"{name}, line {number}: {error}", CONFIG) from error
+    if len(texts) > MAX_USER_TEXTS:
+        raise UserError(f"{name} has {len(texts)} texts; at most {MAX_USER_TEXTS} can be recorded", CONFIG)
+    if not texts and not pairs:
+        raise UserError(f"{name} has no prompts", CONFIG)
+    return texts, pairs
+
+
+def _label(columns: list[str]) -> LabelledText:
+    """A contrast pair of the user, by character."""
+    if len(columns) not in (3, 4):
+        raise ValueError(f"{len(columns)} columns; write a text, or prompt, right answer, wrong answer[, antecedent]")
+    prompt, right, wrong, *word = columns
+    antecedent = word[0] if word else right.strip()
+    spans = [match.span() for match in re.finditer(re.escape(antecedent), prompt)] if antecedent else []
+    if not right or not spans:
+        raise ValueError(f"{antecedent!r} is not in the prompt; name the antecedent in a fourth column")
+    return LabelledText("own", prompt + right, (len(prompt), len(prompt + right)), spans, wrong)

@@ -1,9 +1,8 @@
-"""What may be said of a head: what it reads, since when, and what happens without it. Needs numpy alone.
+"""Findings: what a head attends to, since when, and whether ablating it matters. Needs no torch.
 
-A head earns a sentence if it puts half of its weight, or more, where it is asked about. Whether that matters is
-another question, answered beside it: by what changes when the head is taken away, next to the same done to another
-head of its layer. The one sentence is kept for a head that matters by both ways of taking it away, with zero and with
-its mean, and that reads more than a rule could that only counts distances or takes the nearest noun.
+A head qualifies if half of its attention, or more, is on the tokens that a score tests. Whether that matters is a second
+question, answered by ablation: the effect of ablating the head, compared with ablating another head of its layer. This
+file has the only definition of whether ablations support a finding (`ablation_label`).
 """
 
 from __future__ import annotations
@@ -15,49 +14,78 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from common.files import write_atomic
 from inspection.ablation_results import AblationEffects, AblationResults, Interval
+from inspection.head_scores import ANTECEDENT, REPEATS, SCORES, score_info
 from inspection.terminal import head_name
 
 ATTENTION_THRESHOLD = 0.5
-"""A head that puts at least this share of its weight on something reads it."""
-DESCRIPTIONS = {
-    "induction": "reads the token after an earlier match",
-    "antecedent.pronoun": "reads the name that a pronoun stands for",
-    "antecedent.crossing": 'reads what an "it" stood for',
-    "antecedent.induction": "reads the earlier mention of what comes next",
-    "antecedent.place": "reads the place where a thing was put",
-    "antecedent.cause": "reads the feeling that leads to what is done",
-    "antecedent.agreement": "reads the subject of the verb",
-    "antecedent.own": "reads the word that decides",
-    "duplicate_token": "reads earlier copies of its own token",
-    "previous_token": "reads the token before it",
-}
-"""What a score says in words, the more telling ones first."""
+"""A head with at least this share of its attention on the tested tokens qualifies."""
+FINDING_SCORES = (
+    "induction",
+    "antecedent.pronoun",
+    "antecedent.crossing",
+    "antecedent.induction",
+    "antecedent.place",
+    "antecedent.cause",
+    "antecedent.agreement",
+    "antecedent.own",
+    "duplicate_token",
+    "previous_token",
+)
+"""The scores on which a head can qualify, the most informative ones first."""
 
 Head = tuple[int, int]
 """(layer, head)."""
 Label = Literal["supported", "disputed", "same as control", "no effect"]
-LABEL_NOTES = {
-    "disputed": "high weight, disputed effect",
-    "same as control": "high weight, no effect beyond that of another head",
-    "no effect": "high weight, no effect",
+LABELS: dict[str, str] = {
+    "supported": "ablating it hurts more than ablating another head, by zero and by mean ablation",
+    "disputed": "only one of zero and mean ablation hurts more than ablating another head",
+    "same as control": "ablating it hurts no more than ablating another head",
+    "no effect": "ablating it does not hurt",
 }
-"""What is said of a head that reads a lot without mattering."""
+"""What each label means."""
+LABEL_NOTES: dict[str, str] = {
+    "disputed": "high attention, disputed effect",
+    "same as control": "high attention, no effect beyond that of another head",
+    "no effect": "high attention, no effect",
+}
+"""Notes on heads that qualify by attention without a supported effect."""
 
 
 def measure_for_score(score: str) -> str:
-    """The measure of `evidence.py` that fits a score: what should suffer if the score says what a head is for."""
-    if score.startswith("antecedent."):
-        return "logit_diff." + score.removeprefix("antecedent.")
-    return "repeats" if score in ("induction", "duplicate_token", "previous_token") else "corpus"
+    """The ablation measure that fits a score: what should get worse if the score says what the head is for."""
+    if score.startswith(ANTECEDENT):
+        return "logit_diff." + score.removeprefix(ANTECEDENT)
+    return "repeats" if score in SCORES and SCORES[score].texts == REPEATS else "corpus"
+
+
+def ablation_label(effects: AblationEffects, layer: int, head: int) -> Label:
+    """Whether ablating the head hurts more than ablating another head of its layer.
+
+    `supported` if the intervals of both zero and mean ablation say so, `disputed` if one of them does. Otherwise
+    `same as control` if both kinds of ablation hurt, and `no effect` if not.
+    """
+    tables = (effects.zero, effects.mean, effects.difference_zero, effects.difference_mean)
+    zero, mean, difference_zero, difference_mean = (table[layer][head] if table else None for table in tables)
+    assert zero is not None and mean is not None
+    return _label(zero, mean, difference_zero, difference_mean)
+
+
+def _label(zero: Interval, mean: Interval, difference_zero: Interval | None, difference_mean: Interval | None) -> Label:
+    more = [(difference_zero or zero).low > 0, (difference_mean or mean).low > 0]
+    if all(more):
+        return "supported"
+    if any(more):
+        return "disputed"
+    return "same as control" if zero.low > 0 and mean.low > 0 else "no effect"
 
 
 @runtime_checkable
-class Together(Protocol):
-    """What taking several heads of a layer away at once does; a `causal.GroupEffect` is one."""
+class GroupEffectLike(Protocol):
+    """The effect of ablating several heads of a layer together; an `ablation.GroupEffect`."""
 
     @property
     def zero(self) -> Interval: ...
@@ -71,92 +99,95 @@ class Together(Protocol):
     def difference_mean(self) -> Interval | None: ...
 
 
-TakeAway = Callable[[str, Sequence[Head]], Together]
-"""From a measure and heads of one layer to the effect of taking all of them away."""
+AblateGroup = Callable[[str, Sequence[Head]], GroupEffectLike]
+"""From a measure and heads of one layer to the effect of ablating them together."""
+
+
+@dataclass(frozen=True)
+class ChosenHead:
+    """A head that was chosen on other contrast pairs than those on which its score was measured."""
+
+    head: Head
+    value: float
+    baseline: float | None = None
+    """What the best fixed offset, or the nearest noun, would score; None where it was not measured."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A head that reads something, and the effect of taking it away; or several that only matter together."""
+    """A head that qualifies on a score, and the effect of ablating it; or several that only matter together."""
 
     head: Head
     score: str
     value: float
-    """The score of the last step."""
+    """The score at the last step."""
     since: int
-    """The first step from which on it stayed above `ATTENTION_THRESHOLD`."""
+    """The first step from which on it stayed at `ATTENTION_THRESHOLD` or above."""
     measure: str
     unit: str
     zero: Interval
     mean: Interval
     control: Interval | None
-    """Another head of the layer set to zero; None where it has no other."""
+    """Zero ablation of another head of the layer; None where there is no other."""
     label: Label
     others: tuple[Head, ...] = ()
-    """Heads of the same layer that do the same, and were taken away with it."""
+    """Heads of the same layer with the same score, ablated together with it."""
     baseline: float | None = None
-    """What the best fixed distance, or the nearest noun, would have scored; None where that was not asked."""
+    """What the best fixed offset, or the nearest noun, would score; None where it was not measured."""
 
     @property
     def is_supported(self) -> bool:
-        """Whether the head matters, and reads more than a rule without any content would."""
+        """Whether ablations support the finding, and the head beats baselines that know no content."""
         return self.label == "supported" and (self.baseline is None or self.value > self.baseline)
 
     @property
-    def summary(self) -> str:
-        """The claim as a sentence."""
-        return f"{self.reading}; {self.effect}."
-
-    @property
-    def reading(self) -> str:
+    def statement(self) -> str:
+        """What the head attends to, and since when."""
+        title = score_info(self.score).title
         names = [head_name(*head) for head in (self.head, *self.others)]
         if not self.others:
-            return f"By step {self.since} head {names[0]} {DESCRIPTIONS[self.score]} ({self.value:.2f})"
-        all_names = f"{', '.join(names[:-1])} and {names[-1]}"
-        read = DESCRIPTIONS[self.score].replace("reads", "read", 1)
-        return f"By step {self.since} heads {all_names} {read} (up to {self.value:.2f})"
+            return f"Since step {self.since}, head {names[0]} {title} ({self.value:.2f})"
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        return (
+            f"Since step {self.since}, heads {listed} {title.replace('attends', 'attend', 1)} (up to {self.value:.2f})"
+        )
 
     @property
     def effect(self) -> str:
-        """What happens without the head."""
-        what = "the loss on repeats" if self.measure == "repeats" else "the lead of the right answer"
-        size = 1 + len(self.others)
-        it, whose, means = ("it", "its", "mean") if size == 1 else ("them", "their", "means")
-        within = f"95 %: {self.zero.low:.2f} to {self.zero.high:.2f}"
-        spread = f"[{within}; with {whose} {means} instead, {self.mean.value:.2f}]"
-        done = f"without {it} {what} {self.moves(self.zero)} nats {spread}"
+        """What ablating the head does."""
+        what = (
+            "the loss on repeated tokens" if self.measure == "repeats" else "the logit difference of the right answer"
+        )
+        n = 1 + len(self.others)
+        it, its = ("it", "its") if n == 1 else ("them", "their")
+        interval = f"95% CI {self.zero.low:.2f} to {self.zero.high:.2f}; mean ablation {self.mean.value:.2f}"
+        text = f"Ablating {it} {self._change(self.zero, what)} {self.unit} [{interval}]"
         if self.control is None:
-            return f"{done}; {whose} layer has no other head to compare with"
-        rivals = "a random other head" if size == 1 else f"{size} random other heads"
-        return f"{done}, without {rivals} of {whose} layer it {self.moves(self.control)}"
+            return f"{text}; {its} layer has no other head to compare with"
+        control = "a random other head" if n == 1 else f"{n} random other heads"
+        return f"{text}; ablating {control} of {its} layer {self._change(self.control, 'it')}"
 
-    def moves(self, by: Interval) -> str:
-        """Which way the measured number goes; a positive effect is the one that hurts."""
-        rises = (by.value >= 0) == (self.measure == "repeats")
-        return f"{'rises' if rises else 'falls'} by {abs(by.value):.2f}"
+    @property
+    def summary(self) -> str:
+        """The finding in two sentences."""
+        return f"{self.statement}. {self.effect}."
 
+    def _change(self, effect: Interval, what: str) -> str:
+        """Such as "raises the loss by 0.50"; a positive effect hurts."""
+        rises = (effect.value >= 0) == (self.measure == "repeats")
+        return f"{'raises' if rises else 'lowers'} {what} by {abs(effect.value):.2f}"
 
-def ablation_label(effects: AblationEffects, layer: int, head: int) -> Label:
-    """Whether taking the head away hurts more than taking another one away: by both ways, one, or neither.
-
-    By neither it is `like another head` if it hurts all the same, by both ways, and else of `no effect`.
-    """
-    tables = (effects.zero, effects.mean, effects.difference_zero, effects.difference_mean)
-    return _label(*(None if table is None else table[layer][head] for table in tables))
-
-
-def _label(
-    zero: Interval | None, mean: Interval | None, difference_zero: Interval | None, difference_mean: Interval | None
-) -> Label:
-    assert zero is not None and mean is not None
-    more = [(margin or alone).low > 0 for margin, alone in ((difference_zero, zero), (difference_mean, mean))]
-    if any(more):
-        return "supported" if all(more) else "disputed"
-    return "same as control" if zero.low > 0 and mean.low > 0 else "no effect"
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and texts as plain data; an interval is {value, low, high}."""
+        return {**asdict(self), "is_supported": self.is_supported, "summary": self.summary, "effect": self.effect}
 
 
-def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: Head) -> int:
-    """The first step from which on the head's score stayed at `ATTENTION_THRESHOLD` or above; the last step where it does not."""
+Timeline = Mapping[int, Mapping[str, ArrayLike]]
+"""Head scores (L, H) by step and name."""
+
+
+def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
+    """The first step from which on the head's score stayed at the threshold or above; the last step if it did not."""
     steps = sorted(timeline)
     first = steps[-1]
     for step in reversed(steps):
@@ -167,99 +198,99 @@ def since(timeline: Mapping[int, Mapping[str, ArrayLike]], score: str, head: Hea
     return first
 
 
-def claims(
-    timeline: Mapping[int, Mapping[str, ArrayLike]],
-    evidence: AblationResults,
-    readings: Mapping[str, tuple[Head, float, float]] | None = None,
-    take_away: TakeAway | None = None,
+def compute_findings(
+    timeline: Timeline,
+    ablations: AblationResults,
+    chosen: Mapping[str, ChosenHead] | None = None,
+    ablate_group: AblateGroup | None = None,
 ) -> list[Finding]:
-    """A claim for each score on which some head passes, in the order of `DESCRIPTIONS`.
+    """A finding for each score on which some head qualifies, in the order of `FINDING_SCORES`.
 
     Args:
-        timeline: the head scores (L, H) of each step, as dumps hold them.
-        evidence: what taking heads away does at the last step.
-        readings: score → (head, weight, baseline), where the head was chosen on other questions than it was scored on
-            and a rule without content was scored beside it (`relations.py`).
-        take_away: asked about the heads of a layer that all pass, where the best of them does not matter alone: two
-            that do the same hide each other.
+        ablations: measured at the last step of the timeline.
+        chosen: by score, heads chosen on one half of the contrast pairs and measured on the other
+            (`antecedent_score.py`); other scores take their best head.
+        ablate_group: called with the heads of a layer that all qualify, where the best of them has no supported effect
+            alone: heads that do the same can hide each other's effect.
     """
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
-    found = []
-    for score in DESCRIPTIONS:
-        effects = evidence.measures.get(measure_for_score(score))
+    findings = []
+    for score in FINDING_SCORES:
+        effects = ablations.measures.get(measure_for_score(score))
         if score not in last or effects is None or not np.isfinite(last[score]).any():
             continue
-        best = np.unravel_index(np.nanargmax(last[score]), last[score].shape)
-        own = ((int(best[0]), int(best[1])), float(last[score][best]), None)
-        head, weight, baseline = (readings or {}).get(score, own)
-        if weight < ATTENTION_THRESHOLD:
+        best = (chosen or {}).get(score) or _best_head(last[score])
+        if best.value < ATTENTION_THRESHOLD:
             continue
-        claim = replace(_alone(score, head, effects, since(timeline, score, head)), value=weight, baseline=baseline)
-        layer = last[score][head[0]]
-        alike = [(head[0], k) for k in np.flatnonzero(layer >= ATTENTION_THRESHOLD).tolist() if k != head[1]]
-        if take_away is not None and claim.label != "supported" and 0 < len(alike) < len(layer) - 1:
-            begun = max(since(timeline, score, one) for one in (head, *alike))
-            claim = _joined(claim, tuple(alike), take_away(claim.measure, [head, *alike]), begun)
-        found.append(claim)
-    return found
+        finding = _single_head(score, best, effects, first_step_above(timeline, score, best.head))
+        if ablate_group is not None and finding.label != "supported":
+            finding = _with_similar_heads(finding, timeline, last[score], ablate_group)
+        findings.append(finding)
+    return findings
 
 
-def _alone(score: str, head: Head, effects: AblationEffects, begun: int) -> Finding:
-    """The claim of one head; its weight and baseline are still to be filled in."""
-    layer, k = head
+def _best_head(table: NDArray[Any]) -> ChosenHead:
+    layer, head = np.unravel_index(np.nanargmax(table), table.shape)
+    return ChosenHead((int(layer), int(head)), float(table[layer, head]))
+
+
+def _single_head(score: str, best: ChosenHead, effects: AblationEffects, since: int) -> Finding:
+    layer, head = best.head
     return Finding(
-        head=head,
+        head=best.head,
         score=score,
-        value=0.0,
-        since=begun,
+        value=best.value,
+        since=since,
         measure=measure_for_score(score),
         unit=effects.unit,
-        zero=effects.zero[layer][k],
-        mean=effects.mean[layer][k],
-        control=effects.control_zero[layer][k] if effects.control_zero else None,
-        label=ablation_label(effects, layer, k),
+        zero=effects.zero[layer][head],
+        mean=effects.mean[layer][head],
+        control=effects.control_zero[layer][head] if effects.control_zero else None,
+        label=ablation_label(effects, layer, head),
+        baseline=best.baseline,
     )
 
 
-def _joined(one: Finding, others: tuple[Head, ...], effect: Together, begun: int) -> Finding:
-    """The claim of a head with others that do the same, where they matter together; else the head's own."""
-    outcome = _label(effect.zero, effect.mean, effect.difference_zero, effect.difference_mean)
-    if outcome != "supported":
-        return one
-    one = replace(one, zero=effect.zero, mean=effect.mean, control=effect.control_zero)
-    return replace(one, others=others, since=begun, label=outcome)
+def _with_similar_heads(
+    finding: Finding, timeline: Timeline, table: NDArray[Any], ablate_group: AblateGroup
+) -> Finding:
+    """The finding with all heads of its layer that qualify, if their joint effect is supported; else unchanged."""
+    layer, head = finding.head
+    others = [(layer, k) for k in np.flatnonzero(table[layer] >= ATTENTION_THRESHOLD).tolist() if k != head]
+    if not 0 < len(others) < len(table[layer]) - 1:
+        return finding
+    effect = ablate_group(finding.measure, [finding.head, *others])
+    label = _label(effect.zero, effect.mean, effect.difference_zero, effect.difference_mean)
+    if label != "supported":
+        return finding
+    since = max(first_step_above(timeline, finding.score, other) for other in (finding.head, *others))
+    finding = replace(finding, zero=effect.zero, mean=effect.mean, control=effect.control_zero)
+    return replace(finding, others=tuple(others), since=since, label=label)
 
 
-def sentence(found: Sequence[Finding]) -> str:
-    """The one sentence: the first head whose reading stands; else that none passes, and why."""
-    for claim in found:
-        if claim.is_supported:
-            return claim.summary
-    if not found:
-        return "No head passes: none puts half of its weight where it was asked about."
-    claim = next((claim for claim in found if claim.label == "supported"), found[0])
-    why = {
-        "supported": f"and a rule that knows no content would read it as well ({claim.baseline or 0.0:.2f})",
-        "disputed": "but only one of two ways of taking it away hurts more than for another head",
-        "same as control": "but taking it away hurts no more than for another head",
-        "no effect": "but taking it away does not hurt",
-    }[claim.label]
-    return f"No head passes: {claim.reading[0].lower()}{claim.reading[1:]}, {why}."
+def headline(findings: Sequence[Finding]) -> str:
+    """The summary of the first supported finding; else that no head qualifies, and why."""
+    for finding in findings:
+        if finding.is_supported:
+            return finding.summary
+    if not findings:
+        return "No head qualifies: none puts 50% or more of its attention on a tested target."
+    finding = next((finding for finding in findings if finding.label == "supported"), findings[0])
+    why = f"but {LABELS[finding.label]}"
+    if finding.label == "supported":
+        why = f"but a baseline that knows no content scores as high ({finding.baseline or 0.0:.2f})"
+    return f"No head qualifies: {finding.statement[0].lower()}{finding.statement[1:]}, {why}."
 
 
-def save(path: Path, found: Sequence[Finding]) -> None:
-    """Write the sentence and all claims as JSON, for the page and the tables.
+def findings_to_dict(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The headline and all findings as plain data."""
+    return {"headline": headline(findings), "findings": [finding.to_dict() for finding in findings]}
+
+
+def save_findings(path: Path, findings: Sequence[Finding]) -> None:
+    """Write the headline and all findings as JSON, atomically.
 
     Raises:
         UserError: if the file cannot be written (exit code 6).
     """
-    write_atomic(path, [json.dumps(as_json(found), indent=1).encode()])
-
-
-def as_json(found: Sequence[Finding]) -> dict[str, Any]:
-    """The sentence and all claims as plain data; an interval is {value, low, high}."""
-    return {"headline": sentence(found), "findings": [asdict(claim) | _said(claim) for claim in found]}
-
-
-def _said(claim: Finding) -> dict[str, Any]:
-    return {"summary": claim.summary, "effect": claim.effect, "is_supported": claim.is_supported}
+    write_atomic(path, [json.dumps(findings_to_dict(findings), indent=1).encode()])

@@ -1,181 +1,327 @@
-"""Head scores: what an attention pattern is like, each as one number between known limits.
+"""Head scores: one number for each attention head that says what its attention pattern is like.
 
-Formulas alone: tensors in, tensors out, no model run (`copying` reads weights). `scores.py` says on which texts each is
-measured; `registry.py` names them for those who only show them.
+A score is one decorated function. Adding one here is enough: it is then computed at every evaluation and appears in the
+tables, the timeline and on the page. torch is imported only where a score is computed, so that titles and formulas can
+be shown without it.
 
-Shapes: L layers, H heads, T positions, D head width, C model width, V vocabulary. A pattern A[..., i, j] is the weight
-with which query i (row) reads key j (column), counted from 0: 0 for j > i, and each row sums to 1. Leading dimensions
-("*batch") are kept as they are.
+Shapes: B texts, L layers, H heads, T positions, S keys, D head size, C model width, V vocabulary. In a pattern
+A[..., i, j] is how much query i (row) attends to key j (column), counted from 0: 0 for j > i, and each row sums to 1.
+Leading dimensions ("*batch") are kept.
 
-A score is nan where a text offers nothing to measure: one token has no previous one, a text without repetitions no
-query for an induction head. Whoever averages over texts leaves nan out (`Tensor.nanmean`).
+A score is nan where a text has nothing to measure: a text of one token has no previous token, a text without
+repetitions no induction targets. Such texts are left out of the mean.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
 
-from inspection.registry import SCORES, HeadScore, score_info
-from model.gpt import GPT, Block
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Float32, Int
+    from torch import Tensor
 
-__all__ = [
-    "SCORES",
-    "HeadScore",
-    "copying",
-    "duplicate_token",
-    "first_token",
-    "induction",
-    "mean_distance",
-    "previous_token",
-    "relative_entropy",
-    "rollout",
-    "score_info",
-    "value_weighted",
-]
+    from inspection.eval_texts import EvalTexts
+    from model.gpt import GPT, Block
+
+REPEATS = "repeats"
+HELD_OUT = "held-out texts"
+PARAMETERS = "parameters"
+CONTRAST_PAIRS = "contrast pairs"
+
+ANTECEDENT = "antecedent."
+"""Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`."""
+ANTECEDENTS: dict[str, str] = {
+    "pronoun": "a pronoun's antecedent",
+    "agreement": "the verb's subject",
+    "induction": "the earlier mention of the next word",
+    "place": "the place where the object was put",
+    "cause": "the feeling that causes the action",
+    "crossing": 'the noun that "it" refers to',
+}
+"""The tokens that decide the answer, for each kind of contrast pair of the built-in stories."""
 
 
-def previous_token(pattern: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
-    """Mean over i >= 1 of A[i, i-1]: 0 to 1 (Elhage et al. 2021, "Induction Heads", name such heads).
+@dataclass(frozen=True)
+class HeadScore:
+    """A number for each head. In formulas, A[i, j] is how much query i attends to key j, counted from 0."""
 
-    Reading everything alike gives (1/2 + 1/3 + ... + 1/T) / (T - 1): 0.0704 for 51 tokens.
-    """
+    name: str
+    title: str
+    formula: str
+    source: str
+    texts: str
+    """What it is measured on: REPEATS, HELD_OUT, PARAMETERS or CONTRAST_PAIRS."""
+    low: float = 0.0
+    high: float | None = 1.0
+    """The largest possible value; None where it grows with the length of the text."""
+    is_share: bool = True
+    """Whether the score is a share of a head's attention, so that 0.5 means half of it."""
+    compute: Callable[..., Any] | None = None
+    """From (pattern (H, T, T), tokens (T,)), or from the model for PARAMETERS, to the scores (H,) or (L, H)."""
+
+
+SCORES: dict[str, HeadScore] = {}
+"""All scores of this file by name, in order of definition."""
+
+
+def head_score(
+    title: str,
+    formula: str,
+    source: str,
+    texts: str,
+    low: float = 0.0,
+    high: float | None = 1.0,
+    is_share: bool = True,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the head score of its name; see `HeadScore`."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
+        SCORES[name] = HeadScore(name, title, formula, source, texts, low, high, is_share, function)
+        return function
+
+    return register
+
+
+@head_score(
+    title="attends to the previous token",
+    formula="mean over i ≥ 1 of A[i, i-1]",
+    source="Elhage et al. 2021, 'Induction Heads'; Voita et al. 2019, 'positional heads'",
+    texts=REPEATS,
+)
+def previous_token(
+    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Mean over i >= 1 of A[i, i-1], 0 to 1. Uniform attention gives (1/2 + ... + 1/T) / (T - 1): 0.0704 at T = 51."""
     return pattern.diagonal(-1, -2, -1).mean(dim=-1)
 
 
-def first_token(pattern: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
-    """Mean over i >= 1 of A[i, 0]: 0 to 1 (Xiao et al. 2023, section 3.1, "attention sinks").
-
-    Query 0 is left out: it has nothing else to read. Reading everything alike gives what `previous_token` gives.
-    """
-    return pattern[..., 1:, 0].mean(dim=-1)
-
-
-def _mass(pattern: Float[Tensor, "*batch T T"], keys: Bool[Tensor, "*texts T T"]) -> Float[Tensor, "*batch"]:
-    """Mean of each query's total weight on the keys asked for, over the queries that have any; nan without one."""
-    eligible = keys.any(dim=-1)
-    mass = (pattern * keys).sum(dim=-1)
-    return mass.sum(dim=-1) / eligible.sum(dim=-1)
-
-
+@head_score(
+    title="attends to earlier copies of the same token",
+    formula="mean over queries whose token occurred before of the sum of A[i, j] over j < i with token[j] = token[i]",
+    source="Wang et al. 2023, 'duplicate token heads'",
+    texts=REPEATS,
+)
 def duplicate_token(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"]) -> Float[Tensor, "*batch"]:
-    """Weight on earlier places of the same token: 0 to 1 (Wang et al. 2023, "duplicate token heads").
-
-    The mean, over the queries i whose token came before, of the sum of A[i, j] over all j < i with
-    tokens[j] = tokens[i]; nan where no token comes twice.
+    """Mean attention to earlier occurrences of the query's token, over queries that have any, 0 to 1.
 
     Args:
         tokens: broadcast against the pattern's leading dimensions: (B, 1, T) for a pattern (B, H, T, T).
     """
     same = tokens[..., :, None] == tokens[..., None, :]
-    return _mass(pattern, same.tril(-1))
+    return _mean_attention_to(pattern, same.tril(-1))
 
 
+@head_score(
+    title="attends to the token after an earlier match",
+    formula="mean over queries whose token occurred before, at j-1 < i-1, of the sum of A[i, j] over all such j",
+    source="Olsson et al. 2022, 'prefix matching'",
+    texts=REPEATS,
+)
 def induction(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"]) -> Float[Tensor, "*batch"]:
-    """Weight on what came after earlier places of the same token: 0 to 1 (Olsson et al. 2022, "prefix matching").
+    """Mean attention to the tokens after earlier occurrences of the query's token, 0 to 1.
 
-    The mean, over the queries i that have such keys, of the sum of A[i, j] over all j < i with
-    tokens[j - 1] = tokens[i]; nan where no query has one. The query itself does not count as such a key, though it
-    is one where a token stands twice in a row.
-
-    Definitions differ: those who divide by all queries of a sequence that is said twice, instead of the half that
-    can find something, get about half of this number.
+    The mean is over the queries i that have keys j < i with tokens[j - 1] = tokens[i]; the query itself does not count
+    as such a key, though it is one where a token occurs twice in a row. Some authors divide by all queries of a
+    repeated sequence instead of the half that can find a match, and get about half of this number.
 
     Args:
         tokens: broadcast against the pattern's leading dimensions: (B, 1, T) for a pattern (B, H, T, T).
     """
-    after_same = torch.zeros(*tokens.shape, tokens.shape[-1], dtype=torch.bool, device=tokens.device)
-    after_same[..., 1:] = tokens[..., :, None] == tokens[..., None, :-1]
-    return _mass(pattern, after_same.tril(-1))
+    after_match = tokens.new_zeros(*tokens.shape, tokens.shape[-1]).bool()
+    after_match[..., 1:] = tokens[..., :, None] == tokens[..., None, :-1]
+    return _mean_attention_to(pattern, after_match.tril(-1))
 
 
-def relative_entropy(pattern: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
-    """How widely a head reads, as a share of the most that is possible: 0 (one token) to 1 (all alike).
+@head_score(
+    title="attends to the first token",
+    formula="mean over i ≥ 1 of A[i, 0]",
+    source="Xiao et al. 2023, 'attention sinks', section 3.1",
+    texts=HELD_OUT,
+)
+def first_token(
+    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Mean over i >= 1 of A[i, 0], 0 to 1. Query 0 is left out: it can attend to nothing else."""
+    return pattern[..., 1:, 0].mean(dim=-1)
 
-    Mean over i >= 1 of H(A[i]) / ln(i + 1), where H(p) = -sum of p ln p. The entropy is that of Clark et al. 2019,
-    section 3.3; here it is divided by its largest value, so that early queries, which have less to choose from,
-    count like late ones.
+
+@head_score(
+    title="entropy of its attention",
+    formula="mean over i ≥ 1 of H(A[i]) / ln(i + 1): 0 is one token, 1 is uniform",
+    source="Clark et al. 2019, section 3.3, divided by the largest possible entropy",
+    texts=HELD_OUT,
+    is_share=False,
+)
+def entropy(
+    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Mean over i >= 1 of H(A[i]) / ln(i + 1), where H(p) = -sum of p ln p: 0 (one token) to 1 (uniform)."""
+    import torch
+
+    bits = torch.special.entr(pattern).sum(dim=-1)
+    largest = torch.arange(1, pattern.shape[-1] + 1, device=pattern.device, dtype=pattern.dtype).log()
+    return (bits[..., 1:] / largest[1:]).mean(dim=-1)
+
+
+@head_score(
+    title="mean attention distance in tokens",
+    formula="mean over i of the sum over j of A[i, j] (i - j), in tokens",
+    source="Vig & Belinkov 2019, 'attention distance'",
+    texts=HELD_OUT,
+    high=None,
+    is_share=False,
+)
+def distance(
+    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Mean over i of the sum over j of A[i, j] (i - j): 0 to (T - 1) / 2; uniform attention gives (T - 1) / 4."""
+    import torch
+
+    position = torch.arange(pattern.shape[-1], device=pattern.device, dtype=pattern.dtype)
+    return (pattern * (position[:, None] - position)).sum(dim=-1).mean(dim=-1)
+
+
+@head_score(
+    title="copies the tokens it attends to",
+    formula="sum of λ / sum of |λ| over the eigenvalues λ of W_U W_O W_V W_E: 1 raises the attended token's logit",
+    source="Elhage et al. 2021, 'Summarizing OV/QK Matrices'",
+    texts=PARAMETERS,
+    low=-1.0,
+    is_share=False,
+)
+def copying(model: GPT) -> Float[Tensor, "L H"]:
+    """Whether a head raises the logits of the tokens it attends to, -1 to 1.
+
+    The sum of the eigenvalues of W_U W_O W_V W_E (V x V: how much attending to each token raises each logit) divided
+    by the sum of their absolute values: 1 if every token raises itself, -1 if every token lowers itself, 0 if neither
+    prevails or the head writes nothing that reaches the logits; nan if a parameter is not finite.
+
+    Computed from W_V W_E W_U W_O, which is D x D and has the same nonzero eigenvalues. Norm weights are folded in, as
+    is layer norm's subtraction of the mean. Left out: the norms' division (the same for all eigenvalues if the stream
+    has the same norm everywhere), biases, positions, and what the layers in between add.
     """
-    entropy = torch.special.entr(pattern).sum(dim=-1)
-    most = torch.arange(1, pattern.shape[-1] + 1, device=pattern.device, dtype=pattern.dtype).log()
-    return (entropy[..., 1:] / most[1:]).mean(dim=-1)
+    import torch
+
+    embedding = model.token_embedding.weight.detach().float()
+    unembedding = embedding * model.final_norm.weight.detach().float()
+    if model.config.architecture.norm == "layer":
+        embedding = embedding - embedding.mean(dim=-1, keepdim=True)
+        unembedding = unembedding - unembedding.mean(dim=-1, keepdim=True)
+    products, sizes = [], []
+    between = (embedding.T @ unembedding).double().cpu()  # W_E W_U (C, C), shared by all heads
+    for block in model.blocks:
+        attention, norm = cast("Block", block).attention, cast("Block", block).norm1
+        H, G, D = attention.n_heads, attention.n_kv_heads, attention.d_head
+        values = attention.qkv.weight.detach().double().cpu()[(H + G) * D :].unflatten(0, (G, D))
+        values = (values * norm.weight.detach().double().cpu()).repeat_interleave(H // G, dim=0)
+        outputs = attention.out.weight.detach().double().cpu().unflatten(1, (H, D)).transpose(0, 1)
+        products.append(values @ between @ outputs)
+        sizes.append(values.norm(dim=(1, 2)) * between.norm() * outputs.norm(dim=(1, 2)))
+    circuits = torch.stack(products)
+    if not circuits.isfinite().all():
+        return torch.full(circuits.shape[:2], torch.nan)  # eigvals would raise
+    eigenvalues = torch.linalg.eigvals(circuits)
+    total = eigenvalues.abs().sum(dim=-1)
+    nonzero = total > 1e-6 * torch.stack(sizes)  # below this it is rounding error
+    return (eigenvalues.real.sum(dim=-1) * nonzero / total.where(nonzero, 1)).float()
 
 
-def mean_distance(pattern: Float[Tensor, "*batch T T"]) -> Float[Tensor, "*batch"]:
-    """How many tokens back a head reads: 0 to (T - 1) / 2 (Vig & Belinkov 2019, "attention distance").
-
-    Mean over all i of the sum over j of A[i, j] (i - j). Reading everything alike gives (T - 1) / 4.
-    """
-    place = torch.arange(pattern.shape[-1], device=pattern.device, dtype=pattern.dtype)
-    return (pattern * (place[:, None] - place)).sum(dim=-1).mean(dim=-1)
+def _mean_attention_to(
+    pattern: Float[Tensor, "*batch T T"], keys: Bool[Tensor, "*texts T T"]
+) -> Float[Tensor, "*batch"]:
+    """Mean of each query's total attention to its `keys`, over the queries that have any; nan without any."""
+    has_keys = keys.any(dim=-1)
+    return (pattern * keys).sum(dim=-1).sum(dim=-1) / has_keys.sum(dim=-1)
 
 
 def value_weighted(
-    pattern: Float[Tensor, "*batch T T"], value_norms: Float[Tensor, "*batch T"]
-) -> Float[Tensor, "*batch T T"]:
-    """What each key hands over: |A[i, j] f(x_j)|, each row divided by its sum (Kobayashi et al. 2020, section 3).
+    attention: Float[np.ndarray, "*batch S"], value_norms: Float[np.ndarray, "*batch S"]
+) -> NDArray[np.float64]:
+    """Attention weighted by value norms: |A_j v_j W_O|, divided by its sum (Kobayashi et al. 2020, section 3).
 
-    A large weight on a short vector moves little. A row of which every vector is zero stays zero.
+    Attending to a short value vector changes little. A row of zeros stays zero.
 
     Args:
-        value_norms: |f(x_j)|, the length of what each head would write if it read key j alone.
+        attention: of one query, or of several with the value norms broadcast to them.
     """
-    moved = pattern * value_norms[..., None, :]
-    total = moved.sum(dim=-1, keepdim=True)
-    return moved / total.where(total > 0, 1)
+    moved = attention.astype(np.float64) * value_norms
+    total = moved.sum(axis=-1, keepdims=True)
+    weighted: NDArray[np.float64] = moved / np.where(total > 0, total, 1)
+    return weighted
 
 
-def rollout(pattern: Float[Tensor, "L H T T"]) -> Float[Tensor, "L T T"]:
-    """How much of each input token has arrived at each position after each layer (Abnar & Zuidema 2020, section 3).
+def describe_antecedent(kind: str) -> str:
+    """The antecedent of contrast pairs of this kind, in words."""
+    return ANTECEDENTS.get(kind, "the word that decides the answer")
 
-    R[l] = (0.5 mean over heads of A[l] + 0.5 I) R[l - 1], with R[-1] = I: half of each position is what it was
-    before, by the residual connection, and half is what the heads have brought. Rows sum to 1. It takes the heads
-    as equal and their values as equally long, and the MLPs as absent: a rough map, no measurement.
+
+def score_info(name: str) -> HeadScore:
+    """The score of this name, `antecedent.KIND` included.
+
+    Raises:
+        KeyError: if there is none.
     """
-    rolled, total = [], torch.eye(pattern.shape[-1], device=pattern.device, dtype=pattern.dtype)
-    stays = 0.5 * total
-    for layer in pattern:
-        total = (0.5 * layer.mean(dim=0) + stays) @ total
-        rolled.append(total)
-    return torch.stack(rolled)
+    kind = name.removeprefix(ANTECEDENT)
+    if name == kind or not kind:
+        return SCORES[name]
+    return HeadScore(
+        name,
+        title=f"attends to {describe_antecedent(kind)}",
+        formula="mean over the pairs of the sum of A[i, j] over the antecedent's tokens j, i the last prompt token",
+        source="attention to a known antecedent, as in Clark et al. 2019, section 4.3",
+        texts=CONTRAST_PAIRS,
+    )
 
 
-@torch.no_grad()
-def copying(model: GPT) -> Float[Tensor, "L H"]:
-    """Whether what a head reads becomes likelier as the next token (Elhage et al. 2021, "Summarizing OV/QK Matrices").
+def compute_head_scores(
+    model: GPT, eval_texts: EvalTexts, pairs_per_kind: int = 16
+) -> dict[str, Float32[Tensor, "L H"]]:
+    """Every score of every head, on the CPU: means over the texts that have anything to measure.
 
-    The sum of the eigenvalues of W_U W_O W_V W_E, the V x V matrix that says by how much reading each token raises
-    each logit, divided by the sum of their absolute values: 1 where every token raises itself, -1 where every token
-    lowers itself, 0 where neither prevails or the head writes nothing that the logits see; nan if a weight is no
-    number.
+    A score without texts, or that is not finite, is left out.
 
-    Computed through W_V W_E W_U W_O: it is D x D and has the same eigenvalues but for zeros, as XY and YX do. Norms
-    are folded in: the gain of the norm before attention scales what W_V reads and the last norm's gain what W_U
-    reads; layer norm's taking away of the mean is applied to both too. What is left out is each norm's division,
-    which changes all eigenvalues alike if the stream is equally long everywhere; biases, positions and all that the
-    layers between add.
+    Args:
+        eval_texts: none of them longer than the context.
+        pairs_per_kind: at most this many contrast pairs of each kind, the first ones.
     """
-    embedding = model.token_embedding.weight.float()
-    read = embedding * model.final_norm.weight.float()
-    if model.config.architecture.norm == "layer":
-        embedding = embedding - embedding.mean(dim=-1, keepdim=True)
-        read = read - read.mean(dim=-1, keepdim=True)
-    products, sizes = [], []
-    between = (embedding.T @ read).double().cpu()  # W_E W_U (C, C), of which every head takes its part
-    for block in model.blocks:
-        block = cast(Block, block)
-        H, G, D = block.attention.n_heads, block.attention.n_kv_heads, block.attention.d_head
-        values = block.attention.qkv.weight.double().cpu()[(H + G) * D :].unflatten(0, (G, D))
-        values = (values * block.norm1.weight.double().cpu()).repeat_interleave(H // G, dim=0)
-        outputs = block.attention.out.weight.double().cpu().unflatten(1, (H, D)).transpose(0, 1)
-        products.append(values @ between @ outputs)
-        sizes.append(values.norm(dim=(1, 2)) * between.norm() * outputs.norm(dim=(1, 2)))
-    if not (whole := torch.stack(products)).isfinite().all():
-        return torch.full(whole.shape[:2], torch.nan)  # eigenvalues would be refused
-    eigenvalues = torch.linalg.eigvals(whole)
-    total = eigenvalues.abs().sum(dim=-1)
-    something = total > 1e-6 * torch.stack(sizes)  # less is rounding
-    return (eigenvalues.real.sum(dim=-1) * something / total.where(something, 1)).float()
+    from inspection.contrast_pairs import score_pairs
+
+    scores = _mean_over_texts(model, eval_texts.repeats, REPEATS)
+    scores |= _mean_over_texts(model, [tokens for _, tokens in eval_texts.texts], HELD_OUT)
+    scores |= {s.name: s.compute(model) for s in SCORES.values() if s.texts == PARAMETERS and s.compute}
+    by_kind = {kind: pairs[:pairs_per_kind] for kind, pairs in eval_texts.pairs_by_kind().items()}
+    pairs = [pair for kind in by_kind.values() for pair in kind]
+    if pairs:
+        _, attention = score_pairs(model, pairs)
+        for kind in by_kind:
+            scores[ANTECEDENT + kind] = attention[[k for k, p in enumerate(pairs) if p.kind == kind]].mean(dim=0)
+    return {name: table for name, table in scores.items() if table.isfinite().all()}
+
+
+def _mean_over_texts(model: GPT, texts: Sequence[Sequence[int]], measured_on: str) -> dict[str, Float32[Tensor, "L H"]]:
+    """Each score's mean over the texts where it is not nan."""
+    import torch
+
+    from inspection.activation_cache import Hooks, pad, run_with_hooks
+
+    if not texts:
+        return {}
+    tokens = [torch.tensor(text, device=model.token_embedding.weight.device) for text in texts]
+    scores = {s.name: s.compute for s in SCORES.values() if s.texts == measured_on and s.compute}
+    layers: dict[str, list[torch.Tensor]] = {name: [] for name in scores}
+
+    def on_pattern(layer: int, pattern: Tensor) -> None:
+        for name, compute in scores.items():
+            per_text = [compute(A[:, : len(t), : len(t)], t) for A, t in zip(pattern, tokens, strict=True)]
+            layers[name].append(torch.stack(per_text).nanmean(dim=0))
+
+    run_with_hooks(model, pad(texts), Hooks(pattern=on_pattern))
+    return {name: torch.stack(values).cpu() for name, values in layers.items()}

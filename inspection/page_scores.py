@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars
-from inspection.ablation_results import AblationEffects, AblationResults, Table
+from inspection.ablation_results import AblationEffects, AblationResults, IntervalTable
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
-from inspection.registry import ANTECEDENT, HeadScore, score_info
+from inspection.head_scores import ANTECEDENT, HeadScore, score_info
 
-PATTERN_SCORES = ("previous_token", "duplicate_token", "induction", "first_token")
-"""Scores that are attention weights, as are those of antecedents."""
 MAX_ATTENTION = HeadScore(
     "max_attention",
     "attention to the most attended token",
@@ -113,8 +111,7 @@ def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) 
         info, measure = _score_info(name), measure_for_score(name)
         high = info.high if info.high is not None else max(float(np.nanmax(table, initial=0)) for table in values)
         effects = ablations.measures.get(measure) if ablations else None
-        is_attention = name.startswith(ANTECEDENT) or name in PATTERN_SCORES
-        scores = runs[0].scores_at(ablations.step).get(name) if ablations and is_attention else None
+        scores = runs[0].scores_at(ablations.step).get(name) if ablations and info.is_share else None
         about = (info.formula, f"measured on {info.texts}" if info.texts else "", info.source)
         described[name] = {
             "title": escape_control_chars(info.title),
@@ -152,11 +149,11 @@ def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) 
 def ablation_tables(results: AblationResults | None) -> dict[str, Any]:
     """By measure: a caption, and the intervals of each head: [effect, control, difference] of both ablations."""
 
-    def cell(table: Table | None, layer: int, head: int) -> list[float | None] | None:
+    def cell(table: IntervalTable | None, layer: int, head: int) -> list[float | None] | None:
         interval = table[layer][head] if table else None
         return [number(interval.value), number(interval.low), number(interval.high)] if interval else None
 
-    def all_heads(*tables: Table | None) -> list[Any]:
+    def all_heads(*tables: IntervalTable | None) -> list[Any]:
         return [[[cell(table, layer, head) for table in tables] for head in heads] for layer in layers]
 
     if results is None:

@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.errors import CONFIG, UserError
 from common.files import write_atomic
-from inspection.findings import ATTENTION_THRESHOLD, DESCRIPTIONS
-from inspection.registry import ANTECEDENT, score_info
+from inspection.findings import ATTENTION_THRESHOLD, FINDING_SCORES
+from inspection.head_scores import ANTECEDENT, score_info
 from inspection.run_reader import RunFiles, best_head, find_text, match_name
 from inspection.terminal import clearest_head, head_name, token_text
 
@@ -115,12 +115,12 @@ def _draw_patterns(paths: Sequence[Path], run: RunFiles, step: int, name: str) -
 
 
 def most_informative(scores: Mapping[str, NDArray[np.float32]]) -> str:
-    """The first score of `DESCRIPTIONS` on which some head reaches the threshold, else any; empty without scores.
+    """The first score of `FINDING_SCORES` on which some head reaches the threshold, else any; empty without scores.
 
     Args:
         scores: (L, H) by name.
     """
-    reached = [name for name in DESCRIPTIONS if name in scores and (scores[name] >= ATTENTION_THRESHOLD).any()]
+    reached = [name for name in FINDING_SCORES if name in scores and (scores[name] >= ATTENTION_THRESHOLD).any()]
     return next(iter([*reached, *scores]), "")
 
 

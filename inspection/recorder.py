@@ -1,177 +1,228 @@
-"""What is watched while a model learns: the same texts at every evaluation, and, at the end, what its heads do.
+"""The training callback that records attention, and the report on heads at the end of a run.
 
-`write` makes a dump of the moment. `report` takes every head away once, weighs what may be said of it, and puts it all
-before the reader: words, pictures, and a page.
+At each evaluation `AttentionRecorder` computes the head scores, which go into metrics.jsonl, and writes an attention file
+if the step is one of those to keep. `report_heads` ablates every head, decides which findings are supported, and writes
+figures and the page.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.errors import UserError, escape_control_chars
-from common.files import remove_temporary_files
-from inspection import findings as claims
-from inspection import record
-from inspection.ablation import GroupEffect, effects, group_effect
+from common.files import read_metrics, remove_temporary_files
+from inspection.ablation import AblationSettings, GroupEffect, ablate_group, run_ablations
 from inspection.ablation_results import AblationResults
 from inspection.activation_cache import run_with_cache_batch
-from inspection.antecedent_score import AntecedentScore, relations, sentence
-from inspection.attention_file import read_attention_file
+from inspection.antecedent_score import antecedent_scores, chosen_heads
+from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
 from inspection.eval_texts import EvalTexts
+from inspection.findings import Head, compute_findings, headline, save_findings
+from inspection.head_scores import compute_head_scores
 from inspection.page_builder import PageRun, write_page
 from inspection.plots import draw_figures
 from inspection.run_reader import RunFiles, find_attention_files
-from inspection.scores import head_scores
 from inspection.terminal import DISCLAIMER
 from model.gpt import GPT
 
-QUESTIONS = 128
-"""Of each kind, asked without each head: with 32 the intervals hid what a head does beyond the others of its layer."""
-Texts = Sequence[tuple[str, Sequence[int]]]
+KEPT_BETWEEN = 32
+"""Attention files between the first and the last one, at most."""
+SETTINGS = AblationSettings(pairs_per_kind=128)
+"""With 32 pairs the intervals were too wide to tell a head from the others of its layer."""
+
+
+def keeps_attention(step: int, steps: int, eval_every: int) -> bool:
+    """Whether the evaluation at `step` of a run of `steps` writes an attention file.
+
+    The first and the last do, and at most `KEPT_BETWEEN` evenly spaced ones in between. Depends on the plan alone, so
+    that a resumed run keeps the same ones.
+    """
+    if step == 0 or step >= steps:
+        return True
+    between = range(eval_every, steps, eval_every)
+    if len(between) <= KEPT_BETWEEN:
+        return True
+    return step in {between[k * (len(between) - 1) // (KEPT_BETWEEN - 1)] for k in range(KEPT_BETWEEN)}
+
+
+def capture_texts(
+    model: GPT,
+    texts: Sequence[tuple[str, Sequence[int]]],
+    token_bytes: Callable[[int], bytes],
+    details: bool = False,
+) -> list[AttentionRecord]:
+    """The attention records of texts (name, tokens), captured in one forward pass.
+
+    Args:
+        details: record queries, keys, values, attention outputs and the most likely next tokens too.
+    """
+    if not texts:
+        return []
+    caches = run_with_cache_batch(model, [tokens for _, tokens in texts], details=details)
+    return [AttentionRecord.from_cache(name, c, token_bytes) for (name, _), c in zip(texts, caches, strict=True)]
+
+
+class AttentionRecorder:
+    """A training callback that records the attention of fixed texts; reports on the heads at the end.
+
+    It needs no class of `training`: of the trainer it uses `model`, `state.step`, `sample_tokens`, `provenance()`,
+    `config.train.steps` and `config.train.eval_every`.
+
+    Args:
+        eval_texts: texts to record and measure; saved in the run folder, and loaded from there by a resumed run.
+        token_bytes: the bytes of a token id.
+        run_dir: attention files go into its folder `attention`, as `000400.safetensors`.
+        print_line: prints the report.
+    """
+
+    def __init__(
+        self,
+        eval_texts: EvalTexts,
+        token_bytes: Callable[[int], bytes],
+        run_dir: Path,
+        print_line: Callable[[str], object] = print,
+    ) -> None:
+        self.eval_texts, self.token_bytes, self.run_dir, self.print_line = eval_texts, token_bytes, run_dir, print_line
+        self.folder = run_dir / "attention"
+
+    def on_start(self, trainer: Any) -> None:
+        """Record the untrained model, or continue: later attention files of an interrupted run are removed.
+
+        A damaged file does not stop training: it is reported and renamed.
+        """
+        step, path = trainer.state.step, self.folder / "eval_texts.json"
+        for folder in (self.folder, self.run_dir):
+            remove_temporary_files(folder)
+        if step and path.is_file():
+            try:
+                self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
+            except UserError as error:
+                print(f"{escape_control_chars(error)}; other texts are recorded from here on", file=sys.stderr)
+        self.eval_texts.save(path)
+        for file_step, file in find_attention_files(self.folder).items():
+            if file_step > step:
+                file.unlink()
+                continue
+            try:
+                read_attention_file(file)
+            except UserError as error:
+                print(f"{escape_control_chars(error)}; that step is left out", file=sys.stderr)
+                file.replace(file.with_suffix(".damaged"))
+        if step == 0:
+            self.write(trainer.model, 0, trainer.provenance())
+
+    def on_eval(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        """Add the head scores to the metrics, and write an attention file if the step is one of those to keep."""
+        scores, step, plan = self.scores(trainer.model), trainer.state.step, trainer.config.train
+        metrics["head_scores"] = {name: _plain(table) for name, table in scores.items()}
+        if keeps_attention(step, plan.steps, plan.eval_every):
+            self.write(trainer.model, step, trainer.provenance(), scores, trainer.sample_tokens or [])
+
+    def on_end(self, trainer: Any) -> None:
+        """Ablate the heads, and write findings, figures and the page."""
+        step, metadata = trainer.state.step, trainer.provenance()
+        if not self.path(step).is_file():  # the run ended before its planned last step
+            self.write(trainer.model, step, metadata, sample=trainer.sample_tokens or [])
+        report = report_heads(trainer.model, self.eval_texts, self.run_dir, step, metadata["weights_sha256"])
+        self.print_line("\n" + "\n".join(report.lines))
+
+    def path(self, step: int) -> Path:
+        """The attention file of a step."""
+        return self.folder / f"{step:06d}.safetensors"
+
+    def scores(self, model: GPT) -> dict[str, NDArray[np.float32]]:
+        """The head scores (L, H) by name."""
+        return {name: table.numpy() for name, table in compute_head_scores(model, self.eval_texts).items()}
+
+    def write(
+        self,
+        model: GPT,
+        step: int,
+        metadata: dict[str, str],
+        scores: dict[str, NDArray[np.float32]] | None = None,
+        sample: Sequence[int] = (),
+    ) -> None:
+        """Write the attention file of a step.
+
+        Args:
+            metadata: identifies the model; see `AttentionFile.metadata`.
+            scores: computed if not given.
+            sample: tokens of a text that the model wrote, recorded with all details.
+        """
+        samples = [("sample", list(sample)[-model.config.context :])] if sample else []
+        records = capture_texts(model, samples, self.token_bytes, details=True)
+        records += capture_texts(model, self.eval_texts.recorded_texts(), self.token_bytes)
+        metadata = {**metadata, "versions": package_versions()}
+        write_attention_file(self.path(step), records, metadata, self.scores(model) if scores is None else scores)
+
+
+def _plain(table: NDArray[np.float32]) -> list[list[float]]:
+    """Lists of the shortest decimals that give the same float32 numbers."""
+    return [[float(str(value)) for value in row] for row in table]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is told at the end of a run."""
+    """What is printed at the end of a run, and the files written."""
 
     lines: list[str]
-    """What may be said of one head, then what each family of questions showed."""
-    pictures: list[Path]
+    """The headline, and one line for each kind of contrast pair."""
+    figures: list[Path]
     page: Path | None
-    """None where there was no text to show."""
+    """None where there is no text to show."""
 
 
-class AttentionRecorder:
-    """Writes a dump of fixed texts whenever it is asked, and says what the heads do.
+def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, weights_sha256: str) -> Report:
+    """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.
 
-    Args:
-        model: is read at each call, in whatever state it then is.
-        watched: what is looked at; kept beside the dumps.
-        token_bytes: the bytes of a token.
-        run: the run's folder; dumps go into its folder `attention`, as `000400.safetensors`.
-    """
-
-    def __init__(self, model: GPT, watched: EvalTexts, token_bytes: Callable[[int], bytes], run: Path) -> None:
-        self.model, self.watched, self.token_bytes, self.run = model, watched, token_bytes, run
-        self.folder = run / "attention"
-
-    def begin(self, step: int) -> None:
-        """Start, or go on from `step`: what was watched before is watched again, and later dumps are written anew.
-
-        What is damaged, or was left half-written, stops no training: it is named and put aside.
-        """
-        file = self.folder / "eval_texts.json"
-        for folder in (self.folder, self.run):
-            remove_temporary_files(folder)
-        if step and file.is_file():
-            try:
-                self.watched = EvalTexts.load(file, self.model.vocab_size, self.model.config.context)
-            except UserError as damage:
-                print(f"{escape_control_chars(damage)}; other texts are watched from here on", file=sys.stderr)
-        self.watched.save(file)
-        for at, path in find_attention_files(self.folder).items():
-            if at > step:
-                path.unlink()
-                continue
-            try:
-                read_attention_file(path)
-            except UserError as damage:
-                print(f"{escape_control_chars(damage)}; that step is left out", file=sys.stderr)
-                path.replace(path.with_suffix(".damaged"))
-
-    def has(self, step: int) -> bool:
-        """Whether the step has its dump."""
-        return self.dump(step).is_file()
-
-    def dump(self, step: int) -> Path:
-        """Where the dump of a step lies."""
-        return self.folder / f"{step:06d}.safetensors"
-
-    def write(self, step: int, metadata: Mapping[str, str], sample: Sequence[int] = ()) -> Path:
-        """Write the dump of a step, with what the model has just written, if anything; its path."""
-        path = self.dump(step)
-        own = [("sample", list(sample)[-self.model.config.context :])] if sample else []
-        scores = {name: table.numpy() for name, table in head_scores(self.model, self.watched).items()}
-        write_dump(path, self.model, self.watched.shown(), self.token_bytes, metadata, detailed=own, scores=scores)
-        return path
-
-    def report(self, step: int, weights_sha256: str) -> Report:
-        """What the heads do, in words, pictures and a page, all in the run's folder."""
-        found = relations(self.model, self.watched.probes)
-        evidence = self.without_each_head(step, weights_sha256)
-        seen = RunFiles.open(self.run)
-        told = self.weigh(seen, evidence, found)
-        if not seen.attention_files[step].texts:  # a context of one token, and no sample
-            return Report([claims.sentence(told), DISCLAIMER], [], None)
-        pictures = draw_figures(seen, self.run, "png", step)
-        page = self.run / "attention.html"
-        whole = PageRun(self.run.name, list(seen.attention_files.values()))
-        write_page(page, [whole], seen.findings, seen.ablation, self.run.name)
-        lines = [claims.sentence(told)]
-        if found:
-            lines += ["", "what decides, and which head reads it", *("  " + line for line in sentence(found))]
-        return Report([*lines, DISCLAIMER], pictures, page)
-
-    def without_each_head(self, step: int, weights_sha256: str) -> AblationResults:
-        """What changes when each head is taken away, kept in `ablations.json`."""
-        with tqdm(unit="pass", desc="taking heads away", delay=3, leave=False, disable=None) as bar:
-
-            def progress(done: int, whole: int) -> None:
-                bar.total = whole
-                bar.update(done - bar.n)
-
-            evidence = effects(self.model, self.watched, QUESTIONS, 1, step, weights_sha256, progress)
-        evidence.save(self.folder / "ablations.json")
-        return evidence
-
-    def weigh(
-        self, seen: RunFiles, evidence: AblationResults, found: Sequence[AntecedentScore]
-    ) -> list[claims.Finding]:
-        """What may be said of the heads, kept in `findings.json`."""
-        over_time = {step: seen.attention_files[step].scores for step in seen.steps if step <= evidence.step}
-        readings = {
-            f"antecedent.{one.kind}": (one.head, one.weight, max(one.offset_weight, one.nearest_weight or 0.0))
-            for one in found
-        }
-
-        def together(measure: str, heads: Sequence[claims.Head]) -> GroupEffect:
-            return group_effect(self.model, self.watched, heads, measure, per_kind=QUESTIONS)
-
-        told = claims.claims(over_time, evidence, readings, together)
-        claims.save(self.folder / "findings.json", told)
-        return told
-
-
-def write_dump(
-    path: Path,
-    model: GPT,
-    texts: Texts,
-    token_bytes: Callable[[int], bytes],
-    metadata: Mapping[str, str],
-    dtype: str = "f16",
-    detailed: Texts = (),
-    scores: Mapping[str, NDArray[np.float32]] | None = None,
-) -> None:
-    """ActivationCache texts and write them as one attention file, with the versions of what computed them.
-
-    Args:
-        detailed: texts, written before the others, with queries, keys, values and the likeliest next tokens.
+    The attention file of `step` must exist.
 
     Raises:
-        UserError: if the file cannot be written (exit code 6).
+        UserError: if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
     """
-    seen = run_with_cache_batch(model, [tokens for _, tokens in detailed], details=True) if detailed else []
-    seen += run_with_cache_batch(model, [tokens for _, tokens in texts]) if texts else []
-    rows = [
-        (name, one, [token_bytes(token) for token in tokens])
-        for (name, tokens), one in zip([*detailed, *texts], seen, strict=True)
-    ]
-    about = {**metadata, "versions": record.package_versions()}
-    record.write_attention_file(path, rows, about, dtype, scores, token_bytes, details="f32")
+    ablations = _ablate_with_progress(model, eval_texts, step, weights_sha256)
+    ablations.save(run_dir / "attention" / "ablations.json")
+    antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
+
+    def group(measure: str, heads: Sequence[Head]) -> GroupEffect:
+        return ablate_group(model, eval_texts, heads, measure, SETTINGS)
+
+    run = RunFiles.open(run_dir)
+    last = run.attention_files[step]
+    timeline = {line["step"]: line["head_scores"] for line in _evaluations(run_dir, step)} | {step: last.scores}
+    findings = compute_findings(timeline, ablations, chosen_heads(antecedents), group)
+    save_findings(run_dir / "attention" / "findings.json", findings)
+    lines = [headline(findings)]
+    if not last.texts:  # a context of one token, and no sample
+        return Report([*lines, DISCLAIMER], [], None)
+    if antecedents:
+        lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
+    figures = draw_figures(run, run_dir, "png", step)
+    page = run_dir / "attention.html"
+    page_run = PageRun(run_dir.name, list(run.attention_files.values()), _evaluations(run_dir, step))
+    write_page(page, [page_run], run.findings, ablations, run_dir.name)
+    return Report([*lines, DISCLAIMER], figures, page)
+
+
+def _evaluations(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl with head scores, up to a step."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [line for line in lines if isinstance(line.get("head_scores"), dict) and line["step"] <= last_step]
+
+
+def _ablate_with_progress(model: GPT, eval_texts: EvalTexts, step: int, weights_sha256: str) -> AblationResults:
+    with tqdm(unit="pass", desc="ablating heads", delay=3, leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return run_ablations(model, eval_texts, SETTINGS, step, weights_sha256, progress)

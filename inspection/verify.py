@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from inspection.activation_cache import run_with_cache
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.eval_texts import EvalTexts
-from inspection.scores import head_scores
+from inspection.head_scores import compute_head_scores
 from model.gpt import GPT
 
 PATTERN_TOLERANCE = {2: 2.0**-11, 4: 1e-6}
@@ -86,7 +86,7 @@ def _text_differences(text: AttentionRecord, model: GPT) -> Iterator[Difference]
 
 
 def _score_differences(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator[Difference]:
-    recomputed = head_scores(model, texts)
+    recomputed = compute_head_scores(model, texts)
     for name in {**file.scores, **recomputed}:
         if name not in file.scores or name not in recomputed:
             yield "scores", math.inf, RELATIVE_TOLERANCE, name

@@ -17,7 +17,7 @@ class Ablate(RunOptions):
 
 def run(options: Ablate, terminal: Terminal, load_model: LoadModel) -> Result:
     """Measure the newest checkpoint; a step without an attention file gets one."""
-    from inspection.recorder import AttentionRecorder
+    from inspection.recorder import AttentionRecorder, report_heads
 
     files = RunFiles.open(options.run)
     loaded = load_model(files.folder, NEWEST) if files.folder.is_dir() else None
@@ -28,11 +28,11 @@ def run(options: Ablate, terminal: Terminal, load_model: LoadModel) -> Result:
     texts = files.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
     if texts is None:
         raise UserError(f"{files.folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
-    recorder = AttentionRecorder(loaded.model, texts, loaded.token_bytes, files.folder)
     if loaded.step not in files.attention_files:
-        recorder.write(loaded.step, loaded.metadata)
-    report = recorder.report(loaded.step, loaded.metadata["weights_sha256"])
+        recorder = AttentionRecorder(texts, loaded.token_bytes, files.folder)
+        recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
+    report = report_heads(loaded.model, texts, files.folder, loaded.step, loaded.metadata["weights_sha256"])
     lines = [part for line in report.lines for part in paragraph(escape_control_chars(line), terminal.width) or [""]]
-    written = [*report.pictures, *([report.page] if report.page else [])]
+    written = [*report.figures, *([report.page] if report.page else [])]
     data = {"step": loaded.step, "lines": report.lines, "written": [str(path) for path in written]}
     return Result([*lines, "", *(f"written  {escape_control_chars(path)}" for path in written)], data, [])

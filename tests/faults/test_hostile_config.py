@@ -12,9 +12,7 @@ import json
 import os
 import shutil
 import string
-import struct
 import tomllib
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +25,9 @@ from hypothesis import strategies as st
 from common.errors import CHECKPOINT, CONFIG, DATA, DISK_OR_MEMORY, UserError
 from data import tokenizer
 from data.tokenizer import CharTokenizer
-from inspection import attention_file as dump
-from inspection.user_prompts import user_prompts
+from inspection.eval_texts import read_user_prompts
 from tests.faults.conftest import Figures
-from tests.inspection.test_attention_file import observed, split, write
-from tests.inspection.test_attention_file_faults import JSON, PATHS, change, joined
+from tests.inspection.test_attention_file_faults import JSON
 from tests.runs import TINY, process, said, script
 from training.cli import option_types
 from training.config import RunConfig, from_saved, parse_train, read_toml, to_toml
@@ -217,12 +213,7 @@ def test_no_bytes_to_watch_make_their_reader_stumble(tmp_path: Path, survives: A
 def own_file(path: Path, survives: Any) -> None:
     words = CharTokenizer("\n abcdefghijklmnopqrstuvwxyz")
     context = 16
-    found = survives(
-        lambda: user_prompts(
-            path, lambda text: words.encode(text).tolist(), words.token_bytes, words.end_of_text, context
-        ),
-        CONFIG,
-    )
+    found = survives(lambda: read_user_prompts(path, words, context), CONFIG)
     for _, tokens in found[0] if found else ():
         assert len(tokens) <= context
 
@@ -280,80 +271,6 @@ def read_tokenizer(path: Path, survives: Any) -> None:
         text = found.decode(range(found.vocab_size))
         with contextlib.suppress(UserError):  # a character that is not in the vocabulary
             assert all(0 <= token < found.vocab_size for token in found.encode(text + "a b"))
-
-
-# Attention files.
-
-
-@pytest.fixture(scope="module")
-def attention(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write(tmp_path_factory.mktemp("dump") / "000400.safetensors", observed(), step="400").read_bytes()
-
-
-sizes = st.integers(-2, 70) | st.sampled_from([2**31, 2**40, 2**62, 2**63, 2**64, 10**30])
-shape = st.lists(sizes, max_size=5)
-entry = st.fixed_dictionaries(
-    {"dtype": st.sampled_from([*dump.DTYPES, "F64", "BOOL", ""]), "shape": shape, "data_offsets": shape}
-)
-
-
-def read_dump(path: Path, raw: bytes, survives: Any) -> None:
-    """Read to the last weight, or refused, in memory of a few times the file."""
-    put(path, raw)
-
-    def read() -> None:
-        for text in dump.read_attention_file(path).texts:
-            T = len(text.tokens)
-            assert text.pattern().shape[2:] == (T, T) and len(text.token_bytes) == T
-            assert text.top_tokens is None or len(text.top_tokens) == T
-
-    tracemalloc.start()
-    try:
-        survives(read, CHECKPOINT)
-        assert tracemalloc.get_traced_memory()[1] < 2_000_000 + 20 * len(raw)
-    finally:
-        tracemalloc.stop()
-
-
-@given(st.lists(st.tuples(st.sampled_from(PATHS), JSON | shape | entry), min_size=1, max_size=4))
-@settings(max_examples=1000, **MANY)
-def test_no_header_makes_the_reader_of_attention_stumble(
-    tmp_path: Path, attention: bytes, survives: Any, changes: list[tuple[str, object]]
-) -> None:
-    header, numbers = split(attention)
-    for where, new in changes:
-        at = header.get(where.split("/")[0])
-        if "/" not in where or isinstance(at, dict):
-            change(header, where, new)
-    read_dump(tmp_path / "dump", joined(header, numbers), survives)
-
-
-@given(st.dictionaries(st.text(max_size=6) | st.sampled_from(PATHS), JSON | entry, max_size=4), st.binary(max_size=64))
-@settings(max_examples=1000, **MANY)
-def test_no_made_up_file_makes_the_reader_of_attention_stumble(
-    tmp_path: Path, survives: Any, header: dict, numbers: bytes
-) -> None:
-    about = {"format": dump.FORMAT, "texts": "[]"}
-    read_dump(tmp_path / "dump", joined({"__metadata__": about} | header, numbers), survives)
-
-
-@given(
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)), max_size=4),
-    st.floats(0, 1),
-    st.none() | sizes.filter(lambda n: 0 <= n < 2**64),
-)
-@settings(max_examples=1000, **MANY)
-def test_no_damage_makes_the_reader_of_attention_stumble(
-    tmp_path: Path, attention: bytes, survives: Any, damage: list[tuple[float, bytes]], kept: float, length: int | None
-) -> None:
-    raw = bytearray(attention)
-    (true,) = struct.unpack("<Q", raw[:8])
-    for place, new in damage:
-        at = 8 + int(place * true)  # in the header, where damage could mislead
-        raw[at : at + len(new)] = new
-    if length is not None:
-        raw[:8] = struct.pack("<Q", length)
-    read_dump(tmp_path / "dump", bytes(raw[: int(kept * len(raw))] if kept < 0.7 else raw), survives)
 
 
 # A run folder from a stranger.

@@ -24,14 +24,14 @@ import numpy as np
 import pytest
 
 from inspection.ablation_results import TABLES, AblationEffects, AblationResults, Interval
-from inspection.attention_file import read_attention_file
-from inspection.record import write_attention_file as write
+from inspection.attention_file import AttentionRecord, read_attention_file, write_attention_file
 from inspection.run_reader import RunFiles
 from inspection.terminal import DISCLAIMER
 from tests.runs import ROOT, TINY, said, script
 
 STEPS = (100, 200, 300)
 WORDS = [b"", b" Mia", b" the", b" fox", b" met", b" Tom", b" the", b" dog"]
+TOKEN_IDS = {word: k for k, word in enumerate([*dict.fromkeys(WORDS)])}
 SENTENCE = "By step 200 head L1H1 reads the token after an earlier match (0.90)."
 COMMANDS = ("summary", "heads", "token", "timeline", "compare", "verify", "page", "figures")
 
@@ -51,7 +51,10 @@ def seen(words: list[bytes], seed: int, top: bool = True) -> SimpleNamespace:
     pattern = draw.exponential(size=(2, 2, T, T)) ** 3 * np.tril(np.ones((T, T)))
     pattern /= pattern.sum(axis=-1, keepdims=True)
     found = SimpleNamespace(
-        tokens=np.arange(T), pattern=pattern, value_norms=draw.random((2, 2, T)) + 0.1, loss=draw.random(T - 1)
+        tokens=np.array([TOKEN_IDS.setdefault(word, len(TOKEN_IDS)) for word in words]),
+        pattern=pattern,
+        value_norms=draw.random((2, 2, T)) + 0.1,
+        loss=draw.random(T - 1),
     )
     if top:
         found.top_tokens, found.top_probs = (
@@ -59,6 +62,20 @@ def seen(words: list[bytes], seed: int, top: bool = True) -> SimpleNamespace:
             np.tile([0.5, 0.25, 0.125, 0.0625, 0.03], (T, 1)),
         )
     return found
+
+
+def write(
+    path: Path,
+    texts: list[Any],
+    metadata: dict[str, str],
+    dtype: str = "f16",
+    scores: dict[str, Any] | None = None,
+    token_bytes: Any = None,
+) -> None:
+    """An attention file of (name, capture, words); the ids of the words are those of `TOKEN_IDS`."""
+    known = {token: word for word, token in TOKEN_IDS.items()}
+    records = [AttentionRecord.from_cache(name, capture, known.__getitem__) for name, capture, _ in texts]
+    write_attention_file(path, records, metadata, scores, dtype)
 
 
 def write_step(run: Path, step: int, scores: dict[str, Any] | None = None, words: list[bytes] = WORDS) -> None:

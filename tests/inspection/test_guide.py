@@ -14,7 +14,7 @@ import torch
 import attend
 from inspection import head_scores as metrics
 from inspection.activation_cache import run_with_cache, run_with_cache_batch
-from inspection.record import write_attention_file as write
+from inspection.attention_file import AttentionRecord, write_attention_file
 from model import functional
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -129,7 +129,9 @@ def test_every_link_leads_to_a_file() -> None:
 def test_the_reading_example_runs_without_torch(tmp_path: Path) -> None:
     seen = run_with_cache_batch(small(), [[1, 2, 3, 4]])
     file = tmp_path / "a.safetensors"
-    write(file, [("held-out 1", seen[0], [b"<", b"a", b" b", b"\xff"])], {"step": "1"})
+    words = {1: b"<", 2: b"a", 3: b" b", 4: b"\xff"}
+    record = AttentionRecord.from_cache("held-out 1", seen[0], words.__getitem__)
+    write_attention_file(file, [record], {"step": "1"})
     example = next(
         block for _, block in BLOCKS if block.startswith("from inspection.attention_file import read_attention_file")
     )

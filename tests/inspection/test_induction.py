@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from data.prepare import TokenizedCorpus, prepare
-from inspection import head_scores as metrics
-from inspection.activation_cache import observe
-from inspection.eval_texts import repeated
+from inspection.activation_cache import Hooks, run_with_hooks
+from inspection.eval_texts import repeated_sequences
+from inspection.head_scores import induction
 from model.gpt import GPT
 from training.checkpoint import TrainState
 from training.config import RunConfig, parse_train
@@ -59,13 +59,19 @@ class Learned:
 def watched(data: TokenizedCorpus) -> torch.Tensor:
     """(8, 65): sequences of 32 different letters, each said twice."""
     end = data.tokenizer.end_of_text
-    return torch.tensor(repeated([token for token in range(data.tokenizer.vocab_size) if token != end], end, 65, 1))
+    return torch.tensor(
+        repeated_sequences([token for token in range(data.tokenizer.vocab_size) if token != end], end, 65, 1)
+    )
 
 
 def best_heads(model: GPT, texts: torch.Tensor) -> list[float]:
     """The largest induction score in each layer."""
     best: list[float] = []
-    observe(model, texts, lambda layer, A: best.append(float(metrics.induction(A, texts[:, None]).mean(dim=0).max())))
+
+    def on_pattern(layer: int, pattern: torch.Tensor) -> None:
+        best.append(float(induction(pattern, texts[:, None]).mean(dim=0).max()))
+
+    run_with_hooks(model, texts, Hooks(pattern=on_pattern))
     return best
 
 
