@@ -1,7 +1,4 @@
-"""The fault suite: `pytest -m faults -n 2`. Every test in this folder does harm, and says what came of it.
-
-What each test tried and what was lost is counted by the fixture `figures` and summed up in the last lines.
-"""
+"""The fault tests: `pytest -m faults -n 2`. Every test in this folder does harm to a run, its files or its disk."""
 
 from __future__ import annotations
 
@@ -10,20 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.figures import KEY, Figures, pytest_terminal_summary
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, FAULTY, Reference
 
-__all__ = ["Figures", "pytest_terminal_summary"]
 FOLDER = Path(__file__).parent
-
-
-@pytest.fixture
-def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
-    """Counts faults; the sums over all tests are printed at the end."""
-    counted = Figures()
-    yield counted
-    request.node.user_properties.append((KEY, counted.counts))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from common.errors import DATA, DISK_OR_MEMORY
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, Reference, committed, sha
 from tests.faults.hook import Hook
@@ -121,7 +120,7 @@ def place(server: ForkServer, reference: Reference, tmp_path: Path) -> Place:
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_a_text_that_changes_during_the_run(harm: Callable[[Path], None], place: Place, figures: Figures) -> None:
+def test_a_text_that_changes_during_the_run(harm: Callable[[Path], None], place: Place) -> None:
     """The tokens are prepared: what happens to the text concerns only the next start, which sees it and says so."""
     running = place.in_training()
     harm(place.text)
@@ -137,23 +136,19 @@ def test_a_text_that_changes_during_the_run(harm: Callable[[Path], None], place:
     assert committed(place.run) == step
     restore(place.text)
     place.ends_equal()
-    figures.add(tried=2, survived=2, resumed=1, equal=1)
 
 
 @pytest.mark.parametrize("harm", [swap, shrink, vanish])
-def test_a_run_that_has_its_tokens_ends_without_the_text(
-    harm: Callable[[Path], None], place: Place, figures: Figures
-) -> None:
+def test_a_run_that_has_its_tokens_ends_without_the_text(harm: Callable[[Path], None], place: Place) -> None:
     running = place.in_training()
     harm(place.text)
     running.send(signal.SIGCONT)
     done = running.end()
     assert done.returncode == 0, done.stderr
     place.reference.check(place.run)
-    figures.add(tried=1, survived=1)
 
 
-def test_a_text_that_may_no_longer_be_read(place: Place, figures: Figures) -> None:
+def test_a_text_that_may_no_longer_be_read(place: Place) -> None:
     """By a process without root's rights, to whom nothing is forbidden."""
     half = place.server.run(*place.argv, "--run.stop_at_step=6", env=place.env)
     assert half.returncode == 0, half.stderr
@@ -162,12 +157,11 @@ def test_a_text_that_may_no_longer_be_read(place: Place, figures: Figures) -> No
     assert str(place.text) in refused(done.returncode, done.stderr, DATA)
     place.text.chmod(0o644)
     place.ends_equal()
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @pytest.mark.parametrize("harm", [swap, shrink, vanish])
 def test_a_text_that_changes_while_it_is_prepared(
-    harm: Callable[[Path], None], server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
+    harm: Callable[[Path], None], server: ForkServer, reference: Reference, tmp_path: Path
 ) -> None:
     """At each moment at which the cache is written: refused, or trained on what the text was when it was first read."""
     at = 0
@@ -196,7 +190,6 @@ def test_a_text_that_changes_while_it_is_prepared(
             restore(place.text)
             if at == 4:
                 place.ends_equal()
-        figures.add(tried=1, survived=1)
     assert at < 40
 
 
@@ -244,9 +237,7 @@ def shard_replaced(place: Place) -> None:
 
 
 @pytest.mark.parametrize("harm", [cache_removed, tokens_removed, shard_replaced])
-def test_tokens_that_go_away_during_the_run_are_still_read(
-    harm: Callable[[Place], None], place: Place, figures: Figures
-) -> None:
+def test_tokens_that_go_away_during_the_run_are_still_read(harm: Callable[[Place], None], place: Place) -> None:
     """What is held open stays; a run that starts later prepares them again."""
     running = place.in_training()
     harm(place)
@@ -256,13 +247,10 @@ def test_tokens_that_go_away_during_the_run_are_still_read(
     place.reference.check(place.run)
     shutil.rmtree(place.run)
     place.ends_equal()
-    figures.add(tried=1, survived=1)
 
 
 @pytest.mark.parametrize("harm", [shard_cut, shard_emptied, shard_rewritten])
-def test_tokens_that_change_during_the_run_stop_it(
-    harm: Callable[[Place], None], place: Place, figures: Figures
-) -> None:
+def test_tokens_that_change_during_the_run_stop_it(harm: Callable[[Place], None], place: Place) -> None:
     """One line, never a SIGBUS; resumed, the run prepares them again and ends as it should."""
     running = place.in_training()
     harm(place)
@@ -271,24 +259,20 @@ def test_tokens_that_change_during_the_run_stop_it(
     assert "00000.npy" in refused(done.returncode, done.stderr, DATA, DISK_OR_MEMORY)
     assert committed(place.run) >= 6
     place.ends_equal()
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @pytest.mark.parametrize("harm", [cache_removed, tokens_removed, shard_cut, shard_rewritten])
-def test_tokens_that_change_between_two_runs_are_prepared_again(
-    harm: Callable[[Place], None], place: Place, figures: Figures
-) -> None:
+def test_tokens_that_change_between_two_runs_are_prepared_again(harm: Callable[[Place], None], place: Place) -> None:
     done = place.server.run(*place.argv, "--run.stop_at_step=6", env=place.env)
     assert done.returncode == 0, done.stderr
     harm(place)
     place.ends_equal()
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 # ---- another place ----
 
 
-def test_a_text_that_was_moved_is_the_same_text(place: Place, tmp_path: Path, figures: Figures) -> None:
+def test_a_text_that_was_moved_is_the_same_text(place: Place, tmp_path: Path) -> None:
     done = place.server.run(*place.argv, "--run.stop_at_step=6", env=place.env)
     assert done.returncode == 0, done.stderr
     elsewhere = tmp_path / "elsewhere" / "moved.txt"
@@ -302,4 +286,3 @@ def test_a_text_that_was_moved_is_the_same_text(place: Place, tmp_path: Path, fi
     refused(code, err, DATA)
     assert committed(place.run) == 6
     place.ends_equal(f"--data.source={elsewhere}")
-    figures.add(tried=2, survived=2, resumed=1, equal=1)

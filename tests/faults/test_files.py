@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, numbers
 from tests.runs import said
@@ -99,58 +98,47 @@ def newest(run: Path) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    name: str, server: ForkServer, whole: Reference, stands: Path, tmp_path: Path, figures: Figures
+    name: str, server: ForkServer, whole: Reference, stands: Path, tmp_path: Path
 ) -> None:
     """Resumed from the one before it, the run ends with the same weights; the damaged one is written anew."""
     for what, damage in DAMAGES.items():
         run = shutil.copytree(stands, tmp_path / "run")
         damage(newest(run) / name)
-        figures.add(tried=1)
         assert committed(run) == BEFORE, what
         done = resume(server, run)
         assert done.returncode == 0 and "Traceback" not in done.stderr, (what, done.stderr)
         assert str(newest(run)) in done.stderr, (what, done.stderr)
         assert f"from step {BEFORE}" in done.stdout, what
-        figures.add(resumed=1)
         whole.check(run)
-        figures.add(survived=1, equal=1)
         shutil.rmtree(run)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_reads_a_damaged_checkpoint_names_it(
-    name: str, server: ForkServer, stands: Path, tmp_path: Path, figures: Figures
-) -> None:
+def test_what_reads_a_damaged_checkpoint_names_it(name: str, server: ForkServer, stands: Path, tmp_path: Path) -> None:
     """sample.py and attend.py, given the run or the damaged folder itself."""
     for what, damage in DAMAGES.items():
         run = shutil.copytree(stands, tmp_path / "run")
         damage(newest(run) / name)
         readers = [("sample.py", ["--tokens=2"]), ("attend.py", ["--prompt=box"])]
         for script, argv in readers if what in ("cut in half", "middle bit", "missing") else readers[:1]:
-            figures.add(tried=2)
             done = server.run(run, *argv, script=script)
             assert done.returncode == 0 and str(newest(run)) in done.stderr, (what, script, done.stderr)
             assert "Traceback" not in done.stderr, (what, script)
             said(server.run(newest(run), *argv, script=script), 4)
-            figures.add(survived=2)
         shutil.rmtree(run)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_without_a_good_checkpoint_nothing_is_begun_anew(
-    name: str, server: ForkServer, run: Path, figures: Figures
-) -> None:
+def test_without_a_good_checkpoint_nothing_is_begun_anew(name: str, server: ForkServer, run: Path) -> None:
     kept = [(path, path.read_bytes()) for path in (run / "metrics.jsonl", run / "samples.txt")]
     for folder in (run / "checkpoints").iterdir():
         flip(0.5)(folder / name)
-    figures.add(tried=1)
     done = resume(server, run)
     line = said(done, 4)
     assert str(run) in line
     for folder in (run / "checkpoints").iterdir():
         assert str(folder) in done.stderr  # each is named
     assert [path.read_bytes() for path, _ in kept] == [data for _, data in kept]
-    figures.add(survived=1)
 
 
 def emptied(run: Path) -> None:
@@ -185,20 +173,16 @@ def garbage(run: Path) -> None:
 
 
 @pytest.mark.parametrize("empty", [emptied, removed, garbage])
-def test_a_run_without_checkpoints_is_said_to_be_one(
-    empty: Damage, server: ForkServer, run: Path, figures: Figures
-) -> None:
+def test_a_run_without_checkpoints_is_said_to_be_one(empty: Damage, server: ForkServer, run: Path) -> None:
     empty(run)
-    figures.add(tried=3)
     for script, argv in (("train.py", [f"--run.resume={run}"]), ("sample.py", [run]), ("attend.py", [run])):
         done = server.run(*argv, script=script)
         said(done, 4)
         assert "\x1b" not in done.stderr and "\x1b" not in done.stdout
-    figures.add(survived=3)
 
 
 def test_garbage_beside_good_checkpoints_is_passed_over(
-    server: ForkServer, whole: Reference, stands: Path, run: Path, figures: Figures
+    server: ForkServer, whole: Reference, stands: Path, run: Path
 ) -> None:
     garbage(run)
     for folder in checkpoints(stands):
@@ -206,12 +190,9 @@ def test_garbage_beside_good_checkpoints_is_passed_over(
         if target.is_file():
             target.unlink()
         shutil.copytree(folder, target)
-    figures.add(tried=1)
     done = resume(server, run)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "\x1b" not in done.stderr, done.stderr
-    figures.add(resumed=1)
     assert whole.same_weights(run)
-    figures.add(survived=1, equal=1)
 
 
 GARBLED: dict[str, Damage] = {
@@ -222,38 +203,30 @@ GARBLED: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("what", GARBLED)
-def test_a_damaged_config_never_trains_another_run(
-    what: str, server: ForkServer, whole: Reference, run: Path, figures: Figures
-) -> None:
+def test_a_damaged_config_never_trains_another_run(what: str, server: ForkServer, whole: Reference, run: Path) -> None:
     """Refused in one line, or resumed to the same weights; a shortened file must not bring back the defaults."""
     GARBLED[what](run / "config.toml")
-    figures.add(tried=1)
     done = resume(server, run)
     if done.returncode:
         said(done, done.returncode)
         assert done.returncode in (2, 4), done.stderr
         assert committed(run) == STANDS
     else:
-        figures.add(resumed=1)
         assert whole.same_weights(run)
         assert numbers(run) == numbers(whole.run)
-        figures.add(equal=1)
-    figures.add(survived=1)
 
 
 def test_a_run_without_its_config_is_not_begun_anew_over_its_checkpoints(
-    server: ForkServer, corpus: Path, run: Path, figures: Figures
+    server: ForkServer, corpus: Path, run: Path
 ) -> None:
     """Else its metrics would go, and a run with other settings would later be resumed from this one's checkpoints."""
     (run / "config.toml").unlink()
     before = (run / "metrics.jsonl").read_bytes()
-    figures.add(tried=1)
     options = (*FAULTY, f"--data.source={corpus}", "--run.seed=2", "--run.stop_at_step=2")
     done = server.run(*options, f"--run.dir={run}")
     assert done.returncode in (2, 4), done.stdout
     assert str(run) in said(done, done.returncode)
     assert committed(run) == STANDS and (run / "metrics.jsonl").read_bytes() == before
-    figures.add(survived=1)
 
 
 def steps_of(lines: list[Any], key: str) -> list[int]:
@@ -262,16 +235,13 @@ def steps_of(lines: list[Any], key: str) -> list[int]:
 
 @pytest.mark.parametrize("what", GARBLED)
 def test_damaged_metrics_cost_no_step_and_make_no_double_line(
-    what: str, server: ForkServer, whole: Reference, run: Path, figures: Figures
+    what: str, server: ForkServer, whole: Reference, run: Path
 ) -> None:
     """Lines that cannot be read are lost; those that follow are whole, in order, and none is there twice."""
     GARBLED[what](run / "metrics.jsonl")
-    figures.add(tried=1)
     done = resume(server, run)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    figures.add(resumed=1)
     assert whole.same_weights(run)
-    figures.add(equal=1)
     lines, wanted = (
         [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()] for at in (run, whole.run)
     )
@@ -279,24 +249,20 @@ def test_damaged_metrics_cost_no_step_and_make_no_double_line(
         steps = steps_of(lines, key)
         assert steps == sorted(set(steps)) and set(steps) <= set(steps_of(wanted, key))
         assert [step for step in steps_of(wanted, key) if step > STANDS] == [step for step in steps if step > STANDS]
-    figures.add(survived=1)
 
 
 @pytest.mark.parametrize("what", GARBLED)
 @pytest.mark.parametrize("name", ["samples.txt", "attention/000004.safetensors", "attention/eval_texts.json"])
 def test_damage_to_what_is_only_looked_at_costs_no_step(
-    name: str, what: str, server: ForkServer, reference: Reference, run: Path, figures: Figures
+    name: str, what: str, server: ForkServer, reference: Reference, run: Path
 ) -> None:
     """Up to the last picture and the page: the run ends well, and says what it could not read."""
     GARBLED[what](run / name)
-    figures.add(tried=1)
     done = server.run(f"--run.resume={run}", "--run.stop_at_step=0")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    figures.add(resumed=1)
     assert reference.same_weights(run)
     told = ["loss", "val_loss", "final_val_loss"]  # where a sample ends depends on those before it
     assert [kept(line, told) for line in numbers(run)] == [kept(line, told) for line in numbers(reference.run)]
-    figures.add(survived=1, equal=1)
 
 
 def kept(line: tuple[Any, ...], keys: list[str]) -> tuple[Any, ...]:
@@ -304,15 +270,13 @@ def kept(line: tuple[Any, ...], keys: list[str]) -> tuple[Any, ...]:
     return tuple((key, value) for key, value in line if key in ("step", *keys))
 
 
-def test_a_folder_that_is_no_run_is_said_to_be_none(server: ForkServer, tmp_path: Path, figures: Figures) -> None:
+def test_a_folder_that_is_no_run_is_said_to_be_none(server: ForkServer, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no folder")
     for name in ("empty", "file", "nowhere"):
-        figures.add(tried=3)
         for script, argv in (
             ("train.py", [f"--run.resume={tmp_path / name}"]),
             ("sample.py", [tmp_path / name]),
             ("attend.py", [tmp_path / name]),
         ):
             said(server.run(*argv, script=script), 4)
-        figures.add(survived=3)

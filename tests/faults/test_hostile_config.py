@@ -26,7 +26,6 @@ from common.errors import CHECKPOINT, CONFIG, DATA, DISK_OR_MEMORY, UserError
 from data import tokenizer
 from data.tokenizer import CharTokenizer
 from inspection.eval_texts import read_user_prompts
-from tests.faults.conftest import Figures
 from tests.inspection.test_attention_file_faults import JSON
 from tests.runs import TINY, process, said, script
 from training.cli import option_types
@@ -73,11 +72,10 @@ spliced = st.tuples(st.integers(0, len(GOOD)), st.integers(0, 60), st.text(strin
 
 
 @pytest.fixture
-def survives(figures: Figures) -> Callable[..., Any]:
+def survives() -> Callable[..., Any]:
     """Runs something; a `UserError` with one of some exit codes is well, anything else is not."""
 
     def attempt(do: Callable[[], Any], *codes: int, lines: int | None = 1) -> Any:
-        figures.add(tried=1)
         found = None
         try:
             found = do()
@@ -85,7 +83,6 @@ def survives(figures: Figures) -> Callable[..., Any]:
             message = str(error)
             assert error.exit_code in codes and message.strip(), (error.exit_code, message)
             assert lines is None or len(message.splitlines()) <= lines, message
-        figures.add(survived=1)
         return found
 
     return attempt
@@ -332,39 +329,33 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_training_writes_through_no_link(name: str, run: Path, tmp_path: Path, figures: Figures) -> None:
+def test_training_writes_through_no_link(name: str, run: Path, tmp_path: Path) -> None:
     folder, outside = planted(run, tmp_path, name)
     before = content(outside)
-    figures.add(tried=1)
     done = script("train.py", f"--run.resume={folder}", "--train.steps=7")
     assert content(outside) == before
     assert name.split("/")[0] in said(done, CHECKPOINT)
-    figures.add(survived=1)
 
 
 @pytest.mark.parametrize("name", ["attention", "attention.html", "figures", "attention/ablations.json", "loss.png"])
 @pytest.mark.parametrize("command", [("page",), ("figures",), ("evidence",), ()], ids=str)
 def test_looking_writes_through_no_link(
-    command: tuple[str, ...], name: str, run: Path, tmp_path: Path, figures: Figures
+    command: tuple[str, ...], name: str, run: Path, tmp_path: Path
 ) -> None:
     folder, outside = planted(run, tmp_path, name)
     before = content(outside)
-    figures.add(tried=1)
     done = script("attend.py", *command, folder)
     assert content(outside) == before
     said(done, CHECKPOINT)
-    figures.add(survived=1)
 
 
 @pytest.mark.parametrize("target", ["samples.txt", "nowhere", "/", "/nowhere/at/all", "/dev/zero"])
-def test_links_to_nowhere_and_in_circles_are_refused(target: str, run: Path, tmp_path: Path, figures: Figures) -> None:
+def test_links_to_nowhere_and_in_circles_are_refused(target: str, run: Path, tmp_path: Path) -> None:
     """`samples.txt -> samples.txt` leads to itself. A link within the folder, to nowhere, is no danger."""
     folder, _ = planted(run, tmp_path, "samples.txt", target)
-    figures.add(tried=1)
     done = script("train.py", f"--run.resume={folder}", "--train.steps=7")
     codes = (0,) if target == "nowhere" else (CHECKPOINT, DISK_OR_MEMORY)
     assert "Traceback" not in done.stderr and done.returncode in codes, done.stderr
-    figures.add(survived=1)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +363,7 @@ def test_links_to_nowhere_and_in_circles_are_refused(target: str, run: Path, tmp
 )
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
 def test_what_is_no_file_does_not_hang_a_reader(
-    kind: str, name: str, run: Path, tmp_path: Path, figures: Figures
+    kind: str, name: str, run: Path, tmp_path: Path
 ) -> None:
     """A pipe, which nobody ever writes into, or a folder where a file belongs."""
     folder = tmp_path / "run"
@@ -380,25 +371,21 @@ def test_what_is_no_file_does_not_hang_a_reader(
     (folder / name).unlink()
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).mkdir()
     for argv in (("attend.py", "summary", folder), ("attend.py", "page", folder)):
-        figures.add(tried=1)
         done = script(*argv)
         assert done.returncode in (0, CHECKPOINT) and "Traceback" not in done.stderr, done.stderr
-        figures.add(survived=1)
 
 
 @pytest.mark.parametrize("name", ["samples.txt", "metrics.jsonl", "lock", "attention/eval_texts.json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
 def test_what_is_no_file_does_not_hang_training(
-    kind: str, name: str, run: Path, tmp_path: Path, figures: Figures
+    kind: str, name: str, run: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     (folder / name).unlink()
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).mkdir()
-    figures.add(tried=1)
     done = process("train.py", f"--run.resume={folder}", "--train.steps=7", timeout=60)
     assert done.returncode in (CHECKPOINT, DISK_OR_MEMORY) and "Traceback" not in done.stderr, done.stderr
-    figures.add(survived=1)
 
 
 def test_the_good_config_is_good() -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, committed
 from tests.faults.hook import Hook
@@ -52,10 +51,8 @@ class Chain:
         length: seconds that a process computes for a whole run.
     """
 
-    def __init__(
-        self, server: ForkServer, whole: Reference, folder: Path, figures: Figures, length: float = 60
-    ) -> None:
-        self.server, self.whole, self.figures = server, whole, figures
+    def __init__(self, server: ForkServer, whole: Reference, folder: Path, length: float = 60) -> None:
+        self.server, self.whole = server, whole
         self.run, self.cache = folder / "run", folder / "cache"
         self.newest, self.starts, self.kills = -1, 0, 0
         self.length, self.spent = length, 0.0
@@ -72,19 +69,15 @@ class Chain:
             code = child.kill().returncode
             if code == -signal.SIGKILL:
                 self.kills += 1
-                self.figures.add(tried=1)
         assert code in (0, -signal.SIGKILL), child.err.read_text()
         now = committed(self.run)
-        self.figures.add(steps_lost=max(0, self.newest - now))
         assert now >= self.newest, "a committed step was lost"
         self.newest = now
         return code == 0
 
     def check(self) -> None:
         """Once it is complete: it is the run that nothing disturbed."""
-        self.figures.add(resumed=self.starts > 1)
         self.whole.check(self.run)
-        self.figures.add(equal=self.starts > 1, survived=self.kills)
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +87,14 @@ def longer(server: ForkServer, corpus: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_fifty_kills_at_random_moments(
-    seed: int, server: ForkServer, longer: Reference, tmp_path: Path, figures: Figures
-) -> None:
+def test_fifty_kills_at_random_moments(seed: int, server: ForkServer, longer: Reference, tmp_path: Path) -> None:
     draw = random.Random(seed)
-    calm = Chain(server, longer, tmp_path / "calm", figures)
+    calm = Chain(server, longer, tmp_path / "calm")
     assert calm.start(1)
     kills = runs = 0
     while kills < KILLS:
         runs += 1
-        chain = Chain(server, longer, tmp_path / str(runs), figures, calm.spent)
+        chain = Chain(server, longer, tmp_path / str(runs), calm.spent)
         # Killed early and often at first, then later and later: from the first files to the last picture.
         pace = draw.choice((0.2, 0.5, 1.0))
         while not chain.start(draw.uniform(0, pace + chain.starts / 15) if kills + chain.kills < KILLS else 9):
@@ -123,7 +114,7 @@ def short(server: ForkServer, corpus: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_killed_before_each_file_operation_of_a_new_run(
-    share: int, server: ForkServer, short: Reference, tmp_path: Path, figures: Figures
+    share: int, server: ForkServer, short: Reference, tmp_path: Path
 ) -> None:
     """From the making of the folder on: whatever is written, opened, renamed or removed in it."""
     log, run = tmp_path / "log", tmp_path / "run"
@@ -137,16 +128,13 @@ def test_killed_before_each_file_operation_of_a_new_run(
     for at in range(1 + share, len(operations) + 1, SHARES):
         shutil.rmtree(run)
         assert start(Hook(under=str(run), at=at)) == -signal.SIGKILL, operations[at - 1]
-        figures.add(tried=1)
         assert start(None) == 0, operations[at - 1]
-        figures.add(resumed=1)
         short.check(run)
-        figures.add(survived=1, equal=1)
 
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_killed_at_each_system_call_of_a_new_run(
-    share: int, server: ForkServer, short: Reference, tmp_path: Path, figures: Figures
+    share: int, server: ForkServer, short: Reference, tmp_path: Path
 ) -> None:
     """The same at each call that changes the run folder; checkpoints have a test of their own (test_saves.py)."""
     require_strace()
@@ -166,8 +154,5 @@ def test_killed_at_each_system_call_of_a_new_run(
         shutil.rmtree(run)
         code, _ = start(*call.as_nth("signal=KILL"))
         assert code == -signal.SIGKILL, call.text
-        figures.add(tried=1)
         assert server.run(*going_on(run, short.argv)).returncode == 0, call.text
-        figures.add(resumed=1)
         short.check(run)
-        figures.add(survived=1, equal=1)

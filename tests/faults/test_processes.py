@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from common.errors import CONFIG, DATA, IN_USE, LOST_PROCESS
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, checkpoints, committed, leftovers, numbers, sha, state
 from tests.faults.hook import Hook
@@ -113,14 +112,7 @@ def one_line(done: Sequence[subprocess.CompletedProcess[str]], *words: str) -> s
     ids=["SIGTERM to all", "SIGTERM to the second", "SIGINT to the first", "SIGINT to all"],
 )
 def test_all_processes_stop_at_the_same_step(
-    sharding: str,
-    number: int,
-    ranks: tuple[int, ...],
-    world: int,
-    server: ForkServer,
-    whole: Whole,
-    tmp_path: Path,
-    figures: Figures,
+    sharding: str, number: int, ranks: tuple[int, ...], world: int, server: ForkServer, whole: Whole, tmp_path: Path
 ) -> None:
     """Whoever is asked, all stop; resumed on 1, 2 or 4 processes the run goes on with the same tokens."""
     run, reference = tmp_path / "run", whole.run(sharding)
@@ -135,7 +127,6 @@ def test_all_processes_stop_at_the_same_step(
     check_whole(run)
     together(server, world, f"--run.resume={run}")
     (check_equal if world == 2 else check_near)(run, reference)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +134,7 @@ def test_all_processes_stop_at_the_same_step(
     [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
     ids=["SIGTERM", "SIGINT", "SIGTERM to all", "SIGINT to all"],
 )
-def test_torchrun_is_asked_to_stop(
-    number: int, to_all: bool, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
-) -> None:
+def test_torchrun_is_asked_to_stop(number: int, to_all: bool, server: ForkServer, whole: Whole, tmp_path: Path) -> None:
     """It passes the signal on. That, and the scheduler's own, which comes a moment earlier, are one request."""
     run = tmp_path / "run"
     with torchrun(2, *options(whole.corpus), f"--run.dir={run}") as started:
@@ -159,7 +148,6 @@ def test_torchrun_is_asked_to_stop(
     check_whole(run)
     together(server, 2, f"--run.resume={run}")
     check_equal(run, whole.run())
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 # ---- a process that dies or freezes ----
@@ -169,7 +157,7 @@ def test_torchrun_is_asked_to_stop(
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_process_ends_the_others(
-    number: int, rank: int, sharding: str, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
+    number: int, rank: int, sharding: str, server: ForkServer, whole: Whole, tmp_path: Path
 ) -> None:
     """A death is noticed at once, a freeze after `run.dist_timeout`. One line, exit code 8, and nothing saved is lost."""
     run, reference = tmp_path / "run", whole.run(sharding, "muon")
@@ -186,12 +174,11 @@ def test_a_lost_process_ends_the_others(
     check_whole(run)
     together(server, 2, f"--run.resume={run}", f"--run.dist_timeout={TIMEOUT}")
     check_equal(run, reference)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @pytest.mark.parametrize("operation", ["write", "rename"])
 def test_the_first_process_is_killed_in_a_save(
-    operation: str, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
+    operation: str, server: ForkServer, whole: Whole, tmp_path: Path
 ) -> None:
     """The others wait for it, and are told."""
     run = tmp_path / "run"
@@ -202,12 +189,9 @@ def test_the_first_process_is_killed_in_a_save(
     assert committed(run) == 5
     together(server, 2, f"--run.resume={run}")
     check_equal(run, whole.run())
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
-def test_nobody_leaves_before_the_last_save_is_done(
-    server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
-) -> None:
+def test_nobody_leaves_before_the_last_save_is_done(server: ForkServer, whole: Whole, tmp_path: Path) -> None:
     """torchrun grants the others 30 s once one has gone: too little for a large model to be saved."""
     run, log = tmp_path / "run", tmp_path / "log"
     hooks = {0: Hook(2, "SIGSTOP", "mkdir", ".writing", log=str(log))}  # the first is that of step 0
@@ -221,13 +205,10 @@ def test_nobody_leaves_before_the_last_save_is_done(
         done = running.end(within=SOON)
     assert {one.returncode for one in done} == {143}
     assert committed(run) == steps_done(run)
-    figures.add(tried=1, survived=1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_never_starts(
-    rank: int, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_process_that_never_starts(rank: int, server: ForkServer, whole: Whole, tmp_path: Path) -> None:
     """The others wait for `run.dist_timeout`, not for ever."""
     run = tmp_path / "run"
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "RANK": str(rank)}
@@ -236,13 +217,10 @@ def test_a_process_that_never_starts(
     assert done.returncode == LOST_PROCESS, done.stderr
     one_line([done])
     assert not (run / "config.toml").exists()
-    figures.add(tried=1, survived=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_torchrun_ends_when_a_process_is_lost(
-    number: int, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
-) -> None:
+def test_torchrun_ends_when_a_process_is_lost(number: int, server: ForkServer, whole: Whole, tmp_path: Path) -> None:
     """Within `run.dist_timeout`, and the 30 s after which torchrun kills a process that does not end; nobody is left."""
     run = tmp_path / "run"
     with torchrun(2, *options(whole.corpus), f"--run.dir={run}") as started:
@@ -257,7 +235,6 @@ def test_torchrun_ends_when_a_process_is_lost(
     assert committed(run) >= 10
     together(server, 2, f"--run.resume={run}")
     check_equal(run, whole.run())
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 # ---- elastic restart ----
@@ -269,7 +246,7 @@ def test_torchrun_ends_when_a_process_is_lost(
     ids=["run.dir", "the first, no run.dir", "full, no run.dir"],
 )
 def test_a_job_with_restarts_goes_on_by_itself(
-    named: bool, rank: int, sharding: str, whole: Whole, tmp_path: Path, figures: Figures
+    named: bool, rank: int, sharding: str, whole: Whole, tmp_path: Path
 ) -> None:
     """From its newest checkpoint, in the same folder, to the same bits."""
     run = tmp_path / "runs" / "quickstart"
@@ -286,12 +263,9 @@ def test_a_job_with_restarts_goes_on_by_itself(
     assert "from step 10 to step 40" in done.stdout or "from step 15 to step 40" in done.stdout, done.stdout
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     check_equal(run, whole.run(sharding))
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
-def test_a_job_with_restarts_loses_a_process_before_its_first_checkpoint(
-    whole: Whole, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_job_with_restarts_loses_a_process_before_its_first_checkpoint(whole: Whole, tmp_path: Path) -> None:
     run = tmp_path / "run"
     agent = ("--standalone", "--max-restarts=2")
     with torchrun(2, *options(whole.corpus), f"--run.dir={run}", options=agent) as started:
@@ -301,7 +275,6 @@ def test_a_job_with_restarts_loses_a_process_before_its_first_checkpoint(
         done = started.end()
     assert done.returncode == 0, done.stderr
     check_equal(run, whole.run())
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 # ---- what is refused ----
@@ -310,19 +283,18 @@ def test_a_job_with_restarts_loses_a_process_before_its_first_checkpoint(
 @pytest.mark.parametrize(
     ("typed", "answer"), [("--train.stepz=3", "--train.steps"), ("--data.source=/now/here", "/now/here")]
 )
-def test_what_is_mistyped_is_said_once(typed: str, answer: str, tmp_path: Path, figures: Figures) -> None:
+def test_what_is_mistyped_is_said_once(typed: str, answer: str, tmp_path: Path) -> None:
     with torchrun(2, typed, f"--run.dir={tmp_path / 'run'}") as started:
         done, _ = end_within(started, 60)
     assert done.returncode == 1
     (said,) = error_lines(done.stderr)
     assert answer in said
     assert not (tmp_path / "run" / "config.toml").exists()
-    figures.add(tried=1, survived=1)
 
 
 @pytest.mark.parametrize("change", ["--optim.lr=0.001", "--train.save_every=7", "--run.seed=3", "--model.d_model=16"])
 def test_processes_with_other_settings_are_refused(
-    change: str, server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
+    change: str, server: ForkServer, whole: Whole, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with Ranks(server, 2, *options(whole.corpus), f"--run.dir={run}", own={1: [change]}) as running:
@@ -330,12 +302,9 @@ def test_processes_with_other_settings_are_refused(
     assert {one.returncode for one in done} == {CONFIG}, [one.stderr for one in done]
     one_line(done)
     assert not (run / "config.toml").exists()
-    figures.add(tried=1, survived=1)
 
 
-def test_processes_with_another_text_are_refused(
-    server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
-) -> None:
+def test_processes_with_another_text_are_refused(server: ForkServer, whole: Whole, tmp_path: Path) -> None:
     """The same path on another machine, where another file lies."""
     run, how = tmp_path / "run", {}
     for rank, text in enumerate((CORPUS * 4, CORPUS.replace("brown fox", "fox brown") * 4)):
@@ -349,13 +318,12 @@ def test_processes_with_another_text_are_refused(
     assert {one.returncode for one in done} <= {CONFIG, DATA}, [one.stderr for one in done]
     one_line(done)
     assert not (run / "config.toml").exists()
-    figures.add(tried=1, survived=1)
 
 
 # ---- two nodes ----
 
 
-def test_two_nodes_learn_what_one_learns(whole: Whole, tmp_path: Path, figures: Figures) -> None:
+def test_two_nodes_learn_what_one_learns(whole: Whole, tmp_path: Path) -> None:
     """Two agents that find each other by torchrun's own rendezvous, one process each; and they stop together."""
     run = tmp_path / "run"
     agent = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=both")
@@ -364,7 +332,6 @@ def test_two_nodes_learn_what_one_learns(whole: Whole, tmp_path: Path, figures: 
         done = [node.end() for node in (one, other)]
     assert [node.returncode for node in done] == [0, 0], done[0].stderr + done[1].stderr
     check_equal(run, whole.run())
-    figures.add(tried=1, survived=1)
 
 
 # ---- one folder, one trainer ----
@@ -383,9 +350,7 @@ def fastest_refusal(run: Path, *argv: str) -> tuple[subprocess.CompletedProcess[
     return done, min(took)
 
 
-def test_a_second_trainer_is_refused_at_once(
-    server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_second_trainer_is_refused_at_once(server: ForkServer, whole: Whole, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = Forked(server, *options(whole.corpus), "--train.steps=100000", f"--run.dir={run}")
     first.until(lambda: steps_done(run) >= 1, "the first step")
@@ -399,7 +364,6 @@ def test_a_second_trainer_is_refused_at_once(
     assert f"process {first.pid}" in one_line([done_lines(done)]) and f"exitcode  : {IN_USE} " in done.stderr
     first.send(signal.SIGTERM)
     assert first.end(SOON).returncode == 143
-    figures.add(tried=2, survived=2)
 
 
 def done_lines(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -408,7 +372,7 @@ def done_lines(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout, text)
 
 
-def test_a_trainer_is_refused_while_torchrun_trains(whole: Whole, tmp_path: Path, figures: Figures) -> None:
+def test_a_trainer_is_refused_while_torchrun_trains(whole: Whole, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with torchrun(2, *options(whole.corpus), "--train.steps=100000", f"--run.dir={run}") as first:
         first.until(lambda: steps_done(run) >= 1, "the first step")
@@ -419,7 +383,6 @@ def test_a_trainer_is_refused_while_torchrun_trains(whole: Whole, tmp_path: Path
             done, _ = end_within(second, 30)
         assert f"process {owner}" in one_line([done_lines(done)])
         assert first.process.poll() is None
-    figures.add(tried=2, survived=2)
 
 
 LINGERING = """
@@ -437,7 +400,7 @@ Settings = Html = Image = lambda *words, **options: None
 """A wandb that starts a process of its own, which outlives everybody."""
 
 
-def test_the_lock_dies_with_its_process(server: ForkServer, whole: Whole, tmp_path: Path, figures: Figures) -> None:
+def test_the_lock_dies_with_its_process(server: ForkServer, whole: Whole, tmp_path: Path) -> None:
     """Killed, with a child of a child still there: the folder is free."""
     run, package = tmp_path / "run", tmp_path / "fake" / "wandb"
     package.mkdir(parents=True)
@@ -450,7 +413,6 @@ def test_the_lock_dies_with_its_process(server: ForkServer, whole: Whole, tmp_pa
         assert first.living()
         done = server.run(f"--run.resume={run}", "--train.steps=40", "--log.wandb=disabled")
         assert done.returncode == 0, done.stderr
-    figures.add(tried=1, survived=1)
 
 
 def owner(run: Path) -> int:
@@ -461,7 +423,7 @@ def owner(run: Path) -> int:
         return 0
 
 
-def test_the_lock_dies_with_its_process_while_workers_encode(tmp_path: Path, figures: Figures) -> None:
+def test_the_lock_dies_with_its_process_while_workers_encode(tmp_path: Path) -> None:
     text, run, cache = tmp_path / "large.txt", tmp_path / "run", tmp_path / "cache"
     text.write_text("".join(f"{k} foxes jumped over {k * k} lazy dogs on day {k % 365}.\n" for k in range(450_000)))
     argv = (*SHARED, "--data.tokenizer=byte", f"--data.source={text}", f"--run.dir={run}", "--data.workers=2")
@@ -493,4 +455,3 @@ def test_the_lock_dies_with_its_process_while_workers_encode(tmp_path: Path, fig
             kill(pid, signal.SIGCONT)
         first.nobody_left()
     shutil.rmtree(cache)
-    figures.add(tried=1, survived=1)

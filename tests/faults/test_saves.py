@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import Reference, checkpoints, committed, good, sha
 from tests.faults.hook import Hook
@@ -74,22 +73,17 @@ class Bench:
         lines = [line.split(maxsplit=2) for line in log.read_text().splitlines()]
         return [(operation, thread) for operation, thread, _ in lines]
 
-    def check(self, figures: Figures, what: str) -> None:
+    def check(self, what: str) -> None:
         """After a fault: nothing is lost, what stands there is whole, and the run ends as if nothing had happened."""
-        figures.add(tried=1)
         now = committed(self.run)
-        figures.add(steps_lost=max(0, STANDS - now))
         assert now in (STANDS, SAVES), what
         halves = [path for path in (self.run / "checkpoints").iterdir() if path.name.isdecimal() and not good(path)]
         assert not halves or self.damage is not nothing, what
         done = self.server.run(*self.going_on(ENDS))
         assert done.returncode == 0, f"{what}: {done.stderr}"
         assert "Traceback" not in done.stderr, what
-        figures.add(resumed=1)
         assert sha(self.run) == sha(self.whole.run), what
-        figures.add(equal=1)
         self.whole.check(self.run)
-        figures.add(survived=1)
 
 
 def nothing(run: Path) -> None:
@@ -133,17 +127,17 @@ def bench(server: ForkServer, whole: Reference, stands: Path, tmp_path: Path, re
 
 @pytest.mark.parametrize("share", range(SHARES))
 @pytest.mark.parametrize("bench", DAMAGES, indirect=True, ids=["clean", "over a damaged one", "over a leftover"])
-def test_killed_before_each_operation_of_a_save(bench: Bench, share: int, figures: Figures) -> None:
+def test_killed_before_each_operation_of_a_save(bench: Bench, share: int) -> None:
     events = bench.events()
     assert {"mkdir", "write", "fsync", "rename", "remove"} <= {operation for operation, _ in events}
     for at in range(1 + share, len(events) + 1, SHARES):
         done = bench.save(Hook(at=at))
         assert done.returncode == -signal.SIGKILL, (at, events[at - 1])
-        bench.check(figures, f"killed before operation {at} {events[at - 1]}")
+        bench.check(f"killed before operation {at} {events[at - 1]}")
 
 
 @pytest.mark.parametrize("lasting", [False, True])
-def test_each_operation_of_a_save_fails(bench: Bench, lasting: bool, figures: Figures) -> None:
+def test_each_operation_of_a_save_fails(bench: Bench, lasting: bool) -> None:
     """Once, or from then on."""
     events = [operation for operation, thread in bench.events() if thread == "main"]
     for at, operation in enumerate(events, 1):
@@ -155,16 +149,16 @@ def test_each_operation_of_a_save_fails(bench: Bench, lasting: bool, figures: Fi
         done = bench.save(hook)
         assert "cannot write the checkpoint" in said(done, 6), (at, operation)
         assert good(bench.run / "checkpoints" / f"{STANDS:06d}"), (at, operation)
-        bench.check(figures, f"{ERRORS[operation]} from operation {at} ({operation}), lasting: {lasting}")
+        bench.check(f"{ERRORS[operation]} from operation {at} ({operation}), lasting: {lasting}")
 
 
-def test_old_checkpoints_that_cannot_be_removed_stop_nobody(bench: Bench, figures: Figures) -> None:
+def test_old_checkpoints_that_cannot_be_removed_stop_nobody(bench: Bench) -> None:
     events = [operation for operation, thread in bench.events() if thread == "other"]
     assert "remove" in events
     for at, operation in enumerate(events, 1):
         done = bench.save(Hook(at=at, do="EIO", thread="other"))
         assert done.returncode == 0 and "Traceback" not in done.stderr, (at, operation, done.stderr)
-        bench.check(figures, f"EIO at operation {at} ({operation}) of pruning")
+        bench.check(f"EIO at operation {at} ({operation}) of pruning")
 
 
 # ---- the same at the system calls ----
@@ -187,17 +181,17 @@ def changes(bench: Bench) -> list[Call]:
 
 
 @pytest.mark.parametrize("share", range(SHARES))
-def test_killed_at_each_system_call_of_a_save(bench: Bench, share: int, figures: Figures) -> None:
+def test_killed_at_each_system_call_of_a_save(bench: Bench, share: int) -> None:
     log = bench.scratch / "killed"
     targets = changes(bench)
     for call in targets[share::SHARES]:
         done = bench.stopped_before_saving(log, *call.as_target("signal=KILL"))
         assert done.returncode == -signal.SIGKILL, (call.text, log.read_text())
-        bench.check(figures, f"killed at {call.text}")
+        bench.check(f"killed at {call.text}")
 
 
 @pytest.mark.parametrize("share", range(SHARES))
-def test_each_system_call_of_a_save_fails(bench: Bench, share: int, figures: Figures) -> None:
+def test_each_system_call_of_a_save_fails(bench: Bench, share: int) -> None:
     """ENOSPC where something is written or made, EIO where it is forced to the disk or renamed."""
     log = bench.scratch / "failed"
     targets = [call for call in changes(bench) if not call.name.startswith(("unlink", "rmdir"))]
@@ -211,10 +205,10 @@ def test_each_system_call_of_a_save_fails(bench: Bench, share: int, figures: Fig
         else:
             assert good(bench.run / "checkpoints" / f"{SAVES:06d}") and "Traceback" not in done.stderr, call.text
             assert call.thread != "main", call.text
-        bench.check(figures, f"{error} at {call.text}")
+        bench.check(f"{error} at {call.text}")
 
 
-def test_the_order_of_a_save_as_the_kernel_sees_it(bench: Bench, figures: Figures) -> None:
+def test_the_order_of_a_save_as_the_kernel_sees_it(bench: Bench) -> None:
     """Files, their fsync, the manifest, its fsync, the folder's, the rename, the parent's fsync; then all is read
     back, and only then the old one goes."""
     found = traced(bench)
@@ -244,4 +238,3 @@ def test_the_order_of_a_save_as_the_kernel_sees_it(bench: Bench, figures: Figure
     for name in map(Path, files):
         read = [i for i in positions("open", f"{final}/{name.name}") if not found[i].changes]
         assert read and renamed < read[0] < min(touched)
-    figures.add(tried=1, survived=1)

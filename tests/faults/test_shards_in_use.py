@@ -20,7 +20,6 @@ import pytest
 from common.errors import DATA, DISK_OR_MEMORY
 from data.config import DataConfig, cache_folder
 from data.prepare import prepare
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, Reference
 from tests.faults.hook import Hook
@@ -87,7 +86,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_shard_changes_under_a_loop_that_reads_it(harm: str, tmp_path: Path, figures: Figures) -> None:
+def test_a_shard_changes_under_a_loop_that_reads_it(harm: str, tmp_path: Path) -> None:
     """At any moment, perhaps in the middle of reading: the reader never sees another token, nor is it killed."""
     (tmp_path / "text.txt").write_text(CORPUS * 50)
     made = prepare(DataConfig(source=str(tmp_path / "text.txt"), tokenizer="byte"), progress=False)
@@ -95,7 +94,6 @@ def test_a_shard_changes_under_a_loop_that_reads_it(harm: str, tmp_path: Path, f
     command = [sys.executable, "-c", READER, str(made.folder), made.fingerprint, str(stop)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as reader:
         assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
-        figures.add(tried=1)
         change, code = HARMS[harm]
         change(path)
         if not code:
@@ -104,13 +102,12 @@ def test_a_shard_changes_under_a_loop_that_reads_it(harm: str, tmp_path: Path, f
         out, err = reader.communicate(timeout=60)
     assert (reader.returncode, err) == (code, "") and bool(out) == bool(code)
     assert not code or (str(path) in out and f"remove the folder {made.folder.name}" in out)
-    figures.add(survived=1)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_shard_changes_under_a_run(
-    split: str, harm: str, server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
+    split: str, harm: str, server: ForkServer, reference: Reference, tmp_path: Path
 ) -> None:
     """The token that changes need not be one of the next batch: what was written to is looked through as a whole."""
     run = tmp_path / "run"
@@ -119,7 +116,6 @@ def test_a_shard_changes_under_a_run(
     [shard] = cache_folder().glob(f"tokens-*/{split}-00000.npy")
     change, code = HARMS[harm]
     change(shard)
-    figures.add(tried=1)
     child.send(signal.SIGCONT)
     done = child.wait()
     if code:
@@ -127,29 +123,22 @@ def test_a_shard_changes_under_a_run(
         assert str(shard) in line and f"remove the folder {shard.parent.name}" in line
         done = server.run(f"--run.resume={run}")
         assert f"{shard.parent} is damaged" in done.stderr
-        figures.add(resumed=1, equal=1)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     reference.check(run)
-    figures.add(survived=1)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_disk_fails_under_a_run(
-    split: str, server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_disk_fails_under_a_run(split: str, server: ForkServer, reference: Reference, tmp_path: Path) -> None:
     """Every reading of a shard gives EIO, as the kernel would say it."""
     require_strace()
     run = tmp_path / "run"
     child = server.start(*reference.argv, f"--run.dir={run}", hook=IN_A_SAVE)
     child.stopped()
     [shard] = cache_folder().glob(f"tokens-*/{split}-00000.npy")
-    figures.add(tried=1)
     fails = ["-P", str(shard), "-e", "trace=pread64", "-e", "inject=pread64:error=EIO"]
     done = under_strace(child, tmp_path / "log", fails)
     line = said(done, DISK_OR_MEMORY)
     assert str(shard) in line and os.strerror(5) in line
     done = server.run(f"--run.resume={run}")
     assert done.returncode == 0 and "damaged" not in done.stderr, done.stderr
-    figures.add(resumed=1)
     reference.check(run)
-    figures.add(survived=1, equal=1)

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from inspection.attention_file import read_attention_file
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, numbers
 from tests.faults.hook import Hook
@@ -112,7 +111,7 @@ LAST_BUT = {"a sample": 8, "a dump": 8, "a save, its folder": 6, "a save, a file
 @ASKED
 @pytest.mark.parametrize("moment", WRITTEN)
 def test_a_signal_while_something_is_written(
-    moment: str, number: int, server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
+    moment: str, number: int, server: ForkServer, reference: Reference, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     chosen = WRITTEN[moment]
@@ -125,12 +124,11 @@ def test_a_signal_while_something_is_written(
     if moment in ("the plot", "the heads", "the page"):
         assert committed(run) == 12
     go_on(server, reference, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @ASKED
 def test_a_signal_while_the_corpus_is_prepared(
-    number: int, server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
+    number: int, server: ForkServer, reference: Reference, tmp_path: Path
 ) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"
     hook = Hook(1, signal.Signals(number).name, "open", "val-00000.npy", under=str(cache))
@@ -141,7 +139,6 @@ def test_a_signal_while_the_corpus_is_prepared(
     done = server.run(*reference.argv, f"--run.dir={run}", env=env)
     assert done.returncode == 0, done.stderr
     reference.check(run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 # ---- moments that are seen from outside ----
@@ -153,9 +150,7 @@ LOADING = ("libffi", "libtorch_python", "_multiarray_umath", "libcrypto", "safet
 
 @ASKED
 @pytest.mark.parametrize("library", LOADING)
-def test_a_signal_while_modules_are_imported(
-    library: str, number: int, corpus: Path, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_signal_while_modules_are_imported(library: str, number: int, corpus: Path, tmp_path: Path) -> None:
     """Importers often take any exception for a sign that something is not installed: it must end all the same."""
     run = tmp_path / "run"
     with train(*FAULTY, f"--data.source={corpus}", f"--run.dir={run}") as started:
@@ -164,7 +159,6 @@ def test_a_signal_while_modules_are_imported(
         done = started.end(SOON)
     check_stopped(run, done.returncode, number, done.stderr)
     assert not done.stderr and not (run / "config.toml").exists()
-    figures.add(tried=1, survived=1)
 
 
 def encoders(started: Started) -> list[int]:
@@ -173,7 +167,7 @@ def encoders(started: Started) -> list[int]:
 
 
 @ASKED
-def test_a_signal_while_workers_encode_the_corpus(number: int, tmp_path: Path, figures: Figures) -> None:
+def test_a_signal_while_workers_encode_the_corpus(number: int, tmp_path: Path) -> None:
     """A corpus large enough to be shared among processes; none of them outlives the run."""
     text, run, cache = tmp_path / "large.txt", tmp_path / "run", tmp_path / "cache"
     text.write_text("".join(f"{k} foxes jumped over {k * k} lazy dogs on day {k % 365}.\n" for k in range(450_000)))
@@ -185,14 +179,11 @@ def test_a_signal_while_workers_encode_the_corpus(number: int, tmp_path: Path, f
         started.nobody_left()
     check_stopped(run, done.returncode, number, done.stderr)
     assert not (run / "config.toml").exists() and not list(cache.glob("tokens-*/manifest.json"))
-    figures.add(tried=1, survived=1)
 
 
 @ASKED
 @pytest.mark.parametrize("step", [1, 2], ids=["the first step", "a step"])
-def test_a_signal_in_a_step(
-    step: int, number: int, server: ForkServer, slow: Reference, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_signal_in_a_step(step: int, number: int, server: ForkServer, slow: Reference, tmp_path: Path) -> None:
     """The step is finished and saved, and the user is told how to go on."""
     run = tmp_path / "run"
     running = Forked(server, *slow.argv, f"--run.dir={run}")
@@ -201,13 +192,12 @@ def test_a_signal_in_a_step(
     assert committed(run) == steps_done(run) and step - 1 <= steps_done(run) <= step
     assert f"--run.resume {run}" in running.said()
     go_on(server, slow, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @ASKED
 @pytest.mark.parametrize("step", [4, 8], ids=["an evaluation", "the last evaluation"])
 def test_a_signal_in_an_evaluation(
-    step: int, number: int, server: ForkServer, evaluating: Reference, tmp_path: Path, figures: Figures
+    step: int, number: int, server: ForkServer, evaluating: Reference, tmp_path: Path
 ) -> None:
     """It is broken off after the batch in hand, and made again when the run goes on: told once."""
     run = tmp_path / "run"
@@ -217,12 +207,11 @@ def test_a_signal_in_an_evaluation(
     assert committed(run) == step
     assert dict(numbers(run)[-1]).get("val_loss") is None
     go_on(server, evaluating, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @ASKED
 def test_a_signal_while_heads_are_taken_away(
-    number: int, server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
+    number: int, server: ForkServer, reference: Reference, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     running = Forked(server, *reference.argv, f"--run.dir={run}")
@@ -230,13 +219,10 @@ def test_a_signal_while_heads_are_taken_away(
     stop(running, number, run)
     assert committed(run) == 12
     go_on(server, reference, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @ASKED
-def test_a_signal_after_the_last_line(
-    number: int, server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_signal_after_the_last_line(number: int, server: ForkServer, reference: Reference, tmp_path: Path) -> None:
     """It may come before the process has ended, or find nobody; what the run left is whole either way."""
     run = tmp_path / "run"
     running = Forked(server, *reference.argv, f"--run.dir={run}")
@@ -247,15 +233,12 @@ def test_a_signal_after_the_last_line(
     assert "Traceback" not in done.stderr, done.stderr
     reference.check(run)
     go_on(server, reference, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 # ---- more than one signal ----
 
 
-def test_a_second_interrupt_leaves_at_once(
-    server: ForkServer, slow: Reference, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_second_interrupt_leaves_at_once(server: ForkServer, slow: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = Forked(server, *slow.argv, f"--run.dir={run}")
     running.until(lambda: steps_done(run) == 1, "the second step")
@@ -269,12 +252,11 @@ def test_a_second_interrupt_leaves_at_once(
     check_stopped(run, done.returncode, signal.SIGINT, done.stderr)
     assert committed(run) == 0  # step 2 was not waited for
     go_on(server, slow, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync"])
 def test_a_second_interrupt_in_a_save_breaks_nothing(
-    operation: str, server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
+    operation: str, server: ForkServer, reference: Reference, tmp_path: Path
 ) -> None:
     """The save is held at each operation from this one on, so that both signals fall into it."""
     run = tmp_path / "run"
@@ -292,7 +274,6 @@ def test_a_second_interrupt_in_a_save_breaks_nothing(
     check_stopped(run, done.returncode, signal.SIGINT, done.stderr)
     assert committed(run) >= before
     go_on(server, reference, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 @pytest.mark.parametrize(
@@ -304,13 +285,7 @@ def test_a_second_interrupt_in_a_save_breaks_nothing(
     ids=["an echo", "SIGTERM twice"],
 )
 def test_what_is_no_second_interrupt_still_saves(
-    numbers_sent: tuple[int, int],
-    apart: float,
-    code: int,
-    server: ForkServer,
-    slow: Reference,
-    tmp_path: Path,
-    figures: Figures,
+    numbers_sent: tuple[int, int], apart: float, code: int, server: ForkServer, slow: Reference, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     running = Forked(server, *slow.argv, f"--run.dir={run}")
@@ -323,15 +298,12 @@ def test_what_is_no_second_interrupt_still_saves(
     check_stopped(run, done.returncode, numbers_sent[0], done.stderr)
     assert done.returncode == code and committed(run) == 2
     go_on(server, slow, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 # ---- a terminal that closes ----
 
 
-def test_a_closed_terminal_is_a_request_to_stop(
-    server: ForkServer, slow: Reference, tmp_path: Path, figures: Figures
-) -> None:
+def test_a_closed_terminal_is_a_request_to_stop(server: ForkServer, slow: Reference, tmp_path: Path) -> None:
     """The kernel sends SIGHUP, and whatever is printed from then on fails: the run saves and ends all the same."""
     run = tmp_path / "run"
     master, terminal = pty.openpty()
@@ -349,7 +321,6 @@ def test_a_closed_terminal_is_a_request_to_stop(
     check_stopped(run, done.returncode, signal.SIGHUP)
     assert committed(run) == 2
     go_on(server, slow, run)
-    figures.add(tried=1, survived=1, resumed=1, equal=1)
 
 
 def drained(master: int) -> bool:
@@ -360,9 +331,7 @@ def drained(master: int) -> bool:
     return True
 
 
-def test_signals_that_were_ignored_from_the_start_stay_ignored(
-    reference: Reference, tmp_path: Path, figures: Figures
-) -> None:
+def test_signals_that_were_ignored_from_the_start_stay_ignored(reference: Reference, tmp_path: Path) -> None:
     """`nohup` ignores SIGHUP, and a shell ignores SIGINT for what a script starts with `&`."""
     run = tmp_path / "run"
     both = (signal.SIGHUP, signal.SIGINT)
@@ -373,10 +342,9 @@ def test_signals_that_were_ignored_from_the_start_stay_ignored(
         done = started.end(60)
     assert done.returncode == 0, done.stderr
     reference.check(run)
-    figures.add(tried=2, survived=2)
 
 
-def test_the_reader_of_the_output_goes_away(slow: Reference, tmp_path: Path, figures: Figures) -> None:
+def test_the_reader_of_the_output_goes_away(slow: Reference, tmp_path: Path) -> None:
     """`train.py | head -3`: a run is worth more than its lines; it goes on to its end."""
     run = tmp_path / "run"
     reader, pipe = os.pipe()
@@ -387,4 +355,3 @@ def test_the_reader_of_the_output_goes_away(slow: Reference, tmp_path: Path, fig
         done = started.end(60)
     assert "Traceback" not in done.stderr, done.stderr
     slow.check(run)
-    figures.add(tried=1, survived=1)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Figures
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import Reference
 from tests.faults.started import WORD, Forked, allowed, environment, pids, train
@@ -77,7 +76,7 @@ def living(word: str) -> list[int]:
 
 
 def test_whatever_wandb_does_a_run_ends_with_the_same_weights_and_in_time(
-    server: ForkServer, reference: Reference, tmp_path: Path, figures: Figures
+    server: ForkServer, reference: Reference, tmp_path: Path
 ) -> None:
     """All at once, as they mostly wait."""
     assert SILENCE <= 10 and PATIENCE <= 30  # what is promised
@@ -108,11 +107,10 @@ def test_whatever_wandb_does_a_run_ends_with_the_same_weights_and_in_time(
         assert len(said) == wanted and all(line.startswith("wandb is out (") for line in said), (case, done.stderr)
         assert "\x1b" not in done.stdout + done.stderr
         assert not living(str(folder)), case
-        figures.add(tried=1, survived=1, resumed=0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_a_server_that_cannot_be_reached(reference: Reference, tmp_path: Path, figures: Figures) -> None:
+def test_a_server_that_cannot_be_reached(reference: Reference, tmp_path: Path) -> None:
     """The real wandb, which tries for a long time; the run waits for it no longer than is stated."""
     run = tmp_path / "run"
     env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "HOME": str(tmp_path)}
@@ -127,4 +125,3 @@ def test_a_server_that_cannot_be_reached(reference: Reference, tmp_path: Path, f
     assert took < SILENCE + allowed(SLACK)
     (said,) = (line for line in done.stderr.splitlines() if line.strip())
     assert said.startswith("wandb is out (")
-    figures.add(tried=1, survived=1)
