@@ -158,7 +158,7 @@ def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
         pairs += own
     length = max_text_length(model, len(texts) + RECORDED_HELD_OUT + len(KINDS) + 2)
     texts = [(name, tokens[:length]) for name, tokens in texts] + held_out_texts(data, length)
-    used = np.unique(data.train.read(0, min(len(data.train), 200_000))).tolist()
+    used = np.unique(data.train.tokens[:200_000]).tolist()
     repeats = repeated_sequences(used, tokenizer.end_of_text, length, config.run.seed)
     return EvalTexts(tuple(texts), repeats, tuple(pair for pair in pairs if pair.length <= model.context))
 
@@ -173,7 +173,7 @@ def held_out_texts(data: TokenizedCorpus, length: int) -> list[tuple[str, tuple[
         bounds[-1] = int(val.document_starts[HELD_OUT_TEXTS])
     apart = max(length, (bounds[-1] - bounds[0]) // HELD_OUT_TEXTS)
     pieces = [(start, min(start + length, end)) for a, end in pairwise(bounds) for start in range(a, end, apart)]
-    texts = [tuple(val.read(start, end).tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
+    texts = [tuple(val.tokens[start:end].tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
     return [(f"{HELD_OUT} {k}", tokens) for k, tokens in enumerate(texts, 1)]
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks.results import Page, page
 from benchmarks.side_by_side import Target, alternate, options, targets
 from benchmarks.side_by_side import table as markdown
-from data.encoding import available_cores
+from data.prepare import available_cores
 
 BLOCK_WORDS = 1_000_000
 SEPARATOR = "<|endoftext|>\n"

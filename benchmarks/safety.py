@@ -85,7 +85,7 @@ def save(root: str | None, rounds: int) -> None:
 
 def watched() -> dict[str, list[float]]:
     """Put a clock on everything that keeps a run safe; the seconds of each call, by what it is for."""
-    from data.manifest import Stored
+    from data import prepare
     from training import run_dir as folder
     from training import saving
     from training.trainer import Trainer
@@ -93,7 +93,7 @@ def watched() -> dict[str, list[float]]:
     parts: tuple[tuple[str, Any, str], ...] = (
         ("locking the folder", folder, "lock_folder"),
         ("refusing links in it", folder, "check_links"),
-        ("verifying the tokens", Stored, "verify"),
+        ("verifying the tokens", prepare, "_sha256"),
         ("finite numbers only", saving, "check_finite"),
         ("hashing, as it is written", saving.Hashed, "take"),
         ("verifying what is written", saving.CheckpointWriter, "verify"),

@@ -55,7 +55,7 @@ def random_tokens(path: Path, vocab_size: int, count: int = 1_000_000) -> None:
 def corpus(path: Path, vocab_size: int) -> TokenizedCorpus:
     """The tokens of a file as one document, all of them for training and the first few to validate on."""
     tokens, start = np.load(path, mmap_mode="r"), np.zeros(1, np.int64)
-    train, val = (TokenSplit((part,), start, len(part), vocab_size) for part in (tokens, tokens[:10_000]))
+    train, val = (TokenSplit(part, start, len(part)) for part in (tokens, tokens[:10_000]))
     return TokenizedCorpus("random numbers", path.parent, Numbers(vocab_size), train, val, "random", None)
 
 

@@ -1,8 +1,4 @@
-"""The one error that a user sees, and the exit codes.
-
-A leaf: it imports nothing of ours, so that every part of the house can raise `UserError` where the trouble is known.
-It is caught once, in each script's `main()`.
-"""
+"""`UserError`, the exit codes, and `run_main`, which every script runs in. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -29,17 +25,14 @@ IN_USE = 7
 LOST_PROCESS = 8
 INTERRUPTED = 130
 
-AGAIN = 0.05
-"""Seconds after which a signal that came while a module was imported is looked at once more."""
-TURN = 3.0
-"""Seconds that a process waits for the first one to say what is wrong with the settings."""
-
-DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""What the system says of a disk that is full, broken or locked: no bug of ours, wherever it is met."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""A disk that is full, broken or read-only: reported as a user's problem wherever it occurs."""
+RANK_ZERO_SECONDS = 3.0
+"""How long the other processes of a torchrun wait for rank 0 to report a mistake in the options."""
 
 
 class UserError(Exception):
-    """Something the user can mend. `message` says what is wrong, where, and what to do, in one line."""
+    """Something the user can fix. `message` says in one line (or one a problem) what is wrong, where, and what to do."""
 
     def __init__(self, message: str, exit_code: int = CONFIG) -> None:
         super().__init__(message)
@@ -47,105 +40,61 @@ class UserError(Exception):
 
 
 def escape_control_chars(text: object) -> str:
-    """`text` with control characters and lone surrogates escaped, so that no file name or token drives a terminal."""
+    """`text` with control characters and lone surrogates escaped: file names and tokens must not drive a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run a script: a `UserError` becomes one line on stderr and its exit code; any other error is a bug.
+    """Run a script. A `UserError` becomes one line on stderr and its exit code; any other error is a bug.
 
-    `--debug` anywhere on the command line shows the traceback of a `UserError` too. A reader that goes away
-    (`| head`) ends the program quietly. SIGTERM ends it as Ctrl-C does, so that what is half-written is tidied up;
-    the training loop has its own way (`training/signals.py`).
+    `--debug` anywhere on the command line prints the traceback of a `UserError` too. SIGINT and SIGTERM exit with 130
+    and 143 and without a traceback; the training loop handles them itself (`training/signals.py`). A closed pipe
+    (`| head`) ends the program quietly.
     """
-    seldom_collect()
+    relax_gc()
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    for number in signals:  # those that are ignored (`nohup`, `&`) stay ignored
+        signal.signal(number, exit_on_signal)
     try:
-        with Asked().listening():
-            run(main)
-    except BaseException as end:
-        if "RANK" in os.environ:
-            leave(end)
-        raise
+        _run(main)
+        end: BaseException = SystemExit(0)
+    except BaseException as error:
+        if "RANK" not in os.environ:
+            raise
+        end = error
+    finally:
+        for number in signals:  # exit handlers of libraries cannot cope with an exception
+            signal.signal(number, signal.SIG_DFL)
     if "RANK" in os.environ:
-        leave(SystemExit(0))
+        exit_without_teardown(end)
 
 
-def seldom_collect() -> None:
-    """Let Python look for cycles of objects seldom, and at the end of the process not at all.
-
-    Loading torch makes hundreds of thousands of objects that stay. Looking through them, many times while they come and
-    once more at the end, takes a third of the time of a short command.
-    """
+def relax_gc() -> None:
+    """Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start."""
     gc.set_threshold(100_000, 20, 100)
     atexit.register(gc.freeze)
 
 
-class Asked:
-    """Ends the program on SIGINT or SIGTERM, and remembers that it was asked to.
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Exit with 128 + signal. During an import the process ends at once: importers often catch any exception, and one
+    inside of torch's libraries aborts the process."""
+    importing = False
+    while frame is not None and not importing:
+        importing, frame = frame.f_code.co_filename == "<frozen importlib._bootstrap>", frame.f_back
+    if importing:
+        with contextlib.suppress(OSError, RuntimeError):
+            sys.stdout.flush()
+        os._exit(128 + number)
+    sys.exit(128 + number)
 
-    What a signal's handler raises can get lost: who imports a library that need not be there often takes any exception
-    for a sign that it is not; in torch's own libraries it can abort the process. So what is being imported comes to
-    its end first, a start looks once more before it leaves anything behind (`end_if_asked`), and so does the end.
+
+def exit_without_teardown(end: BaseException) -> NoReturn:
+    """End a process of torchrun after its exit handlers, without tearing down the interpreter.
+
+    A gloo thread that releases a tensor during teardown aborts the process or deadlocks (pytorch pull request 179291).
     """
-
-    number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGALRM:
-            self.number = number
-        if is_importing(frame):
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        else:
-            sys.exit(128 + self.number)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take over the signals, but one that is ignored (`nohup`, `&`).
-
-        Whatever came of one that got lost, the program ends as it asks. After the body a signal ends the process
-        at once and without a word: all is written, and the exit handlers of libraries can't stand an exception.
-        """
-        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        for number in (*numbers, signal.SIGALRM):
-            signal.signal(number, self)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number in (*numbers, signal.SIGALRM):
-                signal.signal(number, signal.SIG_DFL)
-            if self.number:
-                sys.exit(128 + self.number)
-
-
-def is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported where the program stands."""
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            return True
-        frame = frame.f_back
-    return False
-
-
-def end_if_asked() -> None:
-    """End the program if a signal has asked for it and the exception got lost."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asked = signal.getsignal(number)
-        if isinstance(asked, Asked) and asked.number:
-            sys.exit(128 + asked.number)
-
-
-def leave(end: BaseException) -> NoReturn:
-    """End one of torchrun's processes after its exit handlers, but without taking anything down; `end` is still held.
-
-    A thread of gloo that lets go of a tensor needs Python's lock for it. If Python is being taken down by then, the
-    process is aborted, which torchrun takes for a failure (pytorch pull request 179291). If DDP is, which waits for the
-    thread and holds the lock, the process hangs. What an exception has passed through lives as long as the exception.
-    """
-    if isinstance(end, SystemExit):
-        code = int(end.code or 0)
-    else:
-        code = 1
+    code = int(end.code or 0) if isinstance(end, SystemExit) else 1
+    if not isinstance(end, SystemExit):
         sys.excepthook(type(end), end, end.__traceback__)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -154,42 +103,39 @@ def leave(end: BaseException) -> NoReturn:
     os._exit(code)
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """What `run_main` does, up to the end of the process."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character gets its code, not a traceback
+def _run(main: Callable[[list[str]], None]) -> None:
+    """Call `main` and turn its errors into exit codes."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without a character gets its code, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    argv = sys.argv[1:]
-    debug = "--debug" in argv
+    debug = "--debug" in sys.argv
     try:
-        main([a for a in argv if a != "--debug"])
+        main([word for word in sys.argv[1:] if word != "--debug"])
         sys.stdout.flush()
     except UserError as error:
-        end_if_asked()  # what came of a lost signal need not be said
-        refuse(error, debug)
+        _report(error, debug)
     except BrokenPipeError:
-        # Python would complain again while it flushes stdout at exit; there is nobody left to read.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
         sys.exit(0)
     except OSError as error:
-        if error.errno not in DISK_FAILURES:
+        if error.errno not in DISK_ERRORS:
             raise
-        refuse(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}", DISK_OR_MEMORY), debug)
-    except KeyboardInterrupt:  # somebody else's
+        _report(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}", DISK_OR_MEMORY), debug)
+    except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def refuse(error: UserError, debug: bool) -> NoReturn:
-    """Say what is wrong and end with its exit code. Of torchrun's processes one speaks for all of a wrong setting."""
+def _report(error: UserError, debug: bool) -> NoReturn:
+    """Print what is wrong and exit. Of a torchrun, only local rank 0 reports a mistake in the options."""
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():
             print(escape_control_chars(line), file=sys.stderr)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    # What is wrong with the text is most often wrong everywhere; the first of the machine's processes comes first.
-    who = f"error (process {os.environ.get('RANK')})" if error.exit_code == DATA and not first else "error"
-    if first or error.exit_code != CONFIG:
-        for line in str(error).splitlines():
-            print(f"{who}: {escape_control_chars(line)}", file=sys.stderr)
-    else:
-        time.sleep(TURN)  # torchrun ends all once one has ended: not before the first has spoken
+    is_rank_zero = os.environ.get("LOCAL_RANK", "0") == "0"
+    if error.exit_code == CONFIG and not is_rank_zero:
+        time.sleep(RANK_ZERO_SECONDS)  # torchrun ends all processes once one has ended
+        sys.exit(error.exit_code)
+    # Bad data is usually bad everywhere, but the processes read different parts of it.
+    process = f" (process {os.environ.get('RANK')})" if error.exit_code == DATA and not is_rank_zero else ""
+    for line in str(error).splitlines():
+        print(f"error{process}: {escape_control_chars(line)}", file=sys.stderr)
     sys.exit(error.exit_code)

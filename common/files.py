@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all: a reader never meets half of one."""
+"""Files that are written atomically, and the reader of `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common.errors import DISK_OR_MEMORY, UserError
+from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Put the chunks in the place of `path` in one step, once they are safely on disk; its folder is made if need be.
+    """Replace a file in one step, once the chunks are on the disk; its folder is created if needed.
 
     Raises:
-        UserError: if the file cannot be written (exit code 6); what was there before stays.
+        UserError: if it cannot be written (exit code 6); the previous file stays.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,20 +28,20 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
                 file.writelines(chunks)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
+            os.chmod(temporary, 0o644)  # mkstemp allows only the owner to read
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
+        raise UserError(f"cannot write {escape_control_chars(path)}: {error.strerror}", DISK_OR_MEMORY) from error
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what `write_atomic` had begun beside its files when its process was killed."""
+    """Remove the temporary files that `write_atomic` leaves in a folder when its process is killed."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
-            with contextlib.suppress(OSError):  # a leftover does no harm
+            with contextlib.suppress(OSError):
                 path.unlink()
 
 

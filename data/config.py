@@ -1,4 +1,4 @@
-"""What can be set about the data. Free of torch, so that a mistyped option is answered at once."""
+"""Data settings. Imports no torch, so that a mistyped option is reported at once."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes tokens."""
+    """Data settings."""
 
     source: str = "stories"
-    """`stories`, `repeats`, `shakespeare`, a text file, a folder, or a glob such as 'texts/*.txt'."""
+    """Training text: `stories`, `repeats`, `shakespeare`, a text file, a folder, or a glob such as 'texts/*.txt'."""
     tokenizer: str = "bpe"
     """`char`, `byte`, `bpe` (trained on the corpus), or a tiktoken encoding such as `gpt2` or `cl100k_base`."""
     vocab_size: int = 1024
-    """Size of a trained `bpe` vocabulary, the 256 bytes and the end-of-text token included."""
+    """Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text."""
     val_fraction: float = 0.1
-    """Share of the text that is held out: whole documents where there are several, else the tail. A named corpus has
-    its own."""
+    """Fraction of the text that is held out for validation: whole documents if there are several, else the end. Named
+    corpora have a split of their own."""
     workers: int = 0
-    """Processes that encode a large corpus; 0 takes one for each core."""
+    """Worker processes that encode a large corpus; 0: one for each CPU core."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, a line each; empty when all is well."""
-        found = []
+        """One line for each invalid value."""
+        problems = []
         if not self.source:
-            found.append("data.source is empty; name a corpus, a file, a folder or a glob")
+            problems.append("data.source is empty; name a corpus, a file, a folder or a glob")
         if not 257 <= self.vocab_size <= 1_000_000:
-            found.append(f"data.vocab_size is {self.vocab_size}; it must lie between 257 and 1,000,000")
+            problems.append(f"data.vocab_size is {self.vocab_size}; it must be between 257 and 1,000,000")
         if not 0 < self.val_fraction < 1:
-            found.append(f"data.val_fraction is {self.val_fraction}; it must lie between 0 and 1, such as 0.1")
+            problems.append(f"data.val_fraction is {self.val_fraction}; it must be between 0 and 1, such as 0.1")
         if self.workers < 0:
-            found.append(f"data.workers is {self.workers}; it must be 0 (one for each core) or more")
-        return found
+            problems.append(f"data.workers is {self.workers}; it must be 0 (one for each CPU core) or more")
+        return problems
 
 
 def cache_folder() -> Path:
-    """Where downloads and prepared tokens are kept.
+    """The folder for downloads and token files.
 
     `$GLASSGPT_CACHE`, else `$XDG_CACHE_HOME/glassgpt`, else `~/.cache/glassgpt`.
     """
-    if chosen := os.environ.get("GLASSGPT_CACHE"):
-        return Path(chosen)
+    if folder := os.environ.get("GLASSGPT_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glassgpt"

@@ -1,11 +1,8 @@
-"""What a loss is compared with: three models that need no training to speak of.
+"""N-gram baselines that a validation loss is compared with.
 
-Where this stands: beside the loop. It reads the token shards that `prepare.py` wrote and answers the question
-that a newcomer has about "loss 2.1": is that good? A model that has learned the words' frequencies reaches
-the unigram figure; one that beats the trigram figure uses more than the two tokens before.
-
-All figures are nats per token over the targets of the validation split: every token but the leading
-end-of-text, the same tokens that the model is asked for.
+A model that has learned the frequencies of tokens reaches the unigram loss; one that beats the trigram loss uses more
+than the two previous tokens. All losses are nats per token over the targets of the validation split: every token but
+the leading end-of-text.
 """
 
 from __future__ import annotations
@@ -18,9 +15,9 @@ import numpy as np
 from data.token_dataset import TokenSplit
 
 TRAIN_LIMIT = 20_000_000
-"""Training tokens that are counted, from the start of the split. More would take memory and change little."""
+"""Maximum number of training tokens, from the start of the split. More would take memory and change little."""
 VAL_LIMIT = 2_000_000
-"""Validation targets that are scored, from the start of the split."""
+"""Maximum number of validation targets, from the start of the split."""
 
 
 def baselines(
@@ -30,35 +27,32 @@ def baselines(
     train_limit: int = TRAIN_LIMIT,
     val_limit: int = VAL_LIMIT,
 ) -> dict[str, float]:
-    """Nats per token of `uniform`, `unigram` and `trigram` on the validation split, learned from the training
-    split.
-    """
+    """Nats per token of `uniform`, `unigram` and `trigram` on the validation split, trained on the training split."""
     model = KneserNey.fit(trigrams(train, train_limit), vocab_size)
-    wanted = trigrams(val, val_limit)
+    targets = trigrams(val, val_limit)
     return {
         "uniform": math.log(vocab_size),
-        "unigram": float(-np.log(unigram(train, vocab_size, train_limit)[wanted[:, 2]]).mean()),
-        "trigram": float(-np.log(model.probability(wanted)).mean()),
+        "unigram": float(-np.log(unigram(train, vocab_size, train_limit)[targets[:, 2]]).mean()),
+        "trigram": float(-np.log(model.probability(targets)).mean()),
     }
 
 
 def bits_per_byte(nats_per_token: float, n_tokens: int, n_bytes: int) -> float:
     """A loss in bits per byte of text: nats_per_token * n_tokens / (ln 2 * n_bytes).
 
-    Unlike a loss per token it can be compared between tokenizers. `n_tokens` counts the targets, ends of
-    documents included, for they have to be predicted too; `n_bytes` is `TokenSplit.n_bytes`, the UTF-8 text
-    alone.
+    Unlike a loss per token it is comparable between tokenizers. `n_tokens` is the number of targets, including
+    end-of-text; `n_bytes` is `TokenSplit.n_bytes`, the UTF-8 text alone.
     """
     return nats_per_token * n_tokens / (math.log(2) * n_bytes)
 
 
 def trigrams(split: TokenSplit, limit: int) -> np.ndarray:
-    """Each target with the two tokens before it, (n, 3) int64, oldest first; the first `limit` targets.
+    """The first `limit` targets, each after its two previous tokens, (n, 3) int64, oldest first.
 
-    No row reaches across the start of a document: where the token before is the end-of-text that begins the
-    target's document, it stands in the oldest place as well.
+    No row crosses the start of a document: if the previous token is the end-of-text before the target's document, it
+    takes the oldest place too.
     """
-    tokens = split.read(0, limit + 1).astype(np.int64)
+    tokens = split.tokens[: limit + 1].astype(np.int64)
     before = tokens[:-1]
     oldest = np.concatenate([before[:1], before[:-1]])
     starts = np.asarray(split.document_starts)
@@ -68,50 +62,43 @@ def trigrams(split: TokenSplit, limit: int) -> np.ndarray:
 
 
 def unigram(split: TokenSplit, vocab_size: int, limit: int = TRAIN_LIMIT) -> np.ndarray:
-    """Probability of each token by its frequency among the targets, one added to each count so that none is
-    zero.
-    """
-    counts = np.bincount(split.read(1, limit + 1), minlength=vocab_size)
+    """Probability of each token: its frequency among the targets, with one added to each count."""
+    counts = np.bincount(split.tokens[1 : limit + 1], minlength=vocab_size)
     return (counts + 1) / (counts.sum() + vocab_size)
 
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """One length of n-gram: which were seen, how often, and what was seen of the contexts that they begin
-    with.
-    """
+    """The n-grams of one length, their counts, and the statistics of their contexts (all but the last token)."""
 
     keys: np.ndarray
-    """int64, the n-grams packed to numbers, ascending."""
+    """int64, the n-grams packed into numbers, ascending."""
     counts: np.ndarray
     context_keys: np.ndarray
     """int64, the n-grams without their last token, packed, ascending."""
     totals: np.ndarray
-    """Sum of the counts of a context's n-grams."""
+    """Sum of the counts of each context's n-grams."""
     followers: np.ndarray
-    """How many different tokens followed a context."""
+    """Number of different tokens after each context."""
     discount: float
 
     @classmethod
     def fit(cls, keys: np.ndarray, counts: np.ndarray, vocab_size: int) -> _Order:
         context_keys, first, followers = np.unique(keys // vocab_size, return_index=True, return_counts=True)
         totals = np.add.reduceat(counts, first)
-        once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-        # Ney, Essen and Kneser 1994. Kept off 0, which would leave nothing for what was not seen.
-        discount = min(max(once / (once + 2 * twice), 0.1), 0.9) if once else 0.1
+        n1, n2 = int((counts == 1).sum()), int((counts == 2).sum())
+        # Ney, Essen and Kneser 1994. Above 0, so that unseen n-grams get some probability.
+        discount = min(max(n1 / (n1 + 2 * n2), 0.1), 0.9) if n1 else 0.1
         return cls(keys, counts, context_keys, totals, followers, discount)
 
-    def probability(self, wanted: np.ndarray, vocab_size: int, shorter: np.ndarray) -> np.ndarray:
-        """The discounted estimate, what was taken away being handed out as `shorter`, the shorter context,
-        says.
-        """
-        count = _look_up(self.keys, self.counts, wanted)
-        contexts = wanted // vocab_size
+    def probability(self, ngrams: np.ndarray, vocab_size: int, shorter: np.ndarray) -> np.ndarray:
+        """The discounted estimate; the discounted mass is distributed as `shorter`, the estimate of the lower order."""
+        count = _look_up(self.keys, self.counts, ngrams)
+        contexts = ngrams // vocab_size
         total = _look_up(self.context_keys, self.totals, contexts)
         followers = _look_up(self.context_keys, self.followers, contexts)
-        seen = np.maximum(total, 1)
-        known = (np.maximum(count - self.discount, 0) + self.discount * followers * shorter) / seen
-        return np.where(total > 0, known, shorter)
+        discounted = np.maximum(count - self.discount, 0) + self.discount * followers * shorter
+        return np.where(total > 0, discounted / np.maximum(total, 1), shorter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +110,8 @@ class KneserNey:
 
         p(c | a b) = (max(n(a b c) - D, 0) + D * followers(a b) * p(c | b)) / n(a b)
 
-    The shorter orders are the same formula over *continuation counts*: n(b c) becomes the number of different
-    tokens seen before `b c`. The shortest rests on the uniform distribution, so that no token is impossible.
+    The lower orders use the same formula with *continuation counts*: n(b c) becomes the number of different tokens
+    before `b c`. The lowest order interpolates with the uniform distribution, so that no token has probability 0.
     """
 
     orders: tuple[_Order, ...]
@@ -133,7 +120,7 @@ class KneserNey:
 
     @classmethod
     def fit(cls, rows: np.ndarray, vocab_size: int) -> KneserNey:
-        """Count (n, 3) trigrams. Packing three ids into one int64 asks for fewer than 2^21 different tokens."""
+        """Count (n, 3) trigrams. Packing three ids into one int64 needs at most 2^21 different tokens."""
         assert vocab_size <= 1 << 21
         keys, counts = np.unique(_pack(rows, vocab_size), return_counts=True)
         orders = [_Order.fit(keys, counts, vocab_size)]
@@ -146,17 +133,17 @@ class KneserNey:
     def probability(self, rows: np.ndarray) -> np.ndarray:
         """The probability of each row's last token after its first two: (n, 3) -> (n,)."""
         packed = _pack(rows, self.vocab_size)
-        found = np.full(len(rows), 1 / self.vocab_size)
+        estimate = np.full(len(rows), 1 / self.vocab_size)
         for n, order in enumerate(self.orders, start=1):
-            found = order.probability(packed % self.vocab_size**n, self.vocab_size, found)
-        return found
+            estimate = order.probability(packed % self.vocab_size**n, self.vocab_size, estimate)
+        return estimate
 
 
 def _pack(rows: np.ndarray, vocab_size: int) -> np.ndarray:
     return (rows[:, 0] * vocab_size + rows[:, 1]) * vocab_size + rows[:, 2]
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 where there is none."""
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], 0)
+def _look_up(keys: np.ndarray, values: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The value of each key in `query`, 0 if there is none."""
+    at = np.minimum(np.searchsorted(keys, query), len(keys) - 1)
+    return np.where(keys[at] == query, values[at], 0)

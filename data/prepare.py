@@ -1,63 +1,82 @@
-"""From text to token shards on disk, once; a second run finds them and starts at once.
-
-Where this stands: `corpus.py` says which stretches of which files are text, `tokenizer.py` turns text into
-ids, `encoding.py` runs the one over the other in several processes, and `shards.py` and `manifest.py` are what is left
-on disk. This file calls them in order and keeps the cache. `batches.py` reads on from there.
+"""Text to token files, once; later runs find them in the cache.
 
     cache/
-      tokens-<key>/            manifest.json tokenizer.json train-00000.npy ... train-documents.npy val-...
-      sources-<paths>.json     sha256 of the text files by size and time, so that they need not be read again
+      tokens-<key>/         meta.json vocabulary.json train.npy train_documents.npy val.npy val_documents.npy
+      sources-<paths>.json  sha256 of text files by size and time, so that unchanged files need not be read again
 
-The key names the content: the sha256 of every file of text, where the splits lie in them, and the tokenizer
-asked for. So a changed file is prepared anew; one that was only moved is not.
+The key is a hash of the content: the sha256 of every text file, the byte ranges of the splits, and the tokenizer. So a
+changed file is prepared again, and a moved one is not. `meta.json` has the size and sha256 of every file; they are
+checked at every start, and a damaged folder is prepared again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import secrets
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from common.errors import CHECKPOINT, DATA, DISK_OR_MEMORY, UserError, escape_control_chars
+from common.files import write_atomic
 from data.config import DataConfig, cache_folder
-from data.corpora import Corpus, open_corpus
-from data.documents import jobs, read_documents, sample
-from data.encoding import JOB_BYTES, encode_all, size_of
-from data.held import DamagedShards, read_small
-from data.manifest import FORMAT, TOKENIZER, load_shards, seal, unseal, write_manifest
-from data.token_dataset import SplitWriter, TokenSplit, token_dtype
-from data.tokenizer import Tokenizer, train_tokenizer
-from data.tokenizer import load_tokenizer as load
+from data.corpora import GENERATED, Corpus, generated_folder, open_corpus, shakespeare_path
+from data.text_files import Piece, TextRange, os_reason, read_documents, sample_text
+from data.token_dataset import SplitWriter, TokenSplit, load_split, token_dtype
+from data.tokenizer import Tokenizer, encoding_names, load_tokenizer, train_tokenizer
 
-Stamp = tuple[int, int, int]
-"""Size of a file, time of the last change of its content, and of its entry; nanoseconds."""
+FORMAT = 3
+"""Version of the folder, the tokens and the splitting into documents; folders of another one are ignored."""
+META, VOCABULARY = "meta.json", "vocabulary.json"
 
 SAMPLE_BYTES = 32_000_000
-"""Training text, evenly spread, that a vocabulary is learned from. More takes longer and changes little."""
+"""Training text, evenly spread, that a vocabulary is trained on. More takes longer and changes little."""
+JOB_CHARACTERS = 4 * 1024 * 1024
+"""Text that is encoded at a time: large enough to make transfers between processes cheap, small enough for memory."""
+PARALLEL_BYTES = 16 * 1024 * 1024
+"""Bytes of text from which on starting worker processes pays."""
+LOOKUP_BYTES = 256_000_000
+"""Bytes of text that `cache_lookup` reads at most to identify it by its content."""
+ENCODING_SIZES = {
+    "gpt2": 50_257,
+    "r50k_base": 50_257,
+    "p50k_base": 50_281,
+    "p50k_edit": 50_284,
+    "cl100k_base": 100_277,
+    "o200k_base": 200_019,
+    "o200k_harmony": 201_088,
+}
+"""Vocabulary sizes of tiktoken's encodings, known without downloading them."""
+TYPICAL_CHARACTERS = 97
+"""Assumed size of a `char` vocabulary: an English keyboard, a newline, end-of-text."""
 
-_ABANDONED_AFTER = 24 * 3600
-"""Seconds after which something half-written must belong to a process that was killed."""
-_SETTLED_AFTER = 2 * 10**9
-"""Nanoseconds after which another change of a file surely gets another time stamp."""
-_PATIENCE = 2.0
-"""Seconds that looking through the tokens may take before a progress bar tells of it."""
-_LARGEST_INDEX = 256 * 1024 * 1024
+_ABANDONED_SECONDS = 24 * 3600
+_SETTLED_NS = 2 * 10**9  # a file that changed longer ago gets another time stamp when it changes again
+
+Stamp = tuple[int, int, int]
+"""Size of a file, and the times in nanoseconds of the last change of its content and of its inode."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """A corpus as tokens, ready to be cut into batches."""
+    """A corpus as tokens."""
 
     name: str
     folder: Path
@@ -65,182 +84,376 @@ class TokenizedCorpus:
     train: TokenSplit
     val: TokenSplit
     fingerprint: str
-    """Equal for equal text, splits and tokenizer, wherever the files lie."""
+    """Equal for equal text, splits and tokenizer."""
     nats_per_document: float | None
-    """The corpus's true entropy where it is known (stories)."""
+    """Entropy of a document, if it is known (generated corpora)."""
+
+
+@dataclass(frozen=True, eq=False)
+class CorpusInfo:
+    """What is known of a corpus without preparing it."""
+
+    vocab_size: int
+    how: str = ""
+    """Where the vocabulary's size comes from, if the corpus is not prepared yet."""
+    train: TokenSplit | None = None
+    val: TokenSplit | None = None
+
+
+class CorruptCacheError(Exception):
+    """A folder of the cache is not what its `meta.json` says; it is prepared again."""
 
 
 def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> TokenizedCorpus:
-    """The tokens of a corpus: found in the cache, or made there. The same text gives the same tokens every time.
+    """The tokens of a corpus, from the cache or made now. The same text always gives the same tokens.
 
-    Several processes may do this at once; the first to finish gives the folder its name and the others use
-    it. With `verify`, every file is compared with its sha256, for a flipped bit must not be learned from; about a
-    second for each gigabyte. What is damaged is named on stderr and prepared again.
+    Several processes may call it at once: the first to finish provides the folder. With `verify`, every file is
+    compared with its sha256 (about a second for each gigabyte); of the processes of one machine, one needs to verify,
+    before the others open the files.
 
-    Of the processes that share a machine only one needs to verify. The others have to wait until it is done before
-    they call this: they would go on with damaged files that they hold open already.
-
-    Raises `UserError`: text that cannot be used (3), a cache that cannot be written (6), an unknown tokenizer (2).
+    Raises `UserError`: unusable text (3), a cache that cannot be written (6), an unknown tokenizer (2).
     """
     cache = cache_folder().absolute()
-    with _storage(cache):
+    with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        corpus = open_corpus(config.source, config.val_fraction, cache)
-    stamps = {path: stamp_of(path) for path in sorted({span.path for span in corpus.train + corpus.val})}
-    key = cache_key(corpus, _contents(stamps, cache, progress), config)
+    corpus = open_corpus(config.source, config.val_fraction, cache)
+    stamps = _stamps(corpus)
+    key = _cache_key(corpus, _content_hashes(stamps, cache, progress), config)
     folder = cache / f"tokens-{key}"
     for _ in range(3):
         if not os.path.lexists(folder):
-            with _storage(cache):
+            with _cache_errors(cache):
                 _build(folder, key, corpus, config, stamps, progress)
         try:
             return _open(folder, key, corpus, progress, verify)
-        except DamagedShards as damage:
-            print(
-                f"{escape_control_chars(folder)} is damaged: {escape_control_chars(damage)}; preparing again",
-                file=sys.stderr,
-            )
-            with _storage(cache):
+        except CorruptCacheError as error:
+            message = f"{folder} is damaged ({error}); preparing it again"
+            print(escape_control_chars(message), file=sys.stderr)
+            with _cache_errors(cache):
                 _remove(folder)
     raise UserError(f"{folder} is damaged again and again; is another program writing there?", DISK_OR_MEMORY)
 
 
-def check_min_length(prepared: TokenizedCorpus, context: int) -> None:
-    """Raise `UserError` (3) unless the text is long enough to train with this context.
+def check_min_length(data: TokenizedCorpus, context: int) -> None:
+    """Raise `UserError` (3) unless the training split has a full sequence, `context + 1` tokens.
 
-    Training needs one full window, `context + 1` tokens. The validation split may be shorter: its only window
-    is then filled up, and the filling ignored.
+    The validation split may be shorter; its only sequence is then padded.
     """
-    found = len(prepared.train)
-    if found < context + 1:
+    n = len(data.train)
+    if n < context + 1:
         raise UserError(
-            f"the training text is {found} tokens long, and a context of {context} needs {context + 1}: "
-            f"give it more text, or set --model.context to {max(1, found - 1)} or less",
+            f"the training text has {n} tokens, and a context of {context} needs {context + 1}: give it more text, or "
+            f"set --model.context to {max(1, n - 1)} or less",
             DATA,
         )
 
 
-def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) -> TokenizedCorpus:
-    stored = load_shards(folder, key)
-    if verify:
-        with _bar("checking tokens", stored.n_bytes, progress, _PATIENCE) as bar:
-            stored.verify(bar.update)
+def cache_lookup(config: DataConfig) -> CorpusInfo:
+    """What is known of a corpus without preparing, downloading or writing anything; for `train.py --plan`.
+
+    Raises `UserError` (2) if there is no such tokenizer.
+    """
+    if prepared := _find_prepared(config):
+        return prepared
+    match config.tokenizer:
+        case "byte":
+            return CorpusInfo(257, "256 bytes and end-of-text")
+        case "bpe":
+            return CorpusInfo(config.vocab_size, "as requested; a small text gives fewer")
+        case "char":
+            return CorpusInfo(TYPICAL_CHARACTERS, "assumed: the text's characters are not counted yet")
+        case name if name in ENCODING_SIZES and name in encoding_names():
+            return CorpusInfo(ENCODING_SIZES[name], "as in tiktoken")
+        case name:
+            return CorpusInfo(train_tokenizer(name, 0, ()).vocab_size, "as in tiktoken")
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _find_prepared(config: DataConfig) -> CorpusInfo | None:
+    """The prepared corpus, if the cache has it and its text is quickly identified."""
+    cache, source = cache_folder().absolute(), config.source
+    missing = (source in GENERATED and not generated_folder(source, cache).exists()) or (
+        source == "shakespeare" and not shakespeare_path(cache).exists()
+    )
+    if missing or not cache.is_dir():
+        return None
     try:
-        tokenizer = load(folder / TOKENIZER)
+        corpus = open_corpus(source, config.val_fraction, cache)
+        stamps = _stamps(corpus)
+        known = _read_index(_index_path(stamps, cache), stamps)
+        if sum(stamp[0] for path, stamp in stamps.items() if path not in known) > LOOKUP_BYTES:
+            return None
+        with _progress_bar("reading text", 0, False) as bar:
+            hashes = {path: known.get(path) or _sha256(path, bar) for path in stamps}
+        key = _cache_key(corpus, hashes, config)
+        folder = cache / f"tokens-{key}"
+        meta = _read_meta(folder, key)
+        splits = _load_splits(folder, meta)
+        return CorpusInfo(meta["vocab_size"], "", splits["train"], splits["val"])
+    except (UserError, CorruptCacheError):
+        return None
+
+
+def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) -> TokenizedCorpus:
+    """Check and open a prepared folder. Raises `CorruptCacheError`."""
+    meta = _read_meta(folder, key)
+    if verify:
+        sizes = [entry["bytes"] for entry in meta["files"].values()]
+        with _progress_bar("checking tokens", sum(sizes), progress, delay=2) as bar:
+            for name, entry in meta["files"].items():
+                if _sha256(folder / name, bar) != entry["sha256"]:
+                    raise CorruptCacheError(f"{name} has the wrong sha256")
+    try:
+        tokenizer = load_tokenizer(folder / VOCABULARY)
     except UserError as error:
-        # A damaged file can be made again; an encoding that cannot be fetched is for the user to mend.
+        # A damaged file can be written again; an encoding that cannot be downloaded is up to the user.
         if error.exit_code == CHECKPOINT:
-            raise DamagedShards(f"{TOKENIZER} holds no tokenizer") from error
+            raise CorruptCacheError(f"{VOCABULARY} is not a tokenizer") from error
         raise
-    splits = stored.splits
-    if splits.keys() != {"train", "val"} or any(s.vocab_size != tokenizer.vocab_size for s in splits.values()):
-        raise DamagedShards("its tokens belong to other splits or to another tokenizer")
-    train, val = splits["train"], splits["val"]
-    return TokenizedCorpus(corpus.name, folder, tokenizer, train, val, key, corpus.nats_per_document)
+    splits = _load_splits(folder, meta)
+    return TokenizedCorpus(
+        corpus.name, folder, tokenizer, splits["train"], splits["val"], key, corpus.nats_per_document
+    )
+
+
+def _read_meta(folder: Path, key: str) -> dict[str, Any]:
+    """`meta.json`, once its own checksum, its key and the sizes of the files are right."""
+    try:
+        meta = json.loads((folder / META).read_bytes())
+        checksum = meta.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCacheError(f"{META} is missing or damaged") from error
+    if checksum != _checksum(meta) or (meta["format"], meta["key"]) != (FORMAT, key):
+        raise CorruptCacheError(f"{META} is damaged")
+    for name, entry in meta["files"].items():
+        path = folder / name
+        if not path.is_file() or path.is_symlink() or path.stat().st_size != entry["bytes"]:
+            raise CorruptCacheError(f"{name} is missing or has the wrong size")
+    return dict(meta)
+
+
+def _load_splits(folder: Path, meta: dict[str, Any]) -> dict[str, TokenSplit]:
+    try:
+        return {split: load_split(folder, split, n_bytes) for split, n_bytes in meta["text_bytes"].items()}
+    except (OSError, ValueError) as error:
+        raise CorruptCacheError(str(error)) from error
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _build(
     folder: Path, key: str, corpus: Corpus, config: DataConfig, stamps: dict[Path, Stamp], progress: bool
 ) -> None:
-    """Write a prepared folder beside its place and rename it into place whole."""
-    _sweep(folder.parent)
-    partial = _partial(folder)
+    """Write a prepared folder under a temporary name and rename it when it is complete."""
+    _remove_abandoned(folder.parent)
+    partial = _temporary(folder)
     partial.mkdir()
     try:
-        tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, _texts(corpus, config.tokenizer))
-        tokenizer.save(partial / TOKENIZER)
-        splits = _encode(corpus, tokenizer, partial, config.workers, progress)
-        for path, stamp in stamps.items():
-            if stamp_of(path) != stamp:
-                raise UserError(f"{path} was changed while it was being prepared: start again", DATA)
-        write_manifest(partial, key, {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size}, splits)
+        tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, _training_texts(corpus, config.tokenizer))
+        tokenizer.save(partial / VOCABULARY)
+        text_bytes = _write_splits(corpus, tokenizer, partial, config.workers, progress)
+        if _stamps(corpus) != stamps:
+            raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
+        with _progress_bar("", 0, False) as bar:
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path, bar)}
+                for path in sorted(partial.iterdir())
+            }
+        meta = {"format": FORMAT, "key": key, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+        meta |= {"text_bytes": text_bytes, "files": files}
+        write_atomic(partial / META, [json.dumps({**meta, "sha256": _checksum(meta)}, indent=1).encode()])
         try:
             partial.rename(folder)
         except OSError:
-            # Somebody else was first. Theirs is as good as ours.
+            # Another process may have finished first; its folder is as good.
             if not folder.exists():
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _texts(corpus: Corpus, tokenizer: str) -> Iterator[str]:
-    """What a tokenizer may learn from: a sample of the training text, or for `char` all the text there is."""
+def _training_texts(corpus: Corpus, tokenizer: str) -> Iterator[str]:
+    """What a tokenizer is trained on: a sample of the training text, or for `char` all text."""
     if tokenizer == "char":
-        return (piece.text for span in corpus.train + corpus.val for piece in read_documents(span))
-    return sample(corpus.train, SAMPLE_BYTES)
+        return (piece.text for text in corpus.train + corpus.val for piece in read_documents(text))
+    return sample_text(corpus.train, SAMPLE_BYTES)
 
 
-def _encode(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, progress: bool) -> dict[str, SplitWriter]:
-    """Write the shards of both splits; their writers come back closed."""
-    spans = {"train": corpus.train, "val": corpus.val}
+def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, progress: bool) -> dict[str, int]:
+    """Encode both splits into token files; the bytes of text of each."""
+    text_bytes = {}
+    total = sum(text.n_bytes for text in corpus.train + corpus.val)
+    workers = (workers or available_cores()) if total >= PARALLEL_BYTES else 1
+    with _progress_bar("preparing tokens", total, progress) as bar:
+        for split, texts in (("train", corpus.train), ("val", corpus.val)):
+            writer = SplitWriter(folder, split, token_dtype(tokenizer.vocab_size), tokenizer.end_of_text)
+            complete = False
+            try:
+                with contextlib.closing(encode_all(_jobs(texts), tokenizer, folder / VOCABULARY, workers)) as results:
+                    for tokens, n_bytes in results:
+                        writer.append(tokens, n_bytes)
+                        bar.update(n_bytes)
+                complete = True
+            finally:
+                writer.close(complete)
+            if not writer.n_documents:
+                raise UserError(f"the {split} split of {corpus.name} contains no text: give it more", DATA)
+            text_bytes[split] = writer.n_bytes
+    return text_bytes
+
+
+def _jobs(texts: Iterable[TextRange]) -> Iterator[list[Piece]]:
+    """The documents of some texts, in lists of about `JOB_CHARACTERS`."""
+    job: list[Piece] = []
+    size = 0
+    for text in texts:
+        for piece in read_documents(text):
+            job.append(piece)
+            size += len(piece.text)
+            if size >= JOB_CHARACTERS:
+                yield job
+                job, size = [], 0
+    if job:
+        yield job
+
+
+def encode(tokenizer: Tokenizer, job: Sequence[Piece]) -> tuple[np.ndarray, int]:
+    """The tokens of some documents, each followed by end-of-text, and the bytes of UTF-8 text that they encode."""
     dtype = token_dtype(tokenizer.vocab_size)
-    work = [(split, job) for split in spans for job in jobs(spans[split], JOB_BYTES)]
-    total = sum(size_of(job) for _, job in work)
-    with contextlib.ExitStack() as stack:
-        splits = {}
-        for split in spans:
-            splits[split] = SplitWriter(folder, split, dtype, tokenizer.end_of_text)
-            stack.callback(splits[split].abandon)
-        results = encode_all([job for _, job in work], tokenizer, folder / TOKENIZER, workers)
-        stack.enter_context(contextlib.closing(results))
-        bar = stack.enter_context(_bar("preparing tokens", total, progress))
-        for (split, job), encoded in zip(work, results, strict=True):
-            splits[split].append(encoded.tokens, encoded.n_bytes)
-            bar.update(size_of(job))
-        for writer in splits.values():
-            writer.close()
-    for split, writer in splits.items():
-        if not writer.documents.length:
-            raise UserError(f"the {split} split of {corpus.name} holds no text: give it more", DATA)
-    return splits
+    end = np.array([tokenizer.end_of_text], dtype)
+    parts = []
+    for piece in job:
+        parts.append(tokenizer.encode(piece.text).astype(dtype))
+        if piece.ends_document:
+            parts.append(end)
+    return np.concatenate(parts), sum(len(piece.text.encode()) for piece in job)
 
 
-def cache_key(corpus: Corpus, contents: dict[Path, str], config: DataConfig) -> str:
-    """A name for what is to be prepared. Paths and the fraction asked for are not in it, but what they lead
-    to is.
+def encode_all(
+    jobs: Iterable[Sequence[Piece]], tokenizer: Tokenizer, vocabulary: Path, workers: int
+) -> Generator[tuple[np.ndarray, int], None, None]:
+    """Encode jobs in order with worker processes, which load the tokenizer from the file `vocabulary`.
+
+    Close the generator (`contextlib.closing`) to end the workers. Raises `UserError` (6) if a worker was killed.
     """
-    described: dict[str, Any] = {
+    if workers <= 1:
+        yield from (encode(tokenizer, job) for job in jobs)
+        return
+    # Spawned, not forked: a fork of a process with threads (torch) can deadlock.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _exit_with_parent)
+    pending: deque[Future[tuple[np.ndarray, int]]] = deque()
+    try:
+        for job in jobs:
+            pending.append(_submit(pool, vocabulary, job))
+            if len(pending) > 2 * workers:  # bounds memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        message = "a worker process was killed while encoding text, probably for lack of memory: try --data.workers 1"
+        raise UserError(message, DISK_OR_MEMORY) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, vocabulary: Path, job: Sequence[Piece]) -> Future[tuple[np.ndarray, int]]:
+    # Submitting may start a worker, which inherits blocked signals: Ctrl-C is handled by this process alone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode_in_worker, vocabulary, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _encode_in_worker(vocabulary: Path, job: Sequence[Piece]) -> tuple[np.ndarray, int]:
+    return encode(_load_once(vocabulary), job)
+
+
+_load_once = functools.cache(load_tokenizer)
+
+
+def _exit_with_parent() -> None:
+    """End this worker when the main process is gone, even if it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _cache_key(corpus: Corpus, hashes: dict[Path, str], config: DataConfig) -> str:
+    """A hash of everything that the tokens depend on."""
+    content: dict[str, Any] = {
         "format": FORMAT,
         "tokenizer": config.tokenizer,
         "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
     }
-    for split, spans in (("train", corpus.train), ("val", corpus.val)):
-        described[split] = [(contents[s.path], s.start, s.end, s.starts_document, s.ends_document) for s in spans]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
+    for split, texts in (("train", corpus.train), ("val", corpus.val)):
+        content[split] = [(hashes[text.path], text.start, text.end) for text in texts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
-def _contents(stamps: dict[Path, Stamp], cache: Path, progress: bool) -> dict[Path, str]:
-    """The sha256 of each file. One that has the size and times of an earlier reading is not read again."""
-    index = index_of(stamps, cache)
-    found = known_contents(stamps, index)
-    unread = [path for path in stamps if path not in found]
+def _content_hashes(stamps: dict[Path, Stamp], cache: Path, progress: bool) -> dict[Path, str]:
+    """The sha256 of each file; a file with the size and times of an earlier run is not read again."""
+    index = _index_path(stamps, cache)
+    hashes = _read_index(index, stamps)
+    unread = [path for path in stamps if path not in hashes]
     if not unread:
-        return found
+        return hashes
     now = time.time_ns()
-    with _bar("reading text", sum(stamps[path][0] for path in unread), progress) as bar:
-        for path in unread:
-            found[path] = sha256_of(path, bar)
-    # A file written this very moment could change once more within the same time stamp: look again next time.
-    settled = [path for path, stamp in stamps.items() if max(stamp[1:]) < now - _SETTLED_AFTER]
-    _write_index(index, [(str(path), stamps[path], found[path]) for path in settled])
-    return found
+    with _progress_bar("reading text", sum(stamps[path][0] for path in unread), progress) as bar:
+        hashes |= {path: _sha256(path, bar) for path in unread}
+    # A file written just now could change once more within the same time stamp: read it again next time.
+    entries = [
+        [str(path), *stamp, hashes[path]] for path, stamp in stamps.items() if max(stamp[1:]) < now - _SETTLED_NS
+    ]
+    content = {"files": entries}
+    with contextlib.suppress(UserError):  # the index only saves time
+        write_atomic(index, [json.dumps({**content, "sha256": _checksum(content)}).encode()])
+    return hashes
 
 
-def index_of(stamps: dict[Path, Stamp], cache: Path) -> Path:
-    """The list of what these files held, by size and times."""
+def _index_path(stamps: dict[Path, Stamp], cache: Path) -> Path:
     paths = "\0".join(map(str, stamps)).encode("utf-8", "surrogateescape")
     return cache / f"sources-{hashlib.sha256(paths).hexdigest()[:16]}.json"
 
 
-def known_contents(stamps: dict[Path, Stamp], index: Path) -> dict[Path, str]:
-    """The sha256 of the files that have not changed since they were put on the list."""
-    known = _read_index(index)
+def _read_index(index: Path, stamps: dict[Path, Stamp]) -> dict[Path, str]:
+    """The sha256 of the files that are unchanged since the index was written; an unreadable index has none."""
+    try:
+        content = json.loads(index.read_bytes())
+        if content.pop("sha256") != _checksum(content):
+            return {}
+        known = {(path, tuple(stamp)): sha256 for path, *stamp, sha256 in content["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
     return {path: known[str(path), stamp] for path, stamp in stamps.items() if (str(path), stamp) in known}
 
 
-def sha256_of(path: Path, bar: tqdm[Any]) -> str:
-    """The sha256 of a text file."""
+def _stamps(corpus: Corpus) -> dict[Path, Stamp]:
+    """By what the files of a corpus are recognised without reading them."""
+    return {path: _stamp(path) for path in sorted({text.path for text in corpus.train + corpus.val})}
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {escape_control_chars(path)}: {os_reason(error)}", DATA) from error
+    # No program can set back the last of the three.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _sha256(path: Path, bar: tqdm[Any]) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -248,75 +461,48 @@ def sha256_of(path: Path, bar: tqdm[Any]) -> str:
                 digest.update(block)
                 bar.update(len(block))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", DATA) from error
+        raise UserError(f"cannot read {escape_control_chars(path)}: {os_reason(error)}", DATA) from error
     return digest.hexdigest()
 
 
-def stamp_of(path: Path) -> Stamp:
-    """By what a file is known again without being read."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", DATA) from error
-    # The last of the three is one that no program can set back.
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _read_index(index: Path) -> dict[tuple[str, Stamp], str]:
-    """(path, stamp) -> sha256. An index that cannot be read is an empty one: all it does is save time."""
-    try:
-        known = unseal(read_small(index, _LARGEST_INDEX))["known"]
-        return {(path, (size, changed, entry)): digest for path, (size, changed, entry), digest in known}
-    except (OSError, DamagedShards, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-
-
-def _write_index(index: Path, known: list[tuple[str, Stamp, str]]) -> None:
-    # A cache that cannot be written may still hold the tokens, so this is no error here.
-    with contextlib.suppress(OSError):
-        partial = _partial(index)
-        partial.write_bytes(seal({"known": known}))
-        partial.replace(index)
-
-
-def _bar(what: str, n_bytes: int, progress: bool, delay: float = 0) -> tqdm[Any]:
-    # With `disable=None` tqdm keeps quiet where stderr is no terminal.
+def _progress_bar(what: str, n_bytes: int, progress: bool, delay: float = 0) -> tqdm[Any]:
+    # With `disable=None` tqdm prints nothing if stderr is not a terminal.
     disable = None if progress else True
     return tqdm(desc=what, total=n_bytes, unit="B", unit_scale=True, leave=False, disable=disable, delay=delay)
 
 
-def _partial(path: Path) -> Path:
-    """A name beside `path` that nobody else uses, for what is being written or removed."""
+def _temporary(path: Path) -> Path:
+    """A unique name next to `path`, for what is being written or removed."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
-def _sweep(cache: Path) -> None:
-    """Remove what processes that were killed left behind."""
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed processes left."""
     for partial in cache.glob("*.partial"):
         with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
+            if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
                 _remove(partial)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or a file; it loses its name first, so that nobody meets it half removed."""
-    doomed = _partial(path)
+    """Remove a folder, link or file; it is renamed first, so that no process sees it half removed."""
+    temporary = _temporary(path)
     with contextlib.suppress(FileNotFoundError):
-        path.rename(doomed)
-        if doomed.is_dir() and not doomed.is_symlink():
-            shutil.rmtree(doomed)
+        path.rename(temporary)
+        if temporary.is_dir() and not temporary.is_symlink():
+            shutil.rmtree(temporary)
         else:
-            doomed.unlink()
+            temporary.unlink()
 
 
 @contextlib.contextmanager
-def _storage(cache: Path) -> Iterator[None]:
-    """Tell the user of a cache that is full or may not be written."""
+def _cache_errors(cache: Path) -> Iterator[None]:
+    """Report a cache that is full or cannot be written as a `UserError` (6)."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write to the cache {cache} ({error.strerror or error}): make room there, or let "
-            "GLASSGPT_CACHE name another folder",
+            f"cannot write to the cache {escape_control_chars(cache)} ({os_reason(error)}): free some space, or set "
+            "GLASSGPT_CACHE to another folder",
             DISK_OR_MEMORY,
         ) from error

@@ -1,73 +1,53 @@
-"""The embedded corpus: generated short stories of which every regularity is known, and the entropy computed.
+"""Generated corpus "stories": short stories with known regularities and an exactly computed entropy.
 
-This is where the quickstart's text comes from. In a story two animals find a thing, one puts it away, the
-other looks for it in the wrong place, two of four episodes follow, and it ends. The story is written down
-once, below, as a tree of choices; `grammar.py` tells it, reads it back and measures its entropy.
+In a story two animals find a thing, one puts it away, the other looks for it in the wrong place, two of four episodes
+follow, and it ends. The grammar is a tree of choices, below; `story_grammar.py` generates from it and computes its
+entropy.
 
-A is the animal that is named first, B the other. The two always share their pronoun, so that meaning alone
-says who `she` is; and A is always the one who finds, puts and gives. A first grammar with free roles and mixed
-pronouns left a tiny model at chance on half of the families.
+A is the animal that is named first, B the other. They always share their pronoun, so that meaning alone determines
+who `she` is; and A is always the one who finds, puts and gives. (With free roles and mixed pronouns a tiny model stayed
+at chance on half of the families.)
 
-Six families of regularities, each labelled where it occurs. The text before the `answer` leaves one
-possibility for it, and the `evidence` says which.
+Six families of regularities, each labelled where it occurs. The text before the `answer` leaves one possibility for
+it, and the antecedent determines which.
 
 * induction: `found a red kite. Mia put the red kite`: what was red is found where red was mentioned before.
-* place: `put the red kite into the basket. Tom looked in the box, but the kite was in the basket`: not what
+* place: `put the red kite into the basket. Tom looked in the box, but the kite was in the basket`: not the place that
   was named last.
-* pronoun: `Ben gave a pie to Tom because he was hungry. Then Tom felt`: hunger is the receiver's, wealth the
-  giver's.
-* cause: `Mia was happy and Ann was scared. Soon Mia sang and Ann hid`: a reaction follows from a feeling. They
-  come in the same order, so that position alone can tell too; in any order they were not learned in 720 steps.
-* agreement: `The trees near the house were`: the verb follows the first noun, not the nearest one.
+* pronoun: `Ben gave a pie to Tom because he was hungry. Then Tom felt`: hunger is the receiver's, wealth the giver's.
+* cause: `Mia was happy and Ann was scared. Soon Mia sang and Ann hid`: a reaction follows from a feeling. They come in
+  the same order, so that position alone can predict them too; in any order they were not learned in 720 steps.
+* agreement: `The trees near the house were`: the verb agrees with the first noun, not the nearest one.
 * crossing: `The dog did not cross the road because it was too wide. "What was too wide?" ... "The road,"`.
 
-Held-out combinations: a story's combination is who puts which thing where. Number the names, the things and
-the containers from 0 to 9: a combination is held out if its three numbers add up to a multiple of 10. The
-validation split consists of the stories with held-out combinations, the training split of all others. A name
-and a thing leave exactly one held-out container, a name and a container one thing, a thing and a container
-one name: so in either split each of the three, and each pair of them, stays uniform. And as the three are
-drawn evenly and every later choice has the same probabilities whatever they are, the expected -log p under
-the full grammar is the same given any combination: it is `entropy()` on both splits, and a validation loss
-can be held against it.
+Held-out combinations: a story's combination is who puts which thing where. Number the names, the things and the
+containers from 0 to 9: a combination is held out if its three numbers add up to a multiple of 10. The validation split
+has the stories with held-out combinations, the training split all others. Any two of the three have exactly one
+held-out third (a Latin square), so in either split each of the three, and each pair of them, stays uniform. As every
+later choice has the same probabilities whatever the combination, the expected -log p under the full grammar is the
+same given any combination: it is `entropy()` on both splits, and the validation loss can be compared with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
-from common.errors import DISK_OR_MEMORY, UserError
-from data.story_grammar import Chain, Choose, Draw, Node, Note, evenly, line, read, tell
-from data.telling import Label, Pool, Split, Story
+from data.story_grammar import Chain, Choose, Draw, Label, Node, Note, Pool, Split, Story, evenly, generate, line
 
-__all__ = [
-    "KINDS",
-    "TRAIN_STORIES",
-    "VAL_STORIES",
-    "Label",
-    "Story",
-    "entropy",
-    "parse",
-    "stories",
-    "version",
-    "write",
-]
+__all__ = ["KINDS", "Label", "Story", "documents", "entropy", "stories", "version"]
 
 KINDS = ("pronoun", "agreement", "induction", "place", "cause", "crossing")
-TRAIN_STORIES = 15_000
-VAL_STORIES = 1_500
+STORIES: dict[Split, int] = {"train": 15_000, "val": 1_500}
+"""Number of stories in each split."""
 SEED = 1
-_SPLITS: tuple[tuple[Split, int], ...] = (("train", TRAIN_STORIES), ("val", VAL_STORIES))
-SEPARATOR = "\n<|endoftext|>\n"
 
 
 def _words(rows: str, *fields: str, group: str = "", apart: bool = False, noun: bool = False) -> Pool:
-    """A pool from 'row, row, ...'; a row is a word and, behind slashes, its companions."""
+    """A pool from 'row, row, ...'; a row is a word and, after slashes, its attributes."""
     return Pool(tuple(tuple(row.split("/")) for row in rows.split(", ")), fields, group, apart, noun)
 
 
@@ -159,12 +139,12 @@ def _gift() -> Node:
 
 def _feelings() -> Node:
     """Two feelings, then what each of the two does about it."""
-    told: list[Node] = []
+    reactions: list[Node] = []
     for link, who, other in ((". Soon", "A", "B"), (" and", "B", "A")):
-        told.append(_line(f"{link} <{who}> <{who}.mood.does>"))
-        told.append(Note("cause", f"{who}.mood.does", f"{who}.mood", f"{other}.mood.does"))
+        reactions.append(_line(f"{link} <{who}> <{who}.mood.does>"))
+        reactions.append(Note("cause", f"{who}.mood.does", f"{who}.mood", f"{other}.mood.does"))
     moods = _line(" <A> was <A.mood:mood> and <B> was <B.mood:mood!A.mood>")
-    return Chain((moods, *told, _line(".")))
+    return Chain((moods, *reactions, _line(".")))
 
 
 def _scene(number: str, other: str) -> Node:
@@ -205,55 +185,31 @@ STORY = _story()
 
 
 def stories(split: Split, count: int, seed: int = SEED) -> Iterator[Story]:
-    """The first `count` stories of a split: the same ones for the same seed, on every machine."""
+    """The first `count` stories of a split: the same for the same seed, on every machine."""
     rng = random.Random(f"{split} {seed}")
 
-    def pick(edges: tuple[float, ...]) -> int:
-        return bisect_right(edges, rng.random())
+    def pick(cumulative: tuple[float, ...]) -> int:
+        return bisect_right(cumulative, rng.random())
 
     for _ in range(count):
-        yield tell(STORY, pick, split)
+        yield generate(STORY, pick, split)
 
 
-def parse(text: str) -> Story:
-    """The story that `text` is. Raises ValueError, naming the first impossible character, if it is none."""
-    found = read(STORY, text)
-    assert len(found) == 1, "the grammar is ambiguous"
-    return found[0]
+def documents(split: Split) -> Iterator[str]:
+    """The texts of a split."""
+    return (story.text for story in stories(split, STORIES[split]))
 
 
 def entropy() -> float:
-    """Entropy of a story of the full grammar, in nats: summed over its choices, without any sampling."""
+    """Entropy of a story of the full grammar in nats: summed over its choices, without sampling."""
     return STORY.entropy()
 
 
 @cache
 def version() -> str:
-    """A short hash of all that determines the corpus, by which a cache can tell that it is out of date."""
-    digest = hashlib.sha256(repr((STORY, TRAIN_STORIES, VAL_STORIES, SEED, SEPARATOR)).encode())
-    for split, _ in _SPLITS:
+    """A short hash of everything that determines the corpus; part of the name of its folder in the cache."""
+    digest = hashlib.sha256(repr((STORY, STORIES, SEED)).encode())
+    for split in STORIES:
         for story in stories(split, 50):
             digest.update(story.text.encode())
     return digest.hexdigest()[:12]
-
-
-def write(folder: Path) -> None:
-    """Write `train.txt` and `val.txt` into `folder`, each whole or not at all.
-
-    Raises:
-        UserError: (6) if the disk refuses.
-    """
-    for split, count in _SPLITS:
-        target = folder / f"{split}.txt"
-        temporary = folder / f".{split}.{os.getpid()}.tmp"
-        text = SEPARATOR.join(story.text for story in stories(split, count))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(text, "ascii", newline="\n")
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            message = f"cannot write {target}: {error.strerror}; free some space or choose another folder"
-            raise UserError(message, DISK_OR_MEMORY) from error

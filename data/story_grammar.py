@@ -1,27 +1,106 @@
-"""A small language of story templates, and what can be done with one: tell it, read it back, measure it.
+"""A small language of story templates: generate a story, and compute the entropy of the grammar.
 
-`stories.py` writes its story once, as a tree of the nodes below; nothing here knows what the story is about.
+`stories.py` writes its grammar as a tree of the nodes below; nothing here depends on what the stories are about.
 
-* **Telling** walks the tree, asks `pick` at every choice, and collects the text, its log-probability and
-  labels.
-* **Reading** finds every way in which the tree could have told a given text, all of them side by side.
-* **Measuring** adds up the entropy by the chain rule, H(X, Y) = H(X) + H(Y | X). This is exact because the
-  probabilities of a choice never depend on what was chosen before, only which words they fall on does.
+* `generate` walks the tree, calls `pick` at every choice, and collects the text, its log-probability and labels.
+* `entropy` adds up by the chain rule, H(X, Y) = H(X) + H(Y | X). This is exact because the probabilities of a choice
+  never depend on earlier choices; only the words that they select do.
 
-A way of telling is a tuple of option numbers. If every text has one way only, the probability of the text is
-the product of the probabilities of its choices.
+A story is determined by its option numbers. If every text has one derivation only, the probability of the text is the
+product of the probabilities of its choices.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-from data.telling import Label, Page, Pick, Pool, Reading, Split, Story, Telling
+CharSpan: TypeAlias = tuple[int, int]
+Split: TypeAlias = Literal["train", "val"]
+Pick: TypeAlias = Callable[[tuple[float, ...]], int]
+"""Gets the cumulative probabilities of all options but the last, returns the number of the selected one."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A word of a story that is determined by earlier words.
+
+    Spans are character offsets `(start, end)` into the text; a leading space belongs to the word.
+    """
+
+    kind: str
+    answer: CharSpan
+    """The word that is determined by the text before it."""
+    antecedents: tuple[CharSpan, ...]
+    """Every earlier mention of the word that determines it, in order."""
+    wrong: str
+    """The wrong candidate in place of the answer, including its leading space."""
+    nouns: tuple[CharSpan, ...]
+    """Every mention of a noun before the answer, in order."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """A text of the grammar; `log_prob` is in nats, under the full grammar whatever the split."""
+
+    text: str
+    log_prob: float
+    labels: tuple[Label, ...]
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The words of one kind, all equally likely. A row is a word and its attributes, named by `fields`.
+
+    "Another" word of the pool shares the attribute `group` if that is given, or with `apart` differs in it. `noun`
+    changes no text, so the corpus's version does not depend on it.
+    """
+
+    rows: tuple[tuple[str, ...], ...]
+    fields: tuple[str, ...] = ()
+    group: str = ""
+    apart: bool = False
+    noun: bool = field(default=False, repr=False)
+    others: tuple[tuple[int, ...], ...] = field(init=False)
+    """For each row, those that can be drawn as another one: equally many, or the entropy would vary."""
+
+    def __post_init__(self) -> None:
+        groups = [row[1 + self.fields.index(self.group)] if self.group else "" for row in self.rows]
+        numbered = list(enumerate(groups))
+        others = tuple(
+            tuple(j for j, other in numbered if (other != own if self.apart else other == own and j != i))
+            for i, own in numbered
+        )
+        assert len({len(rows) for rows in others}) == 1, "groups must be equally large"
+        object.__setattr__(self, "others", others)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def names(self, variable: str) -> tuple[str, ...]:
+        """Names of the words of a row drawn for the variable `x`: `x`, `x.field`, ..."""
+        return (variable, *(f"{variable}.{field}" for field in self.fields))
+
+
+class State:
+    """A story while it is generated."""
+
+    def __init__(self, pick: Pick, split: Split | None = None) -> None:
+        self.pick = pick
+        self.split = split
+        self.text: list[str] = []
+        self.length = 0
+        self.log_prob = 0.0
+        self.words: dict[str, str] = {}
+        self.rows: dict[str, int] = {}
+        self.mentions: dict[str, list[CharSpan]] = {}
+        self.nouns: set[str] = set()
+        self.labels: list[Label] = []
+        self.held_out = False
 
 
 @dataclass(frozen=True)
@@ -30,31 +109,21 @@ class Text:
 
     pieces: tuple[tuple[str, str], ...]
 
-    def tell(self, telling: Telling) -> None:
-        out, end = telling.text, telling.length
+    def generate(self, state: State) -> None:
+        out, end = state.text, state.length
         for literal, variable in self.pieces:
             out.append(literal)
             end += len(literal)
             if variable:
-                word = telling.words[variable]
+                word = state.words[variable]
                 out.append(word)
                 start = end - literal.endswith(" ")
                 end += len(word)
-                telling.mentions.setdefault(variable, []).append((start, end))
+                state.mentions.setdefault(variable, []).append((start, end))
                 owner = variable.partition(".")[0]
                 if literal == " the " and owner != variable:  # `Mia the fox` is one mention of Mia
-                    telling.mentions[owner][-1] = (telling.mentions[owner][-1][0], end)
-        telling.length = end
-
-    def read(self, page: Page, so_far: Reading) -> list[Reading]:
-        end = so_far.end
-        for literal, variable in self.pieces:
-            for expected in (literal, so_far.words[variable] if variable else ""):
-                if not page.text.startswith(expected, end):
-                    page.misses.append((end, expected))
-                    return []
-                end += len(expected)
-        return [Reading(end, so_far.words, so_far.rows, so_far.choices)]
+                    state.mentions[owner][-1] = (state.mentions[owner][-1][0], end)
+        state.length = end
 
     def entropy(self) -> float:
         return 0.0
@@ -66,7 +135,7 @@ class Draw:
 
     With `partners`, the row completes a combination. It is held out when the row numbers of the partners and
     its own add up to a multiple of the pool's size: exactly one row for any choice of the partners (a Latin
-    square). A telling for the split `val` takes that row, one for `train` takes one of the others.
+    square). The split `val` gets that row, `train` one of the others.
     """
 
     variable: str
@@ -77,30 +146,18 @@ class Draw:
     def __post_init__(self) -> None:
         assert not (self.unlike and self.partners), "the two restrictions cannot be combined"
 
-    def tell(self, telling: Telling) -> None:
-        rows = self._rows(telling.rows)
-        held_out = self._held_out(telling.rows)
-        if self.partners and telling.split:
-            rows = [row for row in rows if (row == held_out) == (telling.split == "val")]
-        row = rows[telling.pick(_EVEN[len(rows)])]
-        telling.held_out |= row == held_out
-        telling.log_prob -= self.entropy()
-        telling.rows[self.variable] = row
+    def generate(self, state: State) -> None:
+        rows = self._rows(state.rows)
+        held_out = self._held_out(state.rows)
+        if self.partners and state.split:
+            rows = [row for row in rows if (row == held_out) == (state.split == "val")]
+        row = rows[state.pick(_EVEN[len(rows)])]
+        state.held_out |= row == held_out
+        state.log_prob -= self.entropy()
+        state.rows[self.variable] = row
         if self.pool.noun:
-            telling.nouns.add(self.variable)
-        telling.words.update(zip(self.pool.names(self.variable), self.pool.rows[row], strict=True))
-
-    def read(self, page: Page, so_far: Reading) -> list[Reading]:
-        names = self.pool.names(self.variable)
-        return [
-            Reading(
-                so_far.end,
-                {**so_far.words, **dict(zip(names, self.pool.rows[row], strict=True))},
-                {**so_far.rows, self.variable: row},
-                (*so_far.choices, option),
-            )
-            for option, row in enumerate(self._rows(so_far.rows))
-        ]
+            state.nouns.add(self.variable)
+        state.words.update(zip(self.pool.names(self.variable), self.pool.rows[row], strict=True))
 
     def entropy(self) -> float:
         return math.log(len(self.pool.others[0] if self.unlike else self.pool))
@@ -118,28 +175,20 @@ _EVEN = tuple(tuple(option / n for option in range(1, n)) for n in range(64))
 
 @dataclass(frozen=True)
 class Choose:
-    """Goes one of several ways, each with its own probability."""
+    """One of several nodes, each with its own probability."""
 
     options: tuple[tuple[float, Node], ...]
-    edges: tuple[float, ...] = field(init=False)
+    cumulative: tuple[float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         assert math.isclose(sum(p for p, _ in self.options), 1.0), "probabilities must add up to 1"
-        edges = tuple(sum(p for p, _ in self.options[: i + 1]) for i in range(len(self.options) - 1))
-        object.__setattr__(self, "edges", edges)
+        cumulative = tuple(sum(p for p, _ in self.options[: i + 1]) for i in range(len(self.options) - 1))
+        object.__setattr__(self, "cumulative", cumulative)
 
-    def tell(self, telling: Telling) -> None:
-        probability, node = self.options[telling.pick(self.edges)]
-        telling.log_prob += math.log(probability)
-        node.tell(telling)
-
-    def read(self, page: Page, so_far: Reading) -> list[Reading]:
-        end, words, rows, choices = so_far
-        return [
-            reading
-            for option, (_, node) in enumerate(self.options)
-            for reading in node.read(page, Reading(end, words, rows, (*choices, option)))
-        ]
+    def generate(self, state: State) -> None:
+        probability, node = self.options[state.pick(self.cumulative)]
+        state.log_prob += math.log(probability)
+        node.generate(state)
 
     def entropy(self) -> float:
         return sum(p * (node.entropy() - math.log(p)) for p, node in self.options)
@@ -151,15 +200,9 @@ class Chain:
 
     parts: tuple[Node, ...]
 
-    def tell(self, telling: Telling) -> None:
+    def generate(self, state: State) -> None:
         for part in self.parts:
-            part.tell(telling)
-
-    def read(self, page: Page, so_far: Reading) -> list[Reading]:
-        readings = [so_far]
-        for part in self.parts:
-            readings = [longer for reading in readings for longer in part.read(page, reading)]
-        return readings
+            part.generate(state)
 
     def entropy(self) -> float:
         return sum(part.entropy() for part in self.parts)
@@ -167,23 +210,20 @@ class Chain:
 
 @dataclass(frozen=True)
 class Note:
-    """Labels the latest mention of `answer` as known from what was said of `evidence`; writes nothing."""
+    """Labels the latest mention of `answer` as determined by `antecedent`; writes nothing."""
 
     kind: str
     answer: str
-    evidence: str
+    antecedent: str
     wrong: str
     """The variable whose word is the wrong candidate."""
 
-    def tell(self, telling: Telling) -> None:
-        answer = telling.mentions[self.answer][-1]
-        evidence = tuple(span for span in telling.mentions[self.evidence] if span != answer)
-        nouns = sorted(span for noun in telling.nouns for span in telling.mentions.get(noun, ()) if span < answer)
-        space = " " * (answer[1] - answer[0] - len(telling.words[self.answer]))
-        telling.labels.append(Label(self.kind, answer, evidence, space + telling.words[self.wrong], tuple(nouns)))
-
-    def read(self, page: Page, so_far: Reading) -> list[Reading]:
-        return [so_far]
+    def generate(self, state: State) -> None:
+        answer = state.mentions[self.answer][-1]
+        antecedents = tuple(span for span in state.mentions[self.antecedent] if span != answer)
+        nouns = sorted(span for noun in state.nouns for span in state.mentions.get(noun, ()) if span < answer)
+        space = " " * (answer[1] - answer[0] - len(state.words[self.answer]))
+        state.labels.append(Label(self.kind, answer, antecedents, space + state.words[self.wrong], tuple(nouns)))
 
     def entropy(self) -> float:
         return 0.0
@@ -214,41 +254,8 @@ def evenly(*nodes: Node) -> Choose:
     return Choose(tuple((1 / len(nodes), node) for node in nodes))
 
 
-def tell(node: Node, pick: Pick, split: Split | None = None) -> Story:
-    """The story that the choices of `pick` make; without a split, any story of the full grammar."""
-    telling = Telling(pick, split)
-    node.tell(telling)
-    return telling.story()
-
-
-def read(node: Node, text: str) -> list[Story]:
-    """Every way to tell `text`, searched to the end.
-
-    Raises:
-        ValueError: if there is none; it names the first character that no telling could have written there.
-    """
-    page = Page(text, [])
-    readings = node.read(page, Reading(0, {}, {}, ()))
-    whole = [reading for reading in readings if reading.end == len(text)]
-    if not whole:
-        page.misses.extend((reading.end, "") for reading in readings)
-        raise ValueError(_complaint(page))
-    return [tell(node, _replay(reading.choices)) for reading in whole]
-
-
-def _replay(choices: tuple[int, ...]) -> Pick:
-    remaining = iter(choices)
-    return lambda edges: next(remaining)
-
-
-def _complaint(page: Page) -> str:
-    furthest, expected = 0, set[str]()
-    for start, words in page.misses:
-        same = zip(words, page.text[start:], strict=False)
-        at = start + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
-        if at > furthest:
-            furthest, expected = at, set()
-        if at == furthest:
-            expected.add(repr(words[at - start :]) if words else "the end of the story")
-    found = repr(page.text[furthest : furthest + 12]) if furthest < len(page.text) else "the end of the text"
-    return f"no such story: at character {furthest}: expected {' or '.join(sorted(expected))}, found {found}"
+def generate(node: Node, pick: Pick, split: Split | None = None) -> Story:
+    """The story with the choices of `pick`; without a split, any story of the full grammar."""
+    state = State(pick, split)
+    node.generate(state)
+    return Story("".join(state.text), state.log_prob, tuple(state.labels), state.held_out)

@@ -1,24 +1,30 @@
-"""Which files a source names, and whether they are text.
+"""Text files: which files a source names, and their documents, streamed in constant memory.
 
-Where this stands: `corpus.py` asks `find_files` for the files of a path, a folder or a glob, and `whole_file`
-for the text of each. It looks at names and at the first few kilobytes; what is wrong further on shows when
-the text is read (`documents.py`).
+A line that holds only `<|endoftext|>` separates documents. That line, the newline before it and the one after it
+belong to no document. Documents of white space alone are skipped.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import DATA, UserError, escape_control_chars
-from data.documents import Span, not_utf8, reading, reason
 
+SEPARATOR = "<|endoftext|>"
+"""On a line of its own it ends one document and starts the next."""
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
-"""What the names of files end in that are taken from a folder."""
+"""Suffixes of the files that are read from a folder."""
+BLOCK_BYTES = 1024 * 1024
+"""Maximum size of a piece of text."""
 
 _FIRST_BYTES = 8192
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32LE begins as UTF-16LE does
@@ -28,132 +34,324 @@ _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32LE begins as UTF-16LE does
     (b"\xfe\xff", "UTF-16BE"),
 )
 _UTF8_MARK = b"\xef\xbb\xbf"
+# A separator with the newline before it; the newline after it may be the one before the next separator.
+_SEPARATOR = re.compile(rb"\r?\n" + re.escape(SEPARATOR.encode()) + rb"(?=(\r?\n))")
+_LONGEST = len(SEPARATOR) + 4
+_SEARCH_BYTES = 4096
+# Cutting is safe before a space that follows a visible character, and before any white space that follows a letter:
+# no pre-token of GPT-2, cl100k or o200k crosses these places, so the ids of the pieces are the ids of the document.
+# (Punctuation with a newline after it, and white space before a space, can be one pre-token. The three-byte
+# characters are those of blocks without white space: the Indic scripts, Thai, Chinese and Korean.)
+_SAFE_CUT = re.compile(rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe4-\xed][\x80-\xbf]{2})(?= )|[A-Za-z](?=[\t\r\n])")
+
+
+@dataclass(frozen=True)
+class TextRange:
+    """Bytes `start` to `end` of a file, between characters."""
+
+    path: Path
+    start: int
+    end: int
+
+    @property
+    def n_bytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one; the last part has `ends_document`."""
+
+    text: str
+    ends_document: bool
 
 
 def find_files(source: str) -> list[Path]:
-    """The files of text that a path, a folder or a glob names, sorted; empty ones are passed over.
+    """The files that a path, a folder or a glob names, sorted; empty ones are skipped.
 
-    Raises `UserError` (3) when there are none.
+    Raises `UserError` (3) if there are none.
     """
     path = Path(os.path.expanduser(source))
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         if not glob.has_magic(source):
-            why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
-            accepted = "--data.source takes stories, repeats, shakespeare, a text file, a folder, or a glob"
+            why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {os_reason(error)}"
+            accepted = "--data.source accepts stories, repeats, shakespeare, a text file, a folder, or a glob"
             raise UserError(f"{escape_control_chars(source)} {why}; {accepted}", DATA) from error
-        found, wanted = _matching(path), "matches it; ** stands for folders of any depth"
+        candidates, wanted = _matching(path), "matches it; ** matches folders at any depth"
     else:
         if stat.S_ISDIR(mode):
-            found = (file for file in _below(path) if file.name.lower().endswith(PROSE))
-            wanted = (
-                f"ends in {' '.join(PROSE)}; name others with a glob, such as '{escape_control_chars(source)}/**/*.py'"
-            )
+            candidates = (file for file in _files_below(path) if file.name.lower().endswith(PROSE))
+            hint = f"for others use a glob, such as '{escape_control_chars(source)}/**/*.py'"
+            wanted = f"ends in {' '.join(PROSE)}; {hint}"
         elif stat.S_ISREG(mode):
-            found, wanted = iter([path]), ""
+            candidates, wanted = iter([path]), ""
         else:
-            raise UserError(f"{escape_control_chars(source)} is no regular file; give a file of UTF-8 text", DATA)
-    files = _distinct(found)
+            message = f"{escape_control_chars(source)} is not a regular file; give a file of UTF-8 text"
+            raise UserError(message, DATA)
+    files = _distinct(candidates)
     if not files:
         raise UserError(f"no text found for {escape_control_chars(source)}: no file {wanted}", DATA)
-    if not (filled := [file for file in files if file.stat().st_size]):
+    non_empty = [file for file in files if file.stat().st_size]
+    if not non_empty:
         raise UserError(f"{escape_control_chars(source)} is empty: there is no text to train on", DATA)
-    return filled
+    return non_empty
+
+
+def whole_file(path: Path) -> TextRange:
+    """The text of a file without its byte-order mark. Raises `UserError` (3) if its first bytes are not UTF-8 text."""
+    with open_text(path) as file:
+        head = file.read(_FIRST_BYTES)
+        size = os.fstat(file.fileno()).st_size
+    name = escape_control_chars(path)
+    if encoding := _wide_encoding(head):
+        message = f"{name} is {encoding}, not UTF-8: convert it with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
+        raise UserError(message, DATA)
+    if (nul := head.find(0)) >= 0:
+        raise _binary(path, nul)
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        # A character that is cut by the end of these first bytes is not an error.
+        if size <= len(head) or error.reason != "unexpected end of data":
+            raise _not_utf8(path, error.start, head[error.start]) from None
+    return TextRange(path, len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0, size)
+
+
+def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[Piece]:
+    """Yield the documents of a range, in pieces of at most `block_bytes` bytes (4 or more), newlines unchanged.
+
+    Holds about two blocks in memory, however long the file and its documents are. Raises `UserError` (3), with the
+    offset in the file, for a NUL byte, for invalid UTF-8, and if the file cannot be read or was truncated.
+    """
+    assert block_bytes >= 4, "a block must hold the longest character"
+    # A newline before and after the text lets a separator match on the first and on the last line.
+    buffer, offset, starts = b"\n", text.start - 1, True
+    for block, is_last in _blocks(text, block_bytes):
+        buffer += block + b"\n" * is_last
+        at = 0
+        ends = [match.span() for match in _SEPARATOR.finditer(buffer)]
+        for end, after in [*ends, (len(buffer) - 1, 0)] if is_last else ends:
+            for start, stop in _cuts(buffer, at, end, block_bytes):
+                start += _newline(buffer, start, stop) if starts else 0
+                piece = _decode(buffer[start:stop], text.path, offset + start)
+                if piece.strip() or not (starts and stop == end):
+                    yield Piece(piece, stop == end)
+                starts = False
+            at, starts = after, True
+        if not is_last:
+            # The last bytes may be the beginning of a separator.
+            *pieces, (at, _) = _cuts(buffer, at, max(at, len(buffer) - _LONGEST), block_bytes)
+            for start, stop in pieces:
+                start += _newline(buffer, start, stop) if starts else 0
+                yield Piece(_decode(buffer[start:stop], text.path, offset + start), False)
+                starts = False
+            buffer, offset = buffer[at:], offset + at
+
+
+def sample_text(texts: Iterable[TextRange], n_bytes: int) -> Iterator[str]:
+    """About `n_bytes` of the text, in blocks spread evenly over the ranges; all of it if there is no more."""
+    texts = list(texts)
+    ratio = max(1.0, sum(text.n_bytes for text in texts) / n_bytes)
+    position, due = 0, 0.0
+    for text in texts:
+        while due < position + text.n_bytes:
+            start = text.start + int(due) - position
+            size = text.end - start if ratio == 1 else min(BLOCK_BYTES, text.end - start)
+            part = TextRange(
+                text.path, *(max(text.start, _character_start(text.path, p)) for p in (start, start + size))
+            )
+            yield from (piece.text for piece in read_documents(part))
+            due += max(1, size) * ratio
+        position += text.n_bytes
+
+
+def has_text(text: TextRange) -> bool:
+    """Whether there is anything but separators and white space. Reads no further than the first of it."""
+    return any(piece.text.strip() for piece in read_documents(text))
+
+
+def find_separators(text: TextRange, low: int, high: int) -> list[tuple[int, int]]:
+    """Start and end, newlines included, of the separators in a range whose marks begin in `low` to `high`."""
+    first, last = max(text.start, low - 2), min(text.end, high + _LONGEST)
+    with open_text(text.path) as file:
+        file.seek(first)
+        data = file.read(last - first)
+    before, after = b"\n" * (first == text.start), b"\n" * (last == text.end)
+    base, data = first - len(before), before + data + after
+    spans = []
+    for match in _SEPARATOR.finditer(data):
+        if low <= base + match.end() - len(SEPARATOR) < high:
+            spans.append((max(text.start, base + match.start()), min(text.end, base + match.end(1))))
+    return spans
+
+
+def split_at(text: TextRange, position: int) -> tuple[TextRange, TextRange]:
+    """Cut a range in two at `position`, moved back to the start of a UTF-8 character."""
+    cut = _character_start(text.path, position)
+    return TextRange(text.path, text.start, cut), TextRange(text.path, cut, text.end)
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for its bytes. Raises `UserError` (3) if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot read {escape_control_chars(path)}: {os_reason(error)}", DATA) from error
+
+
+def os_reason(error: Exception) -> str:
+    """The operating system's own description of an error."""
+    return escape_control_chars(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
 
 
 def _matching(pattern: Path) -> Iterator[Path]:
-    """What a glob matches. As in a shell, `*` matches nothing hidden; `**` stands for any number of folders.
+    """What a glob matches. As in a shell, `*` matches nothing hidden; `**` matches any number of folders.
 
-    Unlike `glob.glob` it ends in any tangle of links.
+    Unlike `glob.glob` it terminates for symbolic links in a cycle.
     """
-    root = Path(pattern.anchor)
     parts = pattern.parts[1:] if pattern.anchor else pattern.parts
-    places = [root]
-    for position, part in enumerate(parts):
-        last = position == len(parts) - 1
+    paths = [Path(pattern.anchor)]
+    for number, part in enumerate(parts, 1):
         if part == "**":
-            places = [found for place in places for found in (_below(place) if last else _folders_below(place))]
+            below = _files_below if number == len(parts) else _folders_below
+            paths = [inner for path in paths for inner in below(path)]
         elif glob.has_magic(part):
-            places = [
-                place / name
-                for place in places
-                if os.path.isdir(place)
-                for name in _names(place)
+            folders = [path for path in paths if os.path.isdir(path)]
+            paths = [
+                folder / name
+                for folder in folders
+                for name in _names(folder)
                 if fnmatchcase(name, part) and (part.startswith(".") or not name.startswith("."))
             ]
         else:
-            places = [place / part for place in places]
-    return iter(places)
+            paths = [path / part for path in paths]
+    return iter(paths)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """What lies below a folder, at any depth, and is not hidden."""
-    for place in _folders_below(folder):
-        yield from (place / name for name in _names(place) if not name.startswith("."))
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Everything in a folder, at any depth, that is not hidden."""
+    for inner in _folders_below(folder):
+        yield from (inner / name for name in _names(inner) if not name.startswith("."))
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:
-    """A folder and those below it that are not hidden. Links are followed, but no folder is entered twice."""
-    entered: set[str] = set()
-    waiting = [folder] if os.path.isdir(folder) else []
-    while waiting:
-        place = waiting.pop()
-        real = os.path.realpath(place)
-        if real not in entered:
-            entered.add(real)
-            yield place
-            inside = (place / name for name in reversed(_names(place)) if not name.startswith("."))
-            waiting += (path for path in inside if os.path.isdir(path))
+    """A folder and those below it that are not hidden. Links are followed, but no folder is visited twice."""
+    visited: set[str] = set()
+    stack = [folder] if os.path.isdir(folder) else []
+    while stack:
+        current = stack.pop()
+        real = os.path.realpath(current)
+        if real not in visited:
+            visited.add(real)
+            yield current
+            inside = (current / name for name in reversed(_names(current)) if not name.startswith("."))
+            stack += (path for path in inside if os.path.isdir(path))
 
 
 def _names(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise UserError(f"cannot read the folder {escape_control_chars(folder)}: {reason(error)}", DATA) from error
+        raise UserError(f"cannot read the folder {escape_control_chars(folder)}: {os_reason(error)}", DATA) from error
 
 
 def _distinct(paths: Iterable[Path]) -> list[Path]:
-    """The regular files among them, sorted; each once, however many links lead to it: not in both splits."""
+    """The regular files among them, sorted; each once, however many links lead to it."""
     files = {os.path.realpath(path): path for path in sorted(paths, reverse=True) if os.path.isfile(path)}
     return sorted(files.values())
 
 
-def whole_file(path: Path) -> Span:
-    """A file as a span, the byte-order mark left out; its first bytes are looked at to see that it is text.
-
-    Raises `UserError` (3).
-    """
-    with reading(path) as file:
-        head = file.read(_FIRST_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    if encoding := _wide_encoding(head):
-        raise UserError(
-            f"{escape_control_chars(path)} is {encoding}, and only UTF-8 is read: convert it with "
-            f"`iconv -f {encoding} -t UTF-8 OLD > NEW`",
-            DATA,
-        )
-    if (nul := head.find(0)) >= 0:
-        raise UserError(
-            f"{escape_control_chars(path)} is a binary file (NUL byte at offset {nul}): give a file of UTF-8 text", DATA
-        )
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        # A character that the end of these first bytes cuts in two is no error.
-        if size <= len(head) or error.reason != "unexpected end of data":
-            raise not_utf8(path, error.start, head[error.start]) from None
-    return Span(path, len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0, size)
-
-
 def _wide_encoding(head: bytes) -> str | None:
-    """The name of an encoding with two or four bytes for a character: known by its byte-order mark or, for
-    text that is mostly Latin letters, by where its NUL bytes are."""
+    """The name of an encoding with two or four bytes a character: recognised by its byte-order mark or, in mostly
+    Latin text, by the position of its NUL bytes."""
     for mark, name in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return name
     lanes = [head[lane : len(head) // 4 * 4 : 4] for lane in range(4)]
-    shares = [lane.count(0) / max(1, len(lane)) for lane in lanes]
-    pattern = "".join("0" if share > 0.6 else "x" if share < 0.1 else "?" for share in shares)
+    zeros = [lane.count(0) / max(1, len(lane)) for lane in lanes]
+    pattern = "".join("0" if share > 0.6 else "x" if share < 0.1 else "?" for share in zeros)
     return {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}.get(pattern)
+
+
+def _blocks(text: TextRange, block_bytes: int) -> Iterator[tuple[bytes, bool]]:
+    """The bytes of a range in blocks, and whether each is the last."""
+    offset, name = text.start, escape_control_chars(text.path)
+    with open_text(text.path) as file:
+        file.seek(offset)
+        while True:
+            wanted = min(block_bytes, text.end - offset)
+            block = file.read(wanted)
+            if (nul := block.find(0)) >= 0:
+                raise _binary(text.path, offset + nul)
+            offset += len(block)
+            if len(block) < wanted:
+                message = f"{name} was truncated to {offset} bytes while it was read: start again"
+                raise UserError(message, DATA)
+            yield block, offset == text.end
+            if offset == text.end:
+                return
+
+
+def _cuts(data: bytes, start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut `start` to `end` of `data` into parts of at most `most` bytes, at safe places if there are any."""
+    while end - start > most:
+        cut = _last_cut(data, start, start + most)
+        yield start, cut
+        start = cut
+    yield start, end
+
+
+def _last_cut(data: bytes, start: int, limit: int) -> int:
+    """The last safe place to cut after `start` and up to `limit`; else the last place between characters."""
+    # Backwards in steps: if there are safe places at all, one is near.
+    for high in range(limit, start, -_SEARCH_BYTES):
+        places = list(_SAFE_CUT.finditer(data, max(start, high - _SEARCH_BYTES - 2), high + 1))
+        if places:
+            return places[-1].end()
+    cut = _boundary(data, limit)
+    return cut if cut > start else limit
+
+
+def _boundary(data: bytes, position: int) -> int:
+    """`position`, moved back by at most three bytes to the start of a UTF-8 character."""
+    for cut in range(position, max(-1, position - 4), -1):
+        if cut >= len(data) or data[cut] & 0xC0 != 0x80:  # 10xxxxxx continues a character
+            return cut
+    return position
+
+
+def _character_start(path: Path, position: int) -> int:
+    """`position` in a file, moved back to the start of a UTF-8 character."""
+    with open_text(path) as file:
+        low = max(0, position - 3)
+        file.seek(low)
+        return low + _boundary(file.read(position - low + 1), position - low)
+
+
+def _newline(data: bytes, start: int, stop: int) -> int:
+    """Length of the newline at the beginning of `data[start:stop]`: the one before a document's first line."""
+    return 2 if data.startswith(b"\r\n", start, stop) else 1 if data.startswith(b"\n", start, stop) else 0
+
+
+def _decode(data: bytes, path: Path, offset: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, offset + error.start, data[error.start]) from None
+
+
+def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
+    return UserError(
+        f"{escape_control_chars(path)} is not UTF-8 (byte 0x{byte:02x} at offset {offset}): convert text in another "
+        "encoding, such as LATIN1, with `iconv -f LATIN1 -t UTF-8 OLD > NEW`; export other files as text",
+        DATA,
+    )
+
+
+def _binary(path: Path, offset: int) -> UserError:
+    message = f"{escape_control_chars(path)} is a binary file (NUL byte at offset {offset}): give a file of UTF-8 text"
+    return UserError(message, DATA)

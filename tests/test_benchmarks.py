@@ -121,7 +121,7 @@ def test_ceilings_are_of_a_sensible_size() -> None:
 def test_random_tokens_are_a_corpus_without_ends(tmp_path: Path) -> None:
     random_tokens(tmp_path / "tokens.npy", 300, 20_000)
     data = corpus(tmp_path / "tokens.npy", 300)
-    tokens = data.train.read(0, len(data.train))
+    tokens = data.train.tokens
     assert len(tokens) == 20_000 and tokens.max() == 298 == data.tokenizer.end_of_text - 1
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from common.files import read_metrics
 from data.config import cache_folder
-from data.stories import KINDS, parse
+from data.stories import KINDS
 from inspection.attention_file import read_attention_file
 from model.generate import SamplingParams
+from tests.data.story_parser import parse
 from tests.runs import process
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context

@@ -1,7 +1,7 @@
-"""From a command line to a dataclass, or to one clear line for each mistake.
+"""From a command line to a dataclass, or to one line for each mistake.
 
-tyro judges every value. What is added here: all problems are reported at once, each with the nearest right name, and
-settings read from a file take the same way as those that were typed.
+Every option and value is checked here, so that all problems are reported at once and with the nearest right name; tyro
+then builds the dataclass and prints the help. Imports no torch: a mistake is answered within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -18,9 +18,67 @@ import tyro
 
 from common.errors import CONFIG, UserError, escape_control_chars
 
+ALIASES = {
+    # model
+    **dict.fromkeys(("block_size", "n_ctx", "max_seq_length", "max_position_embeddings", "seq_len"), "model.context"),
+    **dict.fromkeys(("n_embd", "hidden_size", "dim", "embed_dim"), "model.d_model"),
+    **dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers", "depth"), "model.n_layers"),
+    **dict.fromkeys(("n_head", "num_attention_heads", "num_heads"), "model.n_heads"),
+    **dict.fromkeys(("num_key_value_heads", "n_query_groups"), "model.n_kv_heads"),
+    **dict.fromkeys(("head_dim", "head_size"), "model.d_head"),
+    **dict.fromkeys(("intermediate_size", "n_inner"), "model.d_mlp"),
+    **dict.fromkeys(("attn_implementation", "flash_attention"), "model.attention"),
+    **dict.fromkeys(("model_type", "model_name", "arch"), "model.preset"),
+    # data and run
+    **dict.fromkeys(("dataset", "dataset_name", "data_dir", "train_file", "data", "input"), "data.source"),
+    **dict.fromkeys(("out_dir", "output_dir"), "run.dir"),
+    **dict.fromkeys(("init_from", "resume_from_checkpoint", "checkpoint"), "run.resume"),
+    **dict.fromkeys(("num_threads", "n_threads"), "run.threads"),
+    # optimizer
+    **dict.fromkeys(("learning_rate", "max_lr"), "optim.lr"),
+    **dict.fromkeys(("min_lr", "final_lr_frac"), "optim.min_lr_ratio"),
+    **dict.fromkeys(("warmup_iters", "lr_warmup_steps", "warmup_ratio", "warmup"), "optim.warmup_steps"),
+    **dict.fromkeys(("decay_lr", "lr_scheduler_type", "scheduler"), "optim.schedule"),
+    **dict.fromkeys(("lr_decay_iters", "warmdown_ratio"), "optim.decay_fraction"),
+    **dict.fromkeys(("max_grad_norm", "max_norm", "clip_grad_norm", "clip"), "optim.grad_clip"),
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "optim": "optim.optimizer",
+    # training
+    **dict.fromkeys(("max_iters", "max_steps", "num_iterations"), "train.steps"),
+    **dict.fromkeys(("per_device_train_batch_size", "global_batch_size", "total_batch_size"), "train.batch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "device_batch_size"), "train.micro_batch_size"),
+    **dict.fromkeys(("eval_interval", "eval_steps", "interval"), "train.eval_every"),
+    **dict.fromkeys(("eval_iters", "max_eval_samples"), "train.eval_tokens"),
+    **dict.fromkeys(("save_interval", "save_steps", "checkpoint_interval"), "train.save_every"),
+    **dict.fromkeys(("save_total_limit", "always_save_checkpoint"), "train.keep_checkpoints"),
+    **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
+    **dict.fromkeys(("torch_compile", "compile_model"), "train.compile"),
+    **dict.fromkeys(("fsdp", "strategy"), "train.sharding"),
+    # logging
+    **dict.fromkeys(("log_interval", "logging_steps"), "log.every"),
+    **dict.fromkeys(("wandb_log", "report_to"), "log.wandb"),
+    # sampling
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "length"), "tokens"),
+    **dict.fromkeys(("num_samples", "num_return_sequences"), "samples"),
+    "start": "prompt",
+}
+"""Options of nanoGPT, Hugging Face's Trainer, litgpt and nanochat, by their last part, and ours for the same thing."""
+NO_EQUIVALENT = {
+    "device": "a CUDA GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= in the environment",
+    "devices": "start several processes with torchrun --nproc_per_node=N train.py ...",
+    "backend": "it is nccl with CUDA and gloo without",
+    "num_train_epochs": "give --train.steps; an epoch is the training tokens / (train.batch_size * model.context) steps",
+    "eval_only": "a run evaluates by itself; to look at a trained one use sample.py and attend.py",
+    "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
+    "gradient_checkpointing": "lower --train.micro_batch_size, or take --model.attention chunked",
+    "wandb_run_name": "it is the name of the run folder, --run.dir",
+}
+NO_EQUIVALENT["epochs"] = NO_EQUIVALENT["num_epochs"] = NO_EQUIVALENT["num_train_epochs"]
+
 
 class Settings(Protocol):
-    """A dataclass that can judge its own values."""
+    """A dataclass that can check its own values."""
 
     def problems(self) -> list[str]: ...
 
@@ -28,34 +86,69 @@ class Settings(Protocol):
 S = TypeVar("S", bound=Settings)
 
 
+def parse(settings: type[S], args: list[str], description: str, positional: str | None = None) -> S:
+    """The settings that `args` describe.
+
+    Args:
+        settings: a dataclass, perhaps of dataclasses, with a method `problems()`.
+        positional: the one field that is given without an option name.
+
+    Raises:
+        UserError: with a line for each problem (exit code 2).
+        SystemExit: after `--help`.
+    """
+    if "--help" in args or "-h" in args:
+        tyro.cli(settings, args=["--help"], description=description)
+    types = {name: kind for name, kind in option_types(settings).items() if name != positional}
+    wrong: list[str] = []
+    good: list[str] = []
+    words = 0
+    for option, value in split_options(args, [name for name, kind in types.items() if kind is bool]):
+        if option:
+            problem = option_problem(option, value, types)
+        else:
+            words += 1
+            problem = None if positional and words == 1 else f"unexpected {value!r}; options begin with two dashes"
+        if problem:
+            wrong.append(problem)
+        else:
+            good.append(str(value) if not option else option if value is None else f"{option}={value}")
+    if positional and not words:
+        wrong.append(f"{positional} is missing; --help shows the usage")
+        good.insert(0, ".")
+    parsed = _run_tyro(settings, good)
+    wrong += [f"cannot use {' '.join(good)}"] if parsed is None else parsed.problems()
+    if wrong or parsed is None:
+        raise UserError("\n".join(wrong), CONFIG)
+    return parsed
+
+
+def _run_tyro(settings: type[S], args: list[str]) -> S | None:
+    """The parsed settings, or None where tyro refuses them."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return tyro.cli(settings, args=args)
+    except SystemExit:
+        return None
+
+
 def option_types(settings: type, prefix: str = "") -> dict[str, Any]:
     """Every option of a (nested) dataclass, such as `model.n_layers`, with the type of its value."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(settings).items():
         if dataclasses.is_dataclass(kind):
-            found |= option_types(typing.cast(type, kind), f"{prefix}{name}.")
+            types |= option_types(typing.cast(type, kind), f"{prefix}{name}.")
         else:
-            found[prefix + name] = kind
-    return found
+            types[prefix + name] = kind
+    return types
 
 
-def expected(kind: Any) -> str:
-    """The kind of value an option takes, in words."""
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    return {int: "a whole number", float: "a number", bool: "no value"}.get(kind, "a value")
-
-
-def field_name(option: str) -> str:
-    """`--top-k` as the field `top_k`."""
-    return option.removeprefix("--").replace("-", "_")
-
-
-def split_options(args: list[str], switches: Collection[str] = ()) -> Iterator[tuple[str, str | None]]:
+def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tuple[str, str | None]]:
     """(option, value) pairs: the option with its dashes, or '' for a word on its own; a missing value is None.
 
     Args:
-        switches: fields that are turned on by their option alone: the word after it is not its value.
+        flags: options without a value: the word after one is not its value.
     """
     rest = list(args)
     while rest:
@@ -66,112 +159,46 @@ def split_options(args: list[str], switches: Collection[str] = ()) -> Iterator[t
             option, value = word.split("=", 1)
             yield option, value
         else:
-            alone = field_name(word) in switches or not rest or rest[0].startswith("--")
+            alone = _field_name(word) in flags or not rest or rest[0].startswith("--")
             yield word, None if alone else rest.pop(0)
 
 
-def accepts(settings: type[S], args: list[str]) -> S | None:
-    """What tyro makes of `args`, or None where it refuses them."""
-    silent = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-            return tyro.cli(settings, args=args)
-    except SystemExit:
-        return None
-
-
-def judge(option: str, value: str | None, known: dict[str, Any]) -> str | None:
-    """What is wrong with the name of an option, or with a value whose choices are known; None when nothing is."""
-    name = field_name(option)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
-            key for key in known if key.rsplit(".", 1)[-1] == name
-        ]
-        return f"unknown option {escape_control_chars(option)}" + (
-            f"; did you mean --{near[0]}?" if near else "; --help lists the options"
-        )
+def option_problem(option: str, value: str | None, types: dict[str, Any]) -> str | None:
+    """What is wrong with an option's name or value, in one line, or None."""
+    name = _field_name(option)
+    if name not in types:
+        return f"unknown option {escape_control_chars(option)}; {_suggestion(name, types)}"
+    kind = types[name]
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    expected = {int: "a whole number", float: "a number", bool: "no value"}.get(kind, "a value")
+    if choices:
+        expected = "one of " + ", ".join(choices)
     if value is None:
-        return None if known[name] is bool else f"{option} needs a value: {expected(known[name])}"
-    if typing.get_origin(known[name]) is typing.Literal and value not in typing.get_args(known[name]):
-        near = difflib.get_close_matches(value, typing.get_args(known[name]), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{option} is {value!r}; it takes {expected(known[name])}{hint}"
+        return None if kind is bool else f"{option} needs a value: {expected}"
+    if kind in (int, float):
+        try:
+            kind(value)
+            return None
+        except ValueError:
+            return f"{option} is {value!r}; it takes {expected}"
+    if kind is bool or (choices and value not in choices):
+        nearest = difflib.get_close_matches(value, choices, n=1)
+        return f"{option} is {value!r}; it takes {expected}" + (f"; did you mean {nearest[0]}?" if nearest else "")
     return None
 
 
-def refused(settings: type[S], pairs: list[tuple[str, str | None]], words: list[str]) -> list[tuple[str, str | None]]:
-    """The options that tyro does not take, found by halves: a question costs it a hundredth of a second, however long.
-
-    Args:
-        words: what has to stand on the line besides, for tyro to accept it.
-    """
-    if not pairs or accepts(settings, [*words, *(written(*pair) for pair in pairs)]) is not None:
-        return []
-    if len(pairs) == 1:
-        return pairs
-    middle = len(pairs) // 2
-    return refused(settings, pairs[:middle], words) + refused(settings, pairs[middle:], words)
+def _suggestion(name: str, types: dict[str, Any]) -> str:
+    """What to type instead of an unknown option: the alias, the option with that last part, or the nearest name."""
+    last = name.rsplit(".", 1)[-1]
+    candidates = [ALIASES.get(last, "")]
+    candidates += [key for key in types if key.rsplit(".", 1)[-1] == last]
+    if last in NO_EQUIVALENT and "train.steps" in types:
+        return f"there is none like it: {NO_EQUIVALENT[last]}"
+    candidates += difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+    nearest = next((key for key in candidates if key in types), None)
+    return f"did you mean --{nearest}?" if nearest else "--help lists the options"
 
 
-def parse(settings: type[S], args: list[str], description: str, positional: str | None = None) -> S:
-    """The settings that `args` describe.
-
-    Args:
-        settings: a dataclass, perhaps of dataclasses, with a method `problems()`.
-        positional: the one field that is given without an option's name.
-
-    Raises:
-        UserError: with a line for each problem (exit code 2).
-        SystemExit: after `--help`.
-    """
-    if "--help" in args or "-h" in args:
-        tyro.cli(settings, args=["--help"], description=description)
-    known = {name: kind for name, kind in option_types(settings).items() if name != positional}
-    pairs = list(split_options(args, {name for name, kind in known.items() if kind is bool}))
-    words = [value for option, value in pairs if not option]
-    wrong: list[str] = []
-    result = None
-    if len(words) == bool(positional) and all(not option or field_name(option) in known for option, _ in pairs):
-        result = accepts(settings, [written(*pair) for pair in pairs])
-    if result is None:
-        wrong, good = mistakes(settings, pairs, known, positional)
-        result = accepts(settings, good)
-        if result is None and not wrong:
-            wrong.append(f"these options do not go together: {' '.join(good)}")
-    wrong += result.problems() if result is not None else []
-    if wrong:
-        raise UserError("\n".join(wrong), CONFIG)
-    assert result is not None
-    return result
-
-
-def written(option: str, value: str | None) -> str:
-    """An option and its value, or a word, as one argument."""
-    return str(value) if not option else option if value is None else f"{option}={value}"
-
-
-def mistakes(
-    settings: type[S], pairs: list[tuple[str, str | None]], known: dict[str, Any], positional: str | None
-) -> tuple[list[str], list[str]]:
-    """A line for each problem, and the arguments that have none."""
-    plausible = [pair for pair in pairs if pair[0] and judge(*pair, known) is None]
-    bad = refused(settings, plausible, ["."] if positional else [])
-    wrong: list[str] = []
-    good: list[str] = []
-    words = 0
-    for option, value in pairs:
-        if (option, value) in bad:
-            problem: str | None = f"{option} is {value!r}; it takes {expected(known[field_name(option)])}"
-        elif option:
-            problem = judge(option, value, known)
-        else:
-            words += 1
-            problem = None if positional and words == 1 else f"unexpected {value!r}; options begin with two dashes"
-        if problem:
-            wrong.append(problem)
-        else:
-            good.append(written(option, value))
-    if positional and not words:
-        wrong.append(f"{positional} is missing; --help shows the usage")
-        good.insert(0, ".")
-    return wrong, good
+def _field_name(option: str) -> str:
+    """`--top-k` as the field `top_k`."""
+    return option.removeprefix("--").replace("-", "_")

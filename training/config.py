@@ -1,7 +1,7 @@
-"""RunConfig: everything that decides a run, composed from the dataclasses that stand beside the code they configure.
+"""RunConfig: all settings of a run, in sections; those of data and model are defined next to their code.
 
-A config file is a saved command line: its entries become the same `--section.key value` arguments, ahead of those that
-were typed. Defaults < file < command line. Free of torch, so that a mistyped option is answered at once.
+The entries of a config file become the same `--section.key=value` arguments as those on the command line, and come
+before them: defaults < file < command line. Imports no torch, so that a mistyped option is answered at once.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ MINUTES_DECIDE = (
         for name in ("lr", "muon_lr", "momentum", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
     ),
 )
-"""What `train.minutes` chooses (`training/time_budget.py`)."""
-LONGEST = 100_000
-"""Minutes that may be asked for: ten weeks."""
+"""The options that `train.minutes` sets (`training/time_budget.py`)."""
+MAX_MINUTES = 100_000
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 
 
 def at_least(section: str, settings: object, **limits: float) -> list[str]:
-    """A line for each named value of `settings` that is below its limit."""
+    """A line for each named value that is below its limit (or NaN)."""
     return [
         f"{section}.{name} is {getattr(settings, name)}; it must be at least {limit}"
         for name, limit in limits.items()
@@ -48,20 +47,20 @@ def at_least(section: str, settings: object, **limits: float) -> list[str]:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the run lives, and its seed."""
+    """Run folder, seed and processes."""
 
     dir: str = ""
-    """Folder that the run writes; by default runs/ and the name of the config file or text, numbered if it exists."""
+    """Run folder; by default runs/ and the name of the config file or text, numbered if it exists."""
     resume: str = ""
-    """A run folder to go on with, from its newest good checkpoint."""
+    """A run folder to continue from its newest good checkpoint."""
     seed: int = 1
-    """Decides the first weights, the order of the batches, dropout and samples."""
+    """Seed of the initial weights, the order of the batches, dropout and samples."""
     threads: int = 0
-    """Processor threads; 0 takes what torch takes, or fewer where that is faster."""
+    """CPU threads; 0: torch's default."""
     stop_at_step: int = 0
     """SignalHandler once this step is done and saved, as after a signal; 0 goes on to the end."""
     dist_timeout: float = 600.0
-    """Seconds that a process waits for the others before it gives the job up (torchrun)."""
+    """Seconds that a process of torchrun waits for the others before it exits."""
 
     def problems(self) -> list[str]:
         found = at_least("run", self, seed=0, threads=0, stop_at_step=0, dist_timeout=1)
@@ -72,7 +71,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights follow the gradient."""
+    """Optimizer and learning rate schedule."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon for the matrices inside the blocks, AdamW for the rest; `adamw`: AdamW for all."""
@@ -81,23 +80,23 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     weight_decay: float = 0.1
-    """Decay of matrices (not of gains and biases), in units of the learning rate."""
+    """Weight decay of matrices and embeddings, not of norms and biases."""
     beta1: float = 0.9
-    """AdamW's memory of the gradient."""
+    """AdamW beta1."""
     beta2: float = 0.95
-    """AdamW's memory of its square."""
+    """AdamW beta2."""
     momentum: float = 0.95
-    """Muon's memory of the gradient."""
+    """Muon momentum."""
     warmup_steps: int = 10
-    """Steps over which the rate rises from zero to its peak."""
+    """Steps of linear warmup."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """`linear`: stay at the peak, then fall in a line; `cosine`: fall along a half cosine."""
+    """`linear`: constant, then linear decay; `cosine`: cosine decay."""
     decay_fraction: float = 0.5
-    """Share of the steps over which `linear` falls."""
+    """Fraction of the steps over which `linear` decays."""
     min_lr_ratio: float = 0.0
-    """Share of the peak at which the rate ends."""
+    """Final learning rate as a fraction of the peak."""
     grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0 leaves it as it is."""
+    """Maximum norm of the gradient; 0: no clipping."""
 
     def problems(self) -> list[str]:
         found = at_least("optim", self, lr=0, muon_lr=0, weight_decay=0, warmup_steps=0, grad_clip=0)
@@ -106,44 +105,46 @@ class OptimConfig:
                 found.append(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         for name in ("decay_fraction", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                found.append(f"optim.{name} is {getattr(self, name)}; it must lie between 0 and 1")
+                found.append(f"optim.{name} is {getattr(self, name)}; it must be between 0 and 1")
         return found
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how often."""
+    """Training loop."""
 
     minutes: float = 0.0
-    """Minutes that the whole command may take: model, batch, steps and rates are then chosen for this machine; 0 leaves
-    them as they are."""
+    """Minutes for the whole command: model size, batch, steps and learning rates are chosen for this machine; 0: as
+    configured."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
-    """PackedSequences in a step, over all processes."""
+    """Sequences in a step, over all processes."""
     micro_batch_size: int = 0
-    """PackedSequences that a process holds in memory at once; 0 takes its whole share of the step."""
+    """Sequences of a process in one forward and backward pass; 0: all of its part of the batch."""
     eval_every: int = 100
     """Steps between evaluations."""
     eval_tokens: int = 65_536
-    """Validation tokens in an evaluation, the same every time; all of them when there are fewer."""
+    """Validation tokens of an evaluation, the same every time."""
     save_every: int = 100
-    """Steps between checkpoints; the best evaluation and the end are saved as well."""
+    """Steps between checkpoints; the best evaluation and the last step are saved as well."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, beside the best."""
+    """How many of the newest checkpoints are kept, besides the best."""
     patience: int = 0
     """SignalHandler after so many evaluations without a new best; 0 never does."""
     skip_nonfinite_steps: int = 0
-    """Steps whose loss or gradient is not finite that a run may pass over before it stops; 0 stops at the first."""
+    """How many steps with a loss or gradient that is not finite are skipped before the run stops."""
     sharding: Literal["none", "fsdp"] = "none"
-    """`none`: every process holds the whole model; `fsdp`: weights and moments are split among the processes."""
+    """`none`: DDP, every process has the whole model; `fsdp`: FSDP2, parameters and optimizer state are sharded."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the matrix products; `auto` takes bf16 where that is faster."""
+    """dtype of the matrix products (autocast); `auto`: bf16 where the hardware supports it well."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto` tries it where the run is long enough to earn it back, and keeps it if it is faster."""
 
     def problems(self) -> list[str]:
-        found = [] if self.minutes < LONGEST else [f"train.minutes is {self.minutes}; it must be below {LONGEST:,}"]
+        found = (
+            [] if self.minutes < MAX_MINUTES else [f"train.minutes is {self.minutes}; it must be below {MAX_MINUTES:,}"]
+        )
         return found + at_least(
             "train",
             self,
@@ -162,20 +163,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is told, and to whom."""
+    """Logging, samples and inspection."""
 
     every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between log lines."""
     sample_tokens: int = 100
-    """Length of the sample that is written at each evaluation; 0 writes none."""
+    """Tokens of the text sample at each evaluation; 0: none."""
     prompts: str = ""
-    """A file of your own lines to watch: texts, or questions as prompt, right and wrong answer with tabs between."""
+    """A file of your own prompts to monitor: texts, or prompt, right and wrong answer separated by tabs."""
     attention: Literal["on", "off"] = "on"
     """`on`: record attention and head scores at each evaluation and write the page; `off`: train without."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; `offline` writes a run into the run folder for `wandb sync`."""
+    """Weights & Biases; `offline`: write to the run folder, for `wandb sync`."""
     wandb_project: str = "glassgpt"
-    """Project that the run belongs to there."""
+    """Weights & Biases project."""
 
     def problems(self) -> list[str]:
         found = at_least("log", self, every=1, sample_tokens=0)
@@ -186,7 +187,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     run: RunSettings = field(default_factory=RunSettings)
     data: DataConfig = field(default_factory=DataConfig)
@@ -196,7 +197,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def problems(self) -> list[str]:
-        """What is wrong anywhere, a line each."""
+        """What is wrong, one line each."""
         sections = (self.run, self.data, self.model, self.optim, self.train, self.log)
         return [line for section in sections for line in section.problems()]
 
@@ -211,32 +212,30 @@ def as_arguments(table: dict[str, Any], where: str) -> list[str]:
     for section, entries in table.items():
         if not isinstance(entries, dict):
             raise UserError(
-                f"{where}: {escape_control_chars(section)} stands outside a section; write it as [section] and key = value"
+                f"{where}: {escape_control_chars(section)} is outside of a section; write [section] and key = value"
             )
         for key, value in entries.items():
             if isinstance(value, str) and "\0" in value:
-                raise UserError(
-                    f"{where}: {escape_control_chars(f'{section}.{key}')} holds a zero, which ends a word for the system"
-                )
+                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} contains a NUL byte")
             if isinstance(value, (dict, list)):
-                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} must be one plain value")
+                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} must be a string or a number")
             arguments.append(f"--{section}.{key}={value}")
     return arguments
 
 
 def read_toml(path: Path) -> list[str]:
-    """The arguments that a config file saves.
+    """The arguments of a config file.
 
     Raises:
-        UserError: if it can't be read or is no TOML.
+        UserError: if it cannot be read or is not valid TOML.
     """
     where = escape_control_chars(path)
     try:
         return as_arguments(tomllib.loads(path.read_text(encoding="utf-8")), where)
     except OSError as error:
         raise UserError(f"cannot read the config file {where}: {error.strerror}", CONFIG) from error
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5,000 digits, nested too deeply
-        raise UserError(f"{where} is no valid TOML: {escape_control_chars(error)}", CONFIG) from error
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits, nested too deeply
+        raise UserError(f"{where} is not valid TOML: {escape_control_chars(error)}", CONFIG) from error
 
 
 def to_toml(config: RunConfig) -> str:
@@ -244,23 +243,23 @@ def to_toml(config: RunConfig) -> str:
     lines = []
     for section, entries in dataclasses.asdict(config).items():
         lines.append(f"[{section}]")
-        # A JSON string, or number, is a TOML one too; but for an infinite one.
+        # JSON strings and numbers are valid TOML, except for infinity.
         lines += [f"{k} = {v!r}" if isinstance(v, float) else f"{k} = {json.dumps(v)}" for k, v in entries.items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def from_saved(table: dict[str, Any], where: str) -> RunConfig:
-    """The config that a checkpoint holds.
+    """The config in a checkpoint.
 
     Raises:
-        UserError: if it holds none that this version understands (exit code 4).
+        UserError: if this version cannot use it (exit code 4).
     """
     try:
         return parse(RunConfig, as_arguments(table, where), "")
     except UserError as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{where} holds no usable config ({escape_control_chars(first)})", CHECKPOINT) from error
+        raise UserError(f"{where} has no usable config ({escape_control_chars(first)})", CHECKPOINT) from error
 
 
 def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
@@ -277,49 +276,49 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
         saved = Path(resumed[-1]) / "config.toml"
         if not os.path.isfile(saved):  # not Path.is_file, which raises for names that are too long
             raise UserError(
-                f"{escape_control_chars(resumed[-1])} is no run folder: it has no config.toml; give one that train.py wrote",
+                f"{escape_control_chars(resumed[-1])} is not a run folder: it has no config.toml",
                 CHECKPOINT,
             )
         if file is not None:
             raise UserError(
-                f"--run.resume brings its own config; leave out {escape_control_chars(file)}, or change single options"
+                f"--run.resume uses the config of that run; leave out {escape_control_chars(file)}, or give single options"
             )
         file, typed = saved, [*typed, f"--run.dir={resumed[-1]}"]
     file = file or QUICKSTART
     description = (
         "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With "
-        "--run.resume RUN --check nothing is trained further: it is proved that RUN resumes exactly. "
-        "--plan prints what the run would take on this machine, --plan 8xh100 on others, and trains nothing."
+        "--run.resume RUN --check it only proves that RUN resumes exactly. --plan prints the memory and time that the run "
+        "needs on this machine, --plan 8xh100 on others."
     )
-    saved_line = read_toml(file)
-    config = parse(RunConfig, saved_line + typed, description)
+    from_file = read_toml(file)
+    config = parse(RunConfig, from_file + typed, description)
     if config.train.minutes:
-        refuse_two_plans(typed, saved_line, bool(resumed))
+        check_minutes(typed, from_file, bool(resumed))
     if config.run.resume and not resumed:
         raise UserError(
             f"{escape_control_chars(file)} sets run.resume, which belongs on the command line: --run.resume RUN"
         )
-    own_text = file == QUICKSTART and config.data.source != DataConfig().source
-    name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if own_text else file.stem
+    is_own_text = file == QUICKSTART and config.data.source != DataConfig().source
+    name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if is_own_text else file.stem
     return config, name or "run"
 
 
-def refuse_two_plans(typed: list[str], saved_line: list[str], resuming: bool) -> None:
-    """`train.minutes` beside what it decides itself.
+def check_minutes(typed: list[str], from_file: list[str], resuming: bool) -> None:
+    """Refuse `train.minutes` together with an option that it sets itself.
 
     Args:
-        typed: words of the command line.
-        saved_line: those of the config file, whose values give way unless it names the minutes itself.
+        typed: arguments of the command line.
+        from_file: those of the config file; `train.minutes` overrides them unless it is in the file too.
 
     Raises:
-        UserError: naming what contradicts it.
+        UserError: naming the option.
     """
     if resuming:
-        raise UserError("train.minutes plans a new run; on resuming, give --train.steps instead")
+        raise UserError("train.minutes is for a new run; to resume, give --train.steps instead")
     named = [option.removeprefix("--").partition("=")[0] for option in typed]
-    from_file = [option.removeprefix("--").partition("=")[0] for option in saved_line]
-    if "train.minutes" in from_file:
-        named += from_file
+    saved = [option.removeprefix("--").partition("=")[0] for option in from_file]
+    if "train.minutes" in saved:
+        named += saved
     both = [option for option in MINUTES_DECIDE if option in named]
     if both:
-        raise UserError(f"train.minutes chooses {both[0]} itself; leave out one of the two")
+        raise UserError(f"train.minutes sets {both[0]} itself; leave out one of them")

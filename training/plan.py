@@ -13,7 +13,7 @@ import torch
 
 from common.errors import CONFIG, UserError, escape_control_chars
 from data.dataloader import pack_documents
-from data.found import Found, find
+from data.prepare import cache_lookup
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
 from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
 from training.config import RunConfig
@@ -131,7 +131,7 @@ class Plan:
     """Its `model.attention` is resolved."""
     target: PlanTarget
     ctx: DistContext
-    corpus: Found
+    corpus: CorpusInfo
 
     @property
     def rows(self) -> int:
@@ -185,7 +185,7 @@ def choose_size(config: RunConfig, target: PlanTarget) -> RunConfig:
         return config
     if target.gpu is not None:
         raise UserError("train.minutes is measured on this machine; leave out the name after --plan", CONFIG)
-    corpus = find(config.data)
+    corpus = cache_lookup(config.data)
     if corpus.train is None or corpus.val is None:
         raise UserError("train.minutes needs the corpus, which the first run without --plan prepares", CONFIG)
     ctx = get_dist_context(config.train.dtype, config.run.threads)
@@ -204,7 +204,7 @@ def resolve(config: RunConfig, target: PlanTarget) -> Plan:
         use_bf16 = config.train.dtype != "fp32" and target.gpu.bf16 > 0
         ctx = replace(ctx, dtype=torch.bfloat16 if use_bf16 else torch.float32)
     model = resolve_attention(config.model, device, ctx.dtype)
-    return Plan(replace(config, model=model), target, ctx, find(config.data))
+    return Plan(replace(config, model=model), target, ctx, cache_lookup(config.data))
 
 
 def heading(plan: Plan, name: str) -> list[str]:

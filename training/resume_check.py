@@ -1,8 +1,7 @@
-"""`train.py --run.resume RUN --check`: proof that a resumed run learns what an uninterrupted one does.
+"""`train.py --run.resume RUN --check`: proof that an interrupted and resumed run ends with the same bits.
 
-From the same checkpoint one process makes some steps at a stretch; two others make them with an interruption between
-them. Weights and moments must have the same bits. Everything happens on this machine, in a folder inside RUN that is
-removed again.
+From the same checkpoint one process trains some steps, and two others the same steps with an interruption in between.
+Weights and optimizer state must have the same sha256. Everything happens in a temporary folder inside RUN.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
-from training.checkpoint import FILES, MANIFEST, list_checkpoints, verify_checkpoint
+from training.checkpoint import MANIFEST, MODEL, OPTIMIZER, list_checkpoints, verify_checkpoint
 from training.config import RunConfig, to_toml
 
 STEPS = 8
@@ -36,67 +35,64 @@ def check_resume(config: RunConfig) -> None:
         raise UserError("--check needs a run to resume: python train.py --run.resume RUN --check", CONFIG)
     steps = min(STEPS, config.train.steps - 1)
     if steps < 2:
-        raise UserError(f"train.steps is {config.train.steps}; two steps must fit before the last", CONFIG)
-    start = start_of(run, config.train.steps - steps - 1)
+        raise UserError(f"train.steps is {config.train.steps}; --check needs at least 3", CONFIG)
+    start = _find_start(run, config.train.steps - steps - 1)
     middle = min(INTERRUPTED_AFTER, steps - 1)
     first = int(start.name) if start else 0
     where = f"step {first} of {run}" if start else f"the beginning of {run} (it has no checkpoint early enough)"
     print(
-        f"from {escape_control_chars(where)}: {steps} steps at a stretch, against {middle}, a new process, and {steps - middle}",
+        f"from {escape_control_chars(where)}: {steps} steps uninterrupted, and {middle} + {steps - middle} steps in "
+        "two processes",
         flush=True,
     )
-    with tempfile.TemporaryDirectory(prefix=".check-", dir=run) as place:
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=run) as temporary:
         hashes = []
-        for name, stops in (("at a stretch", [steps]), ("interrupted", [middle, steps])):
-            folder = Path(place) / name.replace(" ", "-")
-            argument = prepared(folder, config, start)
+        for name, stops in (("uninterrupted", [steps]), ("resumed", [middle, steps])):
+            folder = Path(temporary) / name
+            argument = _prepare(folder, config, start)
             for stop in stops:
-                train(argument, first + stop)
+                _train(argument, first + stop)
                 argument = f"--run.resume={folder}"
-            hashes.append(digests(folder / "checkpoints" / f"{first + steps:06d}"))
-            print(f"{name:<13} weights {hashes[-1][0]}\n{'':<13} moments {hashes[-1][1]}", flush=True)
+            hashes.append(_hashes(folder / "checkpoints" / f"{first + steps:06d}"))
+            print(f"{name:<14} weights         {hashes[-1][0]}", flush=True)
+            print(f"{'':<14} optimizer state {hashes[-1][1]}", flush=True)
     if hashes[0] != hashes[1]:
-        print("not the same bits: this run does not resume exactly on this machine")
+        print("different bits: this run does not resume exactly on this machine")
         sys.exit(1)
-    print("the same bits: the resumed run learned exactly what the uninterrupted one did")
+    print("same bits: the resumed run is identical to the uninterrupted one")
 
 
-def start_of(run: Path, latest: int) -> Path | None:
-    """The newest good checkpoint that is not beyond step `latest`; None if there is none."""
-    good = (folder for folder in list_checkpoints(run / "checkpoints")[::-1] if int(folder.name) <= latest)
-    return next((folder for folder in good if verify_checkpoint(folder) is None), None)
+def _find_start(run: Path, latest: int) -> Path | None:
+    """The newest good checkpoint up to step `latest`, or None."""
+    early = (folder for folder in list_checkpoints(run / "checkpoints")[::-1] if int(folder.name) <= latest)
+    return next((folder for folder in early if verify_checkpoint(folder) is None), None)
 
 
-def prepared(folder: Path, config: RunConfig, start: Path | None) -> str:
-    """A run folder that stands at checkpoint `start`, or a config to start one with; the argument that begins it."""
+def _prepare(folder: Path, config: RunConfig, start: Path | None) -> str:
+    """Make a run folder with the checkpoint `start`, or a config to start with; the argument for train.py."""
     folder.mkdir()
-    own = dataclasses.replace(config.run, dir=str(folder), resume="", stop_at_step=0)
+    run = dataclasses.replace(config.run, dir=str(folder), resume="", stop_at_step=0)
     log = dataclasses.replace(config.log, wandb="disabled")
     file = folder / ("config.toml" if start else "start.toml")
-    file.write_text(to_toml(dataclasses.replace(config, run=own, log=log)), encoding="utf-8")
+    file.write_text(to_toml(dataclasses.replace(config, run=run, log=log)), encoding="utf-8")
     if start is None:
         return str(file)
     shutil.copytree(start, folder / "checkpoints" / start.name)
     return f"--run.resume={folder}"
 
 
-def train(argument: str, stop_at_step: int) -> None:
+def _train(argument: str, stop_at_step: int) -> None:
     """Train up to a step in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), argument, f"--run.stop_at_step={stop_at_step}"], capture_output=True, text=True
-    )
+    command = [sys.executable, str(TRAIN), argument, f"--run.stop_at_step={stop_at_step}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
-        raise UserError(f"training up to step {stop_at_step} failed: {said}", max(done.returncode, 1))
+        error = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        raise UserError(f"training up to step {stop_at_step} failed: {error}", max(done.returncode, 1))
 
 
-def digests(folder: Path) -> tuple[str, str]:
-    """The sha256 of the weights and of the moments in a checkpoint.
-
-    Raises:
-        UserError: if the checkpoint is not whole (exit code 4).
-    """
-    if fault := verify_checkpoint(folder):
-        raise UserError(f"{folder}: {fault}", CHECKPOINT)
+def _hashes(folder: Path) -> tuple[str, str]:
+    """The sha256 of the weights and of the optimizer state of a checkpoint; raises UserError (4)."""
+    if problem := verify_checkpoint(folder):
+        raise UserError(f"{folder}: {problem}", CHECKPOINT)
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return files[FILES[0]]["sha256"], files[FILES[1]]["sha256"]
+    return files[MODEL]["sha256"], files[OPTIMIZER]["sha256"]

@@ -1,7 +1,7 @@
-"""The run folder: its name, the lock that keeps a second trainer out, and the config that marks it as a run.
+"""The run folder: its name, the lock that keeps a second trainer out, and `config.toml`, which makes it a run.
 
-Free of torch: a folder in use is said within a blink. Of several processes only the first owns the folder; the others
-are told its name.
+Imports no torch, so that a folder in use is reported at once. Of several processes only rank 0 opens the folder; the
+others are told its name.
 """
 
 from __future__ import annotations
@@ -17,90 +17,95 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError, escape_control_chars
+from common.files import write_atomic
 from training.config import RunConfig, to_toml
 
-MARK = "config.toml"
-"""A folder that holds it is a run, and can be resumed; it is written once the first checkpoint is there."""
+CONFIG_FILE = "config.toml"
+"""A folder with this file is a run that can be resumed; it is written after the first checkpoint."""
 
 
 @contextlib.contextmanager
 def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
-    """The config with its folder decided, which is locked while the body runs; for the first of several processes.
+    """The config with its folder decided, which is locked while the body runs; only rank 0 does this.
 
     Args:
         name: of the config file or text; the folder is named after it unless `run.dir` names one.
 
     Raises:
-        UserError: if the folder holds a run that was not asked for (2), links out of itself (4), can't be written (6)
-            or is in use by another process (7).
+        UserError: if the folder already holds a run (2), has links that lead out of it (4), cannot be written (6), or
+            is in use by another process (7).
     """
     if os.environ.get("RANK", "0") != "0":
         yield config
         return
-    config, lock = claim(config, name)
+    config, lock = claim_run_dir(config, name)
     try:
         yield config
     finally:
         lock.close()
 
 
-def claim(config: RunConfig, name: str) -> tuple[RunConfig, IO[str]]:
-    """Decide on the folder and lock it: the resumed run's, the one asked for, or the first free of runs/NAME, -2, …"""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def claim_run_dir(config: RunConfig, name: str) -> tuple[RunConfig, IO[str]]:
+    """Choose and lock the folder: the resumed run's, `run.dir`, or the first free one of runs/NAME, runs/NAME-2, ..."""
     if config.run.resume:
         return config, lock_folder(Path(config.run.resume))
     if config.run.dir:
         folder = Path(config.run.dir)
-        restarted = restarted and owner(folder)[1:] == [job()]  # not somebody else's run, refused a moment ago
-        if is_run(folder) and not restarted:
+        restarted = _is_restart_of(folder)
+        if _is_run(folder) and not restarted:
             raise UserError(
-                f"{folder} already holds a run; go on with it by --run.resume {folder}, or choose another --run.dir",
+                f"{folder} already holds a run; continue it with --run.resume {folder}, or choose another --run.dir",
                 CONFIG,
             )
-        if holds_steps(folder) and not is_run(folder):
+        if _has_checkpoints(folder) and not _is_run(folder):
             raise UserError(
-                f"{escape_control_chars(folder)} holds checkpoints but no {MARK}; bring that back, or choose another --run.dir",
+                f"{escape_control_chars(folder)} has checkpoints but no {CONFIG_FILE}; restore that file, or choose "
+                "another --run.dir",
                 CHECKPOINT,
             )
-        return settled(config, folder, restarted), lock_folder(folder)
+        return _with_folder(config, folder, restarted), lock_folder(folder)
     number = 1
     while True:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         number += 1
-        ours = restarted and owner(folder)[1:] == [job()]
-        if (is_run(folder) or holds_steps(folder)) and not ours:
+        restarted = _is_restart_of(folder)
+        if (_is_run(folder) or _has_checkpoints(folder)) and not restarted:
             continue
         try:
-            return settled(config, folder, restarted), lock_folder(folder)
-        except UserError as error:  # another trainer has just begun there
+            return _with_folder(config, folder, restarted), lock_folder(folder)
+        except UserError as error:  # another trainer has just started there
             if error.exit_code != IN_USE:
                 raise
 
 
-def settled(config: RunConfig, folder: Path, restarted: bool) -> RunConfig:
-    """The config with its folder; a job that torchrun has restarted goes on with the run that it had begun."""
-    resume = str(folder) if restarted and is_run(folder) else ""
+def _with_folder(config: RunConfig, folder: Path, restarted: bool) -> RunConfig:
+    """The config with its folder; a job that torchrun has restarted resumes the run that it had started."""
+    resume = str(folder) if restarted and _is_run(folder) else ""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder), resume=resume))
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the folder holds a run that can be resumed."""
-    return (folder / MARK).exists()
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).exists()
 
 
-def holds_steps(folder: Path) -> bool:
-    """Whether something was learned there: a new run has but the checkpoint of step 0 until its mark is written."""
+def _has_checkpoints(folder: Path) -> bool:
+    """Whether there is a checkpoint after step 0, which a new run writes before its `config.toml`."""
     return any(path.name.isdecimal() and int(path.name) > 0 for path in (folder / "checkpoints").glob("*"))
 
 
-def job() -> str:
-    """torchrun's name for this job, the same after a restart; a job that was given none is known by its agent."""
+def _is_restart_of(folder: Path) -> bool:
+    """Whether torchrun has restarted this job, and the folder was last locked by this same job."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]
+
+
+def _job_name() -> str:
+    """torchrun's name for this job, the same after a restart; a job without a name is known by its agent."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{socket.gethostname()}-{os.getppid()}" if name == "none" else name
 
 
-def owner(folder: Path) -> list[str]:
-    """What the last owner of the folder wrote into its lock: its process, then its job."""
+def _lock_owner(folder: Path) -> list[str]:
+    """What the last owner of the folder wrote to its lock: process id and job."""
     try:
         return (folder / "lock").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -108,10 +113,10 @@ def owner(folder: Path) -> list[str]:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Make the folder and lock it; the lock is let go when it is closed, or with its process.
+    """Create and lock the folder; the lock ends when it is closed, or with the process.
 
     Raises:
-        UserError: if it links out of itself (4), can't be written (6) or another process trains in it (7).
+        UserError: if a link leads out of it (4), it cannot be written (6), or another process trains in it (7).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,68 +126,42 @@ def lock_folder(folder: Path) -> IO[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
-            process = (owner(folder) or ["unknown"])[0]
+            process = (_lock_owner(folder) or ["unknown"])[0]
             raise UserError(
                 f"{folder} is in use by process {process}; wait for it, or choose another --run.dir", IN_USE
             ) from error
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n{job()}\n")
+        lock.write(f"{os.getpid()}\n{_job_name()}\n")
         lock.flush()
         (folder / "attention").mkdir(exist_ok=True)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise UserError(
+            f"cannot write the run folder {folder}: {error.strerror}; choose another with --run.dir", DISK_OR_MEMORY
+        ) from error
     return lock
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a run folder in which a symbolic link leads out of it: a run writes into its own folder alone.
+    """Refuse a run folder with a symbolic link that leads out of it, a pipe or a device: writing there does harm.
 
     Raises:
-        UserError: naming the link (exit code 4).
+        UserError: naming it (exit code 4).
     """
     inside = folder.resolve()
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = Path(place) / name
+            path = Path(parent) / name
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise UserError(
-                    f"{escape_control_chars(path)} is a link that leads out of the run folder; put a copy in its place, or "
-                    "remove it",
+                    f"{escape_control_chars(path)} is a link out of the run folder; replace it by a copy, or remove it",
                     CHECKPOINT,
                 )
-            kind = path.lstat().st_mode
-            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISLNK(kind)):
-                raise UserError(
-                    f"{escape_control_chars(path)} is no file but a pipe or a device; remove it", CHECKPOINT
-                )
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                raise UserError(f"{escape_control_chars(path)} is not a regular file; remove it", CHECKPOINT)
 
 
 def save_config(config: RunConfig) -> None:
-    """Write `config.toml`, in one step: from now on the folder is a run.
-
-    Raises:
-        UserError: if it can't be written (exit code 6).
-    """
-    folder = Path(config.run.dir)
-    own = dataclasses.replace(config.run, resume="", stop_at_step=0)
-    temporary = folder / "config.writing"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(to_toml(dataclasses.replace(config, run=own)))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MARK)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-
-
-def cannot_write(folder: Path, error: OSError) -> UserError:
-    """What to tell of a folder that is full or forbidden."""
-    return UserError(
-        f"cannot write the run folder {folder}: {error.strerror}; choose another with --run.dir", DISK_OR_MEMORY
-    )
+    """Write `config.toml`: from now on the folder is a run. Raises UserError (6)."""
+    run = dataclasses.replace(config.run, resume="", stop_at_step=0)
+    write_atomic(Path(config.run.dir) / CONFIG_FILE, [to_toml(dataclasses.replace(config, run=run)).encode()])

@@ -202,7 +202,7 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
 
 def starts_with_eot(data: TokenizedCorpus) -> bool:
     """Whether a sample starts with end-of-text: the corpus has several documents, or no line break to start after."""
-    tokens = np.unique(data.train.read(0, 100_000)).tolist()
+    tokens = np.unique(data.train.tokens[:100_000]).tolist()
     has_lines = any(b"\n" in data.tokenizer.token_bytes(token) for token in tokens)
     return data.train.n_documents > 1 or not has_lines
 

@@ -55,8 +55,11 @@ def generate_text(
     for tokens in generate(model, batch, max_new_tokens, generator, params):
         pieces = []
         for i, token in enumerate(tokens.tolist()):
-            ended[i] = ended[i] or token == tokenizer.end_of_text
-            pieces.append("" if ended[i] else decoders[i].decode(tokenizer.token_bytes(token)))
+            if ended[i]:
+                pieces.append("")
+                continue
+            ended[i] = token == tokenizer.end_of_text  # whose bytes are empty
+            pieces.append(decoders[i].decode(tokenizer.token_bytes(token), final=ended[i]))
         yield pieces
         if all(ended):
             return

@@ -148,7 +148,7 @@ def test_the_numbers_are_those_of_transformers(tmp_path: Path, preset: str) -> N
     seen = run_with_cache(model, tokens[0], details=True)
     record.write_attention_file(tmp_path / "file", [("text", seen, token_bytes(seen))], {}, "f32", token_bytes=piece)
     (text,) = dump.read_attention_file(tmp_path / "file").texts
-    theirs = checks.reference_of(model)(tokens, output_attentions=True, use_cache=True)
+    theirs = checks.transformers_model(model)(tokens, output_attentions=True, use_cache=True)
     assert text.keys is not None and text.values is not None and text.top_tokens is not None
     for layer, attention in enumerate(theirs.attentions):
         assert text.pattern(layer).shape == attention.shape == (1, model.config.n_heads, 20, 20)

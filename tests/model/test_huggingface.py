@@ -1,147 +1,112 @@
-"""Parity with transformers: logits, gradients, attention, and files in both directions."""
+"""Parity with transformers: logits, gradients, patterns, files in both directions; unsupported models are rejected."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, UserError
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation, ModelConfig
 from model.gpt import GPT
 from model.huggingface import from_huggingface, load_huggingface, save_huggingface, to_huggingface
-from tests.model.checks import (
-    SHAPES,
-    VOCAB,
-    check_attention_matches_reference,
-    check_gradients_match_reference,
-    check_logits_match_reference,
-    random_model,
-    random_tokens,
-    reference_of,
-    same,
-)
+from tests.model import checks
+from tests.model.checks import SHAPES, VOCAB, random_model, random_tokens, same, transformers_model
 
-BOTH = pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
+each_preset = pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
+each_implementation = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 
 
-@BOTH
-@pytest.mark.parametrize("face", ATTENTION_IMPLEMENTATIONS)
-def test_logits_are_those_of_transformers(preset: str, face: AttentionImplementation) -> None:
-    check_logits_match_reference(preset, face)
+@each_preset
+@each_implementation
+def test_logits_match_transformers(preset: str, attention: AttentionImplementation) -> None:
+    checks.check_logits_match_reference(preset, attention)
 
 
-@BOTH
-@pytest.mark.parametrize("face", ATTENTION_IMPLEMENTATIONS)
-def test_gradients_are_those_of_transformers(preset: str, face: AttentionImplementation) -> None:
-    check_gradients_match_reference(preset, face)
+@each_preset
+@each_implementation
+def test_gradients_match_transformers(preset: str, attention: AttentionImplementation) -> None:
+    checks.check_gradients_match_reference(preset, attention)
 
 
-@BOTH
-def test_attention_is_that_of_transformers(preset: str) -> None:
-    check_attention_matches_reference(preset)
+@each_preset
+def test_patterns_match_transformers(preset: str) -> None:
+    checks.check_patterns_match_reference(preset)
 
 
-def test_in_double_precision_nothing_is_left_to_rounding() -> None:
-    """GPT-2 alone: the reference's RMSNorm rounds to single precision."""
+def test_logits_match_transformers_in_fp64() -> None:
+    """GPT-2 only: the RMSNorm of transformers rounds to fp32."""
     model, tokens = random_model("gpt2").double(), random_tokens(3, 24)
-    same(model(tokens), reference_of(model).double()(tokens).logits, 1e-12)
+    same(model(tokens), transformers_model(model).double()(tokens).logits, 1e-12)
 
 
-@BOTH
-def test_what_transformers_saves_can_be_loaded(preset: str, tmp_path: Path) -> None:
-    """Their own random weights, through their own `save_pretrained`."""
-    from transformers import set_seed
-
-    set_seed(3)
-    theirs = reference_of(random_model(preset))
+@each_preset
+def test_model_saved_by_transformers_is_loaded(preset: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    theirs = transformers_model(random_model(preset))
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(0.1, 0.15)
     theirs.save_pretrained(tmp_path)
     tokens = random_tokens(2, SHAPES[preset].context)
     with torch.no_grad():
-        for face in ATTENTION_IMPLEMENTATIONS:
-            ours = load_huggingface(tmp_path, face).eval()
-            assert ours.config.attention == face
+        for attention in ATTENTION_IMPLEMENTATIONS:
+            ours = load_huggingface(tmp_path, attention).eval()
+            assert ours.config.attention == attention
             same(ours(tokens), theirs(tokens).logits, 1e-5)
 
 
-@BOTH
-def test_what_is_saved_here_transformers_loads(preset: str, tmp_path: Path) -> None:
+@each_preset
+def test_saved_model_is_loaded_by_transformers(preset: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ours = random_model(preset)
-    folder = tmp_path / "new" / "folder"
+    ours, folder = random_model(preset), tmp_path / "new" / "folder"
     save_huggingface(ours, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    theirs, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(theirs).__name__ == theirs.config.architectures[0]
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = random_tokens(2, SHAPES[preset].context)
     with torch.no_grad():
         same(theirs.eval()(tokens).logits, ours(tokens), 1e-5)
 
 
-@BOTH
-def test_transformers_builds_the_model_from_its_configuration(preset: str, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    ours = random_model(preset)
-    save_huggingface(ours, tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_config(config)
-    assert type(theirs).__name__ == config.architectures[0]
-    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
-
-
-@BOTH
-def test_there_and_back_again_is_the_same_model(preset: str, tmp_path: Path) -> None:
-    ours = random_model(preset)
-    shape, vocab_size, state = from_huggingface(*to_huggingface(ours))
+@each_preset
+@pytest.mark.parametrize("changes", [{}, {"d_mlp": 37}])
+def test_round_trip(preset: str, changes: dict[str, int], tmp_path: Path) -> None:
+    ours = random_model(preset, **changes)
+    config, weights = to_huggingface(ours)
+    before = [p.clone() for p in ours.parameters()]
+    shape, vocab_size, state = from_huggingface(config, weights)
     assert vocab_size == VOCAB and state.keys() == ours.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
-    for name in ("preset", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "context"):
-        assert getattr(shape, name) == getattr(ours.config, name)
+    assert replace(shape, attention="eager") == ours.config
     save_huggingface(ours, tmp_path)
     again = load_huggingface(tmp_path)
     assert again.lm_head.weight is again.token_embedding.weight
     assert torch.equal(again(random_tokens(1, 9)), ours(random_tokens(1, 9)))
-
-
-@BOTH
-def test_exported_tensors_are_copies_of_their_own(preset: str) -> None:
-    ours = random_model(preset)
-    _, weights = to_huggingface(ours)
-    before = [p.clone() for p in ours.parameters()]
-    for tensor in weights.values():
+    for tensor in weights.values():  # copies, which may be changed
         assert tensor.is_contiguous() and not tensor.requires_grad
         tensor.zero_()
     assert all(torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
 
 
-def test_an_mlp_of_any_width_survives(tmp_path: Path) -> None:
-    for preset in ("gpt2", "qwen3"):
-        ours = random_model(preset, d_mlp=37)
-        save_huggingface(ours, tmp_path)
-        assert torch.equal(load_huggingface(tmp_path)(random_tokens(1, 9)), ours(random_tokens(1, 9)))
-
-
-@BOTH
-def test_half_precision_files_load_into_single_precision(preset: str, tmp_path: Path) -> None:
+@each_preset
+def test_bf16_files_are_loaded_as_fp32(preset: str, tmp_path: Path) -> None:
     save_huggingface(random_model(preset).bfloat16(), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    again = load_huggingface(tmp_path)
-    assert all(p.dtype == torch.float32 for p in again.parameters())
+    assert all(p.dtype == torch.float32 for p in load_huggingface(tmp_path).parameters())
 
 
-# Files in circulation.
-
-
-@BOTH
-def test_names_without_the_prefix_and_unused_tensors_are_tolerated(preset: str) -> None:
-    """The original GPT-2 files lack the prefix and hold the masks; some files repeat the tied head."""
+@each_preset
+def test_missing_prefix_and_unused_tensors_are_accepted(preset: str) -> None:
+    """The original GPT-2 files lack the prefix and contain the masks; some files repeat the tied head."""
     config, weights = to_huggingface(random_model(preset))
     prefix = "transformer." if preset == "gpt2" else "model."
     bare = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
@@ -150,31 +115,18 @@ def test_names_without_the_prefix_and_unused_tensors_are_tolerated(preset: str) 
             bare[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24)
             bare[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     bare["lm_head.weight"] = next(iter(weights.values())).clone()
-    _, _, wanted = from_huggingface(config, weights)
+    _, _, expected = from_huggingface(config, weights)
     _, _, state = from_huggingface(config, bare)
-    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-def test_the_original_gpt2_configuration_is_read() -> None:
-    """As in `openai-community/gpt2`; its dropouts and task settings are not what the model computes."""
+def test_original_gpt2_config_is_read() -> None:
+    """As in `openai-community/gpt2`."""
     config = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-05,
-        "initializer_range": 0.02,
-        "vocab_size": 50257,
-        "n_ctx": 1024,
-        "n_embd": 768,
-        "n_head": 12,
-        "n_layer": 12,
-        "n_positions": 1024,
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "resid_pdrop": 0.1,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
-        "summary_activation": None,
+        **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"},
+        **{"layer_norm_epsilon": 1e-05, "initializer_range": 0.02, "vocab_size": 50257, "n_ctx": 1024, "n_embd": 768},
+        **{"n_head": 12, "n_layer": 12, "n_positions": 1024, "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1},
+        **{"bos_token_id": 50256, "eos_token_id": 50256, "summary_activation": None},
     }
     with torch.device("meta"):
         _, weights = to_huggingface(GPT(ModelConfig("gpt2", 12, 12, d_model=768, context=1024), 50257))
@@ -182,7 +134,7 @@ def test_the_original_gpt2_configuration_is_read() -> None:
     assert shape.d_mlp == 3072 and shape.dropout == 0 and vocab_size == 50257
 
 
-def test_a_qwen3_configuration_of_transformers_4_is_read() -> None:
+def test_qwen3_config_of_transformers_4_is_read() -> None:
     config, weights = to_huggingface(random_model("qwen3"))
     del config["rope_parameters"]
     old = {"rope_theta": 1000000, "rope_scaling": None, "sliding_window": None, "max_window_layers": 28}
@@ -190,12 +142,149 @@ def test_a_qwen3_configuration_of_transformers_4_is_read() -> None:
     assert shape.d_head == 10 and shape.n_kv_heads == 2
 
 
-def test_files_say_that_they_hold_torch_tensors(tmp_path: Path) -> None:
-    """Some readers look for the mark; a file without it is read here all the same."""
-    from safetensors import safe_open
-
+def test_files_are_marked_as_pytorch(tmp_path: Path) -> None:
+    """Some readers need the mark; it is not needed here."""
     save_huggingface(random_model("gpt2"), tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
     load_huggingface(tmp_path)
+
+
+# Unsupported models and damaged folders.
+
+
+def check_rejected(config: dict[str, Any], weights: dict[str, torch.Tensor], *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_huggingface(config, weights)
+    assert caught.value.exit_code == CHECKPOINT
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "word"),
+    [
+        ("gpt2", {"model_type": "llama"}, "model_type is 'llama'"),
+        ("gpt2", {"model_type": None}, "model_type is None"),
+        ("gpt2", {"model_type": ["gpt2"]}, "model_type is ['gpt2']"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function is 'gelu'"),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+        ("gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("gpt2", {"n_head": 5}, "not divisible by 5 heads"),
+        ("gpt2", {"n_layer": 0}, "n_layer is 0"),
+        ("gpt2", {"n_layer": True}, "n_layer is True"),
+        ("gpt2", {"n_layer": 10**12}, "1000000000000 layers"),
+        ("gpt2", {"n_embd": "48"}, "n_embd is '48'"),
+        ("gpt2", {"vocab_size": None}, "vocab_size is None"),
+        ("gpt2", {"n_embd": 4 * 10**18}, "cannot build"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("qwen3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"layer_types": "full_attention"}, "layer_types"),
+        ("qwen3", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is 10000.0"),
+        ("qwen3", {"rope_parameters": None, "rope_theta": 5e6}, "rope_theta is 5000000.0"),
+        ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+        ("qwen3", {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("qwen3", {"rope_parameters": {"rope_theta": 1e6, "mscale": 2}}, "mscale"),
+        ("qwen3", {"rope_parameters": "default"}, "RoPE"),
+        ("qwen3", {"head_dim": None}, "head_dim is None"),
+        ("qwen3", {"head_dim": 9}, "rotary positions need an even one"),
+        ("qwen3", {"num_key_value_heads": 4}, "4 key/value heads"),
+    ],
+)
+def test_unsupported_config_is_rejected(preset: str, changes: dict[str, Any], word: str) -> None:
+    config, weights = to_huggingface(random_model(preset))
+    check_rejected(config | changes, weights, word)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (("tie_word_embeddings",), "tie_word_embeddings is False"),
+        (("head_dim",), "head_dim"),
+        (("hidden_size",), "hidden_size"),
+        (("rope_parameters", "rope_theta"), "rope_theta is 10000.0"),
+    ],
+)
+def test_missing_settings_have_defaults_of_transformers(missing: tuple[str, ...], words: str) -> None:
+    config, weights = to_huggingface(random_model("qwen3"))
+    check_rejected({name: value for name, value in config.items() if name not in missing}, weights, words)
+
+
+@each_preset
+def test_wrong_tensors_are_named(preset: str) -> None:
+    config, weights = to_huggingface(random_model(preset))
+    for name in weights:
+        check_rejected(config, {n: w for n, w in weights.items() if n != name}, f"{name} is missing")
+        check_rejected(config, weights | {name: weights[name][:-1]}, name, "has shape", "implies")
+        check_rejected(config, weights | {f"{name}.extra": weights[name]}, f"{name}.extra is unknown")
+    first = next(iter(weights))
+    check_rejected(config, weights | {"lm_head.weight": weights[first] + 1}, "lm_head.weight differs")
+    check_rejected(config, weights | {first: weights[first].to(torch.int8)}, f"{first} is torch.int8")
+
+
+def test_transposed_weights_are_rejected() -> None:
+    config, weights = to_huggingface(random_model("gpt2"))
+    name = "transformer.h.1.mlp.c_fc.weight"
+    check_rejected(config, weights | {name: weights[name].t()}, f"{name} has shape (192, 48)", "(48, 192)")
+
+
+def test_long_list_of_problems_is_cut() -> None:
+    config, weights = to_huggingface(random_model("qwen3"))
+    check_rejected(config, {name: tensor[:-1] for name, tensor in weights.items()}, "; and 18 more")
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "word"),
+    [
+        ("glass", {}, "glass has no Hugging Face equivalent"),
+        ("gpt2", {"n_kv_heads": 2}, "no grouped key/value heads"),
+        ("gpt2", {"d_head": 10}, "no head size"),
+    ],
+)
+def test_inexpressible_model_is_not_exported(preset: str, changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word) as caught:
+        to_huggingface(GPT(replace(SHAPES[preset], **changes), VOCAB))
+    assert caught.value.exit_code == CONFIG
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbage", b"{", b"[" * 100_000, b"[1]", b"\xff\xfe"])
+def test_damaged_folder_is_one_line(damage: str | bytes, tmp_path: Path) -> None:
+    save_huggingface(random_model("gpt2"), tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "garbage":
+        weights.write_bytes(b"\xff" * 64)
+    else:
+        config.write_bytes(damage)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as caught:
+        load_huggingface(tmp_path)
+    assert caught.value.exit_code == CHECKPOINT and str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_failed_save_keeps_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_huggingface(random_model("gpt2"), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("common.files.os.fsync", full)
+    with pytest.raises(UserError, match="No space left") as caught:
+        save_huggingface(random_model("gpt2", seed=9), tmp_path)
+    assert caught.value.exit_code == DISK_OR_MEMORY
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

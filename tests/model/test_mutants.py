@@ -1,4 +1,4 @@
-"""The tests' own test: the model is broken in ways that happen by accident, and a shared check must notice.
+"""The tests' own test: typical bugs are put into the mathematics, and the shared checks must fail.
 
 A mutant that survives means a check that proves less than its name says.
 """
@@ -17,86 +17,77 @@ from torch import Tensor, nn
 
 from model import functional
 from model.config import ATTENTION_IMPLEMENTATIONS
-from model.gpt import GPT, CausalSelfAttention
+from model.gpt import GPT, MLP, CausalSelfAttention
 from tests.model import checks
 
-Patch = pytest.MonkeyPatch
+Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
-def attention(scale: float | None = None, shift: int = 0) -> Callable[[Patch], None]:
-    """Attention weights with another divisor than √D, or with the mask's diagonal moved."""
-
-    def weights(q: Tensor, k: Tensor) -> Tensor:
-        T, S = q.shape[-2], k.shape[-2]
-        scores = q @ k.transpose(-2, -1) / (scale or math.sqrt(q.shape[-1]))
-        allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T + shift)
-        return scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-
-    return lambda patch: patch.setattr(functional, "attention_pattern", weights)
-
-
-def operation(name: str, function: Callable[..., object]) -> Callable[[Patch], None]:
+def replaced(name: str, function: Callable[..., object]) -> Mutation:
+    """An operation of `model.functional` replaced."""
     return lambda patch: patch.setattr(functional, name, function)
 
 
-def after_building(change: Callable[[GPT], object]) -> Callable[[Patch], None]:
-    """Every model is changed as soon as it stands."""
+def attention(scale: float | None = None, shift: int = 0) -> Mutation:
+    """Another divisor than √D, or a shifted mask."""
 
-    def apply(patch: Patch) -> None:
-        build = GPT.__init__
+    def pattern(q: Tensor, k: Tensor) -> Tensor:
+        T, S = q.shape[-2], k.shape[-2]
+        scores = q @ k.transpose(-2, -1) / (scale or math.sqrt(q.shape[-1]))
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T + shift)
+        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
 
-        def broken(self: GPT, *args: Any, **options: Any) -> None:
-            build(self, *args, **options)
-            change(self)
-
-        patch.setattr(GPT, "__init__", broken)
-
-    return apply
+    return replaced("attention_pattern", pattern)
 
 
-def projecting(change: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[[Patch], None]:
-    """The queries, keys and values (q, k, v) of every attention pass through `change` first."""
+def after_init(change: Callable[[GPT], object]) -> Mutation:
+    """Every new model changed."""
+    init = GPT.__init__
 
-    def apply(patch: Patch) -> None:
-        project = CausalSelfAttention.project
-        patch.setattr(CausalSelfAttention, "project", lambda self, x, angles: change(*project(self, x, angles)))
+    def mutated(self: GPT, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        change(self)
 
-    return apply
+    return lambda patch: patch.setattr(GPT, "__init__", mutated)
+
+
+def projected(change: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Mutation:
+    """Queries, keys and values changed."""
+    project = CausalSelfAttention.project
+    return lambda patch: patch.setattr(
+        CausalSelfAttention, "project", lambda self, x, rope: change(*project(self, x, rope))
+    )
 
 
 def untie(model: GPT) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
-def positions_off_by_one(model: GPT) -> None:
+def shift_positions(model: GPT) -> None:
     if model.position_embedding is not None:
         model.position_embedding.register_forward_pre_hook(lambda m, args: ((args[0] + 1) % m.num_embeddings,))
 
 
-def heads_without_transpose(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, H·D) cut into (B, H, T, D) by shape alone, so that a "head" is a stretch of the text."""
-
-    def wrong(x: Tensor) -> Tensor:
-        B, H, T, D = x.shape
-        return x.transpose(1, 2).reshape(B, T * H * D).view(B, H, T, D)
-
-    return wrong(q), wrong(k), wrong(v)
+def heads_without_transpose(*projections: Tensor) -> Any:
+    """(B, T, H·D) reshaped directly to (B, H, T, D), so that a "head" is a part of the text."""
+    return tuple(x.transpose(1, 2).reshape(x.shape[0], -1).view(x.shape) for x in projections)
 
 
-def norm_without_mean(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    y = x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * gain
-    return y if bias is None else y + bias
+def layer_norm(variance: Callable[[Tensor], Tensor], center: bool = True, eps_in_root: bool = True) -> Mutation:
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y = x - x.mean(dim=-1, keepdim=True) if center else x
+        y = y / ((variance(x) + eps).sqrt() if eps_in_root else variance(x).sqrt() + eps) * weight
+        return y if bias is None else y + bias
+
+    return replaced("layer_norm", norm)
 
 
-def norm_with_eps_outside(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    y = (x - x.mean(dim=-1, keepdim=True)) / (x.std(dim=-1, keepdim=True, unbiased=False) + eps) * gain
-    return y if bias is None else y + bias
+def population_variance(x: Tensor) -> Tensor:
+    return x.var(dim=-1, keepdim=True, unbiased=False)
 
 
-def norm_of_a_sample(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Variance divided by C - 1."""
-    y = (x - x.mean(dim=-1, keepdim=True)) / torch.sqrt(x.var(dim=-1, keepdim=True) + eps) * gain
-    return y if bias is None else y + bias
+def rope(change: Callable[..., Tensor]) -> Mutation:
+    return replaced("apply_rope", change)
 
 
 def rotate_backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -105,130 +96,98 @@ def rotate_backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (0, 1), (2, 3), …, as other models have them."""
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    """Pairs (0, 1), (2, 3), ..., as in GPT-J."""
+    rotated = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     cos, sin = (angle[:, : x.shape[-1] // 2].repeat_interleave(2, dim=-1) for angle in (cos, sin))
-    return x * cos + turned * sin
+    return x * cos + rotated * sin
 
 
-def rotate_without_a_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Past half a turn the vector is no longer turned but stretched."""
+def rotate_without_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin.abs()
 
 
-def forgetful(patch: Patch) -> None:
-    """A model with a cache counts every piece's positions from 0."""
-    angles = functional.precompute_rope
-    patch.setattr(functional, "precompute_rope", lambda positions, *rest: angles(positions - positions[0], *rest))
+def rope_without_cache(patch: pytest.MonkeyPatch) -> None:
+    """Positions counted from 0 though the cache is not empty."""
+    original = functional.precompute_rope
+    patch.setattr(functional, "precompute_rope", lambda positions, *rest: original(positions - positions[0], *rest))
 
 
-logits = checks.check_logits_match_reference
+def gate_with_other_half(patch: pytest.MonkeyPatch) -> None:
+    original = MLP.activation
 
-# What is broken, how, and every check that must notice.
-MUTANTS: dict[str, tuple[Callable[[Patch], None], list[Callable[[], None]]]] = {
-    "scores are not divided by √D": (
-        attention(scale=1.0),
-        [
-            partial(logits, "gpt2"),
-            partial(checks.check_attention_matches_reference, "gpt2"),
-            checks.check_attention_faces,
-        ],
+    def activation(self: MLP, hidden: Tensor) -> Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        return original(self, torch.cat([up, gate], dim=-1))
+
+    patch.setattr(MLP, "activation", activation)
+
+
+logits = {preset: partial(checks.check_logits_match_reference, preset) for preset in ("gpt2", "qwen3")}
+causality = [partial(checks.check_causality, preset) for preset in checks.PRESETS]
+patterns = partial(checks.check_patterns_match_reference, "gpt2")
+
+# The mutation, and every check that must fail.
+MUTANTS: dict[str, tuple[Mutation, list[Callable[[], None]]]] = {
+    "no sqrt(D)": (attention(scale=1.0), [logits["gpt2"], patterns, checks.check_eager_attention]),
+    "D instead of sqrt(D)": (attention(scale=10.0), [logits["qwen3"], checks.check_eager_attention]),
+    "mask shows next token": (attention(shift=1), [*causality, checks.check_equal_keys]),
+    "mask hides own token": (attention(shift=-1), [causality[1], checks.check_equal_keys]),
+    "mask ignores cache": (
+        replaced("causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril()),
+        [partial(checks.check_cache, preset, a) for preset in checks.PRESETS for a in ATTENTION_IMPLEMENTATIONS],
     ),
-    "scores are divided by D": (
-        attention(scale=10.0),
-        [partial(logits, "qwen3"), checks.check_attention_faces],
+    "untied": (after_init(untie), [partial(checks.check_tied_embeddings, preset) for preset in checks.PRESETS]),
+    "erf gelu": (replaced("gelu", F.gelu), [logits["gpt2"], checks.check_activations]),
+    "relu not squared": (replaced("relu2", F.relu), [checks.check_activations]),
+    "swiglu gates other half": (gate_with_other_half, [logits["qwen3"]]),
+    "silu without gate": (replaced("silu", lambda x: x), [logits["qwen3"], checks.check_activations]),
+    "positions off by one": (after_init(shift_positions), [logits["gpt2"]]),
+    "rope backwards": (rope(rotate_backwards), [logits["qwen3"]]),
+    "rope on neighbours": (rope(rotate_neighbours), [logits["qwen3"]]),
+    "rope without sign": (rope(rotate_without_sign), [checks.check_rope_depends_on_distance]),
+    "rope ignores cache": (rope_without_cache, [partial(checks.check_cache, p) for p in ("glass", "qwen3")]),
+    "layer norm without mean": (
+        layer_norm(lambda x: x.square().mean(dim=-1, keepdim=True), center=False),
+        [logits["gpt2"], checks.check_layer_norm],
     ),
-    "the mask shows the next token": (
-        attention(shift=1),
-        [*(partial(checks.check_causality, preset) for preset in checks.PRESETS), checks.check_equal_keys],
-    ),
-    "the mask hides the token itself": (
-        attention(shift=-1),
-        [partial(checks.check_causality, "gpt2"), checks.check_equal_keys],
-    ),
-    "the mask counts from the first key": (
-        operation("causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril()),
-        [partial(checks.check_cache, preset, face) for preset in checks.PRESETS for face in ATTENTION_IMPLEMENTATIONS],
-    ),
-    "the head is untied": (
-        after_building(untie),
-        [partial(checks.check_tied_head, p) for p in ("gpt2", "qwen3")],
-    ),
-    "gelu has the error function": (
-        operation("gelu", F.gelu),
-        [partial(logits, "gpt2"), checks.check_activations],
-    ),
-    "relu is not squared": (operation("relu2", F.relu), [checks.check_activations]),
-    "swiglu gates with the other half": (
-        operation("swiglu", lambda x: F.silu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0]),
-        [partial(logits, "qwen3"), checks.check_activations],
-    ),
-    "learned positions are off by one": (after_building(positions_off_by_one), [partial(logits, "gpt2")]),
-    "rotary positions turn backwards": (operation("rotate", rotate_backwards), [partial(logits, "qwen3")]),
-    "rotary positions pair neighbours": (operation("rotate", rotate_neighbours), [partial(logits, "qwen3")]),
-    "rotary positions lose a sign": (
-        operation("rotate", rotate_without_a_sign),
-        [checks.check_rotary_distance],
-    ),
-    "rotary positions forget the cache": (
-        forgetful,
-        [partial(checks.check_cache, preset) for preset in ("glass", "qwen3")],
-    ),
-    "layer norm keeps the mean": (
-        operation("layer_norm", norm_without_mean),
-        [partial(logits, "gpt2"), checks.check_layer_norm],
-    ),
-    "layer norm adds eps outside the root": (
-        operation("layer_norm", norm_with_eps_outside),
-        [checks.check_layer_norm],
-    ),
+    "layer norm eps outside root": (layer_norm(population_variance, eps_in_root=False), [checks.check_layer_norm]),
     "layer norm divides by C - 1": (
-        operation("layer_norm", norm_of_a_sample),
-        [partial(logits, "gpt2"), checks.check_layer_norm],
+        layer_norm(lambda x: x.var(dim=-1, keepdim=True)),
+        [logits["gpt2"], checks.check_layer_norm],
     ),
-    "layer norm forgets its gain": (
-        operation("layer_norm", lambda x, gain, bias, eps: F.layer_norm(x, gain.shape, None, bias, eps)),
-        [partial(logits, "gpt2"), checks.check_layer_norm],
+    "layer norm without weight": (
+        replaced("layer_norm", lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, None, bias, eps)),
+        [logits["gpt2"], checks.check_layer_norm],
     ),
-    "rms norm forgets its gain": (
-        operation("rms_norm", lambda x, gain, eps: F.rms_norm(x, gain.shape, None, eps)),
-        [partial(logits, "qwen3"), checks.check_rms_norm],
+    "rms norm without weight": (
+        replaced("rms_norm", lambda x, weight, eps: F.rms_norm(x, weight.shape, None, eps)),
+        [logits["qwen3"], checks.check_rms_norm],
     ),
-    "rms norm adds eps outside the root": (
-        operation("rms_norm", lambda x, gain, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * gain),
+    "rms norm eps outside root": (
+        replaced("rms_norm", lambda x, weight, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight),
         [checks.check_rms_norm],
     ),
-    "keys and values are swapped": (
-        projecting(lambda q, k, v: (q, v, k)),
-        [
-            partial(logits, "gpt2"),
-            partial(logits, "qwen3"),
-            partial(checks.check_attention_matches_reference, "gpt2"),
-        ],
-    ),
-    "heads are cut without a transpose": (
-        projecting(heads_without_transpose),
-        [partial(logits, "gpt2"), partial(checks.check_causality, "gpt2")],
-    ),
-    "shared heads are dealt out in turn": (
-        operation("repeat_kv", lambda x, n_heads: x.repeat(1, n_heads // x.shape[1], 1, 1)),
-        [partial(logits, "qwen3"), partial(checks.check_gradients_match_reference, "qwen3", "sdpa")],
+    "keys and values swapped": (projected(lambda q, k, v: (q, v, k)), [logits["gpt2"], logits["qwen3"], patterns]),
+    "heads without transpose": (projected(heads_without_transpose), [logits["gpt2"], causality[1]]),
+    "groups interleaved": (
+        replaced("repeat_kv", lambda x, n_heads: x.repeat(1, n_heads // x.shape[1], 1, 1)),
+        [logits["qwen3"], partial(checks.check_gradients_match_reference, "qwen3", "sdpa")],
     ),
 }
-CASES = [(name, number) for name, (_, watchers) in MUTANTS.items() for number in range(len(watchers))]
+CASES = [(name, i) for name, (_, must_fail) in MUTANTS.items() for i in range(len(must_fail))]
 
 
-@pytest.mark.parametrize(("name", "number"), CASES)
-def test_a_broken_model_is_noticed(name: str, number: int, monkeypatch: Patch) -> None:
-    breaks, watchers = MUTANTS[name]
-    breaks(monkeypatch)
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_mutant_is_noticed(name: str, i: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutation, must_fail = MUTANTS[name]
+    mutation(monkeypatch)
     with pytest.raises(AssertionError):
-        watchers[number]()
+        must_fail[i]()
 
 
-def test_the_same_checks_pass_on_the_real_model() -> None:
-    """Else a check that always fails would count as one that notices everything."""
-    for _, watchers in MUTANTS.values():
-        for check in watchers:
+def test_checks_pass_on_the_real_model() -> None:
+    """Otherwise a check that always fails would notice every mutant."""
+    for _, must_fail in MUTANTS.values():
+        for check in must_fail:
             check()

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from training.footprint import Blocks, Footprint, footprint, nothing, stand_in
+from training.speed import reckoned
 
 from common.errors import UserError
-from data import found
 from data.config import DataConfig
-from data.prepare import prepare
+from data.prepare import CorpusInfo, cache_lookup, prepare
 from model import chunked_attention as thrift
 from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
 from model.gpt import GPT
@@ -28,11 +29,9 @@ from training import speed
 from training.config import OptimConfig, RunConfig, TrainConfig
 from training.device import DistContext
 from training.flops import count_parameters, flops_per_token, muon_flops
-from training.footprint import Blocks, Footprint, footprint, nothing, stand_in
 from training.hardware import GPUS, PlanTarget, parse_plan_option, parse_target
 from training.optimizer import Optimizer
 from training.plan import SPARED, Plan, duration, scaled, verdict
-from training.speed import reckoned
 
 PRESETS = ("glass", "gpt2", "qwen3")
 V, T, B = 61, 24, 3
@@ -309,12 +308,12 @@ def test_a_large_corpus_is_known_by_its_list_alone(clean: Path, monkeypatch: pyt
     config = DataConfig(source=str(text), tokenizer="byte")
     prepare(config, progress=False)
     monkeypatch.setattr(found, "QUICKLY_READ", 0)
-    assert found.find(config).train is None  # a file this young is on no list
-    monkeypatch.setattr("data.prepare._SETTLED_AFTER", 0)
+    assert cache_lookup(config).train is None  # a file this young is on no list
+    monkeypatch.setattr("data.prepare._SETTLED_NS", 0)
     prepare(config, progress=False)
-    assert found.find(config).train is not None
+    assert cache_lookup(config).train is not None
     text.write_text("another one")
-    assert found.find(config).train is None
+    assert cache_lookup(config).train is None
 
 
 def test_the_vocabularies_are_tiktokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +351,7 @@ def test_torchrun_is_refused(clean: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def planned_for(gpu: str, count: int, model: ModelConfig, batch_size: int) -> Plan:
     config = config_of(model, "adamw", batch_size)
     rows = batch_size // count
-    return Plan(config, PlanTarget(GPUS[gpu], count), BF16, found.Found(300, ""), rows)
+    return Plan(config, PlanTarget(GPUS[gpu], count), BF16, CorpusInfo(300, ""), rows)
 
 
 def advice(one: Plan, limit: float) -> tuple[str, Footprint]:

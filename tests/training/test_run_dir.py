@@ -13,7 +13,7 @@ import pytest
 from common.errors import CHECKPOINT, CONFIG, IN_USE, UserError
 from tests.runs import ROOT, said, script
 from training.config import RunConfig, RunSettings
-from training.run_dir import claim, open_run_dir, save_config
+from training.run_dir import claim_run_dir, open_run_dir, save_config
 
 HOLD = """
 import sys, time
@@ -39,7 +39,7 @@ def holder(tmp_path: Path):
 def test_a_run_without_a_folder_takes_the_next_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/mine", "runs/mine-2", "runs/mine-3"):
-        config, lock = claim(RunConfig(), "mine")
+        config, lock = claim_run_dir(RunConfig(), "mine")
         assert config.run.dir == expected
         save_config(config)
         lock.close()
@@ -51,7 +51,7 @@ def test_a_name_that_another_trainer_is_about_to_use_is_not_taken(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(holder[0])
-    config, lock = claim(RunConfig(), "mine")
+    config, lock = claim_run_dir(RunConfig(), "mine")
     assert config.run.dir == "runs/mine-2"
     lock.close()
 
@@ -71,7 +71,7 @@ def test_the_lock_dies_with_its_process(holder: tuple[Path, subprocess.Popen[str
     folder, process = holder
     process.kill()
     process.wait()
-    _, lock = claim(RunConfig(run=RunSettings(dir=str(folder))), "x")
+    _, lock = claim_run_dir(RunConfig(run=RunSettings(dir=str(folder))), "x")
     assert (folder / "lock").read_text().splitlines()[0] == str(os.getpid())
     lock.close()
 
@@ -102,15 +102,15 @@ def test_a_restarted_job_goes_on_with_its_own_run_and_no_other(tmp_path: Path, m
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         if job == "two":  # its first start was refused: the folder holds the run of somebody else
             with pytest.raises(UserError) as caught:
-                claim(asked, "mine")
+                claim_run_dir(asked, "mine")
             assert caught.value.exit_code == CONFIG
-        config, lock = claim(RunConfig(), "mine")
+        config, lock = claim_run_dir(RunConfig(), "mine")
         assert config.run.dir == ("runs/mine" if job == "one" else "runs/mine-2")
         assert config.run.resume == (config.run.dir if (job, count) == ("one", "1") else "")
         save_config(config)
         lock.close()
         if job == "one":
-            config, lock = claim(asked, "mine")
+            config, lock = claim_run_dir(asked, "mine")
             assert config.run.resume == ("asked" if count == "1" else "")
             save_config(config)
             lock.close()
@@ -135,5 +135,5 @@ def test_a_link_within_the_folder_is_fine(tmp_path: Path) -> None:
     (folder / "wandb").mkdir(parents=True)
     (folder / "wandb" / "run-1").mkdir()
     (folder / "wandb" / "latest-run").symlink_to("run-1")
-    _, lock = claim(RunConfig(run=RunSettings(dir=str(folder))), "x")
+    _, lock = claim_run_dir(RunConfig(run=RunSettings(dir=str(folder))), "x")
     lock.close()

@@ -1,0 +1,329 @@
+"""The model: configuration, initialization, dropout, hooks, and agreement of the attention implementations."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from model import functional
+from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation, ModelConfig
+from model.gpt import GPT, AttentionPattern, CausalSelfAttention
+from tests.model import checks
+from tests.model.checks import (
+    PRESETS,
+    SHAPES,
+    VOCAB,
+    Preset,
+    modules_of,
+    random_model,
+    random_tokens,
+    recorded_patterns,
+    relative_difference,
+    same,
+)
+from tests.runs import ROOT
+
+SEEDS = (1, 2, 3)
+each_preset = pytest.mark.parametrize("preset", PRESETS)
+each_implementation = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
+
+
+# Configuration.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layers": 0}, "model.n_layers is 0; it must be at least 1"),
+        ({"n_heads": 0}, "model.n_heads is 0; it must be at least 1"),
+        ({"n_heads": -3}, "model.n_heads is -3; it must be at least 1"),
+        ({"n_kv_heads": -1}, "model.n_kv_heads is -1; it must be at least 0"),
+        ({"d_model": 0}, "model.d_model is 0; it must be at least 1"),
+        ({"d_head": -2}, "model.d_head is -2; it must be at least 0"),
+        ({"d_mlp": -1}, "model.d_mlp is -1; it must be at least 0"),
+        ({"context": 0}, "model.context is 0; it must be at least 1"),
+        ({"d_model": 130}, "model.d_model is 130, which is not divisible by 4 heads; use model.d_model 132"),
+        ({"n_kv_heads": 3}, "model.n_heads is 4, which is not divisible by 3 key/value heads"),
+        ({"n_kv_heads": 8}, "model.n_heads is 4, which is not divisible by 8 key/value heads"),
+        ({"d_head": 7}, "the head size is 7; rotary positions need an even one"),
+        ({"dropout": 1.0}, "model.dropout is 1.0; it must be at least 0 and below 1"),
+        ({"dropout": -0.1}, "model.dropout is -0.1;"),
+        ({"dropout": math.nan}, "model.dropout is nan;"),
+    ],
+)
+def test_invalid_config_is_reported(changes: dict[str, Any], message: str) -> None:
+    config = ModelConfig(**changes)
+    problems = config.problems()
+    assert len(problems) == 1 and problems[0].startswith(message)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GPT(config, VOCAB)
+
+
+def test_all_config_problems_are_reported_at_once() -> None:
+    assert len(ModelConfig(n_layers=0, n_heads=0, context=-1).problems()) == 3
+    assert len(ModelConfig(d_model=130, n_kv_heads=3, dropout=2.0).problems()) == 3
+    assert ModelConfig().problems() == []
+    assert ModelConfig("gpt2", n_heads=4, d_model=12).problems() == []  # an odd head size without rotary positions
+
+
+def test_zero_sizes_are_resolved() -> None:
+    config = ModelConfig(n_heads=8, d_model=64)
+    assert (config.n_kv_heads, config.d_head, config.d_mlp) == (8, 8, 256)
+    assert replace(config, n_layers=9) == ModelConfig(n_layers=9, n_heads=8, d_model=64)
+    assert replace(config, n_heads=4, n_kv_heads=0, d_head=0) == ModelConfig(n_heads=4, d_model=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "vocab_size", "n_parameters"),
+    [
+        (ModelConfig("gpt2", n_layers=12, n_heads=12, d_model=768, context=1024), 50_257, 124_439_808),
+        (
+            ModelConfig("qwen3", 28, n_heads=16, n_kv_heads=8, d_model=1024, d_head=128, d_mlp=3072),
+            151_936,
+            596_049_920,
+        ),
+    ],
+)
+def test_published_parameter_counts(config: ModelConfig, vocab_size: int, n_parameters: int) -> None:
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    assert sum(p.numel() for p in model.parameters()) == n_parameters
+    assert model.lm_head.weight.is_meta
+
+
+# Initialization.
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
+def test_initial_loss_is_uniform(preset: Preset) -> None:
+    tokens = random_tokens(8, SHAPES[preset].context + 1)
+    logits = GPT(SHAPES[preset], VOCAB)(tokens[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert loss == pytest.approx(math.log(VOCAB), abs=0.05)
+
+
+def test_glass_starts_as_identity() -> None:
+    model, tokens = GPT(SHAPES["glass"], VOCAB), random_tokens(2, 9)
+    assert torch.equal(model(tokens), model.lm_head(model.final_norm(model.token_embedding(tokens))))
+
+
+@each_preset
+def test_initial_weights_have_documented_distribution(preset: Preset) -> None:
+    model = GPT(ModelConfig(preset, n_layers=8, n_heads=4, d_model=96, context=64), 500)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            norm_weight = 0.25 if preset == "glass" and name == "final_norm.weight" else 1
+            assert (parameter == (0 if name.endswith("bias") else norm_weight)).all(), name
+            continue
+        std = 0.2 if preset == "glass" and name == "token_embedding.weight" else 0.02
+        if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            std = 0.0 if preset == "glass" else 0.02 / math.sqrt(2 * 8)
+        assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+        assert abs(parameter.mean().item()) <= 5 * std / math.sqrt(parameter.numel()), name
+
+
+@each_preset
+def test_initialization_depends_on_seed_only(preset: Preset) -> None:
+    torch.manual_seed(11)
+    first, again, other = (GPT(SHAPES[preset], VOCAB, seed=seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["token_embedding.weight"], other["token_embedding.weight"])
+    model = random_model(preset)
+    model.init_weights(3)
+    assert all(torch.equal(first[name], value) for name, value in model.state_dict().items())
+
+
+@each_preset
+def test_lm_head_is_tied(preset: Preset) -> None:
+    checks.check_tied_embeddings(preset)
+
+
+# Behaviour.
+
+
+@each_preset
+def test_no_position_sees_the_future(preset: Preset) -> None:
+    checks.check_causality(preset)
+
+
+@each_preset
+def test_rows_of_a_batch_are_independent(preset: Preset) -> None:
+    model, tokens = random_model(preset), random_tokens(3, 10)
+    with torch.no_grad():
+        same(torch.cat([model(row[None]) for row in tokens]), model(tokens), 1e-5)
+
+
+def test_text_longer_than_context_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="17 positions in a context of 16"):
+        random_model("glass")(random_tokens(1, 17))
+
+
+@each_preset
+@each_implementation
+def test_dropout_is_active_in_training_only(preset: Preset, attention: AttentionImplementation) -> None:
+    plain, dropping = random_model(preset, attention), random_model(preset, attention, dropout=0.5)
+    tokens = random_tokens(2, 8)
+    with torch.no_grad():
+        assert torch.equal(dropping(tokens), plain(tokens))
+        dropping.train()
+        torch.manual_seed(1)
+        first, second = dropping(tokens), dropping(tokens)
+        assert not torch.equal(first, second)
+        torch.manual_seed(1)
+        assert torch.equal(dropping(tokens), first)
+        assert torch.equal(plain.train()(tokens), plain.eval()(tokens))
+
+
+def test_dropout_is_where_gpt2_has_it() -> None:
+    """After the embeddings, and on the outputs of each attention and each MLP."""
+    model = random_model("gpt2", dropout=0.5).train()
+    shares: list[float] = []
+    for dropout in modules_of(model, torch.nn.Dropout):
+        dropout.register_forward_hook(lambda m, i, out: shares.append((out == 0).float().mean().item()))
+    model(random_tokens(4, 24))
+    assert len(shares) == 1 + 2 * model.config.n_layers
+    assert all(share == pytest.approx(0.5, abs=0.05) for share in shares)
+
+
+@each_implementation
+def test_attention_pattern_is_dropped_in_training(attention: AttentionImplementation) -> None:
+    module = modules_of(random_model("glass", attention, dropout=0.5), CausalSelfAttention)[0]
+    x = torch.randn(1, 6, 30, generator=torch.Generator().manual_seed(0))
+    rope = functional.precompute_rope(torch.arange(6), 10, 1e4)
+    assert torch.equal(module(x, rope), module(x, rope))
+    module.train()
+    assert not torch.equal(module(x, rope), module(x, rope))
+
+
+@each_preset
+def test_hooks_see_the_pattern_that_is_used(preset: Preset) -> None:
+    """The hooked pattern times the values is the output of attention."""
+    model = random_model(preset)
+    calls: list[tuple[Any, Any]] = []
+    modules = modules_of(model, CausalSelfAttention)
+    for module in modules:
+        module.register_forward_hook(lambda module, inputs, out: calls.append((inputs[:2], out)))
+    with torch.no_grad(), recorded_patterns(model) as patterns:
+        model(random_tokens(2, 12))
+        assert len(patterns) == len(calls) == model.config.n_layers
+        for module, pattern, ((x, rope), out) in zip(modules, patterns, calls, strict=True):
+            assert pattern.shape == (2, model.config.n_heads, 12, 12)
+            v = functional.repeat_kv(module.project(x, rope)[2], model.config.n_heads)
+            same(module.out((pattern @ v).transpose(1, 2).flatten(-2)), out, 1e-6)
+
+
+@each_preset
+def test_hooks_can_replace_the_pattern(preset: Preset) -> None:
+    """With the identity as pattern each position attends to itself only, and other tokens do not matter."""
+    model, tokens = random_model(preset), random_tokens(1, 9)
+    for module in modules_of(model, AttentionPattern):
+        module.register_forward_hook(lambda module, inputs, out: torch.eye(*out.shape[-2:]).expand_as(out))
+    edited = tokens.clone()
+    edited[:, :8] = (edited[:, :8] + 1) % VOCAB
+    with torch.no_grad():
+        assert torch.equal(model(edited)[:, 8], model(tokens)[:, 8])
+
+
+@each_preset
+@each_implementation
+def test_kv_cache_matches_full_forward(preset: str, attention: AttentionImplementation) -> None:
+    checks.check_cache(preset, attention)
+
+
+# Gradients, and eager = sdpa = chunked = compiled.
+
+
+@pytest.mark.parametrize(
+    "attention", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdpa", "chunked"))]
+)
+@each_preset
+def test_gradcheck_of_whole_model(preset: Preset, attention: AttentionImplementation) -> None:
+    """Every parameter of a tiny model in double precision, against finite differences."""
+    shape: dict[str, Any] = {"n_kv_heads": 1 if preset == "qwen3" else 2, "d_model": 4, "d_mlp": 6, "context": 3}
+    model = GPT(ModelConfig(preset, n_layers=1, n_heads=2, attention=attention, **shape), 5).double()
+    names = [name for name, _ in model.named_parameters()]
+    generator = torch.Generator().manual_seed(7)
+    values = [torch.randn(p.shape, generator=generator, dtype=torch.double) for p in model.parameters()]
+    tokens = torch.tensor([[1, 4, 2], [3, 0, 3]])
+
+    def losses(*parameters: Tensor) -> Tensor:
+        state = dict(zip(names, parameters, strict=True))
+        state["lm_head.weight"] = state["token_embedding.weight"]
+        logits = functional_call(model, state, (tokens,))
+        return F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1).flatten(), reduction="none")
+
+    assert torch.autograd.gradcheck(losses, [v.requires_grad_() for v in values], atol=1e-6, rtol=1e-4)
+
+
+def logits_and_backward(model: Any, tokens: Tensor) -> Tensor:
+    """The logits; the gradient of the mean loss is left in the parameters."""
+    logits = model(tokens[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return logits.detach()
+
+
+def assert_same_gradients(model: GPT, other: GPT) -> None:
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert relative_difference(a.grad, b.grad) <= 1e-5, name
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@each_preset
+def test_implementations_agree(preset: Preset, seed: int) -> None:
+    eager, *others = (random_model(preset, attention, seed) for attention in ATTENTION_IMPLEMENTATIONS)
+    tokens = random_tokens(3, SHAPES[preset].context + 1, seed)
+    logits = logits_and_backward(eager, tokens)
+    for other in others:
+        same(logits_and_backward(other, tokens), logits, 1e-5)
+        assert_same_gradients(other, eager)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@each_preset
+def test_implementations_agree_in_bf16(preset: Preset, seed: int) -> None:
+    """Under autocast, and with bf16 weights; relative to the norm, since single logits are off by up to 9e-2 in bf16."""
+    models = [random_model(preset, attention, seed) for attention in ATTENTION_IMPLEMENTATIONS]
+    tokens = random_tokens(3, SHAPES[preset].context, seed)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = [model(tokens) for model in models]
+        assert all(relative_difference(mixed[0].float(), other.float()) <= 2e-2 for other in mixed[1:])
+        assert not torch.equal(mixed[0].float(), models[0](tokens))
+        short = [model.bfloat16()(tokens) for model in models]
+        assert {logits.dtype for logits in short} == {torch.bfloat16}
+        assert all(relative_difference(short[0].float(), other.float()) <= 2e-2 for other in short[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("preset", "attention"), [("glass", "eager"), ("gpt2", "sdpa"), ("qwen3", "chunked")])
+def test_compiled_model_agrees(preset: Preset, attention: AttentionImplementation) -> None:
+    """In its own process, without the shape checks of the tests, which would break the graph."""
+    program = f"from tests.model.test_gpt import check_compiled; check_compiled({preset!r}, {attention!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def check_compiled(preset: Preset, attention: AttentionImplementation) -> None:
+    plain, model = (random_model(preset, attention, n_layers=1) for _ in range(2))
+    compiled = torch.compile(model)
+    for seed in SEEDS:
+        for each in (plain, model):
+            each.load_state_dict(random_model(preset, attention, seed, n_layers=1).state_dict())
+            each.zero_grad(set_to_none=True)
+        tokens = random_tokens(3, plain.config.context + 1, seed)
+        same(logits_and_backward(compiled, tokens), logits_and_backward(plain, tokens), 1e-5)
+        assert_same_gradients(model, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "not compiled, or in several graphs"
