@@ -54,14 +54,14 @@ def chunk_pattern(q: Float[Tensor, "B H R D"], k: Float[Tensor, "B H S D"]) -> F
     """`functional.attention_pattern` for the last R of S positions, with operations in place."""
     R, D = q.shape[-2:]
     scores = (q @ k.transpose(-2, -1)).mul_(1 / math.sqrt(D))
-    scores[..., -R:].masked_fill_(~functional.causal_mask(R, R, q.device), -torch.inf)  # earlier keys need no mask
+    scores[..., -R:] += functional.causal_bias(R, R, scores)  # all queries of the chunk may attend to earlier keys
     return scores.softmax(dim=-1)
 
 
 def softmax_backward(grad: Float[Tensor, "B H R S"], pattern: Float[Tensor, "B H R S"]) -> Float[Tensor, "B H R S"]:
     """Gradient of the softmax's input: pattern * (grad - sum(grad * pattern)).
 
-    PyTorch has no public function for it. Its own kernel makes one pass over memory where the formula makes four.
+    PyTorch has no public function for it. Its private kernel reads memory once, the formula four times.
     """
     out: Tensor = torch.ops.aten._softmax_backward_data(grad, pattern, -1, pattern.dtype)
     return out

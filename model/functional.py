@@ -20,6 +20,11 @@ def causal_mask(T: int, S: int, device: torch.device) -> Bool[Tensor, "T S"]:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def causal_bias(T: int, S: int, scores: Tensor) -> Float[Tensor, "T S"]:
+    """`causal_mask` to be added to the scores: 0 where it is True, -inf where it is False. Faster than `masked_fill`."""
+    return scores.new_zeros(T, S).masked_fill_(~causal_mask(T, S, scores.device), -torch.inf)
+
+
 def attention_scores(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
     """Scaled dot products QKᵀ / √D. The scale keeps their variance independent of D (Vaswani et al. 2017, 3.2.1)."""
     scores = q @ k.transpose(-2, -1)
@@ -32,8 +37,8 @@ def attention_pattern(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) 
     Each row sums to 1 and is exactly 0 for keys after the query.
     """
     scores = attention_scores(q, k)
-    mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
-    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    bias = causal_bias(q.shape[-2], k.shape[-2], scores)
+    return (scores + bias).softmax(dim=-1)
 
 
 def sdpa(

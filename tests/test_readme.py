@@ -57,7 +57,7 @@ def test_the_five_steps_stand_in_the_code() -> None:
     ):
         assert step in code and step in README
     for piece in (
-        "scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)",
+        "(scores + bias).softmax(dim=-1)",
         "F.dropout(self.pattern(q, k), dropout) @ v",
     ):
         assert piece in code and piece in README
