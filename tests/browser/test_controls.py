@@ -13,37 +13,35 @@ from tests.browser import example_run
 from tests.browser.conftest import OpenPage
 
 START = "#text=held-out+1&step=200&head=L0H1&query=5&score=induction"
-KEYS = [
-    ("ArrowRight", "query=6"),
-    ("ArrowLeft", "query=4"),
-    ("Home", "query=0"),
-    ("End", "query=15"),
-    ("]", "step=400"),
-    ("[", "step=100"),
-    ("l", "head=L0H2"),
-    ("h", "head=L0H0"),
-    ("v", "value_weighted=1"),
-    ("c", "compare=100"),
-    ("t", "theme=dark"),
-    ("Enter", "pinned=1"),
-]
+KEYS = {
+    "ArrowRight": "query=6",
+    "ArrowLeft": "query=5",
+    "]": "step=400",
+    "[": "step=200",
+    "l": "head=L0H2",
+    "h": "head=L0H1",
+    "Home": "query=0",
+    "End": "query=15",
+    "v": "value_weighted=1",
+    "c": "compare=100",
+    "t": "theme=dark",
+    "Enter": "pinned=1",
+}
 
 
-@pytest.mark.parametrize("key, expected", KEYS)
-def test_key(key: str, expected: str, page_path: Path, open_page: OpenPage) -> None:
-    open_page(page_path, START, color_scheme="light").press(key, expected)
-
-
-def test_keys_toggle_and_stop_at_the_ends(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, START)
-    for key, back, flag in (("v", "v", "value_weighted"), ("c", "c", "compare"), ("Enter", "Escape", "pinned")):
-        view.press(key, flag)
-        view.page.keyboard.press(back)
+def test_keys(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, START, color_scheme="light")
+    for key, expected in KEYS.items():
+        view.press(key, expected)
+    for key, flag in (("v", "value_weighted"), ("c", "compare"), ("Escape", "pinned"), ("ArrowUp", "query=15")):
+        view.page.keyboard.press(key)
         view.page.wait_for_selector(f'html:not([data-drawn*="{flag}"])', state="attached")
     for key, query in (("Home", 0), ("ArrowLeft", 0), ("End", 15), ("ArrowRight", 15)):
         view.press(key, f"query={query}")
-    view.page.keyboard.press("ArrowUp")
-    view.page.wait_for_selector('html:not([data-drawn*="query=15"])', state="attached")
+    view.page.keyboard.press("?")
+    assert view.page.locator("#help").is_visible() and "Escape" in view.text("#help")
+    view.page.keyboard.press("Escape")
+    assert not view.page.locator("#help").is_visible()
 
 
 def test_arrow_keys_in_grid_matrix_and_slider(page_path: Path, open_page: OpenPage) -> None:
@@ -58,14 +56,6 @@ def test_arrow_keys_in_grid_matrix_and_slider(page_path: Path, open_page: OpenPa
     assert view.page.evaluate("document.activeElement.dataset.head") == "2"
     view.page.locator("#step").focus()
     view.press("ArrowRight", "step=400", "query=6")
-
-
-def test_help(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, START)
-    view.page.keyboard.press("?")
-    assert view.page.locator("#help").is_visible() and "Escape" in view.text("#help")
-    view.page.keyboard.press("Escape")
-    assert not view.page.locator("#help").is_visible()
 
 
 def test_hover_and_pin(page_path: Path, open_page: OpenPage) -> None:
@@ -129,15 +119,17 @@ def test_link_restores_the_view(page_path: Path, open_page: OpenPage) -> None:
     assert again.attribute("data-drawn") == link and again.attention() == attention
 
 
-@pytest.mark.parametrize(
-    "link",
-    ["#text=none&step=7&head=L9H9&query=99&score=x&compare=y&theme=z", "#head=L1H", "#query=-1", "#query=1e9",
-     "#step=__proto__&score=constructor&text=__proto__", "#%ff%00", "#key=5", "##", "#head=L01H0000&key=9999999999"],
-)  # fmt: skip
-def test_broken_link_is_ignored(link: str, page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, link)
-    view.wait_for("text=sample", "step=400")
-    assert view.attention()
+BROKEN_LINKS = [
+    "#text=none&step=7&head=L9H9&query=99&score=x&compare=y&theme=z", "#head=L1H", "#query=-1", "#query=1e9", "#key=5",
+    "#step=__proto__&score=constructor&text=__proto__", "#%ff%00", "##", "#head=L01H0000&key=9999999999",
+]  # fmt: skip
+
+
+def test_broken_links_are_ignored(page_path: Path, open_page: OpenPage) -> None:
+    for link in BROKEN_LINKS:
+        view = open_page(page_path, link)
+        view.wait_for("text=sample", "step=400")
+        assert view.attention(), link
 
 
 def test_comparison_with_itself_is_zero(page_path: Path, open_page: OpenPage) -> None:
@@ -177,19 +169,15 @@ def test_texts_with_different_tokens_are_not_compared(page_path: Path, open_page
     assert all(value > 0 for value in view.attention().values())
 
 
-def test_png_download(page_path: Path, open_page: OpenPage, tmp_path: Path) -> None:
+def test_downloads(page_path: Path, open_page: OpenPage, tmp_path: Path) -> None:
     view = open_page(page_path, START)
     with view.page.expect_download() as download:
         view.page.keyboard.press("d")
-    download.value.save_as(tmp_path / "matrix.png")
     assert download.value.suggested_filename == "L0H1-200-held-out-1.png"
+    download.value.save_as(tmp_path / "matrix.png")
     image = matplotlib.image.imread(tmp_path / "matrix.png")
     colours = (image[::9, ::9, :3] * 255).astype(np.uint32) @ np.array([1, 256, 65536], dtype=np.uint32)
     assert image.shape[0] > 1000 and len(np.unique(colours)) > 20
-
-
-def test_svg_download(page_path: Path, open_page: OpenPage, tmp_path: Path) -> None:
-    view = open_page(page_path, START)
     with view.page.expect_download() as download:
         view.page.locator("#svg").click()
     download.value.save_as(tmp_path / "matrix.svg")

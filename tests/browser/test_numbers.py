@@ -50,14 +50,14 @@ def test_attends_to(selection: Selection, weighted: bool, page_path: Path, open_
     assert weighted or f"{100 * row.max():.1f} %" in view.text("#attends-to li:first-child")
 
 
-@pytest.mark.parametrize("query, key", [(15, 3), (15, 15), (6, 0), (9, 12)])
-def test_hovering_over_a_matrix_cell(query: int, key: int, page_path: Path, open_page: OpenPage) -> None:
+def test_hovering_over_matrix_cells(page_path: Path, open_page: OpenPage) -> None:
     view = open_page(page_path, view_hash(2, 1, 1, 2, 14))
-    view.page.mouse.move(*view.point(query, key))
-    expected = "masked" if key > query else f"{100 * pattern(2, 1, 1, 2)[query, key]:.2f} %"
-    assert expected in view.text("#matrix-readout")
-    view.page.mouse.click(*view.point(query, key))
-    view.wait_for(f"query={query}", "pinned=1")
+    for query, key in ((15, 3), (15, 15), (6, 0), (9, 12)):
+        view.page.mouse.move(*view.point(query, key))
+        expected = "masked" if key > query else f"{100 * pattern(2, 1, 1, 2)[query, key]:.2f} %"
+        assert expected in view.text("#matrix-readout")
+        view.page.mouse.click(*view.point(query, key))
+        view.wait_for(f"query={query}", "pinned=1")
 
 
 def test_matrix_colours(page_path: Path, open_page: OpenPage) -> None:
@@ -83,14 +83,13 @@ def test_loss_and_predictions(page_path: Path, open_page: OpenPage) -> None:
     assert "no loss" in view.text("#query-details")
 
 
-@pytest.mark.parametrize("step", range(3))
-@pytest.mark.parametrize("score", ["induction", "distance"])
-def test_scores(score: str, step: int, page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, view_hash(step, 1, 1, 1, 3, f"&score={score}"))
-    scores = FILES[step].scores[score]
-    assert view.grid() == pytest.approx(scores.ravel(), rel=1e-4)
-    assert f"{scores[1, 1]:.3f}" in view.text("#head-score")
-    assert f"step {example_run.STEPS[step]}: L1H1 {scores[1, 1]:.3f}" in view.text("#timeline-readout")
+def test_scores(page_path: Path, open_page: OpenPage) -> None:
+    for step, score in ((0, "induction"), (1, "distance"), (2, "distance")):
+        view = open_page(page_path, view_hash(step, 1, 1, 1, 3, f"&score={score}"))
+        scores = FILES[step].scores[score]
+        assert view.grid() == pytest.approx(scores.ravel(), rel=1e-4)
+        assert f"{scores[1, 1]:.3f}" in view.text("#head-score")
+        assert f"step {example_run.STEPS[step]}: L1H1 {scores[1, 1]:.3f}" in view.text("#timeline-readout")
 
 
 def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:

@@ -254,19 +254,20 @@ def test_tokens_are_shown_safely(token: bytes, pieces: list[str]) -> None:
     assert display_pieces(token) == pieces
 
 
-def test_nothing_to_show_is_one_error(tmp_path: Path) -> None:
-    for runs in ([], [PageRun("x", [])], [PageRun("x", [AttentionFile([], {"step": "1"}, {})])]):
-        with pytest.raises(UserError, match="nothing to show") as caught:
-            write_page(tmp_path / "page.html", runs, None, None, "x")
-        assert caught.value.exit_code == CHECKPOINT
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("findings", [{"headline": "x", "findings": [3]}, {"headline": "x", "findings": [{}]}, {}])
-def test_malformed_findings_are_one_error(findings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="findings are malformed") as caught:
-        build(tmp_path, example_run.files(), findings=findings or {"findings": []})
-    assert caught.value.exit_code == CHECKPOINT
+@pytest.mark.parametrize(
+    "files, findings, message",
+    [
+        ([], None, "nothing to show"),
+        ([AttentionFile([], {"step": "1"}, {})], None, "nothing to show"),
+        (example_run.files(), {"headline": "x", "findings": [3]}, "findings are malformed"),
+        (example_run.files(), {"headline": "x", "findings": [{}]}, "findings are malformed"),
+        (example_run.files(), {"findings": []}, "findings are malformed"),
+    ],
+)
+def test_errors_are_one_line(files: list[AttentionFile], findings: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build(tmp_path, files, findings=findings)
+    assert caught.value.exit_code == CHECKPOINT and not list(tmp_path.iterdir())
 
 
 def test_write_error_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
