@@ -169,14 +169,12 @@ def _run(
                 with_qkv = text.queries is not None and content.has_qkv(k, s, last)
                 texts[k] = _text((r, s, k), text, content, with_qkv, blocks, vocabulary)
         steps.append({"step": run.step(s), "scores": score_tables(file_scores(file)), "texts": texts})
-    lines = [line for line in run.evaluations if line.get("head_scores")]
-    timeline = [{"step": line["step"], "scores": score_tables(line["head_scores"])} for line in lines]
     return {
         "label": escape_control_chars(run.label),
         "layers": layers,
         "heads": heads,
         "steps": steps,
-        "timeline": timeline,
+        "timeline": run.timeline,
     }
 
 

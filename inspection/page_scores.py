@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import CHECKPOINT, UserError, escape_control_chars
 from inspection.ablation_results import AblationEffects, AblationResults, IntervalTable
 from inspection.attention_file import AttentionFile
-from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
+from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, LABELS, ablation_label, measure_for_score
 from inspection.head_scores import ANTECEDENT, HeadScore, score_info
 
 MAX_ATTENTION = HeadScore(
@@ -34,12 +34,7 @@ EFFECTS = {
     "corpus": "increase of the loss on held-out text",
 }
 """What an ablation effect is, by measure; for all other measures it is the decrease of the logit difference."""
-LABEL_TEXTS = {
-    "supported": "supported: both ablations have a larger effect than ablating another head",
-    "disputed": "disputed: only one ablation has a larger effect than ablating another head",
-    "same as control": "not supported: the effect is no larger than that of ablating another head",
-    "no effect": "not supported: no effect, an interval contains 0",
-}
+TIMELINE_POINTS = 200
 NO_FINDINGS: Mapping[str, Any] = {"headline": "What each attention head attends to, token by token.", "findings": []}
 
 Scores = Mapping[str, NDArray[np.floating[Any]]]
@@ -67,6 +62,13 @@ class PageRun:
         """The training step of a file; its index if the file does not say."""
         text = self.files[index].metadata.get("step") or ""
         return int(text) if re.fullmatch("[0-9]{1,15}", text) else index
+
+    @property
+    def timeline(self) -> list[dict[str, Any]]:
+        """Step and scores of at most `TIMELINE_POINTS` evaluations, including the last."""
+        lines = [line for line in self.evaluations if isinstance(line.get("head_scores"), dict)]
+        every = math.ceil(len(lines) / TIMELINE_POINTS) or 1
+        return [{"step": line["step"], "scores": score_tables(line["head_scores"])} for line in lines[::-every][::-1]]
 
     def scores_at(self, step: int) -> Scores:
         """The head scores at a step, or at the last step if there is no file of that step."""
@@ -103,15 +105,16 @@ def score_tables(scores: Mapping[str, ArrayLike]) -> dict[str, list[list[float |
 def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) -> dict[str, Any]:
     """What each score means, its limits, and of each head whether ablation supports it."""
     tables: dict[str, list[NDArray[np.floating[Any]]]] = {}
-    for file in (file for run in runs for file in run.files):
-        for name, table in file_scores(file).items():
-            tables.setdefault(name, []).append(table)
+    for run in runs:
+        for scores in (*map(file_scores, run.files), *(point["scores"] for point in run.timeline)):
+            for name, table in scores.items():
+                tables.setdefault(name, []).append(np.asarray(table, dtype=np.float64))
     described = {}
     for name, values in tables.items():
         info, measure = _score_info(name), measure_for_score(name)
         high = info.high if info.high is not None else max(float(np.nanmax(table, initial=0)) for table in values)
         effects = ablations.measures.get(measure) if ablations else None
-        scores = runs[0].scores_at(ablations.step).get(name) if ablations and info.is_share else None
+        attention = runs[0].scores_at(ablations.step).get(name) if ablations and info.is_share else None
         about = (info.formula, f"measured on {info.texts}" if info.texts else "", info.source)
         described[name] = {
             "title": escape_control_chars(info.title),
@@ -119,7 +122,7 @@ def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) 
             "low": info.low,
             "high": number(high) if high > info.low else info.low + 1,
             "measure": measure,
-            "labels": _labels(effects, scores) if effects else None,
+            "labels": _labels(effects, attention) if effects else None,
         }
     return described
 
@@ -141,7 +144,8 @@ def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) 
         name = ablation_label(effects, layer, head)
         if scores is not None and scores[layer, head] >= ATTENTION_THRESHOLD and name in LABEL_NOTES:
             return {"text": f"∅ {LABEL_NOTES[name]}", "kind": "caution"}
-        return {"text": LABEL_TEXTS[name], "kind": "supported" if name == "supported" else ""}
+        support = name if name in ("supported", "disputed") else "not supported"
+        return {"text": f"{support}: {LABELS[name]}", "kind": "supported" if name == "supported" else ""}
 
     return [[label(layer, head) for head in range(len(row))] for layer, row in enumerate(effects.zero)]
 
@@ -203,7 +207,7 @@ def _finding(entry: Mapping[str, Any], scores: Mapping[str, Any], texts: Sequenc
     return {
         "heads": [[int(layer), int(head)] for layer, head in (entry["head"], *entry["others"])],
         "score": score if score in scores else next(iter(scores)),
-        "title": _score_info(score).title.split(":")[0],
+        "title": score.removeprefix(ANTECEDENT).replace("_", " "),
         "attention": number(float(entry["value"])),
         "supported": bool(entry["is_supported"]),
         "summary": str(entry["summary"]),

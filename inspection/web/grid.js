@@ -116,6 +116,6 @@ function drawAblation(score) {
     create("p", {}, ablation.caption),
     create("table", {}, create("thead", {}, create("tr", {}, ...columns)), create("tbody", {}, ...rows)),
     create("p", { class: `label ${label.kind}` }, label.text),
-    ...joint.map((finding) => create("p", { class: "label" }, `${findingHeads(finding)} together: ${finding.effect}.`)),
+    ...joint.map((finding) => create("p", { class: "label" }, `${findingHeads(finding)}: ${finding.effect}.`)),
   );
 }

@@ -3,7 +3,7 @@
 const TIMELINE = { width: 400, height: 124, left: 30, right: 44, top: 7, bottom: 20 };
 const timeline = { score: "", x: null, y: null, lines: [] };
 
-const evaluationsOf = (run) => (run.timeline.length ? run.timeline : run.steps);
+const evaluationsOf = (run) => (run.timeline.length > run.steps.length ? run.timeline : run.steps);
 
 const scorePoints = (run, score, layer, head) => evaluationsOf(run)
   .map((entry) => [entry.step, scoreAt(entry, score, layer, head)])

@@ -103,7 +103,7 @@ FINDINGS: dict[str, Any] = {
             "value": 0.9,
             "is_supported": True,
             "summary": "L1H2 attends to a pronoun's antecedent.",
-            "effect": "it lowers the logit difference",
+            "effect": "Ablating it lowers the logit difference",
         },
         {
             "head": [1, 0],
@@ -112,7 +112,7 @@ FINDINGS: dict[str, Any] = {
             "value": 0.8,
             "is_supported": False,
             "summary": "L1H0 and L1H1 attend to the token after an earlier match.",
-            "effect": "ablating both raises the loss",
+            "effect": "Ablating them raises the loss",
         },
     ],
 }

@@ -95,10 +95,11 @@ def test_scores(page_path: Path, open_page: OpenPage) -> None:
 def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:
     view = open_page(page_path, view_hash(2, 1, 1, 2, 3, "&score=antecedent.pronoun"))
     shown = view.text("#ablation")
-    assert "+2.50 2.00 to 3.00" in shown and "+1.50 1.00 to 2.00" in shown and "supported: both" in shown
+    assert "+2.50 2.00 to 3.00" in shown and "+1.50 1.00 to 2.00" in shown
+    assert "supported: ablating it hurts more than ablating another head" in shown
     assert "not a reason" in view.text("#disclaimer")
     table = view.page.eval_on_selector_all("#grid td", "cells => cells.map(c => c.ariaLabel)")
-    assert "supported" in table[5] and "disputed" in table[1] and "no effect" in table[0]
+    assert "supported" in table[5] and "disputed" in table[1] and "not supported" in table[0]
     high = example_run.files()[2].scores["antecedent.pronoun"].ravel() >= 0.5
     marks = view.page.eval_on_selector_all("#grid .effect", "marks => marks.map(m => m.textContent === '∅')")
     assert marks == [bool(high[k]) and k != 5 for k in range(6)]
@@ -109,10 +110,10 @@ def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:
 
 def test_joint_ablation(page_path: Path, open_page: OpenPage) -> None:
     view = open_page(page_path, view_hash(2, 1, 1, 1, 3, "&score=induction"))
-    assert "L1H0 + L1H1 together: ablating both raises the loss." in view.text("#ablation")
+    assert "L1H0 + L1H1: Ablating them raises the loss." in view.text("#ablation")
     assert "L1H0 + L1H1" in view.text("#findings")
     view.press("l", "head=L1H2")
-    assert "together" not in view.text("#ablation")
+    assert "Ablating them" not in view.text("#ablation")
 
 
 def test_walkthrough(page_path: Path, open_page: OpenPage) -> None:
