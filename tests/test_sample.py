@@ -12,7 +12,7 @@ from data.tokenizer import ByteTokenizer
 from inspection.activation_cache import run_with_cache
 from inspection.attention_file import read_attention_file
 from model.generate import SamplingParams
-from tests.model.checks import normal, random_model
+from tests.model.helpers import normal, random_model
 from tests.runs import TINY, said, script
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context

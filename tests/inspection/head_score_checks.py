@@ -19,7 +19,7 @@ from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
-from tests.model.checks import random_model
+from tests.model.helpers import random_model
 
 N = 25
 T = 2 * N + 1

@@ -26,7 +26,7 @@ from inspection.eval_texts import EvalTexts
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade, repeats
-from tests.model.checks import PRESETS, VOCAB, random_model, random_tokens
+from tests.model.helpers import PRESETS, VOCAB, random_model, random_tokens
 
 V, N, COUNT = 30, 12, 5
 """Vocabulary of the model built by hand; its texts say N tokens twice, and there are COUNT of them."""

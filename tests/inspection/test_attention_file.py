@@ -22,7 +22,7 @@ from inspection import attention_file as dump
 from inspection import record
 from inspection.activation_cache import ActivationCache, run_with_cache
 from tests.inspection.test_activation_cache import SMALL, lively, some_tokens
-from tests.model import checks
+from tests.model import helpers
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {"a story": 24, "one token": 1, "näme\n": 7}
@@ -124,7 +124,7 @@ def test_a_file_without_scores_and_details_is_read(tmp_path: Path, captures: lis
 def test_stored_queries_and_keys_are_enough_for_the_weights(tmp_path: Path, preset: str) -> None:
     """softmax(q · k / √D), in numpy; and in a text of more than 4 D tokens they take less room than the weights."""
     T, D = 72, 16
-    model = checks.random_model(preset, n_heads=4, n_kv_heads=2, d_model=4 * D, d_head=D, context=T)
+    model = helpers.random_model(preset, n_heads=4, n_kv_heads=2, d_model=4 * D, d_head=D, context=T)
     seen = run_with_cache(model, some_tokens(T), details=True)
     (text,) = dump.read_attention_file(write(tmp_path / "file", [("text", seen, token_bytes(seen))], "f32")).texts
     q, k = text.queries, text.keys
@@ -144,11 +144,11 @@ def test_stored_queries_and_keys_are_enough_for_the_weights(tmp_path: Path, pres
 @torch.no_grad()
 def test_the_numbers_are_those_of_transformers(tmp_path: Path, preset: str) -> None:
     """Its attentions and cached keys and values, layer by layer, in its shapes; its heads that share are repeated."""
-    model, tokens = checks.random_model(preset), checks.random_tokens(1, 20)
+    model, tokens = helpers.random_model(preset), checks.random_tokens(1, 20)
     seen = run_with_cache(model, tokens[0], details=True)
     record.write_attention_file(tmp_path / "file", [("text", seen, token_bytes(seen))], {}, "f32", token_bytes=piece)
     (text,) = dump.read_attention_file(tmp_path / "file").texts
-    theirs = checks.transformers_model(model)(tokens, output_attentions=True, use_cache=True)
+    theirs = helpers.transformers_model(model)(tokens, output_attentions=True, use_cache=True)
     assert text.keys is not None and text.values is not None and text.top_tokens is not None
     for layer, attention in enumerate(theirs.attentions):
         assert text.pattern(layer).shape == attention.shape == (1, model.config.n_heads, 20, 20)

@@ -17,7 +17,7 @@ from inspection.attribution import direct_logit_attribution, logit_lens
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 from model.gpt import GPT
 from tests.inspection.handmade import LEAD, handmade, repeats
-from tests.model.checks import PRESETS, VOCAB, random_model, random_tokens
+from tests.model.helpers import PRESETS, VOCAB, random_model, random_tokens
 
 Patch = pytest.MonkeyPatch
 T = 11

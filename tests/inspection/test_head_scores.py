@@ -20,7 +20,7 @@ from inspection.head_scores import SCORES, score_info
 from model.gpt import GPT
 from tests.inspection.handmade import handmade
 from tests.inspection.head_score_checks import CHECKS, ON_TOKENS, same, watched
-from tests.model.checks import random_model
+from tests.model.helpers import random_model
 
 
 @pytest.mark.parametrize("name", CHECKS)

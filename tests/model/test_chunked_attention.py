@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import chunked_attention as chunked
 from model import functional
-from tests.model.checks import PRESETS, normal, random_model, random_tokens, relative_difference, same
+from tests.model.helpers import PRESETS, normal, random_model, random_tokens, relative_difference, same
 
 
 def qkv(B: int, H: int, T: int, D: int, n_kv_heads: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 from model.generate import SamplingParams, context_start, filter_logits, generate, next_logits, sample_token
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from tests.model.checks import PRESETS, VOCAB, normal, random_model, random_tokens, same
+from tests.model.helpers import PRESETS, VOCAB, normal, random_model, random_tokens, same
 
 DEFAULT, GREEDY = SamplingParams(), SamplingParams(temperature=0.0)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,8 +17,16 @@ from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, UserError
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation, ModelConfig
 from model.gpt import GPT
 from model.huggingface import from_huggingface, load_huggingface, save_huggingface, to_huggingface
-from tests.model import checks
-from tests.model.checks import SHAPES, VOCAB, random_model, random_tokens, same, transformers_model
+from tests.model.helpers import (
+    SHAPES,
+    VOCAB,
+    random_model,
+    random_tokens,
+    recorded_patterns,
+    relative_difference,
+    same,
+    transformers_model,
+)
 
 each_preset = pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
 each_implementation = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
@@ -26,18 +35,38 @@ each_implementation = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTAT
 @each_preset
 @each_implementation
 def test_logits_match_transformers(preset: str, attention: AttentionImplementation) -> None:
-    checks.check_logits_match_reference(preset, attention)
+    model = random_model(preset, attention)
+    tokens = random_tokens(3, model.config.context)
+    with torch.no_grad():
+        same(model(tokens), transformers_model(model)(tokens).logits, 1e-5)
 
 
 @each_preset
 @each_implementation
 def test_gradients_match_transformers(preset: str, attention: AttentionImplementation) -> None:
-    checks.check_gradients_match_reference(preset, attention)
+    model = random_model(preset, attention)
+    theirs = transformers_model(model)
+    tokens = random_tokens(3, model.config.context + 1)
+    for forward in (model, lambda x: theirs(x).logits):
+        F.cross_entropy(forward(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    gradients: dict[str, Any] = {name: p.grad for name, p in theirs.named_parameters()}
+    _, _, expected = from_huggingface(to_huggingface(model)[0], gradients)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert relative_difference(parameter.grad, expected[name]) <= 1e-5, name
 
 
 @each_preset
 def test_patterns_match_transformers(preset: str) -> None:
-    checks.check_patterns_match_reference(preset)
+    model = random_model(preset)
+    tokens = random_tokens(3, model.config.context)
+    with torch.no_grad(), recorded_patterns(model) as ours:
+        model(tokens)
+        theirs = transformers_model(model)(tokens, output_attentions=True).attentions
+    assert len(ours) == len(theirs) == model.config.n_layers
+    for a, b in zip(ours, theirs, strict=True):
+        same(a, b, 1e-6)
+        assert a[..., -1, :].amax(-1).mean() > 2.5 / model.config.context  # nearly uniform attention proves little
 
 
 def test_logits_match_transformers_in_fp64() -> None:

@@ -1,6 +1,6 @@
-"""The tests' own test: typical bugs are put into the mathematics, and the shared checks must fail.
+"""The tests' own test: typical bugs are put into the mathematics, and tests of the model must fail.
 
-A mutant that survives means a check that proves less than its name says.
+A mutant that survives means a test that proves less than its name says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from model import functional
 from model.config import ATTENTION_IMPLEMENTATIONS
 from model.gpt import GPT, MLP, CausalSelfAttention
-from tests.model import checks
+from tests.model import test_functional as ops
+from tests.model import test_gpt, test_huggingface
+from tests.model.helpers import PRESETS
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
@@ -123,56 +125,62 @@ def gate_with_other_half(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MLP, "activation", activation)
 
 
-logits = {preset: partial(checks.check_logits_match_reference, preset) for preset in ("gpt2", "qwen3")}
-causality = [partial(checks.check_causality, preset) for preset in checks.PRESETS]
-patterns = partial(checks.check_patterns_match_reference, "gpt2")
+logits = {
+    preset: partial(test_huggingface.test_logits_match_transformers, preset, "eager") for preset in ("gpt2", "qwen3")
+}
+causality = [partial(test_gpt.test_no_position_sees_the_future, preset) for preset in PRESETS]
+kv_cache = test_gpt.test_kv_cache_matches_full_forward
+patterns = partial(test_huggingface.test_patterns_match_transformers, "gpt2")
 
-# The mutation, and every check that must fail.
+# The mutation, and every test that must fail.
 MUTANTS: dict[str, tuple[Mutation, list[Callable[[], None]]]] = {
-    "no sqrt(D)": (attention(scale=1.0), [logits["gpt2"], patterns, checks.check_eager_attention]),
-    "D instead of sqrt(D)": (attention(scale=10.0), [logits["qwen3"], checks.check_eager_attention]),
-    "mask shows next token": (attention(shift=1), [*causality, checks.check_equal_keys]),
-    "mask hides own token": (attention(shift=-1), [causality[1], checks.check_equal_keys]),
+    "no sqrt(D)": (attention(scale=1.0), [logits["gpt2"], patterns, ops.test_eager_attention_matches_sdpa]),
+    "D instead of sqrt(D)": (attention(scale=10.0), [logits["qwen3"], ops.test_eager_attention_matches_sdpa]),
+    "mask shows next token": (attention(shift=1), [*causality, ops.test_equal_keys_get_equal_attention]),
+    "mask hides own token": (attention(shift=-1), [causality[1], ops.test_equal_keys_get_equal_attention]),
     "mask ignores cache": (
         replaced("causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril()),
-        [partial(checks.check_cache, preset, a) for preset in checks.PRESETS for a in ATTENTION_IMPLEMENTATIONS],
+        [partial(kv_cache, preset, a) for preset in PRESETS for a in ATTENTION_IMPLEMENTATIONS],
     ),
-    "untied": (after_init(untie), [partial(checks.check_tied_embeddings, preset) for preset in checks.PRESETS]),
-    "erf gelu": (replaced("gelu", F.gelu), [logits["gpt2"], checks.check_activations]),
-    "relu not squared": (replaced("relu2", F.relu), [checks.check_activations]),
+    "untied": (after_init(untie), [partial(test_gpt.test_lm_head_is_tied, preset) for preset in PRESETS]),
+    "erf gelu": (replaced("gelu", F.gelu), [logits["gpt2"], ops.test_activations_match_library]),
+    "relu not squared": (replaced("relu2", F.relu), [ops.test_activations_match_library]),
     "swiglu gates other half": (gate_with_other_half, [logits["qwen3"]]),
-    "silu without gate": (replaced("silu", lambda x: x), [logits["qwen3"], checks.check_activations]),
+    "silu without gate": (replaced("silu", lambda x: x), [logits["qwen3"], ops.test_activations_match_library]),
     "positions off by one": (after_init(shift_positions), [logits["gpt2"]]),
     "rope backwards": (rope(rotate_backwards), [logits["qwen3"]]),
     "rope on neighbours": (rope(rotate_neighbours), [logits["qwen3"]]),
-    "rope without sign": (rope(rotate_without_sign), [checks.check_rope_depends_on_distance]),
-    "rope ignores cache": (rope_without_cache, [partial(checks.check_cache, p) for p in ("glass", "qwen3")]),
+    "rope without sign": (rope(rotate_without_sign), [ops.test_rope_scores_depend_on_distance]),
+    "rope ignores cache": (rope_without_cache, [partial(kv_cache, p, "eager") for p in ("glass", "qwen3")]),
     "layer norm without mean": (
         layer_norm(lambda x: x.square().mean(dim=-1, keepdim=True), center=False),
-        [logits["gpt2"], checks.check_layer_norm],
+        [logits["gpt2"], ops.test_layer_norm_matches_library],
     ),
-    "layer norm eps outside root": (layer_norm(population_variance, eps_in_root=False), [checks.check_layer_norm]),
+    "layer norm eps outside root": (
+        layer_norm(population_variance, eps_in_root=False),
+        [ops.test_layer_norm_matches_library],
+    ),
     "layer norm divides by C - 1": (
         layer_norm(lambda x: x.var(dim=-1, keepdim=True)),
-        [logits["gpt2"], checks.check_layer_norm],
+        [logits["gpt2"], ops.test_layer_norm_matches_library],
     ),
     "layer norm without weight": (
         replaced("layer_norm", lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, None, bias, eps)),
-        [logits["gpt2"], checks.check_layer_norm],
+        [logits["gpt2"], ops.test_layer_norm_matches_library],
     ),
     "rms norm without weight": (
         replaced("rms_norm", lambda x, weight, eps: F.rms_norm(x, weight.shape, None, eps)),
-        [logits["qwen3"], checks.check_rms_norm],
+        [logits["qwen3"], ops.test_rms_norm_matches_library],
     ),
     "rms norm eps outside root": (
         replaced("rms_norm", lambda x, weight, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight),
-        [checks.check_rms_norm],
+        [ops.test_rms_norm_matches_library],
     ),
     "keys and values swapped": (projected(lambda q, k, v: (q, v, k)), [logits["gpt2"], logits["qwen3"], patterns]),
     "heads without transpose": (projected(heads_without_transpose), [logits["gpt2"], causality[1]]),
     "groups interleaved": (
         replaced("repeat_kv", lambda x, n_heads: x.repeat(1, n_heads // x.shape[1], 1, 1)),
-        [logits["qwen3"], partial(checks.check_gradients_match_reference, "qwen3", "sdpa")],
+        [logits["qwen3"], partial(test_huggingface.test_gradients_match_transformers, "qwen3", "sdpa")],
     ),
 }
 CASES = [(name, i) for name, (_, must_fail) in MUTANTS.items() for i in range(len(must_fail))]
@@ -184,10 +192,3 @@ def test_mutant_is_noticed(name: str, i: int, monkeypatch: pytest.MonkeyPatch) -
     mutation(monkeypatch)
     with pytest.raises(AssertionError):
         must_fail[i]()
-
-
-def test_checks_pass_on_the_real_model() -> None:
-    """Otherwise a check that always fails would notice every mutant."""
-    for _, must_fail in MUTANTS.values():
-        for check in must_fail:
-            check()

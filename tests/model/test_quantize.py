@@ -15,7 +15,7 @@ from model.generate import SamplingParams, generate, next_logits
 from model.gpt import GPT
 from model.kv_cache import KVCache
 from model.quantize import HalfLinear, Int8Linear, PrepackedLinear, WeightDtype, quantize_, quantize_int8
-from tests.model.checks import PRESETS, normal, random_model, random_tokens
+from tests.model.helpers import PRESETS, normal, random_model, random_tokens
 
 FP16_ERROR = 2.0**-11
 """Largest relative rounding error of fp16."""

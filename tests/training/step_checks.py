@@ -23,7 +23,7 @@ from data.dataloader import IGNORE_INDEX, Batch
 from data.prepare import TokenizedCorpus, prepare
 from model.config import ModelConfig
 from model.gpt import GPT
-from tests.model.checks import relative_difference
+from tests.model.helpers import relative_difference
 from training.checkpoint import TrainState
 from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
 from training.device import DistContext
