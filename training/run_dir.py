@@ -149,6 +149,9 @@ def check_links(folder: Path) -> None:
     """
     inside = folder.resolve()
     for parent, folders, files in os.walk(folder):
+        if Path(parent) == folder / "wandb":  # its logs are links to the user's cache; training writes none of them
+            folders.clear()
+            continue
         for name in (*folders, *files):
             path = Path(parent) / name
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):

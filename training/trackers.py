@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.errors import escape_control_chars
 from training.trainer import Callback, Trainer
 
-INIT_SECONDS, FINISH_SECONDS = 30, 20
+INIT_SECONDS, FINISH_SECONDS = 20, 20
 """How long to wait for the server at the start and for uploads at the end."""
 KEYS = {"val_loss": "val/loss", "final_val_loss": "val/final_loss"}
 
@@ -59,6 +59,7 @@ class WandbTracker(Callback):
                 silent=True,
                 console="off",
             )
+            wandb.setup(settings)
             self.run = wandb.init(
                 project=escape_control_chars(log.wandb_project),
                 name=escape_control_chars(folder.name),

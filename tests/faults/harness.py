@@ -70,9 +70,10 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def numbers(run: Path) -> list[tuple[Any, ...]]:
-    """What metrics.jsonl says of each step: all but the speed. Fails for a line that is no JSON."""
+    """What metrics.jsonl says of each step, except speed and memory. Fails for a line that is not JSON."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(sorted((k, v) for k, v in line.items() if "per_second" not in k)) for line in lines]
+    timing = {"tokens_per_second", "mfu", "peak_memory_mb"}
+    return [tuple(sorted((k, v) for k, v in line.items() if k not in timing)) for line in lines]
 
 
 def difference(found: list[Any], wanted: list[Any]) -> str:
