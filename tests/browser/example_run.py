@@ -93,26 +93,15 @@ def ablations() -> AblationResults:
     return AblationResults(400, "0" * 64, 1, measures)
 
 
+def finding(heads: list[list[int]], score: str, value: float, supported: bool, effect: str) -> dict[str, Any]:
+    about = {"head": heads[0], "others": heads[1:], "score": score, "value": value, "is_supported": supported}
+    return {**about, "summary": effect, "effect": effect}
+
+
 FINDINGS: dict[str, Any] = {
     "headline": "Since step 200, head L1H2 attends to a pronoun's antecedent (0.90).",
     "findings": [
-        {
-            "head": [1, 2],
-            "others": [],
-            "score": "antecedent.pronoun",
-            "value": 0.9,
-            "is_supported": True,
-            "summary": "L1H2 attends to a pronoun's antecedent.",
-            "effect": "Ablating it lowers the logit difference",
-        },
-        {
-            "head": [1, 0],
-            "others": [[1, 1]],
-            "score": "induction",
-            "value": 0.8,
-            "is_supported": False,
-            "summary": "L1H0 and L1H1 attend to the token after an earlier match.",
-            "effect": "Ablating them raises the loss",
-        },
+        finding([[1, 2]], "antecedent.pronoun", 0.9, True, "Ablating it lowers the logit difference"),
+        finding([[1, 0], [1, 1]], "induction", 0.8, False, "Ablating them raises the loss"),
     ],
 }

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import matplotlib.image
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.browser import example_run
 from tests.browser.conftest import OpenPage
@@ -144,23 +145,20 @@ def test_comparison_with_itself_is_zero(page_path: Path, open_page: OpenPage) ->
     assert "±0.00 points" in view.text("#matrix-readout")
 
 
-def test_comparison_of_two_steps(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, "#text=held-out+1&step=400&head=L1H1&query=9&compare=100&score=induction")
-    files = example_run.files()
-    a, b = (files[k].texts[1].pattern(1)[0, 1, 9].astype(np.float64) for k in (2, 0))
-    assert view.attention() == pytest.approx({key: (a - b)[key] for key in view.attention()}, abs=1e-6)
-    scores = [files[k].scores["induction"].ravel() for k in (2, 0)]
-    assert view.grid() == pytest.approx(scores[0] - scores[1], abs=1e-4)
-    assert view.text("#scale-low") == "\N{MINUS SIGN}1"
+def test_comparison_of_two_steps_and_of_two_runs(page_path: Path, two_runs_path: Path, open_page: OpenPage) -> None:
+    def row(step: int, seed: int) -> NDArray[np.float64]:
+        return example_run.files(seed=seed)[step].texts[1].pattern(1)[0, 1, 9].astype(np.float64)
 
-
-def test_comparison_of_two_runs(two_runs_path: Path, open_page: OpenPage) -> None:
-    view = open_page(two_runs_path, "#text=held-out+1&step=200&head=L0H2&query=9&compare=run")
-    a, b = (example_run.files(seed=seed)[1].texts[1].pattern(0)[0, 2, 9].astype(np.float64) for seed in (0, 50))
-    attention = view.attention()
-    assert len(attention) == 5
-    assert attention == pytest.approx({key: (a - b)[key] for key in attention}, abs=1e-6)
-    assert "dashed: second" in view.text("#timeline-readout")
+    selected = "#text=held-out+1&step=400&head=L1H1&query=9&score=induction"
+    steps = open_page(page_path, selected + "&compare=100")
+    runs = open_page(two_runs_path, selected + "&compare=run")
+    for view, difference in ((steps, row(2, 0) - row(0, 0)), (runs, row(2, 0) - row(2, 50))):
+        attention = view.attention()
+        assert len(attention) == 5
+        assert attention == pytest.approx({key: difference[key] for key in attention}, abs=1e-6)
+    scores = [file.scores["induction"].ravel() for file in example_run.files()]
+    assert steps.grid() == pytest.approx(scores[2] - scores[0], abs=1e-4)
+    assert steps.text("#scale-low") == "\N{MINUS SIGN}1" and "dashed: second" in runs.text("#timeline-readout")
 
 
 def test_texts_with_different_tokens_are_not_compared(page_path: Path, open_page: OpenPage) -> None:

@@ -1,4 +1,4 @@
-"""The page is safe, accessible, readable in light and dark and in narrow windows, and fast."""
+"""The page is safe, accessible, and readable in light and dark and in narrow windows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
-from tests.browser.conftest import OpenPage, View
+from tests.browser.conftest import OpenPage
 
 HASH = "#text=held-out+1&step=400&head=L1H1&query=9"
 EVIL = "</script><script>window.hacked = 1</script>"
@@ -22,8 +22,7 @@ def hostile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "hostile.html"
     record = example_run.record(EVIL + "\x00", example_run.HOSTILE, 1, True)
     file = AttentionFile([record], {"step": "1"}, {EVIL: np.ones((2, 3), np.float32)})
-    finding = {"head": [1, 1], "others": [], "score": EVIL, "value": 0.5, "is_supported": True}
-    findings = {"headline": EVIL, "findings": [{**finding, "summary": EVIL, "effect": EVIL}]}
+    findings = {"headline": EVIL, "findings": [example_run.finding([[1, 1]], EVIL, 0.5, True, EVIL)]}
     write_page(path, [PageRun(EVIL, [file])], findings, None, f"</title>{EVIL}\x00")
     return path
 
@@ -130,45 +129,22 @@ def test_screen_reader(page_path: Path, open_page: OpenPage) -> None:
     assert page.eval_on_selector_all("button, select, input", unnamed) == 0
 
 
-def open_single(record: AttentionRecord, scores: bool, open_page: OpenPage, folder: Path, link: str = "") -> View:
-    """A page with one text at one step."""
-    layers, heads, _ = record.value_norms.shape
-    table = np.linspace(0, 1, layers * heads, dtype=np.float32).reshape(layers, heads)
-    file = AttentionFile([record], {"step": "1"}, {"entropy": table} if scores else {})
-    write_page(folder / "single.html", [PageRun("run", [file])], None, None, "title")
-    return open_page(folder / "single.html", link)
-
-
 def test_page_without_scores_predictions_or_ablation(open_page: OpenPage, tmp_path: Path) -> None:
     text = example_run.record("a line", example_run.WORDS, 3, False)
     bare = AttentionRecord("a line", text.tokens, text.token_bytes, text.loss, text.value_norms, text.pattern_tril)
-    view = open_single(bare, False, open_page, tmp_path)
+    write_page(tmp_path / "page.html", [PageRun("run", [AttentionFile([bare], {})])], None, None, "a line")
+    view = open_page(tmp_path / "page.html")
     largest = text.pattern()[:, :, 1:].max(axis=-1)
     assert view.grid() == pytest.approx(largest.mean(axis=-1).ravel(), abs=1e-3)
     assert "not stored" in view.text("#predictions") and "not measured" in view.text("#ablation")
 
 
 def test_one_token(open_page: OpenPage, tmp_path: Path) -> None:
-    view = open_single(example_run.record("one", [b"Mia"], 3, True), True, open_page, tmp_path)
+    file = AttentionFile([example_run.record("one", [b"Mia"], 3, True)], {"step": "5"}, example_run.scores(1))
+    write_page(tmp_path / "page.html", [PageRun("run", [file])], None, None, "one")
+    view = open_page(tmp_path / "page.html")
     assert view.attention() == {0: 1.0}
     view.open_walkthrough()
     for key in ("ArrowRight", "ArrowUp", "v", "c", "]", "End"):
         view.page.keyboard.press(key)
     assert view.attention() == {}
-
-
-def test_large_model_is_fast(open_page: OpenPage, tmp_path: Path) -> None:
-    """Generous bounds; benchmarks/attend.py measures the real times."""
-    L, H, T = 12, 12, 512
-    rows, columns = np.tril_indices(T)
-    decay = np.exp(-0.02 * (rows - columns)) / np.cumsum(np.exp(-0.02 * np.arange(T)))[rows]
-    pattern = np.broadcast_to(decay.astype(np.float16), (L, H, len(rows)))
-    words = [example_run.WORDS[1 + k % 8] for k in range(T)]
-    loss, norms = np.ones(T - 1, np.float32), np.ones((L, H, T), np.float32)
-    record = AttentionRecord("long", np.arange(T, dtype=np.int32), words, loss, norms, pattern)
-    view = open_single(record, True, open_page, tmp_path, "#query=300")
-    assert float(view.attribute("data-ready")) < 10_000
-    for _ in range(3):
-        view.page.keyboard.press("ArrowRight")
-    view.wait_for("query=303")
-    assert float(view.attribute("data-redraw-ms")) < 500
