@@ -114,16 +114,13 @@ class RunFiles:
 
     @cached_property
     def head_scores(self) -> HeadScoreSeries:
-        """The score of every head at each evaluation: from metrics.jsonl, or from the attention files without it.
+        """The score of every head at each evaluation, from metrics.jsonl; of other steps, such as 0, from attention files.
 
         Raises:
             UserError: if the scores are of models of different shape, or a file is damaged (exit code 4).
         """
-        tables: dict[int, Mapping[str, Any]] = {}
-        for line in self.metrics():
-            if isinstance(scores := line.get("head_scores"), dict):
-                tables[line["step"]] = scores
-        tables = tables or {step: self.attention_files[step].scores for step in self.steps}
+        tables = {line["step"]: line["head_scores"] for line in self.evaluations()}
+        tables |= {step: self.attention_files[step].scores for step in self.steps if step not in tables}
         try:
             arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
         except (TypeError, ValueError) as error:
@@ -175,6 +172,10 @@ class RunFiles:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return read_metrics(self.folder / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that have head scores."""
+        return [line for line in self.metrics() if isinstance(line.get("head_scores"), dict)]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def run(options: Page, terminal: Terminal) -> Result:
     first = runs[0]
     report = write_page(
         Path(options.out) if options.out else first.base_folder / "attention.html",
-        [PageRun(str(each.folder), list(each.attention_files.values()), each.metrics()) for each in runs],
+        [PageRun(str(each.folder), list(each.attention_files.values()), each.evaluations()) for each in runs],
         first.findings,
         first.ablation,
         str(first.folder),

@@ -15,14 +15,13 @@ from common.errors import CHECKPOINT, CONFIG, UserError
 from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
+from inspection.head_scores import score_info
 from inspection.run_reader import RunFiles
 from inspection.terminal import head_name
 
 if TYPE_CHECKING:
     from model.gpt import GPT
 
-NOT_A_SHARE = ("entropy", "distance", "copying")
-"""Scores that are not a share of attention, so that the threshold does not apply to them."""
 EFFECTS = {
     "zero_ablation": "zero",
     "mean_ablation": "mean",
@@ -96,6 +95,14 @@ def model_shape(file: AttentionFile) -> tuple[int, int] | None:
     return (shapes[0][0], shapes[0][1]) if shapes else None
 
 
+def is_share(score: str) -> bool:
+    """Whether a score is a share of attention, to which the threshold applies; unknown scores count as shares."""
+    try:
+        return score_info(score).is_share
+    except KeyError:
+        return True
+
+
 def require_scores(scores: Mapping[str, Any], run: RunFiles) -> None:
     """Raise `UserError` (exit code 4) if there are no head scores."""
     if not scores:
@@ -123,7 +130,7 @@ def _score_row(name: str, layer: int, head: int, value: float, effects: Ablation
         table = getattr(effects, field, None)
         row[key] = _triple(table[layer][head]) if table else None
     label = ablation_label(effects, layer, head) if effects else None
-    high = name not in NOT_A_SHARE and value >= ATTENTION_THRESHOLD
+    high = is_share(name) and value >= ATTENTION_THRESHOLD
     return {**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import escape_control_chars
-from inspection.commands.shared import OutputOptions, require_scores
+from inspection.commands.shared import OutputOptions, is_share, require_scores
 from inspection.findings import ATTENTION_THRESHOLD
 from inspection.plots import score_range, score_title
 from inspection.run_reader import HeadScoreSeries, RunFiles, best_head, match_name
@@ -50,23 +50,21 @@ def run(options: Timeline, terminal: Terminal) -> Result:
 
 
 def head_timeline(name: str, head: tuple[int, ...], series: HeadScoreSeries) -> dict[str, Any]:
-    """One score of one head over the steps, and the first step at which it reached the threshold.
+    """One score of one head over the steps, and the first step at which half of the attention was where it tests.
 
-    The threshold is half of the attention; for `distance`, half of the head's own maximum.
+    Scores that are not a share of attention have no such step.
     """
     values = series.scores[name][:, head[0], head[1]].astype(float)
     finite = values[np.isfinite(values)]
     largest = float(finite.max()) if len(finite) else np.nan
-    threshold = largest / 2 if name == "distance" else ATTENTION_THRESHOLD
-    reached = [step for step, value in zip(series.steps, values, strict=True) if value >= threshold]
+    reached = [step for step, value in zip(series.steps, values, strict=True) if value >= ATTENTION_THRESHOLD]
     return {
         "head": head_name(*head),
         "score": name,
         "first": float(values[0]),
         "last": float(values[-1]),
         "max": largest,
-        "threshold": threshold,
-        "threshold_step": reached[0] if reached else None,
+        "threshold_step": reached[0] if reached and is_share(name) else None,
         "values": values.tolist(),
     }
 
@@ -77,7 +75,8 @@ def _lines(score: str, timelines: list[dict[str, Any]], files: RunFiles, termina
     for one in timelines:
         low, high = score_range(one["score"], series.scores[one["score"]])
         line = sparkline(one["values"], low, high, terminal.encoding, SPARKLINE_WIDTH)
-        reached = "never" if one["threshold_step"] is None else str(one["threshold_step"])
+        missing = "never" if is_share(one["score"]) else "-"
+        reached = missing if one["threshold_step"] is None else str(one["threshold_step"])
         name = escape_control_chars(one["score"])
         rows.append((name, one["head"], line, one["first"], one["last"], one["max"], reached))
     columns = [Column(title, align="left") for title in ("score", "head", "over the steps")]
@@ -88,5 +87,5 @@ def _lines(score: str, timelines: list[dict[str, Any]], files: RunFiles, termina
         lines.append(f"{score}: {score_title(score)}")
     elif not score:
         lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
-    note = "threshold: the first step with a score of at least 0.5; for distance, half of the head's maximum"
+    note = f"threshold: the first step with a score of at least {ATTENTION_THRESHOLD}, for shares of attention"
     return [*lines, "", *table(columns, rows, max(terminal.width, 80), fixed=3), "", note]

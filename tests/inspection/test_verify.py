@@ -1,0 +1,130 @@
+"""Verify: a file captured from the model passes; changed weights, patterns, losses, scores or hashes fail their check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from inspection.activation_cache import run_with_cache_batch
+from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
+from inspection.eval_texts import EvalTexts
+from inspection.head_scores import compute_head_scores
+from inspection.verify import Check, verify_attention_file
+from model.gpt import GPT
+from tests.model.checks import PRESETS, VOCAB, random_model, random_tokens
+
+LENGTHS = {"long": 24, "one token": 1, "short": 11}
+TEXTS = EvalTexts(texts=(("held-out 1", tuple(random_tokens(1, 20, seed=9)[0].tolist())),))
+
+
+def metadata_of(model: GPT) -> dict[str, str]:
+    return {"config": json.dumps(asdict(model.config)), "weights_sha256": "w" * 64, "tokenizer_sha256": "t" * 64}
+
+
+def capture(model: GPT, path: Any, dtype: str = "f16") -> AttentionFile:
+    tokens = [random_tokens(1, T, seed=T)[0].tolist() for T in LENGTHS.values()]
+    caches = run_with_cache_batch(model, tokens)
+    records = [AttentionRecord.from_cache(n, c, lambda t: b"%d " % t) for n, c in zip(LENGTHS, caches, strict=True)]
+    scores = {name: table.numpy() for name, table in compute_head_scores(model, TEXTS).items()}
+    write_attention_file(path, records, metadata_of(model), scores, dtype)
+    return read_attention_file(path)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return random_model("qwen3", context=24)
+
+
+@pytest.fixture(scope="module")
+def file(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> AttentionFile:
+    return capture(model, tmp_path_factory.mktemp("verify") / "000008.safetensors")
+
+
+def checks(file: AttentionFile, model: GPT) -> dict[str, Check]:
+    found = verify_attention_file(file, model, metadata_of(model), TEXTS)
+    assert len({check.check for check in found}) == len(found)
+    return {check.check: check for check in found}
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_captured_file_passes(tmp_path: Any, preset: str, dtype: str) -> None:
+    model = random_model(preset, context=24)
+    found = checks(capture(model, tmp_path / "file", dtype), model)
+    assert set(found) == {
+        *("config", "weights_sha256", "tokenizer_sha256"),
+        *("pattern", "loss", "value norms", "scores"),
+    }
+    assert all(check.ok for check in found.values()), found
+    assert found["pattern"].tolerance == (2**-11 if dtype == "f16" else 1e-6)
+
+
+def test_sdpa_model_passes(tmp_path: Any) -> None:
+    found = checks(capture(random_model("gpt2"), tmp_path / "file"), random_model("gpt2", "sdpa"))
+    assert all(check.ok for check in found.values()), found
+
+
+def with_array(file: AttentionFile, part: str, change: Callable[[NDArray[Any]], None]) -> AttentionFile:
+    array = getattr(file.texts[0], part).copy()
+    change(array)
+    return replace(file, texts=[replace(file.texts[0], **{part: array}), *file.texts[1:]])
+
+
+def with_scores(file: AttentionFile, change: Callable[[NDArray[Any]], None]) -> AttentionFile:
+    scores = {name: table.copy() for name, table in file.scores.items()}
+    change(scores["entropy"])
+    return replace(file, scores=scores)
+
+
+def add(*place: int) -> Callable[[NDArray[Any]], None]:
+    def change(array: NDArray[Any]) -> None:
+        array[place] += 0.01
+
+    return change
+
+
+def set_nan(array: NDArray[Any]) -> None:
+    array.flat[3] = np.nan
+
+
+CHANGES: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
+    "one weight of a pattern": ("pattern", lambda f: with_array(f, "pattern_tril", add(1, 0, 40))),
+    "nan in a pattern": ("pattern", lambda f: with_array(f, "pattern_tril", set_nan)),
+    "one loss": ("loss", lambda f: with_array(f, "loss", add(7))),
+    "one value norm": ("value norms", lambda f: with_array(f, "value_norms", add(0, 1, 5))),
+    "one score": ("scores", lambda f: with_scores(f, add(1, 1))),
+    "nan in a score": ("scores", lambda f: with_scores(f, set_nan)),
+    "a score that is not recomputed": ("scores", lambda f: replace(f, scores={**f.scores, "x": f.scores["copying"]})),
+    "other weights": ("weights_sha256", lambda f: replace(f, metadata={**f.metadata, "weights_sha256": "0" * 64})),
+    "other tokenizer": ("tokenizer_sha256", lambda f: replace(f, metadata={**f.metadata, "tokenizer_sha256": ""})),
+    "no config": ("config", lambda f: replace(f, metadata={"weights_sha256": "w" * 64, "tokenizer_sha256": "t" * 64})),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_change_of_a_file_fails_its_check(file: AttentionFile, model: GPT, name: str) -> None:
+    check, change = CHANGES[name]
+    assert [each.check for each in checks(change(file), model).values() if not each.ok] == [check]
+
+
+@pytest.mark.parametrize("part", ["blocks.1.attention.qkv.weight", "blocks.0.attention.out.weight", "lm_head.weight"])
+def test_change_of_one_model_weight_fails(file: AttentionFile, part: str) -> None:
+    model = random_model("qwen3", context=24)
+    with torch.no_grad():
+        model.get_parameter(part)[0, 0] += 0.5
+    failed = {name for name, check in checks(file, model).items() if not check.ok}
+    assert failed & {"pattern", "loss", "value norms"}
+
+
+def test_model_of_another_shape_fails(file: AttentionFile) -> None:
+    other = random_model("qwen3", context=16)
+    found = checks(file, other)
+    assert not found["shape"].ok and not found["config"].ok and "pattern" not in found
+    assert VOCAB == other.vocab_size
