@@ -231,7 +231,7 @@ def heat_map(pattern: ArrayLike, token_texts: Sequence[str], terminal: Terminal)
     for i in range(first, T):
         row = "".join(cells[level] for level in levels[i, first : i + 1])
         lines.append(f"{i:>{digits}} {_fit(token_texts[i], LABEL_WIDTH)} {row}")
-    lines.append(f"row: query, column: key; attention 0 {shades} 1")
+    lines.append(f"row: query, column: key; 0 {shades} 1")
     return lines
 
 

@@ -231,6 +231,7 @@ def test_timeline_comes_from_metrics(run: Path) -> None:
     assert found["steps"] == [0, 1, 2, 3, 6]  # step 0 has an attention file only
     (l1h1,) = [each for each in found["timelines"] if each["head"] == "L1H1"]
     assert l1h1["values"][1:] == pytest.approx([0.9] * 4) and l1h1["threshold_step"] == 1
+    (run / "attention" / "000003.safetensors").unlink()
     (run / "metrics.jsonl").write_text('{"step": 1, "head_scores": {"induction": [[0.1], "x"]}}\n')
     assert "malformed head scores" in said(script("attend.py", "timeline", run), 4)
 
@@ -322,7 +323,6 @@ def test_ablate_rewrites_findings_and_page(run: Path) -> None:
     output = text("ablate", run)
     assert (run / "attention" / "ablations.json").read_bytes() == before
     assert f"written  {run / 'attention.html'}" in output and DISCLAIMER in output
-    assert "not a run folder" in said(script("attend.py", "ablate", run.parent), 4) or True
     single = run / "prompt.safetensors"
     shutil.copy(run / "attention" / "000006.safetensors", single)
     assert "ablation needs a run folder" in said(script("attend.py", "ablate", single), 4)
@@ -343,13 +343,13 @@ def test_verify_recomputes_from_the_checkpoints(trained: Path) -> None:
 
 def test_verify_reports_every_bad_file(run: Path) -> None:
     folder = run / "attention"
-    (folder / "000000.safetensors").write_bytes((folder / "000000.safetensors").read_bytes()[:-10])
     shutil.copy(folder / "000003.safetensors", folder / "000006.safetensors")
+    (folder / "000003.safetensors").write_bytes((folder / "000003.safetensors").read_bytes()[:-10])
     done = script("attend.py", "verify", run, "--json")
     assert done.returncode == 4
     failed = {(row["step"], row["check"]) for row in json.loads(done.stdout)["checks"] if not row["ok"]}
-    assert {(0, "readable"), (6, "weights_sha256"), (6, "pattern"), (6, "loss"), (6, "scores")} <= failed
-    assert all(step != 3 for step, _ in failed)
+    assert {(3, "readable"), (6, "weights_sha256"), (6, "pattern"), (6, "loss"), (6, "scores")} <= failed
+    assert all(step != 0 for step, _ in failed)
     done = script("attend.py", "verify", folder / "000006.safetensors")
     assert "differ from their checkpoints" in said(done, 4) and "FAIL  step 6: weights_sha256" in done.stdout
 
@@ -438,7 +438,7 @@ def test_wrong_options_are_one_line(argv: list[str], words: str) -> None:
         (["token", "--text=line"], "did you mean line 1?"),
         (["compare", "--text=nothing"], "it has sample, line 1"),
         (["token", "--find=The hen met", "--text=repeat 1"], "it is in --text 'line 1'"),
-        (["token", "--find=zebra", "--text=line 1"], "the text begins '<end>The hen" if False else "the text begins"),
+        (["token", "--find=zebra", "--text=line 1"], "the text begins 'The hen"),
         (["token", "--position=999"], "has tokens 0 to"),
         (["token", "--head=L2H0"], "L0H0 to L1H1"),
         (["", "--head=L0H2"], "L0H0 to L1H1"),
@@ -457,7 +457,7 @@ def test_folders_without_attention_are_told_apart(trained: Path, tmp_path: Path)
     assert "is not a folder; give a run folder" in line(tmp_path / "nothing")
     assert f"contains 1; give one of them, such as {trained}" in line(trained.parent)
     (tmp_path / "bare").mkdir()
-    assert "is not a run folder; python train.py makes one" in line(tmp_path / "bare")
+    assert "is not a run folder; python train.py makes a run folder" in line(tmp_path / "bare")
     (tmp_path / "bare" / "config.toml").write_text("")
     assert "--log.attention off" in line(tmp_path / "bare")
 
@@ -488,7 +488,15 @@ def test_run_without_scores_shows_tokens(run: Path) -> None:
 
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = None
+
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError("no torch", name=name)
+
+
+sys.meta_path.insert(0, NoTorch())
 import attend
 from common.errors import run_main
 run_main(attend.main)

@@ -1,204 +1,217 @@
-"""What others wrote, in a text, a file's name, a token or a setting, never drives the terminal or a page.
-
-A terminal obeys what it is shown: `ESC ]0;` renames its window, `ESC [2J` wipes it, others type for the user; a
-carriage return overwrites what was said, and a bidirectional override shows a line backwards. So whatever a run
-meets, nothing reaches stdout or stderr but letters, line breaks and tabs.
-"""
+"""Terminal text: tokens are printable in any encoding, strongest attention and tables show the numbers they were given."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import re
-import shutil
-import struct
-import subprocess
-from pathlib import Path
-from xml.etree import ElementTree
+import math
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.runs import TINY, script
+from inspection.terminal import (
+    ASCII_BLOCKS,
+    ASCII_SHADES,
+    BLOCK_SHADES,
+    BLOCKS,
+    Column,
+    Terminal,
+    clearest_head,
+    display_width,
+    head_name,
+    heat_map,
+    interval,
+    number,
+    paragraph,
+    sparkline,
+    strongest_attention,
+    table,
+    to_csv,
+    to_json,
+    token_text,
+)
 
-CONTROLS = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202e\u2066\u200f\x7f\x08"
-MARKUP = "<script>alert(1)</script><img src=x onerror=\"alert('&')\">"
-HOSTILE = CONTROLS + MARKUP
-NAME = HOSTILE.replace("/", "\u2215")
-"""A file may be called so."""
-SLOW = pytest.mark.slow
-pytestmark = pytest.mark.filterwarnings("error:Glyph")  # matplotlib prints what its font lacks, as it is
-FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, lines to watch and a run, all with names and contents of that kind."""
-    root = tmp_path_factory.mktemp("terminal") / NAME
-    root.mkdir()
-    (root / NAME).write_text(f"The fox {HOSTILE} met the hen. The hen {CONTROLS} saw {MARKUP}.\n" * 30, newline="")
-    own = CONTROLS.replace("\r", "")
-    (root / "lines").write_text(f"{own}<img>\n<script>{own}\t&{own}\t<img>\t<script>\n", newline="")
-    return root
-
-
-@pytest.fixture(scope="module")
-def trained(world: Path) -> subprocess.CompletedProcess[str]:
-    options = (f"--data.source={world / NAME}", f"--run.dir={world / 'run'}{NAME}", f"--log.prompts={world / 'lines'}")
-    options += (f"--log.wandb_project={HOSTILE}", "--log.sample_tokens=60", "--model.context=60")
-    return script("train.py", *TINY, *options, "--data.val_fraction=0.3", "--train.steps=1")
+NAN = math.nan
+WORDS = ["<|endoftext|>", " Mia", " the", " fox", " met", " Tom", ".", " She"]
 
 
-@pytest.fixture(scope="module")
-def run(world: Path, trained: subprocess.CompletedProcess[str]) -> Path:
-    """The run, with attention files whose texts and scores somebody has renamed."""
-    assert trained.returncode == 0, trained.stderr
-    folder = world / f"run{NAME}"
-    for path in (folder / "attention").glob("*.safetensors"):
-        raw = path.read_bytes()
-        (length,) = struct.unpack("<Q", raw[:8])
-        header = json.loads(raw[8 : 8 + length])
-        names = json.loads(header["__metadata__"]["texts"])
-        header["__metadata__"]["texts"] = json.dumps(["sample" if n == "sample" else n + HOSTILE for n in names])
-        header = {re.sub("^scores.copying$", "scores." + HOSTILE, name): entry for name, entry in header.items()}
-        text = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-    return folder
-
-
-def check(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
-    """Nothing that could drive a terminal was printed; what was."""
-    for stream in (done.stdout, done.stderr):
-        found = FORBIDDEN.search(stream)
-        assert found is None, f"{found.group()!r} in {stream[max(0, found.start() - 200) : found.end() + 20]!r}"
-    assert done.returncode == code, done.stderr
-    return done.stdout
-
-
-def test_training_prints_no_control_character(trained: subprocess.CompletedProcess[str]) -> None:
-    out = check(trained)
-    assert "\\x1b" in out and "\\u202e" in out  # they were there
+def random_pattern(*shape: int) -> np.ndarray:
+    """Causal, rows sum to 1."""
+    scores = np.random.default_rng(0).exponential(size=shape) ** 3 * np.tril(np.ones(shape[-2:]))
+    return (scores / scores.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("raw", "encoding", "expected"),
     [
-        ("RUN",),
-        pytest.param(("RUN", "--prompt", f"The fox {HOSTILE}", "--top=2"), marks=SLOW),
-        ("summary", "RUN"),
-        ("heads", "RUN"),
-        ("heads", "RUN", "--csv"),
-        ("token", "RUN", "--text", "line 1" + HOSTILE, "--find", CONTROLS[:7]),
-        ("token", "RUN", "--text", "line 1" + HOSTILE),
-        ("token", "RUN", "--csv"),
-        ("timeline", "RUN"),
-        pytest.param(("timeline", "RUN", "--csv"), marks=SLOW),
-        ("compare", "RUN"),
-        pytest.param(("compare", "RUN", "--csv"), marks=SLOW),
-        pytest.param(("compare", "RUN", "--json"), marks=SLOW),
-        pytest.param(("page", "RUN"), marks=SLOW),
-        pytest.param(("figures", "RUN", "--format=svg"), marks=SLOW),
-        pytest.param(("figures", "RUN", "--score=all"), marks=SLOW),
+        (b" She", "utf-8", "·She"),
+        (b" She", "ascii", "_She"),
+        (b" She", None, "_She"),
+        (b" She", "no-such-encoding", "_She"),
+        (b"\n\t\r\x00\x1b[31m\x7f", "utf-8", r"\n\t\r\x00\x1b[31m\x7f"),
+        (b"\xc3", "utf-8", r"\xc3"),
+        ("é日".encode(), "utf-8", "é日"),
+        ("é日".encode(), "latin-1", r"é\u65e5"),
+        ("é🦊".encode(), "ascii", r"\xe9\U0001f98a"),
+        ("\u202e\u200b\u0301".encode(), "utf-8", r"\u202e\u200b\u0301"),
+        (b"a\\n", "utf-8", r"a\\n"),
+        (b"", "utf-8", "<end>"),
     ],
-    ids=lambda argv: " ".join(argv)[:20],
 )
-def test_looking_prints_no_control_character(argv: tuple[str, ...], run: Path) -> None:
-    check(script("attend.py", *(run if word == "RUN" else word for word in argv)))
+def test_token_text(raw: bytes, encoding: str | None, expected: str) -> None:
+    assert token_text(raw, encoding) == expected
 
 
-@pytest.mark.slow
-def test_checking_and_measuring_print_no_control_character(run: Path, tmp_path: Path) -> None:
-    """Of renamed texts `verify` says that they are not what they were; `evidence` measures them all the same."""
-    check(script("attend.py", "verify", run), 4)
-    copy = tmp_path / NAME
-    shutil.copytree(run, copy)
-    check(script("attend.py", "evidence", copy))
-    check_pages(copy)
+@given(st.binary(max_size=12), st.sampled_from(["utf-8", "ascii", "latin-1", "cp437", "koi8-r"]))
+@settings(max_examples=200, deadline=None)
+def test_any_token_is_printable_and_encodable(raw: bytes, encoding: str) -> None:
+    text = token_text(raw, encoding)
+    assert text.isprintable() and text.encode(encoding) is not None
 
 
-@pytest.mark.parametrize("samples", [1, pytest.param(2, marks=SLOW)])
-def test_sampling_prints_no_control_character(samples: int, run: Path) -> None:
-    prompt = f"The {HOSTILE}"
-    out = check(script("sample.py", run, "--prompt", prompt, "--tokens=80", f"--samples={samples}", "--temperature=2"))
-    assert "\\x1b" in out
+def test_strongest_attention_skips_first_token_and_itself() -> None:
+    pattern = np.zeros((1, 2, 8, 8))
+    pattern[:, :, :, 0] = 1
+    pattern[0, 1, 7, 1], pattern[0, 1, 5, 4], pattern[0, 1, 4, 3], pattern[0, 1, 7, 5] = 0.62, 0.5, 0.4, 0.3
+    pattern[0, 1, 6, 6] = 0.99
+    lines = strongest_attention(pattern, WORDS)
+    assert [line for line in lines if line.startswith("L0H1")] == [
+        'L0H1  " She" attends to " Mia" 0.62 (6 back)',
+        'L0H1  " Tom" attends to " met" 0.50 (1 back)',
+        'L0H1  " met" attends to " fox" 0.40 (1 back)',
+    ]
+    assert len(strongest_attention(pattern, WORDS, top=1)) == 2
 
 
-@pytest.mark.slow
-def test_where_attention_goes_while_sampling_is_said_without_control_characters(run: Path, tmp_path: Path) -> None:
-    check(script("sample.py", run, "--tokens=5", "--attend", tmp_path / f"{NAME}.safetensors"))
+def test_strongest_attention_takes_the_maximum_of_each_query() -> None:
+    pattern, names = random_pattern(2, 3, 9, 9), list("abcdefghi")
+    lines = iter(strongest_attention(pattern, names, top=3))
+    for layer, head in np.ndindex(2, 3):
+        best = [(max((pattern[layer, head, i, j], j) for j in range(1, i)), i) for i in range(2, 9)]
+        for (weight, j), i in sorted(best, reverse=True)[:3]:
+            target = f'"{names[i]}" attends to "{names[j]}" {weight:.2f} ({i - j} back)'
+            assert next(lines) == f"{head_name(layer, head)}  {target}"
+
+
+def test_strongest_attention_of_short_texts_and_quotes() -> None:
+    assert strongest_attention(np.ones((1, 1, 1, 1)), ["a"]) == ['L0H0  "a" attends to itself 1.00']
+    two = np.array([[[[1, 0], [0.75, 0.25]]]])
+    assert strongest_attention(two, ["a", "b"])[1] == 'L0H0  "b" attends to "a" 0.75 (1 back)'
+    assert '"\\"" attends to' in "\n".join(strongest_attention(random_pattern(1, 1, 4, 4), ["a", '"', '"', '"']))
+
+
+def test_clearest_head_attends_to_earlier_tokens() -> None:
+    pattern = np.zeros((3, 2, 8, 8))
+    pattern[0, :, :, 0] = 1
+    pattern[1, 0], pattern[1, 1] = np.eye(8), random_pattern(8, 8)
+    pattern[2, 1] = np.eye(8, k=-1)  # a previous-token head
+    assert clearest_head(pattern) == (2, 1)
+
+
+@pytest.mark.parametrize(("encoding", "shades"), [("ascii", ASCII_SHADES), ("utf-8", BLOCK_SHADES)])
+def test_heat_map_shows_each_weight(encoding: str, shades: str) -> None:
+    levels = len(shades) - 1
+    pattern = np.tril(np.arange(64).reshape(8, 8) % (levels + 1)) / levels
+    rows = heat_map(pattern, WORDS, Terminal(encoding, 80))[1:9]
+    for i, row in enumerate(rows):
+        cells = row[15:]
+        assert row.startswith(f"{i} ") and WORDS[i][:12] in row
+        assert len(cells.rstrip()) == 2 * (i + 1) - (shades.index(cells[2 * i]) == 0), "later tokens are blank"
+        assert [shades.index(cells[2 * j]) / levels for j in range(i + 1)] == pytest.approx(pattern[i, : i + 1])
+
+
+@pytest.mark.parametrize("T", [1, 9, 64, 200])
+@pytest.mark.parametrize("width", [10, 80, 200])
+def test_heat_map_fits_the_terminal(T: int, width: int) -> None:
+    lines = heat_map(random_pattern(T, T), [f"·{k}日本語の長い名前" for k in range(T)], Terminal("utf-8", width))
+    assert max(map(display_width, lines)) <= max(width, 40)
+    shown = sum("█" in line or "·" in line or "░" in line for line in lines) - 1
+    assert shown == T or lines[0] == f"the last {shown} of {T} tokens"
+    assert any(line.startswith(f"{T - 1} ") for line in lines)
+
+
+def test_heat_map_columns_are_numbered() -> None:
+    tens, units = heat_map(random_pattern(25, 25), ["a"] * 25, Terminal(width=120))[:2]
+    assert units[16:].replace(" ", "") == "0123456789012345678901234"
+    assert [(k - 16) // 2 for k, c in enumerate(tens) if c != " "] == [10, 20] and tens.replace(" ", "") == "12"
 
 
 @pytest.mark.parametrize(
-    ("argv", "code"),
+    ("value", "digits", "signed", "expected"),
     [
-        (("train.py", "--data.source=/no/" + HOSTILE), 3),
-        pytest.param(("train.py", "--data.source=stories", f"--{HOSTILE}=1"), 2, marks=SLOW),
-        (("train.py", f"--model.n_layers={HOSTILE}", f"--model.preset={HOSTILE}", f"--optim.lr={HOSTILE}"), 2),
-        (("train.py", HOSTILE), 2),
-        (("train.py", f"--log.prompts={HOSTILE}"), 2),
-        (("train.py", f"--run.resume={NAME}"), 4),
-        (("train.py", f"--run.dir=/proc/{NAME}"), 6),
-        (("sample.py", NAME), 4),
-        (("sample.py", NAME, "--debug"), 4),
-        (("sample.py", "RUN", f"--prompt=\u05d0{HOSTILE}"), 2),
-        pytest.param(("sample.py", "RUN", f"--attend=/proc/{NAME}.safetensors"), 6, marks=SLOW),
-        (("attend.py", NAME), 4),
-        (("attend.py", "RUN", f"--head={HOSTILE}"), 2),
-        pytest.param(("attend.py", "RUN", f"--out=/proc/{NAME}"), 6, marks=SLOW),
-        (("attend.py", "token", "RUN", f"--text={HOSTILE}"), 2),
-        (("attend.py", "token", "RUN", f"--find=\u05d0{HOSTILE}"), 2),
-        (("attend.py", "heads", "RUN", f"--score=no{HOSTILE}"), 2),
-        pytest.param(("attend.py", "figures", "RUN", f"--out=/proc/{NAME}"), 6, marks=SLOW),
-        (("attend.py", "summary", NAME), 4),
-        (("attend.py", f"summ\x1b{NAME}", "RUN"), 2),
+        (0.126, 2, False, "0.13"),
+        (0.126, 2, True, "+0.13"),
+        (-0.126, 2, True, "-0.13"),
+        (-0.001, 2, True, "0.00"),
+        (0.0, 3, True, "0.000"),
+        (None, 2, False, "-"),
+        (NAN, 2, False, "-"),
+        (math.inf, 2, True, "-"),
     ],
-    ids=lambda value: " ".join(value)[:25] if isinstance(value, tuple) else None,
 )
-def test_errors_print_no_control_character(argv: tuple[str, ...], code: int, run: Path) -> None:
-    done = script(*(str(run) if word == "RUN" else word for word in argv))
-    check(done, code)
-    assert ("Traceback" in done.stderr) == ("--debug" in argv) and "error: " in done.stderr
+def test_number(value: float | None, digits: int, signed: bool, expected: str) -> None:
+    assert number(value, digits, signed) == expected
 
 
-@pytest.mark.slow
-def test_a_config_file_prints_no_control_character(tmp_path: Path) -> None:
-    path = tmp_path / NAME
-    for text in (
-        f"[model]\n{json.dumps(HOSTILE)} = 1\n",
-        f"{json.dumps(HOSTILE)} = 1\n",
-        f"[model]\npreset = {json.dumps(HOSTILE)}\n",
-        f"[{json.dumps(HOSTILE)}]\na = 1\n",
-        f"[model]\n{json.dumps(HOSTILE)} = [1]\n",
-        "\x1b]0;x\x07",
-    ):
-        path.write_text(text)
-        check(script("train.py", path), 2)
+def test_interval() -> None:
+    assert interval([0.314, -0.02, 0.5]) == "+0.31 [-0.02, +0.50]"
+    assert interval(None) == "-"
 
 
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_without_control_characters(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / NAME
-    shutil.copytree(run, copy)
-    newest = copy / "checkpoints" / "000001"
-    manifest = json.loads((newest / "manifest.json").read_text())
-    (newest / "manifest.json").write_text(json.dumps({HOSTILE: manifest, **dict.fromkeys([HOSTILE + "x"], HOSTILE)}))
-    assert "passing over" in script("sample.py", copy, "--tokens=2").stderr
-    check(script("sample.py", copy, "--tokens=2"))
-    check(script("attend.py", "verify", copy), 4)
+def test_table_aligns_columns() -> None:
+    columns = [Column("head", align="left"), Column("score"), Column("change", 1, signed=True)]
+    assert table(columns, [("L0H0", 0.5, 1.25), ("L10H10", None, -3.0)]) == [
+        "head    score  change",
+        "L0H0     0.50    +1.2",
+        "L10H10      -    -3.0",
+    ]
+    wide = table([Column("token", align="left"), Column("weight")], [("日本", 0.5), ("ab", 0.25)])
+    assert {display_width(line) for line in wide} == {len("token  weight")}
 
 
-@pytest.mark.slow
-def test_pages_and_pictures_hold_no_markup(run: Path) -> None:
-    check(script("attend.py", "figures", run, "--format=svg", "--score=all", "--out", run / "svg"))
-    check(script("attend.py", "page", run))
-    check_pages(run)
+def test_wide_table_continues_below() -> None:
+    columns = [Column("head", align="left"), *(Column(f"column {k}") for k in range(6))]
+    lines = table(columns, [("L0H0", *map(float, range(6)))], width=40)
+    assert all(len(line) <= 40 for line in lines)
+    assert [line.split()[0] for line in lines if line] == ["head", "L0H0", "head", "L0H0"]
+    values = [word for line in lines if line.startswith("L0H0") for word in line.split()[1:]]
+    assert values == [f"{k}.00" for k in range(6)]
+    lines = table([Column("head"), Column("x" * 80), Column("y")], [("L0H0", 1.0, 2.0)], width=20)
+    assert "x" * 80 in lines[0] and lines[-1].split() == ["L0H0", "2.00"]
 
 
-def check_pages(run: Path) -> None:
-    pages, pictures = list(run.rglob("*.html")), list(run.rglob("*.svg"))
-    assert pages
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        assert "<script>alert" not in text and "<img" not in text, page.name
-        assert FORBIDDEN.search(text) is None, page.name
-    for picture in pictures:
-        kinds = {element.tag.rpartition("}")[2] for element in ElementTree.parse(picture).iter()}  # or it is no XML
-        assert not {"script", "img"} & kinds, picture.name
+def test_sparkline() -> None:
+    assert sparkline(np.linspace(0, 1, 8), 0.0, 1.0, "utf-8") == BLOCKS
+    assert sparkline(np.linspace(0, 1, 8), 0.0, 1.0, "ascii") == ASCII_BLOCKS
+    assert sparkline([-5, 9], 0.0, 1.0, "utf-8") == BLOCKS[0] + BLOCKS[-1]
+    assert sparkline([0, NAN, 1], 0.0, 1.0) == f"{ASCII_BLOCKS[0]} {ASCII_BLOCKS[-1]}"
+    assert sparkline([0, 1, 0, 1], 0.0, 1.0, width=2) == ASCII_BLOCKS[4] * 2  # averaged
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=40), st.integers(1, 50))
+def test_any_numbers_make_a_sparkline(values: list[float], width: int) -> None:
+    line = sparkline(values, 0.0, 1.0, width=width)
+    assert len(line) == min(len(values), width) and set(line) <= {*ASCII_BLOCKS, " "}
+
+
+def test_json_has_finite_numbers_or_null() -> None:
+    data = {"a": np.float32(0.5), "b": [NAN, math.inf, 1], "c": np.array([[1.0, NAN]]), "d": (True, None, "\x1b[31m")}
+    text = to_json(data)
+    assert json.loads(text) == {"a": 0.5, "b": [None, None, 1], "c": [[1.0, None]], "d": [True, None, "\x1b[31m"]}
+    assert text.isascii() and "\x1b" not in text
+
+
+def test_csv_has_a_column_for_each_key() -> None:
+    text = to_csv([{"head": "L0H0", "value": NAN}, {"head": 'a,"b"\n\x1b', "value": 1.5, "more": 2}])
+    rows = list(csv.reader(io.StringIO(text)))
+    assert rows == [["head", "value", "more"], ["L0H0", "", ""], ['a,"b"\\n\\x1b', "1.5", "2"]]
+    assert to_csv([]) == ""
+
+
+def test_paragraph_keeps_words_whole() -> None:
+    lines = paragraph("held-out " * 20, 50)
+    assert all(len(line) <= 50 for line in lines) and set(" ".join(lines).split()) == {"held-out"}
