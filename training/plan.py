@@ -13,7 +13,7 @@ import torch
 
 from common.errors import CONFIG, UserError, escape_control_chars
 from data.dataloader import pack_documents
-from data.prepare import cache_lookup
+from data.prepare import CorpusInfo, cache_lookup
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
 from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
 from training.config import RunConfig
@@ -94,7 +94,8 @@ def estimate_memory(
 def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     """Bytes that one layer keeps per token for the backward pass, after Korthikanti et al. 2022, section 4.1.
 
-    A test compares it with the tensors that autograd keeps (within 10%).
+    A test compares it with the tensors that autograd keeps (within 10%). Not included: on a CPU, sdpa with dropout falls
+    back to a kernel that keeps the attention pattern.
 
     Args:
         size: bytes of an element in the dtype of the products (2 or 4).
@@ -106,6 +107,8 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     kept = (16 if eager or preset.norm == "rms" else 8) * d_model + size * (2 * d_model + 2 * q + 2 * kv)
     if eager:
         kept += size * 3 * q
+    elif kv < q:
+        kept += size * (2 * q - (kv if preset.qk_norm else 0))  # repeated keys and values
     if preset.qk_norm:
         kept += size * (q + kv) if eager else 8 * (q + kv) + size * q + (size * (q + kv) if size < 4 else 0)
     pattern = 0
@@ -119,7 +122,7 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
         hidden = {"gelu": 2, "relu2": 2, "swiglu": 4}[preset.activation] - recomputed
     kept += size * (pattern + hidden * d_mlp)
     if config.dropout:
-        kept += size * (2 * d_model + (pattern if eager else 0)) + (config.n_heads * context // 2 if chunked else 0)
+        kept += size * (2 * d_model + (2 * pattern if eager else 0)) + (config.n_heads * context // 2 if chunked else 0)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""What the tests let several processes do: small programs, started by torchrun, that leave what they found in a folder.
+"""Programs that the tests run in several processes; each leaves its results in a folder.
 
 python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.parallel.programs NAME FOLDER
 """
@@ -28,12 +28,11 @@ from training.optimizer import Optimizer
 
 SHAPE = ModelConfig(preset="qwen3", n_layers=2, n_heads=2, d_model=20, context=8, attention="eager")
 VOCAB = 257
-"""No tensor's length is divisible by every number of processes that is tried."""
-TIMEOUT = 60.0
+"""No dimension is divisible by every number of processes."""
 
 
-def plain(seed: int = 1, shape: ModelConfig = SHAPE) -> GPT:
-    """A model in which every weight matters: drawn, then nudged, as some begin at zero."""
+def tiny_model(seed: int = 1, shape: ModelConfig = SHAPE) -> GPT:
+    """A model whose parameters are all nonzero and random."""
     model = GPT(shape, VOCAB, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -42,182 +41,174 @@ def plain(seed: int = 1, shape: ModelConfig = SHAPE) -> GPT:
     return model
 
 
-def pieces(ctx: DistContext, step: int, rows: int = 12) -> list[Tensor]:
-    """This process's share of a step's tokens, two rows at a time."""
+def tiny_optimizer(model: nn.Module) -> Optimizer:
+    return Optimizer(model, OptimConfig(optimizer="muon", lr=0.01, muon_lr=0.02))
+
+
+def micro_batches(ctx: DistContext, step: int, rows: int = 12) -> list[Tensor]:
+    """This process's part of a step's tokens, two sequences at a time."""
     tokens = torch.randint(VOCAB, (rows, SHAPE.context), generator=torch.Generator().manual_seed(step))
     return list(tokens[ctx.rank :: ctx.world_size].split(2))
 
 
-def gradient(stepped: nn.Module, ctx: DistContext, step: int, rows: int = 12) -> None:
-    """Leave the gradient of the mean over the whole batch in the parameters."""
-    mine = pieces(ctx, step, rows)
-    for i, tokens in enumerate(mine):
-        with maybe_no_sync(stepped, i == len(mine) - 1):
-            (stepped(tokens).square().mean(dim=(1, 2)).sum() / rows * ctx.world_size).backward()
+def backward(model: nn.Module, ctx: DistContext, step: int, rows: int = 12) -> None:
+    """Compute the gradient of the mean over the whole batch."""
+    parts = micro_batches(ctx, step, rows)
+    for i, tokens in enumerate(parts):
+        with maybe_no_sync(model, i == len(parts) - 1):
+            (model(tokens).square().mean(dim=(1, 2)).sum() / rows * ctx.world_size).backward()
 
 
-def optimizer_of(stepped: nn.Module) -> Optimizer:
-    """Muon and AdamW, with rates at which every moment of every weight moves."""
-    return Optimizer(stepped, OptimConfig(optimizer="muon", lr=0.01, muon_lr=0.02))
-
-
-def train(stepped: nn.Module, ctx: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
-    """Some steps; the norm of each one's gradient."""
+def train(model: nn.Module, ctx: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
+    """Train; the gradient norm of each step."""
     norms = []
     for step in steps:
-        gradient(stepped, ctx, step)
-        norms.append(float(clip_grad_norm(stepped, 0.5)))
+        backward(model, ctx, step)
+        norms.append(float(clip_grad_norm(model, 0.5)))
         optimizer.step()
     return norms
 
 
-def keep(file: Path, model: GPT, moments: dict[str, Tensor]) -> None:
-    """Weights and moments in one file."""
+def save(file: Path, model: GPT, state: dict[str, Tensor]) -> None:
     weights = {f"weights/{name}": value.detach() for name, value in model.named_parameters()}
-    save_file({**weights, **{f"moments/{name}": value for name, value in moments.items()}}, file)
+    save_file({**weights, **{f"state/{name}": value for name, value in state.items()}}, file)
 
 
-def kept(file: Path, kind: str) -> dict[str, Tensor]:
-    """The weights, or the moments, of such a file."""
+def load(file: Path, kind: str) -> dict[str, Tensor]:
+    """`weights` or optimizer `state` of a saved file."""
     return {name.removeprefix(f"{kind}/"): value for name, value in load_file(file).items() if name.startswith(kind)}
 
 
 def write(ctx: DistContext, folder: Path) -> None:
-    """Train a little, each way; the first process saves. Each process begins with other weights: the first's count."""
+    """Train three steps with DDP and with FSDP, and save. The weights of rank 0 count, whatever the others have."""
     for sharding in ("none", "fsdp"):
-        model = plain(seed=1 + ctx.rank)
-        stepped = wrap_model(model, ctx, sharding)
-        optimizer = optimizer_of(stepped)
-        norms = train(stepped, ctx, optimizer, range(3))
-        gather_weights(stepped, model)
-        moments = optimizer.state_dict()
+        model = tiny_model(seed=1 + ctx.rank)
+        wrapped = wrap_model(model, ctx, sharding)
+        optimizer = tiny_optimizer(wrapped)
+        norms = train(wrapped, ctx, optimizer, range(3))
+        gather_weights(wrapped, model)
+        state = optimizer.state_dict()
         if ctx.is_main_process:
-            keep(folder / f"{sharding}.safetensors", model, moments)
+            save(folder / f"{sharding}.safetensors", model, state)
             (folder / f"{sharding}.json").write_text(json.dumps(norms))
         elif sharding == "fsdp":
-            assert not moments and all(value.is_meta for value in model.parameters())
+            assert not state and all(value.is_meta for value in model.parameters())
 
 
 def read(ctx: DistContext, folder: Path) -> None:
-    """Take up what was saved, split it among the processes, bring it together again, and save that; then go on."""
+    """Load what `write` saved into an FSDP model, gather and save it again; then train another step."""
     for name in ("none", "fsdp"):
         model = GPT(SHAPE, VOCAB, seed=9)
         if ctx.is_main_process:
-            model.load_state_dict(kept(folder / f"{name}.safetensors", "weights"), strict=False)
-        stepped = wrap_model(model, ctx, "fsdp")
-        optimizer = optimizer_of(stepped)
-        optimizer.load_state_dict(kept(folder / f"{name}.safetensors", "moments"))
+            model.load_state_dict(load(folder / f"{name}.safetensors", "weights"), strict=False)
+        wrapped = wrap_model(model, ctx, "fsdp")
+        optimizer = tiny_optimizer(wrapped)
+        optimizer.load_state_dict(load(folder / f"{name}.safetensors", "state"))
         if ctx.is_main_process:
             nn.init.zeros_(model.blocks[0].mlp.up.weight)
-        gather_weights(stepped, model)
-        moments = optimizer.state_dict()
+        gather_weights(wrapped, model)
+        state = optimizer.state_dict()
         if ctx.is_main_process:
-            keep(folder / f"{name}-{ctx.world_size}.safetensors", model, moments)
-        train(stepped, ctx, optimizer, range(3, 4))
-        gather_weights(stepped, model)
+            save(folder / f"{name}-{ctx.world_size}.safetensors", model, state)
+        train(wrapped, ctx, optimizer, range(3, 4))
+        gather_weights(wrapped, model)
         if ctx.is_main_process:
-            keep(folder / f"{name}-{ctx.world_size}-later.safetensors", model, {})
+            save(folder / f"{name}-{ctx.world_size}-later.safetensors", model, {})
 
 
-def exchanges(stepped: nn.Module, ctx: DistContext) -> list[int]:
-    """How often gradients are exchanged during each piece of a step."""
-    counts, mine = [], pieces(ctx, 0)
-    for i, tokens in enumerate(mine):
-        with profile() as seen, maybe_no_sync(stepped, i == len(mine) - 1):
-            stepped(tokens).sum().backward()
-        counts.append(sum(event.name.startswith("c10d::") and "reduce" in event.name for event in seen.events()))
+def count_reductions(model: nn.Module, ctx: DistContext) -> list[int]:
+    """Collectives that reduce gradients, in each micro-batch of a step."""
+    counts, parts = [], micro_batches(ctx, 0)
+    for i, tokens in enumerate(parts):
+        with profile() as profiler, maybe_no_sync(model, i == len(parts) - 1):
+            model(tokens).sum().backward()
+        counts.append(sum(e.name.startswith("c10d::") and "reduce" in e.name for e in profiler.events()))
     return counts
 
 
-def count(ctx: DistContext, folder: Path) -> None:
-    """Count the exchanges of a step of three pieces, each way."""
-    found = {sharding: exchanges(wrap_model(plain(), ctx, sharding), ctx) for sharding in ("none", "fsdp")}
+def reductions(ctx: DistContext, folder: Path) -> None:
+    found = {sharding: count_reductions(wrap_model(tiny_model(), ctx, sharding), ctx) for sharding in ("none", "fsdp")}
     if ctx.is_main_process:
-        (folder / "counts.json").write_text(json.dumps(found))
+        (folder / "reductions.json").write_text(json.dumps(found))
 
 
-def count_compiled(ctx: DistContext, folder: Path) -> None:
-    """The same of a single block, compiled; and how far the gradient is from that of the model as it is."""
-    found = {}
-    shape = replace(SHAPE, n_layers=1)
+def compiled(ctx: DistContext, folder: Path) -> None:
+    """Reductions and gradients of a compiled model of one block, against a model that is not compiled."""
+    found, shape = {}, replace(SHAPE, n_layers=1)
     for sharding in ("none", "fsdp"):
-        stepped = wrap_model(plain(shape=shape), ctx, sharding)
-        example = torch.zeros(2, SHAPE.context, dtype=torch.long)
-        fast, _ = compile_model(stepped, example, ctx)
-        counts = exchanges(fast, ctx)
-        stepped.zero_grad()
-        gradient(fast, ctx, 0)
-        one = plain(shape=shape)
-        gradient(one, DistContext(ctx.device, ctx.dtype), 0)
-        grads = [(p.grad, q.grad) for p, q in zip(unwrap_model(fast).parameters(), one.parameters(), strict=True)]
-        far = [float((getattr(a, "full_tensor", lambda a=a: a)() - b).norm() / b.norm()) for a, b in grads]
-        found[sharding] = {"counts": counts, "far": max(far), "wrapped": fast is not stepped}
+        wrapped = wrap_model(tiny_model(shape=shape), ctx, sharding)
+        fast, is_compiled = compile_model(wrapped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
+        counts = count_reductions(fast, ctx)
+        wrapped.zero_grad()
+        backward(fast, ctx, 0)
+        reference = tiny_model(shape=shape)
+        backward(reference, DistContext(ctx.device, ctx.dtype), 0)
+        pairs = zip(unwrap_model(fast).parameters(), reference.parameters(), strict=True)
+        grads = [(getattr(p.grad, "full_tensor", lambda p=p: p.grad)(), q.grad) for p, q in pairs]
+        error = max(float((a - b).norm() / b.norm()) for a, b in grads)
+        found[sharding] = {"counts": counts, "error": error, "compiled": is_compiled}
     if ctx.is_main_process:
         (folder / "compiled.json").write_text(json.dumps(found))
 
 
 def agree(ctx: DistContext, folder: Path) -> None:
-    """Everything by which processes agree; each writes what it came to."""
-    told: dict[str, object] = {
+    """Every collective of `DistContext`."""
+    found: dict[str, object] = {
         "sum": float(ctx.all_reduce_sum(torch.tensor(ctx.rank + 0.5))),
-        "largest": ctx.all_reduce_max(10 - ctx.rank),
-        "agree": ctx.broadcast_str(f"größer {ctx.rank} \udc80" if ctx.is_main_process else ""),
+        "max": ctx.all_reduce_max(10 - ctx.rank),
+        "text": ctx.broadcast_str(f"größer {ctx.rank} \udc80" if ctx.is_main_process else ""),
         "empty": ctx.broadcast_str("" if ctx.is_main_process else "something"),
-        "last": ctx.broadcast_str(str(ctx.rank), source=ctx.world_size - 1),
+        "last": ctx.broadcast_str(str(ctx.rank), src=ctx.world_size - 1),
     }
     ctx.check_same_everywhere({"the data": "same", "settings": "a\nb"})
     try:
-        odd = ctx.rank == ctx.world_size - 1
-        ctx.check_same_everywhere({"the data": "same", "settings": f"a = 1\nb = {odd}\n" + "c" * 500})
+        is_last = ctx.rank == ctx.world_size - 1
+        ctx.check_same_everywhere({"the data": "same", "settings": f"a = 1\nb = {is_last}\n" + "c" * 500})
     except UserError as error:
-        told["refused"] = str(error)
-    (folder / f"agree-{ctx.rank}.json").write_text(json.dumps(told))
+        found["error"] = str(error)
+    (folder / f"agree-{ctx.rank}.json").write_text(json.dumps(found))
 
 
 def fail_to_compile(ctx: DistContext, folder: Path) -> None:
-    """A compiler that the last process lacks."""
+    """The last process has no compiler."""
 
     def broken(model: nn.Module) -> nn.Module:
         raise RuntimeError("no compiler here")
 
-    def lazy(model: nn.Module) -> nn.Module:
-        return nn.Sequential(model)  # stands for torch's wrapper
-
-    torch.compile = broken if ctx.rank == ctx.world_size - 1 else lazy  # type: ignore[assignment]
-    stepped = wrap_model(plain(), ctx, "none")
-    fast, _ = compile_model(stepped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
-    (folder / f"compiler-{ctx.rank}.json").write_text(json.dumps(fast is stepped))
+    torch.compile = broken if ctx.rank == ctx.world_size - 1 else nn.Sequential  # type: ignore[assignment]
+    wrapped = wrap_model(tiny_model(), ctx, "none")
+    model, is_compiled = compile_model(wrapped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
+    (folder / f"compiler-{ctx.rank}.json").write_text(json.dumps(model is wrapped and not is_compiled))
 
 
-def lose(how: signal.Signals, sharding: str) -> Callable[[DistContext, Path], None]:
-    """Train until the last process is killed or frozen."""
+def lose(number: signal.Signals, sharding: str) -> Callable[[DistContext, Path], None]:
+    """Train until the last process sends itself a signal."""
 
     def program(ctx: DistContext, folder: Path) -> None:
-        stepped = wrap_model(plain(), ctx, sharding)
+        wrapped = wrap_model(tiny_model(), ctx, sharding)
         for step in range(1000):
             if step == 3 and ctx.rank == ctx.world_size - 1:
                 (folder / "lost.json").write_text(json.dumps(os.getpid()))
-                os.kill(os.getpid(), how)
-            gradient(stepped, ctx, step)
+                os.kill(os.getpid(), number)
+            backward(wrapped, ctx, step)
             time.sleep(0.01)
 
     return program
 
 
 PROGRAMS = {
-    "write": write,
-    "read": read,
-    "count": count,
-    "count_compiled": count_compiled,
-    "agree": agree,
-    "fail_to_compile": fail_to_compile,
-    **{f"{how.name}-{way}": lose(how, way) for how in (signal.SIGKILL, signal.SIGSTOP) for way in ("none", "fsdp")},
+    **{f.__name__: f for f in (write, read, reductions, compiled, agree, fail_to_compile)},
+    **{
+        f"{n.name}-{sharding}": lose(n, sharding)
+        for n in (signal.SIGKILL, signal.SIGSTOP)
+        for sharding in ("none", "fsdp")
+    },
 }
 
 
 def main(argv: list[str]) -> None:
     name, folder = argv
-    with process_group(5.0 if name.startswith("SIG") else TIMEOUT):
+    with process_group(5.0 if name.startswith("SIG") else 60.0):
         PROGRAMS[name](get_dist_context("fp32", threads=1), Path(folder))
 
 

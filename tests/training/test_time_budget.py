@@ -1,275 +1,256 @@
-"""`train.minutes`: what is chosen, from what was measured, and what contradicts it."""
+"""`train.minutes`: what is chosen, how the time is filled, and that the saved config reproduces the run."""
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from benchmarks import sizes
 from common.errors import UserError
+from common.files import read_metrics
 from model.config import ModelConfig
 from tests.runs import script
-from training import speed
 from training import time_budget as budget
+from training.checkpoint import open_checkpoint
 from training.cli import option_types
-from training.config import MINUTES_DECIDE, RunConfig, TrainConfig, parse_train
+from training.config import MINUTES_DECIDE, OptimConfig, RunConfig, TrainConfig, parse_train, read_toml
 from training.device import DistContext
-from training.speed import Speed
-from training.time_budget import SIZES, Size, choose, expected_loss, offer, useful_tokens
+from training.optimizer import get_lr_scale
+from training.time_budget import (
+    RECIPE,
+    SIZES,
+    Corpus,
+    Deadline,
+    ModelSize,
+    StepTime,
+    adjust_steps,
+    decay_start,
+    effective_tokens,
+    estimate,
+    expected_loss,
+    search,
+)
 
 CPU = DistContext(torch.device("cpu"), torch.float32)
-TINY = ModelConfig(n_layers=1, n_heads=2, d_model=16, context=16, attention="eager")
-TEXT, HELD_OUT = 1_003_854, 111_540
-"""Tokens of Tiny Shakespeare."""
-KNOWN = [(i, steps, loss) for i, size in enumerate(SIZES) for steps, loss in size.losses]
+SHAKESPEARE = Corpus(65, 1_003_854, 111_540)
+LOSSES = {  # (steps, nats/token on the validation split of Tiny Shakespeare) of the first sizes
+    SIZES[0]: ((1_071, 1.7248), (3_214, 1.6389), (8_571, 1.582)),
+    SIZES[1]: ((517, 1.7203), (1_552, 1.5665), (4_138, 1.4943)),
+    SIZES[2]: ((182, 1.8082), (545, 1.6071), (1_455, 1.5095)),
+    SIZES[3]: ((79, 2.0356), (237, 1.7127), (632, 1.5566)),
+    SIZES[4]: ((50, 2.2177), (95, 1.9064), (253, 1.6407)),
+}
 
 
-def minutes(count: float) -> RunConfig:
-    return RunConfig(train=TrainConfig(minutes=count))
+def minutes(count: float, **train: Any) -> RunConfig:
+    return RunConfig(train=TrainConfig(minutes=count, **train))
 
 
-def as_fast(factor: float, monkeypatch: pytest.MonkeyPatch) -> list[Size]:
-    """Let every size be `factor` times as fast as where the table was measured; those that get measured, in order."""
-    asked = []
+def fake_speed(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0, compiled: float = 1.0) -> list[tuple[Any, bool]]:
+    """Make every size `factor` times as fast as the reference, times `compiled` if compiled; what gets measured."""
+    measured = []
 
-    def speed(size: Size, *rest: object) -> Speed:
-        asked.append(size)
-        return Speed(size.seconds / factor, size.seconds / factor / size.batch_size / 3, "", 1e11)
+    def measure(size: ModelSize, *rest: object, compile: bool) -> StepTime:
+        measured.append((size, compile))
+        seconds = size.reference_seconds / factor
+        return StepTime(seconds / (compiled if compile else 1.0), seconds / size.batch_size / 3)
 
-    monkeypatch.setattr(budget, "speed", speed)
-    return asked
-
-
-@pytest.mark.parametrize("seconds", sizes.SECONDS)
-def test_the_size_chosen_learns_as_well_as_the_best_of_the_table(
-    seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the table was measured, for each of its times: within 2% of the best size's own loss, not the formula's."""
-    measured = {i: loss for i, steps, loss in KNOWN if round(seconds / SIZES[i].seconds) == steps}
-    assert len(measured) >= 3
-    for fixed in ("BEGIN", "LOOK", "FINISH", "PASSES_A_HEAD", "EVALUATED", "FINAL_TARGETS"):
-        monkeypatch.setattr(budget, fixed, 0)
-    offers = [offer(SIZES[i], {}, seconds, TEXT, HELD_OUT) for i in measured]
-    best = min(offers, key=lambda one: one.loss)
-    assert measured[SIZES.index(best.size)] <= 1.02 * min(measured.values())
+    monkeypatch.setattr(budget, "measure_size", measure)
+    monkeypatch.setattr(budget, "has_compiler", lambda device: compiled != 1.0)
+    return measured
 
 
-def test_the_formula_is_the_fit_of_the_table() -> None:
-    e, a, alpha, b, beta = sizes.fit(sizes.points(KNOWN))
-    assert (alpha, beta) == pytest.approx((budget.SIZE_POWER, budget.TOKEN_POWER), abs=1e-9)
-    assert (e, a, b) == pytest.approx((budget.ENTROPY, budget.OF_SIZE, budget.OF_TOKENS), rel=1e-3)
+def test_formula_fits_the_measured_losses() -> None:
+    for size, losses in LOSSES.items():
+        for steps, loss in losses:
+            tokens = effective_tokens(steps * size.tokens_per_step, SHAKESPEARE.n_train)
+            assert expected_loss(size.n_parameters, tokens) == pytest.approx(loss, rel=0.03)
 
 
-def test_a_formula_is_found_again_from_its_own_values() -> None:
-    law = (1.2, 9.0, 0.31, 700.0, 0.52)
-    grid = [(n, d) for n in (10**5, 10**6, 10**7) for d in (10**5, 10**6, 10**7)]
-    known = [(n, d, law[0] + law[1] / n ** law[2] + law[3] / d ** law[4]) for n, d in grid]
-    assert sizes.fit(known) == pytest.approx(law, rel=1e-6)
+@pytest.mark.parametrize("seconds", [30, 90, 240])
+def test_best_size_is_within_2_percent_of_the_table(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {
+        size: loss
+        for size, table in LOSSES.items()
+        for steps, loss in table
+        if round(seconds / size.reference_seconds) == steps
+    }
+    assert len(losses) >= 3
+    for name in ("STARTUP_SECONDS", "EVAL_SECONDS", "FINAL_SECONDS", "ABLATION_PASSES", "EVAL_TOKENS", "FINAL_TARGETS"):
+        monkeypatch.setattr(budget, name, 0)
+    best = min((estimate(size, {}, seconds, SHAKESPEARE) for size in losses), key=lambda candidate: candidate.loss)
+    assert losses[best.size] <= 1.02 * min(losses.values())
 
 
 @given(st.integers(1000, 10**9), st.floats(1, 200))
-def test_repeating_a_text_teaches_less_and_less(text: int, times: float) -> None:
-    useful = useful_tokens(times * text, text)
-    assert useful <= times * text * (1 + 1e-12)
-    assert useful_tokens(0.9 * text, text) == 0.9 * text
-    assert useful <= text * (1 + budget.REPEATS_WORTH)
-    assert useful_tokens((times + 1) * text, text) > useful
+def test_repeating_a_text_teaches_less_and_less(n_train: int, epochs: float) -> None:
+    tokens = effective_tokens(epochs * n_train, n_train)
+    assert effective_tokens(0.9 * n_train, n_train) == 0.9 * n_train
+    assert tokens <= min(epochs * (1 + 1e-12), 1 + budget.REPEAT_VALUE) * n_train
+    assert effective_tokens((epochs + 1) * n_train, n_train) > tokens
 
 
-@given(st.integers(10**4, 10**9), st.floats(1e4, 1e10))
-def test_more_weights_and_more_tokens_are_expected_to_help(weights: int, tokens: float) -> None:
-    loss = expected_loss(weights, tokens)
-    assert expected_loss(2 * weights, tokens) < loss and expected_loss(weights, 2 * tokens) < loss
-
-
-@pytest.mark.parametrize("count", [0.5, 1, 2, 5, 20, 120])
+@pytest.mark.parametrize("count", [0.5, 2, 20, 120])
 @pytest.mark.parametrize("factor", [0.2, 1, 5, 500])
-def test_the_time_is_filled_and_not_exceeded(count: float, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_fast(factor, monkeypatch)
+def test_time_is_filled_and_not_exceeded(count: float, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_speed(monkeypatch, factor)
     try:
-        config, _, end = choose(minutes(count), CPU, 65, TEXT, HELD_OUT, spent=3.0)
+        config, _, end = search(minutes(count), CPU, SHAKESPEARE, elapsed=3.0)
     except UserError:
         assert count * factor < 1
         return
     train, model = config.train, config.model
     size = next(s for s in SIZES if (s.n_layers, s.d_model) == (model.n_layers, model.d_model))
-    taken = next(one for one in budget_offers(count * 60 - 3, factor) if one.size == size)
-    total = 3 + taken.fixed + train.steps * taken.step
-    assert 0.98 * 60 * count - taken.step < total <= 60 * count
-    look = budget.LOOK + budget.EVALUATED / size.context * taken.step / size.batch_size / 3
-    early = budget.BEGIN + (taken.evaluations - 2) * look
-    assert end - time.perf_counter() == pytest.approx(60 * count - 3 - (taken.fixed - early), abs=0.5)
+    times = {s: StepTime(s.reference_seconds / factor, s.reference_seconds / factor / s.batch_size / 3) for s in SIZES}
+    candidate = estimate(size, times, 60 * count - 3, SHAKESPEARE)
+    total = 3 + candidate.overhead + train.steps * candidate.step_seconds
+    assert 0.98 * 60 * count - candidate.step_seconds < total <= 60 * count
+    assert end - time.perf_counter() == pytest.approx(60 * count - 3 - candidate.final_seconds, abs=0.5)
     assert train.batch_size == size.batch_size and model.context == size.context
-    assert train.eval_every * budget.MOST_EVALUATIONS >= train.steps and not config.problems()
+    assert train.eval_every * budget.MAX_EVALS >= train.steps and not config.problems()
 
 
-def budget_offers(seconds: float, factor: float) -> list[budget.Offer]:
-    known = {s: Speed(s.seconds / factor, s.seconds / factor / s.batch_size / 3, "", 1e11) for s in SIZES}
-    return [offer(size, known, seconds, TEXT, HELD_OUT) for size in SIZES]
-
-
-def test_more_time_and_a_faster_machine_take_larger_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+def test_more_time_and_speed_take_larger_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, corpus = [], replace(SHAKESPEARE, n_train=100 * SHAKESPEARE.n_train)
     for count, factor in ((0.5, 1), (5, 1), (60, 1), (60, 100)):
-        as_fast(factor, monkeypatch)
-        config, *_ = choose(minutes(count), CPU, 65, 100 * TEXT, HELD_OUT, 3.0)
-        taken.append(config.model.n_layers * config.model.d_model**2)
-    assert taken == sorted(taken) and len(set(taken)) >= 3
+        measured = fake_speed(monkeypatch, factor)
+        config, lines, _ = search(minutes(count), CPU, corpus, 3.0)
+        sizes.append(config.model.n_layers * config.model.d_model**2)
+        assert 1 <= len(measured) <= 4 and sum(line.lstrip().startswith(">") for line in lines) == 1
+    assert sizes == sorted(sizes) and len(set(sizes)) >= 3
 
 
-def test_only_sizes_in_question_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = as_fast(1.3, monkeypatch)
-    config, lines, _ = choose(minutes(2), CPU, 65, TEXT, HELD_OUT, 3.0)
-    assert 1 <= len(asked) <= 3 and len(set(asked)) == len(asked)
-    assert config.model.d_model in {size.d_model for size in asked}
-    marked = [line for line in lines if line.lstrip().startswith(">")]
-    assert len(marked) == 1 and str(config.model.d_model) in marked[0].split()
-
-
-def test_what_is_decided_is_all_that_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever may not stand beside train.minutes, and nothing else but the minutes themselves and the compiler."""
-    as_fast(1.0, monkeypatch)
-    odd = replace(minutes(2), model=replace(RunConfig().model, preset="qwen3", n_heads=3, n_kv_heads=1, dropout=0.1))
-    config, *_ = choose(odd, CPU, 65, TEXT, HELD_OUT, 3.0)
+def test_only_documented_options_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_speed(monkeypatch)
+    before = replace(minutes(2), model=replace(RunConfig().model, preset="qwen3", dropout=0.1))
+    config, *_ = search(before, CPU, SHAKESPEARE, 3.0)
 
     def value(of: RunConfig, option: str) -> object:
         section, _, name = option.partition(".")
         return getattr(getattr(of, section), name)
 
-    assert {f"optim.{name}" for name in budget.RECIPE} == {o for o in MINUTES_DECIDE if o.startswith("optim.")}
-    changed = {option for option in option_types(RunConfig) if value(config, option) != value(odd, option)}
+    assert {f"optim.{name}" for name in RECIPE} == {o for o in MINUTES_DECIDE if o.startswith("optim.")}
+    changed = {option for option in option_types(RunConfig) if value(config, option) != value(before, option)}
     assert changed <= {*MINUTES_DECIDE, "train.minutes", "train.compile"}
-    assert config.train.minutes == 0 and config.model.dropout == 0.1 and config.model.preset == "qwen3"
-
-
-def with_a_compiler(gain: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps that torch.compile makes `gain` times as fast; what was measured, by the switch's position."""
-    asked = []
-
-    def speed(size: Size, config: RunConfig, *rest: object) -> Speed:
-        asked.append(config.train.compile)
-        factor = gain if config.train.compile == "on" else 1.0
-        return Speed(size.seconds / factor, size.seconds / size.batch_size / 3, "", 1e11)
-
-    monkeypatch.setattr(budget, "speed", speed)
-    monkeypatch.setattr(budget, "has_compiler", lambda device: True)
-    return asked
-
-
-def test_the_compiler_is_taken_where_it_is_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = with_a_compiler(1.25, monkeypatch)
-    config, lines, _ = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
-    assert config.train.compile == "on" and asked[-2:] == ["on", "off"] and "on" not in asked[:-2]
-    assert any("compiled steps of" in line for line in lines)
-    size = next(size for size in SIZES if size.d_model == config.model.d_model)
-    fixed = next(one for one in budget_offers(600 - 3 - budget.AGAIN, 1.0) if one.size == size).fixed
-    total = 3 + budget.AGAIN + fixed + config.train.steps * size.seconds / 1.25
-    assert 0.98 * 600 < total <= 600
-
-
-@pytest.mark.parametrize("gain", [0.5, 1.0, 1.01])
-def test_the_compiler_is_left_out_where_it_does_not_pay(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundredth of ten minutes is less than compiling takes once more."""
-    asked = with_a_compiler(gain, monkeypatch)
-    config, lines, _ = choose(minutes(10), CPU, 65, 10 * TEXT, HELD_OUT, 3.0)
-    assert config.train.compile == "off" and "on" in asked
-    assert not any("compiled" in line for line in lines)
-
-
-def test_the_compiler_is_not_even_measured_where_it_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = with_a_compiler(2.0, monkeypatch)
-    choose(minutes(2), CPU, 65, TEXT, HELD_OUT, 3.0)  # too short
-    off = replace(minutes(10), train=TrainConfig(minutes=10, compile="off"))
-    assert choose(off, CPU, 65, TEXT, HELD_OUT, 3.0)[0].train.compile == "off"
-    monkeypatch.setattr(budget, "has_compiler", lambda device: False)
-    assert choose(minutes(10), CPU, 65, TEXT, HELD_OUT, 3.0)[0].train.compile == "off"
-    assert "on" not in asked
-
-
-def test_who_asks_for_the_compiler_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_a_compiler(0.9, monkeypatch)
-    on = replace(minutes(2), train=TrainConfig(minutes=2, compile="on"))
-    assert choose(on, CPU, 65, TEXT, HELD_OUT, 3.0)[0].train.compile == "on"
-
-
-@pytest.mark.parametrize("switch", ["on", "off", "auto"])
-def test_a_step_is_measured_as_it_will_be_taken(
-    switch: Literal["on", "off", "auto"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Through the compiler if, and only if, the config says so."""
-    ran = []
-
-    def compiled(model: nn.Module, example: torch.Tensor, ctx: DistContext) -> nn.Module:
-        assert example.shape == (4, 16)
-        fast = nn.Sequential(model)
-        fast.register_forward_hook(lambda *_: ran.append(1))
-        return fast
-
-    monkeypatch.setattr(speed, "compile_model", compiled)
-    config = replace(RunConfig(), train=TrainConfig(batch_size=4, compile=switch), model=TINY)
-    found = speed.measured(config, 65, CPU, 4, 0.05)
-    assert found.step > 0
-    assert len(ran) >= speed.WARM_UP + speed.AT_LEAST if switch == "on" else not ran
-
-
-def test_too_little_time_says_how_much_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_fast(1.0, monkeypatch)
-    with pytest.raises(
-        UserError, match=r"train.minutes is 0.05, which is too short: .* give at least (0\.\d)$"
-    ) as told:
-        choose(minutes(0.05), CPU, 65, TEXT, HELD_OUT, 3.0)
-    enough = float(str(told.value).split()[-1])
-    config, *_ = choose(minutes(enough), CPU, 65, TEXT, HELD_OUT, 3.0)
-    assert config.train.steps >= budget.FEWEST_STEPS
-
-
-def test_a_text_has_to_fill_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_fast(1.0, monkeypatch)
-    config, *_ = choose(minutes(60), CPU, 65, 100, 20, 3.0)
-    assert config.model.context < 100
-    with pytest.raises(UserError, match="is 60 tokens long"):
-        choose(minutes(60), CPU, 65, 60, 20, 3.0)
-
-
-def test_several_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="leave torchrun out"):
-        choose(minutes(2), replace(CPU, world_size=2), 65, TEXT, HELD_OUT, 3.0)
+    assert config.train.minutes == 0 and config.model.dropout == 0.1
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("gain", "asked", "expected"),
+    [(1.25, "auto", "on"), (0.5, "auto", "off"), (1.01, "auto", "off"), (2.0, "off", "off"), (0.9, "on", "on")],
+)
+def test_compiling_is_chosen_where_it_pays(
+    gain: float, asked: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = fake_speed(monkeypatch, compiled=gain)
+    corpus = replace(SHAKESPEARE, n_train=10 * SHAKESPEARE.n_train)
+    config, lines, _ = search(minutes(10, compile=asked), CPU, corpus, 3.0)
+    assert config.train.compile == expected
+    assert any("compiled steps of" in line for line in lines) == (expected == "on")
+    search(minutes(2, compile="auto"), CPU, corpus, 3.0)
+    assert not any(compile for _, compile in measured) or asked != "off"
+
+
+def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(n_layers=1, n_heads=2, d_model=16, context=16, attention="eager")
+    config = replace(RunConfig(), train=TrainConfig(batch_size=4), model=model)
+    whole = budget.measure_step(config, 65, CPU, 0.05)
+    monkeypatch.setattr(budget, "measure_matmul_flops", lambda ctx: 1e6)  # so slow that one sequence has to do
+    part = budget.measure_step(config, 65, CPU, 0.05)
+    assert 0 < 3 * whole.forward < whole.step and 0.05 < part.step / whole.step < 20
+
+
+def test_too_little_time_names_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_speed(monkeypatch)
+    with pytest.raises(UserError, match=r"train.minutes is 0.05, which is too short: .* give at least 0\.\d$") as error:
+        search(minutes(0.05), CPU, SHAKESPEARE, 3.0)
+    enough = float(str(error.value).split()[-1])
+    assert search(minutes(enough), CPU, SHAKESPEARE, 3.0)[0].train.steps >= budget.MIN_STEPS
+
+
+def test_short_texts_and_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_speed(monkeypatch)
+    assert search(minutes(60), CPU, Corpus(65, 100, 20), 3.0)[0].model.context < 100
+    with pytest.raises(UserError, match="is 60 tokens long"):
+        search(minutes(60), CPU, Corpus(65, 60, 20), 3.0)
+    with pytest.raises(UserError, match="start without torchrun"):
+        search(minutes(2), replace(CPU, world_size=2), SHAKESPEARE, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
     [
         (["--train.minutes=2", "--train.steps=100"], "train.minutes chooses train.steps itself"),
         (["--train.minutes", "2", "--model.d_model", "64"], "train.minutes chooses model.d_model itself"),
         (["--train.minutes=-1"], "train.minutes is -1.0; it must be at least 0"),
         (["--train.minutes=nan"], "train.minutes is nan"),
-        (["--train.minutes=inf"], "train.minutes is inf"),
     ],
 )
-def test_what_contradicts_it_is_named(words: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_contradicting_options_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse_train(words)
 
 
-def test_a_file_may_name_the_minutes_and_not_the_steps(tmp_path: Path) -> None:
-    (tmp_path / "both.toml").write_text("[train]\nminutes = 2\nsteps = 100\n")
-    (tmp_path / "one.toml").write_text("[train]\nminutes = 2\n")
-    with pytest.raises(UserError, match=r"chooses train.steps itself"):
-        parse_train([str(tmp_path / "both.toml")])
-    assert parse_train([str(tmp_path / "one.toml")])[0].train.minutes == 2
-    with pytest.raises(UserError, match=r"chooses optim.lr itself"):
-        parse_train([str(tmp_path / "one.toml"), "--optim.lr=0.1"])
+def planned(steps: int) -> RunConfig:
+    return RunConfig(train=TrainConfig(steps=steps), optim=OptimConfig(**RECIPE))  # type: ignore[arg-type]
 
 
-def test_a_plan_may_be_for_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_fast(1.0, monkeypatch)
-    done = script("train.py", "--train.minutes=2", "--plan=h100")
-    assert done.returncode == 2 and "leave out the name after --plan" in done.stderr
+@given(st.integers(2, 3000), st.floats(1e-4, 10), st.floats(-100, 1e4))
+def test_adjusting_keeps_the_learning_rates_of_past_steps(steps: int, step_seconds: float, left: float) -> None:
+    before = planned(steps)
+    done = decay_start(before)
+    after = adjust_steps(before, done, step_seconds, min(left, 3000 * step_seconds))
+    assert not after.problems() and after.train.steps > done
+    for step in range(done):
+        assert get_lr_scale(step, steps, before.optim) == get_lr_scale(step, after.train.steps, after.optim)
+    assert get_lr_scale(after.train.steps - 1, after.train.steps, after.optim) < 1
+    assert replace(after, train=before.train, optim=before.optim) == before
+
+
+@pytest.mark.parametrize(("end", "expected"), [(130, [130]), (80, [80]), (51, [62]), (101, [])])
+def test_steps_are_adjusted_once(end: float, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one second, when the learning rate is about to decay after 50 of 100."""
+    adjusted: list[int] = []
+    deadline = Deadline(1000 + end, lambda config: adjusted.append(config.train.steps), 1000.0)
+    for step in (49, 50, 51):
+        monkeypatch.setattr(time, "perf_counter", lambda step=step: 1000.0 + step)
+        deadline.check(planned(100), step)
+    assert adjusted == expected
+
+
+@pytest.mark.parametrize(("more", "stop_at_step"), [(60, 0), (200, 115)])
+def test_saved_config_reproduces_a_run_by_minutes(
+    more: int, stop_at_step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = (ModelSize(1, 2, 16, 16, 4, 0.25), ModelSize(1, 2, 32, 16, 4, 0.26))
+    monkeypatch.setattr(budget, "SIZES", sizes)
+    fake_speed(monkeypatch)
+    monkeypatch.setattr(budget, "adjust_steps", lambda config, step, *rest: adjust_steps(config, step, 1, more))
+    text = tmp_path / "text.txt"
+    text.write_text("The fox met the hen at the well. " * 400)
+    options = [f"--data.source={text}", "--data.tokenizer=char", "--log.sample_tokens=0", "--train.minutes=1"]
+    first, again = tmp_path / "first", tmp_path / "again"
+    done = script("train.py", *options, f"--run.dir={first}", f"--run.stop_at_step={stop_at_step}")
+    assert done.returncode == 0 and "plan    1 min on cpu" in done.stdout, done.stderr
+    ((steps, at),) = re.findall(r"^plan    (\d+) steps, from the time that (\d+) have taken$", done.stdout, re.M)
+    assert int(steps) == int(at) + more == open_checkpoint(first).config.train.steps
+    assert "--train.minutes=0.0" in read_toml(first / "config.toml")
+    resume = [(f"--run.resume={first}",)] if stop_at_step else []
+    for option in (*resume, (first / "config.toml", f"--run.dir={again}")):
+        assert script("train.py", *option).returncode == 0
+    times = {"tokens_per_second", "mfu", "peak_memory_mb", "final_seconds"}
+    one, two = (
+        [{key: value for key, value in row.items() if key not in times} for row in read_metrics(run / "metrics.jsonl")]
+        for run in (first, again)
+    )
+    assert one == two and one[-1]["step"] == int(steps)
+    assert open_checkpoint(first).state == open_checkpoint(again).state
+    done = script("train.py", f"--run.resume={first}", "--train.minutes=1")
+    assert done.returncode == 2 and "give --train.steps instead" in done.stderr
