@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import DISK_OR_MEMORY, UserError
-from common.files import read_metrics
+from common.files import read_metrics, write_atomic
 from training.checkpoint import TrainState
 from training.device import measure_matmul_flops
 from training.flops import flops_per_token
@@ -47,12 +47,7 @@ class MetricsLogger(Callback):
             has_evaluations = any("val_loss" in line for line in kept)  # with no ends: samples were switched off
             if self.samples.exists() and (ends or not has_evaluations):
                 os.truncate(self.samples, min(self.samples.stat().st_size, max([0, *ends])))
-            temporary = path.with_suffix(".writing")
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_atomic(path, ((json.dumps(line) + "\n").encode() for line in kept))
             self.file = path.open("a", encoding="utf-8")
 
     def on_start(self, trainer: Trainer) -> None:
@@ -84,8 +79,9 @@ class MetricsLogger(Callback):
         self.write({"step": trainer.state.step, **trainer.final_metrics})
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        """Close the file."""
-        self.file.close()
+        """Close the file; if the disk is full, an earlier write has reported it."""
+        with contextlib.suppress(OSError):
+            self.file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line at once."""

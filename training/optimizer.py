@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,7 @@ class Optimizer:
                 self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters],
+            [cast(Tensor, parameter.grad) for parameter in parameters],
             [self.state[parameter]["exp_avg"] for parameter in parameters],
             [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
             [],

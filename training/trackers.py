@@ -8,7 +8,7 @@ import html
 import re
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from training.trainer import Callback, Trainer
 
 INIT_SECONDS, FINISH_SECONDS = 20, 20
 """How long to wait for the server at the start and for uploads at the end."""
-KEYS = {"val_loss": "val/loss", "final_val_loss": "val/final_loss"}
 
 
 class WandbTracker(Callback):
@@ -30,7 +29,7 @@ class WandbTracker(Callback):
     """
 
     def __init__(self) -> None:
-        self.run: Any = None  # wandb.sdk.wandb_run.Run
+        self.run: Any = None  # wandb.sdk.wandb_run.Run; None once wandb has failed
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -76,30 +75,19 @@ class WandbTracker(Callback):
         """Log the metrics of a step."""
         if trainer.should_log(metrics):
             values = {f"train/{key}": value for key, value in metrics.items() if key not in ("step", "documents")}
-            self.log(values, metrics["step"])
+            self.log(metrics["step"], values)
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Log the validation loss, the highest score of any head, and the sample."""
-        values: dict[str, Any] = {"val/loss": metrics["val_loss"], "train/tokens_seen": metrics["tokens_seen"]}
-        for name, table in metrics.get("head_scores", {}).items():
-            values[f"heads/{name}"] = max(max(row) for row in table)
-        if "sample" in metrics and self.run is not None:
-            with self.guard():
-                import wandb
-
-                values["sample"] = wandb.Html(f"<pre>{html.escape(metrics['sample'])}</pre>", inject=False)
-        self.log(values, metrics["step"])
+        heads = {f"heads/{name}": max(map(max, table)) for name, table in metrics.get("head_scores", {}).items()}
+        values = {"val/loss": metrics["val_loss"], "train/tokens_seen": metrics["tokens_seen"], **heads}
+        self.log(metrics["step"], values, sample=metrics.get("sample"))
 
     def on_end(self, trainer: Trainer) -> None:
-        """Log the final losses and the plots in the run folder."""
-        step = trainer.state.step
-        self.log({KEYS.get(key, f"baseline/{key}"): value for key, value in trainer.final_metrics.items()}, step)
-        for path in sorted(Path(trainer.config.run.dir).glob("*.png")):
-            if self.run is not None:
-                with self.guard():
-                    import wandb
-
-                    self.log({f"plots/{path.stem}": wandb.Image(str(path))}, step)
+        """Log the final loss, the baselines and the plots in the run folder."""
+        baselines = {f"baseline/{name}": loss for name, loss in trainer.final_metrics.items()}
+        final = {"val/final_loss": baselines.pop("baseline/final_val_loss", None), **baselines}
+        self.log(trainer.state.step, final, images=sorted(Path(trainer.config.run.dir).glob("*.png")))
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
         """Finish the wandb run; a code other than 0 marks it as failed."""
@@ -107,11 +95,17 @@ class WandbTracker(Callback):
             with self.guard():
                 self.run.finish(exit_code=exit_code)
 
-    def log(self, values: dict[str, Any], step: int) -> None:
-        """`wandb.log`, if wandb has not failed before."""
-        if self.run is not None and values:
-            with self.guard():
-                self.run.log(values, step=step)
+    def log(self, step: int, values: dict[str, Any], sample: str | None = None, images: Sequence[Path] = ()) -> None:
+        """`wandb.log`, unless wandb has failed before."""
+        if self.run is None:
+            return
+        with self.guard():
+            import wandb
+
+            if sample is not None:
+                values["sample"] = wandb.Html(f"<pre>{html.escape(sample)}</pre>", inject=False)
+            values |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in images}
+            self.run.log(values, step=step)
 
 
 def run_id(folder: Path) -> str:
