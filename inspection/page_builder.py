@@ -30,6 +30,7 @@ from inspection.page_scores import (
     finding_tables,
     score_tables,
 )
+from inspection.terminal import DISCLAIMER
 
 __all__ = ["PageReport", "PageRun", "write_page"]
 
@@ -222,6 +223,7 @@ def _assemble(table: Mapping[str, Any], blocks: Sequence[str]) -> str:
         policy += f"; {name}-src 'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
     values = {
         "title": html.escape(table["title"]),
+        "disclaimer": html.escape(DISCLAIMER),
         "style": style,
         "script": script,
         "policy": policy,

@@ -80,15 +80,15 @@ def file_scores(file: AttentionFile) -> Scores:
     """The head scores of a file; if it has none, the mean attention to the most attended token."""
     if file.scores:
         return file.scores
-    shape = file.texts[0].value_norms.shape[:2]
-    largest = [np.full((*shape, 0), np.nan)]
+    largest = [np.full((*file.texts[0].value_norms.shape[:2], 0), np.nan)]
     for text in file.texts:
-        queries = np.arange(1, len(text.tokens))
-        if text.value_norms.shape[:2] == shape and len(queries):
+        if len(text.tokens) > 1:
+            queries = np.arange(1, len(text.tokens))
             rows = np.maximum.reduceat(text.pattern_tril, queries * (queries + 1) // 2, axis=-1)
             largest.append(rows.astype(np.float64))
     every = np.concatenate(largest, axis=-1)
-    return {MAX_ATTENTION.name: every.mean(axis=-1) if every.shape[-1] else np.full(shape, np.nan)}
+    mean = every.mean(axis=-1) if every.shape[-1] else np.full(every.shape[:2], np.nan)
+    return {MAX_ATTENTION.name: mean}
 
 
 def number(value: float, digits: int = 6) -> float | None:

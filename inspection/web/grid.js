@@ -110,8 +110,8 @@ function drawAblation(score) {
     const cells = ablation[method][layer][head].map(intervalCell); // effect, control, difference
     return create("tr", {}, create("th", { scope: "row" }, method), ...cells);
   });
-  const joint = page.findings.filter(({ heads, score: found }) => found === score && heads.length > 1
-    && heads.some(([l, h]) => l === layer && h === head));
+  const joint = page.findings.filter((finding) => finding.score === score && finding.heads.length > 1
+    && finding.heads.some(([l, h]) => l === layer && h === head));
   byId("ablation").replaceChildren(
     create("p", {}, ablation.caption),
     create("table", {}, create("thead", {}, create("tr", {}, ...columns)), create("tbody", {}, ...rows)),

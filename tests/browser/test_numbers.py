@@ -97,7 +97,7 @@ def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:
     shown = view.text("#ablation")
     assert "+2.50 2.00 to 3.00" in shown and "+1.50 1.00 to 2.00" in shown
     assert "supported: ablating it hurts more than ablating another head" in shown
-    assert "not a reason" in view.text("#disclaimer")
+    assert "not why. Ablation shows" in view.text("#disclaimer")
     table = view.page.eval_on_selector_all("#grid td", "cells => cells.map(c => c.ariaLabel)")
     assert "supported" in table[5] and "disputed" in table[1] and "not supported" in table[0]
     high = example_run.files()[2].scores["antecedent.pronoun"].ravel() >= 0.5

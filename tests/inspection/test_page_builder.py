@@ -290,10 +290,10 @@ def test_unusual_attention_files(tmp_path: Path) -> None:
     nan, inf = np.full_like(text.pattern_tril, np.nan), np.full_like(text.value_norms, np.inf)
     broken = replace(text, pattern_tril=nan, value_norms=inf)
     other = example_run.record("b", example_run.WORDS, 1, False, (1, 1))
-    files = [AttentionFile([text, broken, other], {"step": "x"}, {}), AttentionFile([broken], {}, {})]
+    files = [AttentionFile(texts, {"step": "x"}, {}) for texts in ([text, broken], [other], [broken])]
     page, _ = build(tmp_path, files)
-    assert [step["step"] for step in page.table["runs"][0]["steps"]] == [0, 1]
-    assert page.text(0, 0) and page.text(0, 1) is None
+    assert [step["step"] for step in page.table["runs"][0]["steps"]] == [0, 1, 2]
+    assert page.text(0, 0) and page.text(1, 0) is None and page.text(1, 1) is None
 
 
 def test_page_is_built_without_torch() -> None:
