@@ -82,7 +82,8 @@ def _text_differences(text: AttentionRecord, model: GPT) -> Iterator[Difference]
         yield "pattern", _max_difference(text.pattern(layer)[0], pattern), tolerance, text.name
     yield "loss", _max_difference(text.loss, cache.loss), LOSS_TOLERANCE, text.name
     norms = cache.value_norms.numpy()
-    yield "value norms", _max_difference(text.value_norms, norms) / float(norms.max()), RELATIVE_TOLERANCE, text.name
+    scale = float(norms.max()) or 1.0  # an untrained output projection can be 0
+    yield "value norms", _max_difference(text.value_norms, norms) / scale, RELATIVE_TOLERANCE, text.name
 
 
 def _score_differences(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator[Difference]:
