@@ -21,7 +21,7 @@ from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import write_atomic
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionRecord
-from inspection.page_data import FULL_TEXTS, Blocks, Content, PageTooLarge, Vocabulary, as_json
+from inspection.page_data import FULL_TEXTS, Blocks, Content, PageTooLarge, as_json
 from inspection.page_scores import (
     PageRun,
     ablation_tables,
@@ -98,16 +98,14 @@ def write_page(
 
 def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> tuple[dict[str, Any], list[str], Content]:
     """The fullest content that fits, `used` bytes being taken: its table, its blocks, and what it holds."""
-    blocks, vocabulary = Blocks(), Vocabulary()
+    blocks = Blocks()
     for content, limit in _contents(runs):
         blocks.begin(limit - used)
         try:
-            table: dict[str, Any] = {
-                "runs": [_run(r, run, names, content, blocks, vocabulary) for r, run in enumerate(runs)]
-            }
+            table: dict[str, Any] = {"runs": [_run(r, run, names, content, blocks) for r, run in enumerate(runs)]}
         except PageTooLarge:
             continue
-        table["vocabulary"] = vocabulary.table()
+        table["vocabulary"] = blocks.vocabulary()
         if blocks.size + len(as_json(table)) <= blocks.limit:
             return table, blocks.blocks, content
     raise UserError(
@@ -117,11 +115,9 @@ def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> tuple[dict[str
 
 def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[Content, int]]:
     """Contents from everything to ever less, each with the bytes that it may take."""
-    yield Content(), BUDGET
-    for qkv in ("last", "few"):
-        yield from ((Content(qkv, half, every), BUDGET) for half, every in ((False, 1), (True, 1), (True, 2)))
-        yield from ((Content(qkv, True, every), BUDGET) for every in (3, 4, 8))
-    yield from ((Content("few", True, every, sqrt8=True), BUDGET) for every in (1, 4, 0))
+    less_qkv = [Content(qkv, half=True, every=every) for qkv in ("last", "few") for every in (1, 2, 3, 4, 8)]
+    sqrt8 = [Content("few", half=True, every=every, sqrt8=True) for every in (1, 4, 0)]
+    yield from ((content, BUDGET) for content in (Content(), Content("last"), *less_qkv, *sqrt8))
     tokens = 0
     longest = max(len(text.tokens) for run in runs for file in run.files for text in file.texts)
     while tokens != 1:
@@ -156,9 +152,7 @@ def _text_names(runs: Sequence[PageRun]) -> list[str]:
     return sorted(names, key=lambda name: name != "sample")
 
 
-def _run(
-    r: int, run: PageRun, names: list[str], content: Content, blocks: Blocks, vocabulary: Vocabulary
-) -> dict[str, Any]:
+def _run(r: int, run: PageRun, names: list[str], content: Content, blocks: Blocks) -> dict[str, Any]:
     """One run: its shape and its steps, each with the heads' scores and the blocks of its texts."""
     layers, heads = run.shape
     steps, last = [], len(run.files) - 1
@@ -168,7 +162,7 @@ def _run(
             k = names.index(text.name)
             if text.value_norms.shape[:2] == run.shape and content.has_text(k, s, last):
                 with_qkv = text.queries is not None and content.has_qkv(k, s, last)
-                texts[k] = _text((r, s, k), text, content, with_qkv, blocks, vocabulary)
+                texts[k] = _text((r, s, k), text, content, with_qkv, blocks)
         steps.append({"step": run.step(s), "scores": score_tables(file_scores(file)), "texts": texts})
     return {
         "label": escape_control_chars(run.label),
@@ -180,12 +174,7 @@ def _run(
 
 
 def _text(
-    key: tuple[int, int, int],
-    text: AttentionRecord,
-    content: Content,
-    with_qkv: bool,
-    blocks: Blocks,
-    vocabulary: Vocabulary,
+    key: tuple[int, int, int], text: AttentionRecord, content: Content, with_qkv: bool, blocks: Blocks
 ) -> dict[str, Any]:
     """One text of one step: its length and its blocks. `key`: the numbers of run, step and text, for the cache."""
     first = content.first_token(text)
@@ -195,7 +184,7 @@ def _text(
         "first": first,
         "dtype": "sqrt8" if content.sqrt8 else "float16",
         "top_k": len(text.top_tokens[0]) if text.top_tokens else 0,
-        "block": blocks.add((key, first), partial(content.token_arrays, text, vocabulary)),
+        "block": blocks.add((key, first), partial(content.token_arrays, text, blocks.token_id)),
         "layers": [
             blocks.add((key, layer, content.sqrt8, first), partial(content.pattern_arrays, text, layer))
             for layer in layers

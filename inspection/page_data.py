@@ -34,10 +34,11 @@ class PageTooLarge(Exception):
 
 
 class Blocks:
-    """The blocks of one page. Encoded blocks are cached, because several sizes of the page are tried."""
+    """The blocks of one page, and its distinct tokens. Both are kept while smaller contents of the page are tried."""
 
     def __init__(self) -> None:
         self._encoded: dict[Hashable, str] = {}
+        self._token_ids: dict[bytes, int] = {}
         self.begin(0)
 
     def begin(self, limit: int) -> None:
@@ -59,6 +60,14 @@ class Blocks:
         if self.size > self.limit:
             raise PageTooLarge
         return len(self.blocks) - 1
+
+    def token_id(self, token: bytes) -> int:
+        """The number of a token in the vocabulary of the page."""
+        return self._token_ids.setdefault(token, len(self._token_ids))
+
+    def vocabulary(self) -> list[list[str]]:
+        """The pieces of each token."""
+        return [display_pieces(token) for token in self._token_ids]
 
 
 def display_pieces(token: bytes) -> list[str]:
@@ -88,20 +97,6 @@ def display_pieces(token: bytes) -> list[str]:
         else:
             pieces.append(kind + shown)
     return pieces
-
-
-class Vocabulary:
-    """The distinct tokens of a page, numbered in the order of their first use."""
-
-    def __init__(self) -> None:
-        self._index: dict[bytes, int] = {}
-
-    def index(self, token: bytes) -> int:
-        return self._index.setdefault(token, len(self._index))
-
-    def table(self) -> list[list[str]]:
-        """The pieces of each token."""
-        return [display_pieces(token) for token in self._index]
 
 
 @dataclass(frozen=True)
@@ -146,19 +141,19 @@ class Content:
             return [np.rint(np.sqrt(weights) * 255).astype(DTYPES["sqrt8"])]
         return [pattern.astype(DTYPES["float16"])]
 
-    def token_arrays(self, text: AttentionRecord, vocabulary: Vocabulary) -> list[NDArray[Any]]:
+    def token_arrays(self, text: AttentionRecord, token_id: Callable[[bytes], int]) -> list[NDArray[Any]]:
         """Tokens (T), loss (T), value norms (L H T), top next tokens (T N) and their probabilities (T N).
 
         Only ratios of value norms matter: they are divided by each head's largest to fit into float16.
         """
         first = self.first_token(text)
-        tokens = np.array([vocabulary.index(token) for token in text.token_bytes[first:]], DTYPES["uint32"])
+        tokens = np.array([token_id(token) for token in text.token_bytes[first:]], DTYPES["uint32"])
         loss = np.concatenate([[np.nan], np.asarray(text.loss)]).astype(DTYPES["float32"])[first:]
         norms = np.asarray(text.value_norms, dtype=np.float64)[..., first:]
         norms = np.nan_to_num(norms, posinf=0, neginf=0)
         norms = norms / np.maximum(norms.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
         top = [pair for row in (text.top_tokens or [])[first:] for pair in row]
-        top_ids = np.array([vocabulary.index(token) for token, _ in top], DTYPES["uint32"])
+        top_ids = np.array([token_id(token) for token, _ in top], DTYPES["uint32"])
         probabilities = np.array([p for _, p in top], DTYPES["float16"])
         return [tokens, loss, norms.astype(DTYPES["float16"]), top_ids, probabilities]
 
