@@ -22,7 +22,7 @@ from training.trainer import Trainer
 
 class FakeRun:
     def __init__(self, fail_at: str) -> None:
-        self.fail_at, self.rows, self.exit_code = fail_at, list[Any](), None
+        self.fail_at, self.rows, self.exit_code = fail_at, list[Any](), -1
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.fail("log")
@@ -48,7 +48,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
             run.fail("init")
             return run
 
-        module.init, module.Settings, module.setup = init, SimpleNamespace, dict  # type: ignore[attr-defined]
+        module.init, module.Settings, module.setup = init, SimpleNamespace, id  # type: ignore[attr-defined]
         module.Html, module.Image = (lambda text, inject: text), Path  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "wandb", None if fail_at == "import" else module)  # type: ignore[arg-type]
         return run
