@@ -149,9 +149,8 @@ def load_model(folder: Path, step: int) -> LoadedModel | None:
         folder: a run folder, or an attention file, whose run is searched.
     """
     from inspection.commands.shared import LoadedModel
-    from training.checkpoint import open_checkpoint, read_checkpoint, verify_checkpoint
+    from training.checkpoint import open_checkpoint, provenance, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
-    from training.provenance import provenance
 
     if step < 0:
         checkpoint = open_checkpoint(folder)
@@ -262,7 +261,7 @@ def write_capture(
 ) -> None:
     """Write an attention file of one text."""
     from inspection.attention_file import AttentionRecord, package_versions, write_attention_file
-    from training.provenance import provenance
+    from training.checkpoint import provenance
 
     tokenizer, (name, cache) = checkpoint.tokenizer(), text
     record = AttentionRecord.from_cache(name, cache, tokenizer.token_bytes)
@@ -275,9 +274,8 @@ def write_prompt_page(path: Path, newest: Checkpoint, name: str, tokens: list[in
     from inspection.attention_file import AttentionFile
     from inspection.page_builder import PageRun, write_page
     from inspection.recorder import capture_texts
-    from training.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
+    from training.checkpoint import list_checkpoints, provenance, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
-    from training.provenance import provenance
 
     ctx, files = get_dist_context("fp32"), []
     earlier = [path for path in list_checkpoints(newest.folder.parent) if int(path.name) < newest.state.step]

@@ -136,7 +136,7 @@ def attention_path(name: str) -> Path:
 def write_attention(path: Path, model: GPT, checkpoint: Checkpoint, tokens: list[int]) -> None:
     """Write the attention of the finished text, of at most the last `context` tokens, as an attention file."""
     from inspection.recorder import write_dump
-    from training.provenance import provenance
+    from training.checkpoint import provenance
 
     context, tokenizer = model.config.context, checkpoint.tokenizer()
     if len(tokens) > context:

@@ -366,6 +366,18 @@ def sha256_of_weights(model: GPT) -> str:
     return digest.hexdigest()
 
 
+def provenance(model: GPT, tokenizer: Tokenizer, state: TrainState) -> dict[str, str]:
+    """Step, tokens seen, shape and hashes of a model: the metadata of an attention file."""
+    return {
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "vocab_size": str(model.vocab_size),
+        "step": str(state.step),
+        "tokens_seen": str(state.tokens_seen),
+        "weights_sha256": sha256_of_weights(model),
+        "tokenizer_sha256": tokenizer.fingerprint(),
+    }
+
+
 def sha256_of_file(path: Path) -> str:
     """The sha256 of a file, read in blocks."""
     with path.open("rb") as file:

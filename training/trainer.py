@@ -33,13 +33,12 @@ from data.dataloader import (
 from data.prepare import TokenizedCorpus
 from data.token_dataset import TokenSplit
 from model.gpt import GPT
-from training.checkpoint import Checkpoint, RunEnvironment, TrainState
+from training.checkpoint import Checkpoint, RunEnvironment, TrainState, provenance
 from training.config import RunConfig
 from training.device import DistContext, advise_on_oom
 from training.distributed import clip_grad_norm, gather_weights, is_fsdp, maybe_no_sync
 from training.loss import cross_entropy_sum
 from training.optimizer import Optimizer, get_lr_scale
-from training.provenance import provenance
 from training.signals import SignalHandler
 
 T = TypeVar("T")
