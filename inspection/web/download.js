@@ -1,4 +1,4 @@
-// The attention matrix as a file: an SVG with a rectangle per cell, or a PNG made of that SVG.
+// The attention matrix as a file: an SVG with a square per cell, or a PNG made of that SVG.
 
 const PICTURE = { side: 760, title: 54, scale: 640 }; // CSS pixels; `scale` is where the colour scale begins
 
@@ -23,19 +23,20 @@ function scaleElements() {
   ];
 }
 
-// A background in the colour of 0, and a rectangle for every cell of another colour.
+// A background in the colour of 0, and a path for the cells of every other colour.
 function cellElements({ left, top, side, cell, T }) {
   const zero = css(valueColour(0));
-  const cells = [createSvg("rect", { x: left, y: top, width: side, height: side, fill: zero })];
+  const paths = new Map(); // colour -> path
   const size = cell.toFixed(3);
   for (let i = 0; i < T; i++) {
     shownRow(i).forEach((value, j) => {
       const fill = css(valueColour(value));
-      const [x, y] = [(left + j * cell).toFixed(2), (top + i * cell).toFixed(2)];
-      if (fill !== zero) cells.push(createSvg("rect", { x, y, width: size, height: size, fill }));
+      const corner = `${(left + j * cell).toFixed(2)} ${(top + i * cell).toFixed(2)}`;
+      if (fill !== zero) paths.set(fill, `${paths.get(fill) || ""}M${corner}h${size}v${size}h-${size}z`);
     });
   }
-  return cells;
+  const cells = Array.from(paths, ([fill, d]) => createSvg("path", { d, fill, "shape-rendering": "crispEdges" }));
+  return [createSvg("rect", { x: left, y: top, width: side, height: side, fill: zero }), ...cells];
 }
 
 function matrixSvg() {
