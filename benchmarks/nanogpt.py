@@ -1,7 +1,4 @@
-"""nanoGPT as a contestant: run in a copy of the user's own clone, by its own code, never changed and never imported.
-
-Programs below are handed to a Python that stands in that copy; they answer with numbers.
-"""
+"""nanoGPT as a contestant: run by its own code in a copy of the user's clone; it is never imported or changed."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.side_by_side import Spent, spend
+from benchmarks.common import CommandResult, run_command
 
 RECIPE = (
     *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12"),
@@ -36,7 +33,7 @@ with torch.no_grad():
         total, count = total + float(loss) * len(y), count + len(y)
 print(total / count)
 """
-"""The mean over every target of the validation split, in windows of the model's block size."""
+"""The mean loss over every target of the validation split, in sequences of the block size."""
 STEPS = """
 import json, re, sys, time
 import numpy as np, torch
@@ -47,14 +44,14 @@ torch.backends.cuda.matmul.allow_tf32 = True
 tokens = torch.from_numpy(np.load(file).astype(np.int64))
 model = GPT(GPTConfig(dropout=0.0, bias=False, **shape)).to(device)
 optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
-stepped = torch.compile(model) if compiled == "compiled" else model
+train_model = torch.compile(model) if compiled == "compiled" else model
 T = shape["block_size"]
 def step():
     at = torch.randint(len(tokens) - T, (rows,))
     x = torch.stack([tokens[i : i + T] for i in at]).to(device)
     y = torch.stack([tokens[i + 1 : i + T + 1] for i in at]).to(device)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        _, loss = stepped(x, y)
+        _, loss = train_model(x, y)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -73,10 +70,9 @@ for line in sys.stdin:
         step()
     print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": peak()}), flush=True)
 """
-"""A worker: steps as its train.py takes them, by its own model and optimizer, on tokens from a .npy file.
+"""A worker that takes steps like its train.py, with its model and optimizer, on tokens from a .npy file.
 
-Arguments: the shape as JSON, the file, the batch's rows, the device, `compiled` or `eager`. What is counted as
-`matrices` are the parameters of matrix products; the embedding is tied and is one, the positions are not.
+Arguments: model shape as JSON, file, batch size, device, `compiled` or `eager`.
 """
 
 
@@ -84,21 +80,23 @@ Arguments: the shape as JSON, the file, the batch's rows, the device, `compiled`
 def copied(clone: Path, text: Path | None = None) -> Iterator[Path]:
     """A copy of the clone in a temporary folder; with `text` as its Tiny Shakespeare, prepared by its own script."""
     if not (clone / "model.py").is_file() or not (clone / "train.py").is_file():
-        sys.exit(f"{clone} is no clone of nanoGPT: it has no model.py and train.py")
+        sys.exit(f"{clone} is not a clone of nanoGPT: it has no model.py and train.py")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "nanoGPT"
         shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git", "out*"))
         if text is not None:
             shutil.copy(text, folder / "data" / "shakespeare_char" / "input.txt")
-            spend([sys.executable, "data/shakespeare_char/prepare.py"], folder)
+            run_command([sys.executable, "data/shakespeare_char/prepare.py"], folder)
         yield folder
 
 
-def train(folder: Path, *changes: str) -> Spent:
-    """Its train.py with its README's recipe for a processor, in a prepared copy; it leaves a checkpoint there."""
-    return spend([sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *RECIPE, *changes], folder)
+def train(folder: Path, *changes: str) -> CommandResult:
+    """Its train.py with its README's recipe for a CPU in a prepared copy; the checkpoint stays there."""
+    return run_command(
+        [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *RECIPE, *changes], folder
+    )
 
 
 def whole_split_loss(folder: Path) -> float:
-    """The loss of what `train` left, over the whole validation split."""
-    return float(spend([sys.executable, "-c", WHOLE_SPLIT], folder).output.split()[-1])
+    """Loss of the checkpoint of `train` on the whole validation split."""
+    return float(run_command([sys.executable, "-c", WHOLE_SPLIT], folder).output.split()[-1])

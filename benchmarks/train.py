@@ -1,17 +1,13 @@
-"""Training beside nanoGPT, contestants in turn in one run:
+"""Training next to nanoGPT: time to a loss, and steps at equal shape.
 
     python -m benchmarks.train loss --nanogpt PATH              # PATH: your own clone of nanoGPT
     python -m benchmarks.train speed --nanogpt PATH [--compiled]
 
-`loss` trains on Tiny Shakespeare by character, each with its own recipe: nanoGPT with its README's for a CPU, we with
+`loss` trains on Tiny Shakespeare by character, nanoGPT with its README's recipe for a CPU, ours with
 configs/shakespeare_char.toml and a narrower MLP, and once more with as many steps as nanoGPT's time allows. The clock
-runs over the whole command. The loss is over the whole validation split for all: nanoGPT's own print is a sample of 20
-batches, so its checkpoint is read and evaluated here, and so is not on the clock.
+covers the whole command up to its loss; losses are over the whole validation split.
 
-`speed` takes steps at equal shape and batch: 10.65 M parameters (6 layers, 6 heads, width 384), context 256, 16
-windows, random tokens. Ours are taken by the trainer itself, theirs by their model and optimizer. `--compiled` adds
-both after torch.compile, whose own time does not count. Without `--nanogpt` only ours run; without `loss` or `speed`
-both are measured.
+`speed` measures steps on random tokens: of 10.65 M parameters on a CPU, of GPT-2's 124 M in bf16 on a GPU.
 """
 
 from __future__ import annotations
@@ -20,216 +16,189 @@ import json
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import nanogpt
-from benchmarks.results import Page, page
-from benchmarks.side_by_side import Target, Worker, alternate, options, spend, spread, table, targets
+from benchmarks import common, nanogpt
 
-RECIPE = ("configs/shakespeare_char.toml", "--model.d_mlp=384")
-OURS = (*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_every=196", "--log.sample_tokens=0")
-"""Our recipe for a given loss, as arguments of train.py."""
+RECIPE = ("configs/shakespeare_char.toml", "--model.d_mlp=384", "--log.sample_tokens=0")
+OURS = (*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_every=196")
+"""Our recipe for nanoGPT's loss."""
 LONGER = (
-    *RECIPE,
-    *("--model.context=128", "--train.steps=1200", "--train.batch_size=12"),
-    *("--optim.decay_fraction=0.5", "--optim.weight_decay=0"),
-    *("--train.eval_every=1200", "--train.save_every=1200", "--log.sample_tokens=0"),
+    *(*RECIPE, "--model.context=128", "--train.steps=1200", "--train.batch_size=12"),
+    *("--optim.decay_fraction=0.5", "--optim.weight_decay=0", "--train.eval_every=1200", "--train.save_every=1200"),
 )
-"""Our recipe for the time that nanoGPT takes."""
+"""Our recipe for nanoGPT's time."""
 LOSS = 1.898
-"""What nanoGPT's README recipe for a CPU reaches over the whole validation split."""
-LAYERS, HEADS, WIDTH, CONTEXT, ROWS, VOCABULARY = 6, 6, 384, 256, 16, 65
-"""The shape of nanoGPT's train_shakespeare_char.py, with a batch that a small processor can take."""
-SHAPE = (
-    *(f"--model.n_layers={LAYERS}", f"--model.n_heads={HEADS}", f"--model.d_model={WIDTH}"),
-    *(f"--model.context={CONTEXT}", f"--train.batch_size={ROWS}", "--train.steps=5000"),
-)
+"""What nanoGPT's README recipe for a CPU reaches on the whole validation split."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 and its batch."""
+
+    device: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    context: int
+    batch_size: int
+    vocab_size: int
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of train.py."""
+        model = [f"--model.{name}={getattr(self, name)}" for name in ("n_layers", "n_heads", "d_model", "context")]
+        return (*model, f"--train.batch_size={self.batch_size}", "--train.steps=5000")
+
+    @property
+    def nanogpt(self) -> str:
+        """As JSON for nanoGPT."""
+        sizes = {"n_layer": self.n_layers, "n_head": self.n_heads, "n_embd": self.d_model}
+        return json.dumps({**sizes, "block_size": self.context, "vocab_size": self.vocab_size})
+
+
+CPU_SHAPE = Shape("cpu", 6, 6, 384, 256, 16, 65)
+GPU_SHAPE = Shape("cuda", 12, 12, 768, 1024, 32, 50304)
 SAME_MODEL = ("--model.preset=gpt2", "--optim.optimizer=adamw")
 
 
-def ours(recipe: tuple[str, ...]) -> dict[str, float]:
-    """Seconds from the command's start until it has said its loss, and to its end, megabytes and loss."""
+def train_ours(recipe: tuple[str, ...]) -> dict[str, float]:
+    """Seconds to the printed loss and to the end, megabytes, and the loss."""
     with tempfile.TemporaryDirectory() as folder:
-        spent = spend([sys.executable, "train.py", *recipe, f"--run.dir={folder}/run"])
+        result = common.run_command([sys.executable, "train.py", *recipe, f"--run.dir={folder}/run"])
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        loss = json.loads(lines[-1])["final_val_loss"]
-        seconds = spent.until(f"{loss:.4f}")
-        return {"seconds": seconds, "whole": spent.seconds, "megabytes": spent.megabytes, "loss": loss}
+        loss = next(row["final_val_loss"] for row in map(json.loads, reversed(lines)) if "final_val_loss" in row)
+        seconds = result.seconds_until(f"{loss:.4f}")
+        return {"seconds": seconds, "whole": result.seconds, "megabytes": result.megabytes, "loss": loss}
 
 
-def theirs(folder: Path) -> dict[str, float]:
-    """The same of nanoGPT's recipe, up to its last evaluation, of 20 batches; preparing its data is not counted."""
-    spent = nanogpt.train(folder)
-    seconds = spent.until("step 2000:")
-    loss = nanogpt.whole_split_loss(folder)
-    return {"seconds": seconds, "whole": spent.seconds, "megabytes": spent.megabytes, "loss": loss}
+def train_nanogpt(folder: Path) -> dict[str, float]:
+    """The same of nanoGPT, up to its last evaluation; preparing its data does not count."""
+    result = nanogpt.train(folder)
+    seconds, loss = result.seconds_until("step 2000:"), nanogpt.whole_split_loss(folder)
+    return {"seconds": seconds, "whole": result.seconds, "megabytes": result.megabytes, "loss": loss}
 
 
-def middle(found: list[dict[str, float]], key: str) -> float:
-    """The median of one figure."""
-    return median(one[key] for one in found)
+def middle(results: list[dict[str, float]], key: str) -> float:
+    return median(result[key] for result in results)
 
 
-def to_a_loss(clone: Path | None, rounds: int, say: Page) -> None:
+def measure_loss(clone: Path | None, rounds: int, out: common.Report) -> None:
     """Whole commands: seconds to a loss, and the loss after as many seconds."""
     from data.config import DataConfig, cache_folder
     from data.prepare import prepare
 
-    prepare(DataConfig(source="shakespeare", tokenizer="char"))  # the text is there, for both, before the clock runs
+    prepare(DataConfig(source="shakespeare", tokenizer="char"))
     with ExitStack() as stack:
-        contestants = {"ours": lambda: ours(OURS), "ours, longer": lambda: ours(LONGER)}
+        contestants = {"ours": lambda: train_ours(OURS), "ours, longer": lambda: train_ours(LONGER)}
         if clone:
             folder = stack.enter_context(nanogpt.copied(clone, cache_folder() / "tinyshakespeare.txt"))
-            contestants["nanoGPT"] = lambda: theirs(folder)
-        found = alternate(contestants, rounds)
-    say.say(f"Whole commands on Tiny Shakespeare by character; medians of {rounds} rounds, in turn.")
-    rows = [
-        (
-            name,
-            spread([one["seconds"] for one in all_of], ".1f"),
-            spread([one["whole"] for one in all_of], ".1f"),
-            spread([one["loss"] for one in all_of], ".4f"),
-            f"{middle(all_of, 'megabytes'):.0f}",
-            f"{middle(all_of, 'seconds') / middle(found['nanoGPT'], 'seconds'):.3f}" if clone else "",
+            contestants["nanoGPT"] = lambda: train_nanogpt(folder)
+        results = common.interleave(contestants, rounds)
+    out.add(f"Whole commands on Tiny Shakespeare by character; medians of {rounds} interleaved rounds.")
+    rows, peer = [], middle(results["nanoGPT"], "seconds") if clone else 0.0
+    for name, all_of in results.items():
+        numbers = (
+            common.spread([r[key] for r in all_of], form)
+            for key, form in (("seconds", ".1f"), ("whole", ".1f"), ("loss", ".4f"))
         )
-        for name, all_of in found.items()
-    ]
-    say.say(
-        table(
-            ("", "seconds to the loss", "to the end", "loss over the whole split", "peak MB", "of nanoGPT's time"), rows
-        )
-    )
-    say.say(f"`ours`: train.py {' '.join(OURS)}\n`ours, longer`: train.py {' '.join(LONGER)}")
-    judged = [Target("loss of ours", max(one["loss"] for one in found["ours"]), LOSS, at_most=True, form=".4f")]
+        share = f"{middle(all_of, 'seconds') / peer:.3f}" if clone else ""
+        rows.append((name, *numbers, f"{middle(all_of, 'megabytes'):.0f}", share))
+    head = ("", "seconds to the loss", "to the end", "loss on the whole split", "peak MB", "of nanoGPT's time")
+    out.add(common.table(head, rows))
+    out.add(f"`ours`: train.py {' '.join(OURS)}\n`ours, longer`: train.py {' '.join(LONGER)}")
+    targets = [common.target("loss of ours", max(r["loss"] for r in results["ours"]), LOSS, at_most=True, form=".4f")]
     if clone:
-        time = middle(found["nanoGPT"], "seconds")
-        judged += [
-            Target(
-                f"time to a loss of {LOSS}, of nanoGPT's", middle(found["ours"], "seconds") / time, 1 / 6, True, ".3f"
-            ),
-            Target("time of ours, longer, of nanoGPT's", middle(found["ours, longer"], "seconds") / time, 1.0, True),
-            Target("loss in that time", middle(found["ours, longer"], "loss"), 1.55, True, ".4f"),
-        ]
-    say.say(targets(judged))
+        shares = {name: middle(all_of, "seconds") / peer for name, all_of in results.items()}
+        targets.append(common.target(f"time to a loss of {LOSS}, of nanoGPT's", shares["ours"], 1 / 6, True, ".3f"))
+        targets.append(common.target("time of ours, longer, of nanoGPT's", shares["ours, longer"], 1.0, True))
+        targets.append(common.target("loss in that time", middle(results["ours, longer"], "loss"), 1.55, True, ".4f"))
+    out.add(common.table(common.TARGET_HEAD, targets))
 
 
-def workers(clone: Path | None, compiled: bool, tokens: Path, stack: ExitStack) -> dict[str, Worker]:
-    """Everybody who takes steps, started and warm."""
-    shape = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH, "block_size": CONTEXT, "vocab_size": VOCABULARY}
-    step = [sys.executable, "-m", "benchmarks.steps", str(tokens), str(VOCABULARY), *SHAPE]
-    folder = stack.enter_context(nanogpt.copied(clone)) if clone else None
-    found: dict[str, Worker] = {}
-
-    def start(name: str, command: list[str], *place: Path) -> None:
-        print(f"  starting {name}", file=sys.stderr, flush=True)
-        found[name] = stack.enter_context(Worker(command, *place))
-
+def start_workers(
+    clone: Path | None, compiled: bool, shape: Shape, tokens: Path, stack: ExitStack
+) -> dict[str, common.Worker]:
+    """All contestants of `speed`, warmed up."""
+    ours = [sys.executable, "-m", "benchmarks.steps", str(tokens), str(shape.vocab_size), *shape.options]
+    theirs = [sys.executable, "-c", nanogpt.STEPS, shape.nanogpt, str(tokens), str(shape.batch_size), shape.device]
+    workers: dict[str, common.Worker] = {}
     for mode in ["eager", *["compiled"] * compiled]:
         switch = f"--train.compile={'on' if mode == 'compiled' else 'off'}"
-        start(f"ours, {mode}", [*step, *SAME_MODEL, switch])
-        start(f"ours with its own model and Muon, {mode}", [*step, switch])
-        if folder:
-            program = [sys.executable, "-c", nanogpt.STEPS, json.dumps(shape), str(tokens), str(ROWS), "cpu", mode]
-            start(f"nanoGPT, {mode}", program, folder)
-    return found
+        workers[f"ours, {mode}"] = stack.enter_context(common.Worker([*ours, *SAME_MODEL, switch]))
+        workers[f"ours with its own model and Muon, {mode}"] = stack.enter_context(common.Worker([*ours, switch]))
+        if clone:
+            folder = stack.enter_context(nanogpt.copied(clone))
+            workers[f"nanoGPT, {mode}"] = stack.enter_context(common.Worker([*theirs, mode], folder))
+    return workers
 
 
-def at_equal_shape(clone: Path | None, rounds: int, compiled: bool, steps: int, say: Page) -> None:
-    """Tokens a second, peak memory, and the share of the processor's matrix products."""
-    from benchmarks.steps import random_tokens
-
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-        tokens = Path(temporary) / "tokens.npy"
-        random_tokens(tokens, VOCABULARY)
-        everybody = workers(clone, compiled, tokens, stack)
-        asks = {name: lambda worker=worker: worker.ask(steps) for name, worker in everybody.items()}
-        found: dict[str, list[dict[str, Any]]] = alternate(asks, rounds)
-        about = {name: worker.ready for name, worker in everybody.items()}
-    speed = {name: steps * ROWS * CONTEXT / middle(all_of, "seconds") for name, all_of in found.items()}
-    memory = {name: max(one["megabytes"] for one in all_of) for name, all_of in found.items()}
-    flops = {name: flops_of(about[name]["matrices"]) * speed[name] for name in found}
-    peaks = ceilings(say)
-    say.say(
-        f"Steps of {ROWS} x {CONTEXT} tokens, {LAYERS} layers, {HEADS} heads, width {WIDTH}: medians of {rounds} "
-        f"rounds of {steps} steps, in turn."
-    )
-    rows = [
-        (
-            name,
-            how(about[name]),
-            f"{speed[name]:,.0f}",
-            f"{flops[name] / 1e9:.0f}",
-            f"{flops[name] / peaks['bf16']:.0%}",
-            f"{memory[name]:,.0f}",
-        )
-        for name in found
-    ]
-    say.say(table(("", "how", "tokens/s", "GFLOP/s", "of the bf16 peak", "peak MB"), rows))
-    if clone:
-        say.say(targets(judged(speed, flops, memory, peaks["bf16"])))
-
-
-def judged(speed: dict[str, float], flops: dict[str, float], memory: dict[str, float], peak: float) -> list[Target]:
-    """Our like-for-like model, at its quickest, beside nanoGPT."""
-    best = max((name for name in ("ours, eager", "ours, compiled") if name in speed), key=lambda name: speed[name])
-    eager, compiled = "nanoGPT, eager", "nanoGPT, compiled"
-    found = [Target("tokens/s, ours, eager, of nanoGPT's eager", speed["ours, eager"] / speed[eager], 3.0)]
-    if compiled in speed:
-        found.append(Target(f"tokens/s, {best}, of nanoGPT's eager", speed[best] / speed[eager], 3.0))
-        found.append(Target(f"tokens/s, {best}, of nanoGPT's compiled", speed[best] / speed[compiled], 1.5))
-    for name in dict.fromkeys(["ours, eager", best]):
-        found.append(Target(f"share of the bf16 peak, {name}", flops[name] / peak, 0.6))
-        found.append(
-            Target(f"peak memory, {name}, of nanoGPT's eager", memory[name] / memory[eager], 0.7, at_most=True)
-        )
-    return found
-
-
-def flops_of(matrices: int) -> int:
-    """Operations for a token of this shape, the same formula for everybody."""
-    from benchmarks.ceilings import flops_per_token
-
-    return flops_per_token(matrices, LAYERS, WIDTH, CONTEXT)
-
-
-def how(about: dict[str, Any]) -> str:
-    """What a worker's run has chosen; nanoGPT computes in fp32 on a processor."""
-    chosen = about.get("how")
-    return f"{chosen['dtype']}, {chosen['kernels']} attention" if chosen else "float32, library's attention"
-
-
-def ceilings(say: Page) -> dict[str, float]:
-    """Matrix products of this machine, large and as this model has them; FLOP/s."""
+def measure_speed(clone: Path | None, rounds: int, compiled: bool, steps: int, out: common.Report) -> None:
+    """Tokens per second, peak memory, and MFU against large matrix products in bf16."""
     import torch
 
-    from benchmarks.ceilings import peak_speed, product_speed
+    from benchmarks.steps import write_random_tokens
 
-    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    peaks = {name: peak_speed(dtype) for name, dtype in formats.items()}
-    shapes = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
-    rows = [("large", *(f"{peaks[name] / 1e9:.0f}" for name in formats))]
-    for into, out in shapes:
-        speeds = (product_speed(ROWS * CONTEXT, into, out, dtype) for dtype in formats.values())
-        rows.append((f"{ROWS * CONTEXT} x {into} x {out}", *(f"{one / 1e9:.0f}" for one in speeds)))
-    say.say("Matrix products of this machine at their best, GFLOP/s:")
-    say.say(table(("", *formats), rows))
-    return peaks
+    shape = GPU_SHAPE if torch.cuda.is_available() else CPU_SHAPE
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        tokens = Path(folder) / "tokens.npy"
+        write_random_tokens(tokens, shape.vocab_size)
+        workers = start_workers(clone, compiled, shape, tokens, stack)
+        asks = {name: partial(worker.ask, steps) for name, worker in workers.items()}
+        results: dict[str, list[dict[str, Any]]] = common.interleave(asks, rounds)
+    sizes = (4096, 8192) if shape.device == "cuda" else (1024, 2048, 3072)
+    peak = max(common.matmul_flops((n, n, n), torch.bfloat16, shape.device) for n in sizes)
+    out.add(
+        f"Large bf16 matrix products: {peak / 1e9:,.0f} GFLOP/s. {shape}: medians of {rounds} interleaved rounds of "
+        f"{steps} steps."
+    )
+    tokens_per_round = steps * shape.batch_size * shape.context
+    speed = {name: tokens_per_round / middle(all_of, "seconds") for name, all_of in results.items()}
+    memory = {name: max(r["megabytes"] for r in all_of) for name, all_of in results.items()}
+    rows, mfu = [], {}
+    for name, worker in workers.items():
+        cost = common.train_flops_per_token(worker.ready["matrices"], shape.n_layers, shape.d_model, shape.context)
+        mfu[name] = speed[name] * cost / peak
+        settings = worker.ready.get("settings", "nanoGPT's own")
+        rows.append((name, settings, f"{speed[name]:,.0f}", f"{mfu[name]:.0%}", f"{memory[name]:,.0f}"))
+    out.add(common.table(("", "settings", "tokens/s", "MFU", "peak MB"), rows))
+    if clone:
+        out.add(common.table(common.TARGET_HEAD, speed_targets(speed, mfu, memory)))
+
+
+def speed_targets(speed: dict[str, float], mfu: dict[str, float], memory: dict[str, float]) -> list[tuple[str, ...]]:
+    """The same model of both, eager and at our fastest."""
+    best = max((name for name in ("ours, eager", "ours, compiled") if name in speed), key=lambda name: speed[name])
+    targets = []
+    for name in dict.fromkeys(["ours, eager", best]):
+        targets.append(
+            common.target(f"tokens/s, {name}, of nanoGPT's eager", speed[name] / speed["nanoGPT, eager"], 3.0)
+        )
+        targets.append(common.target(f"MFU, {name}", mfu[name], 0.6))
+        share = memory[name] / memory["nanoGPT, eager"]
+        targets.append(common.target(f"peak memory, {name}, of nanoGPT's eager", share, 0.7, at_most=True))
+    if "nanoGPT, compiled" in speed:
+        ratio = speed[best] / speed["nanoGPT, compiled"]
+        targets.append(common.target(f"tokens/s, {best}, of nanoGPT's compiled", ratio, 1.5))
+    return targets
 
 
 def main() -> None:
-    parser = options(__doc__ or "", rounds=3, nanogpt=True)
-    parser.add_argument("what", nargs="?", choices=["loss", "speed"], help="both without it")
-    parser.add_argument("--compiled", action="store_true", help="measure steps after torch.compile, too (minutes)")
-    parser.add_argument("--steps", type=int, default=4, help="steps in a round")
-    asked = parser.parse_args()
-    if asked.what != "speed":
-        with page("train-loss", asked.record) as say:
-            to_a_loss(asked.nanogpt, asked.rounds, say)
-    if asked.what != "loss":
-        with page("train-speed", asked.record) as say:
-            at_equal_shape(asked.nanogpt, asked.rounds, asked.compiled, asked.steps, say)
+    options = common.parser(__doc__, rounds=3, nanogpt=True)
+    options.add_argument("what", nargs="?", choices=["loss", "speed"], help="default: both")
+    options.add_argument("--compiled", action="store_true", help="also measure compiled steps (minutes)")
+    options.add_argument("--steps", type=int, default=4, help="steps in a round")
+    args = options.parse_args()
+    if args.what != "speed":
+        with common.report("train-loss", args.record) as out:
+            measure_loss(args.nanogpt, args.rounds, out)
+    if args.what != "loss":
+        with common.report("train-speed", args.record) as out:
+            measure_speed(args.nanogpt, args.rounds, args.compiled, args.steps, out)
 
 
 if __name__ == "__main__":
