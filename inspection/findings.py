@@ -278,7 +278,7 @@ def headline(findings: Sequence[Finding]) -> str:
     finding = next((finding for finding in findings if finding.label == "supported"), findings[0])
     why = f"but {LABELS[finding.label]}"
     if finding.label == "supported":
-        why = f"but a baseline that knows no content scores as high ({finding.baseline or 0.0:.2f})"
+        why = f"but a fixed offset or the nearest noun scores {finding.baseline or 0.0:.2f}"
     return f"No head qualifies: {finding.statement[0].lower()}{finding.statement[1:]}, {why}."
 
 

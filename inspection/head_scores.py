@@ -243,19 +243,18 @@ def _mean_attention_to(
 
 
 def value_weighted(
-    attention: Float[np.ndarray, "*batch S"], value_norms: Float[np.ndarray, "*batch S"]
+    attention: Float[np.ndarray, "*batch S"], value_norms: Float[np.ndarray, "*#batch S"]
 ) -> NDArray[np.float64]:
     """Attention weighted by value norms: |A_j v_j W_O|, divided by its sum (Kobayashi et al. 2020, section 3).
 
-    Attending to a short value vector changes little. A row of zeros stays zero.
+    Attending to a short value vector changes little. nan where all value vectors are zero.
 
     Args:
         attention: of one query, or of several with the value norms broadcast to them.
     """
     moved = attention.astype(np.float64) * value_norms
     total = moved.sum(axis=-1, keepdims=True)
-    weighted: NDArray[np.float64] = moved / np.where(total > 0, total, 1)
-    return weighted
+    return np.divide(moved, total, out=np.full_like(moved, np.nan), where=total > 0)
 
 
 def describe_antecedent(kind: str) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from common.errors import CONFIG, UserError, escape_control_chars
 from inspection.attention_file import AttentionRecord
 from inspection.commands.shared import OutputOptions, parse_head
+from inspection.head_scores import value_weighted as value_weighted_attention
 from inspection.run_reader import NEWEST, RunFiles, find_text
 from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, quote_token, table, token_text
 
@@ -84,9 +85,7 @@ def query_attention(text: AttentionRecord, position: int, value_weighted: bool) 
     start = position * (position + 1) // 2
     weights = text.pattern_tril[:, :, start : start + position + 1].astype(np.float64)
     if value_weighted:
-        weights = weights * text.value_norms[:, :, : position + 1]
-        total = weights.sum(axis=-1, keepdims=True)
-        weights = np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
+        return value_weighted_attention(weights, text.value_norms[:, :, : position + 1])
     return weights
 
 

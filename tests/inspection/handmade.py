@@ -1,35 +1,35 @@
-"""A model set by hand, in which an induction head can be read off the weights; what the inspection says of it is known.
+"""A model with hand-set parameters that contains an induction head, so that every result of inspection is known.
 
 How a transformer of two layers continues a text that repeats itself (Elhage et al. 2021, "Induction heads"; Olsson et
-al. 2022): it has read `A B ... A`, and says `B`.
+al. 2022): after `A B ... A` it predicts `B`.
 
-1. Layer 0, head 0 is a *previous-token head*. At each position its query asks for the position before, and it copies
-   the token that stands there. Afterwards every position knows two things: its token, and the token before it.
-2. Layer 1, head 1 is an *induction head*. At the second `A` its query asks: where is a position whose token BEFORE is
-   `A`? That is where `B` stands, and the head copies `B` into what the model says next. It can ask so only because
-   the first layer has written it down: the two heads are composed, and one layer alone cannot do this.
+1. Layer 0, head 0 is a *previous-token head*. Each query attends to the position before and copies its token, so that
+   every position then has two things: its token, and the token before it.
+2. Layer 1, head 1 is an *induction head*. The query of the second `A` attends to the position whose previous token is
+   `A`, where `B` is, and copies `B` into the prediction. It needs what the first layer wrote: the two heads are
+   composed, and one layer alone cannot do this.
 
-The residual stream is a row of one-hot parts, each with a name below:
+The residual stream is a concatenation of one-hot parts:
 
-    token      1 at the token that stands here; the induction head adds what comes next
-    mirror    -1 at the token that stands here
-    position   1 at the number of the position
-    before     1 at the token before this one: empty at first, written by the previous-token head
-    balance   takes away what others add, so that the stream always adds up to 0
-    anchor     4096 and -4096, at every position
+    token      1 at the current token; the induction head adds the next one
+    mirror    -1 at the current token
+    position   1 at the position
+    before     1 at the previous token: empty at first, written by the previous-token head
+    balance    minus what the others add, so that the stream always sums to 0
+    anchor     4096 and -4096 at every position
 
-* **The norms do nothing.** Layer norm takes away the mean, which is 0, and divides by the standard deviation. The
-  anchor is nearly all of that (to 1 part in 10^7), so it is the same everywhere, whatever the heads write or a test
-  takes away, and the gain multiplies it back.
-* **The logits are 60 (token + mirror).** The head is tied to the embedding, which is negative on `mirror`, and the last
-  gain is negative there too. So the present token cancels, and what the induction head wrote stays. Wherever nothing
-  was written every token is equally likely, and the loss is ln V exactly.
-* **Softmax is exact.** The key that is asked for leads all others by 60, so they get less than e^-60 = 10^-26.
-* **With nothing to find** the induction head rests on position 0 (Xiao et al. 2023), and token 0, with which a text
-  begins, hands over nothing.
+* **The norms do nothing.** Layer norm subtracts the mean, which is 0, and divides by the standard deviation. The anchor
+  is nearly all of that (to 1 part in 10^7), so it is the same everywhere, whatever the heads write or a test ablates,
+  and the norm's weight multiplies it back.
+* **The logits are 60 (token + mirror).** The LM head is tied to the embedding, which is negative on `mirror`, and the
+  final norm's weight is negative there too. So the current token cancels, and what the induction head wrote remains.
+  Where nothing was written every token is equally likely, and the loss is exactly ln V.
+* **Softmax is exact.** The score of the matching key is 60 above all others, which get less than e^-60 = 10^-26.
+* **Without a match** the induction head attends to position 0 (Xiao et al. 2023); token 0, with which a text begins,
+  has a value of zero.
 
-All other heads have zero queries, so they read every position alike, and zero values, so they write nothing; the MLPs
-are zero.
+All other heads have zero queries, so their attention is uniform, and zero values, so they write nothing; the MLPs are
+zero.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ INDUCTION = (1, 1)
 """(layer, head) of the induction head."""
 ANCHOR = 4096.0
 LEAD = 60.0
-"""By how much the right score, and the right logit, leads the others."""
+"""The margin of the matching score, and of the right logit, over all others."""
 
 
 class Stream:
-    """Where each part of the residual stream stands."""
+    """The slices of the residual stream."""
 
     def __init__(self, n_tokens: int, context: int) -> None:
         sizes = (n_tokens, n_tokens, context, n_tokens, 1, 2)
@@ -63,7 +63,7 @@ class Stream:
         self.token, self.mirror, self.position, self.before, self.balance, self.anchor = parts
         self.width = ends[-1]
         self.deviation = ANCHOR * math.sqrt(2 / self.width)
-        """What layer norm divides by."""
+        """The divisor of layer norm."""
 
 
 def handmade(
@@ -73,10 +73,10 @@ def handmade(
     n_layers: Literal[1, 2] = 2,
     attention: Literal["eager", "sdpa"] = "eager",
 ) -> GPT:
-    """The model of the docstring above; with one layer, its first layer alone, which says nothing.
+    """The model described above; with one layer, its first layer alone, which predicts nothing.
 
     Args:
-        n_tokens: V; texts begin with token 0, which should not come again.
+        n_tokens: V; texts begin with token 0, which should not occur again.
         context: the longest text.
         n_heads: H, at least 2, of width max(V, context).
     """
@@ -97,14 +97,14 @@ def handmade(
 
 
 def repeats(count: int, n: int, n_tokens: int = 30, seed: int = 1) -> list[list[int]]:
-    """Texts of 2 n + 1 tokens: token 0, then n distinct others, drawn anew for each text, said twice."""
+    """Texts of 2 n + 1 tokens: token 0, then n distinct random tokens, repeated once."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [(1 + torch.randperm(n_tokens - 1, generator=generator)[:n]).tolist() for _ in range(count)]
     return [[0, *tokens, *tokens] for tokens in drawn]
 
 
 def _embed(model: GPT, stream: Stream) -> None:
-    """What stands in the stream at first, and how the last norm and the tied head read it."""
+    """Set the embeddings and the final norm."""
     assert model.position_embedding is not None
     tokens, positions = model.token_embedding.weight, model.position_embedding.weight
     tokens[:, stream.token] = torch.eye(len(tokens))
@@ -118,8 +118,8 @@ def _embed(model: GPT, stream: Stream) -> None:
 
 def _previous_token_head(attention: CausalSelfAttention, stream: Stream) -> None:
     query, key, value, out = _head(attention, PREVIOUS[1])
-    T, V, strength = _size(stream.position), _size(stream.token), LEAD * math.sqrt(attention.d_head)
-    query[: T - 1, stream.position] = strength * torch.eye(T)[:-1].roll(1, dims=1)  # position i asks for i - 1
+    T, V, scale = _size(stream.position), _size(stream.token), LEAD * math.sqrt(attention.d_head)
+    query[: T - 1, stream.position] = scale * torch.eye(T)[:-1].roll(1, dims=1)  # position i attends to i - 1
     key[:T, stream.position] = torch.eye(T)
     value[:V, stream.token] = torch.eye(V)
     out[stream.before, :V] = torch.eye(V)
@@ -128,17 +128,17 @@ def _previous_token_head(attention: CausalSelfAttention, stream: Stream) -> None
 
 def _induction_head(attention: CausalSelfAttention, stream: Stream) -> None:
     query, key, value, out = _head(attention, INDUCTION[1])
-    V, strength = _size(stream.token), 2 * LEAD * math.sqrt(attention.d_head)
-    query[:V, stream.token] = strength * torch.eye(V)  # this position's token ...
+    V, scale = _size(stream.token), 2 * LEAD * math.sqrt(attention.d_head)
+    query[:V, stream.token] = scale * torch.eye(V)  # this position's token ...
     key[:V, stream.before] = torch.eye(V)  # ... is the token before that one
-    key[:V, stream.position.start] = 0.5  # half a match with any token: where to rest
+    key[:V, stream.position.start] = 0.5  # half a match with any token: the default target
     value[1:V, stream.token] = torch.eye(V)[1:]  # all tokens but token 0
     out[stream.token, :V] = torch.eye(V)
     out[stream.balance, :V] = -1
 
 
 def _head(attention: CausalSelfAttention, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The parts of one head's matrices, as views to be written into: query, key, value (D, C); output (C, D)."""
+    """Views of one head's matrices: query, key, value (D, C); output (C, D)."""
     per_head = attention.qkv.weight.view(3, attention.n_heads, attention.d_head, -1)
     query, key, value = per_head[:, head]
     return query, key, value, _columns(attention.out, attention.n_heads)[:, head]

@@ -1,4 +1,4 @@
-"""ActivationCache promises: what is shown is what the model computed, and looking changes nothing."""
+"""Hooks and cache show what the model computes, and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inspection.activation_cache import observe, run_with_cache, run_with_cache_batch
+from inspection.activation_cache import Hooks, run_with_cache, run_with_cache_batch, run_with_hooks
 from model import functional
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -19,7 +19,7 @@ PRESETS = ("glass", "gpt2", "qwen3")
 SMALL = ModelConfig(n_layers=2, n_heads=4, d_model=32, context=24, attention="eager")
 
 
-def lively(config: ModelConfig, vocab_size: int = 50) -> GPT:
+def random_gpt(config: ModelConfig, vocab_size: int = 50) -> GPT:
     """A model with weights so large that its attention is far from uniform."""
     model = GPT(config, vocab_size)
     generator = torch.Generator().manual_seed(1)
@@ -29,7 +29,7 @@ def lively(config: ModelConfig, vocab_size: int = 50) -> GPT:
     return model
 
 
-def some_tokens(T: int, vocab_size: int = 50) -> Tensor:
+def random_text(T: int, vocab_size: int = 50) -> Tensor:
     return torch.randint(vocab_size, (T,), generator=torch.Generator().manual_seed(T))
 
 
@@ -49,9 +49,9 @@ def previous_token_model(sharpness: float, C: int = 16) -> GPT:
     return model
 
 
-def test_a_previous_token_head_is_captured_in_its_closed_form() -> None:
+def test_previous_token_head_has_its_closed_form() -> None:
     C, T, sharpness = 16, 15, 1.3
-    pattern = run_with_cache(previous_token_model(sharpness, C), some_tokens(T, 10)).pattern[0, 0]
+    pattern = run_with_cache(previous_token_model(sharpness, C), random_text(T, 10)).pattern[0, 0]
     variance = (1 / C) * (1 - 1 / C)
     boost = math.exp(sharpness / (variance + 1e-5) / math.sqrt(C))
     expected = torch.zeros(T, T)
@@ -94,10 +94,10 @@ def by_hand(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
-def test_weights_are_those_computed_by_hand(preset: str, attention: str) -> None:
+def test_pattern_and_value_norms_equal_a_plain_loop(preset: str, attention: str) -> None:
     shared = 2 if preset == "qwen3" else 0
-    model = lively(replace(SMALL, preset=preset, attention=attention, n_kv_heads=shared))
-    tokens = some_tokens(11)
+    model = random_gpt(replace(SMALL, preset=preset, attention=attention, n_kv_heads=shared))
+    tokens = random_text(11)
     seen = run_with_cache(model, tokens)
     patterns, norms = by_hand(model, tokens)
     # the fused face, by which the hand goes from layer to layer, rounds otherwise than the explicit one
@@ -107,9 +107,9 @@ def test_weights_are_those_computed_by_hand(preset: str, attention: str) -> None
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_both_faces_are_captured_alike(preset: str) -> None:
-    tokens = some_tokens(24)
-    explicit, fused = (lively(replace(SMALL, preset=preset, attention=k)) for k in ("eager", "sdpa"))
+def test_attention_implementation_does_not_matter(preset: str) -> None:
+    tokens = random_text(24)
+    explicit, fused = (random_gpt(replace(SMALL, preset=preset, attention=k)) for k in ("eager", "sdpa"))
     fused.load_state_dict(explicit.state_dict())
     one, other = run_with_cache(explicit, tokens), run_with_cache(fused, tokens)
     torch.testing.assert_close(one.pattern, other.pattern, atol=2e-5, rtol=0)
@@ -117,8 +117,8 @@ def test_both_faces_are_captured_alike(preset: str) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 2, 24])
-def test_rows_are_distributions_over_the_past(T: int) -> None:
-    seen = run_with_cache(lively(SMALL), some_tokens(T), logits=True)
+def test_rows_are_causal_distributions(T: int) -> None:
+    seen = run_with_cache(random_gpt(SMALL), random_text(T), logits=True)
     assert seen.pattern.shape == (2, 4, T, T) and seen.value_norms.shape == (2, 4, T)
     assert seen.loss.shape == (T - 1,) and seen.logits.shape == (T, 50)
     assert torch.equal(seen.pattern, seen.pattern.tril()), "the future is exactly 0"
@@ -126,8 +126,8 @@ def test_rows_are_distributions_over_the_past(T: int) -> None:
 
 
 @torch.no_grad()
-def test_loss_and_logits_are_the_models_own() -> None:
-    model, tokens = lively(SMALL), some_tokens(20)
+def test_loss_and_logits_are_the_models() -> None:
+    model, tokens = random_gpt(SMALL), random_text(20)
     seen = run_with_cache(model, tokens, logits=True)
     logits = model(tokens[None])[0]
     torch.testing.assert_close(seen.logits, logits, atol=1e-6, rtol=0)
@@ -136,20 +136,20 @@ def test_loss_and_logits_are_the_models_own() -> None:
 
 
 @pytest.mark.parametrize("T", [0, 25])
-def test_too_short_or_too_long_a_text_is_refused(T: int) -> None:
+def test_wrong_length_is_refused(T: int) -> None:
     with pytest.raises(ValueError, match=r"24|at least 1"):
-        run_with_cache(lively(SMALL), torch.zeros(T, dtype=torch.long))
+        run_with_cache(random_gpt(SMALL), torch.zeros(T, dtype=torch.long))
 
 
 @pytest.mark.parametrize("token", [-1, 50])
-def test_an_unknown_token_is_refused(token: int) -> None:
+def test_unknown_token_is_refused(token: int) -> None:
     with pytest.raises(ValueError, match="vocabulary of 50"):
-        run_with_cache(lively(SMALL), torch.tensor([1, token]))
+        run_with_cache(random_gpt(SMALL), torch.tensor([1, token]))
 
 
-def test_padding_is_harmless() -> None:
-    model = lively(SMALL)
-    texts = [some_tokens(T).tolist() for T in (5, 24, 1, 13)]
+def test_batch_equals_single_texts() -> None:
+    model = random_gpt(SMALL)
+    texts = [random_text(T).tolist() for T in (5, 24, 1, 13)]
     for text, seen in zip(texts, run_with_cache_batch(model, texts), strict=True):
         alone = run_with_cache(model, torch.tensor(text))
         assert torch.equal(seen.tokens, torch.tensor(text))
@@ -169,36 +169,36 @@ def snapshot(model: GPT) -> list[object]:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_looking_leaves_no_trace(attention: str, dtype: torch.dtype) -> None:
-    model = lively(replace(SMALL, attention=attention, dropout=0.5)).to(dtype)
+def test_model_is_unchanged(attention: str, dtype: torch.dtype) -> None:
+    model = random_gpt(replace(SMALL, attention=attention, dropout=0.5)).to(dtype)
     model.train()
     model.blocks[0].eval()  # put to rest on purpose; must not be woken
     before = snapshot(model)
-    seen = run_with_cache(model, some_tokens(10), logits=True)
+    seen = run_with_cache(model, random_text(10), logits=True)
     assert snapshot(model) == before
     assert not any(t.requires_grad for t in (seen.pattern, seen.value_norms, seen.loss, seen.logits))
 
 
-def test_a_failure_on_the_way_leaves_no_trace() -> None:
-    model = lively(replace(SMALL, attention="sdpa"))
+def test_model_is_unchanged_after_a_failed_hook() -> None:
+    model = random_gpt(replace(SMALL, attention="sdpa"))
     before = snapshot(model)
 
-    def fail(layer: int, weights: Tensor) -> None:
+    def fail(layer: int, pattern: Tensor) -> None:
         raise KeyError(layer)
 
     with pytest.raises(KeyError):
-        observe(model, some_tokens(5)[None], fail)
+        run_with_hooks(model, random_text(5)[None], Hooks(pattern=fail))
     assert snapshot(model) == before
 
 
-def test_dropout_does_not_reach_the_weights() -> None:
-    model, tokens = lively(replace(SMALL, dropout=0.5)), some_tokens(10)
+def test_dropout_is_off() -> None:
+    model, tokens = random_gpt(replace(SMALL, dropout=0.5)), random_text(10)
     training = run_with_cache(model.train(), tokens)
     assert torch.equal(training.pattern, run_with_cache(model.eval(), tokens).pattern)
 
 
-def test_weights_are_in_fp32_whatever_the_model_runs_in() -> None:
-    model, tokens = lively(SMALL), some_tokens(24)
+def test_pattern_is_computed_in_fp32() -> None:
+    model, tokens = random_gpt(SMALL), random_text(24)
     plain = run_with_cache(model, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run_with_cache(model, tokens).pattern, plain.pattern)
@@ -208,8 +208,8 @@ def test_weights_are_in_fp32_whatever_the_model_runs_in() -> None:
     assert torch.equal(low.pattern, run_with_cache(rounded.float(), tokens).pattern)
 
 
-def test_what_an_intervention_puts_in_place_of_the_weights_is_what_is_seen() -> None:
-    model, tokens = lively(SMALL), some_tokens(8)
+def test_hook_that_replaces_the_pattern_is_seen() -> None:
+    model, tokens = random_gpt(SMALL), random_text(8)
     hook = model.blocks[1].attention.pattern.register_forward_hook(lambda m, args, out: torch.eye(8).expand_as(out))
     with_hook = run_with_cache(model, tokens)
     hook.remove()
@@ -219,10 +219,10 @@ def test_what_an_intervention_puts_in_place_of_the_weights_is_what_is_seen() -> 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
-def test_details_are_the_steps_of_the_models_own_attention(preset: str) -> None:
+def test_details_add_up_to_the_models_attention(preset: str) -> None:
     """The stored pieces, put together by the formula, are the layer's own output; heads stand in their places."""
     shared = 2 if preset == "qwen3" else 0
-    model, tokens = lively(replace(SMALL, preset=preset, n_kv_heads=shared)), some_tokens(11)
+    model, tokens = random_gpt(replace(SMALL, preset=preset, n_kv_heads=shared)), random_text(11)
     outputs: list[Tensor] = []
     handles = [b.attention.register_forward_hook(lambda m, args, out: outputs.append(out[0])) for b in model.blocks]
     logits = model(tokens[None])[0]
@@ -240,9 +240,9 @@ def test_details_are_the_steps_of_the_models_own_attention(preset: str) -> None:
     torch.testing.assert_close(seen.top_probs, logits.softmax(-1).gather(1, seen.top_tokens), atol=1e-6, rtol=0)
 
 
-def test_details_are_kept_when_asked_for_and_padding_does_not_reach_them() -> None:
-    model = lively(SMALL)
-    texts = [some_tokens(T).tolist() for T in (5, 24, 1)]
+def test_details_of_a_batch_equal_single_texts() -> None:
+    model = random_gpt(SMALL)
+    texts = [random_text(T).tolist() for T in (5, 24, 1)]
     names = ("queries", "keys", "values", "attn_out", "top_tokens", "top_probs")
     assert all(getattr(run_with_cache_batch(model, texts)[0], name) is None for name in names)
     for text, seen in zip(texts, run_with_cache_batch(model, texts, details=True), strict=True):
@@ -251,7 +251,7 @@ def test_details_are_kept_when_asked_for_and_padding_does_not_reach_them() -> No
             torch.testing.assert_close(getattr(seen, name), getattr(alone, name), atol=2e-5, rtol=1e-5)
 
 
-def test_a_vocabulary_of_fewer_than_five_has_fewer_likeliest_tokens() -> None:
-    seen = run_with_cache(lively(SMALL, vocab_size=3), torch.tensor([0, 2]), details=True)
+def test_small_vocabulary_has_fewer_top_tokens() -> None:
+    seen = run_with_cache(random_gpt(SMALL, vocab_size=3), torch.tensor([0, 2]), details=True)
     assert seen.top_tokens.shape == seen.top_probs.shape == (2, 3)
     torch.testing.assert_close(seen.top_probs.sum(-1), torch.ones(2))

@@ -1,214 +1,309 @@
-"""Probes promise: spans find their tokens, and a batch says what one forward pass at a time would say."""
+"""Contrast pairs and antecedent scores: spans find their tokens, batches equal single runs, baselines are honest."""
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inspection import contrast_pairs as probes_module
+from data.stories import KINDS, stories
+from inspection import antecedent_score, contrast_pairs
 from inspection.activation_cache import run_with_cache
-from inspection.contrast_pairs import ContrastPair, locate, measure
+from inspection.antecedent_score import AntecedentScore, antecedent_scores, chosen_heads, halves
+from inspection.contrast_pairs import ContrastPair, LabelledText, make_contrast_pair, score_pairs
 from model.gpt import GPT
-from tests.inspection.test_activation_cache import SMALL, lively
+from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
+from tests.inspection.test_activation_cache import SMALL, random_gpt
 
+Patch = pytest.MonkeyPatch
 TEXT = "Mia gave the kite to Tom because he was sad. Then Tom smiled."
-ANSWER, EVIDENCE = (49, 53), (20, 24)
+ANSWER, TOM = (49, 53), (20, 24)
+PRONOUN = LabelledText("pronoun", TEXT, ANSWER, [TOM], " Mia")
 
 
-def encode_bytes(text: str) -> list[int]:
-    return list(text.encode())
+class Bytes:
+    """A tokenizer of bytes."""
+
+    end_of_text = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
 
 
-def byte_of(token: int) -> bytes:
-    return bytes([token])
+class Words(Bytes):
+    """A tokenizer of words with their leading space, and of punctuation marks."""
 
-
-class Words:
-    """A tokenizer of words with their leading space and of punctuation marks."""
+    end_of_text, pattern = 999, r" ?\w+|[^\w]"
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
 
     def encode(self, text: str) -> list[int]:
-        found = re.findall(r" ?\w+|[^\w]", text)
-        self.pieces += [piece for piece in found if piece not in self.pieces]
-        return [self.pieces.index(piece) for piece in found]
+        pieces = re.findall(self.pattern, text)
+        self.pieces += [piece for piece in pieces if piece not in self.pieces]
+        return [self.pieces.index(piece) for piece in pieces]
 
     def token_bytes(self, token: int) -> bytes:
         return self.pieces[token].encode()
 
 
-def test_the_text_of_these_tests_says_what_it_should() -> None:
-    assert TEXT[slice(*ANSWER)] == TEXT[slice(*EVIDENCE)] == " Tom"
-
-
-def test_locate_finds_words() -> None:
+def test_spans_become_word_positions() -> None:
     words = Words()
-    probe = locate("pronoun", TEXT, ANSWER, [EVIDENCE], " Mia", words.encode, words.token_bytes, 999)
-    assert probe.tokens == (999, *words.encode(TEXT[:49]))
-    assert [words.pieces[probe.tokens[k]] for k in probe.evidence] == [" Tom"]
-    assert [words.pieces[t] for t in probe.right + probe.wrong] == [" Tom", " Mia"]
-    assert probe.length == len(probe.tokens)
+    first = (TEXT.index("Mia"), TEXT.index("Mia") + 3)
+    nouns = [(start, start + len(noun)) for noun in ("Tom", "Mia", "kite") for start in [TEXT.index(noun)]]
+    pair = make_contrast_pair(replace(PRONOUN, antecedent=[first, TOM], nouns=nouns), words)
+    assert pair.tokens == (999, *words.encode(TEXT[:49])) and pair.length == len(pair.tokens)
+    assert [words.pieces[pair.tokens[k]].strip() for k in pair.antecedent] == ["Mia", "Tom"]
+    assert [words.pieces[t] for t in pair.right + pair.wrong] == [" Tom", " Mia"]
+    assert [words.pieces[pair.tokens[k]] for k in pair.nearest_noun] == [" Tom"]
+    assert make_contrast_pair(PRONOUN, words).nearest_noun == ()
 
 
-def test_locate_finds_bytes() -> None:
-    probe = locate("pronoun", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, byte_of, 256)
-    assert bytes(probe.tokens[k] for k in probe.evidence) == b" Tom"
-    assert bytes(probe.right) == b" Tom" and bytes(probe.wrong) == b" Mia"
-    assert probe.length == len(probe.tokens) + 3
+def test_spans_become_byte_positions() -> None:
+    pair = make_contrast_pair(PRONOUN, Bytes())
+    assert bytes(pair.tokens[k] for k in pair.antecedent) == bytes(pair.right) == b" Tom"
+    assert bytes(pair.wrong) == b" Mia" and pair.length == len(pair.tokens) + 3
 
 
 @given(st.text(min_size=3, max_size=30), st.data())
 @settings(max_examples=100, deadline=None)
-def test_locate_counts_in_bytes_where_characters_take_several(text: str, data: st.DataObject) -> None:
+def test_multibyte_characters_are_counted_in_bytes(text: str, data: st.DataObject) -> None:
     text = text.encode("utf-8", "ignore").decode() + "abc"
-    begin = data.draw(st.integers(0, len(text) - 3))
-    end = data.draw(st.integers(begin + 1, len(text) - 2))
-    span = (len(text) - 1, len(text))
-    probe = locate("k", text, span, [(begin, end)], "zz", encode_bytes, byte_of, 0)
-    assert bytes(probe.tokens[k] for k in probe.evidence).decode() == text[begin:end]
+    start = data.draw(st.integers(0, len(text) - 3))
+    end = data.draw(st.integers(start + 1, len(text) - 2))
+    label = LabelledText("k", text, (len(text) - 1, len(text)), [(start, end)], "zz")
+    pair = make_contrast_pair(label, Bytes())
+    assert bytes(pair.tokens[k] for k in pair.antecedent).decode() == text[start:end]
 
 
-def test_every_mention_counts() -> None:
+def test_overlapping_tokens_belong_to_the_antecedent() -> None:
     words = Words()
-    first = (TEXT.index("Mia"), TEXT.index("Mia") + 3)
-    probe = locate("k", TEXT, ANSWER, [first, EVIDENCE], " Mia", words.encode, words.token_bytes, 999)
-    assert [words.pieces[probe.tokens[k]].strip() for k in probe.evidence] == ["Mia", "Tom"]
+    words.pattern = "ab|cd|ef|g|h"
+    for span, positions in (((1, 3), (1, 2)), ((0, 2), (1,)), ((3, 4), (2,)), ((0, 6), (1, 2, 3))):
+        assert make_contrast_pair(LabelledText("k", "abcdefg", (6, 7), [span], "h"), words).antecedent == positions
 
 
-def test_the_nearest_noun_is_the_last_one() -> None:
-    words = Words()
-    nouns = [(start, start + len(noun)) for noun in ("Tom", "Mia", "kite") for start in [TEXT.index(noun)]]
-    probe = locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", words.encode, words.token_bytes, 999, nouns)
-    assert [words.pieces[probe.tokens[k]] for k in probe.nearest] == [" Tom"]
-    assert probe == replace(
-        locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", words.encode, words.token_bytes, 999), nearest=probe.evidence
-    )
-    assert locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, byte_of, 0).nearest == ()
-    in_bytes = locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, byte_of, 0, nouns[1:])
-    assert bytes(in_bytes.tokens[k] for k in in_bytes.nearest) == b"kite"
-    with pytest.raises(ValueError, match="do not fit"):
-        locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, byte_of, 0, [(50, 53)])
-
-
-def test_a_token_that_overlaps_the_evidence_belongs_to_it() -> None:
-    pairs = {text: k for k, text in enumerate(["ab", "cd", "ef", "g", "h"])}
-
-    def encode(text: str) -> list[int]:
-        return [pairs[piece] for piece in re.findall(r"ab|cd|ef|g|h", text)]
-
-    def token_bytes(token: int) -> bytes:
-        return list(pairs)[token].encode()
-
-    for evidence, positions in (
-        ((1, 3), (1, 2)),
-        ((0, 2), (1,)),
-        ((2, 4), (2,)),
-        ((3, 4), (2,)),
-        ((0, 6), (1, 2, 3)),
-    ):
-        assert locate("k", "abcdefg", (6, 7), [evidence], "h", encode, token_bytes, 9).evidence == positions
-
-
-def test_a_tokenizer_that_merges_across_the_border_is_refused() -> None:
-    def merging(text: str) -> list[int]:
+class Merging(Bytes):
+    def encode(self, text: str) -> list[int]:
         return list(text.replace("n T", "#").encode())
 
-    with pytest.raises(ValueError, match="' Tom' apart"):
-        locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", merging, byte_of, 0)
-    with pytest.raises(ValueError, match="' Tim' apart"):
-        locate("k", TEXT.replace("Then Tom", "Then Xom"), ANSWER, [EVIDENCE], " Tim", merging, byte_of, 0)
+
+class Lossy(Bytes):
+    def token_bytes(self, token: int) -> bytes:
+        return b"??"
 
 
 @pytest.mark.parametrize(
-    ("answer", "evidence", "wrong"),
+    ("changes", "tokenizer", "error"),
     [
-        ((49, 53), (50, 52), " Mia"),
-        ((49, 53), (20, 20), " Mia"),
-        ((60, 99), (20, 24), " Mia"),
-        (ANSWER, EVIDENCE, " Tom"),
+        ({"antecedent": [(50, 52)]}, Bytes(), "do not fit"),
+        ({"antecedent": [(20, 20)]}, Bytes(), "do not fit"),
+        ({"antecedent": []}, Bytes(), "do not fit"),
+        ({"answer": (60, 99)}, Bytes(), "do not fit"),
+        ({"nouns": [(50, 53)]}, Bytes(), "do not fit"),
+        ({"wrong": " Tom"}, Bytes(), "both answers"),
+        ({}, Merging(), "merges ' Tom'"),
+        ({"text": TEXT.replace("Then Tom", "Then Xom"), "wrong": " Tim"}, Merging(), "merges ' Tim'"),
+        ({}, Lossy(), "changes the bytes"),
     ],
 )
-def test_spans_that_make_no_question_are_refused(
-    answer: tuple[int, int], evidence: tuple[int, int], wrong: str
-) -> None:
-    with pytest.raises(ValueError, match=r"do not fit|both candidates"):
-        locate("k", TEXT, answer, [evidence], wrong, encode_bytes, byte_of, 0)
+def test_unusable_labels_are_refused(changes: dict[str, Any], tokenizer: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        make_contrast_pair(replace(PRONOUN, **changes), tokenizer)
 
 
-def test_a_tokenizer_that_loses_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="bytes"):
-        locate("k", TEXT, ANSWER, [EVIDENCE], " Mia", encode_bytes, lambda token: b"??", 0)
-
-
-def random_probes(count: int, kinds: tuple[str, ...], longest: int) -> list[ContrastPair]:
+def random_pairs(count: int, kinds: tuple[str, ...], longest: int) -> list[ContrastPair]:
     rng = random.Random(3)
 
     def draw(least: int, most: int) -> tuple[int, ...]:
         return tuple(rng.randrange(50) for _ in range(rng.randint(least, most)))
 
-    probes = []
+    pairs = []
     for k in range(count):
         prompt = draw(4, longest - 3)
-        evidence = tuple(sorted(rng.sample(range(len(prompt)), rng.randint(1, 3))))
-        probes.append(ContrastPair(kinds[k % len(kinds)], prompt, evidence, draw(1, 4), draw(1, 4)))
-    return probes
+        antecedent = tuple(sorted(rng.sample(range(len(prompt)), rng.randint(1, 3))))
+        pairs.append(ContrastPair(kinds[k % len(kinds)], prompt, antecedent, draw(1, 4), draw(1, 4)))
+    return pairs
 
 
-def one_by_one(model: GPT, probe: ContrastPair) -> tuple[float, torch.Tensor]:
-    """log p(right) - log p(wrong), and each head's weight on the evidence."""
-    scores = []
-    for answer in (probe.right, probe.wrong):
-        text = torch.tensor(probe.tokens + answer)
-        scores.append(-float(run_with_cache(model, text).loss[-len(answer) :].sum()))
-    pattern = run_with_cache(model, torch.tensor(probe.tokens)).pattern
-    return scores[0] - scores[1], pattern[:, :, -1, list(probe.evidence)].sum(-1)
-
-
-@pytest.fixture(scope="module")
-def asked() -> tuple[GPT, list[ContrastPair], list[tuple[float, torch.Tensor]]]:
-    """A model; probes, of which some go on from others; and what each should show."""
-    model = lively(replace(SMALL, attention="sdpa"))
-    probes = random_probes(15, ("pronoun", "place"), 24)
-    probes += [replace(probe, tokens=probe.tokens[:4], evidence=(1, 2)) for probe in probes[::4]]
-    probes += [replace(probe, tokens=(probe.tokens + probe.right + probe.wrong)[:20]) for probe in probes[:6]]
-    probes += [replace(probe, right=probe.wrong, wrong=probe.right) for probe in probes[3:5]]
-    return model, probes, [one_by_one(model, probe) for probe in probes]
+def score_alone(model: GPT, pair: ContrastPair) -> tuple[float, torch.Tensor]:
+    """Logit difference, and each head's attention to the antecedent, from one forward pass each."""
+    log_p = []
+    for answer in (pair.right, pair.wrong):
+        text = torch.tensor(pair.tokens + answer)
+        log_p.append(-float(run_with_cache(model, text).loss[-len(answer) :].sum()))
+    pattern = run_with_cache(model, torch.tensor(pair.tokens)).pattern
+    return log_p[0] - log_p[1], pattern[:, :, -1, list(pair.antecedent)].sum(-1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_probes_show_what_they_show_one_by_one(
-    asked: tuple[GPT, list[ContrastPair], list[tuple[float, torch.Tensor]]], batch_size: int
-) -> None:
-    model, probes, wanted = asked
-    margins, weights = measure(model, probes, batch_size)
-    torch.testing.assert_close(margins, torch.tensor([margin for margin, _ in wanted]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(weights, torch.stack([weight for _, weight in wanted]), atol=1e-5, rtol=0)
-    assert margins.min() < 0 < margins.max()
+def test_batches_equal_single_pairs(batch_size: int) -> None:
+    model = random_gpt(replace(SMALL, attention="sdpa"))
+    pairs = random_pairs(15, ("pronoun", "place"), 24)  # and some that are prefixes of others
+    pairs += [replace(pair, tokens=pair.tokens[:4], antecedent=(1, 2)) for pair in pairs[::4]]
+    pairs += [replace(pair, tokens=(pair.tokens + pair.right + pair.wrong)[:20]) for pair in pairs[:6]]
+    expected = [score_alone(model, pair) for pair in pairs]
+    logit_diffs, attention = score_pairs(model, pairs, batch_size)
+    torch.testing.assert_close(logit_diffs, torch.tensor([d for d, _ in expected]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(attention, torch.stack([a for _, a in expected]), atol=1e-5, rtol=0)
+    assert logit_diffs.min() < 0 < logit_diffs.max()
 
 
-def test_questions_about_one_text_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    real = probes_module.observe
+def test_prefixes_share_a_forward_pass(monkeypatch: Patch) -> None:
+    rows: list[int] = []
+    real = contrast_pairs.run_with_hooks
     monkeypatch.setattr(
-        probes_module, "observe", lambda model, tokens, *rest: read.append(len(tokens)) or real(model, tokens, *rest)
+        contrast_pairs, "run_with_hooks", lambda m, tokens, hooks: rows.append(len(tokens)) or real(m, tokens, hooks)
     )
     story = tuple(range(20))
-    measure(lively(SMALL), [ContrastPair("k", story[:n], (1,), (n,), (40,)) for n in (5, 9, 20)])
-    assert read == [1]
+    score_pairs(random_gpt(SMALL), [ContrastPair("k", story[:n], (1,), (n,), (40,)) for n in (5, 9, 20)])
+    assert rows == [1]
 
 
-def test_no_probes_show_nothing() -> None:
-    margins, weights = measure(lively(SMALL), [])
-    assert margins.shape == (0,) and weights.shape == (0, SMALL.n_layers, SMALL.n_heads)
+def test_no_pairs_and_too_long_pairs() -> None:
+    logit_diffs, attention = score_pairs(random_gpt(SMALL), [])
+    assert logit_diffs.shape == (0,) and attention.shape == (0, SMALL.n_layers, SMALL.n_heads)
+    with pytest.raises(ValueError, match="takes 1 to 24"):
+        score_pairs(random_gpt(SMALL), [ContrastPair("a", tuple(range(24)), (3,), (1, 5), (2,))])
 
 
-def test_a_probe_longer_than_the_context_is_refused() -> None:
-    with pytest.raises(ValueError, match="the model reads 1 to 24"):
-        measure(lively(SMALL), [ContrastPair("a", tuple(range(24)), (3,), (1, 5), (2,))])
+# Antecedent scores.
+
+N = 20
+
+
+def matching_pairs(count: int) -> list[ContrastPair]:
+    """Repeats of different lengths that end in the second copy; the token after the first match is the antecedent."""
+    pairs = []
+    for k in range(count):
+        n = N - 2 * (k % 4)
+        text = tuple(repeats(1, n, seed=1 + k)[0])
+        end = n + 3 + k % 5
+        nearest = (end - n - k % 2,)
+        pairs.append(ContrastPair("match", text[:end], (end - n,), (text[end],), (text[1],), nearest))
+    return pairs
+
+
+def check_handmade() -> None:
+    """The induction head attends to the antecedent at any offset: N - 1, N - 3, N - 5 or N - 7 tokens back."""
+    (score,) = antecedent_scores(handmade(), matching_pairs(40))
+    assert (score.kind, score.count, score.accuracy, score.head) == ("match", 40, 1.0, INDUCTION)
+    assert score.attention == pytest.approx(1, abs=1e-6) and score.qualifies
+    choose, judge = halves(range(40))
+    offsets = [N - 1 - 2 * (k % 4) for k in range(40)]
+    best = max(sorted(set(offsets)), key=lambda d: sum(offsets[k] == d for k in choose))
+    assert score.offset == best
+    assert score.offset_baseline == pytest.approx(sum(offsets[k] == best for k in judge) / 20)
+    assert score.nearest_noun_baseline == pytest.approx(sum(k % 2 == 0 for k in judge) / 20)
+    assert chosen_heads([score])["antecedent.match"].baseline == score.baseline
+
+
+def check_halves() -> None:
+    """One half has the previous token as antecedent, the other one the first: good at one is bad at the other."""
+    choose, _ = halves(range(16))
+    tokens = tuple(repeats(1, 12)[0])
+    pairs = [ContrastPair("k", tokens[:9], (7,) if k in choose else (0,), (1,), (2,)) for k in range(16)]
+    (score,) = antecedent_scores(handmade(), pairs)
+    assert score.head == PREVIOUS and score.attention < 1e-6 and not score.qualifies
+    assert score.offset == 1 and score.offset_baseline == 0 and score.nearest_noun_baseline is None
+
+
+def check_no_period() -> None:
+    for count in (40, 196):
+        for half in antecedent_score.halves(range(count)):
+            assert 0.3 < sum(k % 2 for k in half) / len(half) < 0.7
+
+
+def check_partial_noun() -> None:
+    """Two of a noun's three tokens in the antecedent count two thirds; an unknown noun does not count."""
+    pairs = [replace(pair, antecedent=(3, 4), nearest_noun=(4, 5, 3)) for pair in matching_pairs(20)]
+    pairs[::5] = [replace(pair, nearest_noun=()) for pair in pairs[::5]]
+    assert antecedent_scores(handmade(), pairs)[0].nearest_noun_baseline == pytest.approx(2 / 3)
+
+
+CHECKS = (check_handmade, check_halves, check_no_period, check_partial_noun)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_antecedent_score_check(check: Callable[[], None]) -> None:
+    check()
+
+
+def any_noun_token(pair: ContrastPair) -> float:
+    return float(bool(set(pair.nearest_noun) & set(pair.antecedent)))
+
+
+MUTANTS: list[tuple[str, object, Callable[[], None]]] = [
+    ("halves", lambda pairs: (list(pairs), list(pairs)), check_halves),
+    ("halves", lambda pairs: (list(pairs[::2]), list(pairs[1::2])), check_no_period),
+    ("at_offset", lambda p, d: float(len(p.tokens) - d in p.antecedent), check_handmade),
+    ("at_offset", lambda p, d: float(d in p.antecedent), check_handmade),
+    ("best_offset", lambda pairs: 0, check_handmade),
+    ("at_nearest_noun", any_noun_token, check_partial_noun),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "check"), MUTANTS)
+def test_wrong_rule_fails_a_check(name: str, wrong: object, check: Callable[[], None], monkeypatch: Patch) -> None:
+    monkeypatch.setattr(antecedent_score, name, wrong)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 11])
+def test_halves_are_a_partition(count: int) -> None:
+    choose, judge = halves(range(count))
+    assert sorted(choose + judge) == list(range(count)) and 0 <= len(choose) - len(judge) <= 1
+    assert (choose, judge) == halves(range(count))
+
+
+def test_pairs_beyond_the_context_are_left_out() -> None:
+    model = random_gpt(SMALL)
+    fitting = [ContrastPair("a", tuple(range(24)), (3,), (1,), (2,))] * 3
+    too_long = ContrastPair("a", tuple(range(24)), (3,), (1, 5), (2,))
+    assert antecedent_scores(model, [*fitting, too_long])[0].count == 3
+    assert antecedent_scores(model, [fitting[0], too_long]) == [] == antecedent_scores(model, [])
+
+
+def test_baselines_on_the_stories() -> None:
+    """Where the grammar fixes the position of the antecedent, a fixed offset always finds it."""
+    words = Words()
+    labels = [(story, label) for story in stories("val", 60) for label in story.labels]
+    pairs = [
+        make_contrast_pair(LabelledText(k.kind, s.text, k.answer, k.antecedents, k.wrong, k.nouns), words)
+        for s, k in labels
+    ]
+    pairs = [replace(pair, tokens=(0, *pair.tokens[1:])) for pair in pairs]
+    model = random_gpt(replace(SMALL, context=128), vocab_size=len(words.pieces))
+    scores = {score.kind: score for score in antecedent_scores(model, pairs)}
+    assert set(scores) == set(KINDS)
+    assert [scores[kind].offset_baseline for kind in ("induction", "place", "agreement")] == [1, 1, 1]
+    assert 0.3 < scores["cause"].offset_baseline < 0.7 and 0.3 < scores["crossing"].offset_baseline < 0.7
+    nearest = scores["pronoun"].nearest_noun_baseline
+    assert nearest is not None and 0.2 < nearest < 0.8
+
+
+def test_summary_lines() -> None:
+    scores = [
+        AntecedentScore("pronoun", 107, 1.0, (1, 0), 0.794, 9, 0.312, 0.481),
+        AntecedentScore("cause", 40, 0.5, (0, 1), 0.31, 1, 0.2, None),
+        AntecedentScore("own", 12, 0.755, (0, 2), 0.5, 0, 0.0, 0.0),
+    ]
+    assert [score.summary for score in scores] == [
+        "pronoun: right in 100.0% of 107; head L1H0 attends to a pronoun's antecedent "
+        "(0.79; 9 tokens back 0.31; nearest noun 0.48)",
+        "cause: right in 50.0% of 40; no head puts 50% of its attention on the antecedent "
+        "(best L0H1, 0.31; 1 token back 0.20)",
+        "own: right in 75.5% of 12; head L0H2 attends to the word that decides the answer "
+        "(0.50; the last token 0.00; nearest noun 0.00)",
+    ]

@@ -1,36 +1,296 @@
-"""Head scores promise their closed forms, on a model of which every weight is known and on heads that read all alike.
-
-`metric_checks.py` has the checks and `test_metric_mutants.py` proves that they notice what is wrong.
-"""
+"""Head scores: closed forms on a model with known heads, brute force, and mutants that the checks must notice."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inspection import head_scores as metrics
-from inspection import scores
+from inspection import contrast_pairs, head_scores
+from inspection.activation_cache import run_with_cache
+from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
-from inspection.head_scores import SCORES, score_info
-from model.gpt import GPT
-from tests.inspection.handmade import handmade
-from tests.inspection.head_score_checks import CHECKS, ON_TOKENS, same, watched
+from inspection.head_scores import (
+    HELD_OUT,
+    PARAMETERS,
+    REPEATS,
+    SCORES,
+    compute_head_scores,
+    score_info,
+    value_weighted,
+)
+from model.gpt import GPT, CausalSelfAttention
+from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.model.helpers import random_model
+
+Patch = pytest.MonkeyPatch
+N = 25
+T = 2 * N + 1
+UNIFORM_ONE = sum(1 / (i + 1) for i in range(1, T)) / (T - 1)
+"""Mean over i >= 1 of uniform attention to one key."""
+UNIFORM_MATCH = sum(1 / (i + 1) for i in range(N + 1, T)) / N
+"""The same over the queries of the second copy."""
+# Uniform heads, previous-token head, induction head; on token 0 and N others, repeated.
+EXPECTED = {
+    "previous_token": (UNIFORM_ONE, 1.0, 1 / (T - 1)),
+    "first_token": (UNIFORM_ONE, 1 / (T - 1), N / (T - 1)),
+    "duplicate_token": (UNIFORM_MATCH, 0.0, 0.0),
+    "induction": (UNIFORM_MATCH, 0.0, 1.0),
+    "entropy": (1.0, 0.0, 0.0),
+    "distance": ((T - 1) / 4, (T - 1) / T, (sum(range(N + 1)) + N * (N - 1)) / T),
+}
+MATCHING = ("induction", "duplicate_token")
+
+
+def close(actual: Tensor, expected: Tensor | float, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, torch.as_tensor(expected).expand_as(actual), atol=atol, rtol=0)
+
+
+def table(uniform: float, previous: float, induction: float) -> Tensor:
+    """A value for each head of the handmade model."""
+    values = torch.full((2, 3), uniform)
+    values[PREVIOUS], values[INDUCTION] = previous, induction
+    return values
+
+
+@cache
+def handmade_pattern() -> tuple[Tensor, Tensor]:
+    tokens = torch.tensor(repeats(1, N)[0])
+    return run_with_cache(handmade(), tokens).pattern, tokens
+
+
+def uniform_pattern(length: int) -> Tensor:
+    return torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None]
+
+
+def compute(name: str, *args: Any) -> Tensor:
+    function = SCORES[name].compute
+    assert function is not None
+    result: Tensor = function(*args)
+    return result
+
+
+def check_closed_form(name: str) -> None:
+    close(compute(name, *handmade_pattern()), table(*EXPECTED[name]))
+
+
+def check_ambiguous_text() -> None:
+    """A A B B A with uniform attention: tokens twice in a row, and three times."""
+    tokens, pattern = torch.tensor([5, 5, 7, 7, 5]), uniform_pattern(5)
+    close(compute("induction", pattern, tokens), 2 / 5)  # query 4 matches keys 1 and 2; 1 and 3 only themselves
+    close(compute("duplicate_token", pattern, tokens), (1 / 2 + 1 / 4 + 2 / 5) / 3)
+
+
+def check_batch() -> None:
+    """A batch gives what its texts give alone; a text without a match gives nan."""
+    texts = torch.tensor([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5], [3, 3, 3, 1, 3]])
+    pattern = torch.rand(3, 4, 5, 5, generator=torch.Generator().manual_seed(1)).tril()
+    for name in MATCHING:
+        batch = compute(name, pattern, texts[:, None])
+        for k in range(3):
+            torch.testing.assert_close(batch[k], compute(name, pattern[k], texts[k]), equal_nan=True)
+        assert batch[1].isnan().all() and not batch[[0, 2]].isnan().any()
+
+
+def copying_by_hand(
+    model: GPT,
+    *,
+    fold: bool = True,
+    center: bool = True,
+    interleave: bool = False,
+    keys: bool = False,
+    signs: bool = True,
+) -> Tensor:
+    """`copying` from the V x V matrix, one head at a time in double precision; the switches make it wrong."""
+    config, p = model.config, {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    E, H, G, D = p["token_embedding.weight"], config.n_heads, config.n_kv_heads, config.d_head
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        if center and config.architecture.norm == "layer":
+            x = x - x.mean(dim=-1, keepdim=True)
+        return x * weight if fold else x
+
+    scores = torch.zeros(config.n_layers, H)
+    for layer in range(config.n_layers):
+        block = f"blocks.{layer}."
+        for head in range(H):
+            start = ((H if keys else H + G) + (head % G if interleave else head // (H // G))) * D
+            W_V = p[block + "attention.qkv.weight"][start : start + D]
+            W_O = p[block + "attention.out.weight"][:, head * D : (head + 1) * D]
+            written = norm(E, p[block + "norm1.weight"]) @ W_V.T @ W_O.T
+            eigenvalues = torch.linalg.eigvals(norm(written, p["final_norm.weight"]) @ E.T)
+            total = eigenvalues.abs().sum()
+            real = eigenvalues.real.sum() if signs else eigenvalues.real.abs().sum()
+            scores[layer, head] = real / total if total > 1e-9 else 0.0
+    return scores
+
+
+def check_copying(preset: str) -> None:
+    model = random_model(preset)
+    scores = compute("copying", model)
+    close(scores, copying_by_hand(model), atol=1e-4)
+    assert scores.std() > 0.05
+
+
+def check_copying_of_known_heads() -> None:
+    model = handmade()
+    attention = model.blocks[0].attention
+    per_head = attention.qkv.weight.view(3, 3, attention.d_head, -1)
+    with torch.no_grad():  # head 2 of layer 0 writes the negative of the attended token
+        per_head[2, 2, :30, :30] = torch.eye(30)
+        attention.out.weight.view(-1, 3, attention.d_head)[:30, 2, :30] = -torch.eye(30)
+    expected = table(0.0, 0.0, 1.0)
+    expected[0, 2] = -1.0
+    close(compute("copying", model), expected)
+
+
+def eval_texts() -> EvalTexts:
+    """Texts of three lengths, the last with nothing to attend to; repeats; pairs that the two heads solve."""
+    texts = (("long", tuple(repeats(1, N)[0])), ("short", tuple(repeats(1, 10, seed=5)[0])), ("one", (0,)))
+    sequences = [tuple(text) for text in repeats(8, N, seed=3)]
+    prompts = [text[: N + 3 + k] for k, text in enumerate(sequences)]  # each ends within the second copy
+    match = [ContrastPair("match", p, (len(p) - N,), (sequences[k][len(p)],), (0,)) for k, p in enumerate(prompts)]
+    before = [ContrastPair("before", p[: 9 + k], (7 + k,), (1, 2), (3,)) for k, p in enumerate(prompts)]
+    return EvalTexts(texts, tuple(sequences[:3]), (*match, *before))
+
+
+def check_all_scores() -> None:
+    scores = compute_head_scores(handmade(), eval_texts())
+    for name in ("previous_token", "duplicate_token", "induction"):
+        close(scores[name], table(*EXPECTED[name]))
+    short = sum(1 / (i + 1) for i in range(1, 21)) / 20
+    close(scores["first_token"], table((UNIFORM_ONE + short) / 2, (1 / 50 + 1 / 20) / 2, 1 / 2))
+    close(scores["entropy"], table(1.0, 0.0, 0.0))
+    long, brief = EXPECTED["distance"][2], (sum(range(11)) + 10 * 9) / 21
+    close(scores["distance"], table((12.5 + 5) / 3, (50 / 51 + 20 / 21) / 3, (long + brief) / 3), atol=1e-5)
+    close(scores["copying"], table(0.0, 0.0, 1.0))
+    close(scores["antecedent.match"], table(sum(1 / (N + 3 + k) for k in range(8)) / 8, 0.0, 1.0))
+    close(scores["antecedent.before"], table(sum(1 / (9 + k) for k in range(8)) / 8, 1.0, 0.0))
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{name: partial(check_closed_form, name) for name in EXPECTED},
+    "ambiguous": check_ambiguous_text,
+    "batch": check_batch,
+    **{f"copying, {preset}": partial(check_copying, preset) for preset in ("glass", "gpt2", "qwen3")},
+    "copying, known": check_copying_of_known_heads,
+    "all": check_all_scores,
+}
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_scores_are_what_they_should_be(name: str) -> None:
+def test_score_has_its_known_value(name: str) -> None:
     CHECKS[name]()
+
+
+def match_keys(tokens: Tensor, shift: int, diagonal: int = -1) -> Tensor:
+    """Which keys j have tokens[j + shift] = tokens[i], by brute force."""
+    length = tokens.shape[-1]
+    keys = torch.zeros(*tokens.shape, length, dtype=torch.bool)
+    for j in range(max(0, -shift), min(length, length - shift)):
+        keys[..., j] = tokens == tokens[..., j + shift, None]
+    return keys.tril(diagonal)
+
+
+def attention_to(shift: int, diagonal: int = -1, all_queries: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean attention to matching keys, over queries that have any or over all."""
+
+    def score(pattern: Tensor, tokens: Tensor) -> Tensor:
+        keys = match_keys(tokens, shift, diagonal)
+        attention, has_keys = (pattern * keys).sum(-1), keys.any(-1)
+        return attention.mean(-1) if all_queries else (attention * has_keys).sum(-1) / has_keys.sum(-1)
+
+    return score
+
+
+def entropies(pattern: Tensor) -> Tensor:
+    return torch.special.entr(pattern).sum(-1)
+
+
+def log_sizes(pattern: Tensor, start: int = 1) -> Tensor:
+    return torch.arange(start, pattern.shape[-1] + start).log()
+
+
+def transposed(name: str) -> Callable[..., Tensor]:
+    function = SCORES[name].compute
+    assert function is not None
+    return lambda pattern, tokens: function(pattern.mT, tokens)
+
+
+MUTANTS: dict[str, tuple[str, Callable[..., Tensor], list[str]]] = {
+    **{f"{n}: query and key swapped": (n, transposed(n), [n]) for n in EXPECTED},
+    "previous: itself": ("previous_token", lambda p, t: p.diagonal(0, -2, -1).mean(-1), ["previous_token"]),
+    "previous: over all T": (
+        "previous_token",
+        lambda p, t: p.diagonal(-1, -2, -1).sum(-1) / p.shape[-1],
+        ["previous_token", "all"],
+    ),
+    "first: query 0 too": ("first_token", lambda p, t: p[..., 0].mean(-1), ["first_token", "all"]),
+    "induction: all queries": (
+        "induction",
+        attention_to(-1, all_queries=True),
+        ["induction", "ambiguous", "batch", "all"],
+    ),
+    "induction: own position": ("induction", attention_to(-1, diagonal=0), ["ambiguous"]),
+    "induction: the match itself": ("induction", attention_to(0), ["induction"]),
+    "induction: the token before": ("induction", attention_to(1), ["induction"]),
+    "induction: two after": ("induction", attention_to(-2), ["induction"]),
+    "duplicate: all queries": ("duplicate_token", attention_to(0, all_queries=True), ["duplicate_token", "ambiguous"]),
+    "duplicate: own position": ("duplicate_token", attention_to(0, diagonal=0), ["ambiguous"]),
+    "entropy: in nats": ("entropy", lambda p, t: entropies(p)[..., 1:].mean(-1), ["entropy"]),
+    "entropy: by ln T": ("entropy", lambda p, t: (entropies(p) / math.log(T))[..., 1:].mean(-1), ["entropy"]),
+    "entropy: by ln(i + 2)": (
+        "entropy",
+        lambda p, t: (entropies(p) / log_sizes(p, 2))[..., 1:].mean(-1),
+        ["entropy", "all"],
+    ),
+    "copying: norm weights": ("copying", partial(copying_by_hand, fold=False), ["copying, glass", "copying, qwen3"]),
+    "copying: mean": ("copying", partial(copying_by_hand, center=False), ["copying, gpt2"]),
+    "copying: shared heads": ("copying", partial(copying_by_hand, interleave=True), ["copying, qwen3"]),
+    "copying: keys": ("copying", partial(copying_by_hand, keys=True), ["copying, gpt2"]),
+    "copying: signs": ("copying", partial(copying_by_hand, signs=False), ["copying, known"]),
+}
+CASES = [(name, check) for name, (_, _, checks) in MUTANTS.items() for check in checks]
+
+
+@pytest.mark.parametrize(("name", "check"), CASES)
+def test_wrong_formula_fails_a_check(name: str, check: str, monkeypatch: Patch) -> None:
+    score, wrong, _ = MUTANTS[name]
+    monkeypatch.setitem(SCORES, score, replace(SCORES[score], compute=wrong))
+    with pytest.raises(AssertionError):
+        CHECKS[check]()
+
+
+def swapped_axes(attention: CausalSelfAttention, x: Tensor, rope: Any) -> tuple[Tensor, ...]:
+    """Queries, keys and values with H and D exchanged."""
+    H, D = attention.n_heads, attention.d_head
+    return tuple(part.unflatten(-1, (D, H)).permute(0, 3, 1, 2) for part in attention.qkv(x).split(H * D, dim=-1))
+
+
+def test_wrong_head_axis_fails_a_check(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(CausalSelfAttention, "project", swapped_axes)
+    with pytest.raises(AssertionError):
+        check_all_scores()
+
+
+def test_wrong_antecedent_attention_fails_a_check(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(contrast_pairs, "score_pairs", lambda model, pairs: (None, torch.rand(len(pairs), 2, 3)))
+    with pytest.raises(AssertionError):
+        check_all_scores()
 
 
 @st.composite
 def patterns(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """A pattern (2, 3, T, T), from nearly uniform to nearly one-hot, and tokens of which some come twice."""
+    """A pattern (2, 3, T, T), from nearly uniform to nearly one-hot, and tokens some of which repeat."""
     length = draw(st.integers(2, 12))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     logits = draw(st.sampled_from([0.1, 2.0, 50.0])) * torch.randn(2, 3, length, length, generator=generator)
@@ -43,70 +303,81 @@ def patterns(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 @settings(max_examples=60, deadline=None)
 def test_scores_stay_within_their_limits(drawn: tuple[Tensor, Tensor]) -> None:
     pattern, tokens = drawn
-    for name, formula in (scores.ON_REPEATS | scores.ON_TEXTS).items():
-        found, score = formula(pattern, tokens), SCORES[name]
-        assert found.shape == (2, 3)
-        if found.isnan().any():
-            assert name in ON_TOKENS and found.isnan().all() and formula is not metrics.previous_token
+    for name, score in SCORES.items():
+        if score.texts not in (REPEATS, HELD_OUT):
             continue
-        highest = (len(tokens) - 1) / 2 if score.high is None else score.high
-        assert score.low - 1e-6 <= found.min() and found.max() <= highest + 1e-6
+        values = compute(name, pattern, tokens)
+        assert values.shape == (2, 3)
+        if values.isnan().any():
+            assert name in MATCHING and values.isnan().all()
+            continue
+        high = (len(tokens) - 1) / 2 if score.high is None else score.high
+        assert score.low - 1e-6 <= values.min() and values.max() <= high + 1e-6
 
 
-@given(patterns(), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
-def test_what_is_weighted_or_rolled_out_is_a_pattern_again(drawn: tuple[Tensor, Tensor], seed: int) -> None:
-    pattern, _ = drawn
-    norms = torch.rand(pattern.shape[:-1], generator=torch.Generator().manual_seed(seed)) + 1e-3
-    for again in (metrics.value_weighted(pattern, norms), metrics.rollout(pattern)):
-        same(again.sum(-1), 1.0, atol=1e-5)
-        assert again.min() >= 0 and (again.triu(1) == 0).all()
-    same(metrics.value_weighted(pattern, torch.full_like(norms, 3.0)), pattern)
-
-
-@given(st.sampled_from(["glass", "gpt2", "qwen3"]), st.integers(0, 50))
-@settings(max_examples=10, deadline=None)
-def test_copying_stays_within_its_limits_and_is_turned_by_a_sign(preset: str, seed: int) -> None:
-    model = random_model(preset, seed=seed)
-    found = metrics.copying(model)
-    assert found.abs().max() <= 1 + 1e-6
+def test_copying_changes_sign_with_the_output() -> None:
+    model = random_model("qwen3")
+    before = compute("copying", model)
     with torch.no_grad():
         model.blocks[1].attention.out.weight.neg_()
-    same(metrics.copying(model), torch.stack([found[0], -found[1]]))
+    close(compute("copying", model), torch.stack([before[0], -before[1]]))
 
 
-def test_heads_that_write_nothing_do_not_copy_and_a_broken_model_has_no_score() -> None:
-    model = GPT(replace(random_model("glass").config), 61)  # as it is drawn, with outputs of zero
-    same(metrics.copying(model), 0.0)
+def test_copying_of_zero_or_broken_heads() -> None:
+    model = GPT(replace(random_model("glass").config), 61)  # initialized with outputs of zero
+    close(compute("copying", model), 0.0)
     with torch.no_grad():
         model.blocks[1].attention.qkv.weight.fill_(torch.nan)
-    assert metrics.copying(model).isnan().any()
-    assert "copying" not in scores.head_scores(model, EvalTexts())
+    assert "copying" not in compute_head_scores(model, EvalTexts())
 
 
-def test_what_cannot_be_measured_is_left_out() -> None:
+def test_scores_without_texts_are_left_out() -> None:
     model = handmade()
     one_token, distinct = EvalTexts((("a", (0,)),)), EvalTexts((), ((0, 1, 2, 3, 4),))
-    assert set(scores.head_scores(model, EvalTexts())) == {"copying"}
-    assert set(scores.head_scores(model, one_token)) == {"copying", "distance"}
-    assert set(scores.head_scores(model, distinct)) == {"copying", "previous_token"}
+    assert set(compute_head_scores(model, EvalTexts())) == {"copying"}
+    assert set(compute_head_scores(model, one_token)) == {"copying", "distance"}
+    assert set(compute_head_scores(model, distinct)) == {"copying", "previous_token"}
 
 
-def test_only_so_many_probes_of_a_kind_are_asked() -> None:
-    watch = watched()
-    first = EvalTexts(probes=(*watch.probes[:2], *watch.probes[8:10]))
-    few, same_few = scores.head_scores(handmade(), watch, per_kind=2), scores.head_scores(handmade(), first)
-    for kind in ("antecedent.match", "antecedent.before"):
-        same(few[kind], same_few[kind])
+def test_pairs_per_kind_takes_the_first_pairs() -> None:
+    texts = eval_texts()
+    first = EvalTexts(contrast_pairs=(*texts.contrast_pairs[:2], *texts.contrast_pairs[8:10]))
+    few, expected = compute_head_scores(handmade(), texts, 2), compute_head_scores(handmade(), first)
+    for name in ("antecedent.match", "antecedent.before"):
+        close(few[name], expected[name])
 
 
-def test_every_score_can_be_explained() -> None:
-    found = scores.head_scores(handmade(), watched())
-    assert {name for name in found if not name.startswith("antecedent.")} == set(SCORES)
-    for name in (*found, "antecedent.pronoun"):
+def test_every_score_has_a_description() -> None:
+    for name in (*SCORES, "antecedent.pronoun", "antecedent.own"):
         score = score_info(name)
         assert score.name == name and score.title and score.formula and score.source
-    assert "the name that decides it" in score_info("antecedent.pronoun").title
-    for unknown in ("", "antecedent.", "reads", "Induction"):
+    assert score_info("antecedent.pronoun").title == "attends to a pronoun's antecedent"
+    for unknown in ("", "antecedent.", "Induction"):
         with pytest.raises(KeyError):
             score_info(unknown)
+
+
+def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(head_scores, "SCORES", scores := dict(SCORES))
+
+    @head_scores.head_score(title="attends to itself", formula="mean of A[i, i]", source="none", texts=REPEATS)
+    def itself(pattern: Tensor, tokens: Tensor) -> Tensor:
+        return pattern.diagonal(0, -2, -1).mean(-1)
+
+    assert scores["itself"].title == "attends to itself" and PARAMETERS not in scores["itself"].texts
+    found = compute_head_scores(handmade(), eval_texts())
+    close(found["itself"], table((UNIFORM_ONE * (T - 1) + 1) / T, 1 / T, 1 / T))
+
+
+def test_value_weighting() -> None:
+    """Value norms that grow with the position: query i weights key j by j / (1 + 2 + ... + i)."""
+    pattern = uniform_pattern(6).numpy()
+    weighted = value_weighted(pattern, np.arange(6.0)[None])
+    expected = [[j / (i * (i + 1) / 2) if j <= i else 0.0 for j in range(6)] for i in range(1, 6)]
+    np.testing.assert_allclose(weighted[1:], expected)
+    assert np.isnan(weighted[0]).all()  # its only value vector is zero
+    np.testing.assert_allclose(value_weighted(pattern, np.full((1, 6), 3.0)), pattern, atol=1e-7)
+    cache = run_with_cache(handmade(), torch.tensor(repeats(1, N)[0]))
+    weighted = value_weighted(cache.pattern.numpy(), cache.value_norms.numpy()[..., None, :])
+    np.testing.assert_allclose(weighted[PREVIOUS][2:], cache.pattern[PREVIOUS][2:], atol=1e-6)  # equally long values
+    assert np.isnan(weighted[0, 1]).all()  # a head that writes nothing

@@ -18,7 +18,7 @@ from inspection.eval_texts import EvalTexts
 from inspection.head_scores import compute_head_scores
 from inspection.verify import Check, verify_attention_file
 from model.gpt import GPT
-from tests.model.checks import PRESETS, VOCAB, random_model, random_tokens
+from tests.model.helpers import PRESETS, VOCAB, random_model, random_tokens
 
 LENGTHS = {"long": 24, "one token": 1, "short": 11}
 TEXTS = EvalTexts(texts=(("held-out 1", tuple(random_tokens(1, 20, seed=9)[0].tolist())),))

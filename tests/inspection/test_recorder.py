@@ -1,0 +1,130 @@
+"""The training callback that records attention: thinning, metrics, resume, and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from inspection.attention_file import read_attention_file
+from inspection.eval_texts import EvalTexts
+from inspection.recorder import KEPT_BETWEEN, AttentionRecorder, keeps_attention
+from model.gpt import GPT
+from tests.inspection.handmade import handmade, repeats
+
+N = 12
+TEXTS = EvalTexts(
+    (("held-out 1", tuple(repeats(1, N, seed=7)[0])), ("held-out 2", tuple(repeats(1, N, seed=8)[0]))),
+    tuple(map(tuple, repeats(4, N))),
+)
+
+
+def fake_trainer(model: GPT, step: int, steps: int = 40, eval_every: int = 10) -> Any:
+    return SimpleNamespace(
+        model=model,
+        state=SimpleNamespace(step=step),
+        sample_tokens=[0, 3, 4, 5],
+        config=SimpleNamespace(train=SimpleNamespace(steps=steps, eval_every=eval_every)),
+        provenance=lambda: {"step": str(step), "tokens_seen": str(step * 10), "weights_sha256": f"w{step}"},
+    )
+
+
+def run(folder: Path, steps: list[int], plan: tuple[int, int] = (40, 10), start: int = 0) -> list[str]:
+    """Evaluate at some steps, each time with another model, and write metrics.jsonl; returns the printed lines."""
+    lines: list[str] = []
+    recorder = AttentionRecorder(TEXTS, lambda token: b"%d " % token, folder, lines.append)
+    recorder.on_start(fake_trainer(model_of(start), start, *plan))
+    for step in steps:
+        trainer = fake_trainer(model_of(step), step, *plan)
+        metrics: dict[str, Any] = {"step": step, "val_loss": 1.0}
+        recorder.on_eval(trainer, metrics)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    if steps and steps[-1] == plan[0]:
+        recorder.on_end(fake_trainer(model_of(steps[-1]), steps[-1], *plan))
+    return lines
+
+
+def model_of(step: int) -> GPT:
+    """The handmade model; before step 20 its induction head does not exist yet."""
+    model = handmade(30)
+    if step < 20:
+        with torch.no_grad():
+            model.blocks[1].attention.qkv.weight.zero_()
+    return model
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "attention").iterdir())}
+
+
+def test_run_writes_files_metrics_and_report(tmp_path: Path) -> None:
+    lines = run(tmp_path, [10, 20, 30, 40])
+    names = [f"{step:06d}.safetensors" for step in (0, 10, 20, 30, 40)]
+    assert list(files_in(tmp_path)) == [*names, "ablations.json", "eval_texts.json", "findings.json"]
+    (report,) = lines
+    assert report.strip().splitlines() == [
+        "Since step 20, head L1H1 attends to the token after an earlier match (1.00). Ablating it raises the loss on "
+        "repeated tokens by 3.40 nats/token [95% CI 3.40 to 3.40; mean ablation 3.15]; ablating a random other head of "
+        "its layer raises it by 0.00.",
+        "An attention weight shows what a head attends to, not why.",
+    ]
+    assert (tmp_path / "attention.html").is_file() and (tmp_path / "timeline.png").is_file()
+    first, *_, last = (read_attention_file(tmp_path / "attention" / name) for name in names)
+    assert [text.name for text in first.texts] == ["held-out 1", "held-out 2", "repeat 1"]
+    assert last.texts[0].name == "sample" and last.texts[0].queries is not None
+    assert last.metadata["weights_sha256"] == "w40" and "torch" in last.metadata["versions"]
+
+
+def test_head_scores_in_the_metrics_equal_those_in_the_file(tmp_path: Path) -> None:
+    run(tmp_path, [10, 20, 30, 40])
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        file = read_attention_file(tmp_path / "attention" / f"{line['step']:06d}.safetensors")
+        assert set(line["head_scores"]) == set(file.scores) >= {"induction", "entropy", "copying"}
+        for name, table in line["head_scores"].items():
+            assert np.array_equal(np.array(table, np.float32), file.scores[name])
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    whole = run(tmp_path / "whole", [10, 20, 30, 40])
+    run(tmp_path / "resumed", [10, 20, 30])
+    metrics = tmp_path / "resumed" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))  # the checkpoint is of step 20
+    assert run(tmp_path / "resumed", [30, 40], start=20) == whole
+    assert files_in(tmp_path / "resumed") == files_in(tmp_path / "whole")
+
+
+def test_damaged_files_are_reported_and_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, [10, 20])
+    (tmp_path / "attention" / "000010.safetensors").write_bytes(b"damaged")
+    (tmp_path / "attention" / "eval_texts.json").write_text("{")
+    run(tmp_path, [], start=20)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and errors[0].endswith("other texts are recorded from here on")
+    assert errors[1].endswith("that step is left out")
+    assert (tmp_path / "attention" / "000010.damaged").is_file()
+    assert EvalTexts.load(tmp_path / "attention" / "eval_texts.json", 30, 60) == TEXTS
+
+
+def test_run_that_ends_early_still_has_its_last_file(tmp_path: Path) -> None:
+    run(tmp_path, [10, 20])
+    recorder = AttentionRecorder(TEXTS, lambda token: b"%d " % token, tmp_path, lambda line: None)
+    recorder.on_end(fake_trainer(model_of(25), 25))
+    assert (tmp_path / "attention" / "000025.safetensors").is_file() and (tmp_path / "attention.html").is_file()
+
+
+@pytest.mark.parametrize(("steps", "eval_every"), [(540, 30), (330, 10), (340, 10), (1000, 7), (5, 9), (20_000, 10)])
+def test_attention_files_are_thinned_evenly(steps: int, eval_every: int) -> None:
+    evaluations = [0, *range(eval_every, steps, eval_every), steps]
+    kept = [step for step in evaluations if keeps_attention(step, steps, eval_every)]
+    assert kept[0] == 0 and kept[-1] == steps and len(kept) == min(len(evaluations), KEPT_BETWEEN + 2)
+    if len(kept) > 3:
+        gaps = np.diff(kept[1:-1]) // eval_every
+        assert gaps.max() - gaps.min() <= 1
