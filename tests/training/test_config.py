@@ -1,23 +1,26 @@
-"""The command line: every mistake is named at once, with the nearest right name, before torch is loaded."""
+"""Options: every mistake is reported at once, with the right name, before torch is imported."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, CONFIG, UserError
 from model.gpt import GPT
-from training.config import RunConfig, as_arguments, from_saved, parse_train, read_toml, to_toml
+from tests.runs import ROOT, said, script
+from training.cli import ALIASES, option_types
+from training.config import RunConfig, from_saved, parse_train, read_toml, to_toml
 
-ROOT = Path(__file__).parents[2]
+OPTIONS = sorted(option_types(RunConfig))
 
 
-def complaints(*argv: str) -> list[str]:
+def problems(*argv: str) -> list[str]:
     with pytest.raises(UserError) as caught:
         parse_train(list(argv))
     assert caught.value.exit_code == CONFIG
@@ -25,44 +28,71 @@ def complaints(*argv: str) -> list[str]:
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    lines = complaints(
-        *("--model.n_layer", "3", "--model.attention", "fuse", "--train.steps", "many", "--model.d_model", "130"),
+    lines = problems(
+        *("--model.n_layer", "3", "--model.attention", "sdp", "--train.steps", "many", "--model.d_model", "130"),
         *("--optim.lr", "-1", "--train.batch_size"),
     )
-    assert lines == [
+    assert lines[:4] == [
         "unknown option --model.n_layer; did you mean --model.n_layers?",
-        "--model.attention is 'fuse'; it takes one of auto, explicit, fused, chunked; did you mean fused?",
+        "--model.attention is 'sdp'; it takes one of auto, eager, sdpa, chunked; did you mean sdpa?",
         "--train.steps is 'many'; it takes a whole number",
         "--train.batch_size needs a value: a whole number",
-        "model.d_model is 130, which is not divisible by 4 heads; use model.d_model 132, or another model.n_heads",
-        "optim.lr is -1.0; it must be at least 0",
     ]
+    assert lines[4].startswith("model.d_model is 130") and lines[5] == "optim.lr is -1.0; it must be at least 0"
+
+
+def test_of_many_mistakes_each_is_reported_and_nothing_else() -> None:
+    wrong = ["--optim.lr=fast", "--train.steps=1e3", "--model.n_heads=4.5", "--data.workers=two", "--log.every=_"]
+    good = ["--optim.muon_lr=0.01", "--train.batch_size=8", "--model.n_layers=1", "--data.val_fraction=0.2"]
+    mixed = [word for pair in zip(wrong, [*good, "--run.seed=3"], strict=True) for word in pair]
+    assert [line.split(" is ")[0] for line in problems(*mixed)] == [word.split("=")[0] for word in wrong]
 
 
 @pytest.mark.parametrize(
-    ("option", "nearest"),
-    [("--steps", "--train.steps"), ("--model.heads", "--model.n_heads"), ("--data.tokeniser", "--data.tokenizer")],
+    ("typed", "answer"),
+    [
+        ("--steps", "--train.steps"),
+        ("--model.heads", "--model.n_heads"),
+        ("--data.tokeniser", "--data.tokenizer"),
+        ("--block_size", "--model.context"),
+        ("--n-embd", "--model.d_model"),
+        ("--learning_rate", "--optim.lr"),
+        ("--max_iters", "--train.steps"),
+        ("--dropout", "--model.dropout"),
+        ("--weight_decay", "--optim.weight_decay"),
+        ("--train.max_steps", "--train.steps"),
+        ("--eval.interval", "--train.eval_every"),
+        ("--per_device_train_batch_size", "--train.batch_size"),
+    ],
 )
-def test_the_nearest_option_is_named(option: str, nearest: str) -> None:
-    (line,) = complaints(option, "4")
-    assert line == f"unknown option {option}; did you mean {nearest}?"
+def test_nearest_option_is_named(typed: str, answer: str) -> None:
+    assert problems(typed, "4") == [f"unknown option {typed}; did you mean {answer}?"]
 
 
-def test_dashes_and_underscores_are_the_same() -> None:
+def test_aliases_name_options_that_exist() -> None:
+    assert {name for name in ALIASES.values() if "." in name} <= set(OPTIONS)
+    assert not set(ALIASES) & {name.split(".")[1] for name in OPTIONS}
+
+
+@pytest.mark.parametrize("typed", ["--device=cuda", "--num_train_epochs=3", "--eval_only=1"])
+def test_option_without_equivalent_is_explained(typed: str) -> None:
+    assert "there is none like it: " in problems(typed)[0]
+
+
+def test_dashes_equal_underscores() -> None:
     dashes, _ = parse_train(["--model.n-layers", "3", "--train.batch-size=6"])
     underscores, _ = parse_train(["--model.n_layers=3", "--train.batch_size", "6"])
-    assert dashes == underscores
-    assert (dashes.model.n_layers, dashes.train.batch_size) == (3, 6)
+    assert dashes == underscores and (dashes.model.n_layers, dashes.train.batch_size) == (3, 6)
 
 
-def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
+def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[train]\nsteps = 7\nbatch_size = 3\n")
     config, name = parse_train([str(file), "--train.steps", "9"])
-    assert name == "mine"
-    assert config.train.steps == 9
-    assert config.train.batch_size == 3
+    assert name == "mine" and (config.train.steps, config.train.batch_size) == (9, 3)
     assert config.train.eval_every == RunConfig().train.eval_every
+    file.write_text("[train]\nstep = 7\n")
+    assert problems(str(file)) == ["unknown option --train.step; did you mean --train.steps?"]
 
 
 @pytest.mark.parametrize(
@@ -74,39 +104,43 @@ def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_pa
         (["configs/shakespeare_char.toml", "--data.source=my.txt"], "shakespeare_char"),
     ],
 )
-def test_a_run_is_named_after_its_config_or_its_text(argv: list[str], expected: str) -> None:
+def test_run_is_named_after_config_or_text(argv: list[str], expected: str) -> None:
     assert parse_train(argv)[1] == expected
 
 
-def test_a_file_is_judged_like_a_command_line(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text("[train]\nstep = 7\n")
-    (line,) = complaints(str(file))
-    assert line == "unknown option --train.step; did you mean --train.steps?"
-
-
-@pytest.mark.parametrize("text", ["[train\nsteps = 7", "steps = 7", "[train]\nsteps = [7]", "\xff"])
-def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[train\nsteps = 7", "steps = 7", "[train]\nsteps = [7]", "\xff", "\x00", "a = " + "[" * 100_000),
+        *("[train]\nsteps = " + "9" * 100_000, "[train]\nsteps = 1\nsteps = 2", '[model]\n"a\\nb" = 1'),
+        *("[run]\ndir = 'a\\\n", "[" + "a." * 5_000 + "a]", '[run]\ndir = "a\\u0000b"'),
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_bad_config_file_is_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "broken.toml"
     file.write_bytes(text.encode("latin-1"))
-    assert str(file) in complaints(str(file))[0]
+    (line,) = problems(str(file))
+    assert len(line) < 400
 
 
-def test_a_missing_file_is_named() -> None:
-    assert complaints("configs/nothing.toml") == [
-        "cannot read the config file configs/nothing.toml: No such file or directory"
-    ]
+def test_missing_config_file_is_named() -> None:
+    assert problems("no.toml") == ["cannot read the config file no.toml: No such file or directory"]
 
 
-def test_a_config_survives_the_file_that_keeps_it(tmp_path: Path) -> None:
-    config, _ = parse_train(['--data.source=a "quoted" \\ path/*.txt', "--optim.lr=3e-05", "--run.dir="])
-    file = tmp_path / "config.toml"
-    file.write_text(to_toml(config))
-    again, _ = parse_train([str(file)])
-    assert again == config
+@pytest.mark.parametrize("argv", [['--data.source=a "b" \\ c/*.txt', "--optim.lr=3e-05"], ["--optim.grad_clip=1e999"]])
+def test_config_file_roundtrip(argv: list[str], tmp_path: Path) -> None:
+    config, _ = parse_train(argv)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert parse_train([str(tmp_path / "config.toml")])[0] == config
 
 
-def test_a_saved_config_from_a_stranger_is_refused() -> None:
+def test_config_file_cannot_resume(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'[run]\nresume = "{tmp_path}"\n')
+    said(script("train.py", tmp_path / "mine.toml", "--train.steps=1"), CONFIG)
+
+
+def test_bad_saved_config_is_a_checkpoint_error() -> None:
     with pytest.raises(UserError) as caught:
         from_saved({"model": {"n_layers": "__import__('os')"}}, "state.json")
     assert caught.value.exit_code == CHECKPOINT
@@ -114,54 +148,83 @@ def test_a_saved_config_from_a_stranger_is_refused() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
-def test_every_config_that_ships_is_good_and_says_what_to_expect(file: Path) -> None:
+def test_shipped_configs_are_good(file: Path) -> None:
     config, name = parse_train([str(file)])
-    assert config.problems() == []
-    assert name == file.stem
-    text = file.read_text()
-    assert "Expect" in text
-    assert 10 <= len(text.splitlines()) <= 45
-    assert read_toml(file) == as_arguments(__import__("tomllib").loads(text), str(file))
+    assert config.problems() == [] and name == file.stem
+    assert "Expect" in file.read_text()
 
 
-def test_no_value_is_silently_out_of_range() -> None:
-    lines = complaints(
+def test_values_out_of_range_are_reported() -> None:
+    lines = problems(
         *("--train.steps=0", "--train.batch_size=0", "--data.val_fraction=1.5", "--model.dropout=1", "--optim.beta1=1"),
         *("--data.vocab_size=3", "--run.seed=-1", "--log.every=0", "--optim.lr=nan"),
     )
     assert len(lines) == 9
-    assert "2**63" in complaints(f"--run.seed={1 << 64}")[0]
+    assert "2**63" in problems(f"--run.seed={1 << 64}")[0]
 
 
 @pytest.mark.parametrize(
     "argv",
     [["train.py", "--model.n_layer", "3"], ["sample.py", "--temprature", "1"], ["attend.py"], ["train.py", "--help"]],
 )
-def test_answers_come_without_loading_torch(argv: list[str]) -> None:
+def test_mistakes_are_answered_without_torch(argv: list[str]) -> None:
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: assert not {'torch', 'matplotlib', 'wandb', 'tiktoken'} & set(sys.modules), 'heavy import'"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == (0 if "--help" in argv else CONFIG), done.stderr
-    assert "Traceback" not in done.stderr
-    assert "heavy import" not in done.stderr
-    assert time.perf_counter() - start < 10  # a bound against hanging; the measured time stands in benchmarks/
+    assert "Traceback" not in done.stderr and "heavy import" not in done.stderr
 
 
-@pytest.mark.parametrize("config", ["shakespeare_gpt2.toml", "gpt2_124m.toml"])
-def test_a_large_config_builds_its_model_on_the_meta_device(config: str) -> None:
-    settings, _ = parse_train([f"configs/{config}"])
+@pytest.mark.parametrize(("config", "count"), [("shakespeare_gpt2", 7_242_624), ("gpt2_124m", 124_439_808)])
+def test_parameter_count_of_large_configs(config: str, count: int) -> None:
+    settings, _ = parse_train([f"configs/{config}.toml"])
     with torch.device("meta"):
         model = GPT(settings.model, 50257)
-    count = sum(p.numel() for p in model.parameters())
-    assert count == {"shakespeare_gpt2.toml": 7_242_624, "gpt2_124m.toml": 124_439_808}[config]
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_a_number_too_large_for_a_float_survives_being_saved(tmp_path: Path) -> None:
-    config, _ = parse_train(["--optim.grad_clip=" + "9" * 400])
-    file = tmp_path / "again.toml"
-    file.write_text(to_toml(config))
-    assert parse_train([str(file)])[0] == config
+# ---- any config file, any command line ----
+
+odd = st.text(max_size=12) | st.sampled_from(["", "\n", "../..", "a=b", "\x1b[2J", "nan", "inf", "1e400", "x" * 5000])
+number = st.integers() | st.floats() | st.sampled_from([2**63, 2**64, 10**400, -0.0])
+option = st.sampled_from(OPTIONS) | odd
+FUZZ = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@given(st.lists(st.builds("--{}={}".format, option, number | odd) | odd | option.map("--{}".format), max_size=3))
+@FUZZ
+def test_any_command_line_is_parsed_or_refused(argv: list[str]) -> None:
+    argv = [word.replace("\x00", "") for word in argv if word not in ("-h", "--help")]
+    try:
+        parse_train(argv)
+    except UserError as error:
+        assert error.exit_code in (CONFIG, CHECKPOINT) and len(str(error).splitlines()) <= 2 * len(argv) + 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 60), st.text(max_size=20)), min_size=1, max_size=3))
+@FUZZ
+def test_any_damaged_config_file_is_read_or_refused(tmp_path: Path, damage: list[tuple[int, int, str]]) -> None:
+    text = to_toml(RunConfig())
+    for at, cut, new in damage:
+        text = text[:at] + new + text[at + cut :]
+    (tmp_path / "config.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        read_toml(tmp_path / "config.toml")
+    except UserError as error:
+        assert error.exit_code == CONFIG and len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 5000, "\udc80", "a\nb"], ids=lambda name: repr(name[:4]))
+@pytest.mark.parametrize("option", ["run.resume", "log.prompts", "run.dir", "data.source"])
+def test_odd_file_names_are_parsed_or_refused(option: str, name: str) -> None:
+    try:
+        parse_train([f"--{option}={name}"])
+    except UserError as error:
+        assert error.exit_code in (CONFIG, CHECKPOINT)
