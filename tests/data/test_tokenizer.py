@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back as it was, saved ones encode alike, damaged ones are refused."""
+"""Tokenizers: round trips, saved files, damaged files, agreement with the library that trains them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +18,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, CONFIG, DATA, UserError
-from data.documents import Span, read_documents
-from data.tokenizer import StreamDecoder, Tokenizer, fingerprint, load, train_tokenizer
-from tests.data.texts import PROSE, no_network
+from data import stories, tokenizer
+from data.text_files import read_documents
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tests.data.texts import PROSE, no_network, write_range
 
+ROOT = Path(__file__).parents[2]
 SPECIAL = "<|endoftext|>"
+FRAGMENTS = [SPECIAL, " the", "the", "'s", "  ", "\r\n", "😀", "é", "12", "word ", "<|"]
 TEXTS = st.one_of(
     st.text(),
     st.text(alphabet=st.sampled_from("theca. \n\r\t'sDé😀ש1-")),
-    st.lists(st.sampled_from([SPECIAL, " the", "the", "'s", "  ", "\r\n", "😀", "é", "12", "word ", "<|"])).map(
-        "".join
-    ),
+    st.lists(st.sampled_from(FRAGMENTS)).map("".join),
 )
 
 
 @pytest.fixture(scope="module")
-def trained() -> Tokenizer:
+def bpe() -> Tokenizer:
     return train_tokenizer("bpe", 600, [PROSE * 3])
 
 
 @pytest.fixture(scope="module", params=["char", "byte", "bpe", "gpt2"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "gpt2":
         return gpt2()
     return train_tokenizer(request.param, 600, [PROSE * 3, SPECIAL + "theca. \n\r\t'sDé😀ש1-word <|"])
@@ -43,120 +47,113 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 def gpt2() -> Tokenizer:
     if not Path(os.environ.get("TIKTOKEN_CACHE_DIR") or "none").is_dir():
-        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with the files of gpt2")
+        pytest.skip("TIKTOKEN_CACHE_DIR is not a folder")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tiktoken.load.read_file", no_network)
         try:
             return train_tokenizer("gpt2", 0, [])
         except UserError:
-            pytest.skip("TIKTOKEN_CACHE_DIR holds no files of gpt2")
+            pytest.skip("TIKTOKEN_CACHE_DIR has no files of gpt2")
 
 
-def known(tokenizer: Tokenizer, text: str) -> str:
-    """The part of a text that a tokenizer can encode."""
-    return "".join(c for c in text if c in PROSE) if tokenizer.name == "char" else text
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TEXTS)
-def test_text_comes_back_as_it_was(tokenizer: Tokenizer, text: str) -> None:
-    text = known(tokenizer, text)
-    ids = tokenizer.encode(text)
+def test_round_trip(any_tokenizer: Tokenizer, text: str) -> None:
+    if any_tokenizer.name == "char":
+        text = "".join(c for c in text if c in PROSE)
+    ids = any_tokenizer.encode(text)
     assert ids.dtype == np.int64 and ids.ndim == 1
-    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
-    assert b"".join(map(tokenizer.token_bytes, ids.tolist())) == text.encode()
-    assert not len(ids) or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
-    assert tokenizer.end_of_text not in ids
-    stream = StreamDecoder(tokenizer)
-    assert "".join(map(stream.feed, ids.tolist())) + stream.finish() == text
+    assert any_tokenizer.decode(ids) == any_tokenizer.decode(ids.tolist()) == text
+    assert b"".join(map(any_tokenizer.token_bytes, ids.tolist())) == text.encode()
+    assert not len(ids) or 0 <= ids.min() <= ids.max() < any_tokenizer.vocab_size
+    assert any_tokenizer.end_of_text not in ids
 
 
-def test_every_id_has_bytes_but_end_of_text(tokenizer: Tokenizer) -> None:
-    empty = [token for token in range(tokenizer.vocab_size) if not tokenizer.token_bytes(token)]
-    assert empty == [tokenizer.end_of_text] == [tokenizer.vocab_size - 1]
-    assert tokenizer.decode([tokenizer.end_of_text]) == ""
-    for outside in (-1, tokenizer.vocab_size):
+def test_only_end_of_text_has_no_bytes(any_tokenizer: Tokenizer) -> None:
+    empty = [token for token in range(any_tokenizer.vocab_size) if not any_tokenizer.token_bytes(token)]
+    assert empty == [any_tokenizer.end_of_text] == [any_tokenizer.vocab_size - 1]
+    assert any_tokenizer.decode([any_tokenizer.end_of_text]) == ""
+    for outside in (-1, any_tokenizer.vocab_size):
         with pytest.raises(IndexError):
-            tokenizer.token_bytes(outside)
+            any_tokenizer.token_bytes(outside)
 
 
-def test_the_name_of_the_separator_is_text_like_any_other(tokenizer: Tokenizer) -> None:
-    if tokenizer.name == "char":
-        tokenizer = train_tokenizer("char", 0, [SPECIAL])
-    ids = tokenizer.encode(SPECIAL)
-    assert len(ids) > 3 and tokenizer.end_of_text not in ids
+def test_separator_in_a_text_is_ordinary_text(any_tokenizer: Tokenizer) -> None:
+    if any_tokenizer.name == "char":
+        any_tokenizer = train_tokenizer("char", 0, [SPECIAL])
+    ids = any_tokenizer.encode(SPECIAL)
+    assert len(ids) > 3 and any_tokenizer.end_of_text not in ids
 
 
-def test_saved_and_loaded_it_encodes_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path / "tokenizer.json")
-    again = load(tmp_path / "tokenizer.json")
-    assert (again.name, again.vocab_size, again.end_of_text) == (
-        tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text,
-    )  # fmt: skip
-    assert again.encode(PROSE).tolist() == tokenizer.encode(PROSE).tolist()
-    assert fingerprint(again) == fingerprint(tokenizer)
-    json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+def test_saved_and_loaded_tokenizer_is_equal(any_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.json"
+    any_tokenizer.save(path)
+    loaded = load_tokenizer(path)
+    for name in ("name", "vocab_size", "end_of_text"):
+        assert getattr(loaded, name) == getattr(any_tokenizer, name)
+    assert loaded.encode(PROSE).tolist() == any_tokenizer.encode(PROSE).tolist()
+    assert loaded.fingerprint() == any_tokenizer.fingerprint()
+    json.loads(path.read_text(encoding="utf-8"))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(["The cat", "didn't", "12345", "ש", "!?\n", "\r\n\r\n", "   ", "e\u0301", "あ"])))
-def test_pieces_of_a_file_have_the_ids_of_the_whole(trained: Tokenizer, fragments: list[str]) -> None:
+def test_pieces_of_a_document_have_the_ids_of_the_whole(bpe: Tokenizer, fragments: list[str]) -> None:
     text = " ok ".join(fragments) + " end"
-    path = Path(os.environ["GLASSGPT_CACHE"]) / "pieces.txt"
-    path.write_bytes(text.encode())
-    pieces = [piece.text for piece in read_documents(Span(path, 0, len(text.encode())), 48)]
-    assert np.concatenate([trained.encode(piece) for piece in pieces]).tolist() == trained.encode(text).tolist()
+    span = write_range(Path(os.environ["GLASSGPT_CACHE"]) / "pieces.txt", text)
+    pieces = [bpe.encode(piece.text) for piece in read_documents(span, 48)]
+    assert np.concatenate(pieces).tolist() == bpe.encode(text).tolist()
 
 
-def test_lone_surrogates_count_as_the_replacement_character(tokenizer: Tokenizer) -> None:
-    if tokenizer.name == "char":
-        tokenizer = train_tokenizer("char", 0, ["a\ud800b"])
-    assert tokenizer.decode(tokenizer.encode("a\udc80b")) == "a\ufffdb"
+def test_lone_surrogates_become_replacement_characters(any_tokenizer: Tokenizer) -> None:
+    if any_tokenizer.name == "char":
+        any_tokenizer = train_tokenizer("char", 0, ["a\ud800b"])
+    assert any_tokenizer.decode(any_tokenizer.encode("a\udc80b")) == "a\ufffdb"
 
 
-def test_broken_characters_decode_to_the_replacement_character(trained: Tokenizer) -> None:
+def test_incomplete_characters_decode_to_replacement_characters(bpe: Tokenizer) -> None:
     owl = list("🦉".encode())
-    assert trained.decode([*owl[:2], 65]) == "\ufffdA"
-    stream = StreamDecoder(trained)
-    assert [stream.feed(token) for token in owl] == ["", "", "", "🦉"]
-    assert [stream.feed(token) for token in [*owl[:2], 65, owl[0]]] == ["", "", "\ufffdA", ""]
-    assert stream.finish() == "\ufffd"
+    assert bpe.decode(owl) == "🦉" and bpe.decode([*owl[:2], 65]) == "\ufffdA"
 
 
-def test_char_has_the_characters_of_the_corpus_in_order() -> None:
-    tokenizer = train_tokenizer("char", 0, ["bé\n", "a😀b"])
-    assert [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)] == ["\n", "a", "b", "é", "😀", ""]
-    assert tokenizer.encode("ab😀").tolist() == [1, 2, 4]
+def test_char_ids_follow_code_points() -> None:
+    char = train_tokenizer("char", 0, ["bé\n", "a😀b"])
+    assert [char.decode([i]) for i in range(char.vocab_size)] == ["\n", "a", "b", "é", "😀", ""]
+    assert char.encode("ab😀").tolist() == [1, 2, 4]
 
 
-def test_char_names_unknown_characters_and_their_places() -> None:
-    tokenizer = train_tokenizer("char", 0, ["abc"])
+def test_char_reports_unknown_characters() -> None:
+    char = train_tokenizer("char", 0, ["abc"])
     with pytest.raises(UserError, match=r"'é' at position 1, '\\x1b' at position 3, '\\U0010ffff' at") as caught:
-        tokenizer.encode("aéb\x1b\U0010ffff")
+        char.encode("aéb\x1b\U0010ffff")
     assert caught.value.exit_code == CONFIG
     with pytest.raises(UserError, match="and 995 more"):
-        tokenizer.encode("z" * 1000)
-
-
-def test_char_without_text_is_refused() -> None:
+        char.encode("z" * 1000)
     with pytest.raises(UserError, match="no text") as caught:
         train_tokenizer("char", 0, [])
     assert caught.value.exit_code == DATA
 
 
-def test_characters_need_no_library() -> None:
+def run_python(code: str, **env: str) -> str:
+    command, environment = [sys.executable, "-c", code], {**os.environ, **env}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_char_imports_no_tokenizer_library() -> None:
     code = (
         "import sys; from data.tokenizer import *; train_tokenizer('char', 0, ['a']); "
         "print({'tiktoken', 'tokenizers', 'torch', 'requests'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
-        check=True,
-        capture_output=True,
-        text=True,
+    assert run_python(code) == "set()"
+
+
+def test_training_is_deterministic_across_processes() -> None:
+    code = (
+        "from data.tokenizer import train_tokenizer; from tests.data.texts import PROSE; "
+        "print(train_tokenizer('bpe', 600, [PROSE * 3]).fingerprint())"
     )
-    assert done.stdout.strip() == "set()"
+    expected = train_tokenizer("bpe", 600, [PROSE * 3]).fingerprint()
+    assert [run_python(code, PYTHONHASHSEED=seed) for seed in "12"] == [expected] * 2
 
 
 BPE = {"format": 1, "kind": "bpe", "merged": ["ab", "abc"]}
@@ -167,42 +164,123 @@ NAMED = {"format": 1, "kind": "tiktoken"}
 @pytest.mark.parametrize(
     "damaged",
     [
-        b"", b"\x80\x04\x95", b"{", b"[]", b"null", b"[" * 100_000, b"\xff\xfe{", b"1" * 5000,
-        b'{"format": 1}',
+        b"", b"\x80\x04\x95", b"{", b"[]", b"null", b"[" * 100_000, b"\xff\xfe{", b"1" * 5000, b'{"format": 1}',
         {"format": 2, "kind": "byte"}, {"format": 1, "kind": "pickle"}, {"format": 1, "kind": ["bpe"]},
-        {**BPE, "merged": None}, {**BPE, "merged": [1]}, {**BPE, "merged": ["a"]},
-        {**BPE, "merged": ["ab", "ab"]},
+        {**BPE, "merged": None}, {**BPE, "merged": [1]}, {**BPE, "merged": ["a"]}, {**BPE, "merged": ["ab", "ab"]},
         {**BPE, "merged": ["\u0100b"]}, {**BPE, "merged": ["x" * 100_000]}, {**BPE, "merged": "ab"},
         {**BPE, "merged": {"ab": 1}}, {**CHAR, "characters": "ba"}, {**CHAR, "characters": "aa"},
-        {**CHAR, "characters": ["a"]}, {**CHAR, "characters": "\ud800"}, {"format": 1, "kind": "char"},
-        {**NAMED, "name": "../../etc/passwd"}, {**NAMED, "name": None}, {"format": 1, "kind": "tiktoken"},
+        {**CHAR, "characters": ["a"]}, {**CHAR, "characters": "\ud800"}, CHAR,
+        {**NAMED, "name": "../../etc/passwd"}, {**NAMED, "name": None}, NAMED,
     ],
     ids=lambda damaged: str(damaged)[:50],
 )  # fmt: skip
-def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, damaged: bytes | dict[str, Any]) -> None:
-    path = tmp_path / "tokenizer.json"
+def test_damaged_file_is_one_clear_line(tmp_path: Path, damaged: bytes | dict[str, Any]) -> None:
+    path = tmp_path / "vocabulary.json"
     path.write_bytes(damaged if isinstance(damaged, bytes) else json.dumps(damaged).encode())
-    with pytest.raises(UserError, match=r"tokenizer\.json is damaged or no tokenizer") as caught:
-        load(path)
+    with pytest.raises(UserError, match=r"vocabulary\.json is damaged or not a tokenizer") as caught:
+        load_tokenizer(path)
     assert caught.value.exit_code == CHECKPOINT and str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
-def test_a_missing_or_huge_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "vocabulary.json"
     with pytest.raises(UserError, match="No such file") as caught:
-        load(tmp_path / "tokenizer.json")
+        load_tokenizer(path)
     assert caught.value.exit_code == CHECKPOINT
-    monkeypatch.setattr("data.tokenizer._MAX_FILE_BYTES", 10)
-    train_tokenizer("byte", 0, []).save(tmp_path / "tokenizer.json")
+    monkeypatch.setattr(tokenizer, "_MAX_FILE_BYTES", 10)
+    train_tokenizer("byte", 0, []).save(path)
     with pytest.raises(UserError, match="larger than 10 bytes"):
-        load(tmp_path / "tokenizer.json")
+        load_tokenizer(path)
 
 
-def test_a_saved_encoding_that_has_changed_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
+def test_changed_tiktoken_encoding_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.json"
     gpt2().save(path)
     saved = json.loads(path.read_text())
     for change in ({"vocab_size": 50258}, {"sha256": "0" * 64}, {"end_of_text": 5}):
         path.write_text(json.dumps({**saved, **change}))
-        with pytest.raises(UserError, match="gpt2 is another one") as caught:
-            load(path)
+        with pytest.raises(UserError, match="a different gpt2") as caught:
+            load_tokenizer(path)
         assert caught.value.exit_code == CHECKPOINT
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300, 700])
+def test_bpe_agrees_with_the_tokenizers_library(vocab_size: int) -> None:
+    from tokenizers import Tokenizer as Reference
+    from tokenizers import models, pre_tokenizers, trainers
+
+    reference = Reference(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    corpus = [PROSE * 3, *(story.text for story in stories.stories("train", 200))]
+    options = {"min_frequency": 2, "initial_alphabet": alphabet, "show_progress": False}
+    reference.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=vocab_size - 1, **options))
+    ours = train_tokenizer("bpe", vocab_size, corpus)
+    assert ours.vocab_size == vocab_size
+    texts = (PROSE, PROSE[::-1], PROSE.upper(), "aaaaaaaaaaaa theththe\n\n \n", " \r\n\t 你好😀😀 שָׁלוֹם " * 9, "=-" * 300)
+    for text in (*texts, *(PROSE[i : i + 20] for i in range(0, len(PROSE), 3))):
+        tokens = [ours.token_bytes(token) for token in ours.encode(text).tolist()]
+        # The reference writes each byte as a visible character; lengths and joined bytes determine the tokens.
+        expected = [len(token) for token in reference.encode(text).tokens]
+        assert [len(token) for token in tokens] == expected and b"".join(tokens) == text.encode()
+
+
+def test_bpe_merges_the_most_frequent_pairs_first() -> None:
+    bpe = train_tokenizer("bpe", 260, ["abab abab abab abab cdcd"])
+    assert [bpe.token_bytes(i) for i in range(256, 259)] == [b"ab", b"abab", b" abab"]
+
+
+@pytest.mark.parametrize("text", ["", "x", "no two alike"])
+def test_small_text_gives_a_small_vocabulary(text: str) -> None:
+    bpe = train_tokenizer("bpe", 5000, [text])
+    assert 257 <= bpe.vocab_size < 270 and bpe.end_of_text == bpe.vocab_size - 1
+
+
+def test_bpe_trains_on_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "BPE_SAMPLE_CHARACTERS", 100)
+    count = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal count
+        for count in range(1, 1000):
+            yield "ten chars "
+
+    train_tokenizer("bpe", 300, texts())
+    assert count == 10
+
+
+def test_a_million_blanks_are_encoded() -> None:
+    text = " " * 1_000_000 + "end"
+    bpe = train_tokenizer("bpe", 300, [PROSE])
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("gtp2", "gpt2"), ("bep", "bpe"), ("cl100k", "cl100k_base"), ("x\x1b", "char")]
+)
+def test_unknown_name_gets_suggestions(name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"nearest are: .*{nearest}") as caught:
+        train_tokenizer(name, 0, [])
+    assert caught.value.exit_code == CONFIG and str(caught.value).isprintable()
+
+
+def hang(*args: object) -> bytes:
+    time.sleep(2)
+    return b""
+
+
+@pytest.mark.parametrize(
+    ("response", "why"), [(no_network, "ConnectionError"), (hang, "no answer"), (lambda *_: b"?", "ValueError")]
+)
+def test_failed_download_is_reported_soon(
+    response: Callable[..., bytes], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.load.read_file", response)
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setattr(tokenizer, "_DOWNLOAD_SECONDS", 0.3)
+    # No other test may wait for the lock of the hanging thread.
+    monkeypatch.setattr("tiktoken.registry._lock", threading.RLock())
+    with pytest.raises(UserError, match=rf"encoding cl100k_base \({why}.*TIKTOKEN_CACHE_DIR") as caught:
+        train_tokenizer("cl100k_base", 0, [])
+    assert caught.value.exit_code == DATA

@@ -1,4 +1,4 @@
-"""Texts and small helpers that the tests of corpora and tokenizers share."""
+"""Texts and helpers for the tests of corpora and tokenizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import DATA, UserError
-from data.corpora import Span, open_corpus, read_documents
+from data.corpora import open_corpus
+from data.text_files import TextRange, read_documents
 
 PROSE = (
     "She didn't say what they'd seen: 12 foxes, 3,141 bears — and one über-owl!\r\n\r\n"
@@ -24,12 +25,25 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def documents(spans: Iterable[Span]) -> list[str]:
-    return [piece.text for span in spans for piece in read_documents(span)]
+def write_range(path: Path, text: str | bytes) -> TextRange:
+    return TextRange(path, 0, write(path, text).stat().st_size)
 
 
-def refusal(source: str | Path, cache: Path) -> str:
-    """What is said about a source that cannot be used: one line, and exit code 3."""
+def documents(texts: Iterable[TextRange], block_bytes: int = 1 << 20) -> list[str]:
+    """The documents of some ranges, their pieces joined."""
+    joined, parts = [], []
+    for text in texts:
+        for piece in read_documents(text, block_bytes):
+            parts.append(piece.text)
+            if piece.ends_document:
+                joined.append("".join(parts))
+                parts = []
+    assert not parts, "the last document has no end"
+    return joined
+
+
+def data_error(source: str | Path, cache: Path) -> str:
+    """The message for an unusable source: one line, exit code 3."""
     with pytest.raises(UserError) as caught:
         corpus = open_corpus(str(source), 0.1, cache)
         documents(corpus.train + corpus.val)
