@@ -12,7 +12,6 @@ checked at every start, and a damaged folder is prepared again.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -21,13 +20,12 @@ import secrets
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +221,8 @@ def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) 
 def _read_meta(folder: Path, key: str) -> dict[str, Any]:
     """`meta.json`, once its own checksum, its key and the sizes of the files are right."""
     try:
+        if not (folder / META).is_file():  # reading a pipe would block
+            raise CorruptCacheError(f"{META} is missing or damaged")
         meta = json.loads((folder / META).read_bytes())
         checksum = meta.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -345,49 +345,58 @@ def encode_all(
     if workers <= 1:
         yield from (encode(tokenizer, job) for job in jobs)
         return
+    busy: deque[Connection] = deque()
+    with contextlib.ExitStack() as stack:
+        try:
+            for number, job in enumerate(jobs):
+                if number < workers:
+                    busy.append(stack.enter_context(_worker(vocabulary)))
+                    busy[-1].send(job)
+                else:
+                    result = busy[0].recv()
+                    busy[0].send(job)
+                    busy.rotate(-1)
+                    yield result
+            while busy:
+                yield busy.popleft().recv()
+        except (EOFError, ConnectionError) as error:
+            message = "a worker process was killed while encoding text, probably for lack of memory"
+            raise UserError(f"{message}: try --data.workers 1", DISK_OR_MEMORY) from error
+
+
+@contextlib.contextmanager
+def _worker(vocabulary: Path) -> Iterator[Connection]:
+    """A process that encodes the jobs sent to it, one at a time.
+
+    It has a pipe of its own, which closes when either side dies; in a pool with a shared queue, a worker that is killed
+    while it sends a result blocks the others forever.
+    """
     # Spawned, not forked: a fork of a process with threads (torch) can deadlock.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _exit_with_parent)
-    pending: deque[Future[tuple[np.ndarray, int]]] = deque()
-    try:
-        for job in jobs:
-            pending.append(_submit(pool, vocabulary, job))
-            if len(pending) > 2 * workers:  # bounds memory
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        message = "a worker process was killed while encoding text, probably for lack of memory: try --data.workers 1"
-        raise UserError(message, DISK_OR_MEMORY) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, vocabulary: Path, job: Sequence[Piece]) -> Future[tuple[np.ndarray, int]]:
-    # Submitting may start a worker, which inherits blocked signals: Ctrl-C is handled by this process alone.
+    context = multiprocessing.get_context("spawn")
+    pipe, other_end = context.Pipe()
+    process = context.Process(target=_encode_jobs, args=(other_end, vocabulary), daemon=True)
+    # The worker inherits the blocked signal: Ctrl-C is handled by this process alone. (Starting the resource tracker,
+    # which the first process would do, unblocks it.)
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(_encode_in_worker, vocabulary, job)
+        process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    other_end.close()
+    try:
+        yield pipe
+    finally:
+        pipe.close()
+        process.kill()
+        process.join()
 
 
-def _encode_in_worker(vocabulary: Path, job: Sequence[Piece]) -> tuple[np.ndarray, int]:
-    return encode(_load_once(vocabulary), job)
-
-
-_load_once = functools.cache(load_tokenizer)
-
-
-def _exit_with_parent() -> None:
-    """End this worker when the main process is gone, even if it was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _encode_jobs(pipe: Connection, vocabulary: Path) -> None:
+    tokenizer = load_tokenizer(vocabulary)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            pipe.send(encode(tokenizer, pipe.recv()))
 
 
 def _cache_key(corpus: Corpus, hashes: dict[Path, str], config: DataConfig) -> str:

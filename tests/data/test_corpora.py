@@ -158,9 +158,7 @@ def test_shakespeare_is_downloaded_once(cache: Path, play: bytes, monkeypatch: p
 
 
 @pytest.mark.parametrize("response", [b"<html>not found</html>", b"", b"x" * 10_000])
-def test_wrong_download_is_not_kept(
-    cache: Path, play: bytes, response: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_download_is_not_kept(cache: Path, play: bytes, response: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(response))
     assert "bytes that are not the text" in data_error("shakespeare", cache)
     assert not cache.exists()

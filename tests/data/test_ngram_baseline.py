@@ -1,4 +1,4 @@
-"""Baselines: equal to a slow dictionary version, and true probability distributions."""
+"""N-gram baselines: equal to a slow dictionary version, and probability distributions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ documents = st.lists(st.lists(st.integers(0, EOT - 1), min_size=1, max_size=12),
 
 
 def split_of(texts: list[list[int]]) -> TokenSplit:
-    stream, starts = [EOT], []
+    tokens, starts = [EOT], []
     for text in texts:
-        starts.append(len(stream) - 1)
-        stream += [*text, EOT]
-    return TokenSplit((np.array(stream, np.uint16),), np.array(starts, np.int64), sum(map(len, texts)))
+        starts.append(len(tokens) - 1)
+        tokens += [*text, EOT]
+    return TokenSplit(np.array(tokens, np.uint16), np.array(starts, np.int64), sum(map(len, texts)))
 
 
 def slow_trigrams(texts: list[list[int]]) -> list[tuple[int, int, int]]:
@@ -47,40 +47,40 @@ class SlowKneserNey:
                 self.following[n][gram[:-1]][gram[-1]] = count
 
     def discount(self, n: int) -> float:
-        once = sum(c == 1 for c in self.counts[n].values())
-        twice = sum(c == 2 for c in self.counts[n].values())
-        return min(max(once / (once + 2 * twice), 0.1), 0.9) if once else 0.1
+        n1 = sum(c == 1 for c in self.counts[n].values())
+        n2 = sum(c == 2 for c in self.counts[n].values())
+        return min(max(n1 / (n1 + 2 * n2), 0.1), 0.9) if n1 else 0.1
 
     def probability(self, gram: tuple[int, ...]) -> float:
         if not gram:
             return 1 / VOCABULARY
         *context, last = gram
         shorter = self.probability(gram[1:])
-        seen = self.following[len(gram)].get(tuple(context))
-        if not seen:
+        followers = self.following[len(gram)].get(tuple(context))
+        if not followers:
             return shorter
-        discount, total = self.discount(len(gram)), sum(seen.values())
-        return max(seen.get(last, 0) - discount, 0) / total + discount * len(seen) / total * shorter
+        discount, total = self.discount(len(gram)), sum(followers.values())
+        return max(followers.get(last, 0) - discount, 0) / total + discount * len(followers) / total * shorter
 
 
 @settings(max_examples=60, deadline=None)
 @given(documents, documents)
-def test_equal_to_the_slow_version(train, val):
+def test_baselines_equal_the_slow_version(train: list[list[int]], val: list[list[int]]) -> None:
     assert [tuple(row) for row in trigrams(split_of(train), 10**9).tolist()] == slow_trigrams(train)
     slow = SlowKneserNey(slow_trigrams(train))
     losses = [-math.log(slow.probability(gram)) for gram in slow_trigrams(val)]
-    found = baselines(split_of(train), split_of(val), VOCABULARY)
-    assert found["trigram"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+    losses_of = baselines(split_of(train), split_of(val), VOCABULARY)
+    assert losses_of["trigram"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
     counts = Counter(gram[2] for gram in slow_trigrams(train))
     total = sum(counts.values())
     losses = [-math.log((counts[g[2]] + 1) / (total + VOCABULARY)) for g in slow_trigrams(val)]
-    assert found["unigram"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
-    assert found["uniform"] == pytest.approx(math.log(VOCABULARY))
+    assert losses_of["unigram"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+    assert losses_of["uniform"] == pytest.approx(math.log(VOCABULARY))
 
 
 @settings(max_examples=60, deadline=None)
 @given(documents)
-def test_distributions_sum_to_one(train):
+def test_distributions_sum_to_one(train: list[list[int]]) -> None:
     split = split_of(train)
     model = KneserNey.fit(trigrams(split, 10**9), VOCABULARY)
     contexts = [(a, b) for a in range(VOCABULARY) for b in range(VOCABULARY)]
@@ -91,25 +91,25 @@ def test_distributions_sum_to_one(train):
     assert unigram(split, VOCABULARY).sum() == pytest.approx(1)
 
 
-def test_no_context_reaches_into_the_document_before():
+def test_contexts_do_not_cross_documents() -> None:
     rows = trigrams(split_of([[0, 1], [2, 3]]), 10**9).tolist()
     assert rows == [[5, 5, 0], [5, 0, 1], [0, 1, 5], [5, 5, 2], [5, 2, 3], [2, 3, 5]]
 
 
-def test_a_regular_text_is_learned():
-    """In 0 1 2 0 1 2 ... two tokens decide the third; frequencies alone leave ln 3."""
-    found = baselines(split_of([[0, 1, 2] * 400]), split_of([[0, 1, 2] * 100]), VOCABULARY)
-    assert found["trigram"] < 0.05
-    assert found["unigram"] == pytest.approx(math.log(3), abs=0.03)
+def test_regular_text_has_a_low_trigram_loss() -> None:
+    """In 0 1 2 0 1 2 ... two tokens determine the third; the unigram loss is ln 3."""
+    losses_of = baselines(split_of([[0, 1, 2] * 400]), split_of([[0, 1, 2] * 100]), VOCABULARY)
+    assert losses_of["trigram"] < 0.05
+    assert losses_of["unigram"] == pytest.approx(math.log(3), abs=0.03)
 
 
-def test_limits_bound_what_is_counted_and_scored():
+def test_limits() -> None:
     train, val = split_of([[0, 1] * 50, [2] * 50]), split_of([[0, 1] * 20, [3] * 50])
     short = baselines(train, val, VOCABULARY, train_limit=100, val_limit=40)
     assert short == baselines(split_of([[0, 1] * 50]), split_of([[0, 1] * 20]), VOCABULARY, 100, 40)
     assert unigram(train, VOCABULARY, 100).tolist() == [51 / 106, 51 / 106] + [1 / 106] * 4
 
 
-def test_bits_per_byte():
+def test_bits_per_byte() -> None:
     # 10 tokens of ln 2 nats are 10 bits; over 5 bytes that is 2 bits each.
     assert bits_per_byte(math.log(2), n_tokens=10, n_bytes=5) == pytest.approx(2)

@@ -217,7 +217,14 @@ def test_bpe_agrees_with_the_tokenizers_library(vocab_size: int) -> None:
     reference.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=vocab_size - 1, **options))
     ours = train_tokenizer("bpe", vocab_size, corpus)
     assert ours.vocab_size == vocab_size
-    texts = (PROSE, PROSE[::-1], PROSE.upper(), "aaaaaaaaaaaa theththe\n\n \n", " \r\n\t 你好😀😀 שָׁלוֹם " * 9, "=-" * 300)
+    texts = (
+        PROSE,
+        PROSE[::-1],
+        PROSE.upper(),
+        "aaaaaaaaaaaa theththe\n\n \n",
+        " \r\n\t 你好😀😀 שָׁלוֹם " * 9,
+        "=-" * 300,
+    )
     for text in (*texts, *(PROSE[i : i + 20] for i in range(0, len(PROSE), 3))):
         tokens = [ours.token_bytes(token) for token in ours.encode(text).tolist()]
         # The reference writes each byte as a visible character; lengths and joined bytes determine the tokens.
@@ -238,15 +245,15 @@ def test_small_text_gives_a_small_vocabulary(text: str) -> None:
 
 def test_bpe_trains_on_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "BPE_SAMPLE_CHARACTERS", 100)
-    count = 0
+    yielded = []
 
     def texts() -> Iterator[str]:
-        nonlocal count
-        for count in range(1, 1000):
+        for i in range(1000):
+            yielded.append(i)
             yield "ten chars "
 
     train_tokenizer("bpe", 300, texts())
-    assert count == 10
+    assert len(yielded) == 10
 
 
 def test_a_million_blanks_are_encoded() -> None:
