@@ -32,6 +32,7 @@ from training.run_dir import check_links
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from inspection.activation_cache import ActivationCache
+    from inspection.attention_file import AttentionFile
     from inspection.commands.shared import LoadedModel
     from inspection.terminal import Result, Terminal
     from model.gpt import GPT
@@ -87,16 +88,14 @@ def main(argv: list[str]) -> None:
 
 
 def check_command(argv: list[str]) -> None:
-    """Raise `UserError` for a command that is misspelled or follows the run."""
+    """Raise `UserError` for a first word that is neither a command nor a path, if it looks like a command."""
     words = [value or "" for option, value in split_options(argv) if not option]
-    misplaced = [word for word in words[1:] if word in COMMANDS]
-    if misplaced:
-        raise UserError(f"the command comes first: python attend.py {misplaced[0]} {escape_control_chars(words[0])}")
-    if words and not Path(words[0]).exists():
+    if words and not Path(words[0]).exists() and (len(words) > 1 or "/" not in words[0]):
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        if near or len(words) > 1:
-            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-            raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
+    if len(words) > 1 and words[1] in COMMANDS:
+        raise UserError(f"the command comes first: python attend.py {words[1]} {escape_control_chars(words[0])}")
 
 
 # Commands on what a run recorded
@@ -237,54 +236,46 @@ def print_next_token(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> Non
 
 def write_files(options: AttendOptions, checkpoint: Checkpoint, model: GPT, cache: ActivationCache) -> None:
     """Write an attention file, a figure of all heads, and a page over the kept checkpoints, named by step and text."""
+    from inspection.attention_file import AttentionFile, AttentionRecord, package_versions, write_attention_file
+    from inspection.page_builder import PageRun, write_page
     from inspection.plots import head_grid
     from inspection.terminal import token_text
+    from training.checkpoint import provenance
 
-    run, tokenizer = checkpoint.folder.parent.parent, checkpoint.tokenizer()
+    run, step, tokenizer = checkpoint.folder.parent.parent, checkpoint.state.step, checkpoint.tokenizer()
     if not options.out and checkpoint.folder.parent.name == "checkpoints":
         check_links(run)
     name = options.prompt or f"generated, seed {options.seed}"
     slug = "-".join(re.findall(r"[a-z0-9]+", name.lower()))[:24].strip("-")
     digest = hashlib.sha256(repr(cache.tokens.tolist()).encode()).hexdigest()[:6]
-    step = checkpoint.state.step
     path = (Path(options.out) if options.out else run / "attention") / f"{step:06d}-{slug}-{digest}"
-    write_capture(Path(f"{path}.safetensors"), checkpoint, model, (name, cache), options.dtype)
-    labels = [token_text(tokenizer.token_bytes(token)) for token in cache.tokens.tolist()]
+    record = AttentionRecord.from_cache(name, cache, tokenizer.token_bytes)
+    metadata = {**provenance(model, tokenizer, checkpoint.state), "versions": package_versions()}
+    write_attention_file(Path(f"{path}.safetensors"), [record], metadata, dtype=options.dtype)
+    labels = [token_text(token) for token in record.token_bytes]
     head_grid(Path(f"{path}.png"), cache.pattern.numpy(), labels, f"step {step}: {name[:60]}")
-    write_prompt_page(Path(f"{path}.html"), checkpoint, name, cache.tokens.tolist())
+    files = [*earlier_files(checkpoint, name, cache.tokens.tolist()), AttentionFile([record], metadata)]
+    write_page(Path(f"{path}.html"), [PageRun(run.name, files)], None, None, name)
     where = escape_control_chars(path)
     print(f"attention  {where}.safetensors\nfigure     {where}.png\npage       {where}.html")
 
 
-def write_capture(
-    path: Path, checkpoint: Checkpoint, model: GPT, text: tuple[str, ActivationCache], dtype: str = "f16"
-) -> None:
-    """Write an attention file of one text."""
-    from inspection.attention_file import AttentionRecord, package_versions, write_attention_file
-    from training.checkpoint import provenance
-
-    tokenizer, (name, cache) = checkpoint.tokenizer(), text
-    record = AttentionRecord.from_cache(name, cache, tokenizer.token_bytes)
-    metadata = {**provenance(model, tokenizer, checkpoint.state), "versions": package_versions()}
-    write_attention_file(path, [record], metadata, dtype=dtype)
-
-
-def write_prompt_page(path: Path, newest: Checkpoint, name: str, tokens: list[int]) -> None:
-    """A page of one text over the kept checkpoints, up to the one that was opened."""
+def earlier_files(checkpoint: Checkpoint, name: str, tokens: list[int]) -> list[AttentionFile]:
+    """The attention of a text at each kept checkpoint before this one."""
     from inspection.attention_file import AttentionFile
-    from inspection.page_builder import PageRun, write_page
     from inspection.recorder import capture_texts
     from training.checkpoint import list_checkpoints, provenance, read_checkpoint, verify_checkpoint
     from training.device import get_dist_context
 
-    ctx, files = get_dist_context("fp32"), []
-    earlier = [path for path in list_checkpoints(newest.folder.parent) if int(path.name) < newest.state.step]
-    for checkpoint in [*(read_checkpoint(path) for path in earlier if verify_checkpoint(path) is None), newest]:
-        model = checkpoint.load_model(ctx)
-        tokenizer = checkpoint.tokenizer()
-        records = capture_texts(model, [(name, tokens)], tokenizer.token_bytes, details=checkpoint is newest)
-        files.append(AttentionFile(records, provenance(model, tokenizer, checkpoint.state)))
-    write_page(path, [PageRun(newest.folder.parent.parent.name, files)], None, None, name)
+    files = []
+    for path in list_checkpoints(checkpoint.folder.parent):
+        if int(path.name) >= checkpoint.state.step or verify_checkpoint(path) is not None:
+            continue
+        earlier = read_checkpoint(path)
+        model, tokenizer = earlier.load_model(get_dist_context("fp32")), earlier.tokenizer()
+        records = capture_texts(model, [(name, tokens)], tokenizer.token_bytes)
+        files.append(AttentionFile(records, provenance(model, tokenizer, earlier.state)))
+    return files
 
 
 if __name__ == "__main__":

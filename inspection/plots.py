@@ -1,8 +1,8 @@
 """Attention and head scores as figures, PNG or SVG by the suffix of the path.
 
 `draw_figures` draws all figures of a run; `head_grid`, `one_head`, `score_timeline` and `phase_change` draw one each from
-arrays. matplotlib is imported when a figure is drawn, and used without pyplot: no display, no global state. The same
-input gives the same bytes.
+arrays. They raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6). matplotlib is
+imported when a figure is drawn, and used without pyplot: no display, no global state. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import CONFIG, UserError
 from common.files import write_atomic
 from inspection.findings import ATTENTION_THRESHOLD, FINDING_SCORES
-from inspection.head_scores import ANTECEDENT, score_info
-from inspection.run_reader import RunFiles, best_head, find_text, match_name
+from inspection.head_scores import ANTECEDENT
+from inspection.run_reader import RunFiles, best_head, find_score, find_text, match_name
 from inspection.terminal import clearest_head, head_name, token_text
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _file_name(name: str) -> str:
 
 def _phase_change_series(run: RunFiles) -> tuple[Series, Series, Series] | None:
     """The loss, and the scores of the best induction head and previous-token head; None without the data."""
-    loss = repeats_loss(run) or validation_loss(run)
+    loss = repeats_loss(run)
     steps, scores = run.head_scores.steps, run.head_scores.scores
     heads = []
     for name in ("induction", "previous_token"):
@@ -153,12 +153,6 @@ def repeats_loss(run: RunFiles) -> Series | None:
     return Series("loss on repeats", list(losses), list(losses.values())) if len(losses) > 1 else None
 
 
-def validation_loss(run: RunFiles) -> Series | None:
-    """The validation loss from metrics.jsonl."""
-    losses = {m["step"]: m["val_loss"] for m in run.metrics() if isinstance(m.get("val_loss"), int | float)}
-    return Series("validation loss", list(losses), list(losses.values())) if len(losses) > 1 else None
-
-
 # Patterns
 
 
@@ -171,9 +165,6 @@ def head_grid(path: Path | str, pattern: ArrayLike, token_texts: Sequence[str], 
         path: ends in .png or .svg.
         pattern: (L, H, T, T).
         token_texts: T texts.
-
-    Raises:
-        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
     """
     pattern = np.asarray(pattern)
     L, H, T, _ = pattern.shape
@@ -207,9 +198,6 @@ def one_head(
         pattern: (T, T).
         token_texts: T texts.
         query: a row to frame, 0 to T - 1.
-
-    Raises:
-        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
     """
     pattern = np.asarray(pattern)
     T = len(pattern)
@@ -328,9 +316,6 @@ def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.fl
         steps: (S,), increasing.
         values: (S, L, H); nan where missing.
         score: its name.
-
-    Raises:
-        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
     """
     values = np.asarray(values, dtype=np.float64)
     S, L, H = values.shape
@@ -349,7 +334,7 @@ def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.fl
         ends = [(float(lines[-1, k]), f"{head_name(*divmod(k, H))} {lines[-1, k]:.2f}") for k in best]
         _label_ends(axes, ends, limits)
         others = f"; gray: the other {L * H - len(best)} heads" if len(best) < L * H else ""
-        _heading(figure, title, score_title(score) + others)
+        _heading(figure, title, find_score(score).title + others)
 
 
 def phase_change(path: Path | str, loss: Series, induction: Series, previous_token: Series, title: str) -> None:
@@ -361,9 +346,6 @@ def phase_change(path: Path | str, loss: Series, induction: Series, previous_tok
     Args:
         path: ends in .png or .svg.
         loss: in nats/token; its steps may differ from those of the scores.
-
-    Raises:
-        UserError: for another suffix (exit code 2), or if the file cannot be written (6).
     """
     steps = [*loss.steps, *induction.steps, *previous_token.steps]
     losses = np.asarray(loss.values, dtype=np.float64)
@@ -387,21 +369,10 @@ def phase_change(path: Path | str, loss: Series, induction: Series, previous_tok
 
 
 def score_range(name: str, values: ArrayLike) -> tuple[float, float]:
-    """The lowest and highest value to draw a score between; without a known bound, up to the largest value."""
+    """The lowest and highest value to draw a score between; without a bound, up to the largest value."""
+    info = find_score(name)
     largest = float(np.nanmax(np.asarray(values, dtype=np.float64), initial=0.0)) or 1.0
-    try:
-        info = score_info(name)
-    except KeyError:
-        return 0.0, max(largest, 1.0)
     return info.low, largest if info.high is None else info.high
-
-
-def score_title(name: str) -> str:
-    """What a score measures, in words; the name of an unknown score."""
-    try:
-        return score_info(name).title
-    except KeyError:
-        return name
 
 
 def _style_axes(axes: Axes, steps: Sequence[int], limits: tuple[float, float], name: str) -> None:

@@ -26,12 +26,12 @@ from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import read_metrics
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
+from inspection.head_scores import HeadScore, score_info
 
 if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
 
 FOLDER = "attention"
-MAX_JSON_BYTES = 1 << 28
 NEWEST = -1
 """Stands for the newest step."""
 
@@ -228,18 +228,13 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _no_attention_files(folder: Path) -> str:
-    """The message for a folder without attention files; names the runs inside it or next to it."""
-    inside = _runs_in(folder)
-    if inside:
+    """The message for a folder without attention files."""
+    if inside := _runs_in(folder):
         return f"{folder} is not a run but contains {len(inside)}; give one of them, such as {inside[0]}"
     if (folder / "config.toml").is_file():
-        return (
-            f"{folder} has no attention files (it was trained with --log.attention off); look at a prompt with: "
-            f"python attend.py {folder} --prompt TEXT"
-        )
-    near = _runs_in(folder.resolve().parent)
-    hint = f"; did you mean {_relative(near[0])}?" if near else "; python train.py makes a run folder"
-    return f"{folder} is not a run folder{hint}"
+        hint = f"look at a prompt with: python attend.py {folder} --prompt TEXT"
+        return f"{folder} has no attention files (it was trained with --log.attention off); {hint}"
+    return f"{folder} is not a run folder; python train.py makes a run folder"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -249,8 +244,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UserError: if it cannot be read or is not one (exit code 4).
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
@@ -304,3 +297,11 @@ def best_head(score: str, values: NDArray[np.float32]) -> tuple[int, int] | None
     index = np.nanargmin(values) if score == "entropy" else np.nanargmax(values)
     layer, head = divmod(int(index), values.shape[1])
     return layer, head
+
+
+def find_score(name: str) -> HeadScore:
+    """The definition of a head score; for an unknown one, which a file may hold, a share of attention of that name."""
+    try:
+        return score_info(name)
+    except KeyError:
+        return HeadScore(name, title=name, formula="", source="", texts="")

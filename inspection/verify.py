@@ -81,9 +81,6 @@ def _text_differences(text: AttentionRecord, model: GPT) -> Iterator[Difference]
     for layer, pattern in enumerate(cache.pattern.numpy()):  # by layer: all layers unpacked at once are large
         yield "pattern", _max_difference(text.pattern(layer)[0], pattern), tolerance, text.name
     yield "loss", _max_difference(text.loss, cache.loss), LOSS_TOLERANCE, text.name
-    norms = cache.value_norms.numpy()
-    scale = float(norms.max()) or 1.0  # an untrained output projection can be 0
-    yield "value norms", _max_difference(text.value_norms, norms) / scale, RELATIVE_TOLERANCE, text.name
 
 
 def _score_differences(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator[Difference]:

@@ -63,12 +63,9 @@ def run(options: Compare, terminal: Terminal) -> Result:
     lines = [f"{sides[0]} minus {sides[1]}", *notes, "", *_table(scores, patterns, terminal), ""]
     if patterns:
         names = ", ".join(dict.fromkeys(escape_control_chars(row["text"]) for row in patterns))
-        explanation = (
-            "moved: the share of a token's attention that goes elsewhere; |diff|: mean absolute difference of "
-        )
-        lines += paragraph(f"{explanation}attention weights; both over the texts {names}", terminal.width)
+        lines += paragraph(f"moved: the share of a token's attention that goes elsewhere, over {names}", terminal.width)
     rows = [{"kind": "score", "name": r["score"], "head": r["head"], "difference": r["difference"]} for r in scores]
-    rows += [{"kind": "pattern", "name": r["text"], "head": r["head"], "difference": r["difference"]} for r in patterns]
+    rows += [{"kind": "moved", "name": r["text"], "head": r["head"], "difference": r["moved"]} for r in patterns]
     return Result([*lines, DISCLAIMER], data, rows)
 
 
@@ -105,41 +102,28 @@ def _pattern_differences(
         if ours[name].token_bytes != theirs[name].token_bytes:
             notes.append(f"text {escape_control_chars(name)!r} has different tokens; its patterns are not compared")
             continue
-        difference, moved = pattern_difference(ours[name], theirs[name])
-        rows += [
-            {"head": head_name(*head), "text": name, "difference": float(difference[head]), "moved": float(moved[head])}
-            for head in np.ndindex(*moved.shape)
-        ]
+        moved = moved_attention(ours[name], theirs[name])
+        rows += [{"head": head_name(*h), "text": name, "moved": float(moved[h])} for h in np.ndindex(*moved.shape)]
     return rows, notes
 
 
-def pattern_difference(
-    first: AttentionRecord, second: AttentionRecord
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How much two patterns of one text differ, each (L, H).
+def moved_attention(first: AttentionRecord, second: AttentionRecord) -> NDArray[np.float64]:
+    """The share of its attention that a query moves to other keys, averaged over the queries, (L, H).
 
-    Returns:
-        The mean absolute difference over all causal pairs, and the share of its attention that a query moves to
-        other keys: half the sum of absolute differences, averaged over the queries.
+    Half the sum of absolute differences: 0 for equal patterns, 1 for patterns without a common key.
     """
     difference = np.abs(first.pattern_tril.astype(np.float64) - second.pattern_tril.astype(np.float64))
-    return difference.mean(axis=-1), difference.sum(axis=-1) / (2 * len(first.tokens))
+    return difference.sum(axis=-1) / (2 * len(first.tokens))
 
 
 def _table(scores: list[dict[str, Any]], patterns: list[dict[str, Any]], terminal: Terminal) -> list[str]:
-    """A row for each head: mean pattern difference over the texts, then the difference of each score."""
-    by_head: dict[str, tuple[list[float], list[float], list[float]]] = {}
+    """A row for each head: moved attention, averaged over the texts, then the difference of each score."""
+    moved: dict[str, list[float]] = {}
     for row in patterns:
-        differences, moved, _ = by_head.setdefault(row["head"], ([], [], []))
-        differences.append(row["difference"])
-        moved.append(row["moved"])
+        moved.setdefault(row["head"], []).append(row["moved"])
+    cells: dict[str, list[Cell]] = {head: [head, float(np.mean(values))] for head, values in moved.items()}
     for row in scores:
-        by_head.setdefault(row["head"], ([], [], []))[2].append(row["difference"])
-    columns = [Column("head", align="left")]
-    columns += [Column("moved", 3), Column("|diff|", 4)] if patterns else []
+        cells.setdefault(row["head"], [row["head"]]).append(row["difference"])
+    columns = [Column("head", align="left"), *([Column("moved", 3)] if patterns else [])]
     columns += [Column(escape_control_chars(name), signed=True) for name in dict.fromkeys(r["score"] for r in scores)]
-    rows: list[list[Cell]] = [
-        [head, *([float(np.mean(moved)), float(np.mean(differences))] if patterns else []), *score_differences]
-        for head, (differences, moved, score_differences) in by_head.items()
-    ]
-    return table(columns, rows, terminal.width)
+    return table(columns, list(cells.values()), terminal.width)

@@ -15,8 +15,7 @@ from inspection.commands.shared import (
     require_scores,
     score_rows,
 )
-from inspection.plots import score_title
-from inspection.run_reader import NEWEST, RunFiles, match_name
+from inspection.run_reader import NEWEST, RunFiles, find_score, match_name
 from inspection.terminal import DISCLAIMER, Column, Result, Terminal, interval, number, table
 
 
@@ -42,7 +41,7 @@ def run(options: Heads, terminal: Terminal) -> Result:
     rows = score_rows(file, results, names)
     if options.score:
         rows.sort(key=lambda row: -row["value"] if math.isfinite(row["value"]) else math.inf)
-        title, body = f"{options.score}: {score_title(options.score)}", _one_score(rows, terminal)
+        title, body = f"{options.score}: {find_score(options.score).title}", _one_score(rows, terminal)
     else:
         title, body = (
             "every score of every head, each followed by the effect of zero ablation",

@@ -15,8 +15,7 @@ from common.errors import CHECKPOINT, CONFIG, UserError
 from inspection.ablation_results import AblationEffects, AblationResults, Interval
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
-from inspection.head_scores import score_info
-from inspection.run_reader import RunFiles
+from inspection.run_reader import RunFiles, find_score
 from inspection.terminal import head_name
 
 if TYPE_CHECKING:
@@ -95,14 +94,6 @@ def model_shape(file: AttentionFile) -> tuple[int, int] | None:
     return (shapes[0][0], shapes[0][1]) if shapes else None
 
 
-def is_share(score: str) -> bool:
-    """Whether a score is a share of attention, to which the threshold applies; unknown scores count as shares."""
-    try:
-        return score_info(score).is_share
-    except KeyError:
-        return True
-
-
 def require_scores(scores: Mapping[str, Any], run: RunFiles) -> None:
     """Raise `UserError` (exit code 4) if there are no head scores."""
     if not scores:
@@ -130,7 +121,7 @@ def _score_row(name: str, layer: int, head: int, value: float, effects: Ablation
         table = getattr(effects, field, None)
         row[key] = _triple(table[layer][head]) if table else None
     label = ablation_label(effects, layer, head) if effects else None
-    high = is_share(name) and value >= ATTENTION_THRESHOLD
+    high = find_score(name).is_share and value >= ATTENTION_THRESHOLD
     return {**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""}
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import escape_control_chars
-from inspection.commands.shared import OutputOptions, is_share, require_scores
+from inspection.commands.shared import OutputOptions, require_scores
 from inspection.findings import ATTENTION_THRESHOLD
-from inspection.plots import score_range, score_title
-from inspection.run_reader import HeadScoreSeries, RunFiles, best_head, match_name
+from inspection.plots import score_range
+from inspection.run_reader import HeadScoreSeries, RunFiles, best_head, find_score, match_name
 from inspection.terminal import Cell, Column, Result, Terminal, head_name, sparkline, table
 
 SPARKLINE_WIDTH = 60
@@ -64,7 +64,7 @@ def head_timeline(name: str, head: tuple[int, ...], series: HeadScoreSeries) -> 
         "first": float(values[0]),
         "last": float(values[-1]),
         "max": largest,
-        "threshold_step": reached[0] if reached and is_share(name) else None,
+        "threshold_step": reached[0] if reached and find_score(name).is_share else None,
         "values": values.tolist(),
     }
 
@@ -75,7 +75,7 @@ def _lines(score: str, timelines: list[dict[str, Any]], files: RunFiles, termina
     for one in timelines:
         low, high = score_range(one["score"], series.scores[one["score"]])
         line = sparkline(one["values"], low, high, terminal.encoding, SPARKLINE_WIDTH)
-        missing = "never" if is_share(one["score"]) else "-"
+        missing = "never" if find_score(one["score"]).is_share else "-"
         reached = missing if one["threshold_step"] is None else str(one["threshold_step"])
         name = escape_control_chars(one["score"])
         rows.append((name, one["head"], line, one["first"], one["last"], one["max"], reached))
@@ -84,7 +84,7 @@ def _lines(score: str, timelines: list[dict[str, Any]], files: RunFiles, termina
     steps = series.steps
     lines = [f"{escape_control_chars(files.folder)}, steps {steps[0]} to {steps[-1]}, {len(steps)} evaluations"]
     if score not in ("", "all"):
-        lines.append(f"{score}: {score_title(score)}")
+        lines.append(f"{score}: {find_score(score).title}")
     elif not score:
         lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
     note = f"threshold: the first step with a score of at least {ATTENTION_THRESHOLD}, for shares of attention"

@@ -60,7 +60,7 @@ def test_captured_file_passes(tmp_path: Any, preset: str, dtype: str) -> None:
     found = checks(capture(model, tmp_path / "file", dtype), model)
     assert set(found) == {
         *("config", "weights_sha256", "tokenizer_sha256"),
-        *("pattern", "loss", "value norms", "scores"),
+        *("pattern", "loss", "scores"),
     }
     assert all(check.ok for check in found.values()), found
     assert found["pattern"].tolerance == (2**-11 if dtype == "f16" else 1e-6)
@@ -98,7 +98,6 @@ CHANGES: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
     "one weight of a pattern": ("pattern", lambda f: with_array(f, "pattern_tril", add(1, 0, 40))),
     "nan in a pattern": ("pattern", lambda f: with_array(f, "pattern_tril", set_nan)),
     "one loss": ("loss", lambda f: with_array(f, "loss", add(7))),
-    "one value norm": ("value norms", lambda f: with_array(f, "value_norms", add(0, 1, 5))),
     "one score": ("scores", lambda f: with_scores(f, add(1, 1))),
     "nan in a score": ("scores", lambda f: with_scores(f, set_nan)),
     "a score that is not recomputed": ("scores", lambda f: replace(f, scores={**f.scores, "x": f.scores["copying"]})),
@@ -120,7 +119,7 @@ def test_change_of_one_model_weight_fails(file: AttentionFile, part: str) -> Non
     with torch.no_grad():
         model.get_parameter(part)[0, 0] += 0.5
     failed = {name for name, check in checks(file, model).items() if not check.ok}
-    assert failed & {"pattern", "loss", "value norms"}
+    assert failed & {"pattern", "loss"}
 
 
 def test_model_of_another_shape_fails(file: AttentionFile) -> None:
