@@ -135,14 +135,16 @@ def attention_path(name: str) -> Path:
 
 def write_attention(path: Path, model: GPT, checkpoint: Checkpoint, tokens: list[int]) -> None:
     """Write the attention of the finished text, of at most the last `context` tokens, as an attention file."""
-    from inspection.recorder import write_dump
+    from inspection.attention_file import package_versions, write_attention_file
+    from inspection.recorder import capture_texts
     from training.checkpoint import provenance
 
     context, tokenizer = model.config.context, checkpoint.tokenizer()
     if len(tokens) > context:
         print(f"the text has {len(tokens)} tokens; the attention of the last {context} is written", file=sys.stderr)
-    metadata = provenance(model, tokenizer, checkpoint.state)
-    write_dump(path, model, [("sample", tokens[-context:])], tokenizer.token_bytes, metadata)
+    records = capture_texts(model, [("sample", tokens[-context:])], tokenizer.token_bytes)
+    metadata = {**provenance(model, tokenizer, checkpoint.state), "versions": package_versions()}
+    write_attention_file(path, records, metadata)
     print(f"attention  {escape_control_chars(path)}", file=sys.stderr)
 
 
