@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars, run_main
+from common.errors import UserError, escape_control_chars, run_main
 from training.cli import parse
 
 if TYPE_CHECKING:
@@ -67,56 +67,45 @@ def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "Generate text with a trained model.", positional="run")
     from model.generate import SamplingParams
     from model.quantize import quantize_
+    from training import text_generation as text
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
-    from training.text_generation import (
-        check_prompt,
-        decode,
-        encode_prompt,
-        escape_text,
-        generate_text,
-        generate_tokens,
-    )
 
-    check_prompt(config.prompt)
+    text.check_prompt(config.prompt)
     checkpoint = open_checkpoint(Path(config.run))
     if config.attend:
         path = attention_path(config.attend)
     tokenizer = checkpoint.tokenizer()
-    prompt = encode_prompt(tokenizer, config.prompt, checkpoint.starts_with_eot)
+    prompt = text.encode_prompt(tokenizer, config.prompt, checkpoint.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))
-    if len(prompt) > model.config.context:
-        print(
-            f"the prompt has {len(prompt)} tokens, more than the context of {model.config.context}; only its end is used",
-            file=sys.stderr,
-        )
+    if len(prompt) > (context := model.config.context):
+        print(f"the prompt has {len(prompt)} tokens; only the last {context} or fewer are used", file=sys.stderr)
     params = SamplingParams(config.temperature, config.top_k, config.top_p)
     if config.attend:
-        tokens = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
-        print(escape_text(config.prompt + decode(tokenizer, tokens[len(prompt) :])))
+        tokens = text.generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
+        print(text.escape_text(config.prompt + text.decode(tokenizer, tokens[len(prompt) :])))
         write_attention(path, model, checkpoint, tokens)
         return
     quantize_(model, config.dtype)
-    pieces = generate_text(model, tokenizer, prompt, config.tokens, config.samples, config.seed, params)
+    pieces = text.generate_text(model, tokenizer, prompt, config.tokens, config.samples, config.seed, params)
     if config.samples > 1:
-        texts = ["".join(text) for text in zip(*pieces, strict=True)] or [""] * config.samples
-        for number, text in enumerate(texts, 1):
-            print(f"--- {number} ---\n{escape_text(config.prompt + text)}")
+        texts = ["".join(parts) for parts in zip(*pieces, strict=True)] or [""] * config.samples
+        for number, sample in enumerate(texts, 1):
+            print(f"--- {number} ---\n{text.escape_text(config.prompt + sample)}")
         return
-    print(escape_text(config.prompt), end="", flush=True)
+    print(text.escape_text(config.prompt), end="", flush=True)
     for (piece,) in pieces:
-        print(escape_text(piece), end="", flush=True)
+        print(text.escape_text(piece), end="", flush=True)
     print()
 
 
 def attention_path(name: str) -> Path:
-    """The path for `--attend`, with its suffix and parent folders created.
+    """The path for `--attend`, with its suffix.
 
     Raises:
-        UserError: if it has another suffix or would replace another kind of file (exit code 2), or the folder cannot be
-            created (exit code 6).
+        UserError: if it has another suffix, or would replace another kind of file (exit code 2).
     """
-    from inspection import attention_file
+    from inspection.attention_file import read_attention_file
 
     path = Path(name)
     if path.is_dir() or path.suffix not in ("", ".safetensors"):
@@ -124,12 +113,9 @@ def attention_path(name: str) -> Path:
     path = path.with_suffix(".safetensors")
     try:
         if path.exists():
-            attention_file.read_attention_file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+            read_attention_file(path)
     except UserError as error:
         raise UserError(f"{path} exists and is not an attention file; give --attend another name") from error
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}", DISK_OR_MEMORY) from error
     return path
 
 

@@ -61,7 +61,7 @@ def test_attend_writes_attention_of_finished_text(run: Path, tmp_path: Path, tok
         (["--dtype=int8", "--attend=x"], 2, "--attend needs --dtype fp32; it is int8"),
         (["--samples=3", "--attend=x"], 2, "--attend needs --samples 1; it is 3"),
         (["--attend=x.png"], 2, "give the name of a .safetensors file"),
-        (["--attend=/proc/nowhere/x"], 6, "cannot write to /proc/nowhere"),
+        (["--tokens=2", "--attend=/proc/nowhere/x"], 6, "cannot write /proc/nowhere/x"),
     ],
 )
 def test_sample_errors(run: Path, options: list[str], code: int, words: str) -> None:

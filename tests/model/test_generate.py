@@ -66,18 +66,6 @@ def test_decoding_encodes_one_token_at_a_time() -> None:
     assert set(projected) == {(1, 30)}
 
 
-def test_cache_buffers_are_never_copied() -> None:
-    model, text = random_model("qwen3", "sdpa"), random_tokens(2, 20)
-    cache = KVCache(model.config, 2, model.token_embedding.weight)
-    address = cache.keys.data_ptr()
-    with torch.no_grad():
-        for length in (3, 4, 9):
-            next_logits(model, text[:, :length], cache)
-            keys, values = cache.update(1, *torch.zeros(2, 2, 2, 1, 10).unbind())
-            assert keys.untyped_storage().data_ptr() == address == cache.keys.data_ptr()
-            assert values.untyped_storage().data_ptr() == cache.values.data_ptr()
-
-
 def test_long_prompt_is_cut_to_context() -> None:
     model, prompt = random_model("gpt2", context=8), random_tokens(2, 50)
     first = generated(model, prompt, 5, GREEDY)

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model import quantize
-from model.generate import SamplingParams, generate, next_logits
 from model.gpt import GPT
-from model.kv_cache import KVCache
 from model.quantize import HalfLinear, Int8Linear, PrepackedLinear, WeightDtype, quantize_, quantize_int8
 from tests.model.helpers import PRESETS, normal, random_model, random_tokens
 
@@ -135,25 +133,6 @@ def test_quantized_logits_are_close(preset: str, dtype: WeightDtype, monkeypatch
         error = difference(other(text), model(text))
     assert error < BOUNDS[dtype]
     assert error > 1e-5 or dtype == "fp32"
-
-
-@each_dtype
-def test_cache_works_with_quantized_weights(dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, text = quantized(random_model("gpt2", "sdpa"), dtype, monkeypatch), random_tokens(2, 20)
-    cache = KVCache(model.config, 2, model.token_embedding.weight)
-    with torch.no_grad():
-        for length in (5, 6, 7, 20):
-            logits, expected = next_logits(model, text[:, :length], cache), next_logits(model, text[:, :length])
-            assert difference(logits, expected) < (0.05 if dtype == "int8" else 1e-4)
-
-
-def test_prepacked_model_generates_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompt = random_model("glass", "sdpa"), random_tokens(2, 4)
-    texts = [
-        torch.stack(list(generate(each, prompt, 60, torch.Generator().manual_seed(4), SamplingParams(0.8))))
-        for each in (model, quantized(model, "fp32", monkeypatch))
-    ]
-    assert torch.equal(*texts)
 
 
 def test_small_fp32_model_keeps_its_bits() -> None:
