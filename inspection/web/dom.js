@@ -29,7 +29,13 @@ const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 // <bdi> keeps a right-to-left token from reordering the text around it.
 const tokenLabel = (token, length = 18) => create("bdi", { class: "token" }, tokenText(token, length));
 
-const fixed = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits).replace("-", "−") : "–");
+// A fixed number of digits, with a minus sign and without "-0.00".
+function fixed(value, digits = 2) {
+  if (!Number.isFinite(value)) return "–";
+  const text = value.toFixed(digits);
+  return text.replace("-", Number(text) === 0 ? "" : "−");
+}
+
 const signed = (value, digits = 2) => (value > 0 ? `+${fixed(value, digits)}` : fixed(value, digits));
 
 // A number of any size in a few characters.
