@@ -1,8 +1,9 @@
-"""Train a small GPT:  python train.py [CONFIG.toml] [--section.key value ...]
-Prove that a run resumes exactly:  python train.py --run.resume RUN --check
-Say what a run would take:         python train.py [CONFIG.toml] --plan [8xh100]
+"""Train a small GPT:                  python train.py [CONFIG.toml] [--section.key value ...]
+Verify that a run resumes exactly:  python train.py --run.resume RUN --check
+Print what a run would need:        python train.py [CONFIG.toml] --plan [8xh100]
 
-config → corpus → model → the loop. Nothing heavy is imported before the command line has been found good.
+Parse the config, prepare the corpus, build the trainer and its callbacks, run it. torch is imported only once the command
+line is known to be valid.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from data.prepare import TokenizedCorpus
     from inspection.contrast_pairs import ContrastPair
     from inspection.eval_texts import EvalTexts
-    from inspection.recorder import AttentionRecorder
     from training.device import DistContext
     from training.trainer import Trainer
 
@@ -65,15 +65,17 @@ def train(config: RunConfig, started: float) -> None:
     config, deadline = plan_minutes(config, ctx, data, started)
     check_min_length(data, config.model.context)
     eval_texts = build_eval_texts(data, config) if config.log.attention == "on" else None
-    checkpointer = Checkpointer(config, ctx)
+    checkpointer = Checkpointer(config, ctx)  # before the newest checkpoint is opened: it cleans up after a kill
     trainer = build_trainer(config, ctx, data)
-    recorder = None if eval_texts is None else get_recorder(trainer, eval_texts)
+    recorder = None
+    if eval_texts is not None:
+        from inspection.recorder import AttentionRecorder
+
+        recorder = AttentionRecorder(eval_texts, data.tokenizer.token_bytes, Path(config.run.dir), print_line)
     trainer.callbacks = get_callbacks(trainer, checkpointer, recorder)
     if deadline is not None:
         trainer.callbacks.append(KeepDeadline(deadline))
     print_header(trainer)
-    if recorder is None and ctx.is_main_process:
-        print_line("log.attention is off: no attention is recorded and no page is written")
     trainer.run()
     if ctx.is_main_process:
         print_line(closing_lines(config, time.perf_counter() - started))
@@ -89,44 +91,32 @@ def closing_lines(config: RunConfig, seconds: float) -> str:
     return "\n".join([*lines, f"  python sample.py {run}"])
 
 
-def get_recorder(trainer: Trainer, eval_texts: EvalTexts) -> AttentionRecorder:
-    """The callback that records attention at each evaluation."""
-    from inspection.recorder import AttentionRecorder
-    from training.metrics import print_line
-
-    token_bytes, folder = trainer.data.tokenizer.token_bytes, Path(trainer.config.run.dir)
-    return AttentionRecorder(eval_texts, token_bytes, folder, print_line)
-
-
 class KeepDeadline:
-    """Adjusts the number of steps of a run with `train.minutes` once, when the learning rate is about to decay."""
+    """A callback that adjusts the number of steps once, when the learning rate is about to decay (`train.minutes`)."""
 
     def __init__(self, end: float) -> None:
         self.end = end
 
     def on_start(self, trainer: Trainer) -> None:
+        from training.metrics import print_line
+        from training.run_dir import save_config
         from training.time_budget import Deadline
 
-        self.deadline = Deadline(self.end, lambda config: set_config(trainer, config))
+        def set_config(config: RunConfig) -> None:
+            save_config(config)
+            trainer.config = config
+            print_line(f"plan    {config.train.steps:,} steps, from the time that {trainer.state.step:,} have taken")
+
+        self.deadline = Deadline(self.end, set_config)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self.deadline.check(trainer.config, trainer.state.step)
 
 
-def set_config(trainer: Trainer, config: RunConfig) -> None:
-    """Continue with another number of steps, and write it to `config.toml`."""
-    from training.metrics import print_line
-    from training.run_dir import save_config
-
-    save_config(config)
-    trainer.config = config
-    print_line(f"plan    {config.train.steps:,} steps, from the time that {trainer.state.step:,} have taken")
-
-
 def plan_minutes(
     config: RunConfig, ctx: DistContext, data: TokenizedCorpus, started: float
 ) -> tuple[RunConfig, float | None]:
-    """The config with model, batch and steps chosen, where it gives the minutes to spend; when they should be over."""
+    """With `train.minutes`: the config with model, batch and steps chosen, and when the last step should be over."""
     if not config.train.minutes:
         return config, None
     from training.time_budget import Corpus, search

@@ -23,7 +23,7 @@ CHUNK = 1 << 22
 def cross_entropy_sum(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Sum over all valid targets of -log p(target), in nats, computed in fp32.
 
-    The backward pass overwrites the logits: do not read them after it.
+    The gradient overwrites the logits: do not read them after it.
     """
     total: Tensor = ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
     return total

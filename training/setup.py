@@ -238,6 +238,8 @@ def print_header(trainer: Trainer) -> None:
         f"run     {trainer.config.run.dir}: {start}to step {train.steps}, "
         f"{train.batch_size} x {shape.context} tokens per step"
     )
+    if trainer.config.log.attention == "off":
+        print_line("log.attention is off: no attention is recorded and no page is written")
     if trainer.resumed_from is not None:
         print_changes(trainer.resumed_from.environment.settings, environment)
 

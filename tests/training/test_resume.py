@@ -97,13 +97,13 @@ def test_what_came_after_the_newest_checkpoint_is_repeated(uninterrupted: Any, t
     shutil.copytree(uninterrupted("plain"), folder)
     for step in ("000012", "000010", "000008"):
         shutil.rmtree(folder / "checkpoints" / step)
-    stale = folder / "attention" / "000011.safetensors"
-    shutil.copy(folder / "attention" / "000012.safetensors", stale)
+    leftover = folder / "attention" / "000011.safetensors"
+    shutil.copy(folder / "attention" / "000012.safetensors", leftover)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')  # cut off in the middle
     assert "from step 5" in resume(folder, 12)
     assert_same(folder, uninterrupted("plain"))
-    assert not stale.exists() and (folder / "attention" / "000012.safetensors").is_file()
+    assert not leftover.exists() and (folder / "attention" / "000012.safetensors").is_file()
 
 
 def test_new_run_can_be_resumed_from_step_0(corpus: Path, uninterrupted: Any, tmp_path: Path) -> None:
