@@ -59,7 +59,7 @@ def process(
     )
 
 
-def said(done: subprocess.CompletedProcess[str], code: int) -> str:
+def error_line(done: subprocess.CompletedProcess[str], code: int) -> str:
     """The one line on stderr of a script that refused, with `code`; never a traceback."""
     assert done.returncode == code, f"{done.returncode}: {done.stdout}\n{done.stderr}"
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -13,7 +13,7 @@ from inspection.activation_cache import run_with_cache
 from inspection.attention_file import read_attention_file
 from model.generate import SamplingParams
 from tests.model.helpers import normal, random_model
-from tests.runs import TINY, said, script
+from tests.runs import TINY, error_line, script
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
 from training.text_generation import decode, encode_prompt, generate_text, generate_tokens
@@ -65,14 +65,14 @@ def test_attend_writes_attention_of_finished_text(run: Path, tmp_path: Path, tok
     ],
 )
 def test_sample_errors(run: Path, options: list[str], code: int, words: str) -> None:
-    assert words in said(script("sample.py", run, *options), code)
+    assert words in error_line(script("sample.py", run, *options), code)
 
 
 def test_attend_does_not_replace_other_files(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     file.write_bytes((run / "checkpoints" / "000006" / "model.safetensors").read_bytes())
     before = file.read_bytes()
-    assert "is not an attention file" in said(script("sample.py", run, f"--attend={file}"), 2)
+    assert "is not an attention file" in error_line(script("sample.py", run, f"--attend={file}"), 2)
     assert file.read_bytes() == before
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY, process, said, script
+from tests.runs import ROOT, TINY, error_line, process, script
 
 EMOJI = "\N{FOX FACE}"
 
@@ -66,13 +66,13 @@ def test_empty_prompt_and_large_top_k(run: Path) -> None:
     ],
 )
 def test_sample_refuses_in_one_line(run: Path, argv: list[str], words: str) -> None:
-    assert words in said(script("sample.py", run, *argv), 2)
+    assert words in error_line(script("sample.py", run, *argv), 2)
 
 
 @pytest.mark.parametrize("name", ["sample.py", "attend.py"])
 def test_folder_without_a_run_is_named(name: str, tmp_path: Path) -> None:
-    assert "has no checkpoint" in said(script(name, tmp_path), 4)
-    assert "is not a folder" in said(script(name, tmp_path / "nothing"), 4)
+    assert "has no checkpoint" in error_line(script(name, tmp_path), 4)
+    assert "is not a folder" in error_line(script(name, tmp_path / "nothing"), 4)
 
 
 def test_checkpoint_folder_works_like_a_run(run: Path) -> None:
@@ -103,7 +103,7 @@ def test_damaged_checkpoint_is_skipped(run: Path, tmp_path: Path) -> None:
     done = script("sample.py", folder, "--tokens=5")
     assert done.returncode == 0 and "000006" in done.stderr and "sha256" in done.stderr
     shutil.rmtree(folder / "checkpoints" / "000003")
-    assert "no good checkpoint" in said(script("sample.py", folder, "--tokens=5"), 4)
+    assert "no good checkpoint" in error_line(script("sample.py", folder, "--tokens=5"), 4)
 
 
 def test_corpus_without_lines_or_documents(tmp_path: Path) -> None:

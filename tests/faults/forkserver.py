@@ -218,8 +218,8 @@ def wait(pid: int, timeout: float, connection: socket.socket | None) -> int | No
     """
     handle = os.pidfd_open(pid)
     try:
-        watched: list[Any] = [handle, *([connection] if connection else [])]
-        if handle not in select.select(watched, [], [], timeout)[0]:
+        waited: list[Any] = [handle, *([connection] if connection else [])]
+        if handle not in select.select(waited, [], [], timeout)[0]:
             return None
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""Programs as a user, a scheduler or torchrun starts them: real processes, watched through /proc and what they write.
+"""Programs as a user, a scheduler or torchrun starts them: real processes, observed through /proc and what they write.
 
 Everything that one `Started` starts, however deep, carries a word of its own in its environment: so whatever is left
 behind is found, also when its parent has gone.
@@ -104,8 +104,8 @@ class Started:
         deadline = time.monotonic() + allowed(seconds)
         while not condition():
             ended = self.process.poll()
-            assert ended is None or condition(), f"ended with {ended} before: {what}\n{self.said()}"
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.said()}"
+            assert ended is None or condition(), f"ended with {ended} before: {what}\n{self.output()}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.output()}"
             time.sleep(0.005)
 
     def end(self, within: float = 120) -> subprocess.CompletedProcess[str]:
@@ -114,11 +114,11 @@ class Started:
         try:
             code = self.process.wait(within)
         except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"still running after {within} s\n{self.said()}") from error
+            raise AssertionError(f"still running after {within} s\n{self.output()}") from error
         texts = [path.read_text("utf-8", "replace") for path in (self.out, self.err)]
         return subprocess.CompletedProcess(self.process.args, shell_code(code), *texts)
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What it has printed so far."""
         return "\n".join(path.read_text("utf-8", "replace")[-6000:] for path in (self.out, self.err))
 
@@ -145,7 +145,7 @@ class Forked:
         """Send it a signal."""
         self.child.send(number)
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What it has printed so far."""
         texts = (path.read_text("utf-8", "replace") for path in (self.child.out, self.child.err) if path.exists())
         return "\n".join(text[-6000:] for text in texts)
@@ -160,8 +160,8 @@ class Forked:
         """Wait until something has come about; it fails if the run ends first."""
         deadline = time.monotonic() + allowed(seconds)
         while not condition():
-            assert not self.ended() or condition(), f"ended with {self.code} before: {what}\n{self.said()}"
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.said()}"
+            assert not self.ended() or condition(), f"ended with {self.code} before: {what}\n{self.output()}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.output()}"
             time.sleep(0.002)
 
     def held(self) -> bool:
@@ -179,7 +179,7 @@ class Forked:
         if not self.ended(within):
             self.send(signal.SIGKILL)
             self.ended(30)
-            raise AssertionError(f"still running after {within} s\n{self.said()}")
+            raise AssertionError(f"still running after {within} s\n{self.output()}")
         assert self.code is not None
         texts = [path.read_text("utf-8", "replace") for path in (self.child.out, self.child.err)]
         return subprocess.CompletedProcess(self.child.args, shell_code(self.code), *texts)

@@ -96,7 +96,7 @@ class Place:
         """The run, stopped in the middle: as it writes its second sample, after step 8."""
         hook = Hook(2, "SIGSTOP", "open", "samples.txt", under=str(self.run))
         running = Forked(self.server, *self.argv, hook=hook, env=self.env)
-        assert running.held(), running.said()
+        assert running.held(), running.output()
         return running
 
     def resume(self, *changes: str) -> tuple[int, str]:

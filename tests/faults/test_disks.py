@@ -16,7 +16,7 @@ import pytest
 
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import Reference, committed, good
-from tests.runs import said
+from tests.runs import error_line
 
 START = 4
 PAGE = 4096
@@ -52,7 +52,7 @@ def start(server: ForkServer, reference: Reference, tmp_path_factory: pytest.Tem
 
 def refused(done: subprocess.CompletedProcess[str], run: Path) -> None:
     """One line, exit code 6, and the checkpoint is as good as before."""
-    said(done, 6)
+    error_line(done, 6)
     now = committed(run)
     assert now >= START and good(run / "checkpoints" / f"{now:06d}")
 
@@ -81,7 +81,7 @@ def test_disk_full_from_the_start(pages: int, server: ForkServer, reference: Ref
     with disk(tmp_path / "disk", "2m") as small:
         run = small / "run"
         ballast = fill(small, pages * PAGE)
-        said(server.run(*reference.argv, f"--run.dir={run}"), 6)
+        error_line(server.run(*reference.argv, f"--run.dir={run}"), 6)
         assert (run / "config.toml").is_file() <= (committed(run) >= 0)
         ballast.unlink()
         reference.resume(server, run)
@@ -93,7 +93,7 @@ def test_cache_disk_full(pages: int, server: ForkServer, reference: Reference, t
     with disk(tmp_path / "cache", "256k") as small:
         env = {"GLASSGPT_CACHE": str(small)}
         ballast = fill(small, pages * PAGE)
-        assert str(small) in said(server.run(*reference.argv, f"--run.dir={run}", env=env), 6)
+        assert str(small) in error_line(server.run(*reference.argv, f"--run.dir={run}", env=env), 6)
         assert not (run / "config.toml").exists()
         ballast.unlink()
         done = server.run(*reference.argv, f"--run.dir={run}", env=env)
@@ -137,7 +137,7 @@ def test_unreadable_checkpoints(server: ForkServer, reference: Reference, start:
     weights = list(run.glob("checkpoints/*/model.safetensors"))
     for path in weights:
         path.chmod(0)
-    said(server.run(f"--run.resume={run}", "--run.stop_at_step=0", powerless=True), 4)
+    error_line(server.run(f"--run.resume={run}", "--run.stop_at_step=0", powerless=True), 4)
     for path in weights:
         path.chmod(0o644)
     reference.resume(server, run)

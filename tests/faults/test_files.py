@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, numbers
-from tests.runs import said
+from tests.runs import error_line
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json")
 START, BEFORE, END = 6, 4, 8
@@ -82,7 +82,7 @@ def test_damaged_checkpoint_is_named_and_skipped(
     for script, argv in (("sample.py", ["--tokens=2"]), ("attend.py", ["--prompt=box"])):
         done = server.run(run, *argv, script=script)
         assert done.returncode == 0 and str(newest) in done.stderr, done.stderr
-        said(server.run(newest, *argv, script=script), 4)
+        error_line(server.run(newest, *argv, script=script), 4)
     done = resume(server, run)
     assert done.returncode == 0 and str(newest) in done.stderr, done.stderr
     whole.check(run)
@@ -93,7 +93,7 @@ def test_without_a_good_checkpoint_nothing_is_started(server: ForkServer, run: P
     for folder in (run / "checkpoints").iterdir():
         flip(folder / "model.safetensors")
     done = resume(server, run)
-    assert str(run) in said(done, 4)
+    assert str(run) in error_line(done, 4)
     for folder in (run / "checkpoints").iterdir():
         assert str(folder) in done.stderr
     assert all(path.read_bytes() == content for path, content in kept.items())
@@ -114,7 +114,7 @@ def test_run_without_checkpoints_is_reported(garbage: bool, server: ForkServer, 
         add_garbage(run)
     for script, argv in (("train.py", [f"--run.resume={run}"]), ("sample.py", [run]), ("attend.py", [run])):
         done = server.run(*argv, script=script)
-        said(done, 4)
+        error_line(done, 4)
         assert "\x1b" not in done.stderr + done.stdout
 
 
@@ -131,7 +131,7 @@ def test_damaged_config_never_trains_another_run(what: str, server: ForkServer, 
     GARBLED[what](run / "config.toml")
     done = resume(server, run)
     if done.returncode:
-        said(done, done.returncode)
+        error_line(done, done.returncode)
         assert done.returncode in (2, 4) and committed(run) == START
     else:
         assert whole.same_weights(run) and numbers(run) == numbers(whole.run)
@@ -141,7 +141,7 @@ def test_run_without_config_is_not_overwritten(server: ForkServer, corpus: Path,
     (run / "config.toml").unlink()
     before = (run / "metrics.jsonl").read_bytes()
     done = server.run(*FAULTY, f"--data.source={corpus}", "--run.seed=2", "--run.stop_at_step=2", f"--run.dir={run}")
-    assert str(run) in said(done, 4)
+    assert str(run) in error_line(done, 4)
     assert committed(run) == START and (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -180,4 +180,4 @@ def test_folder_that_is_not_a_run_is_reported(server: ForkServer, tmp_path: Path
     for name in ("empty", "file", "nowhere"):
         path = tmp_path / name
         for script, argv in (("train.py", [f"--run.resume={path}"]), ("sample.py", [path]), ("attend.py", [path])):
-            said(server.run(*argv, script=script), 4)
+            error_line(server.run(*argv, script=script), 4)

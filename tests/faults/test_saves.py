@@ -19,7 +19,7 @@ from tests.faults.forkserver import ForkServer
 from tests.faults.harness import Reference, checkpoints, committed, good
 from tests.faults.hook import Hook
 from tests.faults.strace import Call, calls, require_strace, under_strace
-from tests.runs import said
+from tests.runs import error_line
 
 START, SAVE, END = 6, 8, 10
 ERRORS = {"write": "ENOSPC", "fsync": "EIO", "rename": "EIO", "mkdir": "ENOSPC", "remove": "EIO"}
@@ -143,7 +143,7 @@ def test_each_operation_of_a_save_fails(bench: Bench, lasting: bool) -> None:
             hook = Hook(operations[:at].count(operation), ERRORS[operation], operation, lasting=True)
         done = bench.save(hook)
         if at <= removing:
-            assert "cannot write the checkpoint" in said(done, 6), (at, operation)
+            assert "cannot write the checkpoint" in error_line(done, 6), (at, operation)
             assert good(bench.run / "checkpoints" / f"{START:06d}"), (at, operation)
         else:  # old checkpoints that cannot be removed are only a warning
             assert done.returncode == 0 and "cannot remove" in done.stderr, (at, operation, done.stderr)
@@ -166,7 +166,7 @@ def test_each_system_call_of_a_save_fails(bench: Bench) -> None:
         done = bench.save_under_strace(log, *call.as_nth(f"error={error}"))
         assert "(INJECTED)" in log.read_text(), call.text
         if done.returncode:
-            said(done, 6)
+            error_line(done, 6)
             assert good(bench.run / "checkpoints" / f"{START:06d}"), call.text
         else:
             assert good(bench.run / "checkpoints" / f"{SAVE:06d}") and "Traceback" not in done.stderr, call.text

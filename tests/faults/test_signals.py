@@ -154,7 +154,7 @@ def test_signal_in_a_step(step: int, number: int, server: ForkServer, slow: Refe
     running.until(lambda: catches(running.pid, signal.SIGHUP) and steps_done(run) == step - 1, "the step")
     stop(running, number, run)
     assert step - 1 <= committed(run) <= step
-    assert f"--run.resume {run}" in running.said()
+    assert f"--run.resume {run}" in running.output()
     slow.resume(server, run)
 
 
@@ -178,7 +178,7 @@ def test_signal_at_the_end(moment: str, number: int, server: ForkServer, referen
     run = tmp_path / "run"
     running = Forked(server, *reference.argv, f"--run.dir={run}")
     running.until(
-        lambda: (run / "loss.png").exists() if moment == "report" else "attend.py summary" in running.said(), moment
+        lambda: (run / "loss.png").exists() if moment == "report" else "attend.py summary" in running.output(), moment
     )
     running.send(number)
     done = running.end(SOON)

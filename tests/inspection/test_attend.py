@@ -21,7 +21,7 @@ from inspection.ablation_results import TABLES, AblationEffects, AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
 from inspection.run_reader import RunFiles
 from inspection.terminal import DISCLAIMER
-from tests.runs import ROOT, said, script
+from tests.runs import ROOT, error_line, script
 
 COMMANDS = ("summary", "heads", "token", "timeline", "compare", "ablate", "plot", "page", "verify")
 STEPS = [0, 3, 6]
@@ -233,7 +233,7 @@ def test_timeline_comes_from_metrics(run: Path) -> None:
     assert l1h1["values"][1:] == pytest.approx([0.9] * 4) and l1h1["threshold_step"] == 1
     (run / "attention" / "000003.safetensors").unlink()
     (run / "metrics.jsonl").write_text('{"step": 1, "head_scores": {"induction": [[0.1], "x"]}}\n')
-    assert "malformed head scores" in said(script("attend.py", "timeline", run), 4)
+    assert "malformed head scores" in error_line(script("attend.py", "timeline", run), 4)
 
 
 def test_timeline_threshold_and_gaps(run: Path) -> None:
@@ -285,7 +285,7 @@ def test_compare_two_runs(trained: Path, run: Path) -> None:
     wide = run.parent / "wide"
     (wide / "attention").mkdir(parents=True)
     write_attention_file(wide / "attention" / "000006.safetensors", [], {}, {"induction": np.zeros((1, 3))})
-    line = said(script("attend.py", "compare", trained, wide), 2)
+    line = error_line(script("attend.py", "compare", trained, wide), 2)
     assert "2 layers of 2 heads" in line and "1 layers of 3 heads: they cannot be compared" in line
 
 
@@ -299,7 +299,7 @@ def test_page(run: Path, tmp_path: Path) -> None:
     assert "line 1" in page
     text("page", run, f"--against={run}", f"--out={tmp_path / 'two.html'}")
     assert (tmp_path / "two.html").stat().st_size > len(page)
-    assert "cannot write" in said(script("attend.py", "page", run, "--out=/proc/nowhere/x.html"), 6)
+    assert "cannot write" in error_line(script("attend.py", "page", run, "--out=/proc/nowhere/x.html"), 6)
 
 
 def test_plot(run: Path, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_plot(run: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "svg").glob("timeline-*.svg"))) == len(attention_file(run).scores)
     words = ["".join(each.itertext()) for each in ElementTree.parse(tmp_path / "svg" / "phase_change.svg").iter()]
     assert any("induction score of L" in word for word in words) and any("loss on repeats" in word for word in words)
-    assert "cannot write" in said(script("attend.py", "plot", run, "--out=/proc/nowhere"), 6)
+    assert "cannot write" in error_line(script("attend.py", "plot", run, "--out=/proc/nowhere"), 6)
 
 
 def test_ablate_rewrites_findings_and_page(run: Path) -> None:
@@ -323,7 +323,7 @@ def test_ablate_rewrites_findings_and_page(run: Path) -> None:
     assert f"written  {run / 'attention.html'}" in output and DISCLAIMER in output
     single = run / "prompt.safetensors"
     shutil.copy(run / "attention" / "000006.safetensors", single)
-    assert "ablation needs a run folder" in said(script("attend.py", "ablate", single), 4)
+    assert "ablation needs a run folder" in error_line(script("attend.py", "ablate", single), 4)
 
 
 def test_verify_recomputes_from_the_checkpoints(trained: Path) -> None:
@@ -349,7 +349,7 @@ def test_verify_reports_every_bad_file(run: Path) -> None:
     assert {(3, "readable"), (6, "weights_sha256"), (6, "pattern"), (6, "loss"), (6, "scores")} <= failed
     assert all(step != 0 for step, _ in failed)
     done = script("attend.py", "verify", folder / "000006.safetensors")
-    assert "differ from their checkpoints" in said(done, 4) and "FAIL  step 6: weights_sha256" in done.stdout
+    assert "differ from their checkpoints" in error_line(done, 4) and "FAIL  step 6: weights_sha256" in done.stdout
 
 
 # A prompt
@@ -422,7 +422,7 @@ def test_run_is_found_from_its_parts(trained: Path) -> None:
     ],
 )
 def test_wrong_options_are_one_line(argv: list[str], words: str) -> None:
-    assert words in said(script("attend.py", *argv), 2)
+    assert words in error_line(script("attend.py", *argv), 2)
 
 
 @pytest.mark.parametrize(
@@ -444,12 +444,12 @@ def test_wrong_options_are_one_line(argv: list[str], words: str) -> None:
 )
 def test_unknown_names_are_one_line(trained: Path, tmp_path: Path, argv: list[str], words: str) -> None:
     out = [f"--out={tmp_path}"] if argv[0] in ("plot", "") else []
-    assert words in said(script("attend.py", *argv[:1] * bool(argv[0]), trained, *argv[1:], *out), 2)
+    assert words in error_line(script("attend.py", *argv[:1] * bool(argv[0]), trained, *argv[1:], *out), 2)
 
 
 def test_folders_without_attention_are_told_apart(trained: Path, tmp_path: Path) -> None:
     def line(path: Path) -> str:
-        return said(script("attend.py", "summary", path), 4)
+        return error_line(script("attend.py", "summary", path), 4)
 
     assert f"did you mean {trained}?" in line(trained.parent / "rum")
     assert "is not a folder; give a run folder" in line(tmp_path / "nothing")
@@ -466,12 +466,12 @@ def test_damaged_files_are_one_line(run: Path) -> None:
         original = path.read_text()
         for damage in ("[" * 100_000, '{"headline": 3, "findings": []}'):
             path.write_text(damage)
-            assert name in said(script("attend.py", "summary", run), 4)
+            assert name in error_line(script("attend.py", "summary", run), 4)
         path.write_text(original)
     path = run / "attention" / "000006.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     for command in ("summary", "compare", "page"):
-        assert "000006.safetensors" in said(script("attend.py", command, run), 4)
+        assert "000006.safetensors" in error_line(script("attend.py", command, run), 4)
 
 
 def test_run_without_scores_shows_tokens(run: Path) -> None:
@@ -479,7 +479,7 @@ def test_run_without_scores_shows_tokens(run: Path) -> None:
         write_scores(run, step, {})
     assert "has no head scores" in text("summary", run) and "L0H0" in text("token", run)
     for command in ("heads", "timeline"):
-        assert "has no head scores" in said(script("attend.py", command, run), 4)
+        assert "has no head scores" in error_line(script("attend.py", command, run), 4)
 
 
 # Without torch, and in any terminal

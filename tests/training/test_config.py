@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, CONFIG, UserError
 from model.gpt import GPT
-from tests.runs import ROOT, said, script
+from tests.runs import ROOT, error_line, script
 from training.cli import ALIASES, option_types
 from training.config import RunConfig, from_saved, parse_train, read_toml, to_toml
 
@@ -137,7 +137,7 @@ def test_config_file_roundtrip(argv: list[str], tmp_path: Path) -> None:
 
 def test_config_file_cannot_resume(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(f'[run]\nresume = "{tmp_path}"\n')
-    said(script("train.py", tmp_path / "mine.toml", "--train.steps=1"), CONFIG)
+    error_line(script("train.py", tmp_path / "mine.toml", "--train.steps=1"), CONFIG)
 
 
 def test_bad_saved_config_is_a_checkpoint_error() -> None:

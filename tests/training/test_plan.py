@@ -19,7 +19,7 @@ from data.config import DataConfig
 from data.prepare import CorpusInfo, prepare
 from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
 from model.gpt import GPT
-from tests.runs import ROOT, TINY, said, script
+from tests.runs import ROOT, TINY, error_line, script
 from training import plan as planning
 from training.config import OptimConfig, RunConfig, TrainConfig
 from training.device import DistContext
@@ -263,7 +263,7 @@ def test_tokens_and_epochs_of_a_prepared_corpus(folder: Path) -> None:
     ],
 )
 def test_mistakes_are_reported_in_a_line(folder: Path, argv: tuple[str, ...], message: str) -> None:
-    assert message in said(script("train.py", *(TINY if "3x" in argv[-1] else ()), *argv), 2)
+    assert message in error_line(script("train.py", *(TINY if "3x" in argv[-1] else ()), *argv), 2)
     assert not list(folder.iterdir())
 
 

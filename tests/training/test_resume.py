@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.files import read_metrics
-from tests.runs import TINY, said, script
+from tests.runs import TINY, error_line, script
 from training.checkpoint import TrainState, open_checkpoint, sha256_of_file
 from training.metrics import MetricsLogger
 
@@ -121,7 +121,7 @@ def test_folder_without_config_is_not_a_run_yet(corpus: Path, uninterrupted: Any
     start(corpus, folder, "dropout", 2)
     (folder / "config.toml").unlink()
     argv = (*TINY, *LENGTH, f"--data.source={corpus}", f"--run.dir={folder}")
-    assert "config.toml" in said(script("train.py", *argv), 4)  # it holds a checkpoint of step 2
+    assert "config.toml" in error_line(script("train.py", *argv), 4)  # it holds a checkpoint of step 2
     shutil.rmtree(folder / "checkpoints" / "000002")
     start(corpus, folder, "dropout", 12)
     assert_same(folder, uninterrupted("dropout"))
@@ -194,7 +194,7 @@ def test_run_may_become_longer(uninterrupted: Any, tmp_path: Path) -> None:
 def test_option_that_may_not_change_is_named(change: str, uninterrupted: Any) -> None:
     option = change.removeprefix("--").split("=")[0]
     done = script("train.py", f"--run.resume={uninterrupted('dropout')}", change, "--train.steps=14")
-    assert option in said(done, 2)
+    assert option in error_line(done, 2)
 
 
 def test_text_may_move_but_not_change(uninterrupted: Any, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_text_may_move_but_not_change(uninterrupted: Any, tmp_path: Path) -> Non
         (tmp_path / name).write_text(text)
     resume(folder, 13, "--train.steps=14", f"--data.source={tmp_path / 'moved.txt'}")
     argv = (f"--run.resume={folder}", "--train.steps=14", f"--data.source={tmp_path / 'other.txt'}")
-    assert "has changed" in said(script("train.py", *argv), 3)
+    assert "has changed" in error_line(script("train.py", *argv), 3)
 
 
 def test_changed_environment_is_printed(uninterrupted: Any, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_run_without_a_good_checkpoint_is_refused(uninterrupted: Any, tmp_path: 
     shutil.copytree(uninterrupted("dropout"), folder)
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / "model.safetensors").write_bytes(b"")
-    assert "checkpoint" in said(script("train.py", f"--run.resume={folder}"), 4)
+    assert "checkpoint" in error_line(script("train.py", f"--run.resume={folder}"), 4)
     assert metrics(folder) == metrics(uninterrupted("dropout"))
 
 
@@ -244,4 +244,4 @@ def test_check_proves_that_a_run_resumes_exactly(position: int, uninterrupted: A
 
 
 def test_check_needs_a_run() -> None:
-    assert "--run.resume RUN --check" in said(script("train.py", "--check"), 2)
+    assert "--run.resume RUN --check" in error_line(script("train.py", "--check"), 2)

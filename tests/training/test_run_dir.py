@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError
-from tests.runs import ROOT, TINY, process, said, script
+from tests.runs import ROOT, TINY, error_line, process, script
 from training.config import RunConfig, RunSettings
 from training.run_dir import claim_run_dir, open_run_dir, save_config
 
@@ -147,7 +147,7 @@ def test_nothing_is_written_through_a_link(command: str, name: str, run: Path, t
     folder, outside = plant_link(run, tmp_path, name)
     before = content(outside)
     argv = ("train.py", f"--run.resume={folder}", "--train.steps=7") if command == "train" else None
-    line = said(script(*(argv or ("attend.py", "page", folder))), CHECKPOINT)
+    line = error_line(script(*(argv or ("attend.py", "page", folder))), CHECKPOINT)
     assert name.split("/")[0] in line and content(outside) == before
 
 

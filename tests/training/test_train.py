@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from common.files import read_metrics
 from inspection.attention_file import read_attention_file
-from tests.runs import ROOT, TINY, said, script
+from tests.runs import ROOT, TINY, error_line, script
 from training.checkpoint import open_checkpoint, sha256_of_file, sha256_of_weights
 from training.device import get_dist_context
 
@@ -116,7 +116,7 @@ def test_prompts_of_the_user_are_recorded(corpus: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     recorded = read_attention_file(tmp_path / "own" / "attention" / "000006.safetensors")
     assert {"line 1", "own 1"} <= {text.name for text in recorded.texts}
-    assert "no such file" in said(script("train.py", *TINY, "--log.prompts=nowhere.txt"), 2)
+    assert "no such file" in error_line(script("train.py", *TINY, "--log.prompts=nowhere.txt"), 2)
 
 
 def test_accumulation_gives_the_same_loss(corpus: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_stopped_run_has_saved_and_says_how_to_resume(corpus: Path, tmp_path: Pa
 
 def test_existing_run_is_not_overwritten(run: Path, corpus: Path) -> None:
     before = sha256_of_file(run / "metrics.jsonl")
-    line = said(script("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={run}"), 2)
+    line = error_line(script("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={run}"), 2)
     assert f"--run.resume {run}" in line and sha256_of_file(run / "metrics.jsonl") == before
 
 
@@ -180,13 +180,13 @@ def test_existing_run_is_not_overwritten(run: Path, corpus: Path) -> None:
 )
 def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, option: str, code: int, words: str) -> None:
     argv = [*TINY, f"--data.source={corpus}", f"--run.dir={tmp_path / 'none'}", option]
-    assert words in said(script("train.py", *argv), code)
+    assert words in error_line(script("train.py", *argv), code)
 
 
 def test_non_finite_loss_ends_the_run_before_it_is_saved(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     options = ("--optim.lr=1e30", "--optim.optimizer=adamw", "--optim.grad_clip=0", "--train.steps=30", OFF)
-    line = said(script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={folder}"), 5)
+    line = error_line(script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={folder}"), 5)
     assert "optim.lr" in line
     for path in folder.glob("checkpoints/*/model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
