@@ -28,7 +28,7 @@ from common.errors import NON_FINITE, UserError
 from inspection.ablation_results import (
     AblationEffects,
     AblationResults,
-    Interval,
+    HeadEffect,
     IntervalTable,
     bootstrap_interval,
     bootstrap_table,
@@ -242,26 +242,6 @@ def _summarize(unit: str, scores: Scores, effects: Scores, seed: int) -> Ablatio
     return AblationEffects(unit, baseline, len(scores), **tables)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class GroupEffect:
-    """The effect of ablating several heads of a layer together, and of as many other heads of that layer."""
-
-    measure: str
-    unit: str
-    heads: tuple[Head, ...]
-    zero: Interval
-    mean: Interval
-    control_zero: Interval | None
-    """The mean over `control_sets`; None, like all that follows, where the layer has no other head."""
-    control_mean: Interval | None
-    difference_zero: Interval | None
-    difference_mean: Interval | None
-    control_sets: tuple[tuple[Head, ...], ...]
-    """The sets of other heads, all different."""
-    disjoint: bool
-    """False where the layer has too few other heads: each set then has all of those, and some of the group."""
-
-
 def draw_control_sets(group: Sequence[int], n_heads: int, draws: int, seed: int) -> list[tuple[int, ...]]:
     """`draws` different sets of as many heads as the group has, drawn from the other heads, or all there are.
 
@@ -286,8 +266,8 @@ def ablate_group(
     heads: Iterable[Head],
     measure: str,
     settings: AblationSettings = AblationSettings(),
-) -> GroupEffect:
-    """The effect of ablating several heads of one layer together, on one measure (see `run_ablations`).
+) -> HeadEffect:
+    """The effect of ablating several heads of one layer together, and of as many others of that layer, on one measure.
 
     Raises:
         UserError: if a prediction of the model is not finite (exit code 5).
@@ -306,14 +286,10 @@ def ablate_group(
     controls = draw_control_sets(own, model.config.n_heads, settings.control_sets, settings.seed)
     sets = [own, *controls]
     _, effects = ablation_effects(model, task, [Ablation(layer, s, mean) for mean in (False, True) for s in sets])
-    intervals: dict[str, Interval | None] = {}
     by_mode = effects[:, task.measures[measure]].reshape(2, len(sets), -1)
+    values: dict[str, Scores] = {}
     for name, rows in zip(("zero", "mean"), by_mode, strict=True):
-        intervals[name] = bootstrap_interval(rows[0], settings.seed)
-        control = rows[1:].mean(axis=0) if controls else None
-        intervals[f"control_{name}"] = None if control is None else bootstrap_interval(control, settings.seed)
-        difference = None if control is None else bootstrap_interval(rows[0] - control, settings.seed)
-        intervals[f"difference_{name}"] = difference
-    named = tuple(tuple((layer, head) for head in control_set) for control_set in controls)
-    disjoint = not any(set(control_set) & set(own) for control_set in controls)
-    return GroupEffect(measure, task.unit, group, **intervals, control_sets=named, disjoint=disjoint)  # type: ignore[arg-type]
+        values[name] = rows[0]
+        if controls:
+            values |= {f"control_{name}": rows[1:].mean(axis=0), f"difference_{name}": rows[0] - rows[1:].mean(axis=0)}
+    return HeadEffect(**{name: bootstrap_interval(items, settings.seed) for name, items in values.items()})

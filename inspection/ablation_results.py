@@ -32,23 +32,32 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 is outside the interval."""
-        return self.low > 0 or self.high < 0
-
 
 IntervalTable = tuple[tuple[Interval, ...], ...]
 """An interval for each layer and head, table[l][h]."""
 
 
 @dataclass(frozen=True)
-class AblationEffects:
-    """The effect of ablating each head on one measure: positive where ablating hurts.
+class HeadEffect:
+    """The effect of ablating a head, or several of a layer together, on one measure: positive where ablating hurts.
 
-    The control of a head is another head of its layer, drawn at random: the mean over all of them. The difference is
-    the head minus its control, paired by item. Both are None where a layer has one head.
+    The control is another head of the layer, or as many others, drawn at random: the mean over all draws. The
+    difference is the effect minus that of the control, paired by item. Both are None where a layer has one head.
     """
+
+    zero: Interval
+    """Zero ablation: the output is replaced by 0."""
+    mean: Interval
+    """Mean ablation: the output is replaced by its mean."""
+    control_zero: Interval | None = None
+    control_mean: Interval | None = None
+    difference_zero: Interval | None = None
+    difference_mean: Interval | None = None
+
+
+@dataclass(frozen=True)
+class AblationEffects:
+    """The `HeadEffect` of every head on one measure, as tables."""
 
     unit: str
     """`nats/token` (of loss) or `nats` (of the right answer's logit difference)."""
@@ -57,9 +66,7 @@ class AblationEffects:
     count: int
     """Number of items: texts or contrast pairs."""
     zero: IntervalTable
-    """Zero ablation: the head's output is replaced by 0."""
     mean: IntervalTable
-    """Mean ablation: the head's output is replaced by its mean."""
     control_zero: IntervalTable | None
     control_mean: IntervalTable | None
     difference_zero: IntervalTable | None
@@ -70,8 +77,14 @@ class AblationEffects:
         """(L, H)."""
         return len(self.zero), len(self.zero[0])
 
+    def head(self, layer: int, head: int) -> HeadEffect:
+        """The effect of ablating one head."""
+        tables: dict[str, IntervalTable | None] = {name: getattr(self, name) for name in TABLES}
+        cells: dict[str, Any] = {name: table[layer][head] for name, table in tables.items() if table}
+        return HeadEffect(**cells)
 
-TABLES = tuple(field.name for field in fields(AblationEffects))[3:]
+
+TABLES = tuple(field.name for field in fields(HeadEffect))
 
 
 @dataclass(frozen=True)

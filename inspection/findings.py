@@ -11,13 +11,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.files import write_atomic
-from inspection.ablation_results import AblationEffects, AblationResults, Interval
+from inspection.ablation_results import AblationEffects, AblationResults, HeadEffect, Interval
 from inspection.head_scores import ANTECEDENT, REPEATS, SCORES, score_info
 from inspection.terminal import head_name
 
@@ -62,44 +62,21 @@ def measure_for_score(score: str) -> str:
     return "repeats" if score in SCORES and SCORES[score].texts == REPEATS else "corpus"
 
 
-def ablation_label(effects: AblationEffects, layer: int, head: int) -> Label:
+def ablation_label(effect: HeadEffect) -> Label:
     """Whether ablating the head hurts more than ablating another head of its layer.
 
     `supported` if the intervals of both zero and mean ablation say so, `disputed` if one of them does. Otherwise
     `same as control` if both kinds of ablation hurt, and `no effect` if not.
     """
-    tables = (effects.zero, effects.mean, effects.difference_zero, effects.difference_mean)
-    zero, mean, difference_zero, difference_mean = (table[layer][head] if table else None for table in tables)
-    assert zero is not None and mean is not None
-    return _label(zero, mean, difference_zero, difference_mean)
-
-
-def _label(zero: Interval, mean: Interval, difference_zero: Interval | None, difference_mean: Interval | None) -> Label:
-    more = [(difference_zero or zero).low > 0, (difference_mean or mean).low > 0]
+    more = [(effect.difference_zero or effect.zero).low > 0, (effect.difference_mean or effect.mean).low > 0]
     if all(more):
         return "supported"
     if any(more):
         return "disputed"
-    return "same as control" if zero.low > 0 and mean.low > 0 else "no effect"
+    return "same as control" if effect.zero.low > 0 and effect.mean.low > 0 else "no effect"
 
 
-@runtime_checkable
-class GroupEffectLike(Protocol):
-    """The effect of ablating several heads of a layer together; an `ablation.GroupEffect`."""
-
-    @property
-    def zero(self) -> Interval: ...
-    @property
-    def mean(self) -> Interval: ...
-    @property
-    def control_zero(self) -> Interval | None: ...
-    @property
-    def difference_zero(self) -> Interval | None: ...
-    @property
-    def difference_mean(self) -> Interval | None: ...
-
-
-AblateGroup = Callable[[str, Sequence[Head]], GroupEffectLike]
+AblateGroup = Callable[[str, Sequence[Head]], HeadEffect]
 """From a measure and heads of one layer to the effect of ablating them together."""
 
 
@@ -235,7 +212,7 @@ def _best_head(table: NDArray[Any]) -> ChosenHead:
 
 
 def _single_head(score: str, best: ChosenHead, effects: AblationEffects, since: int) -> Finding:
-    layer, head = best.head
+    effect = effects.head(*best.head)
     return Finding(
         head=best.head,
         score=score,
@@ -243,10 +220,10 @@ def _single_head(score: str, best: ChosenHead, effects: AblationEffects, since: 
         since=since,
         measure=measure_for_score(score),
         unit=effects.unit,
-        zero=effects.zero[layer][head],
-        mean=effects.mean[layer][head],
-        control=effects.control_zero[layer][head] if effects.control_zero else None,
-        label=ablation_label(effects, layer, head),
+        zero=effect.zero,
+        mean=effect.mean,
+        control=effect.control_zero,
+        label=ablation_label(effect),
         baseline=best.baseline,
     )
 
@@ -260,12 +237,18 @@ def _with_similar_heads(
     if not 0 < len(others) < len(table[layer]) - 1:
         return finding
     effect = ablate_group(finding.measure, [finding.head, *others])
-    label = _label(effect.zero, effect.mean, effect.difference_zero, effect.difference_mean)
-    if label != "supported":
+    if ablation_label(effect) != "supported":
         return finding
     since = max(first_step_above(timeline, finding.score, other) for other in (finding.head, *others))
-    finding = replace(finding, zero=effect.zero, mean=effect.mean, control=effect.control_zero)
-    return replace(finding, others=tuple(others), since=since, label=label)
+    return replace(
+        finding,
+        others=tuple(others),
+        since=since,
+        zero=effect.zero,
+        mean=effect.mean,
+        control=effect.control_zero,
+        label="supported",
+    )
 
 
 def headline(findings: Sequence[Finding]) -> str:

@@ -141,7 +141,7 @@ def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) 
     """
 
     def label(layer: int, head: int) -> dict[str, str]:
-        name = ablation_label(effects, layer, head)
+        name = ablation_label(effects.head(layer, head))
         if scores is not None and scores[layer, head] >= ATTENTION_THRESHOLD and name in LABEL_NOTES:
             return {"text": f"∅ {LABEL_NOTES[name]}", "kind": "caution"}
         support = name if name in ("supported", "disputed") else "not supported"

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from common.errors import UserError, escape_control_chars
 from common.files import read_metrics, remove_temporary_files
-from inspection.ablation import AblationSettings, GroupEffect, ablate_group, run_ablations
-from inspection.ablation_results import AblationResults
+from inspection.ablation import AblationSettings, ablate_group, run_ablations
+from inspection.ablation_results import AblationResults, HeadEffect
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores, chosen_heads
 from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
@@ -192,7 +192,7 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
     ablations.save(run_dir / "attention" / "ablations.json")
     antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
 
-    def group(measure: str, heads: Sequence[Head]) -> GroupEffect:
+    def group(measure: str, heads: Sequence[Head]) -> HeadEffect:
         return ablate_group(model, eval_texts, heads, measure, SETTINGS)
 
     run = RunFiles.open(run_dir)

@@ -120,7 +120,7 @@ def _score_row(name: str, layer: int, head: int, value: float, effects: Ablation
     for key, field in EFFECTS.items():
         table = getattr(effects, field, None)
         row[key] = _triple(table[layer][head]) if table else None
-    label = ablation_label(effects, layer, head) if effects else None
+    label = ablation_label(effects.head(layer, head)) if effects else None
     high = find_score(name).is_share and value >= ATTENTION_THRESHOLD
     return {**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""}
 

@@ -19,7 +19,6 @@ from inspection.ablation_results import (
     TABLES,
     AblationEffects,
     AblationResults,
-    Interval,
     bootstrap,
     bootstrap_interval,
     bootstrap_table,
@@ -153,8 +152,3 @@ def test_interval_includes_its_value(values: list[float]) -> None:
     interval = bootstrap_interval(np.array(values), 1)
     assert interval.low <= interval.value <= interval.high
     assert min(values) - 1e-6 <= interval.low and interval.high <= max(values) + 1e-6
-
-
-def test_interval_excludes_zero() -> None:
-    assert Interval(1.0, 0.5, 2.0).excludes_zero and Interval(-1.0, -2.0, -0.5).excludes_zero
-    assert not Interval(1.0, 0.0, 2.0).excludes_zero and not Interval(0.0, 0.0, 0.0).excludes_zero

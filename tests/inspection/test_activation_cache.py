@@ -100,7 +100,7 @@ def test_pattern_and_value_norms_equal_a_plain_loop(preset: str, attention: str)
     tokens = random_text(11)
     seen = run_with_cache(model, tokens)
     patterns, norms = by_hand(model, tokens)
-    # the fused face, by which the hand goes from layer to layer, rounds otherwise than the explicit one
+    # sdpa, which the plain loop uses between layers, rounds differently
     torch.testing.assert_close(seen.pattern, patterns, atol=1e-6 if attention == "eager" else 1e-5, rtol=0)
     torch.testing.assert_close(seen.value_norms, norms, atol=1e-5, rtol=1e-5)
     assert patterns.max() > 0.5  # far from uniform, or agreement would mean little
@@ -220,7 +220,7 @@ def test_hook_that_replaces_the_pattern_is_seen() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
 def test_details_add_up_to_the_models_attention(preset: str) -> None:
-    """The stored pieces, put together by the formula, are the layer's own output; heads stand in their places."""
+    """Queries, keys and values, combined by the formula, give the layer's attention output."""
     shared = 2 if preset == "qwen3" else 0
     model, tokens = random_gpt(replace(SMALL, preset=preset, n_kv_heads=shared)), random_text(11)
     outputs: list[Tensor] = []

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from inspection.ablation_results import AblationEffects, AblationResults, Interval
+from inspection.ablation_results import AblationEffects, AblationResults, HeadEffect, Interval
 from inspection.findings import (
     LABELS,
     ChosenHead,
@@ -75,7 +74,7 @@ def test_supported_finding_is_the_headline() -> None:
 )
 def test_label_compares_with_the_control(zero: float, mean: float, control: float, label: str) -> None:
     measured = effects(zero, mean, control)
-    assert ablation_label(measured, 0, 0) == label and label in LABELS
+    assert ablation_label(measured.head(0, 0)) == label and label in LABELS
     (finding,) = compute_findings(timeline(HIGH, HIGH), results(repeats=measured))
     assert finding.label == label and finding.is_supported == (label == "supported")
     assert headline([finding]).startswith("No head qualifies") == (label != "supported")
@@ -149,10 +148,10 @@ def test_findings_are_saved_as_json(tmp_path: Path) -> None:
     assert entry["is_supported"] and entry["summary"] == findings[0].summary
 
 
-def group_effect(zero: float, mean: float, control: float) -> Any:
+def group_effect(zero: float, mean: float, control: float) -> HeadEffect:
     cells = {"zero": zero, "mean": mean, "control_zero": control}
     cells |= {"difference_zero": zero - control, "difference_mean": mean - control}
-    return SimpleNamespace(**{name: table(value)[0][0] for name, value in cells.items()})
+    return HeadEffect(**{name: table(value)[0][0] for name, value in cells.items()})
 
 
 def similar(*values: float) -> dict[int, dict[str, Any]]:
