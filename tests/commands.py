@@ -30,7 +30,7 @@ def check_command(command: str) -> None:
         settings = getattr(import_module(f"inspection.commands.{argv[0]}"), argv[0].capitalize())
         parse(settings, argv[1:], "", positional="run")
     elif script == "attend.py":
-        parse(attend.AttendConfig, argv, "", positional="run")
+        parse(attend.AttendOptions, argv, "", positional="run")
     elif argv[0].startswith("benchmarks."):
         assert all(f'"{word}"' in (ROOT / f"{argv[0].replace('.', '/')}.py").read_text() for word in argv[1:2])
     else:
