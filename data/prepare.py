@@ -359,7 +359,7 @@ def encode_all(
                     yield result
             while busy:
                 yield busy.popleft().recv()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             message = "a worker process was killed while encoding text, probably for lack of memory"
             raise UserError(f"{message}: try --data.workers 1", DISK_OR_MEMORY) from error
 
@@ -394,7 +394,7 @@ def _worker(vocabulary: Path) -> Iterator[Connection]:
 
 def _encode_jobs(pipe: Connection, vocabulary: Path) -> None:
     tokenizer = load_tokenizer(vocabulary)
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):
         while True:
             pipe.send(encode(tokenizer, pipe.recv()))
 
