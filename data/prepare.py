@@ -1,8 +1,7 @@
 """Text to token files, once; later runs find them in the cache.
 
     cache/
-      tokens-<key>/         meta.json vocabulary.json train.npy train_documents.npy val.npy val_documents.npy
-      sources-<paths>.json  sha256 of text files by size and time, so that unchanged files need not be read again
+      tokens-<key>/    meta.json vocabulary.json train.npy train_documents.npy val.npy val_documents.npy
 
 The key is a hash of the content: the sha256 of every text file, the byte ranges of the splits, and the tokenizer. So a
 changed file is prepared again, and a moved one is not. `meta.json` has the size and sha256 of every file; they are
@@ -51,7 +50,7 @@ JOB_CHARACTERS = 4 * 1024 * 1024
 PARALLEL_BYTES = 16 * 1024 * 1024
 """Bytes of text from which on starting worker processes pays."""
 LOOKUP_BYTES = 256_000_000
-"""Bytes of text that `cache_lookup` reads at most to identify it by its content."""
+"""Maximum size of the text that `cache_lookup` reads to identify it by its content."""
 ENCODING_SIZES = {
     "gpt2": 50_257,
     "r50k_base": 50_257,
@@ -66,7 +65,6 @@ TYPICAL_CHARACTERS = 97
 """Assumed size of a `char` vocabulary: an English keyboard, a newline, end-of-text."""
 
 _ABANDONED_SECONDS = 24 * 3600
-_SETTLED_NS = 2 * 10**9  # a file that changed longer ago gets another time stamp when it changes again
 
 Stamp = tuple[int, int, int]
 """Size of a file, and the times in nanoseconds of the last change of its content and of its inode."""
@@ -116,7 +114,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
         cache.mkdir(parents=True, exist_ok=True)
     corpus = open_corpus(config.source, config.val_fraction, cache)
     stamps = _stamps(corpus)
-    key = _cache_key(corpus, _content_hashes(stamps, cache, progress), config)
+    key = _cache_key(corpus, _content_hashes(corpus, progress), config)
     folder = cache / f"tokens-{key}"
     for _ in range(3):
         if not os.path.lexists(folder):
@@ -181,13 +179,9 @@ def _find_prepared(config: DataConfig) -> CorpusInfo | None:
         return None
     try:
         corpus = open_corpus(source, config.val_fraction, cache)
-        stamps = _stamps(corpus)
-        known = _read_index(_index_path(stamps, cache), stamps)
-        if sum(stamp[0] for path, stamp in stamps.items() if path not in known) > LOOKUP_BYTES:
+        if sum(_stamp(path)[0] for path in _paths(corpus)) > LOOKUP_BYTES:
             return None
-        with _progress_bar("reading text", 0, False) as bar:
-            hashes = {path: known.get(path) or _sha256(path, bar) for path in stamps}
-        key = _cache_key(corpus, hashes, config)
+        key = _cache_key(corpus, _content_hashes(corpus, progress=False), config)
         folder = cache / f"tokens-{key}"
         meta = _read_meta(folder, key)
         splits = _load_splits(folder, meta)
@@ -411,46 +405,20 @@ def _cache_key(corpus: Corpus, hashes: dict[Path, str], config: DataConfig) -> s
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
-def _content_hashes(stamps: dict[Path, Stamp], cache: Path, progress: bool) -> dict[Path, str]:
-    """The sha256 of each file; a file with the size and times of an earlier run is not read again."""
-    index = _index_path(stamps, cache)
-    hashes = _read_index(index, stamps)
-    unread = [path for path in stamps if path not in hashes]
-    if not unread:
-        return hashes
-    now = time.time_ns()
-    with _progress_bar("reading text", sum(stamps[path][0] for path in unread), progress) as bar:
-        hashes |= {path: _sha256(path, bar) for path in unread}
-    # A file written just now could change once more within the same time stamp: read it again next time.
-    entries = [
-        [str(path), *stamp, hashes[path]] for path, stamp in stamps.items() if max(stamp[1:]) < now - _SETTLED_NS
-    ]
-    content = {"files": entries}
-    with contextlib.suppress(UserError):  # the index only saves time
-        write_atomic(index, [json.dumps({**content, "sha256": _checksum(content)}).encode()])
-    return hashes
+def _content_hashes(corpus: Corpus, progress: bool) -> dict[Path, str]:
+    """The sha256 of each text file."""
+    sizes = {path: _stamp(path)[0] for path in _paths(corpus)}
+    with _progress_bar("reading text", sum(sizes.values()), progress, delay=2) as bar:
+        return {path: _sha256(path, bar) for path in sizes}
 
 
-def _index_path(stamps: dict[Path, Stamp], cache: Path) -> Path:
-    paths = "\0".join(map(str, stamps)).encode("utf-8", "surrogateescape")
-    return cache / f"sources-{hashlib.sha256(paths).hexdigest()[:16]}.json"
-
-
-def _read_index(index: Path, stamps: dict[Path, Stamp]) -> dict[Path, str]:
-    """The sha256 of the files that are unchanged since the index was written; an unreadable index has none."""
-    try:
-        content = json.loads(index.read_bytes())
-        if content.pop("sha256") != _checksum(content):
-            return {}
-        known = {(path, tuple(stamp)): sha256 for path, *stamp, sha256 in content["files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-    return {path: known[str(path), stamp] for path, stamp in stamps.items() if (str(path), stamp) in known}
+def _paths(corpus: Corpus) -> list[Path]:
+    return sorted({text.path for text in corpus.train + corpus.val})
 
 
 def _stamps(corpus: Corpus) -> dict[Path, Stamp]:
-    """By what the files of a corpus are recognised without reading them."""
-    return {path: _stamp(path) for path in sorted({text.path for text in corpus.train + corpus.val})}
+    """By what a change of the text files is noticed."""
+    return {path: _stamp(path) for path in _paths(corpus)}
 
 
 def _stamp(path: Path) -> Stamp:

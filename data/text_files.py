@@ -13,7 +13,6 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +71,7 @@ def find_files(source: str) -> list[Path]:
     Raises `UserError` (3) if there are none.
     """
     path = Path(os.path.expanduser(source))
+    candidates: Iterator[Path]
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -79,7 +79,10 @@ def find_files(source: str) -> list[Path]:
             why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {os_reason(error)}"
             accepted = "--data.source accepts stories, repeats, shakespeare, a text file, a folder, or a glob"
             raise UserError(f"{escape_control_chars(source)} {why}; {accepted}", DATA) from error
-        candidates, wanted = _matching(path), "matches it; ** matches folders at any depth"
+        candidates, wanted = (
+            (Path(name) for name in glob.iglob(str(path), recursive=True)),
+            "matches it; ** matches folders at any depth",
+        )
     else:
         if stat.S_ISDIR(mode):
             candidates = (file for file in _files_below(path) if file.name.lower().endswith(PROSE))
@@ -206,30 +209,6 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 def os_reason(error: Exception) -> str:
     """The operating system's own description of an error."""
     return escape_control_chars(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
-
-
-def _matching(pattern: Path) -> Iterator[Path]:
-    """What a glob matches. As in a shell, `*` matches nothing hidden; `**` matches any number of folders.
-
-    Unlike `glob.glob` it terminates for symbolic links in a cycle.
-    """
-    parts = pattern.parts[1:] if pattern.anchor else pattern.parts
-    paths = [Path(pattern.anchor)]
-    for number, part in enumerate(parts, 1):
-        if part == "**":
-            below = _files_below if number == len(parts) else _folders_below
-            paths = [inner for path in paths for inner in below(path)]
-        elif glob.has_magic(part):
-            folders = [path for path in paths if os.path.isdir(path)]
-            paths = [
-                folder / name
-                for folder in folders
-                for name in _names(folder)
-                if fnmatchcase(name, part) and (part.startswith(".") or not name.startswith("."))
-            ]
-        else:
-            paths = [path / part for path in paths]
-    return iter(paths)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

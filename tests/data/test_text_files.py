@@ -269,5 +269,4 @@ def test_links_lead_to_each_file_once(folder: Path) -> None:
     (folder / "copy.txt").symlink_to(folder / "a" / "part 00.txt")
     (folder / "broken.txt").symlink_to(folder / "nowhere.txt")
     (folder / "itself.txt").symlink_to(folder / "itself.txt")
-    for source in (str(folder), f"{folder}/**/*.[tM]*"):
-        assert sorted(path.resolve() for path in find_files(source)) == sorted(plain)
+    assert sorted(path.resolve() for path in find_files(str(folder))) == sorted(plain)
