@@ -1,4 +1,4 @@
-"""Quantized weights: outputs within the bounds that follow from the number formats; fp32 stays fp32."""
+"""Quantized weights: outputs within the bounds that follow from the dtypes; fp32 stays fp32."""
 
 from __future__ import annotations
 
