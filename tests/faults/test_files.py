@@ -125,7 +125,7 @@ def test_garbage_next_to_good_checkpoints_is_skipped(server: ForkServer, whole: 
     assert whole.same_weights(run)
 
 
-@pytest.mark.parametrize("what", GARBLED)
+@pytest.mark.parametrize("what", ["cut", "missing", "empty", "noise", "zeros"])
 def test_damaged_config_never_trains_another_run(what: str, server: ForkServer, whole: Reference, run: Path) -> None:
     """Refused in one line, or resumed to the same weights: a shortened file must not bring back the defaults."""
     GARBLED[what](run / "config.toml")
