@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.errors import NON_FINITE, UserError
 from inspection import ablation, eval_items
-from inspection.ablation import AblationSettings, ablate_group, ablate_heads, draw_control_sets, run_ablations
+from inspection.ablation import ablate_group, ablate_heads, draw_control_sets, run_ablations
 from inspection.ablation_results import TABLES, Interval, IntervalTable
 from inspection.contrast_pairs import ContrastPair, merge_prefixes
 from inspection.eval_items import EvalTask, Query
@@ -26,7 +26,7 @@ from inspection.eval_texts import EvalTexts
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade, repeats
-from tests.model.helpers import PRESETS, VOCAB, random_model, random_tokens
+from tests.model.helpers import PRESETS, random_model, random_tokens
 
 V, N, COUNT = 30, 12, 5
 """Vocabulary of the handmade model, tokens of a copy, and number of repeated sequences."""
@@ -86,20 +86,6 @@ def check_mean_ablation() -> None:
     assert mean[INDUCTION].value == pytest.approx(expected, abs=1e-4)
     assert mean[PREVIOUS].value == pytest.approx(math.log(V), abs=1e-4)
     assert all(mean[head] == ZERO for head in ALL_HEADS if head not in (PREVIOUS, INDUCTION))
-
-
-def check_constant_head() -> None:
-    """Mean ablation of a head with a constant output has an effect of exactly 0, zero ablation has not."""
-    model = handmade(V)
-    attention = model.blocks[0].attention
-    with torch.no_grad():
-        attention.qkv.weight.view(3, attention.n_heads, attention.d_head, -1)[2, PREVIOUS[1]] = 0
-        values = attention.qkv.bias.view(3, attention.n_heads, attention.d_head)[2, PREVIOUS[1]]
-        values[:V] = torch.linspace(0.1, 0.7, V)
-        model.blocks[1].attention.qkv.weight.normal_(generator=torch.Generator().manual_seed(1))
-    effects = run_ablations(model, EvalTexts(repeats=REPEATS)).measures["repeats"]
-    assert cells(effects.mean)[PREVIOUS] == ZERO
-    assert abs(cells(effects.zero)[PREVIOUS].value) > 0.01
 
 
 def check_means_without_padding() -> None:
@@ -201,7 +187,6 @@ def check_no_trace() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     "zero": check_zero_ablation,
     "mean": check_mean_ablation,
-    "constant": check_constant_head,
     "padding": check_means_without_padding,
     "no trace": check_no_trace,
     **{f"hook, {p}, {a}": partial(check_ablate_heads, p, a) for p in PRESETS for a in ATTENTION_IMPLEMENTATIONS},
@@ -231,16 +216,6 @@ def next_head(real: Any, z: Tensor, heads: Any, d_head: int, means: Any = None) 
     return real(z, [(head + 1) % (z.shape[-1] // d_head) for head in heads], d_head, means)
 
 
-def swapped_axes(real: Any, z: Tensor, heads: Any, d_head: int, means: Any = None) -> Tensor:
-    features = z.unflatten(-1, (d_head, -1)).clone()
-    features[..., list(heads)] = 0 if means is None else means[list(heads)].T
-    return features.flatten(-2)
-
-
-def in_place(real: Any, z: Tensor, *rest: Any) -> Tensor:
-    return z.copy_(real(z, *rest))
-
-
 def padded(real: Any, model: GPT, texts: Any) -> Tensor:
     longest = max(map(len, texts))
     return real(model, [(*text, *[0] * (longest - len(text))) for text in texts])
@@ -254,14 +229,10 @@ def change_queries(change: Callable[[Query], Query]) -> Callable[[Patch], None]:
 
 
 MUTANTS: dict[str, tuple[Callable[[Patch], None], list[str]]] = {
-    "next head": (wrap("ablate", next_head), ["zero", "hook, gpt2, sdpa", "hook, qwen3, eager"]),
-    "H and D swapped": (wrap("ablate", swapped_axes), ["hook, glass, eager"]),
-    "in place": (wrap("ablate", in_place), ["zero"]),
-    "means ignored": (wrap("ablate", lambda real, z, heads, d, means=None: real(z, heads, d)), ["mean", "constant"]),
-    "not ablated": (wrap("ablate", lambda real, z, *rest: z), ["zero", "mean", "hook, gpt2, eager"]),
-    "other layer's means": (wrap("mean_head_outputs", lambda real, *args: real(*args).flip(0)), ["mean", "constant"]),
+    "next head": (wrap("ablate", next_head), ["zero", "hook, qwen3, eager"]),
+    "not ablated": (wrap("ablate", lambda real, z, *rest: z), ["zero", "hook, gpt2, eager"]),
+    "other layer's means": (wrap("mean_head_outputs", lambda real, *args: real(*args).flip(0)), ["mean"]),
     "means of padding": (wrap("mean_head_outputs", padded), ["padding"]),
-    "means of one text": (wrap("mean_head_outputs", lambda real, m, texts: real(m, texts[:1])), ["padding"]),
     "wrong layer continues": (
         wrap("_Batch", lambda real, model, number, *rest: real(model, 1 - number, *rest)),
         ["zero"],
@@ -276,7 +247,6 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], list[str]]] = {
     ),
     "control of other head": (wrap("control_effects", lambda real, e: real(e)[:, :, ::-1]), ["zero"]),
     "sign": (change_queries(lambda q: q._replace(weight=-q.weight)), ["zero"]),
-    "position": (change_queries(lambda q: q._replace(position=max(0, q.position - 1))), ["zero"]),
     "wrong is right": (change_queries(lambda q: q._replace(weight=abs(q.weight))), ["brute force, glass"]),
 }
 CASES = [(name, check) for name, (_, checks) in MUTANTS.items() for check in checks]
@@ -322,30 +292,10 @@ def test_measures_need_two_items() -> None:
         ablate_group(model, few, [(0, 0)], "corpus")
 
 
-def test_first_fitting_pairs_of_each_kind_are_used() -> None:
-    model, pairs = random_model("glass"), eval_texts().contrast_pairs
-    long = replace(pairs[0], tokens=texts_of(16)[0], right=(1, 2))
-    settings = AblationSettings(pairs_per_kind=2)
-    measures = run_ablations(model, EvalTexts(contrast_pairs=(long, *pairs)), settings).measures
-    assert {name: effects.count for name, effects in measures.items()} == {"logit_diff.one": 2, "logit_diff.several": 2}
-    first = run_ablations(model, EvalTexts(contrast_pairs=(*pairs[:2], *pairs[3:]))).measures["logit_diff.one"]
-    assert measures["logit_diff.one"].baseline == pytest.approx(first.baseline, abs=1e-5)
-
-
 def test_layer_of_one_head_has_no_control() -> None:
     effects = run_ablations(random_model("glass", n_heads=1, n_kv_heads=1), eval_texts()).measures["corpus"]
     assert len(effects.zero[0]) == 1
     assert effects.control_zero is effects.control_mean is effects.difference_zero is effects.difference_mean is None
-
-
-def test_seed_changes_the_intervals_only() -> None:
-    model, pair = random_model("gpt2"), eval_texts().contrast_pairs[0]
-    texts = EvalTexts(contrast_pairs=tuple(replace(pair, tokens=text) for text in texts_of(*range(3, 15))))
-    first, again, other = (run_ablations(model, texts, AblationSettings(seed=seed)) for seed in (3, 3, 4))
-    assert first == again and first.seed == 3
-    both = [(cells(getattr(r.measures["logit_diff.one"], name)) for r in (first, other)) for name in TABLES]
-    values = [(a[head], b[head]) for a, b in both for head in a]
-    assert all(a.value == b.value for a, b in values) and any(a != b for a, b in values)
 
 
 def test_half_precision_model_is_ablated_in_fp32() -> None:
@@ -361,12 +311,6 @@ def test_non_finite_model_is_an_error() -> None:
     with pytest.raises(UserError, match="not finite") as error:
         run_ablations(model, eval_texts())
     assert error.value.exit_code == NON_FINITE
-
-
-def test_text_that_does_not_fit_is_refused() -> None:
-    for text in (texts_of(17)[0], (1, VOCAB, 2)):
-        with pytest.raises(ValueError, match="the model"):
-            run_ablations(random_model("glass"), EvalTexts((("held-out 1", text), ("held-out 2", text))))
 
 
 def test_progress_reaches_its_total() -> None:

@@ -196,15 +196,3 @@ def test_changed_bytes_are_refused_or_read(tmp_path: Path, written: Path, damage
     tracemalloc.stop()
     for text in file.texts if file else ():
         assert text.pattern().shape[2:] == (len(text.tokens),) * 2 and len(text.token_bytes) == len(text.tokens)
-
-
-def test_failed_write_keeps_the_old_file(tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("old")
-
-    def full(*paths: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(UserError, match="No space left"):
-        write_attention_file(tmp_path / "file", read_attention_file(written).texts, {})
-    assert (tmp_path / "file").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inspection import contrast_pairs, head_scores
+from inspection import head_scores
 from inspection.activation_cache import run_with_cache
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
@@ -28,7 +28,7 @@ from inspection.head_scores import (
     score_info,
     value_weighted,
 )
-from model.gpt import GPT, CausalSelfAttention
+from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.model.helpers import random_model
 
@@ -106,7 +106,6 @@ def copying_by_hand(
     *,
     fold: bool = True,
     center: bool = True,
-    interleave: bool = False,
     keys: bool = False,
     signs: bool = True,
 ) -> Tensor:
@@ -123,7 +122,7 @@ def copying_by_hand(
     for layer in range(config.n_layers):
         block = f"blocks.{layer}."
         for head in range(H):
-            start = ((H if keys else H + G) + (head % G if interleave else head // (H // G))) * D
+            start = ((H if keys else H + G) + head // (H // G)) * D
             W_V = p[block + "attention.qkv.weight"][start : start + D]
             W_O = p[block + "attention.out.weight"][:, head * D : (head + 1) * D]
             written = norm(E, p[block + "norm1.weight"]) @ W_V.T @ W_O.T
@@ -216,10 +215,6 @@ def entropies(pattern: Tensor) -> Tensor:
     return torch.special.entr(pattern).sum(-1)
 
 
-def log_sizes(pattern: Tensor, start: int = 1) -> Tensor:
-    return torch.arange(start, pattern.shape[-1] + start).log()
-
-
 def transposed(name: str) -> Callable[..., Tensor]:
     function = SCORES[name].compute
     assert function is not None
@@ -234,7 +229,6 @@ MUTANTS: dict[str, tuple[str, Callable[..., Tensor], list[str]]] = {
         lambda p, t: p.diagonal(-1, -2, -1).sum(-1) / p.shape[-1],
         ["previous_token", "all"],
     ),
-    "first: query 0 too": ("first_token", lambda p, t: p[..., 0].mean(-1), ["first_token", "all"]),
     "induction: all queries": (
         "induction",
         attention_to(-1, all_queries=True),
@@ -243,19 +237,11 @@ MUTANTS: dict[str, tuple[str, Callable[..., Tensor], list[str]]] = {
     "induction: own position": ("induction", attention_to(-1, diagonal=0), ["ambiguous"]),
     "induction: the match itself": ("induction", attention_to(0), ["induction"]),
     "induction: the token before": ("induction", attention_to(1), ["induction"]),
-    "induction: two after": ("induction", attention_to(-2), ["induction"]),
     "duplicate: all queries": ("duplicate_token", attention_to(0, all_queries=True), ["duplicate_token", "ambiguous"]),
-    "duplicate: own position": ("duplicate_token", attention_to(0, diagonal=0), ["ambiguous"]),
     "entropy: in nats": ("entropy", lambda p, t: entropies(p)[..., 1:].mean(-1), ["entropy"]),
     "entropy: by ln T": ("entropy", lambda p, t: (entropies(p) / math.log(T))[..., 1:].mean(-1), ["entropy"]),
-    "entropy: by ln(i + 2)": (
-        "entropy",
-        lambda p, t: (entropies(p) / log_sizes(p, 2))[..., 1:].mean(-1),
-        ["entropy", "all"],
-    ),
     "copying: norm weights": ("copying", partial(copying_by_hand, fold=False), ["copying, glass", "copying, qwen3"]),
     "copying: mean": ("copying", partial(copying_by_hand, center=False), ["copying, gpt2"]),
-    "copying: shared heads": ("copying", partial(copying_by_hand, interleave=True), ["copying, qwen3"]),
     "copying: keys": ("copying", partial(copying_by_hand, keys=True), ["copying, gpt2"]),
     "copying: signs": ("copying", partial(copying_by_hand, signs=False), ["copying, known"]),
 }
@@ -268,24 +254,6 @@ def test_wrong_formula_fails_a_check(name: str, check: str, monkeypatch: Patch) 
     monkeypatch.setitem(SCORES, score, replace(SCORES[score], compute=wrong))
     with pytest.raises(AssertionError):
         CHECKS[check]()
-
-
-def swapped_axes(attention: CausalSelfAttention, x: Tensor, rope: Any) -> tuple[Tensor, ...]:
-    """Queries, keys and values with H and D exchanged."""
-    H, D = attention.n_heads, attention.d_head
-    return tuple(part.unflatten(-1, (D, H)).permute(0, 3, 1, 2) for part in attention.qkv(x).split(H * D, dim=-1))
-
-
-def test_wrong_head_axis_fails_a_check(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(CausalSelfAttention, "project", swapped_axes)
-    with pytest.raises(AssertionError):
-        check_all_scores()
-
-
-def test_wrong_antecedent_attention_fails_a_check(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(contrast_pairs, "score_pairs", lambda model, pairs: (None, torch.rand(len(pairs), 2, 3)))
-    with pytest.raises(AssertionError):
-        check_all_scores()
 
 
 @st.composite
@@ -315,14 +283,6 @@ def test_scores_stay_within_their_limits(drawn: tuple[Tensor, Tensor]) -> None:
         assert score.low - 1e-6 <= values.min() and values.max() <= high + 1e-6
 
 
-def test_copying_changes_sign_with_the_output() -> None:
-    model = random_model("qwen3")
-    before = compute("copying", model)
-    with torch.no_grad():
-        model.blocks[1].attention.out.weight.neg_()
-    close(compute("copying", model), torch.stack([before[0], -before[1]]))
-
-
 def test_copying_of_zero_or_broken_heads() -> None:
     model = GPT(replace(random_model("glass").config), 61)  # initialized with outputs of zero
     close(compute("copying", model), 0.0)
@@ -337,14 +297,6 @@ def test_scores_without_texts_are_left_out() -> None:
     assert set(compute_head_scores(model, EvalTexts())) == {"copying"}
     assert set(compute_head_scores(model, one_token)) == {"copying", "distance"}
     assert set(compute_head_scores(model, distinct)) == {"copying", "previous_token"}
-
-
-def test_pairs_per_kind_takes_the_first_pairs() -> None:
-    texts = eval_texts()
-    first = EvalTexts(contrast_pairs=(*texts.contrast_pairs[:2], *texts.contrast_pairs[8:10]))
-    few, expected = compute_head_scores(handmade(), texts, 2), compute_head_scores(handmade(), first)
-    for name in ("antecedent.match", "antecedent.before"):
-        close(few[name], expected[name])
 
 
 def test_every_score_has_a_description() -> None:
