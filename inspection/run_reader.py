@@ -26,7 +26,7 @@ from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import read_metrics
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
-from inspection.head_scores import HeadScore, score_info
+from inspection.head_scores import SCORES, HeadScore, score_info
 
 if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
@@ -37,13 +37,15 @@ NEWEST = -1
 
 
 class AttentionFiles(Mapping[int, AttentionFile]):
-    """Attention files by step, in order. Each access reads the file; none is kept in memory."""
+    """Attention files by step, with scores in order of definition. Each access reads the file; none is kept in memory."""
 
     def __init__(self, paths: Mapping[int, Path]) -> None:
         self.paths = dict(sorted(paths.items()))
 
     def __getitem__(self, step: int) -> AttentionFile:
-        return read_attention_file(self.paths[step])
+        file = read_attention_file(self.paths[step])
+        order = [*(name for name in SCORES if name in file.scores), *file.scores]
+        return replace(file, scores={name: file.scores[name] for name in dict.fromkeys(order)})
 
     def __contains__(self, step: object) -> bool:
         return step in self.paths  # without reading the file

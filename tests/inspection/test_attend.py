@@ -55,7 +55,7 @@ def line_with(output: str, *words: str) -> str:
 
 
 def attention_file(run: Path, step: int = 6) -> AttentionFile:
-    return read_attention_file(run / "attention" / f"{step:06d}.safetensors")
+    return RunFiles.open(run).attention_files[step]
 
 
 def record(run: Path, name: str, step: int = 6) -> AttentionRecord:

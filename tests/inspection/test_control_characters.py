@@ -42,8 +42,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def training(world: Path) -> subprocess.CompletedProcess[str]:
-    options = (f"--data.source={world / NAME}", f"--run.dir={world / 'run'}{NAME}", f"--log.prompts={world / 'lines'}")
-    options += (f"--log.wandb_project={HOSTILE}", "--log.sample_tokens=60", "--model.context=60")
+    options = [f"--data.source={world / NAME}", f"--run.dir={world / 'run'}{NAME}", f"--log.prompts={world / 'lines'}"]
+    options += [f"--log.wandb_project={HOSTILE}", "--log.sample_tokens=60", "--model.context=60"]
     return script("train.py", *TINY, *options, "--data.val_fraction=0.3", "--train.steps=1")
 
 

@@ -51,8 +51,8 @@ def scores(seed: int = 0) -> np.ndarray:
 
 def draw_phase_change(path: Path, title: str = "phase change") -> None:
     loss = Series("loss on repeats", STEPS, [3.5, 3.0, 1.0, 0.2])
-    heads = [Series(name, STEPS, np.linspace(0, 1, 4)) for name in ("induction L1H2", "previous_token L0H0")]
-    phase_change(path, loss, *heads, title)
+    induction, previous = (Series(n, STEPS, np.linspace(0, 1, 4)) for n in ("induction L1H2", "previous_token L0H0"))
+    phase_change(path, loss, induction, previous, title)
 
 
 # Patterns
@@ -80,7 +80,7 @@ def test_parts_left_out_are_named(tmp_path: Path) -> None:
 
 
 def test_one_head_shows_values_and_frames_a_query(tmp_path: Path) -> None:
-    pattern = [[1, 0, 0], [0.25, 0.75, 0], [0, 0.004, 0.996]]
+    pattern = np.array([[1, 0, 0], [0.25, 0.75, 0], [0, 0.004, 0.996]])
     one_head(tmp_path / "framed.svg", pattern, ["a", "b", "c"], "t", query=2)
     one_head(tmp_path / "plain.svg", pattern, ["a", "b", "c"], "t")
     texts = texts_of(tmp_path / "framed.svg")
