@@ -31,11 +31,9 @@ MAX_SECONDS = 0.4
 ANSWERS: dict[str, tuple[str, ...]] = {
     "train.py --help": ("train.py", "--help"),
     "sample.py --help": ("sample.py", "--help"),
-    "attend.py --help": ("attend.py", "--help"),
     "attend.py summary --help": ("attend.py", "summary", "--help"),
     "train.py, mistyped option": ("train.py", "--model.n_layer", "3"),
     "train.py, mistyped value": ("train.py", "--model.n_layers", "three", "--model.preset", "gtp2"),
-    "sample.py, mistyped option": ("sample.py", "runs/quickstart", "--temprature", "1"),
     "attend.py, mistyped option": ("attend.py", "runs/quickstart", "--promt", "One day"),
 }
 

@@ -63,6 +63,7 @@ class Shape:
 
 CPU_SHAPE = Shape("cpu", 6, 6, 384, 256, 16, 65)
 GPU_SHAPE = Shape("cuda", 12, 12, 768, 1024, 32, 50304)
+STEPS = 4  # in a round
 SAME_MODEL = ("--model.preset=gpt2", "--optim.optimizer=adamw")
 
 
@@ -137,7 +138,7 @@ def start_workers(
     return workers
 
 
-def measure_speed(clone: Path | None, rounds: int, compiled: bool, steps: int, out: common.Report) -> None:
+def measure_speed(clone: Path | None, rounds: int, compiled: bool, out: common.Report) -> None:
     """Tokens per second, peak memory, and MFU against large matrix products in bf16."""
     import torch
 
@@ -148,15 +149,15 @@ def measure_speed(clone: Path | None, rounds: int, compiled: bool, steps: int, o
         tokens = Path(folder) / "tokens.npy"
         write_random_tokens(tokens, shape.vocab_size)
         workers = start_workers(clone, compiled, shape, tokens, stack)
-        asks = {name: partial(worker.ask, steps) for name, worker in workers.items()}
+        asks = {name: partial(worker.ask, STEPS) for name, worker in workers.items()}
         results: dict[str, list[dict[str, Any]]] = common.interleave(asks, rounds)
     sizes = (4096, 8192) if shape.device == "cuda" else (1024, 2048, 3072)
     peak = max(common.matmul_flops((n, n, n), torch.bfloat16, shape.device) for n in sizes)
     out.add(
         f"Large bf16 matrix products: {peak / 1e9:,.0f} GFLOP/s. {shape}: medians of {rounds} interleaved rounds of "
-        f"{steps} steps."
+        f"{STEPS} steps."
     )
-    tokens_per_round = steps * shape.batch_size * shape.context
+    tokens_per_round = STEPS * shape.batch_size * shape.context
     speed = {name: tokens_per_round / middle(all_of, "seconds") for name, all_of in results.items()}
     memory = {name: max(r["megabytes"] for r in all_of) for name, all_of in results.items()}
     rows, mfu = [], {}
@@ -191,14 +192,13 @@ def main() -> None:
     options = common.parser(__doc__, rounds=3, nanogpt=True)
     options.add_argument("what", nargs="?", choices=["loss", "speed"], help="default: both")
     options.add_argument("--compiled", action="store_true", help="also measure compiled steps (minutes)")
-    options.add_argument("--steps", type=int, default=4, help="steps in a round")
     args = options.parse_args()
     if args.what != "speed":
         with common.report("train-loss", args.record) as out:
             measure_loss(args.nanogpt, args.rounds, out)
     if args.what != "loss":
         with common.report("train-speed", args.record) as out:
-            measure_speed(args.nanogpt, args.rounds, args.compiled, args.steps, out)
+            measure_speed(args.nanogpt, args.rounds, args.compiled, out)
 
 
 if __name__ == "__main__":

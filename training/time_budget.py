@@ -12,21 +12,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import torch
-from torch import nn
 
 from common.errors import CONFIG, DATA, UserError
 from model.gpt import GPT
 from training.config import RunConfig
 from training.device import (
-    COMPILE_SECONDS,
     DistContext,
-    compile_model,
-    has_compiler,
     measure_matmul_flops,
     resolve_attention,
+    should_compile,
     synchronize,
 )
 from training.distributed import clip_grad_norm
@@ -89,8 +85,6 @@ ABLATION_PASSES = 49
 MIN_STEPS = 50
 MIN_EVALS, MAX_EVALS = 4, 20
 MANY_EPOCHS = 10
-RECOMPILE_SECONDS = 8.0
-"""Compiling a second time, from the compiler's cache."""
 TOLERANCE = 0.01
 """Fraction of the steps by which the plan may be off without being adjusted."""
 MIN_DECAY_FRACTION = 0.2
@@ -129,7 +123,6 @@ class Candidate:
     """Seconds that are not spent in steps."""
     final_seconds: float
     """Those of them from the last step on, with the two last evaluations."""
-    compile: bool = False
 
 
 def expected_loss(n_parameters: int, tokens: float) -> float:
@@ -173,15 +166,7 @@ def search(config: RunConfig, ctx: DistContext, corpus: Corpus, elapsed: float) 
         best = min(candidates, key=lambda candidate: (candidate.loss, candidate.step_seconds))
         if best.size in times:
             break
-        times[best.size] = measure_size(best.size, config, ctx, corpus, compile=False)
-    if may_compile(config, ctx, best):
-        compiled = {best.size: measure_size(best.size, config, ctx, corpus, compile=True)}
-        seconds = deadline - time.perf_counter() - RECOMPILE_SECONDS
-        candidate = replace(estimate(best.size, compiled, seconds, corpus), compile=True)
-        if config.train.compile == "on" or candidate.loss < best.loss:
-            candidates[candidates.index(best)] = best = candidate
-        else:  # measuring took time
-            best = estimate(best.size, times, deadline - time.perf_counter(), corpus)
+        times[best.size] = measure_size(best.size, config, ctx, corpus)
     if best.steps < MIN_STEPS:
         spent = 60 * config.train.minutes - (deadline - time.perf_counter())
         needed = spent + best.overhead + MIN_STEPS * best.step_seconds
@@ -190,7 +175,7 @@ def search(config: RunConfig, ctx: DistContext, corpus: Corpus, elapsed: float) 
             f"{MIN_STEPS} steps take {needed:.0f} s here; give at least {math.ceil(needed / 6) / 10}",
             CONFIG,
         )
-    return apply_candidate(config, best), summary(config, ctx, candidates, best), deadline - best.final_seconds
+    return apply_candidate(config, best, ctx), summary(config, ctx, candidates, best), deadline - best.final_seconds
 
 
 def fitting_sizes(ctx: DistContext, corpus: Corpus) -> list[ModelSize]:
@@ -203,13 +188,6 @@ def fitting_sizes(ctx: DistContext, corpus: Corpus) -> list[ModelSize]:
             f"the training text is {corpus.n_train} tokens long, too short for train.minutes: give it more text", DATA
         )
     return sizes
-
-
-def may_compile(config: RunConfig, ctx: DistContext, best: Candidate) -> bool:
-    """Whether to measure compiled steps too, which takes half a minute."""
-    if config.train.compile != "auto":
-        return config.train.compile == "on"
-    return best.steps * best.step_seconds > COMPILE_SECONDS and has_compiler(ctx.device)
 
 
 def estimate(size: ModelSize, times: Mapping[ModelSize, StepTime], seconds: float, corpus: Corpus) -> Candidate:
@@ -241,8 +219,12 @@ def with_size(config: RunConfig, size: ModelSize) -> RunConfig:
     return replace(config, model=model, train=replace(config.train, batch_size=size.batch_size, micro_batch_size=0))
 
 
-def apply_candidate(config: RunConfig, best: Candidate) -> RunConfig:
-    """The config of a run of that candidate, without `train.minutes`."""
+def apply_candidate(config: RunConfig, best: Candidate, ctx: DistContext) -> RunConfig:
+    """The config of a run of that candidate, without `train.minutes`.
+
+    If a long run is compiled, `Deadline` uses the time that this saves.
+    """
+    compiled = should_compile(config.train, best.steps * best.step_seconds, ctx.device)
     config, eval_every = with_size(config, best.size), -(-best.steps // best.evals)
     train = replace(
         config.train,
@@ -251,7 +233,7 @@ def apply_candidate(config: RunConfig, best: Candidate) -> RunConfig:
         eval_every=eval_every,
         eval_tokens=EVAL_TOKENS,
         save_every=eval_every,
-        compile="on" if best.compile else "off",
+        compile="on" if compiled else "off",
     )
     return replace(config, train=train, optim=replace(config.optim, **RECIPE))  # type: ignore[arg-type]
 
@@ -268,9 +250,8 @@ def summary(config: RunConfig, ctx: DistContext, candidates: list[Candidate], be
         mark = ">" if size == best.size else " "
         loss = f"{candidate.loss:>7.2f}" if math.isfinite(candidate.loss) else f"{'-':>7}"
         lines.append(f"        {mark} {shape}{candidate.steps:>9,}{candidate.epochs:>8.2f}{loss}")
-    kind = "compiled steps" if best.compile else "steps"
     lines.append(
-        f"        chosen: {best.steps:,} {kind} of {1000 * best.step_seconds:.3g} ms and {best.overhead:.0f} s for "
+        f"        chosen: {best.steps:,} steps of {1000 * best.step_seconds:.3g} ms and {best.overhead:.0f} s for "
         "everything else (loss: as on Tiny Shakespeare by character)"
     )
     if best.epochs > MANY_EPOCHS:
@@ -281,15 +262,13 @@ def summary(config: RunConfig, ctx: DistContext, candidates: list[Candidate], be
     return lines
 
 
-def measure_size(size: ModelSize, config: RunConfig, ctx: DistContext, corpus: Corpus, *, compile: bool) -> StepTime:
+def measure_size(size: ModelSize, config: RunConfig, ctx: DistContext, corpus: Corpus) -> StepTime:
     """Measure a size for a hundredth of the time, but at least a second: other processes come and go in seconds."""
-    config = with_size(config, size)
-    config = replace(config, train=replace(config.train, compile="on" if compile else "off"))
-    return measure_step(config, corpus.vocab_size, ctx, max(1.0, 0.6 * config.train.minutes))
+    return measure_step(with_size(config, size), corpus.vocab_size, ctx, max(1.0, 0.6 * config.train.minutes))
 
 
 def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> StepTime:
-    """Measure training steps on random tokens for about `seconds`; compiled if `train.compile` is on.
+    """Measure training steps on random tokens for about `seconds`, without compiling.
 
     A micro-batch that would take long is measured with fewer sequences and scaled.
     """
@@ -298,14 +277,12 @@ def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: 
     sequence_seconds = context * (cost.forward + cost.backward) / (0.3 * measure_matmul_flops(ctx))
     rows = max(1, min(micro_batch_rows(config, 1), int(seconds / 4 / sequence_seconds)))
     model = GPT(model_config, vocab_size, config.run.seed).to(ctx.device)
-    optimizer, train_model = Optimizer(model, config.optim), cast(nn.Module, model)
+    optimizer = Optimizer(model, config.optim)
     tokens = torch.randint(vocab_size, (rows, context + 1), generator=torch.Generator().manual_seed(0)).to(ctx.device)
-    if config.train.compile == "on":
-        train_model, _ = compile_model(model, tokens[:, :-1], ctx)
 
     def forward_backward() -> None:
         with ctx.autocast():
-            logits = train_model(tokens[:, :-1])
+            logits = model(tokens[:, :-1])
         (cross_entropy_sum(logits, tokens[:, 1:]) / (rows * context)).backward()
 
     def update() -> None:

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import read_metrics
 from model.config import ModelConfig
 from tests.runs import script
+from training import device
 from training import time_budget as budget
 from training.checkpoint import open_checkpoint
 from training.cli import option_types
@@ -53,17 +54,16 @@ def minutes(count: float, **train: Any) -> RunConfig:
     return RunConfig(train=TrainConfig(minutes=count, **train))
 
 
-def fake_speed(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0, compiled: float = 1.0) -> list[tuple[Any, bool]]:
-    """Make every size `factor` times as fast as the reference, times `compiled` if compiled; what gets measured."""
+def fake_speed(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> list[ModelSize]:
+    """Make every size `factor` times as fast as the reference; the sizes that get measured."""
     measured = []
 
-    def measure(size: ModelSize, *rest: object, compile: bool) -> StepTime:
-        measured.append((size, compile))
+    def measure(size: ModelSize, *rest: object) -> StepTime:
+        measured.append(size)
         seconds = size.reference_seconds / factor
-        return StepTime(seconds / (compiled if compile else 1.0), seconds / size.batch_size / 3)
+        return StepTime(seconds, seconds / size.batch_size / 3)
 
     monkeypatch.setattr(budget, "measure_size", measure)
-    monkeypatch.setattr(budget, "has_compiler", lambda device: compiled != 1.0)
     return measured
 
 
@@ -143,19 +143,13 @@ def test_only_documented_options_are_chosen(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("gain", "asked", "expected"),
-    [(1.25, "auto", "on"), (0.5, "auto", "off"), (1.01, "auto", "off"), (2.0, "off", "off"), (0.9, "on", "on")],
+    ("count", "asked", "expected"), [(10, "auto", "on"), (2, "auto", "off"), (10, "off", "off"), (2, "on", "on")]
 )
-def test_compiling_is_chosen_where_it_pays(
-    gain: float, asked: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured = fake_speed(monkeypatch, compiled=gain)
-    corpus = replace(SHAKESPEARE, n_train=10 * SHAKESPEARE.n_train)
-    config, lines, _ = search(minutes(10, compile=asked), CPU, corpus, 3.0)
+def test_long_runs_are_compiled(count: float, asked: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_speed(monkeypatch)
+    monkeypatch.setattr(device, "has_compiler", lambda device: True)
+    config, *_ = search(minutes(count, compile=asked), CPU, SHAKESPEARE, 3.0)
     assert config.train.compile == expected
-    assert any("compiled steps of" in line for line in lines) == (expected == "on")
-    search(minutes(2, compile="auto"), CPU, corpus, 3.0)
-    assert not any(compile for _, compile in measured) or asked != "off"
 
 
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +181,8 @@ def test_short_texts_and_several_processes_are_refused(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--train.minutes=2", "--train.steps=100"], "train.minutes chooses train.steps itself"),
-        (["--train.minutes", "2", "--model.d_model", "64"], "train.minutes chooses model.d_model itself"),
+        (["--train.minutes=2", "--train.steps=100"], "train.minutes sets train.steps itself"),
+        (["--train.minutes", "2", "--model.d_model", "64"], "train.minutes sets model.d_model itself"),
         (["--train.minutes=-1"], "train.minutes is -1.0; it must be at least 0"),
         (["--train.minutes=nan"], "train.minutes is nan"),
     ],
