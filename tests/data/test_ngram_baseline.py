@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ def split_of(texts: list[list[int]]) -> TokenSplit:
     return TokenSplit(np.array(tokens, np.uint16), np.array(starts, np.int64), sum(map(len, texts)))
 
 
-def slow_trigrams(texts: list[list[int]]) -> list[tuple[int, int, int]]:
-    rows = []
+def slow_trigrams(texts: list[list[int]]) -> list[tuple[int, ...]]:
+    rows: list[tuple[int, ...]] = []
     for text in texts:
         padded = [EOT, EOT, *text, EOT]
         rows += [tuple(padded[i - 2 : i + 1]) for i in range(2, len(padded))]
@@ -38,10 +39,10 @@ class SlowKneserNey:
     """The recursion of Chen and Goodman with dictionaries, a context at a time."""
 
     def __init__(self, rows: list[tuple[int, ...]]) -> None:
-        self.counts = {3: Counter(rows)}
+        self.counts: dict[int, Counter[tuple[int, ...]]] = {3: Counter(rows)}
         for n in (2, 1):
             self.counts[n] = Counter(gram[1:] for gram in self.counts[n + 1])
-        self.following = {n: defaultdict(dict) for n in self.counts}
+        self.following: dict[int, Any] = {n: defaultdict(dict) for n in self.counts}
         for n, counts in self.counts.items():
             for gram, count in counts.items():
                 self.following[n][gram[:-1]][gram[-1]] = count

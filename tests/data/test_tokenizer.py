@@ -213,7 +213,7 @@ def test_bpe_agrees_with_the_tokenizers_library(vocab_size: int) -> None:
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     corpus = [PROSE * 3, *(story.text for story in stories.stories("train", 200))]
-    options = {"min_frequency": 2, "initial_alphabet": alphabet, "show_progress": False}
+    options: dict[str, Any] = {"min_frequency": 2, "initial_alphabet": alphabet, "show_progress": False}
     reference.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=vocab_size - 1, **options))
     ours = train_tokenizer("bpe", vocab_size, corpus)
     assert ours.vocab_size == vocab_size
