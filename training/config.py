@@ -58,7 +58,7 @@ class RunSettings:
     threads: int = 0
     """CPU threads; 0: torch's default."""
     stop_at_step: int = 0
-    """SignalHandler once this step is done and saved, as after a signal; 0 goes on to the end."""
+    """Save and stop after this step, as after a signal; 0: train to the end."""
     dist_timeout: float = 600.0
     """Seconds that a process of torchrun waits for the others before it exits."""
 
@@ -131,7 +131,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept, besides the best."""
     patience: int = 0
-    """SignalHandler after so many evaluations without a new best; 0 never does."""
+    """Stop after this many evaluations without improvement; 0: never."""
     skip_nonfinite_steps: int = 0
     """How many steps with a loss or gradient that is not finite are skipped before the run stops."""
     sharding: Literal["none", "fsdp"] = "none"

@@ -1,8 +1,8 @@
 """Harm that a process does to itself, by CPython's audit hooks: it ends, stops or fails at its N-th file operation.
 
-Two kinds of operation are counted. Those of a save, which `training/saving.py` announces just before each as
-`glassgpt.disk` (operation, path). And, with `under`, what Python itself announces of files below that folder: `open`
-for writing, `rename`, `mkdir`, `remove`, `rmdir`.
+Two kinds of operation are counted: those of a save, which `training/checkpoint.py` announces as `glassgpt.disk`
+(operation, path); and, with `under`, Python's own audit events below that folder: `open` for writing, `rename`,
+`mkdir`, `remove`, `rmdir`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Hook:
     """What happens, and when."""
 
     at: int = 0
-    """The operation, counted from 1, before which it happens; 0: never, operations are only told."""
+    """The operation, counted from 1, before which it happens; 0: never, operations are only logged."""
     do: str = "SIGKILL"
     """A signal that the process sends itself, such as SIGKILL or SIGSTOP; or the name of an error that the operation
     fails with, such as ENOSPC."""
@@ -33,7 +33,7 @@ class Hook:
     path: str = ""
     """Count only paths that hold this text."""
     thread: str = ""
-    """Count only the operations of the `main` thread, or of the `other` ones."""
+    """Count only the operations of the `main` thread, or of the `other` threads."""
     lasting: bool = False
     """Every later operation of that kind fails as well, as on a disk that stays full."""
     under: str = ""
@@ -49,7 +49,7 @@ def install(hook: Hook) -> None:
 
     def listen(event: str, args: tuple[Any, ...]) -> None:
         nonlocal count
-        operation, path = told(event, args, hook.under)
+        operation, path = parse_event(event, args, hook.under)
         if not operation or hook.operation not in ("", operation) or hook.path not in path:
             return
         thread = "main" if threading.current_thread() is threading.main_thread() else "other"
@@ -66,7 +66,7 @@ def install(hook: Hook) -> None:
     sys.addaudithook(listen)
 
 
-def told(event: str, args: tuple[Any, ...], under: str) -> tuple[str, str]:
+def parse_event(event: str, args: tuple[Any, ...], under: str) -> tuple[str, str]:
     """(operation, path) of an event that counts; two empty strings for another."""
     if event == DISK and not under:
         return str(args[0]), str(args[1])
