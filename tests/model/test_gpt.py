@@ -33,6 +33,7 @@ from tests.model.helpers import (
     same,
 )
 from tests.runs import ROOT
+from training.device import DistContext, compile_model
 
 SEEDS = (1, 2, 3)
 each_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -332,10 +333,18 @@ def test_implementations_agree_in_bf16(preset: Preset, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(("preset", "attention"), [("glass", "eager"), ("gpt2", "sdpa"), ("qwen3", "chunked")])
-def test_compiled_model_agrees(preset: Preset, attention: AttentionImplementation) -> None:
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_compiled('glass', 'eager')",
+        "check_compiled('gpt2', 'sdpa')",
+        "check_compiled('qwen3', 'chunked')",
+        "check_compiled_gradients_are_deterministic()",
+    ],
+)
+def test_compiled_model(check: str) -> None:
     """In its own process, without the shape checks of the tests, which would break the graph."""
-    program = f"from tests.model.test_gpt import check_compiled; check_compiled({preset!r}, {attention!r})"
+    program = f"from tests.model import test_gpt; test_gpt.{check}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
@@ -351,3 +360,17 @@ def check_compiled(preset: Preset, attention: AttentionImplementation) -> None:
         same(logits_and_backward(compiled, tokens), logits_and_backward(plain, tokens), 1e-5)
         assert_same_gradients(model, plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "not compiled, or in several graphs"
+
+
+def check_compiled_gradients_are_deterministic() -> None:
+    """The same bits each time, on two threads, with few tokens that occur often."""
+    torch.set_num_threads(2)
+    model, tokens = random_model("glass", n_layers=1, context=128), random_tokens(16, 129)
+    compiled, is_compiled = compile_model(model, tokens[:, :-1], DistContext(torch.device("cpu"), torch.float32))
+    assert is_compiled
+    gradients = []
+    for _ in range(8):
+        model.zero_grad(set_to_none=True)
+        logits_and_backward(compiled, tokens)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert all(torch.equal(gradients[0], other) for other in gradients)
