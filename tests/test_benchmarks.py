@@ -18,7 +18,7 @@ from tests.runs import ROOT, TINY
 
 def test_contestants_are_interleaved() -> None:
     order: list[str] = []
-    results = interleave({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, 3)  # type: ignore[misc]
+    results = interleave({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, 3)  # type: ignore[misc,func-returns-value]
     assert order == list("abcbcacab") and results["a"] == [1, 6, 8]
 
 

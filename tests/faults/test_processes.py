@@ -38,12 +38,16 @@ def options(corpus: Path, sharding: str = "none", optimizer: str = "adamw") -> t
     return (*SHARED, f"--data.source={corpus}", f"--run.dist_timeout={TIMEOUT}", *chosen)
 
 
+def write_corpus(path: Path) -> None:
+    path.write_text(CORPUS * 4)
+
+
 class References:
     """Uninterrupted runs of two processes, made when needed and shared by all pytest workers."""
 
     def __init__(self, server: ForkServer, root: Path) -> None:
         self.server, self.root = server, root
-        self.corpus = make_once(root / "fox.txt", lambda path: bool(path.write_text(CORPUS * 4)) and None)
+        self.corpus = make_once(root / "fox.txt", write_corpus)
 
     def run(self, sharding: str = "none", optimizer: str = "adamw") -> Path:
         def make(folder: Path) -> None:
@@ -325,7 +329,7 @@ def check_refused(run: Path, owner: int) -> None:
     seconds = []
     for _ in range(3):
         start = time.monotonic()
-        command = [sys.executable, ROOT / "train.py", f"--run.resume={run}"]
+        command = [sys.executable, str(ROOT / "train.py"), f"--run.resume={run}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         seconds.append(time.monotonic() - start)
         assert done.returncode == IN_USE, done.stderr

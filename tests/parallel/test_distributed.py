@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import LOST_PROCESS, UserError
+from model.gpt import GPT
 from tests.parallel.programs import tiny_model, tiny_optimizer, train
 from training.device import DistContext, compile_model, first_difference, get_dist_context
 from training.distributed import (
@@ -139,7 +141,7 @@ def test_one_process_under_torchrun_trains_like_one_without(sharding: str, torch
         assert all(is_dtensor(p) == (sharding == "fsdp") for p in wrapped.parameters())
         state = optimizer.state_dict()
         for module in (model, unwrap_model(wrapped)):
-            assert module.lm_head.weight is module.token_embedding.weight
+            assert cast(GPT, module).lm_head.weight is cast(GPT, module).token_embedding.weight
         again = tiny_optimizer(wrapped)
         again.load_state_dict(state)
         assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
@@ -200,4 +202,4 @@ def test_fsdp_blocks_are_compiled_in_place(torchrun: None, monkeypatch: pytest.M
     with process_group(60):
         model = wrap_model(tiny_model(), get_dist_context("fp32"), "fsdp")
         assert compile_model(model, torch.zeros(1, 4, dtype=torch.long), CPU) == (model, True)
-        assert all(block in compiled for block in model.blocks)
+        assert all(block in compiled for block in cast(GPT, model).blocks)
