@@ -99,7 +99,7 @@ def head_score(
 def previous_token(
     pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
 ) -> Float[Tensor, "*batch"]:
-    """Mean over i >= 1 of A[i, i-1], 0 to 1. Uniform attention gives (1/2 + ... + 1/T) / (T - 1): 0.0704 at T = 51."""
+    """0 to 1. Uniform attention gives (1/2 + ... + 1/T) / (T - 1): 0.0704 at T = 51."""
     return pattern.diagonal(-1, -2, -1).mean(dim=-1)
 
 
@@ -110,11 +110,7 @@ def previous_token(
     texts=REPEATS,
 )
 def duplicate_token(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"]) -> Float[Tensor, "*batch"]:
-    """Mean attention to earlier occurrences of the query's token, over queries that have any, 0 to 1.
-
-    Args:
-        tokens: broadcast against the pattern's leading dimensions: (B, 1, T) for a pattern (B, H, T, T).
-    """
+    """0 to 1; nan without repetitions. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T)."""
     same = tokens[..., :, None] == tokens[..., None, :]
     return _mean_attention_to(pattern, same.tril(-1))
 
@@ -126,14 +122,10 @@ def duplicate_token(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*
     texts=REPEATS,
 )
 def induction(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"]) -> Float[Tensor, "*batch"]:
-    """Mean attention to the tokens after earlier occurrences of the query's token, 0 to 1.
+    """0 to 1; nan without a match. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T).
 
-    The mean is over the queries i that have keys j < i with tokens[j - 1] = tokens[i]; the query itself does not count
-    as such a key, though it is one where a token occurs twice in a row. Some authors divide by all queries of a
-    repeated sequence instead of the half that can find a match, and get about half of this number.
-
-    Args:
-        tokens: broadcast against the pattern's leading dimensions: (B, 1, T) for a pattern (B, H, T, T).
+    The query itself does not count as a key, though it is a match where a token occurs twice in a row. Some authors
+    divide by all queries of a repeated sequence, not only by those with a match, and get about half of this number.
     """
     after_match = tokens.new_zeros(*tokens.shape, tokens.shape[-1]).bool()
     after_match[..., 1:] = tokens[..., :, None] == tokens[..., None, :-1]
@@ -149,7 +141,7 @@ def induction(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts 
 def first_token(
     pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
 ) -> Float[Tensor, "*batch"]:
-    """Mean over i >= 1 of A[i, 0], 0 to 1. Query 0 is left out: it can attend to nothing else."""
+    """0 to 1. Query 0 is left out: it can attend to nothing else."""
     return pattern[..., 1:, 0].mean(dim=-1)
 
 
@@ -163,7 +155,7 @@ def first_token(
 def entropy(
     pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
 ) -> Float[Tensor, "*batch"]:
-    """Mean over i >= 1 of H(A[i]) / ln(i + 1), where H(p) = -sum of p ln p: 0 (one token) to 1 (uniform)."""
+    """0 (one token) to 1 (uniform), with H(p) = -sum of p ln p."""
     import torch
 
     bits = torch.special.entr(pattern).sum(dim=-1)
@@ -182,7 +174,7 @@ def entropy(
 def distance(
     pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
 ) -> Float[Tensor, "*batch"]:
-    """Mean over i of the sum over j of A[i, j] (i - j): 0 to (T - 1) / 2; uniform attention gives (T - 1) / 4."""
+    """0 to (T - 1) / 2; uniform attention gives (T - 1) / 4."""
     import torch
 
     position = torch.arange(pattern.shape[-1], device=pattern.device, dtype=pattern.dtype)
