@@ -194,7 +194,7 @@ class Report:
 
 @contextmanager
 def report(name: str, record: bool) -> Iterator[Report]:
-    """A benchmark's report, begun with the machine; `record` makes it a section of RESULTS.md."""
+    """A benchmark's report, which starts with the machine; `record` makes it a section of RESULTS.md."""
     result = Report()
     result.add(f"{machine()}.")
     yield result
