@@ -32,14 +32,12 @@ class Hook:
     """Count only this operation, such as `write`."""
     path: str = ""
     """Count only paths that hold this text."""
-    thread: str = ""
-    """Count only the operations of the `main` thread, or of the `other` threads."""
     lasting: bool = False
     """Every later operation of that kind fails as well, as on a disk that stays full."""
     under: str = ""
     """Count Python's own operations below this folder instead of a save's."""
     log: str = ""
-    """A file that gets a line for each counted operation: operation, thread, path."""
+    """A file that gets a line for each counted operation: operation and path."""
 
 
 def install(hook: Hook) -> None:
@@ -52,14 +50,11 @@ def install(hook: Hook) -> None:
         operation, path = parse_event(event, args, hook.under)
         if not operation or hook.operation not in ("", operation) or hook.path not in path:
             return
-        thread = "main" if threading.current_thread() is threading.main_thread() else "other"
-        if hook.thread not in ("", thread):
-            return
         with lock:
             count += 1
             now = count
         if log >= 0:
-            os.write(log, f"{operation} {thread} {path}\n".encode())
+            os.write(log, f"{operation} {path}\n".encode())
         if hook.at and (now == hook.at or (hook.lasting and now > hook.at)):
             strike(hook.do, path)
 

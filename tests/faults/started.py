@@ -236,11 +236,6 @@ def catches(pid: int, number: int, kind: str = "SigCgt") -> bool:
     return False
 
 
-def ignores(pid: int, number: int) -> bool:
-    """Whether a process ignores a signal."""
-    return catches(pid, number, "SigIgn")
-
-
 def loaded(pid: int, library: str) -> bool:
     """Whether a process has begun to load a library of that name."""
     with contextlib.suppress(OSError):
