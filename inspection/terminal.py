@@ -13,7 +13,7 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -48,10 +48,10 @@ class Result:
 
     lines: list[str]
     """Text."""
-    data: dict[str, Any]
-    """What `--json` prints."""
-    rows: list[dict[str, Any]]
-    """What `--csv` prints."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What `--json` prints, for commands with this option."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """What `--csv` prints, likewise."""
     ok: bool = True
     """False if a check failed: the result is printed, then the exit code is 4."""
 

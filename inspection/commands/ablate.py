@@ -34,5 +34,4 @@ def run(options: Ablate, terminal: Terminal, load_model: LoadModel) -> Result:
     report = report_heads(loaded.model, texts, files.folder, loaded.step, loaded.metadata["weights_sha256"])
     lines = [part for line in report.lines for part in paragraph(escape_control_chars(line), terminal.width) or [""]]
     written = [*report.figures, *([report.page] if report.page else [])]
-    data = {"step": loaded.step, "lines": report.lines, "written": [str(path) for path in written]}
-    return Result([*lines, "", *(f"written  {escape_control_chars(path)}" for path in written)], data, [])
+    return Result([*lines, "", *(f"written  {escape_control_chars(path)}" for path in written)])

@@ -36,4 +36,4 @@ def run(options: Page, terminal: Terminal) -> Result:
     )
     size = f"{report.bytes / 1e6:.1f} MB"
     lines = [f"page  {escape_control_chars(report.path)}  {size}", *map(escape_control_chars, report.notes)]
-    return Result(lines, {"path": str(report.path), "bytes": report.bytes, "notes": list(report.notes)}, [])
+    return Result(lines)

@@ -37,4 +37,4 @@ def run(options: Plot, terminal: Terminal) -> Result:
     lines = [f"figure  {escape_control_chars(path)}" for path in paths]
     if not any(path.stem == "phase_change" for path in paths):
         lines.append("no phase_change: it needs losses, induction and previous_token scores at two steps or more")
-    return Result(lines, {"figures": [str(path) for path in paths]}, [])
+    return Result(lines)
