@@ -9,9 +9,8 @@ line is known to be valid.
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.errors import run_main
 from training.config import RunConfig, parse_train
@@ -22,27 +21,24 @@ if TYPE_CHECKING:
     from data.prepare import TokenizedCorpus
     from inspection.contrast_pairs import ContrastPair
     from inspection.eval_texts import EvalTexts
-    from training.device import DistContext
-    from training.trainer import Trainer
 
 CHECK = "--check"
 CONTRAST_STORIES = 200
-HELD_OUT_TEXTS = 12
 
 
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
-    argv, place = parse_plan_option(argv)
+    argv, target = parse_plan_option(argv)
     config, name = parse_train([word for word in argv if word != CHECK])
     if CHECK in argv:
         from training.resume_check import check_resume
 
         check_resume(config)
         return
-    if place is not None:
+    if target is not None:
         from training.plan import plan
 
-        plan(config, place, name)
+        plan(config, target, name)
         return
     with open_run_dir(config, name) as config:
         from training.distributed import process_group
@@ -62,19 +58,23 @@ def train(config: RunConfig, started: float) -> None:
     ctx = get_dist_context(config.train.dtype, config.run.threads)
     config = broadcast_config(config, ctx)
     data = prepare_once(config.data, ctx)
-    config, deadline = plan_minutes(config, ctx, data, started)
+    callbacks: list[object] = []
+    if config.train.minutes:
+        from training.time_budget import Corpus, Deadline, search
+
+        corpus = Corpus(data.tokenizer.vocab_size, len(data.train), len(data.val))
+        config, end = search(config, ctx, corpus, time.perf_counter() - started)
+        callbacks.append(Deadline(end))
     check_min_length(data, config.model.context)
-    eval_texts = build_eval_texts(data, config) if config.log.attention == "on" else None
-    checkpointer = Checkpointer(config, ctx)  # before the newest checkpoint is opened: it cleans up after a kill
-    trainer = build_trainer(config, ctx, data)
     recorder = None
-    if eval_texts is not None:
+    if config.log.attention == "on":
         from inspection.recorder import AttentionRecorder
 
+        eval_texts = build_eval_texts(data, config)
         recorder = AttentionRecorder(eval_texts, data.tokenizer.token_bytes, Path(config.run.dir), print_line)
-    trainer.callbacks = get_callbacks(trainer, checkpointer, recorder)
-    if deadline is not None:
-        trainer.callbacks.append(KeepDeadline(deadline))
+    checkpointer = Checkpointer(config, ctx)  # before the newest checkpoint is opened: it cleans up after a kill
+    trainer = build_trainer(config, ctx, data)
+    trainer.callbacks = get_callbacks(trainer, checkpointer, recorder) + callbacks
     print_header(trainer)
     trainer.run()
     if ctx.is_main_process:
@@ -91,42 +91,6 @@ def closing_lines(config: RunConfig, seconds: float) -> str:
     return "\n".join([*lines, f"  python sample.py {run}"])
 
 
-class KeepDeadline:
-    """A callback that adjusts the number of steps once, when the learning rate is about to decay (`train.minutes`)."""
-
-    def __init__(self, end: float) -> None:
-        self.end = end
-
-    def on_start(self, trainer: Trainer) -> None:
-        from training.metrics import print_line
-        from training.run_dir import save_config
-        from training.time_budget import Deadline
-
-        def set_config(config: RunConfig) -> None:
-            save_config(config)
-            trainer.config = config
-            print_line(f"plan    {config.train.steps:,} steps, from the time that {trainer.state.step:,} have taken")
-
-        self.deadline = Deadline(self.end, set_config)
-
-    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self.deadline.check(trainer.config, trainer.state.step)
-
-
-def plan_minutes(
-    config: RunConfig, ctx: DistContext, data: TokenizedCorpus, started: float
-) -> tuple[RunConfig, float | None]:
-    """With `train.minutes`: the config with model, batch and steps chosen, and when the last step should be over."""
-    if not config.train.minutes:
-        return config, None
-    from training.time_budget import Corpus, search
-
-    corpus = Corpus(data.tokenizer.vocab_size, len(data.train), len(data.val))
-    config, lines, end = search(config, ctx, corpus, time.perf_counter() - started)
-    print("\n".join(lines), flush=True)
-    return config, end
-
-
 def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     """The texts to record and measure: held-out ones, repeated random tokens, contrast pairs, the user's prompts."""
     import numpy as np
@@ -135,6 +99,7 @@ def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     from inspection.eval_texts import (
         RECORDED_HELD_OUT,
         EvalTexts,
+        held_out_texts,
         max_text_length,
         read_user_prompts,
         repeated_sequences,
@@ -147,24 +112,11 @@ def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
         texts, own = read_user_prompts(Path(config.log.prompts), tokenizer, model.context)
         pairs += own
     length = max_text_length(model, len(texts) + RECORDED_HELD_OUT + len(KINDS) + 2)
-    texts = [(name, tokens[:length]) for name, tokens in texts] + held_out_texts(data, length)
+    texts = [(name, tokens[:length]) for name, tokens in texts]
+    texts += held_out_texts(data.val.tokens, data.val.document_starts, length)
     used = np.unique(data.train.tokens[:200_000]).tolist()
     repeats = repeated_sequences(used, tokenizer.end_of_text, length, config.run.seed)
     return EvalTexts(tuple(texts), repeats, tuple(pair for pair in pairs if pair.length <= model.context))
-
-
-def held_out_texts(data: TokenizedCorpus, length: int) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, tokens), at most `length` each, of the first validation documents, or of pieces where these are few."""
-    from inspection.eval_texts import HELD_OUT
-
-    val = data.val
-    bounds = [*val.document_starts[:HELD_OUT_TEXTS].tolist(), len(val)]
-    if val.n_documents > HELD_OUT_TEXTS:
-        bounds[-1] = int(val.document_starts[HELD_OUT_TEXTS])
-    apart = max(length, (bounds[-1] - bounds[0]) // HELD_OUT_TEXTS)
-    pieces = [(start, min(start + length, end)) for a, end in pairwise(bounds) for start in range(a, end, apart)]
-    texts = [tuple(val.tokens[start:end].tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
-    return [(f"{HELD_OUT} {k}", tokens) for k, tokens in enumerate(texts, 1)]
 
 
 def story_contrast_pairs(data: TokenizedCorpus) -> list[ContrastPair]:

@@ -20,8 +20,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import write_atomic
@@ -34,6 +37,7 @@ NamedText = tuple[str, tuple[int, ...]]
 
 HELD_OUT = "held-out"
 """Prefix of the names of held-out texts; the others are the user's."""
+HELD_OUT_TEXTS = 12
 MAX_TOKENS = 256
 """Tokens of a recorded text, at most."""
 MAX_FILE_BYTES = 64_000_000
@@ -52,6 +56,15 @@ def max_text_length(config: ModelConfig, n_texts: int) -> int:
     """
     budget = MAX_FILE_BYTES / (config.n_layers * config.n_heads * max(1, n_texts))
     return min(config.context, MAX_TOKENS, max(8, int(math.sqrt(budget))))
+
+
+def held_out_texts(tokens: np.ndarray, document_starts: np.ndarray, length: int) -> list[NamedText]:
+    """The first documents of the validation tokens, at most `length` tokens of each; pieces of them if they are few."""
+    bounds = [*document_starts[: HELD_OUT_TEXTS + 1].tolist(), len(tokens)][: HELD_OUT_TEXTS + 1]
+    apart = max(length, (bounds[-1] - bounds[0]) // HELD_OUT_TEXTS)
+    pieces = [(start, min(start + length, end)) for a, end in pairwise(bounds) for start in range(a, end, apart)]
+    texts = [tuple(tokens[start:end].tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
+    return [(f"{HELD_OUT} {k}", text) for k, text in enumerate(texts, 1)]
 
 
 def repeated_sequences(tokens: Sequence[int], first: int, length: int, seed: int) -> tuple[tuple[int, ...], ...]:

@@ -15,12 +15,13 @@ from common.errors import CONFIG, UserError, escape_control_chars
 from data.dataloader import pack_documents
 from data.prepare import CorpusInfo, cache_lookup
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
-from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
+from model.config import ModelConfig
 from training.config import RunConfig
-from training.device import DistContext, get_dist_context, measure_matmul_flops, resolve_attention, should_compile
+from training.device import DistContext, get_dist_context, measure_matmul_flops, resolve_attention
 from training.flops import count_parameters, flops_per_token, muon_flops
-from training.hardware import GPUS, PlanTarget
-from training.time_budget import Corpus, StepTime, measure_step, search
+from training.hardware import PlanTarget
+from training.loss import CHUNK
+from training.time_budget import measure_step
 from training.trainer import FINAL_TARGETS, micro_batch_rows
 
 USABLE_MEMORY = 0.8
@@ -28,12 +29,8 @@ USABLE_MEMORY = 0.8
 CPU_OVERHEAD = 1.6
 """Process size per byte of tensors on a CPU, where the C library keeps freed memory."""
 ASSUMED_MFU = 0.4
-"""Share of the data sheet's peak that a GPT of some size reaches on a GPU without compiling."""
-KERNELS_PER_LAYER, LAUNCH_SECONDS = 120, 6e-6
-"""GPU kernels of a layer, forward and backward, and the CPU time to launch one: the limit of a small model."""
+"""Share of the data sheet's peak that a large GPT reaches on a GPU; a small one reaches less."""
 MEASURE_SECONDS = 4.0
-LOSS_CHUNK = 1 << 22
-"""Logits that `training/loss.py` converts to fp32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def estimate_memory(
         optimizer=8 * total - 4 * in_muon,  # Muon keeps one value per parameter, AdamW two
         bf16_copies=size * (matrices + vocab_size * model.d_model) if size < 4 else 0,
         activations=tokens * (model.n_layers * activation_bytes(model, rows, size) + rest),
-        logits=size * logits + 3 * 4 * min(logits, LOSS_CHUNK),
+        logits=size * logits + 3 * 4 * min(logits, CHUNK),
         accumulates=config.train.batch_size > rows * world_size,
     )
 
@@ -128,10 +125,9 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a target."""
+    """A run on a target; its `model.attention` is resolved."""
 
     config: RunConfig
-    """Its `model.attention` is resolved."""
     target: PlanTarget
     ctx: DistContext
     corpus: CorpusInfo
@@ -141,20 +137,18 @@ class Plan:
         """Sequences in a micro-batch."""
         return micro_batch_rows(self.config, self.target.count)
 
-    def memory(self, rows: int, attention: str = "") -> MemoryEstimate:
-        """The memory of a process."""
-        model = replace(self.config.model, attention=attention or self.config.model.attention)  # type: ignore[arg-type]
-        config = replace(self.config, model=model)
-        return estimate_memory(config, self.corpus.vocab_size, self.ctx.dtype, rows, self.target.count)
+    def memory(self, rows: int) -> MemoryEstimate:
+        """The memory of a process without sharding."""
+        return estimate_memory(self.config, self.corpus.vocab_size, self.ctx.dtype, rows, self.target.count)
 
-    def peak(self, rows: int, count: int = 0, sharding: str = "", attention: str = "") -> int:
-        """Bytes that a process needs, with this plan's number of GPUs, sharding and attention or others."""
-        count, memory = count or self.target.count, self.memory(rows, attention)
+    def peak(self, rows: int, count: int = 0, sharding: str = "") -> int:
+        """Bytes that a process needs, with this plan's number of GPUs and sharding or others."""
+        count = count or self.target.count
         if (sharding or self.config.train.sharding) == "none" or count == 1:
-            return memory.peak
+            return self.memory(rows).peak
         parts = count_parameters(self.config.model, self.corpus.vocab_size)
         block = 4 * (parts["attention"] + parts["MLP"]) // self.config.model.n_layers
-        return memory.sharded_peak(count, 4 * parts["embeddings"], block)
+        return self.memory(rows).sharded_peak(count, 4 * parts["embeddings"], block)
 
 
 def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
@@ -165,46 +159,33 @@ def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
     """
     if "RANK" in os.environ:
         raise UserError("--plan is for one process: start without torchrun and name the GPUs: --plan 8xh100", CONFIG)
+    if config.train.minutes:
+        raise UserError("--plan needs a given model: leave out train.minutes, with which a run prints its own plan")
     if config.train.batch_size % target.count:
         raise UserError(
             f"train.batch_size is {config.train.batch_size}; it must be a multiple of the {target.count} processes",
             CONFIG,
         )
-    planned = resolve(choose_size(config, target), target)
+    planned = resolve(config, target)
     available = available_memory(target, planned.ctx)
     fits = planned.peak(planned.rows) <= available
-    print("\n".join(heading(planned, name)) + "\n")
-    print("\n".join([*parameter_lines(planned), "", *flops_lines(planned), "", *memory_lines(planned)]))
-    print("\n".join(fit_lines(planned, available)) + "\n", flush=True)
+    sections = [heading(planned, name), parameter_lines(planned), flops_lines(planned), memory_lines(planned)]
+    where = f"the {scaled(available)}B of {target.gpu.name if target.gpu else 'this machine'} that are available"
+    sections[-1] += [f"  it fits into {where}"] if fits else [f"  IT DOES NOT FIT into {where}"]
+    sections[-1] += [] if fits else [f"  {advice(planned, available)}"]
+    print("\n\n".join("\n".join(lines) for lines in sections) + "\n", flush=True)
     if target.gpu is None and not fits:
         print("time       not measured, because it does not fit")
     else:
         print("\n".join(time_lines(planned)))
 
 
-def choose_size(config: RunConfig, target: PlanTarget) -> RunConfig:
-    """The config with `train.minutes` replaced by a model and steps."""
-    if not config.train.minutes:
-        return config
-    if target.gpu is not None:
-        raise UserError("train.minutes is measured on this machine; leave out the name after --plan", CONFIG)
-    corpus = cache_lookup(config.data)
-    if corpus.train is None or corpus.val is None:
-        raise UserError("train.minutes needs the corpus, which the first run without --plan prepares", CONFIG)
-    ctx = get_dist_context(config.train.dtype, config.run.threads)
-    sizes = Corpus(corpus.vocab_size, len(corpus.train), len(corpus.val))
-    config, lines, _ = search(config, ctx, sizes, 0.0)
-    print("\n".join(lines) + "\n", flush=True)
-    return config
-
-
 def resolve(config: RunConfig, target: PlanTarget) -> Plan:
     """Decide dtype and attention as the run would."""
-    ctx, device = get_dist_context(config.train.dtype, config.run.threads), torch.device("cuda")
-    if target.gpu is None:
-        device = ctx.device
-    else:
-        use_bf16 = config.train.dtype != "fp32" and target.gpu.bf16 > 0
+    ctx = get_dist_context(config.train.dtype, config.run.threads)
+    device = ctx.device
+    if target.gpu is not None:
+        device, use_bf16 = torch.device("cuda"), config.train.dtype != "fp32" and target.gpu.bf16 > 0
         ctx = replace(ctx, dtype=torch.bfloat16 if use_bf16 else torch.float32)
     model = resolve_attention(config.model, device, ctx.dtype)
     return Plan(replace(config, model=model), target, ctx, cache_lookup(config.data))
@@ -217,7 +198,6 @@ def heading(plan: Plan, name: str) -> list[str]:
     where = f"this machine: {plan.ctx.describe()}"
     if target.gpu is not None:
         where = f"{target.count} x {target.gpu.name}, {'bf16' if plan.ctx.dtype == torch.bfloat16 else 'fp32'}"
-    tokens = train.steps * train.batch_size * model.context
     epochs, known = "", f"not prepared yet; vocabulary of {corpus.vocab_size:,} ({corpus.how})"
     if corpus.train is not None:
         known = f"{len(corpus.train):,} training tokens; vocabulary of {corpus.vocab_size:,}"
@@ -228,7 +208,8 @@ def heading(plan: Plan, name: str) -> list[str]:
         f"data       {escape_control_chars(config.data.source)}: {known}",
         f"model      {model.preset}: {model.n_layers} layers, {model.n_heads} heads, d_model {model.d_model}, "
         f"context {model.context}",
-        f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: {tokens:,} tokens{epochs}",
+        f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: "
+        f"{train.steps * train.batch_size * model.context:,} tokens{epochs}",
     ]
 
 
@@ -249,56 +230,35 @@ def flops_lines(plan: Plan) -> list[str]:
     if config.optim.optimizer == "muon":
         rows["Muon"] = muon_flops(config.model) * plan.target.count
     rows["total"] = sum(rows.values())
-    rows["of these in attention scores"] = 3 * cost.attention * tokens
-    lines = [f"{'FLOPs of matrix products':<36}{'per token':>12}{'per step':>12}{'whole run':>12}{'share':>8}"]
+    lines = [f"{'FLOPs of matrix products':<36}{'per token':>12}{'per step':>12}{'whole run':>12}"]
     for name, step in rows.items():
-        numbers = "".join(f"{scaled(n):>12}" for n in (step / tokens, step, step * config.train.steps))
-        lines.append(f"  {name:<34}{numbers}{step / rows['total']:>8.1%}")
+        numbers = (step / tokens, step, step * config.train.steps)
+        lines.append(f"  {name:<34}" + "".join(f"{scaled(n):>12}" for n in numbers))
     return lines
 
 
 def memory_lines(plan: Plan) -> list[str]:
-    """Memory of a process by part, for each attention implementation."""
-    chosen, count = plan.config.model.attention, plan.target.count
-    estimates = [plan.memory(plan.rows, attention) for attention in ATTENTION_IMPLEMENTATIONS]
-    titles = "".join(f"{name + (' *' if name == chosen else ''):>12}" for name in ATTENTION_IMPLEMENTATIONS)
+    """Memory of a process by part."""
+    count, estimate = plan.target.count, plan.memory(plan.rows)
     whose = "memory" if count == 1 else f"memory of each of {count} processes"
-    rows = {
-        part.replace("_", " "): [getattr(estimate, part) for estimate in estimates]
-        for part in ("parameters", "gradients", "optimizer", "bf16_copies", "activations", "logits", "peak")
-    }
+    names = ("parameters", "gradients", "optimizer", "bf16_copies", "activations", "logits", "peak")
+    rows = {name.replace("_", " "): getattr(estimate, name) for name in names}
     if count > 1:
-        rows["peak with train.sharding fsdp"] = [
-            plan.peak(plan.rows, sharding="fsdp", attention=attention) for attention in ATTENTION_IMPLEMENTATIONS
-        ]
-    lines = [f"{f'{whose}, micro-batch of {plan.rows}':<48}{titles}"]
-    for name, numbers in rows.items():
-        if any(numbers):
-            lines.append(f"  {name:<46}{''.join(f'{scaled(n) + chr(66):>12}' for n in numbers)}")
-    return lines
-
-
-def fit_lines(plan: Plan, available: float) -> list[str]:
-    """Whether the run fits into memory, and if not, what would."""
-    where = plan.target.gpu.name if plan.target.gpu else "this machine"
-    memory = f"the {scaled(available)}B of {where} that are available"
-    if plan.peak(plan.rows) <= available:
-        return [f"  it fits into {memory}"]
-    return [f"  IT DOES NOT FIT into {memory}", f"  {advice(plan, available)}"]
+        rows["peak with train.sharding fsdp"] = plan.peak(plan.rows, sharding="fsdp")
+    parts = [f"  {name:<34}{scaled(number) + 'B':>12}" for name, number in rows.items() if number]
+    return [f"{whose}, micro-batch of {plan.rows}", *parts]
 
 
 def advice(plan: Plan, available: float) -> str:
-    """What would fit: a smaller micro-batch, FSDP, more GPUs, or another GPU."""
+    """What would fit: a smaller micro-batch, or FSDP on more GPUs."""
     rows = next((rows for rows in range(plan.rows - 1, 0, -1) if plan.peak(rows) <= available), 0)
     if rows:
         return f"it would with --train.micro_batch_size {rows}; the batch stays the same"
-    counts = [plan.target.count * 2**i for i in range(9)]
-    for count in counts if plan.target.gpu else []:
-        if 1 < count <= plan.config.train.batch_size and plan.peak(1, count, "fsdp") <= available:
+    for count in (plan.target.count * 2**i for i in range(9)):
+        is_possible = plan.target.gpu is not None and 1 < count <= plan.config.train.batch_size
+        if is_possible and plan.peak(1, count, "fsdp") <= available:
             return f"{count} of them would, with --train.sharding fsdp --train.micro_batch_size 1"
-    larger = [name for name, gpu in GPUS.items() if plan.memory(1).peak <= USABLE_MEMORY * gpu.memory]
-    hint = f"; a micro-batch of 1 would fit on {', '.join(larger)}" if larger else ""
-    return f"not even a micro-batch of 1 fits: lower model.context or the size of the model{hint}"
+    return "not even a micro-batch of 1 fits: lower model.context or the size of the model"
 
 
 def available_memory(target: PlanTarget, ctx: DistContext) -> float:
@@ -311,47 +271,38 @@ def available_memory(target: PlanTarget, ctx: DistContext) -> float:
         with open("/proc/meminfo", encoding="utf-8") as file:
             entries = {line.split(":")[0]: int(line.split()[1]) for line in file}
         return entries["MemAvailable"] * 1024 / CPU_OVERHEAD
-    except (OSError, KeyError, ValueError, IndexError):  # not Linux
+    except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / CPU_OVERHEAD
 
 
-def estimate_step(plan: Plan) -> tuple[StepTime, str]:
-    """The time of a step, and how it is known."""
+def estimate_step(plan: Plan) -> tuple[float, str]:
+    """Seconds of a step, and how they are known."""
     config, gpu, cost = plan.config, plan.target.gpu, flops_per_token(plan.config.model, plan.corpus.vocab_size)
+    flops = config.train.batch_size * config.model.context * (cost.forward + cost.backward)
     if gpu is None:
-        step = measure_step(config, plan.corpus.vocab_size, plan.ctx, MEASURE_SECONDS)
+        seconds = measure_step(config, plan.corpus.vocab_size, plan.ctx, MEASURE_SECONDS)
         peak = measure_matmul_flops(plan.ctx)
-        mfu = config.train.batch_size * config.model.context * (cost.forward + cost.backward) / step.step / peak
-        return step, f"measured here; MFU {mfu:.0%} of {scaled(peak)}FLOP/s, a large matrix product"
+        mfu = flops / seconds / peak
+        return seconds, f"measured here; MFU {mfu:.0%} of {scaled(peak)}FLOP/s, a large matrix product"
     peak = gpu.bf16 if plan.ctx.dtype == torch.bfloat16 else gpu.fp32
-    sequences = config.train.batch_size // plan.target.count
-    sequence = config.model.context * cost.forward / (ASSUMED_MFU * peak)
-    launches = KERNELS_PER_LAYER * config.model.n_layers * -(-sequences // plan.rows) * LAUNCH_SECONDS
-    muon = muon_flops(config.model) / (ASSUMED_MFU * peak) if config.optim.optimizer == "muon" else 0.0
-    seconds, how = 3 * sequences * sequence + muon, f"assuming an MFU of {ASSUMED_MFU:.0%} of {scaled(peak)}FLOP/s"
-    if launches > seconds:
-        seconds, how = launches, "limited by launching kernels: too small a model to fill the GPU"
-    return StepTime(seconds, sequence / plan.target.count), how
+    muon = muon_flops(config.model) if config.optim.optimizer == "muon" else 0
+    seconds = (flops / plan.target.count + muon) / (ASSUMED_MFU * peak)
+    return seconds, f"assuming an MFU of {ASSUMED_MFU:.0%} of {scaled(peak)}FLOP/s; a small model reaches less"
 
 
 def time_lines(plan: Plan) -> list[str]:
-    """Time of a step and of the run."""
+    """Time of a step and of the run, without compiling."""
     train, context, corpus = plan.config.train, plan.config.model.context, plan.corpus
     step, how = estimate_step(plan)
-    evals = -(-train.steps // train.eval_every)
-    n_val = len(corpus.val) if corpus.val is not None else FINAL_TARGETS
+    evals, n_val = -(-train.steps // train.eval_every), FINAL_TARGETS if corpus.val is None else len(corpus.val)
     eval_tokens = evals * min(train.eval_tokens, n_val) + min(FINAL_TARGETS, n_val)
-    eval_seconds, seconds = eval_tokens / context * step.forward, train.steps * step.step
-    lines = [
+    eval_seconds = eval_tokens / context * step / train.batch_size / 3  # the backward pass takes twice the forward pass
+    return [
         f"time       {how}",
-        f"  a step   {duration(step.step)}: {train.batch_size * context / step.step:,.0f} tokens/s",
-        f"  the run  {duration(seconds + eval_seconds)}, of which {duration(eval_seconds)} for {evals + 1} evaluations; "
-        "without start, samples, checkpoints and attention files",
+        f"  a step   {duration(step)}: {train.batch_size * context / step:,.0f} tokens/s",
+        f"  the run  {duration(train.steps * step + eval_seconds)}, of which {duration(eval_seconds)} for {evals + 1} "
+        "evaluations; without start, compiling, samples, checkpoints and attention files",
     ]
-    device = torch.device("cuda") if plan.target.gpu else plan.ctx.device
-    if should_compile(train, seconds, device) and (plan.target.gpu or train.compile == "auto"):
-        lines.append("  this run would be compiled, which is not included: expect it to be faster")
-    return lines
 
 
 def scaled(number: float) -> str:
@@ -368,5 +319,5 @@ def duration(seconds: float) -> str:
     """Seconds in a readable unit: `12.3 ms`, `75 s`, `50 min`, `11.6 days`."""
     for limit, size, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
-            return f"{seconds / size:.3g} {unit}" if seconds / size < 100 else f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86_400:,.3g} days" if seconds < 86_400_000 else f"{seconds / 86_400:,.0f} days"
+            return f"{seconds / size:.0f} {unit}" if seconds / size >= 100 else f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86_400:,.3g} days"

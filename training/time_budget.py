@@ -1,8 +1,8 @@
 """`--train.minutes M`: choose the model size, batch and number of steps that are expected to learn most in M minutes.
 
 `search` estimates each size's loss from a fitted formula (`expected_loss`) and from step times that it measures here. The
-result is an ordinary config, which is saved with the run and reproduces it without the clock. Only the number of steps
-is adjusted once more, by `Deadline`, just before the learning rate starts to decay.
+result is an ordinary config, which is saved with the run and reproduces it without the clock. The number of steps is
+adjusted once more, by `Deadline`, just before the learning rate starts to decay.
 """
 
 from __future__ import annotations
@@ -11,25 +11,22 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from common.errors import CONFIG, DATA, UserError
 from model.gpt import GPT
 from training.config import RunConfig
-from training.device import (
-    DistContext,
-    measure_matmul_flops,
-    resolve_attention,
-    should_compile,
-    synchronize,
-)
+from training.device import DistContext, measure_matmul_flops, resolve_attention, should_compile, synchronize
 from training.distributed import clip_grad_norm
 from training.flops import flops_per_token
 from training.loss import cross_entropy_sum
+from training.metrics import print_line
 from training.optimizer import Optimizer
-from training.trainer import FINAL_TARGETS, micro_batch_rows
+from training.run_dir import save_config
+from training.trainer import FINAL_TARGETS, Callback, Trainer, micro_batch_rows
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,6 @@ MIN_DECAY_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds of a training step of a whole batch, and of the forward pass of one sequence."""
-
-    step: float
-    forward: float
-
-
-@dataclass(frozen=True)
 class Corpus:
     """Numbers of tokens."""
 
@@ -145,20 +134,19 @@ def effective_tokens(tokens: float, n_train: int) -> float:
     return n_train * (1 + REPEAT_VALUE * -math.expm1(-(tokens / n_train - 1) / REPEAT_VALUE))
 
 
-def search(config: RunConfig, ctx: DistContext, corpus: Corpus, elapsed: float) -> tuple[RunConfig, list[str], float]:
-    """Choose model, batch and steps for `train.minutes`.
+def search(config: RunConfig, ctx: DistContext, corpus: Corpus, elapsed: float) -> tuple[RunConfig, float]:
+    """Choose model, batch and steps for `train.minutes`, and print what each size could do.
 
     Args:
         elapsed: seconds that the command has taken so far.
 
     Returns:
-        The config with everything chosen, lines that explain it, and the time (`time.perf_counter`) at which the last
-        step should be over.
+        The config with everything chosen, and the time (`time.perf_counter`) at which the last step should be over.
 
     Raises:
         UserError: if the time is too short or there are several processes (exit code 2), or the text is too short (3).
     """
-    sizes, times = fitting_sizes(ctx, corpus), dict[ModelSize, StepTime]()
+    sizes, times = fitting_sizes(ctx, corpus), dict[ModelSize, float]()
     deadline = time.perf_counter() + 60 * config.train.minutes - elapsed
     while True:  # measure the best size until the best one is measured
         seconds = deadline - time.perf_counter()
@@ -166,16 +154,18 @@ def search(config: RunConfig, ctx: DistContext, corpus: Corpus, elapsed: float) 
         best = min(candidates, key=lambda candidate: (candidate.loss, candidate.step_seconds))
         if best.size in times:
             break
-        times[best.size] = measure_size(best.size, config, ctx, corpus)
+        # A hundredth of the time, but at least a second: other processes on the machine come and go in seconds.
+        measured_seconds = max(1.0, 0.6 * config.train.minutes)
+        times[best.size] = measure_step(with_size(config, best.size), corpus.vocab_size, ctx, measured_seconds)
     if best.steps < MIN_STEPS:
-        spent = 60 * config.train.minutes - (deadline - time.perf_counter())
-        needed = spent + best.overhead + MIN_STEPS * best.step_seconds
+        needed = 60 * config.train.minutes - seconds + best.overhead + MIN_STEPS * best.step_seconds
         raise UserError(
             f"train.minutes is {config.train.minutes:g}, which is too short: start, measurement, evaluations and "
             f"{MIN_STEPS} steps take {needed:.0f} s here; give at least {math.ceil(needed / 6) / 10}",
             CONFIG,
         )
-    return apply_candidate(config, best, ctx), summary(config, ctx, candidates, best), deadline - best.final_seconds
+    print_line(summary(config, ctx, candidates, best))
+    return apply_candidate(config, best, ctx), deadline - best.final_seconds
 
 
 def fitting_sizes(ctx: DistContext, corpus: Corpus) -> list[ModelSize]:
@@ -190,14 +180,16 @@ def fitting_sizes(ctx: DistContext, corpus: Corpus) -> list[ModelSize]:
     return sizes
 
 
-def estimate(size: ModelSize, times: Mapping[ModelSize, StepTime], seconds: float, corpus: Corpus) -> Candidate:
-    """What `size` could do in `seconds`; a size that was not measured is scaled from the nearest one that was."""
-    if size in times:
-        step, forward = times[size].step, times[size].forward
-    else:
-        near = min(times, key=lambda s: abs(math.log(s.reference_seconds / size.reference_seconds)), default=None)
-        step = size.reference_seconds * (times[near].step / near.reference_seconds if near else 1.0)
-        forward = step / size.batch_size / 3  # the backward pass costs twice the forward pass
+def estimate(size: ModelSize, times: Mapping[ModelSize, float], seconds: float, corpus: Corpus) -> Candidate:
+    """What `size` could do in `seconds`.
+
+    Args:
+        times: measured seconds of a step; the time of another size is scaled from the nearest one of these.
+    """
+    nearest = min(times, key=lambda s: abs(math.log(s.reference_seconds / size.reference_seconds)), default=None)
+    scale = times[nearest] / nearest.reference_seconds if nearest else 1.0
+    step = size.reference_seconds * scale
+    forward = step / size.batch_size / 3  # of one sequence; the backward pass takes twice as long
     evals = min(MAX_EVALS, max(MIN_EVALS, round(seconds / 30)))
     eval_seconds = EVAL_SECONDS + min(EVAL_TOKENS, corpus.n_val) / size.context * forward
     passes = min(FINAL_TARGETS, corpus.n_val) / size.context + ABLATION_PASSES * size.n_layers * size.n_heads
@@ -220,10 +212,7 @@ def with_size(config: RunConfig, size: ModelSize) -> RunConfig:
 
 
 def apply_candidate(config: RunConfig, best: Candidate, ctx: DistContext) -> RunConfig:
-    """The config of a run of that candidate, without `train.minutes`.
-
-    If a long run is compiled, `Deadline` uses the time that this saves.
-    """
+    """The config of a run of that candidate, without `train.minutes`; `Deadline` uses what compiling saves."""
     compiled = should_compile(config.train, best.steps * best.step_seconds, ctx.device)
     config, eval_every = with_size(config, best.size), -(-best.steps // best.evals)
     train = replace(
@@ -238,7 +227,7 @@ def apply_candidate(config: RunConfig, best: Candidate, ctx: DistContext) -> Run
     return replace(config, train=train, optim=replace(config.optim, **RECIPE))  # type: ignore[arg-type]
 
 
-def summary(config: RunConfig, ctx: DistContext, candidates: list[Candidate], best: Candidate) -> list[str]:
+def summary(config: RunConfig, ctx: DistContext, candidates: list[Candidate], best: Candidate) -> str:
     """What each size could do in the time, and which one is chosen."""
     lines = [
         f"plan    {config.train.minutes:g} min on {ctx.describe()}; what each model size could do:",
@@ -259,16 +248,11 @@ def summary(config: RunConfig, ctx: DistContext, candidates: list[Candidate], be
             f"        the text is repeated {best.epochs:.0f} times, so the model may overfit: use more text, or "
             "--train.patience 2, --model.dropout 0.2"
         )
-    return lines
+    return "\n".join(lines)
 
 
-def measure_size(size: ModelSize, config: RunConfig, ctx: DistContext, corpus: Corpus) -> StepTime:
-    """Measure a size for a hundredth of the time, but at least a second: other processes come and go in seconds."""
-    return measure_step(with_size(config, size), corpus.vocab_size, ctx, max(1.0, 0.6 * config.train.minutes))
-
-
-def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> StepTime:
-    """Measure training steps on random tokens for about `seconds`, without compiling.
+def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> float:
+    """Seconds of a training step, measured on random tokens for about `seconds`, without compiling.
 
     A micro-batch that would take long is measured with fewer sequences and scaled.
     """
@@ -296,8 +280,7 @@ def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: 
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 60):
         times.append((timed(forward_backward, ctx), timed(update, ctx)))
     forward_backward_seconds, update_seconds = (statistics.median(part) for part in zip(*times, strict=True))
-    sequence = forward_backward_seconds / rows
-    return StepTime(config.train.batch_size * sequence + update_seconds, sequence / 3)
+    return config.train.batch_size / rows * forward_backward_seconds + update_seconds
 
 
 def timed(work: Callable[[], None], ctx: DistContext) -> float:
@@ -309,8 +292,7 @@ def timed(work: Callable[[], None], ctx: DistContext) -> float:
     return time.perf_counter() - start
 
 
-@dataclass
-class Deadline:
+class Deadline(Callback):
     """Adjusts the number of steps once, when the learning rate is about to decay, to the time that steps really take.
 
     Other processes on the machine change its speed from minute to minute. Before the decay no step depends on the
@@ -318,21 +300,26 @@ class Deadline:
 
     Args:
         end: when the last step should be over, by `time.perf_counter`.
-        on_change: called with the adjusted config.
     """
 
-    end: float
-    on_change: Callable[[RunConfig], None]
-    start: float = field(default_factory=time.perf_counter)
+    def __init__(self, end: float) -> None:
+        self.end, self.start = end, time.perf_counter()
 
-    def check(self, config: RunConfig, step: int) -> None:
-        """Adjust the config if `step` is the last step before the decay."""
+    def on_start(self, trainer: Trainer) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Adjust the config of the trainer after the last step before the decay, and save it."""
+        config, step = trainer.config, trainer.state.step
         if step != decay_start(config):
             return
         now = time.perf_counter()
         adjusted = adjust_steps(config, step, (now - self.start) / step, self.end - now)
         if abs(adjusted.train.steps - config.train.steps) > TOLERANCE * config.train.steps:
-            self.on_change(adjusted)
+            trainer.config = adjusted
+            save_config(adjusted)
+            print_line(f"plan    {adjusted.train.steps:,} steps, from the time that {step:,} have taken")
 
 
 def decay_start(config: RunConfig) -> int:

@@ -259,7 +259,7 @@ def test_tokens_and_epochs_of_a_prepared_corpus(folder: Path) -> None:
     [
         (("--plan", "3xh100"), "train.batch_size is 4; it must be a multiple of the 3 processes"),
         (("--plan", "8xh10"), "did you mean h100"),
-        (("--plan=h100", "--train.minutes=2"), "train.minutes"),
+        (("--plan", "--train.minutes=2"), "leave out train.minutes"),
     ],
 )
 def test_mistakes_are_reported_in_a_line(folder: Path, argv: tuple[str, ...], message: str) -> None:
@@ -294,10 +294,8 @@ def test_time_on_a_gpu_follows_its_peak() -> None:
     large = planned("h100", 1, shape("gpt2", "sdpa", context=256, d_model=1024, n_heads=16), 64)
     cost = flops_per_token(large.config.model, 300)
     step, how = estimate_step(large)
-    assert step.step == pytest.approx(64 * 256 * 3 * cost.forward / (0.4 * 989e12), rel=0.01) and "MFU of 40%" in how
-    spread = replace(large, target=PlanTarget(GPUS["h100"], 8))
-    assert estimate_step(spread)[0].step <= step.step / 4
-    assert "limited by launching kernels" in estimate_step(planned("b200", 1, shape("glass"), 4))[1]
+    assert step == pytest.approx(64 * 256 * 3 * cost.forward / (0.4 * 989e12)) and "MFU of 40%" in how
+    assert estimate_step(replace(large, target=PlanTarget(GPUS["h100"], 8)))[0] == pytest.approx(step / 8)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import train
 from common.files import read_metrics
 from inspection.attention_file import read_attention_file
 from tests.runs import ROOT, TINY, error_line, script
 from tests.training.step_checks import make_trainer
 from training.checkpoint import open_checkpoint, sha256_of_file, sha256_of_weights
 from training.device import get_dist_context
+from training.time_budget import Deadline
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 OFF = "--log.attention=off"
@@ -198,6 +198,6 @@ def test_non_finite_loss_ends_the_run_before_it_is_saved(corpus: Path, tmp_path:
 def test_deadline_shortens_the_run_and_is_saved(tmp_path: Path) -> None:
     trainer = make_trainer()
     trainer.config = replace(trainer.config, run=replace(trainer.config.run, dir=str(tmp_path)))
-    trainer.callbacks = [train.KeepDeadline(time.perf_counter())]  # the time is already over
+    trainer.callbacks = [Deadline(time.perf_counter())]  # the time is already over
     trainer.run()
     assert trainer.state.step == 2 and "steps = 2\n" in (tmp_path / "config.toml").read_text()
