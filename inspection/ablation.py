@@ -34,10 +34,10 @@ from inspection.ablation_results import (
     bootstrap_table,
 )
 from inspection.activation_cache import blocks_of, inference_mode, pad
-from inspection.attribution import LayerActivations, embed, run_layers, sum_of
+from inspection.attribution import LayerActivations, run_layers
 from inspection.eval_items import EvalTask, GatherIndex, Tokens, batches, eval_tasks
 from inspection.eval_texts import EvalTexts
-from model.gpt import GPT, Rope
+from model.gpt import GPT
 
 Head = tuple[int, int]
 """(layer, head)."""
@@ -100,7 +100,7 @@ def ablate_heads(model: GPT, heads: Iterable[Head], means: Float[Tensor, "L H D"
 
     with ExitStack() as handles:
         for layer, ablated in by_layer.items():
-            handles.callback(blocks[layer].attention.out.register_forward_pre_hook(hook(layer, ablated)).remove)
+            handles.enter_context(blocks[layer].attention.out.register_forward_pre_hook(hook(layer, ablated)))
         yield
 
 
@@ -118,8 +118,7 @@ def mean_head_outputs(model: GPT, texts: Sequence[Tokens]) -> Float[Tensor, "L H
         for batch in batches(model, texts):
             tokens = pad([texts[k] for k in batch])
             is_token = torch.arange(tokens.shape[1]) < torch.tensor([[len(texts[k])] for k in batch])
-            embeddings, rope = embed(model, tokens)
-            for number, layer in enumerate(run_layers(model, sum_of(embeddings), rope)):
+            for number, layer in enumerate(run_layers(model, tokens)):
                 sums[number] += layer.z.cpu()[is_token].double().sum(dim=0)
     means = sums / sum(map(len, texts))
     return means.unflatten(-1, (-1, d_head)).to(model.token_embedding.weight.dtype)
@@ -132,7 +131,6 @@ class _Batch:
     model: GPT
     number: int
     layer: LayerActivations
-    rope: Rope | None
     index: GatherIndex
 
     def logits(self, z: Float[Tensor, "B T HD"]) -> Float[Tensor, "1 S V"]:
@@ -144,7 +142,7 @@ class _Batch:
         x = x + block.attention.out(z)
         x = x + block.mlp(block.norm2(x))
         for next_block in later:
-            x = next_block(x, self.rope)
+            x = next_block(x, self.layer.rope)
         logits: Tensor = self.model.lm_head(self.model.final_norm(x if last else self.index.gather(x)))
         return logits
 
@@ -170,12 +168,11 @@ def ablation_effects(
         for batch in batches(model, task.texts):
             tokens = pad([task.texts[row] for row in batch])
             index = GatherIndex.of(task, batch, tokens.shape[1], model.token_embedding.weight.device)
-            embeddings, rope = embed(model, tokens)
-            for number, layer in enumerate(run_layers(model, sum_of(embeddings), rope)):
+            for number, layer in enumerate(run_layers(model, tokens)):
                 ours = [(k, ablation) for k, ablation in enumerate(ablations) if ablation.layer == number]
                 if not ours:
                     continue
-                state = _Batch(model, number, layer, rope, index)
+                state = _Batch(model, number, layer, index)
                 before = index.score(state.logits(layer.z), N)
                 scores[number] += before
                 for k, ablation in ours:

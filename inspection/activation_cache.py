@@ -1,8 +1,7 @@
-"""Attention as the model computes it: forward hooks, and a cache of what they see.
+"""Attention as the model computes it: a hook for each layer, and a cache of what it gets.
 
-`run_with_hooks` runs the model with eager attention and hands every layer's attention pattern, values, queries and keys
-to hook functions; `run_with_cache` keeps them for one text. The hooks read the tensors that the model itself uses.
-Afterwards the model is unchanged, and no random generator has advanced.
+`run_with_hooks` runs the model with eager attention and hands what each layer's attention computes to a function;
+`run_with_cache` keeps it for one text. These are the tensors that the model itself uses. Afterwards the model is unchanged, and no random generator has advanced.
 
 Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size. A[l, h, i, j] is how much
 query i (row) attends to key j (column); it is exactly 0 for j > i, and each row sums to 1.
@@ -21,26 +20,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
-from inspection.attention_file import TOP_K
+from inspection.attention_file import DETAILS, TOP_K
 from model import functional
 from model.gpt import GPT, Block
 
-LayerHook = Callable[[int, Tensor], None]
-"""Called once for each layer: (layer, what that layer has just computed)."""
+LayerHook = Callable[[int, dict[str, Tensor]], None]
+"""Called once for each layer, with its number and what it has just computed, on the model's device.
 
-
-@dataclass(frozen=True)
-class Hooks:
-    """Hook functions, each called once for each layer. They get tensors on the model's device."""
-
-    pattern: LayerHook | None = None
-    """(layer, attention pattern (B, H, T, T))."""
-    values: LayerHook | None = None
-    """(layer, values (B, H, T, D)), shared heads repeated."""
-    queries_keys: Callable[[int, Tensor, Tensor], None] | None = None
-    """(layer, queries, keys), (B, H, T, D) each, after QK norm and rotary embedding."""
-    attn_out: LayerHook | None = None
-    """(layer, what the layer's attention adds to the residual stream (B, T, C))."""
+By name: `pattern` (B, H, T, T); `queries`, `keys` and `values` (B, H, T, D), queries and keys after QK norm and rotary
+embedding, shared heads repeated; `attn_out` (B, T, C), what the layer's attention adds to the residual stream.
+"""
 
 
 @dataclass(frozen=True)
@@ -106,10 +95,10 @@ def check_tokens(model: GPT, tokens: Int[Tensor, "B T"]) -> None:
         raise ValueError(f"a token is outside the model's vocabulary of {model.vocab_size}")
 
 
-def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hooks: Hooks) -> Float32[Tensor, "B T V"]:
-    """Run the model in fp32 with eager attention, without autograd, calling the hooks in each layer.
+def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hook: LayerHook) -> Float32[Tensor, "B T V"]:
+    """Run the model in fp32 with eager attention, without autograd, calling the hook for each layer.
 
-    Hooks should keep only what they need: the activations of all layers together are large.
+    The hook should keep only what it needs: the activations of all layers together are large.
 
     Args:
         tokens: B texts of one length; shorter ones padded on the right, which no earlier position attends to.
@@ -123,33 +112,29 @@ def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hooks: Hooks) -> Floa
     check_tokens(model, tokens)
     with inference_mode(model) as model, ExitStack() as handles:
         for layer, block in enumerate(blocks_of(model)):
-            _register(handles, layer, block, hooks)
+            _register(handles, layer, block, hook)
         logits: Tensor = model(tokens.to(model.token_embedding.weight.device))
         return logits.float()
 
 
-def _register(handles: ExitStack, layer: int, block: Block, hooks: Hooks) -> None:
+def _register(handles: ExitStack, layer: int, block: Block, hook: LayerHook) -> None:
     """Register forward hooks on one block's attention; `handles` removes them."""
-    attention = block.attention
-
-    def on_pattern(module: object, args: tuple[Tensor, Tensor], out: Tensor) -> None:
-        if hooks.queries_keys is not None:
-            hooks.queries_keys(layer, *args)
-        if hooks.pattern is not None:
-            hooks.pattern(layer, out)
+    attention, activations = block.attention, dict[str, Tensor]()
 
     def on_qkv(module: object, args: object, qkv: Tensor) -> None:
         H, G = attention.n_heads, attention.n_kv_heads
         values = qkv.unflatten(-1, (H + 2 * G, -1))[..., H + G :, :].transpose(1, 2)
-        if hooks.values is not None:
-            hooks.values(layer, functional.repeat_kv(values, H))
+        activations["values"] = functional.repeat_kv(values, H)
+
+    def on_pattern(module: object, args: tuple[Tensor, Tensor], out: Tensor) -> None:
+        activations.update(queries=args[0], keys=args[1], pattern=out)
 
     def on_out(module: object, args: object, out: Tensor) -> None:
-        if hooks.attn_out is not None:
-            hooks.attn_out(layer, out)
+        hook(layer, {**activations, "attn_out": out})
+        activations.clear()
 
-    for module, hook in ((attention.pattern, on_pattern), (attention.qkv, on_qkv), (attention.out, on_out)):
-        handles.callback(module.register_forward_hook(hook).remove)  # type: ignore[arg-type]
+    for module, function in ((attention.qkv, on_qkv), (attention.pattern, on_pattern), (attention.out, on_out)):
+        handles.enter_context(module.register_forward_hook(function))  # type: ignore[arg-type]
 
 
 def pad(texts: Sequence[Sequence[int]]) -> Int64[Tensor, "B T"]:
@@ -165,44 +150,6 @@ def value_norms(values: Float[Tensor, "B H T D"], out: Float[Tensor, "C HD"]) ->
     return torch.stack([(values[:, h] @ W_O.T).norm(dim=-1) for h, W_O in enumerate(projections)], dim=1)
 
 
-class _Collector:
-    """Collects the activations of padded texts on the CPU, each cut to its text's length."""
-
-    def __init__(self, model: GPT, lengths: Sequence[int]) -> None:
-        self.lengths = lengths
-        self.projections = [block.attention.out.weight for block in blocks_of(model)]
-        self.texts: list[dict[str, Tensor]] = [{} for _ in lengths]
-
-    def keep(self, name: str, token_dims: tuple[int, ...], layer: int, activations: Tensor) -> None:
-        """Keep activations (B, ...) of a layer; `token_dims` are the dimensions of a text's part that are positions."""
-        for text, T, part in zip(self.texts, self.lengths, activations, strict=True):
-            for dim in token_dims:
-                part = part.narrow(dim, 0, T)
-            if name not in text:
-                text[name] = torch.empty(len(self.projections), *part.shape)
-            text[name][layer] = part
-
-    def hooks(self, details: bool) -> Hooks:
-        """Hooks that collect the pattern and value norms, and with `details` everything else."""
-
-        def values(layer: int, v: Tensor) -> None:
-            self.keep("value_norms", (1,), layer, value_norms(v, self.projections[layer].to(v.dtype)))
-            if details:
-                self.keep("values", (1,), layer, v)
-
-        def queries_keys(layer: int, q: Tensor, k: Tensor) -> None:
-            self.keep("queries", (1,), layer, q)
-            self.keep("keys", (1,), layer, k)
-
-        def pattern(layer: int, A: Tensor) -> None:
-            self.keep("pattern", (1, 2), layer, A)
-
-        def attn_out(layer: int, out: Tensor) -> None:
-            self.keep("attn_out", (0,), layer, out)
-
-        return Hooks(pattern, values, queries_keys, attn_out) if details else Hooks(pattern, values)
-
-
 def run_with_cache_batch(
     model: GPT, texts: Sequence[Sequence[int]], logits: bool = False, details: bool = False
 ) -> list[ActivationCache]:
@@ -213,10 +160,22 @@ def run_with_cache_batch(
     """
     if not texts or not all(texts):
         raise ValueError("no tokens; the model takes at least 1")
-    tokens, collector = pad(texts), _Collector(model, [len(text) for text in texts])
-    all_logits = run_with_hooks(model, tokens, collector.hooks(details)).cpu()
+    tokens, lengths = pad(texts), list(map(len, texts))
+    names = ("pattern", "value_norms", *(DETAILS if details else ()))
+    kept: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in texts]
+
+    def keep(layer: int, activations: dict[str, Tensor]) -> None:
+        values, out = activations["values"], blocks_of(model)[layer].attention.out.weight
+        activations["value_norms"] = value_norms(values, out.to(values.dtype))
+        for name in names:
+            for text, T, part in zip(kept, lengths, activations[name], strict=True):
+                part = part[:T] if name == "attn_out" else part[:, :T, :T] if name == "pattern" else part[:, :T]
+                text[name].append(part.float().cpu())
+
+    all_logits = run_with_hooks(model, tokens, keep).cpu()
     caches = []
-    for k, (T, activations) in enumerate(zip(collector.lengths, collector.texts, strict=True)):
+    for k, (T, layers) in enumerate(zip(lengths, kept, strict=True)):
+        activations = {name: torch.stack(layers.pop(name)) for name in names}
         loss = F.cross_entropy(all_logits[k, : T - 1], tokens[k, 1:T], reduction="none")
         if details:
             probs = all_logits[k, :T].softmax(dim=-1)

@@ -10,8 +10,8 @@ Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from inspection.activation_cache import blocks_of, check_tokens, inference_mode
 from model import functional
-from model.gpt import GPT, Block, LayerNorm, Rope
+from model.gpt import GPT, LayerNorm, Rope
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class LayerActivations:
     """The heads' outputs, concatenated, before `attention.out` projects them."""
     mlp_out: Float[Tensor, "B T C"]
     resid_post: Float[Tensor, "B T C"]
+    rope: Rope | None
+    """The rotary angles, the same in every layer."""
 
 
 @dataclass(frozen=True)
@@ -51,52 +53,34 @@ class Attribution:
         return float(self.parts.sum())
 
 
-def embed(model: GPT, tokens: Int[Tensor, "B T"]) -> tuple[dict[str, Float[Tensor, "_ T C"]], Rope | None]:
-    """The embeddings by name, whose sum is the residual stream before layer 0, and the rotary angles.
+def run_layers(model: GPT, tokens: Int[Tensor, "B T"]) -> Iterator[LayerActivations]:
+    """Run the blocks one by one; yields each layer's activations.
 
     Raises:
         ValueError: if the texts are empty, longer than the context, or have an unknown token.
     """
     check_tokens(model, tokens)
-    tokens = tokens.to(model.token_embedding.weight.device)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    parts = {"token embedding": model.token_embedding(tokens)}
+    tokens, config, rope = tokens.to(model.token_embedding.weight.device), model.config, None
     if model.position_embedding is None:
-        config = model.config
-        return parts, functional.precompute_rope(positions, config.d_head, config.architecture.rope_theta)
-    return {**parts, "position embedding": model.position_embedding(positions)[None]}, None
-
-
-def sum_of(parts: dict[str, Tensor]) -> Tensor:
-    """The sum of the embeddings."""
-    first, *rest = parts.values()
-    for part in rest:
-        first = first + part
-    return first
-
-
-def run_layers(model: GPT, x: Float[Tensor, "B T C"], rope: Rope | None) -> Iterator[LayerActivations]:
-    """Run the blocks one by one from the embeddings `x`; yields each layer's activations."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        rope = functional.precompute_rope(positions, config.d_head, config.architecture.rope_theta)
+    x = reduce(torch.add, _embeddings(model, tokens).values())
     for block in blocks_of(model):
-        layer = _run(block, x, rope)
-        yield layer
-        x = layer.resid_post
+        z: list[Tensor] = []
+        with block.attention.out.register_forward_pre_hook(lambda module, args, z=z: z.append(args[0])):  # type: ignore[misc]
+            resid_mid = x + block.attention(block.norm1(x), rope)
+        mlp_out = block.mlp(block.norm2(resid_mid))
+        yield LayerActivations(x, z[0], mlp_out, resid_mid + mlp_out, rope)
+        x = resid_mid + mlp_out
 
 
-def _run(block: Block, x: Float[Tensor, "B T C"], rope: Rope | None) -> LayerActivations:
-    seen: dict[str, Tensor] = {}
-
-    def on_z(module: object, args: tuple[Tensor]) -> None:
-        seen["z"] = args[0]
-
-    def on_mlp(module: object, args: object, out: Tensor) -> None:
-        seen["mlp_out"] = out
-
-    with ExitStack() as handles:
-        handles.callback(block.attention.out.register_forward_pre_hook(on_z).remove)
-        handles.callback(block.mlp.register_forward_hook(on_mlp).remove)
-        resid_post = block(x, rope)
-    return LayerActivations(x, seen["z"], seen["mlp_out"], resid_post)
+def _embeddings(model: GPT, tokens: Int[Tensor, "B T"]) -> dict[str, Float[Tensor, "_ T C"]]:
+    """The embeddings by name; their sum is the residual stream before layer 0."""
+    parts = {"token embedding": model.token_embedding(tokens)}
+    if model.position_embedding is not None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        parts["position embedding"] = model.position_embedding(positions)[None]
+    return parts
 
 
 def _direction(model: GPT, x: Float[Tensor, " C"], token: int) -> tuple[Float[Tensor, " C"], Float[Tensor, ""] | None]:
@@ -133,16 +117,17 @@ def direct_logit_attribution(
     if not -len(tokens) <= position < len(tokens) or not 0 <= (token or 0) < model.vocab_size:
         raise ValueError(f"position {position} or token {token} out of range")
     with inference_mode(model) as model:
-        embeddings, rope = embed(model, tokens[None])
         # Only one position is kept: all positions of all layers would be large.
         layers = [
             (layer.z[0, position], layer.mlp_out[0, position], layer.resid_post[0, position])
-            for layer in run_layers(model, sum_of(embeddings), rope)
+            for layer in run_layers(model, tokens[None])
         ]
         final = layers[-1][2]
         chosen = int(model.lm_head(model.final_norm(final)).argmax()) if token is None else token
         direction, norm_bias = _direction(model, final, chosen)
-        parts = {name: x[0, position] @ direction for name, x in embeddings.items()}
+        parts = {
+            name: x[0, position] @ direction for name, x in _embeddings(model, tokens[None].to(final.device)).items()
+        }
         for number, (block, (z, mlp_out, _)) in enumerate(zip(blocks_of(model), layers, strict=True)):
             out = block.attention.out
             by_head = (z * (direction @ out.weight)).unflatten(-1, (block.attention.n_heads, -1)).sum(dim=-1)
@@ -164,7 +149,6 @@ def logit_lens(model: GPT, tokens: Int[Tensor, " T"]) -> Float[Tensor, "Lplus1 T
         ValueError: if the text is empty, longer than the context, or has an unknown token.
     """
     with inference_mode(model) as model:
-        embeddings, rope = embed(model, tokens[None])
-        x = sum_of(embeddings)
-        stages = [x, *(layer.resid_post for layer in run_layers(model, x, rope))]
+        layers = list(run_layers(model, tokens[None]))
+        stages = [layers[0].resid_pre, *(layer.resid_post for layer in layers)]
         return torch.cat([model.lm_head(model.final_norm(stage)) for stage in stages]).cpu()

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inspection.activation_cache import Hooks, pad, run_with_hooks
+from inspection.activation_cache import pad, run_with_hooks
 from model.gpt import GPT
 
 CharSpan = tuple[int, int]
@@ -157,10 +157,10 @@ def _score_batch(
         antecedent[a, list(pair.antecedent)] = 1
     layers: list[Tensor] = []
 
-    def on_pattern(layer: int, pattern: Tensor) -> None:
-        layers.append((pattern[row, :, last] * antecedent[:, None]).sum(dim=-1))
+    def hook(layer: int, activations: dict[str, Tensor]) -> None:
+        layers.append((activations["pattern"][row, :, last] * antecedent[:, None]).sum(dim=-1))
 
-    logits = run_with_hooks(model, tokens, Hooks(pattern=on_pattern))
+    logits = run_with_hooks(model, tokens, hook)
     flat = [
         (a, row[a], last[a] + k, token) for a, (_, _, answer) in enumerate(queries) for k, token in enumerate(answer)
     ]

@@ -301,7 +301,7 @@ def _mean_over_texts(model: GPT, texts: Sequence[Sequence[int]], measured_on: st
     """Each score's mean over the texts where it is not nan."""
     import torch
 
-    from inspection.activation_cache import Hooks, pad, run_with_hooks
+    from inspection.activation_cache import pad, run_with_hooks
 
     if not texts:
         return {}
@@ -309,10 +309,11 @@ def _mean_over_texts(model: GPT, texts: Sequence[Sequence[int]], measured_on: st
     scores = {s.name: s.compute for s in SCORES.values() if s.texts == measured_on and s.compute}
     layers: dict[str, list[torch.Tensor]] = {name: [] for name in scores}
 
-    def on_pattern(layer: int, pattern: Tensor) -> None:
+    def hook(layer: int, activations: dict[str, Tensor]) -> None:
         for name, compute in scores.items():
-            per_text = [compute(A[:, : len(t), : len(t)], t) for A, t in zip(pattern, tokens, strict=True)]
+            patterns = zip(activations["pattern"], tokens, strict=True)
+            per_text = [compute(A[:, : len(t), : len(t)], t) for A, t in patterns]
             layers[name].append(torch.stack(per_text).nanmean(dim=0))
 
-    run_with_hooks(model, pad(texts), Hooks(pattern=on_pattern))
+    run_with_hooks(model, pad(texts), hook)
     return {name: torch.stack(values).cpu() for name, values in layers.items()}

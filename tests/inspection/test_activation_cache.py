@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inspection.activation_cache import Hooks, run_with_cache, run_with_cache_batch, run_with_hooks
+from inspection.activation_cache import run_with_cache, run_with_cache_batch, run_with_hooks
 from model import functional
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -140,11 +140,11 @@ def test_model_is_unchanged_after_a_failed_hook() -> None:
     model = random_gpt(replace(SMALL, attention="sdpa"))
     before = snapshot(model)
 
-    def fail(layer: int, pattern: Tensor) -> None:
+    def fail(layer: int, activations: dict[str, Tensor]) -> None:
         raise KeyError(layer)
 
     with pytest.raises(KeyError):
-        run_with_hooks(model, random_text(5)[None], Hooks(pattern=fail))
+        run_with_hooks(model, random_text(5)[None], fail)
     assert snapshot(model) == before
 
 

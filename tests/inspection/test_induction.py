@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from data.prepare import TokenizedCorpus, prepare
-from inspection.activation_cache import Hooks, run_with_hooks
+from inspection.activation_cache import run_with_hooks
 from inspection.eval_texts import repeated_sequences
 from inspection.head_scores import induction
 from model.gpt import GPT
@@ -68,10 +68,10 @@ def best_heads(model: GPT, texts: torch.Tensor) -> list[float]:
     """The largest induction score in each layer."""
     best: list[float] = []
 
-    def on_pattern(layer: int, pattern: torch.Tensor) -> None:
-        best.append(float(induction(pattern, texts[:, None]).mean(dim=0).max()))
+    def hook(layer: int, activations: dict[str, torch.Tensor]) -> None:
+        best.append(float(induction(activations["pattern"], texts[:, None]).mean(dim=0).max()))
 
-    run_with_hooks(model, texts, Hooks(pattern=on_pattern))
+    run_with_hooks(model, texts, hook)
     return best
 
 
