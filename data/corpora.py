@@ -27,12 +27,12 @@ from data import repeated_tokens, stories
 from data.text_files import (
     SEPARATOR,
     TextRange,
+    character_start,
     find_files,
     find_separators,
     has_text,
     open_text,
     os_reason,
-    split_at,
     whole_file,
 )
 
@@ -41,6 +41,7 @@ GENERATED = {"stories": stories, "repeats": repeated_tokens}
 SHAKESPEARE_VAL_FRACTION = 0.1
 """The last tenth is the validation split, as in nanoGPT, so that losses are comparable."""
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_FILE = "tinyshakespeare.txt"
 SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -83,24 +84,22 @@ def open_corpus(source: str, val_fraction: float, cache: Path) -> Corpus:
     return Corpus(source, tuple(train_files), tuple(val_files))
 
 
-def generated_folder(name: str, cache: Path) -> Path:
-    """Where a generated corpus is kept; its version is part of the name."""
-    return cache / f"{name}-{GENERATED[name].version()}"
+def is_in_cache(source: str, cache: Path) -> bool:
+    """Whether `open_corpus` has nothing to generate and nothing to download."""
+    if source in GENERATED:
+        return all(
+            (cache / f"{source}-{GENERATED[source].version()}/{split}.txt").exists() for split in ("train", "val")
+        )
+    return source != "shakespeare" or (cache / SHAKESPEARE_FILE).exists()
 
 
 def generated_files(name: str, cache: Path) -> tuple[Path, Path]:
     """Training and validation file of a generated corpus, written the first time. Raises `UserError` (6)."""
-    folder = generated_folder(name, cache)
-    paths = folder / "train.txt", folder / "val.txt"
-    for path in paths:
-        if not path.exists():
-            _write(path, f"\n{SEPARATOR}\n".join(GENERATED[name].documents(path.stem)).encode())
-    return paths
-
-
-def shakespeare_path(cache: Path) -> Path:
-    """Where Tiny Shakespeare is kept."""
-    return cache / "tinyshakespeare.txt"
+    folder = cache / f"{name}-{GENERATED[name].version()}"
+    for split in ("train", "val"):
+        if not (folder / f"{split}.txt").exists():
+            _write(folder / f"{split}.txt", f"\n{SEPARATOR}\n".join(GENERATED[name].documents(split)).encode())
+    return folder / "train.txt", folder / "val.txt"
 
 
 def download_shakespeare(cache: Path) -> Path:
@@ -108,7 +107,7 @@ def download_shakespeare(cache: Path) -> Path:
 
     Raises `UserError`: it cannot be downloaded, or the file is another text (3); the cache cannot be written (6).
     """
-    path = shakespeare_path(cache)
+    path = cache / SHAKESPEARE_FILE
     if not path.exists():
         _write(path, _download(path))
     with open_text(path) as file:
@@ -174,7 +173,8 @@ def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRa
     if separator := _nearest_separator(text, position):
         return replace(text, end=separator[0]), replace(text, start=separator[1])
     only = _only_document(text)
-    train, val = split_at(only, only.start + int(only.n_bytes * (1 - val_fraction)))
+    cut = character_start(text.path, only.start + int(only.n_bytes * (1 - val_fraction)))
+    train, val = replace(only, end=cut), replace(only, start=cut)
     if not (has_text(train) and has_text(val)):
         message = f"{escape_control_chars(text.path)} is too short to hold out a part of it: give it more text"
         raise UserError(message, DATA)

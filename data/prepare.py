@@ -19,7 +19,6 @@ import secrets
 import shutil
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,10 +33,10 @@ from tqdm import tqdm
 from common.errors import CHECKPOINT, DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from common.files import write_atomic
 from data.config import DataConfig, cache_folder
-from data.corpora import GENERATED, Corpus, generated_folder, open_corpus, shakespeare_path
-from data.text_files import Piece, TextRange, os_reason, read_documents, sample_text
+from data.corpora import Corpus, is_in_cache, open_corpus
+from data.text_files import Piece, TextRange, open_text, os_reason, read_documents, sample_text
 from data.token_dataset import SplitWriter, TokenSplit, load_split, token_dtype
-from data.tokenizer import Tokenizer, encoding_names, load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT = 3
 """Version of the folder, the tokens and the splitting into documents; folders of another one are ignored."""
@@ -49,25 +48,10 @@ JOB_CHARACTERS = 4 * 1024 * 1024
 """Text that is encoded at a time: large enough to make transfers between processes cheap, small enough for memory."""
 PARALLEL_BYTES = 16 * 1024 * 1024
 """Bytes of text from which on starting worker processes pays."""
-LOOKUP_BYTES = 256_000_000
-"""Maximum size of the text that `cache_lookup` reads to identify it by its content."""
-ENCODING_SIZES = {
-    "gpt2": 50_257,
-    "r50k_base": 50_257,
-    "p50k_base": 50_281,
-    "p50k_edit": 50_284,
-    "cl100k_base": 100_277,
-    "o200k_base": 200_019,
-    "o200k_harmony": 201_088,
-}
-"""Vocabulary sizes of tiktoken's encodings, known without downloading them."""
+ENCODING_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
+"""Vocabulary sizes that are known without downloading the encoding."""
 TYPICAL_CHARACTERS = 97
 """Assumed size of a `char` vocabulary: an English keyboard, a newline, end-of-text."""
-
-_ABANDONED_SECONDS = 24 * 3600
-
-Stamp = tuple[int, int, int]
-"""Size of a file, and the times in nanoseconds of the last change of its content and of its inode."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,20 +97,20 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     corpus = open_corpus(config.source, config.val_fraction, cache)
-    stamps = _stamps(corpus)
-    key = _cache_key(corpus, _content_hashes(corpus, progress), config)
+    key = _cache_key(corpus, config, progress)
     folder = cache / f"tokens-{key}"
     for _ in range(3):
         if not os.path.lexists(folder):
             with _cache_errors(cache):
-                _build(folder, key, corpus, config, stamps, progress)
+                _build(folder, key, corpus, config, progress)
         try:
             return _open(folder, key, corpus, progress, verify)
         except CorruptCacheError as error:
             message = f"{folder} is damaged ({error}); preparing it again"
             print(escape_control_chars(message), file=sys.stderr)
-            with _cache_errors(cache):
-                _remove(folder)
+            # Renamed first, so that no process sees it half removed.
+            with _cache_errors(cache), contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder.rename(_temporary(folder)), ignore_errors=True)
     raise UserError(f"{folder} is damaged again and again; is another program writing there?", DISK_OR_MEMORY)
 
 
@@ -149,8 +133,13 @@ def cache_lookup(config: DataConfig) -> CorpusInfo:
 
     Raises `UserError` (2) if there is no such tokenizer.
     """
-    if prepared := _find_prepared(config):
-        return prepared
+    cache = cache_folder().absolute()
+    if is_in_cache(config.source, cache):
+        with contextlib.suppress(UserError, CorruptCacheError):
+            corpus = open_corpus(config.source, config.val_fraction, cache)
+            key = _cache_key(corpus, config, progress=True)
+            data = _open(cache / f"tokens-{key}", key, corpus, progress=False, verify=False)
+            return CorpusInfo(data.tokenizer.vocab_size, "", data.train, data.val)
     match config.tokenizer:
         case "byte":
             return CorpusInfo(257, "256 bytes and end-of-text")
@@ -158,10 +147,9 @@ def cache_lookup(config: DataConfig) -> CorpusInfo:
             return CorpusInfo(config.vocab_size, "as requested; a small text gives fewer")
         case "char":
             return CorpusInfo(TYPICAL_CHARACTERS, "assumed: the text's characters are not counted yet")
-        case name if name in ENCODING_SIZES and name in encoding_names():
-            return CorpusInfo(ENCODING_SIZES[name], "as in tiktoken")
         case name:
-            return CorpusInfo(train_tokenizer(name, 0, ()).vocab_size, "as in tiktoken")
+            size = ENCODING_SIZES.get(name) or train_tokenizer(name, 0, ()).vocab_size
+            return CorpusInfo(size, "as in tiktoken")
 
 
 def available_cores() -> int:
@@ -169,99 +157,49 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _find_prepared(config: DataConfig) -> CorpusInfo | None:
-    """The prepared corpus, if the cache has it and its text is quickly identified."""
-    cache, source = cache_folder().absolute(), config.source
-    missing = (source in GENERATED and not generated_folder(source, cache).exists()) or (
-        source == "shakespeare" and not shakespeare_path(cache).exists()
-    )
-    if missing or not cache.is_dir():
-        return None
-    try:
-        corpus = open_corpus(source, config.val_fraction, cache)
-        if sum(_stamp(path)[0] for path in _paths(corpus)) > LOOKUP_BYTES:
-            return None
-        key = _cache_key(corpus, _content_hashes(corpus, progress=False), config)
-        folder = cache / f"tokens-{key}"
-        meta = _read_meta(folder, key)
-        splits = _load_splits(folder, meta)
-        return CorpusInfo(meta["vocab_size"], "", splits["train"], splits["val"])
-    except (UserError, CorruptCacheError):
-        return None
-
-
 def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) -> TokenizedCorpus:
     """Check and open a prepared folder. Raises `CorruptCacheError`."""
-    meta = _read_meta(folder, key)
-    if verify:
-        sizes = [entry["bytes"] for entry in meta["files"].values()]
-        with _progress_bar("checking tokens", sum(sizes), progress, delay=2) as bar:
-            for name, entry in meta["files"].items():
-                if _sha256(folder / name, bar) != entry["sha256"]:
-                    raise CorruptCacheError(f"{name} has the wrong sha256")
     try:
+        if not (folder / META).is_file():  # reading a pipe would block
+            raise CorruptCacheError(f"{META} is missing or damaged")
+        meta = json.loads((folder / META).read_bytes())
+        if (meta["format"], meta["key"]) != (FORMAT, key):
+            raise CorruptCacheError(f"{META} is damaged")
+        hashes = {folder / name: entry["sha256"] for name, entry in meta["files"].items()}
+        for path in hashes:
+            if not path.is_file() or path.is_symlink() or path.stat().st_size != meta["files"][path.name]["bytes"]:
+                raise CorruptCacheError(f"{path.name} is missing or has the wrong size")
+        for path, sha256 in _hash_files(list(hashes), "checking tokens", progress).items() if verify else ():
+            if sha256 != hashes[path]:
+                raise CorruptCacheError(f"{path.name} has the wrong sha256")
+        splits = {split: load_split(folder, split, n_bytes) for split, n_bytes in meta["text_bytes"].items()}
         tokenizer = load_tokenizer(folder / VOCABULARY)
+        return TokenizedCorpus(
+            corpus.name, folder, tokenizer, splits["train"], splits["val"], key, corpus.nats_per_document
+        )
     except UserError as error:
         # A damaged file can be written again; an encoding that cannot be downloaded is up to the user.
         if error.exit_code == CHECKPOINT:
             raise CorruptCacheError(f"{VOCABULARY} is not a tokenizer") from error
         raise
-    splits = _load_splits(folder, meta)
-    return TokenizedCorpus(
-        corpus.name, folder, tokenizer, splits["train"], splits["val"], key, corpus.nats_per_document
-    )
-
-
-def _read_meta(folder: Path, key: str) -> dict[str, Any]:
-    """`meta.json`, once its own checksum, its key and the sizes of the files are right."""
-    try:
-        if not (folder / META).is_file():  # reading a pipe would block
-            raise CorruptCacheError(f"{META} is missing or damaged")
-        meta = json.loads((folder / META).read_bytes())
-        checksum = meta.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCacheError(f"{META} is missing or damaged") from error
-    if checksum != _checksum(meta) or (meta["format"], meta["key"]) != (FORMAT, key):
-        raise CorruptCacheError(f"{META} is damaged")
-    for name, entry in meta["files"].items():
-        path = folder / name
-        if not path.is_file() or path.is_symlink() or path.stat().st_size != entry["bytes"]:
-            raise CorruptCacheError(f"{name} is missing or has the wrong size")
-    return dict(meta)
 
 
-def _load_splits(folder: Path, meta: dict[str, Any]) -> dict[str, TokenSplit]:
-    try:
-        return {split: load_split(folder, split, n_bytes) for split, n_bytes in meta["text_bytes"].items()}
-    except (OSError, ValueError) as error:
-        raise CorruptCacheError(str(error)) from error
-
-
-def _checksum(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _build(
-    folder: Path, key: str, corpus: Corpus, config: DataConfig, stamps: dict[Path, Stamp], progress: bool
-) -> None:
+def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress: bool) -> None:
     """Write a prepared folder under a temporary name and rename it when it is complete."""
-    _remove_abandoned(folder.parent)
     partial = _temporary(folder)
     partial.mkdir()
     try:
         tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, _training_texts(corpus, config.tokenizer))
         tokenizer.save(partial / VOCABULARY)
         text_bytes = _write_splits(corpus, tokenizer, partial, config.workers, progress)
-        if _stamps(corpus) != stamps:
+        if _cache_key(corpus, config, progress) != key:
             raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
-        with _progress_bar("", 0, False) as bar:
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path, bar)}
-                for path in sorted(partial.iterdir())
-            }
-        meta = {"format": FORMAT, "key": key, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
-        meta |= {"text_bytes": text_bytes, "files": files}
-        write_atomic(partial / META, [json.dumps({**meta, "sha256": _checksum(meta)}, indent=1).encode()])
+        hashes = _hash_files(sorted(partial.iterdir()), "checking tokens", progress)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256} for path, sha256 in hashes.items()}
+        meta = {"format": FORMAT, "key": key, "text_bytes": text_bytes, "files": files}
+        write_atomic(partial / META, [json.dumps(meta, indent=1).encode()])
         try:
             partial.rename(folder)
         except OSError:
@@ -393,8 +331,9 @@ def _encode_jobs(pipe: Connection, vocabulary: Path) -> None:
             pipe.send(encode(tokenizer, pipe.recv()))
 
 
-def _cache_key(corpus: Corpus, hashes: dict[Path, str], config: DataConfig) -> str:
+def _cache_key(corpus: Corpus, config: DataConfig, progress: bool) -> str:
     """A hash of everything that the tokens depend on."""
+    hashes = _hash_files(sorted({text.path for text in corpus.train + corpus.val}), "reading text", progress)
     content: dict[str, Any] = {
         "format": FORMAT,
         "tokenizer": config.tokenizer,
@@ -405,41 +344,18 @@ def _cache_key(corpus: Corpus, hashes: dict[Path, str], config: DataConfig) -> s
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
-def _content_hashes(corpus: Corpus, progress: bool) -> dict[Path, str]:
-    """The sha256 of each text file."""
-    sizes = {path: _stamp(path)[0] for path in _paths(corpus)}
-    with _progress_bar("reading text", sum(sizes.values()), progress, delay=2) as bar:
-        return {path: _sha256(path, bar) for path in sizes}
-
-
-def _paths(corpus: Corpus) -> list[Path]:
-    return sorted({text.path for text in corpus.train + corpus.val})
-
-
-def _stamps(corpus: Corpus) -> dict[Path, Stamp]:
-    """By what a change of the text files is noticed."""
-    return {path: _stamp(path) for path in _paths(corpus)}
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {escape_control_chars(path)}: {os_reason(error)}", DATA) from error
-    # No program can set back the last of the three.
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _sha256(path: Path, bar: tqdm[Any]) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-                bar.update(len(block))
-    except OSError as error:
-        raise UserError(f"cannot read {escape_control_chars(path)}: {os_reason(error)}", DATA) from error
-    return digest.hexdigest()
+def _hash_files(paths: Sequence[Path], what: str, progress: bool) -> dict[Path, str]:
+    """The sha256 of each file. Raises `UserError` (3) if one cannot be read."""
+    hashes = {}
+    with _progress_bar(what, sum(path.stat().st_size for path in paths if path.exists()), progress, delay=2) as bar:
+        for path in paths:
+            digest = hashlib.sha256()
+            with open_text(path) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block))
+            hashes[path] = digest.hexdigest()
+    return hashes
 
 
 def _progress_bar(what: str, n_bytes: int, progress: bool, delay: float = 0) -> tqdm[Any]:
@@ -451,25 +367,6 @@ def _progress_bar(what: str, n_bytes: int, progress: bool, delay: float = 0) -> 
 def _temporary(path: Path) -> Path:
     """A unique name next to `path`, for what is being written or removed."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-
-
-def _remove_abandoned(cache: Path) -> None:
-    """Remove what killed processes left."""
-    for partial in cache.glob("*.partial"):
-        with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
-                _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, link or file; it is renamed first, so that no process sees it half removed."""
-    temporary = _temporary(path)
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(temporary)
-        if temporary.is_dir() and not temporary.is_symlink():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
 BLOCK_BYTES = 1024 * 1024
 """Maximum size of a piece of text."""
 
-_FIRST_BYTES = 8192
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32LE begins as UTF-16LE does
     (b"\xff\xfe\0\0", "UTF-32LE"),
     (b"\0\0\xfe\xff", "UTF-32BE"),
@@ -70,55 +69,58 @@ def find_files(source: str) -> list[Path]:
 
     Raises `UserError` (3) if there are none.
     """
-    path = Path(os.path.expanduser(source))
-    candidates: Iterator[Path]
+    path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
+    candidates: Iterable[Path] = [path]
+    wanted = ""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         if not glob.has_magic(source):
             why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {os_reason(error)}"
             accepted = "--data.source accepts stories, repeats, shakespeare, a text file, a folder, or a glob"
-            raise UserError(f"{escape_control_chars(source)} {why}; {accepted}", DATA) from error
-        candidates, wanted = (
-            (Path(name) for name in glob.iglob(str(path), recursive=True)),
-            "matches it; ** matches folders at any depth",
-        )
+            raise UserError(f"{name} {why}; {accepted}", DATA) from error
+        candidates = map(Path, glob.iglob(str(path), recursive=True))
+        wanted = "matches it; ** matches folders at any depth"
     else:
         if stat.S_ISDIR(mode):
             candidates = (file for file in _files_below(path) if file.name.lower().endswith(PROSE))
-            hint = f"for others use a glob, such as '{escape_control_chars(source)}/**/*.py'"
-            wanted = f"ends in {' '.join(PROSE)}; {hint}"
-        elif stat.S_ISREG(mode):
-            candidates, wanted = iter([path]), ""
-        else:
-            message = f"{escape_control_chars(source)} is not a regular file; give a file of UTF-8 text"
-            raise UserError(message, DATA)
-    files = _distinct(candidates)
+            wanted = f"ends in {' '.join(PROSE)}; for others use a glob, such as '{name}/**/*.py'"
+        elif not stat.S_ISREG(mode):
+            raise UserError(f"{name} is not a regular file; give a file of UTF-8 text", DATA)
+    # Each file once, however many links lead to it.
+    files = sorted({os.path.realpath(file): file for file in sorted(candidates)[::-1] if os.path.isfile(file)}.values())
     if not files:
-        raise UserError(f"no text found for {escape_control_chars(source)}: no file {wanted}", DATA)
+        raise UserError(f"no text found for {name}: no file {wanted}", DATA)
     non_empty = [file for file in files if file.stat().st_size]
     if not non_empty:
-        raise UserError(f"{escape_control_chars(source)} is empty: there is no text to train on", DATA)
+        raise UserError(f"{name} is empty: there is no text to train on", DATA)
     return non_empty
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder that are not hidden. Links are followed, but no folder is visited twice."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {escape_control_chars(error.filename)}: {os_reason(error)}", DATA)
+
+    visited: set[str] = set()
+    for inner, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        if (real := os.path.realpath(inner)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(inner, name) for name in names if not name.startswith("."))
+
+
 def whole_file(path: Path) -> TextRange:
-    """The text of a file without its byte-order mark. Raises `UserError` (3) if its first bytes are not UTF-8 text."""
+    """The text of a file without its byte-order mark. Raises `UserError` (3) if the mark is not that of UTF-8."""
     with open_text(path) as file:
-        head = file.read(_FIRST_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    name = escape_control_chars(path)
-    if encoding := _wide_encoding(head):
-        message = f"{name} is {encoding}, not UTF-8: convert it with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
-        raise UserError(message, DATA)
-    if (nul := head.find(0)) >= 0:
-        raise _binary(path, nul)
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        # A character that is cut by the end of these first bytes is not an error.
-        if size <= len(head) or error.reason != "unexpected end of data":
-            raise _not_utf8(path, error.start, head[error.start]) from None
+        head, size = file.read(4), os.fstat(file.fileno()).st_size
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if head.startswith(mark):
+            message = f"{encoding}, not UTF-8: convert it with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
+            raise UserError(f"{escape_control_chars(path)} is {message}", DATA)
     return TextRange(path, len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0, size)
 
 
@@ -133,24 +135,21 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
     buffer, offset, starts = b"\n", text.start - 1, True
     for block, is_last in _blocks(text, block_bytes):
         buffer += block + b"\n" * is_last
-        at = 0
-        ends = [match.span() for match in _SEPARATOR.finditer(buffer)]
-        for end, after in [*ends, (len(buffer) - 1, 0)] if is_last else ends:
-            for start, stop in _cuts(buffer, at, end, block_bytes):
-                start += _newline(buffer, start, stop) if starts else 0
+        at, ends = 0, [match.span() for match in _SEPARATOR.finditer(buffer)]
+        # The last bytes may be the beginning of a separator, unless these are the last bytes of the text.
+        after_last = ends[-1][1] if ends else 0
+        ends.append((len(buffer) - 1, 0) if is_last else (max(after_last, len(buffer) - _LONGEST), -1))
+        for end, after in ends:
+            *pieces, last = _cuts(buffer, at, end, block_bytes)
+            for start, stop in [*pieces, last] if after >= 0 else pieces:
+                if starts:  # the newline before a document's first line
+                    start += 2 if buffer.startswith(b"\r\n", start, stop) else buffer.startswith(b"\n", start, stop)
                 piece = _decode(buffer[start:stop], text.path, offset + start)
                 if piece.strip() or not (starts and stop == end):
                     yield Piece(piece, stop == end)
                 starts = False
-            at, starts = after, True
-        if not is_last:
-            # The last bytes may be the beginning of a separator.
-            *pieces, (at, _) = _cuts(buffer, at, max(at, len(buffer) - _LONGEST), block_bytes)
-            for start, stop in pieces:
-                start += _newline(buffer, start, stop) if starts else 0
-                yield Piece(_decode(buffer[start:stop], text.path, offset + start), False)
-                starts = False
-            buffer, offset = buffer[at:], offset + at
+            at, starts = (after, True) if after >= 0 else (last[0], starts)
+        buffer, offset = buffer[at:], offset + at
 
 
 def sample_text(texts: Iterable[TextRange], n_bytes: int) -> Iterator[str]:
@@ -162,10 +161,8 @@ def sample_text(texts: Iterable[TextRange], n_bytes: int) -> Iterator[str]:
         while due < position + text.n_bytes:
             start = text.start + int(due) - position
             size = text.end - start if ratio == 1 else min(BLOCK_BYTES, text.end - start)
-            part = TextRange(
-                text.path, *(max(text.start, _character_start(text.path, p)) for p in (start, start + size))
-            )
-            yield from (piece.text for piece in read_documents(part))
+            low, high = (max(text.start, character_start(text.path, p)) for p in (start, start + size))
+            yield from (piece.text for piece in read_documents(TextRange(text.path, low, high)))
             due += max(1, size) * ratio
         position += text.n_bytes
 
@@ -190,10 +187,12 @@ def find_separators(text: TextRange, low: int, high: int) -> list[tuple[int, int
     return spans
 
 
-def split_at(text: TextRange, position: int) -> tuple[TextRange, TextRange]:
-    """Cut a range in two at `position`, moved back to the start of a UTF-8 character."""
-    cut = _character_start(text.path, position)
-    return TextRange(text.path, text.start, cut), TextRange(text.path, cut, text.end)
+def character_start(path: Path, position: int) -> int:
+    """`position` in a file, moved back to the start of a UTF-8 character."""
+    with open_text(path) as file:
+        low = max(0, position - 3)
+        file.seek(low)
+        return low + _boundary(file.read(position - low + 1), position - low)
 
 
 @contextmanager
@@ -211,65 +210,19 @@ def os_reason(error: Exception) -> str:
     return escape_control_chars(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Everything in a folder, at any depth, that is not hidden."""
-    for inner in _folders_below(folder):
-        yield from (inner / name for name in _names(inner) if not name.startswith("."))
-
-
-def _folders_below(folder: Path) -> Iterator[Path]:
-    """A folder and those below it that are not hidden. Links are followed, but no folder is visited twice."""
-    visited: set[str] = set()
-    stack = [folder] if os.path.isdir(folder) else []
-    while stack:
-        current = stack.pop()
-        real = os.path.realpath(current)
-        if real not in visited:
-            visited.add(real)
-            yield current
-            inside = (current / name for name in reversed(_names(current)) if not name.startswith("."))
-            stack += (path for path in inside if os.path.isdir(path))
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f"cannot read the folder {escape_control_chars(folder)}: {os_reason(error)}", DATA) from error
-
-
-def _distinct(paths: Iterable[Path]) -> list[Path]:
-    """The regular files among them, sorted; each once, however many links lead to it."""
-    files = {os.path.realpath(path): path for path in sorted(paths, reverse=True) if os.path.isfile(path)}
-    return sorted(files.values())
-
-
-def _wide_encoding(head: bytes) -> str | None:
-    """The name of an encoding with two or four bytes a character: recognised by its byte-order mark or, in mostly
-    Latin text, by the position of its NUL bytes."""
-    for mark, name in _BYTE_ORDER_MARKS:
-        if head.startswith(mark):
-            return name
-    lanes = [head[lane : len(head) // 4 * 4 : 4] for lane in range(4)]
-    zeros = [lane.count(0) / max(1, len(lane)) for lane in lanes]
-    pattern = "".join("0" if share > 0.6 else "x" if share < 0.1 else "?" for share in zeros)
-    return {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}.get(pattern)
-
-
 def _blocks(text: TextRange, block_bytes: int) -> Iterator[tuple[bytes, bool]]:
     """The bytes of a range in blocks, and whether each is the last."""
     offset, name = text.start, escape_control_chars(text.path)
     with open_text(text.path) as file:
         file.seek(offset)
         while True:
-            wanted = min(block_bytes, text.end - offset)
-            block = file.read(wanted)
+            block = file.read(min(block_bytes, text.end - offset))
             if (nul := block.find(0)) >= 0:
-                raise _binary(text.path, offset + nul)
-            offset += len(block)
-            if len(block) < wanted:
-                message = f"{name} was truncated to {offset} bytes while it was read: start again"
+                message = f"{name} is a binary file (NUL byte at offset {offset + nul}): give a file of UTF-8 text"
                 raise UserError(message, DATA)
+            if not block and offset < text.end:
+                raise UserError(f"{name} was truncated to {offset} bytes while it was read: start again", DATA)
+            offset += len(block)
             yield block, offset == text.end
             if offset == text.end:
                 return
@@ -286,12 +239,8 @@ def _cuts(data: bytes, start: int, end: int, most: int) -> Iterator[tuple[int, i
 
 def _last_cut(data: bytes, start: int, limit: int) -> int:
     """The last safe place to cut after `start` and up to `limit`; else the last place between characters."""
-    # Backwards in steps: if there are safe places at all, one is near.
-    for high in range(limit, start, -_SEARCH_BYTES):
-        places = list(_SAFE_CUT.finditer(data, max(start, high - _SEARCH_BYTES - 2), high + 1))
-        if places:
-            return places[-1].end()
-    cut = _boundary(data, limit)
+    places = list(_SAFE_CUT.finditer(data, max(start, limit - _SEARCH_BYTES), limit + 1))
+    cut = places[-1].end() if places else _boundary(data, limit)
     return cut if cut > start else limit
 
 
@@ -303,34 +252,13 @@ def _boundary(data: bytes, position: int) -> int:
     return position
 
 
-def _character_start(path: Path, position: int) -> int:
-    """`position` in a file, moved back to the start of a UTF-8 character."""
-    with open_text(path) as file:
-        low = max(0, position - 3)
-        file.seek(low)
-        return low + _boundary(file.read(position - low + 1), position - low)
-
-
-def _newline(data: bytes, start: int, stop: int) -> int:
-    """Length of the newline at the beginning of `data[start:stop]`: the one before a document's first line."""
-    return 2 if data.startswith(b"\r\n", start, stop) else 1 if data.startswith(b"\n", start, stop) else 0
-
-
 def _decode(data: bytes, path: Path, offset: int) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, offset + error.start, data[error.start]) from None
-
-
-def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
-    return UserError(
-        f"{escape_control_chars(path)} is not UTF-8 (byte 0x{byte:02x} at offset {offset}): convert text in another "
-        "encoding, such as LATIN1, with `iconv -f LATIN1 -t UTF-8 OLD > NEW`; export other files as text",
-        DATA,
-    )
-
-
-def _binary(path: Path, offset: int) -> UserError:
-    message = f"{escape_control_chars(path)} is a binary file (NUL byte at offset {offset}): give a file of UTF-8 text"
-    return UserError(message, DATA)
+        raise UserError(
+            f"{escape_control_chars(path)} is not UTF-8 (byte 0x{data[error.start]:02x} at offset "
+            f"{offset + error.start}): convert text in another encoding, such as LATIN1, with "
+            "`iconv -f LATIN1 -t UTF-8 OLD > NEW`; export other files as text",
+            DATA,
+        ) from None

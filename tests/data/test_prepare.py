@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +84,8 @@ def test_tokens_are_the_documents_between_ends_of_text(book: Path) -> None:
     assert corpus.train.n_bytes + corpus.val.n_bytes == sum(len(text.encode()) for text in texts)
     assert corpus.train.tokens.dtype == np.uint16 and isinstance(corpus.train.tokens, np.memmap)
     assert {path.name for path in corpus.folder.iterdir()} == {*FILES}
+    trained = prepared(book, "bpe", vocab_size=300)
+    assert trained.tokenizer.decode(tokens_of(trained.val)) == "".join(texts[-n_val:])
 
 
 def test_long_text_is_one_document_in_each_split(tmp_path: Path) -> None:
@@ -94,15 +95,6 @@ def test_long_text_is_one_document_in_each_split(tmp_path: Path) -> None:
     text = bytes(tokens_of(corpus.train)[1:-1] + tokens_of(corpus.val)[1:-1])
     assert text == path.read_bytes()
     assert corpus.val.n_bytes / len(text) == pytest.approx(0.25, abs=1e-3)
-
-
-@pytest.mark.parametrize("name", ["char", "bpe"])
-def test_tokenizer_is_trained_and_saved(book: Path, name: str) -> None:
-    corpus = prepared(book, name, vocab_size=300)
-    texts = book.read_text().split("\n<|endoftext|>\n")
-    first, second = corpus.train.document_starts[:2].tolist()
-    assert corpus.tokenizer.decode(corpus.train.tokens[first : second + 1]) == texts[0]
-    assert corpus.tokenizer.decode(tokens_of(corpus.val)) == "".join(texts[-corpus.val.n_documents :])
 
 
 def test_second_run_encodes_nothing(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,16 +212,14 @@ def test_text_that_changes_while_preparing(book: Path, cache: Path, monkeypatch:
     assert caught.value.exit_code == DATA and not leftovers(cache)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def extend(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"more")
-
-
-def overwrite(path: Path) -> None:
-    path.write_bytes(b"x" * path.stat().st_size)
 
 
 def become_a_pipe(path: Path) -> None:
@@ -237,53 +227,21 @@ def become_a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def become_a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def become_a_link(path: Path) -> None:
-    path.symlink_to(path.rename(path.parent.parent / "outside"))
-
-
-HARM = (truncate, extend, overwrite, Path.unlink, become_a_pipe, become_a_folder, become_a_link)
-
-
-@pytest.mark.parametrize("harm", HARM, ids=lambda harm: harm.__name__)
+@pytest.mark.parametrize("harm", [flip_a_bit, truncate, Path.unlink, become_a_pipe], ids=lambda harm: harm.__name__)
 def test_damaged_folder_is_prepared_again(
     book: Path, cache: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], None]
 ) -> None:
     first = prepared(book, "bpe", vocab_size=300)
     expected = files_of(first.folder)
     for name in FILES:
-        if (name, harm) == ("meta.json", become_a_link):
-            continue  # its content is intact
         harm(first.folder / name)
         second = prepared(book, "bpe", vocab_size=300)
         assert second.folder == first.folder and files_of(second.folder) == expected
         message = capsys.readouterr().err
-        assert message.count("\n") == 1 and "is damaged" in message and str(first.folder) in message
-        assert not leftovers(cache)
+        assert message.count("\n") == 1 and "is damaged" in message and f"{name} " in message
+        assert str(first.folder) in message and not leftovers(cache)
     prepared(book, "bpe", vocab_size=300)
     assert not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("position", [0.0, 0.4, 0.7, 0.999])
-def test_flipped_bit_is_found_at_the_next_start(
-    book: Path, capsys: pytest.CaptureFixture[str], name: str, position: float
-) -> None:
-    first = prepared(book)
-    expected = files_of(first.folder)
-    content = bytearray(expected[name])
-    at = int(position * len(content))
-    while not content[at : at + 1].strip():  # a changed blank in JSON changes nothing
-        at -= 1
-    content[at] ^= 1
-    (first.folder / name).write_bytes(content)
-    second = prepared(book)
-    assert files_of(second.folder) == expected
-    assert f"{name} " in capsys.readouterr().err
 
 
 def test_without_verification_only_sizes_are_checked(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,25 +254,6 @@ def test_without_verification_only_sizes_are_checked(book: Path, capsys: pytest.
     truncate(path)
     assert tokens_of(prepare(config, progress=False, verify=False).train)[-1] == EOT
     assert "wrong size" in capsys.readouterr().err
-
-
-def test_link_in_place_of_the_folder_is_not_followed(book: Path, tmp_path: Path) -> None:
-    first = prepared(book)
-    tokens = tokens_of(first.train)
-    away = first.folder.rename(tmp_path / "away")
-    for target in (away, tmp_path / "nowhere"):
-        os.truncate(away / "meta.json", 10)
-        first.folder.symlink_to(target)
-        assert tokens_of(prepared(book).train) == tokens
-        assert not first.folder.is_symlink() and (away / "train.npy").is_file()
-        shutil.rmtree(first.folder)
-
-
-def test_open_tokens_survive_the_removal_of_the_cache(book: Path, cache: Path) -> None:
-    corpus = prepared(book)
-    tokens = tokens_of(corpus.train)
-    shutil.rmtree(cache)
-    assert tokens_of(corpus.train) == tokens
 
 
 def test_unwritable_cache_names_the_variable(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,16 +275,6 @@ def test_full_disk_leaves_nothing(tmp_path: Path, cache: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.exit_code == DISK_OR_MEMORY
     assert not leftovers(cache) and not [*cache.glob("tokens-*")]
-
-
-def test_leftovers_of_killed_processes_are_removed(book: Path, cache: Path) -> None:
-    old, new = cache / "tokens-1.2-3.partial", cache / "tokens-4.5-6.partial"
-    for folder in (old, new):
-        write(folder / "train.npy", b"")
-    long_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (long_ago, long_ago))
-    prepared(book)
-    assert leftovers(cache) == [new], "the new one may belong to a running process"
 
 
 def test_too_short_text_says_how_much_is_needed(tmp_path: Path) -> None:
