@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,26 +33,36 @@ if TYPE_CHECKING:
 
 MAX_LAYERS = MAX_HEADS = 8
 """A grid shows at most the first 8 layers and heads."""
-GRID_TOKENS = 64
-"""Tokens in a grid, at most: the last ones of a longer text."""
-HEAD_TOKENS = 96
-"""Tokens in a plot of one head, at most."""
-ANNOTATED_TOKENS = 16
-"""Up to so many tokens, each cell of a plot of one head shows its value."""
-MIN_ANNOTATED = 0.01
-LABEL_LENGTH = 14
-TOP, GAP, MIN_WIDTH = 0.98, 0.28, 5.2
-"""Inches: above the panels, for the title; between panels; of the whole figure."""
-LABEL_SIZES = ((7.0, 0.115), (6.0, 0.094))
-"""(points, inches between two labels); the smaller size where the larger does not fit."""
+GRID_TOKENS, HEAD_TOKENS = 64, 96
+"""Tokens in a grid and in a plot of one head, at most: the last ones of a longer text."""
+ANNOTATED_TOKENS, MIN_ANNOTATED = 16, 0.01
+"""Up to so many tokens, a plot of one head shows each value of at least 0.01 as a number."""
+LABEL_LENGTH, LABEL_INCHES = 14, 0.1
+"""Characters of a token's label, at most, and inches from one label to the next, at least."""
 FUTURE = "#e3e3e3"
 """Cells that causality excludes: gray, which is not a color of the scale."""
 INK, ACCENT, GRAY, MUTED = "#222222", "#c8102e", "#c9c9c9", "#666666"
 SERIES_COLORS = ("#00467f", "#c8102e", "#8a6d00")
 """Colors of the labeled lines, highest first; they differ in lightness too."""
-SERIES_SIZE, AXES_BOX = (7.2, 4.0), (0.085, 0.13, 0.785, 0.72)
-"""Inches; left, bottom, width and height of the axes as fractions of the figure."""
-DPI = 110
+SERIES_SIZE = (7.2, 4.0)
+"""Inches."""
+STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "text.parse_math": False,  # a `$` in a token is a `$`
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.edgecolor": "#888888",
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "attention",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ def draw_figures(run: RunFiles, folder: Path, suffix: str, step: int, text: str 
     if names and not score:
         names = [most_informative({name: values[-1] for name, values in scores.items()})]
     for name in names:
-        stem = "timeline" if len(names) == 1 else f"timeline-{_file_name(name)}"
+        stem = "timeline" if len(names) == 1 else "timeline-" + re.sub("[^A-Za-z0-9]", "-", name)
         paths.append(folder / f"{stem}.{suffix}")
         score_timeline(paths[-1], run.head_scores.steps, scores[name], name, f"{run.folder.name}: {name}")
     series = _phase_change_series(run)
@@ -122,10 +133,6 @@ def most_informative(scores: Mapping[str, NDArray[np.float32]]) -> str:
     """
     reached = [name for name in FINDING_SCORES if name in scores and (scores[name] >= ATTENTION_THRESHOLD).any()]
     return next(iter([*reached, *scores]), "")
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name)
 
 
 def _phase_change_series(run: RunFiles) -> tuple[Series, Series, Series] | None:
@@ -171,21 +178,12 @@ def head_grid(path: Path | str, pattern: ArrayLike, token_texts: Sequence[str], 
     assert len(token_texts) == T, f"{len(token_texts)} texts for {T} tokens"
     pattern = pattern[:MAX_LAYERS, :MAX_HEADS, -GRID_TOKENS:, -GRID_TOKENS:]
     rows, columns, shown, _ = pattern.shape
-    labels = [_label(text) for text in token_texts[-shown:]]
-    margin = _margin(labels)
-    side = float(np.clip(shown * LABEL_SIZES[0][1], 1.5, min(3.0, 13 / max(rows, columns))))
-    pitch = side + GAP
-    ticks = _ticks(shown, side)
-    size = max(margin + columns * pitch + 0.65, MIN_WIDTH), margin + rows * pitch + TOP - GAP
-    with _figure(Path(path), size) as figure:
+    side = float(np.clip(shown * LABEL_INCHES, 1.5, min(3.0, 13 / max(rows, columns))))
+    ticks = _ticks(token_texts[-shown:], side)
+    notes = _part(rows, L, "first", "layers") + _part(columns, H, "first", "heads") + _part(shown, T, "last", "tokens")
+    with _pattern_figure(Path(path), pattern, side, ticks, (title, notes)) as panels:
         for layer, head in np.ndindex(rows, columns):
-            axes = _panel(figure, margin + head * pitch, margin + (rows - 1 - layer) * pitch, side)
-            image = _draw_pattern(axes, pattern[layer, head])
-            _label_tokens(axes, ticks, labels, rows=head == 0, columns=layer == rows - 1)
-            axes.set_title(head_name(layer, head), fontsize=9, pad=3)
-        _color_bar(figure, image, margin + columns * pitch - 0.08, size[1] - TOP, min(side, 2.0))
-        left_out = [*_part(rows, L, "layers", "first"), *_part(columns, H, "heads", "first")]
-        _pattern_text(figure, margin, title, [*left_out, *_part(shown, T, "tokens", "last"), *ticks.note])
+            panels[layer, head].set_title(head_name(layer, head), fontsize=9, pad=3)
 
 
 def one_head(
@@ -204,105 +202,62 @@ def one_head(
     assert pattern.shape == (T, T) and len(token_texts) == T, f"{pattern.shape}, {len(token_texts)} texts"
     pattern = pattern[-HEAD_TOKENS:, -HEAD_TOKENS:]
     shown = len(pattern)
-    labels = [_label(text) for text in token_texts[-shown:]]
-    margin = _margin(labels)
-    side = float(np.clip(shown * 0.34, 2.4, 6.0))
     row = -1 if query is None else query - (T - shown)
-    ticks = _ticks(shown, side, keep=row)
-    with _figure(Path(path), (max(margin + side + GAP + 0.65, MIN_WIDTH), margin + side + TOP)) as figure:
-        axes = _panel(figure, margin, margin, side)
-        image = _draw_pattern(axes, pattern)
-        _label_tokens(axes, ticks, labels, rows=True, columns=True)
-        if shown <= ANNOTATED_TOKENS:
-            _annotate(axes, pattern)
+    side = float(np.clip(shown * 0.34, 2.4, 6.0))
+    ticks = _ticks(token_texts[-shown:], side, max(row, 0))
+    notes = _part(shown, T, "last", "tokens")
+    with _pattern_figure(Path(path), pattern[None, None], side, ticks, (title, notes)) as panels:
+        axes = panels[0, 0]
+        for i, j in np.argwhere(np.tril(pattern) >= MIN_ANNOTATED) if shown <= ANNOTATED_TOKENS else ():
+            value, color = f"{pattern[i, j]:.2f}".removeprefix("0"), INK if pattern[i, j] > 0.5 else "white"
+            axes.text(j, i, value, ha="center", va="center", fontsize=6.5, color=color)
         if row >= 0:
-            _frame_row(axes, row, ticks)
-        _color_bar(figure, image, margin + side + GAP - 0.08, margin + side, min(side, 2.0))
-        _pattern_text(figure, margin, title, [*_part(shown, T, "tokens", "last"), *ticks.note])
+            edges = np.array([-0.5, row + 0.5, row + 0.5, -0.5, -0.5]), row + np.array([-0.5, -0.5, 0.5, 0.5, -0.5])
+            axes.plot(*edges, color=ACCENT, linewidth=1.6, clip_on=False)
+            axes.get_yticklabels()[list(ticks).index(row)].set(color=ACCENT, weight="bold")
 
 
-@dataclass(frozen=True)
-class _Ticks:
-    positions: list[int]
-    every: int
-    points: float
-
-    @property
-    def note(self) -> list[str]:
-        return [] if self.every == 1 else [f"one token in {self.every} is labeled"]
+def _ticks(token_texts: Sequence[str], side: float, keep: int = 0) -> dict[int, str]:
+    """A label for each position that has one on an axis of `side` inches: all, or every n-th, among them `keep`."""
+    every = math.ceil(len(token_texts) * LABEL_INCHES / side)
+    return {k: _shorten(drawable(token_texts[k]), LABEL_LENGTH) for k in range(keep % every, len(token_texts), every)}
 
 
-def _ticks(T: int, inches: float, keep: int = -1) -> _Ticks:
-    """As many token labels as fit on an axis: all, or every n-th. `keep` is labeled in any case, if it is not negative."""
-    points, room = next((size for size in LABEL_SIZES if T * size[1] <= inches), LABEL_SIZES[-1])
-    every = max(1, math.ceil(T * room / inches))
-    positions = list(range(0, T, every))
-    if keep >= 0:  # its neighbors make room
-        positions = sorted([*(k for k in positions if abs(k - keep) >= T * room / inches), keep])
-    return _Ticks(positions, every, points)
-
-
-def _draw_pattern(axes: Axes, pattern: NDArray[np.floating[Any]]) -> Any:
-    import matplotlib
-
-    colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
-    causal = np.tril(np.ones(pattern.shape, dtype=bool))
-    masked = np.ma.masked_array(pattern, mask=~causal)
-    return axes.imshow(masked, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
-
-
-def _label_tokens(axes: Axes, ticks: _Ticks, labels: Sequence[str], rows: bool, columns: bool) -> None:
-    texts = [labels[k] for k in ticks.positions]
-    font: dict[str, Any] = {"fontsize": ticks.points, "parse_math": False}  # a `$` in a token is a `$`
-    axes.tick_params(length=1.5, width=0.5, pad=1.5)
-    for wanted, set_ticks, rotation in ((rows, axes.set_yticks, 0), (columns, axes.set_xticks, 90)):
-        if wanted:
-            set_ticks(ticks.positions, texts, rotation=rotation, **font)
-        else:
-            set_ticks([])
-
-
-def _annotate(axes: Axes, pattern: NDArray[np.floating[Any]]) -> None:
-    """Each value of at least `MIN_ANNOTATED` as a number, dark on light and light on dark."""
-    for i, j in zip(*np.nonzero(np.tril(pattern) >= MIN_ANNOTATED), strict=True):
-        value = f"{pattern[i, j]:.2f}".removeprefix("0")
-        color = INK if pattern[i, j] > 0.5 else "white"
-        axes.text(j, i, value, ha="center", va="center", fontsize=6.5, color=color)
-
-
-def _frame_row(axes: Axes, row: int, ticks: _Ticks) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((-0.5, row - 0.5), row + 1, 1, fill=False, edgecolor=ACCENT, linewidth=1.6))
-    axes.get_yticklabels()[ticks.positions.index(row)].set(color=ACCENT, weight="bold")
-
-
-def _panel(figure: Figure, left: float, bottom: float, side: float) -> Axes:
-    """Square axes; position and side in inches."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes((left / width, bottom / height, side / width, side / height))
-
-
-def _color_bar(figure: Figure, image: Any, left: float, top: float, length: float) -> None:
-    """The color scale, below a point given in inches."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((left / width, (top - length) / height, 0.12 / width, length / height))
-    bar = figure.colorbar(image, cax=axes, ticks=[0, 0.25, 0.5, 0.75, 1])
-    axes.tick_params(labelsize=7, length=2)
-    bar.set_label("attention weight", fontsize=8)
-
-
-def _part(shown: int, total: int, noun: str, which: str) -> list[str]:
+def _part(shown: int, total: int, which: str, noun: str) -> list[str]:
     return [] if shown == total else [f"the {which} {shown} of {total} {noun}"]
 
 
-def _pattern_text(figure: Figure, left: float, title: str, notes: Sequence[str]) -> None:
-    """Title, what rows and columns are, and what is left out. Columns begin `left` inches from the edge."""
-    width, height = figure.get_size_inches()
-    font: dict[str, Any] = {"fontsize": 8.5, "color": INK}
-    figure.text(0.1 / width, 1 - TOP / height, "query: the token that attends", rotation=90, va="top", **font)
-    figure.text(left / width, 0.1 / height, "key: the token attended to", va="bottom", **font)
-    _heading(figure, title, "row: query, column: key; gray: later tokens, masked\n" + "; ".join(notes))
+@contextmanager
+def _pattern_figure(
+    path: Path, pattern: NDArray[Any], side: float, ticks: Mapping[int, str], heading: tuple[str, list[str]]
+) -> Iterator[Any]:
+    """A figure of patterns (rows, columns, T, T), each `side` inches wide; yields an array of its axes (rows, columns)."""
+    import matplotlib
+
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
+    rows, columns, T, _ = pattern.shape
+    title, notes = heading
+    if len(ticks) > 1 and (every := sorted(ticks)[1] - sorted(ticks)[0]) > 1:
+        notes = [*notes, f"one token in {every} is labeled"]
+    note = "row: query, column: key; gray: later tokens, masked\n" + "; ".join(notes)
+    label_room = 0.07 * max(map(len, ticks.values()))
+    width, height = columns * (side + 0.1) + label_room + 1.2, rows * (side + 0.3) + label_room + 1.0
+    with _figure(path, (max(width, 5.2), height), title, note, "compressed") as figure:
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for row, column in np.ndindex(rows, columns):
+            axes = panels[row, column]
+            causal = np.ma.masked_array(pattern[row, column], mask=~np.tri(T, dtype=bool))
+            image = axes.imshow(causal, cmap=colors, vmin=0, vmax=1, interpolation="nearest")
+            axes.set_xticks(list(ticks), ticks.values(), rotation=90, fontsize=6.5)
+            axes.set_yticks(list(ticks), ticks.values(), fontsize=6.5)
+            axes.tick_params(length=1.5, width=0.5, pad=1.5)
+            axes.label_outer()
+        size = {"shrink": min(1.0, 2 / (rows * side)), "aspect": 16, "anchor": (0, 1), "pad": 0.02}
+        bar = figure.colorbar(image, ax=panels, ticks=[0, 0.25, 0.5, 0.75, 1], label="attention weight", **size)
+        bar.ax.tick_params(labelsize=7, length=2)
+        figure.supylabel("query: the token that attends", fontsize=8.5)
+        figure.supxlabel("key: the token attended to", fontsize=8.5)
+        yield panels
 
 
 # Series
@@ -320,21 +275,19 @@ def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.fl
     values = np.asarray(values, dtype=np.float64)
     S, L, H = values.shape
     assert len(steps) == S, f"{len(steps)} steps for {S} rows"
-    lines, limits = values.reshape(S, L * H), score_range(score, values)
-    last = np.where(np.isfinite(lines[-1]), lines[-1], -np.inf)
-    best = [int(k) for k in np.argsort(-last, kind="stable")[: len(SERIES_COLORS)] if np.isfinite(last[k])]
-    marker = "o" if S == 1 else None
-    with _figure(Path(path), SERIES_SIZE) as figure:
-        axes = figure.add_axes(AXES_BOX)
-        for k in set(range(L * H)) - set(best):
-            axes.plot(steps, lines[:, k], color=GRAY, linewidth=1.0, marker=marker, markersize=4)
-        for k, color in reversed(list(zip(best, SERIES_COLORS, strict=False))):
-            axes.plot(steps, lines[:, k], color=color, linewidth=1.8, marker=marker, markersize=5)
-        _style_axes(axes, steps, limits, score)
-        ends = [(float(lines[-1, k]), f"{head_name(*divmod(k, H))} {lines[-1, k]:.2f}") for k in best]
-        _label_ends(axes, ends, limits)
-        others = f"; gray: the other {L * H - len(best)} heads" if len(best) < L * H else ""
-        _heading(figure, title, find_score(score).title + others)
+    lines, last = values.reshape(S, L * H), values[-1].ravel()
+    best = [int(k) for k in np.argsort(-last) if np.isfinite(last[k])][: len(SERIES_COLORS)]  # nan is last
+    marker: dict[str, Any] = {"marker": "o" if S == 1 else None, "markersize": 5}
+    others = f"; gray: the other {L * H - len(best)} heads" if len(best) < L * H else ""
+    with _figure(Path(path), SERIES_SIZE, title, find_score(score).title + others) as figure:
+        axes = figure.subplots()
+        axes.plot(steps, np.delete(lines, best, axis=1), color=GRAY, linewidth=1.0, **marker)
+        for order, (k, color) in enumerate(zip(best, SERIES_COLORS, strict=False)):
+            label = f"{head_name(*divmod(k, H))} {last[k]:.2f}"
+            axes.plot(steps, lines[:, k], color=color, linewidth=1.8, label=label, zorder=5 - order, **marker)
+        _style_axes(axes, steps, score_range(score, values), score)
+        if best:
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), labelcolor="linecolor", handlelength=1)
 
 
 def phase_change(path: Path | str, loss: Series, induction: Series, previous_token: Series, title: str) -> None:
@@ -348,24 +301,18 @@ def phase_change(path: Path | str, loss: Series, induction: Series, previous_tok
         loss: in nats/token; its steps may differ from those of the scores.
     """
     steps = [*loss.steps, *induction.steps, *previous_token.steps]
-    losses = np.asarray(loss.values, dtype=np.float64)
-    highest = float(np.nanmax(losses)) if np.isfinite(losses).any() else 1.0
-    with _figure(Path(path), SERIES_SIZE) as figure:
-        axes = figure.add_axes(AXES_BOX)
-        _style_axes(axes, steps, (0.0, highest), f"{loss.name} (nats/token)")
-        lines = axes.plot(loss.steps, losses, color=MUTED, linewidth=1.6, linestyle="--")
+    highest = float(np.nanmax(np.asarray(loss.values, dtype=np.float64), initial=0.0)) or 1.0
+    with _figure(Path(path), SERIES_SIZE, title) as figure:
+        axes = figure.subplots()
         right = axes.twinx()
-        for series, color in ((induction, SERIES_COLORS[0]), (previous_token, SERIES_COLORS[1])):
+        lines = axes.plot(loss.steps, loss.values, color=MUTED, linewidth=1.6, linestyle="--")
+        for series, color in zip((induction, previous_token), SERIES_COLORS, strict=False):
             lines += right.plot(series.steps, series.values, color=color, linewidth=1.8)
+        _style_axes(axes, steps, (0.0, highest), f"{loss.name} (nats/token)")
         _style_axes(right, steps, (0.0, 1.0), "score")
-        for side, visible in (("top", False), ("left", False), ("right", True)):
-            right.spines[side].set_visible(visible)
+        right.spines["right"].set_visible(True)
         names = [drawable(series.name, " ") for series in (loss, induction, previous_token)]
-        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.01, 0.935), "ncols": 3}
-        legend = figure.legend(lines, names, frameon=False, fontsize=8.5, handlelength=2, **place)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-        _heading(figure, title, "")
+        axes.legend(lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handlelength=2)
 
 
 def score_range(name: str, values: ArrayLike) -> tuple[float, float]:
@@ -380,33 +327,28 @@ def _style_axes(axes: Axes, steps: Sequence[int], limits: tuple[float, float], n
     room = 0.03 * (high - low)
     axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
     axes.set_ylim(low - room, high + room)
-    axes.set_xlabel("step", fontsize=9)
-    axes.set_ylabel(drawable(name, " "), fontsize=9, parse_math=False)
-    axes.tick_params(labelsize=8, length=2.5, width=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.set_xlabel("step")
+    axes.set_ylabel(drawable(name, " "))
+    axes.spines["right"].set_visible(False)
     axes.axhline(0, color=GRAY, linewidth=0.6, zorder=0)
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str]], limits: tuple[float, float]) -> None:
-    """Labels next to the ends of the lines, moved apart where they would overlap."""
-    low, high = limits
-    heights: list[float] = []
-    for value, _ in ends:  # highest first: each goes below the previous one
-        height = float(np.clip((value - low) / (high - low), 0, 1)) if high > low else 0.0
-        heights.append(min(height, heights[-1] - 0.055) if heights else height)
-    lift = max(0.0, -min(heights, default=0.0))
-    for height, (_, name), color in zip(heights, ends, SERIES_COLORS, strict=False):
-        y = (height + lift) * 0.94 + 0.03
-        axes.text(1.015, y, name, transform=axes.transAxes, color=color, fontsize=9, va="center")
 
 
 # Every figure
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure of so many inches, in our own style whatever the user's matplotlibrc says; written after the body.
+def _figure(
+    path: Path,
+    size: tuple[float, float],
+    title: str,
+    note: str = "",
+    layout: Literal["constrained", "compressed"] = "constrained",
+) -> Iterator[Figure]:
+    """A figure of so many inches with a heading, in our own style whatever matplotlibrc says; written after the body.
+
+    Args:
+        title: cut to the width.
+        note: smaller, below the title.
 
     Raises:
         UserError: for a suffix other than .png and .svg (exit code 2), or if the file cannot be written (6).
@@ -418,40 +360,22 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", _style()]):
+    width, height = size
+    lines = [drawable(line, " ") for line in note.split("\n") if line]
+    with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=size)
         FigureCanvasAgg(figure)
+        figure.set_layout_engine(layout, rect=(0.01, 0.01, 0.98, 0.98 - (0.38 + 0.16 * len(lines)) / height))
+        corner: dict[str, Any] = {"x": 0.15 / width, "va": "top", "in_layout": False}
+        title = _shorten(drawable(title, " "), int(9.5 * width))
+        figure.text(y=1 - 0.12 / height, s=title, fontsize=12, weight="bold", **corner)
+        figure.text(y=1 - 0.38 / height, s="\n".join(lines), fontsize=8.5, color="#555555", **corner)
         yield figure
         data = io.BytesIO()
         # Without a date and the library's version, equal figures have equal bytes.
         metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-        figure.savefig(data, format=suffix[1:], dpi=DPI, metadata=metadata)
+        figure.savefig(data, format=suffix[1:], metadata=metadata)
     write_atomic(path, [data.getvalue()])
-
-
-def _style() -> dict[Any, Any]:
-    return {
-        "font.family": ["DejaVu Sans"],
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.edgecolor": "#888888",
-        "axes.linewidth": 0.6,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "attention",
-    }
-
-
-def _heading(figure: Figure, title: str, note: str) -> None:
-    """The title, cut to the figure's width, with a smaller note below."""
-    width, height = figure.get_size_inches()
-    font: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
-    title, room = drawable(title, " "), int(9.5 * width)
-    title = title if len(title) <= room else title[: room - 1] + "…"
-    figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=12, weight="bold", **font)
-    lines = "\n".join(drawable(line, " ") for line in note.split("\n"))
-    figure.text(0.15 / width, 1 - 0.38 / height, lines, fontsize=8.5, color="#555555", **font)
 
 
 @cache
@@ -472,11 +396,5 @@ def drawable(text: str, space: str = "·") -> str:
     )
 
 
-def _label(text: str) -> str:
-    label = drawable(text)
-    return label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…"
-
-
-def _margin(labels: Sequence[str]) -> float:
-    """Inches for the longest label and the name of the axis."""
-    return 0.42 + 0.065 * max(4, *map(len, labels))
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
