@@ -31,6 +31,7 @@ def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words, sys.argv = sys.argv, [name, *map(str, argv)]
     code: object = 0
+    gc.freeze()  # so that the collection below looks only at what the script made, not at all of torch
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run_main(importlib.import_module(name.removesuffix(".py")).main)
@@ -41,6 +42,7 @@ def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     gc.collect()  # the run's lock goes with the run
+    gc.unfreeze()
     assert isinstance(code, int)
     texts = []
     for stream in (out, err):

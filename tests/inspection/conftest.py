@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +21,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = script("train.py", *TINY, *options, f"--run.dir={root / 'run'}")
     assert done.returncode == 0, done.stderr
     return root / "run"
-
-
-@pytest.fixture(scope="module")
-def frozen_gc() -> Iterator[None]:
-    """Keep `script`, which collects garbage after each call, from going through all objects of torch each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()

@@ -23,7 +23,6 @@ from inspection.run_reader import RunFiles
 from inspection.terminal import DISCLAIMER
 from tests.runs import ROOT, error_line, script
 
-pytestmark = pytest.mark.usefixtures("frozen_gc")
 COMMANDS = ("summary", "heads", "token", "timeline", "compare", "ablate", "plot", "page", "verify")
 STEPS = [0, 3, 6]
 HEADS = ["L0H0", "L0H1", "L1H0", "L1H1"]

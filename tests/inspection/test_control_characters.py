@@ -25,10 +25,7 @@ HOSTILE = CONTROLS + MARKUP
 NAME = HOSTILE.replace("/", "\u2215")
 """Valid as a file name."""
 SLOW = pytest.mark.slow
-pytestmark = [
-    pytest.mark.usefixtures("frozen_gc"),
-    pytest.mark.filterwarnings("error:Glyph"),
-]  # matplotlib prints characters that its font lacks unescaped
+pytestmark = pytest.mark.filterwarnings("error:Glyph")  # matplotlib prints characters that its font lacks unescaped
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
