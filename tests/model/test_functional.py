@@ -49,17 +49,12 @@ def test_equal_keys_get_equal_attention() -> None:
         assert (pattern[..., expected == 0] == 0).all()
 
 
-def test_layer_norm_matches_library() -> None:
+def test_norms_match_library() -> None:
     """At scales where the place of eps matters."""
     for scale in (1.0, 1e-3):
         x, weight = 0.5 * scale + scale * normal(4, 5, 16), 1 + normal(16, seed=4)
         for bias in (normal(16, seed=5), None):
             same(functional.layer_norm(x, weight, bias, 1e-5), F.layer_norm(x, (16,), weight, bias, 1e-5), 1e-5)
-
-
-def test_rms_norm_matches_library() -> None:
-    for scale in (1.0, 1e-3):
-        x, weight = scale * (0.5 + normal(4, 5, 16)), 1 + normal(16, seed=4)
         same(functional.rms_norm(x, weight, 1e-6), F.rms_norm(x, (16,), weight, 1e-6), 1e-5)
 
 
@@ -68,19 +63,6 @@ def test_activations_match_library() -> None:
     same(functional.gelu(x), F.gelu(x, approximate="tanh"), 1e-6)
     same(functional.relu2(x), F.relu(x) ** 2, 0)
     same(functional.silu(x), F.silu(x), 1e-6)
-
-
-def test_rope_scores_depend_on_distance() -> None:
-    """Rotated queries and keys score each other by distance alone, and keep their norms."""
-    q, k = normal(1, 1, 1, 8).expand(1, 1, 40, 8), normal(1, 1, 1, 8, seed=4).expand(1, 1, 40, 8)
-    cos, sin = functional.precompute_rope(torch.arange(40), 8, 100.0)
-    rotated_q, rotated_k = functional.apply_rope(q, cos, sin), functional.apply_rope(k, cos, sin)
-    scores = (rotated_q @ rotated_k.transpose(-2, -1))[0, 0]
-    for distance in range(-39, 40):
-        diagonal = scores.diagonal(distance)
-        same(diagonal, diagonal[:1].expand_as(diagonal), 1e-4)
-    assert scores[0].std() > 0.1
-    same(rotated_q.norm(dim=-1), q.norm(dim=-1), 1e-5)
 
 
 @pytest.mark.parametrize("bias", [None, normal(16, seed=5)])
@@ -99,17 +81,12 @@ def test_activation_gradients_match_library() -> None:
     check_same_function(functional.silu, F.silu, 2 * normal(4, 30))
 
 
-@pytest.mark.parametrize(("T", "S"), [(8, 8), (1, 8), (3, 8), (1, 1)])
+@pytest.mark.parametrize(("T", "S"), [(8, 8), (3, 8)])
 def test_rows_sum_to_one_and_future_is_zero(T: int, S: int) -> None:
     pattern = functional.attention_pattern(4 * normal(2, 3, T, 6), 4 * normal(2, 3, S, 6, seed=4))
     same(pattern.sum(-1), torch.ones(2, 3, T), 1e-6)
     assert (pattern[..., ~functional.causal_mask(T, S, pattern.device)] == 0).all()
     assert (pattern >= 0).all()
-
-
-def test_scores_are_scaled_dot_products() -> None:
-    q, k = normal(2, 3, 4, 9), normal(2, 3, 7, 9, seed=4)
-    same(functional.attention_scores(q, k), torch.einsum("bhtd,bhsd->bhts", q, k) / 3, 1e-5)
 
 
 def test_large_scores_stay_finite() -> None:
@@ -131,11 +108,6 @@ def test_rope_rotates_each_pair() -> None:
         same(torch.complex(rotated[..., i], rotated[..., i + D // 2]), expected, 1e-5)
 
 
-def test_rope_keeps_dtype() -> None:
-    rope = functional.precompute_rope(torch.arange(5), 6, 1e4)
-    assert functional.apply_rope(normal(1, 2, 5, 6).bfloat16(), *rope).dtype == torch.bfloat16
-
-
 def test_kv_groups_are_neighbouring_heads() -> None:
     """Query heads 0, 1, 2 attend with key/value head 0; heads 3, 4, 5 with head 1."""
     x = normal(2, 2, 5, 4)
@@ -145,7 +117,7 @@ def test_kv_groups_are_neighbouring_heads() -> None:
     assert functional.repeat_kv(x, 2) is x
 
 
-@pytest.mark.parametrize("T", [4, 2, 1])
+@pytest.mark.parametrize("T", [4, 1])
 def test_sdpa_dropout_keeps_mean(T: int) -> None:
     torch.manual_seed(0)
     q, k, v = (normal(1, 1, 4, 8, seed=seed).expand(3000, 1, 4, 8) for seed in (3, 4, 5))

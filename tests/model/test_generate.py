@@ -14,7 +14,7 @@ from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 from model.generate import SamplingParams, context_start, filter_logits, generate, next_logits, sample_token
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from tests.model.helpers import PRESETS, VOCAB, normal, random_model, random_tokens, same
+from tests.model.helpers import PRESETS, VOCAB, random_model, random_tokens, same
 
 DEFAULT, GREEDY = SamplingParams(), SamplingParams(temperature=0.0)
 
@@ -30,24 +30,21 @@ def generated(
 # Cache and context shift.
 
 
-@pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "attention"), list(zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)))
 def test_cache_changes_no_token(preset: str, attention: AttentionImplementation) -> None:
-    """256 greedy tokens, many contexts long, in a batch of three."""
+    """Greedy tokens, several contexts long, in a batch of three."""
     model, prompt = random_model(preset, attention, context=16, n_layers=1), random_tokens(3, 5)
-    cached = generated(model, prompt, 256, GREEDY)
-    assert torch.equal(cached, generated(model, prompt, 256, GREEDY, use_cache=False))
+    cached = generated(model, prompt, 64, GREEDY)
+    assert torch.equal(cached, generated(model, prompt, 64, GREEDY, use_cache=False))
     assert len(cached.unique()) > 3
 
 
-STEPS = [("glass", context, step) for context in (1, 2, 5, 16) for step in (1, 2, 3, 7)]
-STEPS += [(preset, 5, step) for preset in ("gpt2", "qwen3") for step in (1, 7)]
-
-
-@pytest.mark.parametrize(("preset", "context", "step"), STEPS)
+@pytest.mark.parametrize(
+    ("preset", "context", "step"), [("glass", 1, 1), ("glass", 16, 3), ("gpt2", 5, 7), ("qwen3", 5, 2)]
+)
 def test_cache_follows_growing_text(preset: str, context: int, step: int) -> None:
     """By several tokens at a time; at, before and past the context."""
-    model, text = random_model(preset, context=context), random_tokens(2, 5 * context + step)
+    model, text = random_model(preset, context=context), random_tokens(2, 3 * context + step)
     cache = KVCache(model.config, 2, model.token_embedding.weight)
     with torch.no_grad():
         for length in range(1, text.shape[1] + 1, step):
@@ -76,7 +73,7 @@ def test_long_prompt_is_cut_to_context() -> None:
 
 
 @given(st.integers(1, 300), st.integers(1, 3000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_context_shift_keeps_half_to_full_context(context: int, length: int) -> None:
     start, half = context_start(length, context), max(1, context // 2)
     assert 0 <= start < length and length - start <= context
@@ -97,12 +94,12 @@ def test_seed_decides_the_text(use_cache: bool) -> None:
     model, prompt = random_model("glass"), random_tokens(3, 4)
     original = prompt.clone()
     torch.manual_seed(5)
-    first = generated(model, prompt, 30, seed=1, use_cache=use_cache)
+    first = generated(model, prompt, 20, seed=1, use_cache=use_cache)
     torch.manual_seed(6)
-    assert torch.equal(first, generated(model, prompt, 30, seed=1, use_cache=use_cache))
-    assert not torch.equal(first, generated(model, prompt, 30, seed=2, use_cache=use_cache))
+    assert torch.equal(first, generated(model, prompt, 20, seed=1, use_cache=use_cache))
+    assert not torch.equal(first, generated(model, prompt, 20, seed=2, use_cache=use_cache))
     assert not torch.equal(first[0], first[1])
-    assert torch.equal(prompt, original) and first.shape == (3, 30) and first.min() >= 0 and first.max() < VOCAB
+    assert torch.equal(prompt, original) and first.shape == (3, 20) and first.min() >= 0 and first.max() < VOCAB
 
 
 def test_greedy_takes_the_most_likely_token() -> None:
@@ -130,7 +127,7 @@ def kept(logits: list[float], **params: Any) -> list[int]:
     [
         ([0.5, 3.0, -1.0, 2.0, 1.0], 1, [1]),
         ([0.5, 3.0, -1.0, 2.0, 1.0], 3, [1, 3, 4]),
-        *[([0.5, 3.0, -1.0, 2.0, 1.0], k, [0, 1, 2, 3, 4]) for k in (0, 5, 1000)],
+        ([0.5, 3.0, -1.0, 2.0, 1.0], 1000, [0, 1, 2, 3, 4]),
         ([1.0, 2.0, 1.0, 0.0], 2, [0, 1, 2]),  # a tie for the last place
     ],
 )
@@ -138,22 +135,18 @@ def test_top_k_keeps_the_most_likely(logits: list[float], top_k: int, expected: 
     assert kept(logits, top_k=top_k) == expected
 
 
-@pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [(1.0, [0, 1, 2, 3]), (0.99, [0, 1, 2, 3]), (0.8, [0, 1, 3]), (0.7, [1, 3]), (0.3, [1]), (0.0, [1])],
-)
+@pytest.mark.parametrize(("top_p", "expected"), [(1.0, [0, 1, 2, 3]), (0.8, [0, 1, 3]), (0.7, [1, 3]), (0.0, [1])])
 def test_top_p_keeps_the_smallest_nucleus(top_p: float, expected: list[int]) -> None:
     assert kept(torch.tensor([0.2, 0.4, 0.05, 0.35]).log().tolist(), top_p=top_p) == expected
 
 
-def test_top_p_counts_ties_and_what_top_k_kept() -> None:
-    assert [len(kept([0.0] * 4, top_p=p)) for p in (0.5, 0.51, 0.01)] == [2, 3, 1]
-    # of 0.4, 0.3, 0.2, 0.1 the top 2 have 4/7 and 3/7, so the first alone reaches 0.5
+def test_top_p_applies_to_what_top_k_kept() -> None:
+    """Of 0.4, 0.3, 0.2, 0.1 the top 2 have 4/7 and 3/7, so the first alone reaches 0.5."""
     assert kept(torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist(), top_k=2, top_p=0.5) == [0]
 
 
 @given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30), st.integers(0, 40), st.floats(0, 1, width=32))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_filter_keeps_at_least_the_most_likely(logits: list[float], top_k: int, top_p: float) -> None:
     allowed = kept(logits, top_k=top_k, top_p=top_p)
     assert allowed
@@ -161,7 +154,7 @@ def test_filter_keeps_at_least_the_most_likely(logits: list[float], top_k: int, 
     assert not dropped or max(dropped) <= min(logits[i] for i in allowed)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_token_frequencies_match_probabilities(temperature: float) -> None:
     """Chi-square test of 40,000 samples at p = 1e-4."""
     logits = torch.tensor([0.3, 1.2, -0.8, 0.0, -2.0, 0.9])
@@ -169,21 +162,3 @@ def test_token_frequencies_match_probabilities(temperature: float) -> None:
     counts = sample_token(logits.expand(40_000, 6), generator, SamplingParams(temperature)).bincount(minlength=6)
     expected = 40_000 * (logits / temperature).softmax(-1)
     assert ((counts - expected).square() / expected).sum() < 25.7  # 5 degrees of freedom
-
-
-def test_filtered_tokens_are_never_sampled() -> None:
-    generator, logits = torch.Generator().manual_seed(8), normal(1, 20).expand(5000, 20)
-    sampled = sample_token(logits, generator, SamplingParams(top_k=4)).tolist()
-    assert set(sampled) == set(logits[0].topk(4).indices.tolist())
-
-
-def test_greedy_leaves_the_generator_alone() -> None:
-    generator = torch.Generator().manual_seed(8)
-    state, logits = generator.get_state(), normal(7, 20)
-    assert torch.equal(sample_token(logits, generator, GREEDY), logits.argmax(-1))
-    assert torch.equal(generator.get_state(), state)
-
-
-def test_bf16_logits_can_be_sampled() -> None:
-    params = SamplingParams(0.7, 5, 0.9)
-    assert sample_token(normal(3, 20, dtype=torch.bfloat16), torch.Generator().manual_seed(0), params).shape == (3,)

@@ -35,9 +35,10 @@ from tests.model.helpers import (
 from tests.runs import ROOT
 from training.device import DistContext, compile_model
 
-SEEDS = (1, 2, 3)
 each_preset = pytest.mark.parametrize("preset", PRESETS)
-each_implementation = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
+each_pair = pytest.mark.parametrize(
+    ("preset", "attention"), [("gpt2", "eager"), ("glass", "sdpa"), ("qwen3", "chunked"), ("qwen3", "eager")]
+)
 
 
 # Configuration.
@@ -46,20 +47,11 @@ each_implementation = pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTAT
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_layers": 0}, "model.n_layers is 0; it must be at least 1"),
-        ({"n_heads": 0}, "model.n_heads is 0; it must be at least 1"),
         ({"n_heads": -3}, "model.n_heads is -3; it must be at least 1"),
-        ({"n_kv_heads": -1}, "model.n_kv_heads is -1; it must be at least 0"),
-        ({"d_model": 0}, "model.d_model is 0; it must be at least 1"),
-        ({"d_head": -2}, "model.d_head is -2; it must be at least 0"),
         ({"d_mlp": -1}, "model.d_mlp is -1; it must be at least 0"),
-        ({"context": 0}, "model.context is 0; it must be at least 1"),
         ({"d_model": 130}, "model.d_model is 130, which is not divisible by 4 heads; use model.d_model 132"),
         ({"n_kv_heads": 3}, "model.n_heads is 4, which is not divisible by 3 key/value heads"),
-        ({"n_kv_heads": 8}, "model.n_heads is 4, which is not divisible by 8 key/value heads"),
         ({"d_head": 7}, "the head size is 7; rotary positions need an even one"),
-        ({"dropout": 1.0}, "model.dropout is 1.0; it must be at least 0 and below 1"),
-        ({"dropout": -0.1}, "model.dropout is -0.1;"),
         ({"dropout": math.nan}, "model.dropout is nan;"),
     ],
 )
@@ -67,15 +59,9 @@ def test_invalid_config_is_reported(changes: dict[str, Any], message: str) -> No
     config = ModelConfig(**changes)
     problems = config.problems()
     assert len(problems) == 1 and problems[0].startswith(message)
+    assert len(ModelConfig(**changes | {"n_layers": 0}).problems()) == 2, "all are reported at once"
     with pytest.raises(ValueError, match=re.escape(message)):
         GPT(config, VOCAB)
-
-
-def test_all_config_problems_are_reported_at_once() -> None:
-    assert len(ModelConfig(n_layers=0, n_heads=0, context=-1).problems()) == 3
-    assert len(ModelConfig(d_model=130, n_kv_heads=3, dropout=2.0).problems()) == 3
-    assert ModelConfig().problems() == []
-    assert ModelConfig("gpt2", n_heads=4, d_model=12).problems() == []  # an odd head size without rotary positions
 
 
 def test_zero_sizes_are_resolved() -> None:
@@ -172,20 +158,12 @@ def test_no_position_sees_the_future(preset: Preset) -> None:
             assert not torch.equal(after[:, t], before[:, t]), f"position {t} does not see itself"
 
 
-@each_preset
-def test_rows_of_a_batch_are_independent(preset: Preset) -> None:
-    model, tokens = random_model(preset), random_tokens(3, 10)
-    with torch.no_grad():
-        same(torch.cat([model(row[None]) for row in tokens]), model(tokens), 1e-5)
-
-
 def test_text_longer_than_context_is_an_error() -> None:
     with pytest.raises(AssertionError, match="17 positions in a context of 16"):
         random_model("glass")(random_tokens(1, 17))
 
 
-@each_preset
-@each_implementation
+@each_pair
 def test_dropout_is_active_in_training_only(preset: Preset, attention: AttentionImplementation) -> None:
     plain, dropping = random_model(preset, attention), random_model(preset, attention, dropout=0.5)
     tokens = random_tokens(2, 8)
@@ -209,16 +187,6 @@ def test_dropout_is_where_gpt2_has_it() -> None:
     model(random_tokens(4, 24))
     assert len(shares) == 1 + 2 * model.config.n_layers
     assert all(share == pytest.approx(0.5, abs=0.05) for share in shares)
-
-
-@each_implementation
-def test_attention_pattern_is_dropped_in_training(attention: AttentionImplementation) -> None:
-    module = modules_of(random_model("glass", attention, dropout=0.5), CausalSelfAttention)[0]
-    x = torch.randn(1, 6, 30, generator=torch.Generator().manual_seed(0))
-    rope = functional.precompute_rope(torch.arange(6), 10, 1e4)
-    assert torch.equal(module(x, rope), module(x, rope))
-    module.train()
-    assert not torch.equal(module(x, rope), module(x, rope))
 
 
 @each_preset
@@ -250,8 +218,7 @@ def test_hooks_can_replace_the_pattern(preset: Preset) -> None:
         assert torch.equal(model(edited)[:, 8], model(tokens)[:, 8])
 
 
-@each_preset
-@each_implementation
+@each_pair
 def test_kv_cache_matches_full_forward(preset: str, attention: AttentionImplementation) -> None:
     """A text encoded in pieces with a KV cache has the logits of one forward pass."""
     model = random_model(preset, attention)
@@ -269,14 +236,11 @@ def test_kv_cache_matches_full_forward(preset: str, attention: AttentionImplemen
 # Gradients, and eager = sdpa = chunked = compiled.
 
 
-@pytest.mark.parametrize(
-    "attention", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdpa", "chunked"))]
-)
 @each_preset
-def test_gradcheck_of_whole_model(preset: Preset, attention: AttentionImplementation) -> None:
+def test_gradcheck_of_whole_model(preset: Preset) -> None:
     """Every parameter of a tiny model in double precision, against finite differences."""
     shape: dict[str, Any] = {"n_kv_heads": 1 if preset == "qwen3" else 2, "d_model": 4, "d_mlp": 6, "context": 3}
-    model = GPT(ModelConfig(preset, n_layers=1, n_heads=2, attention=attention, **shape), 5).double()
+    model = GPT(ModelConfig(preset, n_layers=1, n_heads=2, attention="eager", **shape), 5).double()
     names = [name for name, _ in model.named_parameters()]
     generator = torch.Generator().manual_seed(7)
     values = [torch.randn(p.shape, generator=generator, dtype=torch.double) for p in model.parameters()]
@@ -304,23 +268,21 @@ def assert_same_gradients(model: GPT, other: GPT) -> None:
         assert relative_difference(a.grad, b.grad) <= 1e-5, name
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @each_preset
-def test_implementations_agree(preset: Preset, seed: int) -> None:
-    eager, *others = (random_model(preset, attention, seed) for attention in ATTENTION_IMPLEMENTATIONS)
-    tokens = random_tokens(3, SHAPES[preset].context + 1, seed)
+def test_implementations_agree(preset: Preset) -> None:
+    eager, *others = (random_model(preset, attention) for attention in ATTENTION_IMPLEMENTATIONS)
+    tokens = random_tokens(3, SHAPES[preset].context + 1)
     logits = logits_and_backward(eager, tokens)
     for other in others:
         same(logits_and_backward(other, tokens), logits, 1e-5)
         assert_same_gradients(other, eager)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @each_preset
-def test_implementations_agree_in_bf16(preset: Preset, seed: int) -> None:
+def test_implementations_agree_in_bf16(preset: Preset) -> None:
     """Under autocast, and with bf16 weights; relative to the norm, since single logits are off by up to 9e-2 in bf16."""
-    models = [random_model(preset, attention, seed) for attention in ATTENTION_IMPLEMENTATIONS]
-    tokens = random_tokens(3, SHAPES[preset].context, seed)
+    models = [random_model(preset, attention) for attention in ATTENTION_IMPLEMENTATIONS]
+    tokens = random_tokens(3, SHAPES[preset].context)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             mixed = [model(tokens) for model in models]
@@ -352,7 +314,7 @@ def test_compiled_model(check: str) -> None:
 def check_compiled(preset: Preset, attention: AttentionImplementation) -> None:
     plain, model = (random_model(preset, attention, n_layers=1) for _ in range(2))
     compiled = torch.compile(model)
-    for seed in SEEDS:
+    for seed in (1, 2, 3):
         for each in (plain, model):
             each.load_state_dict(random_model(preset, attention, seed, n_layers=1).state_dict())
             each.zero_grad(set_to_none=True)

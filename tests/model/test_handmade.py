@@ -57,7 +57,7 @@ def test_repeated_tokens_are_predicted() -> None:
     close(cache.value_norms[INDUCTION][0], 0.0)
 
 
-@pytest.mark.parametrize("head", [(layer, head) for layer in range(2) for head in range(3)])
+@pytest.mark.parametrize("head", [PREVIOUS, INDUCTION, (0, 1), (1, 2)])
 def test_only_the_two_heads_matter(head: tuple[int, int]) -> None:
     loss = cached(ablated(handmade(), *head)).loss
     if head in (PREVIOUS, INDUCTION):
@@ -70,9 +70,3 @@ def test_one_layer_predicts_nothing() -> None:
     cache = cached(handmade(n_layers=1))
     close(cache.pattern[PREVIOUS].diagonal(-1), 1.0)
     close(cache.loss, math.log(V))
-
-
-@pytest.mark.parametrize(("n_tokens", "context", "n_heads"), [(60, 110, 2), (110, 60, 4)])
-def test_other_sizes(n_tokens: int, context: int, n_heads: int) -> None:
-    text = torch.tensor(repeats(1, 29, n_tokens, seed=3)[0])
-    close(run_with_cache(handmade(n_tokens, context, n_heads), text).loss[30:], 0.0)

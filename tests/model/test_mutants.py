@@ -75,17 +75,13 @@ def heads_without_transpose(*projections: Tensor) -> Any:
     return tuple(x.transpose(1, 2).reshape(x.shape[0], -1).view(x.shape) for x in projections)
 
 
-def layer_norm(variance: Callable[[Tensor], Tensor], center: bool = True, eps_in_root: bool = True) -> Mutation:
+def layer_norm(variance: Callable[[Tensor], Tensor], center: bool = True) -> Mutation:
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         y = x - x.mean(dim=-1, keepdim=True) if center else x
-        y = y / ((variance(x) + eps).sqrt() if eps_in_root else variance(x).sqrt() + eps) * weight
+        y = y / (variance(x) + eps).sqrt() * weight
         return y if bias is None else y + bias
 
     return replaced("layer_norm", norm)
-
-
-def population_variance(x: Tensor) -> Tensor:
-    return x.var(dim=-1, keepdim=True, unbiased=False)
 
 
 def rope(change: Callable[..., Tensor]) -> Mutation:
@@ -102,11 +98,6 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     cos, sin = (angle[:, : x.shape[-1] // 2].repeat_interleave(2, dim=-1) for angle in (cos, sin))
     return x * cos + rotated * sin
-
-
-def rotate_without_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin.abs()
 
 
 def rope_without_cache(patch: pytest.MonkeyPatch) -> None:
@@ -128,7 +119,7 @@ def gate_with_other_half(patch: pytest.MonkeyPatch) -> None:
 logits = {
     preset: partial(test_huggingface.test_logits_match_transformers, preset, "eager") for preset in ("gpt2", "qwen3")
 }
-causality = [partial(test_gpt.test_no_position_sees_the_future, preset) for preset in PRESETS]
+causality = partial(test_gpt.test_no_position_sees_the_future, "gpt2")
 kv_cache = test_gpt.test_kv_cache_matches_full_forward
 patterns = partial(test_huggingface.test_patterns_match_transformers, "gpt2")
 
@@ -136,48 +127,30 @@ patterns = partial(test_huggingface.test_patterns_match_transformers, "gpt2")
 MUTANTS: dict[str, tuple[Mutation, list[Callable[[], None]]]] = {
     "no sqrt(D)": (attention(scale=1.0), [logits["gpt2"], patterns, ops.test_eager_attention_matches_sdpa]),
     "D instead of sqrt(D)": (attention(scale=10.0), [logits["qwen3"], ops.test_eager_attention_matches_sdpa]),
-    "mask shows next token": (attention(shift=1), [*causality, ops.test_equal_keys_get_equal_attention]),
-    "mask hides own token": (attention(shift=-1), [causality[1], ops.test_equal_keys_get_equal_attention]),
+    "mask shows next token": (attention(shift=1), [causality, ops.test_equal_keys_get_equal_attention]),
+    "mask hides own token": (attention(shift=-1), [causality, ops.test_equal_keys_get_equal_attention]),
     "mask ignores cache": (
         replaced("causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril()),
-        [partial(kv_cache, preset, a) for preset in PRESETS for a in ATTENTION_IMPLEMENTATIONS],
+        [partial(kv_cache, preset, a) for preset, a in zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)],
     ),
-    "untied": (after_init(untie), [partial(test_gpt.test_lm_head_is_tied, preset) for preset in PRESETS]),
+    "untied": (after_init(untie), [partial(test_gpt.test_lm_head_is_tied, "glass")]),
     "erf gelu": (replaced("gelu", F.gelu), [logits["gpt2"], ops.test_activations_match_library]),
-    "relu not squared": (replaced("relu2", F.relu), [ops.test_activations_match_library]),
     "swiglu gates other half": (gate_with_other_half, [logits["qwen3"]]),
-    "silu without gate": (replaced("silu", lambda x: x), [logits["qwen3"], ops.test_activations_match_library]),
     "positions off by one": (after_init(shift_positions), [logits["gpt2"]]),
     "rope backwards": (rope(rotate_backwards), [logits["qwen3"]]),
     "rope on neighbours": (rope(rotate_neighbours), [logits["qwen3"]]),
-    "rope without sign": (rope(rotate_without_sign), [ops.test_rope_scores_depend_on_distance]),
     "rope ignores cache": (rope_without_cache, [partial(kv_cache, p, "eager") for p in ("glass", "qwen3")]),
     "layer norm without mean": (
         layer_norm(lambda x: x.square().mean(dim=-1, keepdim=True), center=False),
-        [logits["gpt2"], ops.test_layer_norm_matches_library],
+        [logits["gpt2"], ops.test_norms_match_library],
     ),
-    "layer norm eps outside root": (
-        layer_norm(population_variance, eps_in_root=False),
-        [ops.test_layer_norm_matches_library],
-    ),
-    "layer norm divides by C - 1": (
-        layer_norm(lambda x: x.var(dim=-1, keepdim=True)),
-        [logits["gpt2"], ops.test_layer_norm_matches_library],
-    ),
-    "layer norm without weight": (
-        replaced("layer_norm", lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, None, bias, eps)),
-        [logits["gpt2"], ops.test_layer_norm_matches_library],
-    ),
-    "rms norm without weight": (
-        replaced("rms_norm", lambda x, weight, eps: F.rms_norm(x, weight.shape, None, eps)),
-        [logits["qwen3"], ops.test_rms_norm_matches_library],
-    ),
+    "layer norm divides by C - 1": (layer_norm(lambda x: x.var(dim=-1, keepdim=True)), [logits["gpt2"]]),
     "rms norm eps outside root": (
         replaced("rms_norm", lambda x, weight, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight),
-        [ops.test_rms_norm_matches_library],
+        [ops.test_norms_match_library],
     ),
     "keys and values swapped": (projected(lambda q, k, v: (q, v, k)), [logits["gpt2"], logits["qwen3"], patterns]),
-    "heads without transpose": (projected(heads_without_transpose), [logits["gpt2"], causality[1]]),
+    "heads without transpose": (projected(heads_without_transpose), [logits["gpt2"], causality]),
     "groups interleaved": (
         replaced("repeat_kv", lambda x, n_heads: x.repeat(1, n_heads // x.shape[1], 1, 1)),
         [logits["qwen3"], partial(test_huggingface.test_gradients_match_transformers, "qwen3", "sdpa")],

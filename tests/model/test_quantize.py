@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model import quantize
 from model.gpt import GPT
-from model.quantize import HalfLinear, Int8Linear, PrepackedLinear, WeightDtype, quantize_, quantize_int8
+from model.quantize import HalfLinear, Int8Linear, WeightDtype, quantize_, quantize_int8
 from tests.model.helpers import PRESETS, normal, random_model, random_tokens
 
 FP16_ERROR = 2.0**-11
@@ -22,10 +22,10 @@ each_dtype = pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
 each_kernel = pytest.mark.parametrize("native", [True, False])
 
 
-def random_linear(n_out: int = 24, n_in: int = 40, bias: bool = True) -> nn.Linear:
-    layer = nn.Linear(n_in, n_out, bias=bias)
+def random_linear() -> nn.Linear:
+    layer = nn.Linear(40, 24)
     with torch.no_grad():
-        layer.weight.copy_(normal(n_out, n_in) * torch.logspace(-3, 0, n_out)[:, None])
+        layer.weight.copy_(normal(24, 40) * torch.logspace(-3, 0, 24)[:, None])
     return layer.requires_grad_(False)
 
 
@@ -41,17 +41,11 @@ def test_int8_error_is_at_most_half_a_scale(seed: int, size: float, n_out: int, 
     assert torch.equal(quantize_int8(-weight)[0], -integers)
 
 
-def test_int8_of_zeros_is_zero() -> None:
-    integers, scale = quantize_int8(torch.zeros(2, 3))
-    assert not integers.any() and scale.isfinite().all()
-
-
-@pytest.mark.parametrize("bias", [True, False])
 @each_kernel
-def test_fp16_linear_is_within_rounding(native: bool, bias: bool) -> None:
+def test_fp16_linear_is_within_rounding(native: bool) -> None:
     if native and not HAS_FP16_KERNEL:
         pytest.skip("this CPU has no fp16 kernel")
-    layer, x = random_linear(bias=bias), normal(2, 3, 40)
+    layer, x = random_linear(), normal(2, 3, 40)
     error = (HalfLinear(layer, native)(x) - layer(x)).abs()
     magnitude = x.abs() @ layer.weight.abs().T
     # the kernel rounds only weights; without it inputs and outputs are rounded too
@@ -69,10 +63,9 @@ def test_fp16_clamps_large_weights(native: bool) -> None:
     assert abs(HalfLinear(layer, native)(x)[0, 3] + 0.5 * 65504 - layer.bias[3]) < 20
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @each_kernel
-def test_int8_linear_is_within_rounding(native: bool, bias: bool) -> None:
-    layer, x = random_linear(bias=bias), normal(2, 3, 40)
+def test_int8_linear_is_within_rounding(native: bool) -> None:
+    layer, x = random_linear(), normal(2, 3, 40)
     x[0, 1] *= 1000
     x[1, 2] = 0
     error = (Int8Linear(layer, native)(x) - layer(x)).abs()
@@ -84,26 +77,12 @@ def test_int8_linear_is_within_rounding(native: bool, bias: bool) -> None:
     assert error[0, 0].max() > 0
 
 
-def test_int8_inputs_are_rounded_to_nearest() -> None:
-    layer = nn.Linear(3, 2, bias=False).requires_grad_(False)
-    layer.weight.fill_(1.0)
-    x = torch.tensor([[127.0, 0.6, 0.0], [127.0, -0.6, 0.4], [-127.0, 1.4, 0.0]])  # scales of 1
-    assert torch.allclose(Int8Linear(layer, True)(x)[:, 0], torch.tensor([128.0, 126.0, -126.0]), atol=1e-3)
-
-
 @each_kernel
 def test_int8_positions_have_their_own_scale(native: bool) -> None:
     layer, x = Int8Linear(random_linear(), native), normal(4, 40)
     larger = x.clone()
     larger[0] *= 1e4
     assert torch.equal(layer(x)[1:], layer(larger)[1:])
-
-
-@pytest.mark.parametrize("rows", [1, 17, 200])
-def test_prepacked_linear_matches(rows: int) -> None:
-    layer, x = random_linear(50, 96), normal(1, rows, 96)
-    magnitude = x.abs() @ layer.weight.abs().T
-    assert ((PrepackedLinear(layer)(x) - layer(x)).abs() <= 2e-7 * magnitude + 1e-6).all()
 
 
 def quantized(model: GPT, dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch) -> GPT:
@@ -133,13 +112,6 @@ def test_quantized_logits_are_close(preset: str, dtype: WeightDtype, monkeypatch
         error = difference(other(text), model(text))
     assert error < BOUNDS[dtype]
     assert error > 1e-5 or dtype == "fp32"
-
-
-def test_small_fp32_model_keeps_its_bits() -> None:
-    model, text = random_model("glass", "sdpa"), random_tokens(2, 9)
-    other = copy.deepcopy(model)
-    quantize_(other, "fp32")
-    assert torch.equal(model(text), other(text))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
