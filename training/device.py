@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import sys
@@ -86,18 +85,10 @@ class DistContext:
 
     def broadcast_str(self, text: str, src: int = 0) -> str:
         """Return the text of rank `src` on every process."""
-        if self.world_size == 1:
-            return text
-        content = list(text.encode("utf-8", "surrogateescape"))
-        length = torch.tensor(len(content), device=self.device)
-        dist.broadcast(length, src)
-        if self.rank == src:
-            data = torch.tensor(content, dtype=torch.uint8, device=self.device)
-        else:
-            data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        if len(data):
-            dist.broadcast(data, src)
-        return bytes(data.tolist()).decode("utf-8", "surrogateescape")
+        texts = [text]
+        if self.world_size > 1:
+            dist.broadcast_object_list(texts, src, device=self.device)
+        return texts[0]
 
     def check_same_everywhere(self, values: dict[str, str]) -> None:
         """Check that every process has the same `values`, given as {description: text}.
@@ -105,17 +96,18 @@ class DistContext:
         Raises:
             UserError: on every process, naming the first value that differs and a rank where it does (exit code 2).
         """
-        expected = json.loads(self.broadcast_str(json.dumps(values)))
-        different = [key for key in [*expected, *values] if expected.get(key) != values.get(key)]
-        rank = self.all_reduce_max(self.rank if different else 0)  # rank 0 never differs from itself
-        if rank:
-            key = self.broadcast_str(different[0] if different else "", rank)
-            a, b = first_difference(*(self.broadcast_str(values.get(key, ""), src) for src in (0, rank)))
-            raise UserError(
-                f"{key} differs: {a!r} on process 0, {b!r} on process {rank}; "
-                "start every process with the same command, data and versions",
-                CONFIG,
-            )
+        everywhere = [values] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everywhere, values)
+        expected = everywhere[0]
+        for rank, found in enumerate(everywhere):
+            for key in (key for key in [*expected, *found] if expected.get(key) != found.get(key)):
+                a, b = first_difference(expected.get(key, ""), found.get(key, ""))
+                raise UserError(
+                    f"{key} differs: {a!r} on process 0, {b!r} on process {rank}; "
+                    "start every process with the same command, data and versions",
+                    CONFIG,
+                )
 
     def describe(self) -> str:
         """The choices in words, such as `cpu, 2 threads, bf16 (AVX512-BF16)`."""
@@ -186,12 +178,7 @@ def should_compile(train: TrainConfig, seconds: float, device: torch.device) -> 
         return train.compile == "on"
     if device.type == "cuda":
         return train.steps >= COMPILE_STEPS
-    return seconds > COMPILE_SECONDS and has_compiler(device)
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: a C++ compiler on a CPU."""
-    return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return seconds > COMPILE_SECONDS and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[nn.Module, bool]:
@@ -203,7 +190,7 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
     from torch.distributed.fsdp import FSDPModule
 
     set_deterministic(ctx.device.type == "cpu")
-    is_fsdp, error_text, compiled = isinstance(model, FSDPModule), "", model
+    is_fsdp, failed, compiled = isinstance(model, FSDPModule), False, model
     try:
         if is_fsdp:
             gpt = cast(GPT, model)
@@ -212,12 +199,14 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
         else:
             trial = compiled = torch.compile(model)  # type: ignore[assignment]
         with getattr(model, "no_sync", contextlib.nullcontext)():
-            forward_backward(trial, example, ctx)
+            with ctx.autocast():
+                logits = trial(example)
+            logits.float().sum().backward()
     except Exception as error:  # compilers fail in too many ways to list; training works without
-        error_text = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        print(f"torch.compile failed, training continues without it: {error_text}", file=sys.stderr)
+        failed, reason = True, (str(error).splitlines() or [type(error).__name__])[0][:150]
+        print(f"torch.compile failed, training continues without it: {reason}", file=sys.stderr)
     model.zero_grad(set_to_none=True)
-    if ctx.all_reduce_max(int(bool(error_text))):
+    if ctx.all_reduce_max(int(failed)):
         set_deterministic(False)
         return model, False
     if is_fsdp:
@@ -229,14 +218,6 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile each block of a GPT in place."""
     for block in cast(GPT, model).blocks:
         block.compile()
-
-
-def forward_backward(model: nn.Module, tokens: Tensor, ctx: DistContext) -> None:
-    """Run a forward and a backward pass and discard the gradient."""
-    with ctx.autocast():
-        logits: Tensor = model(tokens)
-    logits.float().sum().backward()
-    model.zero_grad(set_to_none=True)
 
 
 def set_deterministic(on: bool) -> None:
@@ -289,18 +270,12 @@ def advise_on_oom(micro_batch_size: int, batch_size: int) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_oom(error):
+    except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError where CPU memory ran out
+        is_oom = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_oom and not any(message in str(error) for message in OOM_MESSAGES):
             raise
         if micro_batch_size > 1:
             advice = f"try --train.micro_batch_size {micro_batch_size // 2}; the batch of {batch_size} stays the same"
         else:
             advice = "lower model.context or the model's size, or shard it over processes with --train.sharding fsdp"
         raise UserError(f"out of memory with {micro_batch_size} sequences at once: {advice}", DISK_OR_MEMORY) from error
-
-
-def is_oom(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; on a CPU torch raises a RuntimeError that says so."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in OOM_MESSAGES)

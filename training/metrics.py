@@ -137,10 +137,6 @@ class ProgressBar(Callback):
         if "sample" in metrics:
             print_line("    " + metrics["sample"].strip().replace("\n", "\n    "))
 
-    def on_end(self, trainer: Trainer) -> None:
-        """Remove the bar."""
-        self.bar.close()
-
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
         """Remove the bar."""
         self.bar.close()
@@ -149,35 +145,21 @@ class ProgressBar(Callback):
         """Print step, metrics and the time left."""
         step, steps, self.printed = metrics["step"], trainer.config.train.steps, time.perf_counter()
         left = (self.printed - self.start) * (steps - step) / max(1, step - self.first_step)
-        parts = [f"step {step}/{steps}", format_metrics(metrics)]
-        print_line(" | ".join(parts + [f"{format_seconds(left)} left"] * (step < steps)))
+        parts = [f"step {step}/{steps}", format_metrics(metrics), f"{tqdm.format_interval(left)} left"]
+        print_line(" | ".join(parts if step < steps else parts[:2]))
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """`loss 0.311 | val 0.3047 | lr 1.0e-2 | grad 0.42 | 54k tok/s | mfu 40%`, as far as they are there."""
+    """`loss 0.311 | val 0.3047 | lr 1.0e-02 | grad 0.42 | 54.0k tok/s | mfu 40%`, as far as they are there."""
     formats = {
         "loss": lambda value: f"loss {value:.3f}",
         "val_loss": lambda value: f"val {value:.4f}",
-        "lr": lambda value: f"lr {value:.1e}".replace("e-0", "e-").replace("e+0", "e+"),
+        "lr": lambda value: f"lr {value:.1e}",
         "grad_norm": lambda value: f"grad {value:.2f}",
-        "tokens_per_second": lambda value: f"{format_count(value)} tok/s",
+        "tokens_per_second": lambda value: f"{tqdm.format_sizeof(value)} tok/s",
         "mfu": lambda value: f"mfu {value:.0%}",
     }
     return " | ".join(text(metrics[name]) for name, text in formats.items() if name in metrics)
-
-
-def format_count(number: float) -> str:
-    """`950`, `54k`, `1.2M`."""
-    if number >= 1e6:
-        return f"{number / 1e6:.1f}M"
-    return f"{number / 1e3:.0f}k" if number >= 1e3 else f"{number:.0f}"
-
-
-def format_seconds(seconds: float) -> str:
-    """`15s`, `12m`, `3.5h`."""
-    if seconds < 100:
-        return f"{seconds:.0f}s"
-    return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.1f}h"
 
 
 def peak_memory(device: torch.device) -> int:

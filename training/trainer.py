@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from training.loss import cross_entropy_sum
 from training.optimizer import Optimizer, get_lr_scale
 from training.signals import SignalHandler
 
-T = TypeVar("T")
 FINAL_TARGETS = 500_000
 """Validation targets of the final evaluation, at most."""
 PREFETCH_STEPS = 2
@@ -84,19 +83,16 @@ class Callback:
         """Called last, whether the run ended (0), was stopped by a signal, or failed: release resources here."""
 
 
-class Prefetcher(Generic[T]):
-    """Computes `read(step)` for the next steps in a background thread.
+class Prefetcher:
+    """Reads the batches of the next steps in a background thread."""
 
-    An error of `read` is raised by the `get` of its step.
-    """
-
-    def __init__(self, read: Callable[[int], T]) -> None:
+    def __init__(self, read: Callable[[int], tuple[Batch, int]]) -> None:
         self.read = read
         self.thread = ThreadPoolExecutor(1, "prefetch")
-        self.pending: dict[int, Future[T]] = {}
+        self.pending: dict[int, Future[tuple[Batch, int]]] = {}
 
-    def get(self, step: int) -> T:
-        """The result for `step`; the steps after it are computed meanwhile."""
+    def get(self, step: int) -> tuple[Batch, int]:
+        """The result of `read(step)`, or its error; the steps after it are read meanwhile."""
         wanted = range(step, step + 1 + PREFETCH_STEPS)
         self.pending = {s: self.pending.get(s) or self.thread.submit(self.read, s) for s in wanted}
         return self.pending.pop(step).result()

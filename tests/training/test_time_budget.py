@@ -149,7 +149,7 @@ def test_only_documented_options_are_chosen(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_long_runs_are_compiled(count: float, asked: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_speed(monkeypatch)
-    monkeypatch.setattr(device, "has_compiler", lambda device: True)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name)
     config, _ = search(minutes(count, compile=asked), CPU, SHAKESPEARE, 3.0)
     assert config.train.compile == expected
 
