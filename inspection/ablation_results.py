@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +19,9 @@ from common.files import write_atomic
 FORMAT = "glassgpt-ablations-1"
 RESAMPLES = 1000
 LEVEL = 0.95
-MAX_BYTES = 100_000_000
-"""48 layers of 32 heads and 10 measures take 10 MB."""
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A mean over items and its 95% confidence interval; low <= value <= high."""
 
     value: float
@@ -96,58 +92,44 @@ class AblationResults:
     seed: int
     measures: dict[str, AblationEffects]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `save` writes it; an interval is [value, low, high]."""
-        measures = {}
-        for name, effects in self.measures.items():
-            tables = {key: _plain_table(getattr(effects, key)) for key in TABLES}
-            measures[name] = {"unit": effects.unit, "baseline": effects.baseline, "count": effects.count, **tables}
-        about = {"format": FORMAT, "step": self.step, "weights_sha256": self.weights_sha256, "seed": self.seed}
-        return {**about, "measures": measures}
-
-    @staticmethod
-    def from_dict(data: Any) -> AblationResults:
-        """The results from which `to_dict` made the data.
-
-        Raises:
-            ValueError: if it is not such data.
-        """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"it is not a {FORMAT} file")
-        try:
-            measures = {str(name): _effects(entry) for name, entry in data["measures"].items()}
-            results = AblationResults(int(data["step"]), str(data["weights_sha256"]), int(data["seed"]), measures)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError("an entry is missing or malformed") from error
-        if len({effects.shape for effects in measures.values()}) > 1:
-            raise ValueError("its measures have different numbers of heads")
-        return results
-
     def save(self, path: Path | str) -> None:
-        """Write the results as JSON, atomically.
+        """Write the results as JSON, atomically; an interval is [value, low, high].
 
         Raises:
             UserError: if the file cannot be written (exit code 6).
         """
-        write_atomic(Path(path), [json.dumps(self.to_dict(), allow_nan=False).encode()])
+        data = {"format": FORMAT, **asdict(self)}
+        write_atomic(Path(path), [json.dumps(data, allow_nan=False).encode()])
 
     @staticmethod
     def load(path: Path | str) -> AblationResults:
-        """Read and check the results that `save` wrote.
+        """Read the results that `save` wrote.
 
         Raises:
             UserError: if the file is missing, damaged, or has no ablation results (exit code 4).
         """
-        path = Path(path)
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError("it is too large")
-            return AblationResults.from_dict(json.loads(path.read_text("utf-8")))
+            data = json.loads(Path(path).read_text("utf-8"))
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            measures = {name: _effects(entry) for name, entry in data.pop("measures").items()}
+            return AblationResults(**data, measures=measures)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             message = f"{path} has no readable ablation results ({error}); delete it and run attend.py ablate again"
             raise UserError(message, CHECKPOINT) from error
+
+
+def _effects(entry: dict[str, Any]) -> AblationEffects:
+    """One measure, with tables of one shape; only a layer of one head has no controls."""
+    tables = {key: np.array(entry[key], dtype=np.float64) for key in TABLES if entry[key] is not None}
+    L, H, _ = tables["zero"].shape
+    if len(tables) != (len(TABLES) if H > 1 else 2) or any(table.shape != (L, H, 3) for table in tables.values()):
+        raise ValueError("the tables of a measure do not fit each other")
+    if not all(np.isfinite(table).all() for table in tables.values()):
+        raise ValueError("a value is not a finite number")
+    return AblationEffects(**entry | {key: _intervals(table) for key, table in tables.items()})
 
 
 def bootstrap(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -177,41 +159,14 @@ def bootstrap(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 
 def bootstrap_interval(values: NDArray[np.float64], seed: int) -> Interval:
     """The bootstrap of values (N,)."""
-    return Interval(*map(float, bootstrap(values, seed)))
+    return Interval(*bootstrap(values, seed).tolist())
 
 
 def bootstrap_table(values: NDArray[np.float64], seed: int) -> IntervalTable:
     """The bootstrap of values (N, L, H)."""
-    return tuple(tuple(Interval(*map(float, cell)) for cell in row) for row in bootstrap(values, seed))
+    return _intervals(bootstrap(values, seed))
 
 
-def _plain_table(table: IntervalTable | None) -> list[list[list[float]]] | None:
-    return None if table is None else [[[cell.value, cell.low, cell.high] for cell in row] for row in table]
-
-
-def _effects(entry: dict[str, Any]) -> AblationEffects:
-    """One measure, with tables of one shape; only a layer of one head has no controls."""
-    if entry["unit"] not in ("nats/token", "nats"):
-        raise ValueError("a measure has an unknown unit")
-    tables = {key: None if entry[key] is None else _table(entry[key]) for key in TABLES}
-    effects = AblationEffects(entry["unit"], _finite(entry["baseline"]), int(entry["count"]), **tables)  # type: ignore[arg-type]
-    expected = TABLES if effects.shape[1] > 1 else ("zero", "mean")
-    shapes = {key: (len(table), len(table[0])) for key, table in tables.items() if table is not None}
-    if set(shapes) != set(expected) or set(shapes.values()) != {effects.shape}:
-        raise ValueError("the tables of a measure do not fit each other")
-    return effects
-
-
-def _table(rows: list[list[list[float]]]) -> IntervalTable:
-    table = tuple(tuple(Interval(*map(_finite, cell)) for cell in row) for row in rows)
-    if len({len(row) for row in table}) != 1 or not table[0]:
-        raise ValueError("a table is not rectangular")
-    if not all(cell.low <= cell.value <= cell.high for row in table for cell in row):
-        raise ValueError("an interval does not include its value")
-    return table
-
-
-def _finite(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("a value is not a finite number")
-    return float(value)
+def _intervals(array: NDArray[np.float64]) -> IntervalTable:
+    """(L, H, 3) as a table."""
+    return tuple(tuple(Interval(*cell) for cell in row) for row in array.tolist())

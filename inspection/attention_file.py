@@ -46,22 +46,20 @@ from common.files import write_atomic
 FORMAT = "glassgpt-attention-1"
 TOP_K = 5
 """Number of most likely next tokens that are kept for each position."""
-LARGEST_F16 = 65504.0
 SCORES = "scores."
 SHAPES = {
-    "tokens": ("I32", "T"),
-    "loss": ("F32", "T-1"),
-    "value_norms": ("F32", "L H T"),
-    "pattern_tril": ("F16 F32", "L H T(T+1)/2"),
-    "queries": ("F16 F32", "L H T D"),
-    "keys": ("F16 F32", "L H T D"),
-    "values": ("F16 F32", "L H T D"),
-    "attn_out": ("F32", "L T C"),
-    "top_ids": ("I32", "T N"),
-    "top_probs": ("F32", "T N"),
+    "tokens": "T",
+    "loss": "T-1",
+    "value_norms": "L H T",
+    "pattern_tril": "L H T(T+1)/2",
+    "queries": "L H T D",
+    "keys": "L H T D",
+    "values": "L H T D",
+    "attn_out": "L T C",
+    "top_ids": "T N",
+    "top_probs": "T N",
 }
-"""dtypes and shape of every array of a text; the first four are required."""
-REQUIRED = ("tokens", "loss", "value_norms", "pattern_tril")
+"""The shape of every array of a text; the first four are required."""
 DETAILS = ("queries", "keys", "values", "attn_out")
 
 
@@ -96,24 +94,16 @@ class AttentionRecord:
         """
         pattern = np.asarray(cache.pattern, dtype=np.float32)
         rows, columns = np.tril_indices(pattern.shape[-1])
-        details: dict[str, Any] = {}
-        for part in DETAILS:
-            if (array := getattr(cache, part, None)) is not None:
-                details[part] = np.asarray(array, dtype=np.float32)
-        top_ids, top_probs = getattr(cache, "top_tokens", None), getattr(cache, "top_probs", None)
         tokens = np.asarray(cache.tokens).astype(np.int32)
-        record = AttentionRecord(
-            name,
-            tokens,
-            [token_bytes(token) for token in tokens.tolist()],
-            np.asarray(cache.loss, dtype=np.float32),
-            np.asarray(cache.value_norms, dtype=np.float32),
-            pattern[:, :, rows, columns],
-            **details,
-        )
-        if top_ids is None or top_probs is None:
+        arrays: dict[str, Any] = {}
+        for part in ("loss", "value_norms", *DETAILS):
+            if (array := getattr(cache, part)) is not None:
+                arrays[part] = np.asarray(array, dtype=np.float32)
+        names = [token_bytes(token) for token in tokens.tolist()]
+        record = AttentionRecord(name, tokens, names, pattern_tril=pattern[:, :, rows, columns], **arrays)
+        if cache.top_tokens is None:
             return record
-        return record.with_top(np.asarray(top_ids).astype(np.int32), np.asarray(top_probs, np.float32), token_bytes)
+        return record.with_top(np.asarray(cache.top_tokens).astype(np.int32), np.asarray(cache.top_probs), token_bytes)
 
     def with_top(
         self, ids: NDArray[np.int32], probs: NDArray[np.float32], token_bytes: Callable[[int], bytes]
@@ -140,7 +130,7 @@ class AttentionRecord:
     def arrays(self, dtype: str) -> dict[str, NDArray[Any]]:
         """The arrays of this text as they are written, by name; `dtype` is that of the pattern."""
         half = np.dtype(np.float16 if dtype == "f16" else np.float32)
-        arrays: dict[str, NDArray[Any]] = {part: getattr(self, part) for part in REQUIRED[:3]}
+        arrays: dict[str, NDArray[Any]] = {part: getattr(self, part) for part in ("tokens", "loss", "value_norms")}
         arrays["pattern_tril"] = self.pattern_tril.astype(half)
         arrays |= {part: array for part in DETAILS if (array := getattr(self, part)) is not None}
         if self.top_tokens is not None and self.top_ids is not None:
@@ -200,7 +190,7 @@ def write_attention_file(
 
 
 def read_attention_file(path: Path | str) -> AttentionFile:
-    """Read and check an attention file: known names, dtypes, and shapes that fit together.
+    """Read an attention file, and check that the shapes of its arrays fit together.
 
     Raises:
         UserError: if the file is missing, damaged, or not an attention file (exit code 4).
@@ -214,22 +204,20 @@ def read_attention_file(path: Path | str) -> AttentionFile:
             return _parse(file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}", CHECKPOINT) from error
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable attention file: {error}", CHECKPOINT) from error
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not a readable attention file: {reason}", CHECKPOINT) from error
 
 
 def _parse(file: Any) -> AttentionFile:
     metadata = json.loads((file.metadata() or {}).get("glassgpt", "{}"))
-    if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
+    if metadata.pop("format", None) != FORMAT:
         raise ValueError(f"its metadata does not name the format {FORMAT}")
-    names, vocabulary = metadata.pop("texts", None), metadata.pop("token_bytes", None)
-    if not isinstance(names, list) or not isinstance(vocabulary, dict):
-        raise ValueError("its list of texts or token bytes is missing")
-    strings = [*names, *vocabulary.values(), *metadata.values()]
-    if not all(isinstance(value, str) for value in strings):
+    names, vocabulary = metadata.pop("texts"), metadata.pop("token_bytes")
+    if not all(isinstance(value, str) for value in (*names, *metadata.values())):
         raise ValueError("its metadata is malformed")
     token_bytes = {int(token): text.encode("latin-1") for token, text in vocabulary.items()}
-    arrays = {name: _load(file, name, len(names)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     texts = [_record(k, name, arrays, token_bytes) for k, name in enumerate(names)]
     scores = {name.removeprefix(SCORES): array for name, array in arrays.items() if name.startswith(SCORES)}
     shapes = {text.value_norms.shape[:2] for text in texts} | {array.shape for array in scores.values()}
@@ -238,40 +226,19 @@ def _parse(file: Any) -> AttentionFile:
     return AttentionFile(texts, metadata, scores)
 
 
-def _load(file: Any, name: str, n_texts: int) -> NDArray[Any]:
-    """An array of a known name and dtype."""
-    number, _, part = name.partition(".")
-    known = name.startswith(SCORES) or (number.isdecimal() and int(number) < n_texts and part in SHAPES)
-    dtypes = "F32" if name.startswith(SCORES) else SHAPES.get(part, ("", ""))[0]
-    if not known or file.get_slice(name).get_dtype() not in dtypes.split():
-        raise ValueError(f"its array {name!r} is unknown or has a wrong dtype")
-    array: NDArray[Any] = file.get_tensor(name)
-    return array
-
-
 def _record(k: int, name: str, arrays: Mapping[str, NDArray[Any]], token_bytes: Mapping[int, bytes]) -> AttentionRecord:
     """Text k, with every shape checked against the others."""
     parts: dict[str, Any] = {part: arrays[f"{k}.{part}"] for part in SHAPES if f"{k}.{part}" in arrays}
-    if missing := [part for part in REQUIRED if part not in parts]:
-        raise ValueError(f"text {k} has no {missing[0]}")
-    T = len(parts["tokens"]) if parts["tokens"].ndim else 0
+    T = len(parts["tokens"])
     sizes = {"T": T, "T-1": T - 1, "T(T+1)/2": T * (T + 1) // 2}
     for part, array in parts.items():
-        dims = SHAPES[part][1].split()
-        if (
-            T < 1
-            or len(dims) != array.ndim
-            or any(sizes.setdefault(d, n) != n for d, n in zip(dims, array.shape, strict=True))
-        ):
+        dims = zip(SHAPES[part].split(), array.shape, strict=True)
+        if T < 1 or any(sizes.setdefault(dim, n) != n for dim, n in dims):
             raise ValueError(f"text {k}: the shape of {part} does not fit the others")
-    if ("top_ids" in parts) != ("top_probs" in parts) or not 1 <= sizes.get("N", 1) <= TOP_K:
-        raise ValueError(f"text {k}: the most likely next tokens are malformed")
-    top_ids, top_probs = parts.pop("top_ids", None), parts.pop("top_probs", None)
-    ids = parts["tokens"].tolist() + ([] if top_ids is None else top_ids.ravel().tolist())
-    if unknown := set(ids) - token_bytes.keys():
-        raise ValueError(f"text {k}: the bytes of token {min(unknown)} are missing")
-    record = AttentionRecord(name, token_bytes=[token_bytes[token] for token in parts["tokens"].tolist()], **parts)
-    return record if top_ids is None else record.with_top(top_ids, top_probs, token_bytes.__getitem__)
+    tokens = parts["tokens"].tolist()
+    top = (parts.pop("top_ids"), parts.pop("top_probs")) if "top_ids" in parts else None
+    record = AttentionRecord(name, token_bytes=[token_bytes[token] for token in tokens], **parts)
+    return record.with_top(*top, token_bytes.__getitem__) if top else record
 
 
 def package_versions() -> str:

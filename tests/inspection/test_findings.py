@@ -144,7 +144,7 @@ def test_findings_are_saved_as_json(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "findings.json").read_text())
     assert data["headline"] == headline(findings)
     (entry,) = data["findings"]
-    assert entry["head"] == [0, 0] and entry["zero"]["value"] == 1.8 and entry["label"] == "supported"
+    assert entry["head"] == [0, 0] and entry["zero"][0] == 1.8 and entry["label"] == "supported"
     assert entry["is_supported"] and entry["summary"] == findings[0].summary
 
 
