@@ -27,7 +27,6 @@ from tyro.conf import Positional
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars, run_main
 from training.cli import parse, split_options
-from training.run_dir import check_links
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 COMMANDS = ("summary", "heads", "token", "timeline", "compare", "ablate", "plot", "page", "verify")
 """Each is a module of inspection/commands with a dataclass of options of the same name, and `run`."""
-WRITES_TO_RUN = ("ablate", "plot", "page")
 TAKES_MODEL = ("ablate", "verify")
 MAX_PARTS = 6
 """Parts of a logit that are listed; the others are added up."""
@@ -114,10 +112,6 @@ def run_command(name: str, argv: list[str]) -> None:
         last = len(argv) - 1 - argv[::-1].index(str(words[1]))
         argv = [*argv[:last], f"--other={words[1]}", *argv[last + 1 :]]
     options: Any = parse(options_class, argv, f"{options_class.__doc__}  python attend.py {name} RUN", positional="run")
-    from inspection.run_reader import find_run_folder
-
-    if name in WRITES_TO_RUN and Path(options.run).is_dir():
-        check_links(find_run_folder(Path(options.run)))
     result = module.run(options, stdout_terminal(), *([load_model] if name in TAKES_MODEL else []))
     print_result(options, result)
     if not result.ok:
@@ -148,7 +142,7 @@ def load_model(folder: Path, step: int) -> LoadedModel | None:
         folder: a run folder, or an attention file, whose run is searched.
     """
     from inspection.commands.shared import LoadedModel
-    from training.checkpoint import open_checkpoint, provenance, read_checkpoint, verify_checkpoint
+    from training.checkpoint import open_checkpoint, provenance, read_checkpoint
     from training.device import get_dist_context
 
     if step < 0:
@@ -158,11 +152,11 @@ def load_model(folder: Path, step: int) -> LoadedModel | None:
         paths = [path for base in candidates if (path := base / "checkpoints" / f"{step:06d}").is_dir()]
         if not paths:
             return None
-        if problem := verify_checkpoint(paths[0]):
-            text = f"skipping the damaged checkpoint {escape_control_chars(paths[0])}: {escape_control_chars(problem)}"
-            print(text, file=sys.stderr)
+        try:
+            checkpoint = read_checkpoint(paths[0])
+        except UserError as error:
+            print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
             return None
-        checkpoint = read_checkpoint(paths[0])
     model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
     metadata = provenance(model, tokenizer, checkpoint.state)
     return LoadedModel(model, checkpoint.state.step, metadata, tokenizer.token_bytes)
@@ -243,8 +237,6 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, model: GPT, cach
     from training.checkpoint import provenance
 
     run, step, tokenizer = checkpoint.folder.parent.parent, checkpoint.state.step, checkpoint.tokenizer()
-    if not options.out and checkpoint.folder.parent.name == "checkpoints":
-        check_links(run)
     name = options.prompt or f"generated, seed {options.seed}"
     slug = "-".join(re.findall(r"[a-z0-9]+", name.lower()))[:24].strip("-")
     digest = hashlib.sha256(repr(cache.tokens.tolist()).encode()).hexdigest()[:6]
@@ -264,14 +256,17 @@ def earlier_files(checkpoint: Checkpoint, name: str, tokens: list[int]) -> list[
     """The attention of a text at each kept checkpoint before this one."""
     from inspection.attention_file import AttentionFile
     from inspection.recorder import capture_texts
-    from training.checkpoint import list_checkpoints, provenance, read_checkpoint, verify_checkpoint
+    from training.checkpoint import list_checkpoints, provenance, read_checkpoint
     from training.device import get_dist_context
 
     files = []
     for path in list_checkpoints(checkpoint.folder.parent):
-        if int(path.name) >= checkpoint.state.step or verify_checkpoint(path) is not None:
+        if int(path.name) >= checkpoint.state.step:
+            break
+        try:
+            earlier = read_checkpoint(path)
+        except UserError:
             continue
-        earlier = read_checkpoint(path)
         model, tokenizer = earlier.load_model(get_dist_context("fp32")), earlier.tokenizer()
         records = capture_texts(model, [(name, tokens)], tokenizer.token_bytes)
         files.append(AttentionFile(records, provenance(model, tokenizer, earlier.state)))

@@ -325,8 +325,10 @@ def _worker(vocabulary: Path) -> Iterator[Connection]:
 
 
 def _encode_jobs(pipe: Connection, vocabulary: Path) -> None:
-    tokenizer = load_tokenizer(vocabulary)
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(
+        UserError, EOFError, OSError
+    ):  # the run was stopped and has removed the folder or the pipe
+        tokenizer = load_tokenizer(vocabulary)
         while True:
             pipe.send(encode(tokenizer, pipe.recv()))
 

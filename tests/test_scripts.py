@@ -103,7 +103,7 @@ def test_damaged_checkpoint_is_skipped(run: Path, tmp_path: Path) -> None:
     done = script("sample.py", folder, "--tokens=5")
     assert done.returncode == 0 and "000006" in done.stderr and "sha256" in done.stderr
     shutil.rmtree(folder / "checkpoints" / "000003")
-    assert "no good checkpoint" in error_line(script("sample.py", folder, "--tokens=5"), 4)
+    assert "cannot be used" in error_line(script("sample.py", folder, "--tokens=5"), 4)
 
 
 def test_corpus_without_lines_or_documents(tmp_path: Path) -> None:

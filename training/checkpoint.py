@@ -6,8 +6,7 @@
 
 A checkpoint is written to a temporary folder; each file is fsynced, then `manifest.json`, which lists their sizes and
 sha256, then the folder, which is then renamed into place and read back from the disk. There is no pickle and no "latest"
-pointer: the newest folder that verifies is the latest. Reading assumes nothing about who wrote the files: only JSON and
-safetensors, sizes bounded before memory is allocated, and exactly the names and shapes of the model.
+pointer: the newest folder that verifies is the latest. Reading accepts only JSON and safetensors of the model's shapes.
 
 Every change of the disk is announced as the audit event `glassgpt.disk` (operation, path); the fault tests use it.
 """
@@ -15,23 +14,20 @@ Every change of the disk is announced as the audit event `glassgpt.disk` (operat
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -49,11 +45,6 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 WRITING, REMOVING = ".writing-", ".removing-"
 MAX_JSON_BYTES = 1 << 22
-"""Of a state, a manifest or a safetensors header; a model of a thousand layers takes half a megabyte."""
-MAX_KV_CACHE_BYTES, MAX_KV_CACHE_RATIO = 1 << 32, 16
-"""Bounds of the KV cache of a full context, in bytes and relative to the model file. GPT-2 124M needs 0.15 times."""
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -102,13 +93,8 @@ class Checkpoint:
         return read_tensors(self.folder / MODEL)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer state, named as by `Optimizer.state_dict`: `parameter/entry`, a scalar or of its shape."""
-        path, parameters = self.folder / OPTIMIZER, parameter_shapes(self.config.model, self.vocab_size)
-        for name, shape in read_shapes(path).items():
-            expected = parameters.get(name.partition("/")[0])
-            if expected is None or shape not in ((), expected):
-                raise _unusable(path, f"{name} has shape {shape}, the parameter {expected}")
-        return read_tensors(path)
+        """The optimizer state, named as by `Optimizer.state_dict`: `parameter/entry`."""
+        return read_tensors(self.folder / OPTIMIZER)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
@@ -120,9 +106,15 @@ class Checkpoint:
 
     def build_model(self, config: ModelConfig) -> GPT:
         """The saved model on the CPU, with the attention implementation and dropout of `config`."""
-        model = _model_without_memory(config, self.vocab_size)
-        weights = self.weights()
-        model.load_state_dict({**weights, "lm_head.weight": weights["token_embedding.weight"]}, assign=True)
+        path, weights = self.folder / MODEL, self.weights()
+        try:
+            if config.n_layers > len(weights):
+                raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")
+            with torch.device("meta"), _SkipInit():  # shapes only: no memory before they are compared
+                model = GPT(config, self.vocab_size)
+            model.load_state_dict({**weights, "lm_head.weight": weights["token_embedding.weight"]}, assign=True)
+        except (RuntimeError, TypeError, OverflowError, ValueError, KeyError) as error:
+            raise _unusable(path, error) from error
         model.lm_head.weight = model.token_embedding.weight
         return model
 
@@ -155,15 +147,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not candidates:
         raise UserError(f"{shown} has no checkpoint; train one with: python train.py --run.dir {shown}", CHECKPOINT)
     for folder in candidates:
-        problem = verify_checkpoint(folder)
-        if problem is None:
-            try:
-                return read_checkpoint(folder)
-            except UserError as error:
-                if len(candidates) == 1:
-                    raise
-                problem = str(error)
-        print(f"skipping the damaged checkpoint {escape_control_chars(folder)}: {problem}", file=sys.stderr)
+        try:
+            return read_checkpoint(folder)
+        except UserError as error:
+            if len(candidates) == 1:
+                raise
+            print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
     raise UserError(f"no good checkpoint in {shown}; restore one from a backup, or train again", CHECKPOINT)
 
 
@@ -180,67 +169,42 @@ def step_of_folder(folder: Path) -> int | None:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: each is a regular file with the manifest's size and sha256."""
+    """What is wrong with a checkpoint's files, or None: each has the size and sha256 of the manifest."""
     try:
         listed = _read_json(folder / MANIFEST)["files"]
         for name in FILES:
-            path = folder / name
-            if not stat.S_ISREG(path.lstat().st_mode):
-                return f"{name} is not a regular file"
-            if path.stat().st_size != listed[name]["bytes"]:
-                return (
-                    f"{name} has {path.stat().st_size} bytes instead of {escape_control_chars(listed[name]['bytes'])}"
-                )
-            if sha256_of_file(path) != listed[name]["sha256"]:
+            size, expected = (folder / name).stat().st_size, listed[name]["bytes"]
+            if size != expected:
+                return f"{name} has {size} bytes instead of {escape_control_chars(expected)}"
+            if sha256_of_file(folder / name) != listed[name]["sha256"]:
                 return f"{name} does not have the sha256 of its manifest"
     except OSError as error:
         return f"{escape_control_chars(Path(error.filename or MANIFEST).name)}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint whose files were verified: its state, and that its weights are those of the model it describes.
+    """A checkpoint, after its files are verified.
 
     Raises:
-        UserError: if this version cannot use it, or the folder is named after another step (exit code 4).
+        UserError: if it is damaged, from another version, or its folder is named after another step (exit code 4).
     """
+    if problem := verify_checkpoint(folder):
+        raise _unusable(folder, problem)
     path = folder / STATE
     try:
         saved = _read_json(path)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
-        state = _checked(TrainState(**saved["state"]))
-        environment = _checked(RunEnvironment(**saved["environment"]))
-        vocab_size, table = saved["vocab_size"], saved["config"]
-        if type(vocab_size) is not int or not 1 <= vocab_size < 1 << 31 or type(table) is not dict:
-            raise ValueError("its vocab_size or config is wrong")
+        state, environment = TrainState(**saved["state"]), RunEnvironment(**saved["environment"])
         if step_of_folder(folder) not in (None, state.step):
             raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        config = from_saved(saved["config"], escape_control_chars(path))
+        return Checkpoint(folder, config, saved["vocab_size"], state, environment)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise _unusable(path, error) from error
-    checkpoint = Checkpoint(folder, from_saved(table, escape_control_chars(path)), vocab_size, state, environment)
-    _check_weights(folder / MODEL, checkpoint.config.model, vocab_size)
-    return checkpoint
-
-
-def _checked(record: Any) -> Any:
-    """The record, if each field has the type that it should have; raises ValueError."""
-    for name, value in vars(record).items():
-        if name == "best_loss":
-            good = value is None or (type(value) is float and math.isfinite(value))
-        elif name == "starts_with_eot":
-            good = type(value) is bool
-        elif name == "settings":
-            good = type(value) is dict and all(type(entry) is str for entry in value.values())
-        elif name == "corpus":
-            good = type(value) is str
-        else:
-            good = type(value) is int and (-1 if name == "last_eval_step" else 0) <= value < 10**18
-        if not good:
-            raise ValueError(f"{name} is {value!r:.40}")
-    return record
 
 
 class _SkipInit(TorchFunctionMode):
@@ -252,104 +216,33 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _model_without_memory(config: ModelConfig, vocab_size: int) -> GPT:
-    """A model on the meta device: shapes without numbers."""
-    with torch.device("meta"), _SkipInit():
-        return GPT(config, vocab_size)
-
-
-def parameter_shapes(config: ModelConfig, vocab_size: int) -> Shapes:
-    """The shape of each parameter of a model; no memory is allocated."""
-    model = _model_without_memory(dataclasses.replace(config, attention="eager"), vocab_size)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _check_weights(path: Path, config: ModelConfig, vocab_size: int) -> None:
-    """Compare a config with the header of the weights before a model is built; raises UserError (4)."""
-    shapes = read_shapes(path)
-    if config.n_layers > len(shapes):
-        raise _unusable(path, f"it has {len(shapes)} tensors, the model {config.n_layers} layers")
-    try:
-        expected = parameter_shapes(config, vocab_size)
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that overflow torch's integers
-        raise _unusable(path, "the sizes in its config are too large") from error
-    for name in sorted(shapes.keys() | expected.keys()):
-        if shapes.get(name) != expected.get(name):
-            raise _unusable(path, f"{name} has shape {shapes.get(name)}, the model {expected.get(name)}")
-    # With rotary positions no tensor shows the context, but a KV cache allocates all of it.
-    cache_bytes = 2 * 4 * config.n_layers * config.n_kv_heads * config.d_head * config.context
-    if cache_bytes > max(MAX_KV_CACHE_BYTES, MAX_KV_CACHE_RATIO * path.stat().st_size):
-        raise _unusable(path, f"a context of {config.context:,} tokens would need {cache_bytes / 1e9:,.0f} GB")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a regular file of bounded size; raises ValueError or OSError."""
-    info = path.lstat()
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError(f"{path.name} is not a regular file")
-    if info.st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} has {info.st_size} bytes of JSON")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deeply") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return table
-
-
-def read_shapes(path: Path) -> Shapes:
-    """The shapes of the fp32 tensors in a safetensors file, from its header; raises UserError (4)."""
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise ValueError("not a regular file")
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > MAX_JSON_BYTES:
-            raise ValueError(f"a header of {header_bytes} bytes of JSON")
-        with safe_open(path, "pt", backend="pread") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-        if wrong := [name for name, tensor in slices.items() if tensor.get_dtype() != "F32"]:
-            raise ValueError(f"{wrong[0]} is {slices[wrong[0]].get_dtype()} instead of F32")
-        return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unusable(path, error) from error
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file of bounded size; raises ValueError or OSError."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"it has {size} bytes of JSON")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The finite fp32 tensors of a safetensors file; raises UserError (4).
+    """The fp32 tensors of a safetensors file; raises UserError (4).
 
     They are read, not mapped: a mapped file that shrinks, or is removed on a network disk, ends the process (SIGBUS).
     """
-    read_shapes(path)
     try:
         tensors = load_file(path, backend="pread")
     except (SafetensorError, OSError, ValueError) as error:
         raise _unusable(path, error) from error
-    if (name := first_nonfinite(tensors)) is not None:
-        raise _unusable(path, f"a number in {name} is not finite")
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise _unusable(path, f"{name} is {value.dtype} instead of float32")
     return tensors
 
 
 def _unusable(path: Path, reason: object) -> UserError:
-    """The error of a checkpoint file that cannot be used."""
-    text = (reason.strerror or "unreadable") if isinstance(reason, OSError) else str(reason).split("\n", 1)[0]
+    """The error of a checkpoint or one of its files that cannot be used."""
+    text = (reason.strerror or "unreadable") if isinstance(reason, OSError) else " ".join(str(reason).split())
     shown = escape_control_chars(f"{path} cannot be used: {text[:300]}")
     return UserError(f"{shown}; take another checkpoint", CHECKPOINT)
-
-
-def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with an infinity or NaN in it, or None.
-
-    A finite sum proves it for a hundredth of the cost; a sum that overflows needs the second look.
-    """
-    for name, value in tensors.items():
-        if not value.sum().isfinite() and not value.isfinite().all():
-            return name
-    return None
-
-
-# ---- hashes ----
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:
@@ -369,13 +262,24 @@ def sha256_of_weights(model: GPT) -> str:
 def provenance(model: GPT, tokenizer: Tokenizer, state: TrainState) -> dict[str, str]:
     """Step, tokens seen, shape and hashes of a model: the metadata of an attention file."""
     return {
-        "config": json.dumps(dataclasses.asdict(model.config)),
+        "config": json.dumps(asdict(model.config)),
         "vocab_size": str(model.vocab_size),
         "step": str(state.step),
         "tokens_seen": str(state.tokens_seen),
         "weights_sha256": sha256_of_weights(model),
         "tokenizer_sha256": tokenizer.fingerprint(),
     }
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with an infinity or NaN in it, or None.
+
+    A finite sum proves it for a hundredth of the cost; a sum that overflows needs the second look.
+    """
+    for name, value in tensors.items():
+        if not value.sum().isfinite() and not value.isfinite().all():
+            return name
+    return None
 
 
 def sha256_of_file(path: Path) -> str:
@@ -415,28 +319,32 @@ class CheckpointWriter:
             UserError: if a number is not finite: nothing is written (exit code 5); if the disk is full, cannot be
                 written or did not keep the data: earlier checkpoints are as they were (6).
         """
-        _check_finite(state, {**weights, **{f"the optimizer state {k}": v for k, v in optimizer_state.items()}})
+        bad = first_nonfinite({**weights, **{f"the optimizer state {k}": v for k, v in optimizer_state.items()}})
+        if bad is not None or not math.isfinite(state.best_loss or 0.0):
+            raise UserError(
+                f"a number in {escape_control_chars(bad or 'the best loss')} is not finite: nothing was saved, earlier "
+                "checkpoints are unchanged; continue from them with --run.resume and a lower optim.lr",
+                NON_FINITE,
+            )
         final = self.root / f"{state.step:06d}"
-        saved = {
-            "format": FORMAT,
-            "vocab_size": tokenizer.vocab_size,
-            "environment": dataclasses.asdict(environment),
-            "state": dataclasses.asdict(state),
-            "config": dataclasses.asdict(config),
-        }
-        texts = {STATE: json.dumps(saved, indent=1).encode(), VOCABULARY: tokenizer.to_json()}
+        saved: dict[str, Any] = {"format": FORMAT, "vocab_size": tokenizer.vocab_size}
+        saved |= {"environment": asdict(environment), "state": asdict(state), "config": asdict(config)}
         temporary = self.root / f"{WRITING}{final.name}"
         try:
             _make_folder(temporary)
-            _write_files(temporary, {MODEL: weights, OPTIMIZER: optimizer_state}, texts)
+            _write_tensors(temporary / MODEL, weights)
+            _write_tensors(temporary / OPTIMIZER, optimizer_state)
+            _write(temporary / STATE, json.dumps(saved, indent=1).encode())
+            _write(temporary / VOCABULARY, tokenizer.to_json())
+            _finish(temporary)
             self._rename_into_place(temporary, final)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 _remove(temporary)
-            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            reason = escape_control_chars(f"{final}: {(isinstance(error, OSError) and error.strerror) or error}")
             raise UserError(
-                f"cannot write the checkpoint {escape_control_chars(final)}: {escape_control_chars(reason)}; earlier "
-                "checkpoints are unchanged: free some space, then continue with --run.resume",
+                f"cannot write the checkpoint {reason}; earlier checkpoints are unchanged: free some space, then "
+                "continue with --run.resume",
                 DISK_OR_MEMORY,
             ) from error
         self.apply_retention(state.step, state.step if state.best_loss is None else state.best_step)
@@ -490,41 +398,13 @@ class CheckpointWriter:
                     _remove(path)
 
 
-def _check_finite(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to save a state that training could not continue from.
-
-    Raises:
-        UserError: naming the first tensor with a number that is not finite, or the best loss (exit code 5).
-    """
-    name = first_nonfinite(tensors) if math.isfinite(state.best_loss or 0.0) else "the best loss"
-    if name is not None:
-        raise UserError(
-            f"a number in {escape_control_chars(name)} is not finite: nothing was saved, earlier checkpoints are "
-            "unchanged; continue from them with --run.resume and a lower optim.lr",
-            NON_FINITE,
-        )
-
-
-def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, bytes]) -> None:
-    """Write the files, then a manifest of their sizes and sha256, each forced to the disk; then the folder."""
-    for name, table in tensors.items():
-        assert all(value.dtype == torch.float32 for value in table.values()), "checkpoints hold only fp32"
-        _announce("write", folder / name)
-        save_file({key: value.detach().cpu().contiguous() for key, value in table.items()}, folder / name)
-        (folder / name).chmod(0o644)
-    for name, text in texts.items():
-        _announce("write", folder / name)
-        (folder / name).write_bytes(text)
+def _finish(folder: Path) -> None:
+    """Force the files to the disk, then a manifest of their sizes and sha256, then the folder."""
+    files = {}
     for name in FILES:
         _fsync(folder / name)
-    with ThreadPoolExecutor(len(FILES)) as pool:
-        hashes = list(pool.map(sha256_of_file, [folder / name for name in FILES]))
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
-        for name, sha256 in zip(FILES, hashes, strict=True)
-    }
-    _announce("write", folder / MANIFEST)
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
+    _write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
     _fsync(folder / MANIFEST)
     _fsync(folder)
 
@@ -545,10 +425,20 @@ def _announce(operation: str, path: Path) -> None:
     sys.audit("glassgpt.disk", operation, str(path))
 
 
+def _write(path: Path, content: bytes) -> None:
+    _announce("write", path)
+    path.write_bytes(content)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    _announce("write", path)
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors allows only the owner to read
+
+
 def _make_folder(folder: Path) -> None:
     """An empty folder, and its parent."""
     if not folder.parent.is_dir():
-        _announce("mkdir", folder.parent)
         folder.parent.mkdir(parents=True)
         _fsync(folder.parent.parent)
     _remove(folder)

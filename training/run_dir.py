@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -32,7 +32,7 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
         name: of the config file or text; the folder is named after it unless `run.dir` names one.
 
     Raises:
-        UserError: if the folder already holds a run (2), has links that lead out of it (4), cannot be written (6), or
+        UserError: if the folder already holds a run (2) or checkpoints without a config (4), cannot be written (6), or
             is in use by another process (7).
     """
     if os.environ.get("RANK", "0") != "0":
@@ -51,36 +51,29 @@ def claim_run_dir(config: RunConfig, name: str) -> tuple[RunConfig, IO[str]]:
         return config, lock_folder(Path(config.run.resume))
     if config.run.dir:
         folder = Path(config.run.dir)
-        restarted = _is_restart_of(folder)
-        if _is_run(folder) and not restarted:
-            raise UserError(
-                f"{folder} already holds a run; continue it with --run.resume {folder}, or choose another --run.dir",
-                CONFIG,
-            )
+        shown = escape_control_chars(folder)
         if _has_checkpoints(folder) and not _is_run(folder):
-            raise UserError(
-                f"{escape_control_chars(folder)} has checkpoints but no {CONFIG_FILE}; restore that file, or choose "
-                "another --run.dir",
-                CHECKPOINT,
-            )
-        return _with_folder(config, folder, restarted), lock_folder(folder)
-    number = 1
-    while True:
+            message = f"{shown} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
+            raise UserError(message, CHECKPOINT)
+        if _is_run(folder) and not _is_restart_of(folder):
+            message = f"{shown} already holds a run; continue it with --run.resume {shown}, or choose another --run.dir"
+            raise UserError(message, CONFIG)
+        return _with_folder(config, folder), lock_folder(folder)
+    for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        number += 1
-        restarted = _is_restart_of(folder)
-        if (_is_run(folder) or _has_checkpoints(folder)) and not restarted:
+        if (_is_run(folder) or _has_checkpoints(folder)) and not _is_restart_of(folder):
             continue
         try:
-            return _with_folder(config, folder, restarted), lock_folder(folder)
+            return _with_folder(config, folder), lock_folder(folder)
         except UserError as error:  # another trainer has just started there
             if error.exit_code != IN_USE:
                 raise
+    raise AssertionError("unreachable")
 
 
-def _with_folder(config: RunConfig, folder: Path, restarted: bool) -> RunConfig:
+def _with_folder(config: RunConfig, folder: Path) -> RunConfig:
     """The config with its folder; a job that torchrun has restarted resumes the run that it had started."""
-    resume = str(folder) if restarted and _is_run(folder) else ""
+    resume = str(folder) if _is_run(folder) and _is_restart_of(folder) else ""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder), resume=resume))
 
 
@@ -116,11 +109,10 @@ def lock_folder(folder: Path) -> IO[str]:
     """Create and lock the folder; the lock ends when it is closed, or with the process.
 
     Raises:
-        UserError: if a link leads out of it (4), it cannot be written (6), or another process trains in it (7).
+        UserError: if it cannot be written (6), or another process trains in it (7).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_links(folder)
         lock = (folder / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,29 +131,6 @@ def lock_folder(folder: Path) -> IO[str]:
             f"cannot write the run folder {folder}: {error.strerror}; choose another with --run.dir", DISK_OR_MEMORY
         ) from error
     return lock
-
-
-def check_links(folder: Path) -> None:
-    """Refuse a run folder with a symbolic link that leads out of it, a pipe or a device: writing there does harm.
-
-    Raises:
-        UserError: naming it (exit code 4).
-    """
-    inside = folder.resolve()
-    for parent, folders, files in os.walk(folder):
-        if Path(parent) == folder / "wandb":  # its logs are links to the user's cache; training writes none of them
-            folders.clear()
-            continue
-        for name in (*folders, *files):
-            path = Path(parent) / name
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
-                raise UserError(
-                    f"{escape_control_chars(path)} is a link out of the run folder; replace it by a copy, or remove it",
-                    CHECKPOINT,
-                )
-            mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
-                raise UserError(f"{escape_control_chars(path)} is not a regular file; remove it", CHECKPOINT)
 
 
 def save_config(config: RunConfig) -> None:
