@@ -16,7 +16,6 @@ import base64
 import difflib
 import hashlib
 import json
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +37,6 @@ MAX_TOKEN_BYTES = 256
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """GPT-2's pre-tokenization pattern, with possessive quantifiers as in tiktoken: same matches, faster."""
 
-_DOWNLOAD_SECONDS = 30.0
 _MAX_FILE_BYTES = 64 * 1024 * 1024
 # A text that uses every alternative of the patterns: distinguishes encodings with equal tokens.
 _PATTERN_SAMPLE = "They've  said: \"12345 CAMELCase's\" //\r\n\n \t\n e\u0301\u00a0\u4f60\u597d \U0001f600...  "
@@ -52,19 +50,30 @@ class Tokenizer(ABC):
     end_of_text: int
 
     @abstractmethod
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, (n,) int64, never `end_of_text`. Lone surrogates are encoded as U+FFFD."""
+    def _encode(self, text: str) -> np.ndarray:
+        """As `encode`, for text without lone surrogates."""
 
     @abstractmethod
+    def _token_bytes(self, token: int) -> bytes:
+        """As `token_bytes`, for a token of the vocabulary."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values from which `from_dict` makes the tokenizer again."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, (n,) int64, never `end_of_text`. Lone surrogates (from undecodable bytes of a command line)
+        are encoded as U+FFFD. Raises `UserError` (2) for characters that a `char` vocabulary does not have."""
+        return self._encode(_replace_surrogates(text))
+
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of a token, which may be a part of a character.
 
         Empty for `end_of_text`, other special tokens and unused ids. Raises `IndexError` outside the vocabulary.
         """
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values from which `from_dict` makes the tokenizer again."""
+        if not 0 <= token < self.vocab_size:
+            raise IndexError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        return self._token_bytes(token)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Text of some tokens. Invalid UTF-8 becomes U+FFFD; `end_of_text` becomes nothing."""
@@ -82,10 +91,6 @@ class Tokenizer(ABC):
         """sha256 of the saved form: equal for tokenizers that encode alike."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
-    def _check_range(self, token: int) -> None:
-        if not 0 <= token < self.vocab_size:
-            raise IndexError(f"token {token} is outside the vocabulary of {self.vocab_size}")
-
 
 class CharTokenizer(Tokenizer):
     """One id per character, in code point order; the last id is end-of-text."""
@@ -101,9 +106,7 @@ class CharTokenizer(Tokenizer):
         self._ids = np.full(int(points.max(initial=0)) + 2, -1, np.int64)
         self._ids[points] = np.arange(len(points))
 
-    def encode(self, text: str) -> np.ndarray:
-        """As `Tokenizer.encode`. Raises `UserError` (2) for characters that are not in the vocabulary."""
-        text = replace_surrogates(text)
+    def _encode(self, text: str) -> np.ndarray:
         ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
         if unknown := np.flatnonzero(ids < 0).tolist():
             places = ", ".join(f"'{escape_control_chars(text[i])}' at position {i}" for i in unknown[:5])
@@ -114,8 +117,7 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
-    def token_bytes(self, token: int) -> bytes:
-        self._check_range(token)
+    def _token_bytes(self, token: int) -> bytes:
         return self.characters[token : token + 1].encode()
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,11 +131,10 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     end_of_text = 256
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(replace_surrogates(text).encode(), np.uint8).astype(np.int64)
+    def _encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
-    def token_bytes(self, token: int) -> bytes:
-        self._check_range(token)
+    def _token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,11 +164,10 @@ class BPETokenizer(Tokenizer):
             special_tokens={"<|endoftext|>": self.end_of_text},
         )
 
-    def encode(self, text: str) -> np.ndarray:
-        return _encode_ordinary(self._encoding, replace_surrogates(text))
+    def _encode(self, text: str) -> np.ndarray:
+        return _encode_ordinary(self._encoding, text)
 
-    def token_bytes(self, token: int) -> bytes:
-        self._check_range(token)
+    def _token_bytes(self, token: int) -> bytes:
         return self._tokens[token] if token < self.end_of_text else b""
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,11 +185,10 @@ class TiktokenTokenizer(Tokenizer):
         self.end_of_text = self._encoding.eot_token
         self._special = {self._encoding.encode_single_token(s) for s in self._encoding.special_tokens_set}
 
-    def encode(self, text: str) -> np.ndarray:
-        return _encode_ordinary(self._encoding, replace_surrogates(text))
+    def _encode(self, text: str) -> np.ndarray:
+        return _encode_ordinary(self._encoding, text)
 
-    def token_bytes(self, token: int) -> bytes:
-        self._check_range(token)
+    def _token_bytes(self, token: int) -> bytes:
         if token in self._special:
             return b""
         try:
@@ -234,13 +233,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return from_dict(json.loads(data))
     except OSError as error:
         raise UserError(f"cannot read {escape_control_chars(path)}: {error.strerror or error}", CHECKPOINT) from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         message = f"{escape_control_chars(path)} is damaged or not a tokenizer ({escape_control_chars(error)})"
         raise UserError(f"{message}: use another checkpoint", CHECKPOINT) from error
 
 
 def from_dict(saved: Any) -> Tokenizer:
-    """A tokenizer from its saved JSON. Raises ValueError, TypeError or KeyError if the values are invalid."""
+    """A tokenizer from its saved JSON. Raises ValueError, TypeError, KeyError or AttributeError if the values are invalid."""
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"not of format {FORMAT}")
     match saved["kind"]:
@@ -248,20 +247,19 @@ def from_dict(saved: Any) -> Tokenizer:
             return ByteTokenizer()
         case "char":
             characters = saved["characters"]
-            if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+            if characters != "".join(sorted(set(characters))):
                 raise ValueError("its characters are not a sorted set")
             characters.encode()
             return CharTokenizer(characters)
         case "bpe":
-            texts = saved["merged"]
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError("its merged tokens are not a list of strings")
-            merged = [text.encode("latin-1") for text in texts]
+            merged = [text.encode("latin-1") for text in saved["merged"]]
             if len(set(merged)) < len(merged) or not all(1 < len(m) <= MAX_TOKEN_BYTES for m in merged):
                 raise ValueError(f"its merged tokens are not distinct, of 2 to {MAX_TOKEN_BYTES} bytes")
             return BPETokenizer(merged)
         case "tiktoken":
-            if not isinstance(saved["name"], str) or saved["name"] not in encoding_names():
+            import tiktoken
+
+            if saved["name"] not in tiktoken.list_encoding_names():
                 raise ValueError(f"tiktoken has no encoding {saved['name']!r}")
             tokenizer = TiktokenTokenizer(saved["name"])
             if {"format": FORMAT, **tokenizer.to_dict()} != saved:
@@ -271,20 +269,8 @@ def from_dict(saved: Any) -> Tokenizer:
             raise ValueError(f"unknown kind {kind!r}")
 
 
-def encoding_names() -> list[str]:
-    """Names of tiktoken's encodings."""
-    import tiktoken
-
-    return tiktoken.list_encoding_names()
-
-
-def replace_surrogates(text: str) -> str:
-    """`text` with lone surrogates (from undecodable bytes of a command line) replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def _replace_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -294,7 +280,7 @@ def _code_points(text: str) -> np.ndarray:
 def _train_char(texts: Iterable[str]) -> CharTokenizer:
     occurs = np.zeros(0x110000, np.bool_)
     for text in texts:
-        occurs[_code_points(replace_surrogates(text))] = True
+        occurs[_code_points(_replace_surrogates(text))] = True
     if not occurs.any():
         raise UserError("there is no text to take characters from", DATA)
     return CharTokenizer("".join(map(chr, np.flatnonzero(occurs).tolist())))
@@ -328,7 +314,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 def _first_characters(texts: Iterable[str], n_characters: int) -> Iterator[str]:
     for text in texts:
-        yield replace_surrogates(text[:n_characters])
+        yield _replace_surrogates(text[:n_characters])
         n_characters -= len(text)
         if n_characters <= 0:
             return
@@ -357,28 +343,16 @@ def _get_encoding(name: str) -> tiktoken.Encoding:
     """An encoding from tiktoken's cache, downloaded the first time. Raises `UserError` (2, 3)."""
     import tiktoken
 
-    known = ["char", "byte", "bpe", *encoding_names()]
+    known = ["char", "byte", "bpe", *tiktoken.list_encoding_names()]
     if name not in known:
         nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
         message = f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(nearest)}"
         raise UserError(message, CONFIG)
-    outcome: list[tiktoken.Encoding | Exception] = []
-
-    def download() -> None:
-        try:
-            outcome.append(tiktoken.get_encoding(name))
-        except Exception as error:
-            outcome.append(error)
-
-    # tiktoken downloads without a timeout; a daemon thread can be abandoned if the network does not answer.
-    thread = threading.Thread(target=download, daemon=True)
-    thread.start()
-    thread.join(_DOWNLOAD_SECONDS)
-    if outcome and isinstance(outcome[0], tiktoken.Encoding):
-        return outcome[0]
-    cause = type(outcome[0]).__name__ if outcome else f"no answer within {_DOWNLOAD_SECONDS:.0f} s"
-    raise UserError(
-        f"cannot download the encoding {name} ({cause}): run once with a network connection, or set "
-        "TIKTOKEN_CACHE_DIR to a folder with its files (copied from another machine)",
-        DATA,
-    )
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:
+        raise UserError(
+            f"cannot download the encoding {name} ({type(error).__name__}): run once with a network connection, or set "
+            "TIKTOKEN_CACHE_DIR to a folder with its files (copied from another machine)",
+            DATA,
+        ) from error

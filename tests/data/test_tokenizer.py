@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +58,7 @@ def gpt2() -> Tokenizer:
 @given(TEXTS)
 def test_round_trip(any_tokenizer: Tokenizer, text: str) -> None:
     if any_tokenizer.name == "char":
-        text = "".join(c for c in text if c in PROSE)
+        text = "".join(c for c in text if c in PROSE + SPECIAL)
     ids = any_tokenizer.encode(text)
     assert ids.dtype == np.int64 and ids.ndim == 1
     assert any_tokenizer.decode(ids) == any_tokenizer.decode(ids.tolist()) == text
@@ -76,13 +74,6 @@ def test_only_end_of_text_has_no_bytes(any_tokenizer: Tokenizer) -> None:
     for outside in (-1, any_tokenizer.vocab_size):
         with pytest.raises(IndexError):
             any_tokenizer.token_bytes(outside)
-
-
-def test_separator_in_a_text_is_ordinary_text(any_tokenizer: Tokenizer) -> None:
-    if any_tokenizer.name == "char":
-        any_tokenizer = train_tokenizer("char", 0, [SPECIAL])
-    ids = any_tokenizer.encode(SPECIAL)
-    assert len(ids) > 3 and any_tokenizer.end_of_text not in ids
 
 
 def test_saved_and_loaded_tokenizer_is_equal(any_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -105,13 +96,10 @@ def test_pieces_of_a_document_have_the_ids_of_the_whole(bpe: Tokenizer, fragment
     assert np.concatenate(pieces).tolist() == bpe.encode(text).tolist()
 
 
-def test_lone_surrogates_become_replacement_characters(any_tokenizer: Tokenizer) -> None:
+def test_invalid_text_and_bytes_become_replacement_characters(any_tokenizer: Tokenizer, bpe: Tokenizer) -> None:
     if any_tokenizer.name == "char":
         any_tokenizer = train_tokenizer("char", 0, ["a\ud800b"])
     assert any_tokenizer.decode(any_tokenizer.encode("a\udc80b")) == "a\ufffdb"
-
-
-def test_incomplete_characters_decode_to_replacement_characters(bpe: Tokenizer) -> None:
     owl = list("🦉".encode())
     assert bpe.decode(owl) == "🦉" and bpe.decode([*owl[:2], 65]) == "\ufffdA"
 
@@ -134,26 +122,13 @@ def test_char_reports_unknown_characters() -> None:
     assert caught.value.exit_code == DATA
 
 
-def run_python(code: str, **env: str) -> str:
-    command, environment = [sys.executable, "-c", code], {**os.environ, **env}
-    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def test_char_imports_no_tokenizer_library() -> None:
     code = (
         "import sys; from data.tokenizer import *; train_tokenizer('char', 0, ['a']); "
         "print({'tiktoken', 'tokenizers', 'torch', 'requests'} & set(sys.modules))"
     )
-    assert run_python(code) == "set()"
-
-
-def test_training_is_deterministic_across_processes() -> None:
-    code = (
-        "from data.tokenizer import train_tokenizer; from tests.data.texts import PROSE; "
-        "print(train_tokenizer('bpe', 600, [PROSE * 3]).fingerprint())"
-    )
-    expected = train_tokenizer("bpe", 600, [PROSE * 3]).fingerprint()
-    assert [run_python(code, PYTHONHASHSEED=seed) for seed in "12"] == [expected] * 2
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "set()"
 
 
 BPE = {"format": 1, "kind": "bpe", "merged": ["ab", "abc"]}
@@ -168,7 +143,7 @@ NAMED = {"format": 1, "kind": "tiktoken"}
         {"format": 2, "kind": "byte"}, {"format": 1, "kind": "pickle"}, {"format": 1, "kind": ["bpe"]},
         {**BPE, "merged": None}, {**BPE, "merged": [1]}, {**BPE, "merged": ["a"]}, {**BPE, "merged": ["ab", "ab"]},
         {**BPE, "merged": ["\u0100b"]}, {**BPE, "merged": ["x" * 100_000]}, {**BPE, "merged": "ab"},
-        {**BPE, "merged": {"ab": 1}}, {**CHAR, "characters": "ba"}, {**CHAR, "characters": "aa"},
+        {**CHAR, "characters": "ba"}, {**CHAR, "characters": "aa"},
         {**CHAR, "characters": ["a"]}, {**CHAR, "characters": "\ud800"}, CHAR,
         {**NAMED, "name": "../../etc/passwd"}, {**NAMED, "name": None}, NAMED,
     ],
@@ -235,12 +210,8 @@ def test_bpe_agrees_with_the_tokenizers_library(vocab_size: int) -> None:
 def test_bpe_merges_the_most_frequent_pairs_first() -> None:
     bpe = train_tokenizer("bpe", 260, ["abab abab abab abab cdcd"])
     assert [bpe.token_bytes(i) for i in range(256, 259)] == [b"ab", b"abab", b" abab"]
-
-
-@pytest.mark.parametrize("text", ["", "x", "no two alike"])
-def test_small_text_gives_a_small_vocabulary(text: str) -> None:
-    bpe = train_tokenizer("bpe", 5000, [text])
-    assert 257 <= bpe.vocab_size < 270 and bpe.end_of_text == bpe.vocab_size - 1
+    small = train_tokenizer("bpe", 5000, ["no two alike"])
+    assert 257 <= small.vocab_size < 270 and small.end_of_text == small.vocab_size - 1
 
 
 def test_bpe_trains_on_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,23 +242,13 @@ def test_unknown_name_gets_suggestions(name: str, nearest: str) -> None:
     assert caught.value.exit_code == CONFIG and str(caught.value).isprintable()
 
 
-def hang(*args: object) -> bytes:
-    time.sleep(2)
-    return b""
-
-
-@pytest.mark.parametrize(
-    ("response", "why"), [(no_network, "ConnectionError"), (hang, "no answer"), (lambda *_: b"?", "ValueError")]
-)
-def test_failed_download_is_reported_soon(
+@pytest.mark.parametrize(("response", "why"), [(no_network, "ConnectionError"), (lambda *_: b"?", "ValueError")])
+def test_failed_download_is_one_clear_line(
     response: Callable[..., bytes], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", response)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    monkeypatch.setattr(tokenizer, "_DOWNLOAD_SECONDS", 0.3)
-    # No other test may wait for the lock of the hanging thread.
-    monkeypatch.setattr("tiktoken.registry._lock", threading.RLock())
     with pytest.raises(UserError, match=rf"encoding cl100k_base \({why}.*TIKTOKEN_CACHE_DIR") as caught:
         train_tokenizer("cl100k_base", 0, [])
     assert caught.value.exit_code == DATA
