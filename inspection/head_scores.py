@@ -71,20 +71,11 @@ SCORES: dict[str, HeadScore] = {}
 """All scores of this file by name, in order of definition."""
 
 
-def head_score(
-    title: str,
-    formula: str,
-    source: str,
-    texts: str,
-    low: float = 0.0,
-    high: float | None = 1.0,
-    is_share: bool = True,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the head score of its name; see `HeadScore`."""
+def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the head score of its name; `fields` are those of `HeadScore`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = function.__name__
-        SCORES[name] = HeadScore(name, title, formula, source, texts, low, high, is_share, function)
+        SCORES[function.__name__] = HeadScore(function.__name__, **fields, compute=function)
         return function
 
     return register

@@ -79,7 +79,7 @@ def write_page(
     if not runs:
         raise UserError("no attention files with texts: there is nothing to show", CHECKPOINT)
     path, names = Path(path), _text_names(runs)
-    if ablations and any((len(e.zero), len(e.zero[0])) != runs[0].shape for e in ablations.measures.values()):
+    if ablations and any(e.shape != runs[0].shape for e in ablations.measures.values()):
         ablations = None  # of another model
     table: dict[str, Any] = {
         "title": escape_control_chars(title),

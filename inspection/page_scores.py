@@ -77,18 +77,11 @@ class PageRun:
 
 
 def file_scores(file: AttentionFile) -> Scores:
-    """The head scores of a file; if it has none, the mean attention to the most attended token."""
+    """The head scores of a file; if it has none, as that of a prompt, the mean attention to the most attended token."""
     if file.scores:
         return file.scores
-    largest = [np.full((*file.texts[0].value_norms.shape[:2], 0), np.nan)]
-    for text in file.texts:
-        if len(text.tokens) > 1:
-            queries = np.arange(1, len(text.tokens))
-            rows = np.maximum.reduceat(text.pattern_tril, queries * (queries + 1) // 2, axis=-1)
-            largest.append(rows.astype(np.float64))
-    every = np.concatenate(largest, axis=-1)
-    mean = every.mean(axis=-1) if every.shape[-1] else np.full(every.shape[:2], np.nan)
-    return {MAX_ATTENTION.name: mean}
+    every = np.concatenate([text.pattern()[:, :, 1:].max(axis=-1) for text in file.texts], axis=-1, dtype=np.float64)
+    return {MAX_ATTENTION.name: every.mean(axis=-1) if every.size else np.full(every.shape[:2], np.nan)}
 
 
 def number(value: float, digits: int = 6) -> float | None:
@@ -153,18 +146,17 @@ def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) 
 def ablation_tables(results: AblationResults | None) -> dict[str, Any]:
     """By measure: a caption, and the intervals of each head: [effect, control, difference] of both ablations."""
 
-    def cell(table: IntervalTable | None, layer: int, head: int) -> list[float | None] | None:
-        interval = table[layer][head] if table else None
-        return [number(interval.value), number(interval.low), number(interval.high)] if interval else None
-
     def all_heads(*tables: IntervalTable | None) -> list[Any]:
-        return [[[cell(table, layer, head) for table in tables] for head in heads] for layer in layers]
+        layers, heads = effects.shape
+        cells = [
+            [[table and table[layer][head] for table in tables] for head in range(heads)] for layer in range(layers)
+        ]
+        return [[[cell and list(map(number, cell)) for cell in head] for head in layer] for layer in cells]
 
     if results is None:
         return {}
     by_measure = {}
     for name, effects in results.measures.items():
-        layers, heads = range(len(effects.zero)), range(len(effects.zero[0]))
         effect = EFFECTS.get(name, "decrease of the logit difference")
         by_measure[name] = {
             "caption": f"Ablation: {effect}, {effects.unit}; {effects.count} items, 95% intervals, step {results.step}",

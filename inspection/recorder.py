@@ -7,7 +7,6 @@ figures and the page.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.errors import UserError, escape_control_chars
 from common.files import read_metrics, remove_temporary_files
 from inspection.ablation import AblationSettings, ablate_group, run_ablations
-from inspection.ablation_results import AblationResults, HeadEffect
+from inspection.ablation_results import HeadEffect
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores, chosen_heads
-from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
+from inspection.attention_file import AttentionRecord, package_versions, write_attention_file
 from inspection.eval_texts import EvalTexts
 from inspection.findings import Head, compute_findings, headline, save_findings
 from inspection.head_scores import compute_head_scores
@@ -94,28 +92,16 @@ class AttentionRecorder:
         self.folder = run_dir / "attention"
 
     def on_start(self, trainer: Any) -> None:
-        """Record the untrained model, or continue: later attention files of an interrupted run are removed.
-
-        A damaged file does not stop training: it is reported and renamed.
-        """
+        """Record the untrained model, or continue: later attention files of an interrupted run are removed."""
         step, path = trainer.state.step, self.folder / "eval_texts.json"
         for folder in (self.folder, self.run_dir):
             remove_temporary_files(folder)
         if step and path.is_file():
-            try:
-                self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
-            except UserError as error:
-                print(f"{escape_control_chars(error)}; other texts are recorded from here on", file=sys.stderr)
+            self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
         self.eval_texts.save(path)
         for file_step, file in find_attention_files(self.folder).items():
             if file_step > step:
                 file.unlink()
-                continue
-            try:
-                read_attention_file(file)
-            except UserError as error:
-                print(f"{escape_control_chars(error)}; that step is left out", file=sys.stderr)
-                file.replace(file.with_suffix(".damaged"))
         if step == 0:
             self.write(trainer.model, 0, trainer.provenance())
 
@@ -188,7 +174,13 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
     Raises:
         UserError: if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
     """
-    ablations = _ablate_with_progress(model, eval_texts, step, weights_sha256)
+    with tqdm(unit="pass", desc="ablating heads", delay=3, leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        ablations = run_ablations(model, eval_texts, SETTINGS, step, weights_sha256, progress)
     ablations.save(run_dir / "attention" / "ablations.json")
     antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
 
@@ -216,13 +208,3 @@ def _evaluations(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl with head scores, up to a step."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [line for line in lines if isinstance(line.get("head_scores"), dict) and line["step"] <= last_step]
-
-
-def _ablate_with_progress(model: GPT, eval_texts: EvalTexts, step: int, weights_sha256: str) -> AblationResults:
-    with tqdm(unit="pass", desc="ablating heads", delay=3, leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return run_ablations(model, eval_texts, SETTINGS, step, weights_sha256, progress)

@@ -101,18 +101,6 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert files_in(tmp_path / "resumed") == files_in(tmp_path / "whole")
 
 
-def test_damaged_files_are_reported_and_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, [10, 20])
-    (tmp_path / "attention" / "000010.safetensors").write_bytes(b"damaged")
-    (tmp_path / "attention" / "eval_texts.json").write_text("{")
-    run(tmp_path, [], start=20)
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and errors[0].endswith("other texts are recorded from here on")
-    assert errors[1].endswith("that step is left out")
-    assert (tmp_path / "attention" / "000010.damaged").is_file()
-    assert EvalTexts.load(tmp_path / "attention" / "eval_texts.json", 30, 60) == TEXTS
-
-
 def test_run_that_ends_early_still_has_its_last_file(tmp_path: Path) -> None:
     run(tmp_path, [10, 20])
     recorder = AttentionRecorder(TEXTS, lambda token: b"%d " % token, tmp_path, lambda line: None)
