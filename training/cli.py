@@ -19,49 +19,47 @@ import tyro
 from common.errors import CONFIG, UserError, escape_control_chars
 
 ALIASES = {
-    # model
-    **dict.fromkeys(("block_size", "n_ctx", "max_seq_length", "max_position_embeddings", "seq_len"), "model.context"),
-    **dict.fromkeys(("n_embd", "hidden_size", "dim", "embed_dim"), "model.d_model"),
-    **dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers", "depth"), "model.n_layers"),
-    **dict.fromkeys(("n_head", "num_attention_heads", "num_heads"), "model.n_heads"),
-    **dict.fromkeys(("num_key_value_heads", "n_query_groups"), "model.n_kv_heads"),
-    **dict.fromkeys(("head_dim", "head_size"), "model.d_head"),
-    **dict.fromkeys(("intermediate_size", "n_inner"), "model.d_mlp"),
-    **dict.fromkeys(("attn_implementation", "flash_attention"), "model.attention"),
-    **dict.fromkeys(("model_type", "model_name", "arch"), "model.preset"),
-    # data and run
-    **dict.fromkeys(("dataset", "dataset_name", "data_dir", "train_file", "data", "input"), "data.source"),
-    **dict.fromkeys(("out_dir", "output_dir"), "run.dir"),
-    **dict.fromkeys(("init_from", "resume_from_checkpoint", "checkpoint"), "run.resume"),
-    **dict.fromkeys(("num_threads", "n_threads"), "run.threads"),
-    # optimizer
-    **dict.fromkeys(("learning_rate", "max_lr"), "optim.lr"),
-    **dict.fromkeys(("min_lr", "final_lr_frac"), "optim.min_lr_ratio"),
-    **dict.fromkeys(("warmup_iters", "lr_warmup_steps", "warmup_ratio", "warmup"), "optim.warmup_steps"),
-    **dict.fromkeys(("decay_lr", "lr_scheduler_type", "scheduler"), "optim.schedule"),
-    **dict.fromkeys(("lr_decay_iters", "warmdown_ratio"), "optim.decay_fraction"),
-    **dict.fromkeys(("max_grad_norm", "max_norm", "clip_grad_norm", "clip"), "optim.grad_clip"),
-    "adam_beta1": "optim.beta1",
-    "adam_beta2": "optim.beta2",
-    "optim": "optim.optimizer",
-    # training
-    **dict.fromkeys(("max_iters", "max_steps", "num_iterations"), "train.steps"),
-    **dict.fromkeys(("per_device_train_batch_size", "global_batch_size", "total_batch_size"), "train.batch_size"),
-    **dict.fromkeys(("gradient_accumulation_steps", "device_batch_size"), "train.micro_batch_size"),
-    **dict.fromkeys(("eval_interval", "eval_steps", "interval"), "train.eval_every"),
-    **dict.fromkeys(("eval_iters", "max_eval_samples"), "train.eval_tokens"),
-    **dict.fromkeys(("save_interval", "save_steps", "checkpoint_interval"), "train.save_every"),
-    **dict.fromkeys(("save_total_limit", "always_save_checkpoint"), "train.keep_checkpoints"),
-    **dict.fromkeys(("bf16", "fp16", "precision"), "train.dtype"),
-    **dict.fromkeys(("torch_compile", "compile_model"), "train.compile"),
-    **dict.fromkeys(("fsdp", "strategy"), "train.sharding"),
-    # logging
-    **dict.fromkeys(("log_interval", "logging_steps"), "log.every"),
-    **dict.fromkeys(("wandb_log", "report_to"), "log.wandb"),
-    # sampling
-    **dict.fromkeys(("max_new_tokens", "max_tokens", "length"), "tokens"),
-    **dict.fromkeys(("num_samples", "num_return_sequences"), "samples"),
-    "start": "prompt",
+    alias: option
+    for option, aliases in {
+        "model.context": "block_size n_ctx max_seq_length max_position_embeddings seq_len",
+        "model.d_model": "n_embd hidden_size dim embed_dim",
+        "model.n_layers": "n_layer num_hidden_layers num_layers depth",
+        "model.n_heads": "n_head num_attention_heads num_heads",
+        "model.n_kv_heads": "num_key_value_heads n_query_groups",
+        "model.d_head": "head_dim head_size",
+        "model.d_mlp": "intermediate_size n_inner",
+        "model.attention": "attn_implementation flash_attention",
+        "model.preset": "model_type model_name arch",
+        "data.source": "dataset dataset_name data_dir train_file data input",
+        "run.dir": "out_dir output_dir",
+        "run.resume": "init_from resume_from_checkpoint checkpoint",
+        "run.threads": "num_threads n_threads",
+        "optim.lr": "learning_rate max_lr",
+        "optim.min_lr_ratio": "min_lr final_lr_frac",
+        "optim.warmup_steps": "warmup_iters lr_warmup_steps warmup_ratio warmup",
+        "optim.schedule": "decay_lr lr_scheduler_type scheduler",
+        "optim.decay_fraction": "lr_decay_iters warmdown_ratio",
+        "optim.grad_clip": "max_grad_norm max_norm clip_grad_norm clip",
+        "optim.beta1": "adam_beta1",
+        "optim.beta2": "adam_beta2",
+        "optim.optimizer": "optim",
+        "train.steps": "max_iters max_steps num_iterations",
+        "train.batch_size": "per_device_train_batch_size global_batch_size total_batch_size",
+        "train.micro_batch_size": "gradient_accumulation_steps device_batch_size",
+        "train.eval_every": "eval_interval eval_steps interval",
+        "train.eval_tokens": "eval_iters max_eval_samples",
+        "train.save_every": "save_interval save_steps checkpoint_interval",
+        "train.keep_checkpoints": "save_total_limit always_save_checkpoint",
+        "train.dtype": "bf16 fp16 precision",
+        "train.compile": "torch_compile compile_model",
+        "train.sharding": "fsdp strategy",
+        "log.every": "log_interval logging_steps",
+        "log.wandb": "wandb_log report_to",
+        "tokens": "max_new_tokens max_tokens length",
+        "samples": "num_samples num_return_sequences",
+        "prompt": "start",
+    }.items()
+    for alias in aliases.split()
 }
 """Options of nanoGPT, Hugging Face's Trainer, litgpt and nanochat, by their last part, and ours for the same thing."""
 NO_EQUIVALENT = {
@@ -159,13 +157,13 @@ def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tupl
             option, value = word.split("=", 1)
             yield option, value
         else:
-            alone = _field_name(word) in flags or not rest or rest[0].startswith("--")
+            alone = field_name(word) in flags or not rest or rest[0].startswith("--")
             yield word, None if alone else rest.pop(0)
 
 
 def option_problem(option: str, value: str | None, types: dict[str, Any]) -> str | None:
     """What is wrong with an option's name or value, in one line, or None."""
-    name = _field_name(option)
+    name = field_name(option)
     if name not in types:
         return f"unknown option {escape_control_chars(option)}; {_suggestion(name, types)}"
     kind = types[name]
@@ -199,6 +197,6 @@ def _suggestion(name: str, types: dict[str, Any]) -> str:
     return f"did you mean --{nearest}?" if nearest else "--help lists the options"
 
 
-def _field_name(option: str) -> str:
+def field_name(option: str) -> str:
     """`--top-k` as the field `top_k`."""
     return option.removeprefix("--").replace("-", "_")

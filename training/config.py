@@ -18,18 +18,16 @@ from typing import Any, Literal
 from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from data.config import DataConfig
 from model.config import ModelConfig
-from training.cli import parse
+from training.cli import field_name, parse, split_options
 
-MINUTES_DECIDE = (
-    *(f"model.{name}" for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "context")),
-    *(
-        f"train.{name}"
-        for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "save_every")
-    ),
-    *(
-        f"optim.{name}"
-        for name in ("lr", "muon_lr", "momentum", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
-    ),
+MINUTES_DECIDE = tuple(
+    f"{section}.{name}"
+    for section, names in {
+        "model": "n_layers n_heads n_kv_heads d_model d_head d_mlp context",
+        "train": "steps batch_size micro_batch_size eval_every eval_tokens save_every",
+        "optim": "lr muon_lr momentum warmup_steps schedule decay_fraction min_lr_ratio",
+    }.items()
+    for name in names.split()
 )
 """The options that `train.minutes` sets (`training/time_budget.py`)."""
 MAX_MINUTES = 100_000
@@ -142,23 +140,12 @@ class TrainConfig:
     """torch.compile; `auto` tries it where the run is long enough to earn it back, and keeps it if it is faster."""
 
     def problems(self) -> list[str]:
-        found = (
-            [] if self.minutes < MAX_MINUTES else [f"train.minutes is {self.minutes}; it must be below {MAX_MINUTES:,}"]
-        )
-        return found + at_least(
-            "train",
-            self,
-            minutes=0,
-            steps=1,
-            batch_size=1,
-            micro_batch_size=0,
-            eval_every=1,
-            eval_tokens=1,
-            save_every=1,
-            keep_checkpoints=1,
-            patience=0,
-            skip_nonfinite_steps=0,
-        )
+        least_one = ("steps", "batch_size", "eval_every", "eval_tokens", "save_every", "keep_checkpoints")
+        least_zero = ("minutes", "micro_batch_size", "patience", "skip_nonfinite_steps")
+        found = at_least("train", self, **dict.fromkeys(least_one, 1), **dict.fromkeys(least_zero, 0))
+        if self.minutes >= MAX_MINUTES:
+            found.append(f"train.minutes is {self.minutes}; it must be below {MAX_MINUTES:,}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -211,14 +198,11 @@ def as_arguments(table: dict[str, Any], where: str) -> list[str]:
     arguments = []
     for section, entries in table.items():
         if not isinstance(entries, dict):
-            raise UserError(
-                f"{where}: {escape_control_chars(section)} is outside of a section; write [section] and key = value"
-            )
+            problem = f"{section} is outside of a section; write [section] and key = value"
+            raise UserError(f"{where}: {escape_control_chars(problem)}")
         for key, value in entries.items():
-            if isinstance(value, str) and "\0" in value:
-                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} contains a NUL byte")
-            if isinstance(value, (dict, list)):
-                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} must be a string or a number")
+            if isinstance(value, (dict, list)) or "\0" in str(value):
+                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} must be a number or plain text")
             arguments.append(f"--{section}.{key}={value}")
     return arguments
 
@@ -270,20 +254,17 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
     """
     typed = list(argv)
     file = Path(typed.pop(0)) if typed and not typed[0].startswith("-") else None
-    resumed = [word for i, word in enumerate(typed) if i and typed[i - 1] in ("--run.resume",)]
-    resumed += [word.split("=", 1)[1] for word in typed if word.startswith("--run.resume=")]
+    resumed = dict(split_options(typed)).get("--run.resume")
     if resumed:
-        saved = Path(resumed[-1]) / "config.toml"
+        shown = escape_control_chars(resumed)
+        saved = Path(resumed) / "config.toml"
         if not os.path.isfile(saved):  # not Path.is_file, which raises for names that are too long
-            raise UserError(
-                f"{escape_control_chars(resumed[-1])} is not a run folder: it has no config.toml",
-                CHECKPOINT,
-            )
+            raise UserError(f"{shown} is not a run folder: it has no config.toml", CHECKPOINT)
         if file is not None:
             raise UserError(
                 f"--run.resume uses the config of that run; leave out {escape_control_chars(file)}, or give single options"
             )
-        file, typed = saved, [*typed, f"--run.dir={resumed[-1]}"]
+        file, typed = saved, [*typed, f"--run.dir={resumed}"]
     file = file or QUICKSTART
     description = (
         "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With "
@@ -304,21 +285,15 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
 
 
 def check_minutes(typed: list[str], from_file: list[str], resuming: bool) -> None:
-    """Refuse `train.minutes` together with an option that it sets itself.
+    """Refuse `train.minutes` together with an option that it sets itself; raises UserError.
 
     Args:
         typed: arguments of the command line.
         from_file: those of the config file; `train.minutes` overrides them unless it is in the file too.
-
-    Raises:
-        UserError: naming the option.
     """
     if resuming:
         raise UserError("train.minutes is for a new run; to resume, give --train.steps instead")
-    named = [option.removeprefix("--").partition("=")[0] for option in typed]
-    saved = [option.removeprefix("--").partition("=")[0] for option in from_file]
-    if "train.minutes" in saved:
-        named += saved
-    both = [option for option in MINUTES_DECIDE if option in named]
-    if both:
+    saved = {field_name(option) for option, _ in split_options(from_file)}
+    named = {field_name(option) for option, _ in split_options(typed)} | (saved if "train.minutes" in saved else set())
+    if both := [option for option in MINUTES_DECIDE if option in named]:
         raise UserError(f"train.minutes sets {both[0]} itself; leave out one of them")
