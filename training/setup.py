@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import CHECKPOINT, CONFIG, DATA, UserError
+from common.errors import CHECKPOINT, CONFIG, DATA, UserError, escape_control_chars
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
 from training.checkpoint import (
@@ -56,16 +56,8 @@ class Checkpointer(Callback):
         gather_weights(trainer.wrapped_model, trainer.model)
         optimizer_state = trainer.optimizer.state_dict()
         if self.saver is not None:
-            model, tokenizer = trainer.model, trainer.data.tokenizer
-            weights = model_weights(model)
-            self.saver.save(
-                trainer.config,
-                trainer.state,
-                weights,
-                optimizer_state,
-                tokenizer,
-                trainer.environment,
-            )
+            weights, tokenizer = model_weights(trainer.model), trainer.data.tokenizer
+            self.saver.save(trainer.config, trainer.state, weights, optimizer_state, tokenizer, trainer.environment)
             if trainer.saved is None:  # the first checkpoint of a new run: from now on it can be resumed
                 save_config(trainer.config)
 
@@ -151,7 +143,9 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
             try:
                 optimizer.load_state_dict(saved.optimizer_state())
             except ValueError as error:
-                raise UserError(f"cannot resume from {saved.folder}: {error}", CHECKPOINT) from error
+                raise UserError(
+                    escape_control_chars(f"cannot resume from {saved.folder}: {error}"), CHECKPOINT
+                ) from error
         wrapped, is_compiled = maybe_compile(wrapped, config, ctx, vocab_size, saved)
     state = TrainState() if saved is None else saved.state
     trainer = Trainer(config, ctx, data, model, wrapped, optimizer, state)

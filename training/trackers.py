@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
-import re
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from common.errors import escape_control_chars
 from training.trainer import Callback, Trainer
 
-INIT_SECONDS, FINISH_SECONDS = 20, 20
-"""How long to wait for the server at the start and for uploads at the end."""
+TIMEOUT_SECONDS = 20
+"""How long to wait for the server at the start, and for uploads at the end."""
 
 
 class WandbTracker(Callback):
@@ -51,9 +50,9 @@ class WandbTracker(Callback):
             import wandb
 
             settings = wandb.Settings(
-                init_timeout=INIT_SECONDS,
-                login_timeout=INIT_SECONDS,
-                finish_timeout=FINISH_SECONDS,
+                init_timeout=TIMEOUT_SECONDS,
+                login_timeout=TIMEOUT_SECONDS,
+                finish_timeout=TIMEOUT_SECONDS,
                 finish_timeout_raises=True,
                 silent=True,
                 console="off",
@@ -109,17 +108,9 @@ class WandbTracker(Callback):
 
 
 def run_id(folder: Path) -> str:
-    """The wandb run id that the run folder keeps, or a new one.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """The wandb run id that the run folder keeps; a new one the first time."""
     file = folder / "wandb" / "run-id.txt"
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        kept = file.read_text(encoding="ascii").strip()
-        if re.fullmatch(r"[0-9a-z]{8}", kept):
-            return kept
-    fresh = secrets.token_hex(4)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(fresh + "\n", encoding="ascii")
-    return fresh
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4) + "\n", encoding="ascii")
+    return file.read_text(encoding="ascii").strip()

@@ -16,7 +16,7 @@ import pytest
 
 from tests.runs import TINY, script
 from tests.training.step_checks import make_trainer
-from training.trackers import WandbTracker, run_id
+from training.trackers import WandbTracker
 from training.trainer import Trainer
 
 
@@ -147,11 +147,3 @@ def records(path: Path) -> Iterator[Any]:
             record.ParseFromString(pieces)
             yield record
             pieces = b""
-
-
-@pytest.mark.parametrize("kept", [b"../../etc", b"\xff\xfe", b""])
-def test_invalid_run_id_is_replaced(kept: bytes, tmp_path: Path) -> None:
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "run-id.txt").write_bytes(kept)
-    fresh = run_id(tmp_path)
-    assert len(fresh) == 8 and run_id(tmp_path) == fresh
