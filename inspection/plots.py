@@ -243,7 +243,7 @@ def _pattern_figure(
     label_room = 0.07 * max(map(len, ticks.values()))
     width, height = columns * (side + 0.1) + label_room + 1.2, rows * (side + 0.3) + label_room + 1.0
     with _figure(path, (max(width, 5.2), height), title, note, "compressed") as figure:
-        panels = figure.subplots(rows, columns, squeeze=False)
+        panels: Any = figure.subplots(rows, columns, squeeze=False)
         for row, column in np.ndindex(rows, columns):
             axes = panels[row, column]
             causal = np.ma.masked_array(pattern[row, column], mask=~np.tri(T, dtype=bool))

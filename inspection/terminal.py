@@ -10,11 +10,12 @@ import csv
 import io
 import json
 import math
+import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -73,15 +74,6 @@ def can_encode(text: str, encoding: str | None) -> bool:
     return True
 
 
-def _escape(character: str, encoding: str | None) -> str:
-    if character == "\\":
-        return "\\\\"
-    combining = unicodedata.category(character).startswith("M")  # would merge with the character before it
-    if character.isprintable() and not combining and can_encode(character, encoding):
-        return character
-    return character.encode("unicode_escape").decode("ascii")
-
-
 def token_text(token: bytes, encoding: str | None = "utf-8", space: str | None = None) -> str:
     r"""A token's bytes as printable text: ` She` as `·She`, a line break as `\n`, an incomplete UTF-8 sequence as `\xc3`,
     and end-of-text, which has no bytes, as `<end>`.
@@ -99,8 +91,12 @@ def token_text(token: bytes, encoding: str | None = "utf-8", space: str | None =
     for c in token.decode("utf-8", "surrogateescape"):  # each invalid byte b becomes U+DC00 + b
         if "\udc80" <= c <= "\udcff":
             pieces.append(f"\\x{ord(c) - 0xDC00:02x}")
+        elif c == " ":
+            pieces.append(space)
+        elif c != "\\" and c.isprintable() and unicodedata.category(c)[0] != "M" and can_encode(c, encoding):
+            pieces.append(c)  # a combining mark (category M) would merge with the character before it
         else:
-            pieces.append(space if c == " " else _escape(c, encoding))
+            pieces.append(c.encode("unicode_escape").decode("ascii"))
     return "".join(pieces)
 
 
@@ -173,35 +169,16 @@ def clearest_head(pattern: ArrayLike) -> tuple[int, int]:
     return int(layer), int(head)
 
 
-def _char_width(character: str) -> int:
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
 def display_width(text: str) -> int:
     """Columns of a terminal that a text takes."""
-    return sum(map(_char_width, text))
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _fit(text: str, columns: int) -> str:
     """The text, cut or padded with spaces to exactly so many columns."""
-    width, kept = 0, ""
-    for c in text:
-        if width + _char_width(c) > columns:
-            break
-        width, kept = width + _char_width(c), kept + c
-    return kept + " " * (columns - width)
-
-
-def _ruler(first: int, T: int, cell: int) -> list[str]:
-    """Column numbers, one line for each decimal place; higher places only where they change."""
-    lines = []
-    for place in reversed(range(len(str(T - 1)))):
-        digits = ""
-        for k in range(first, T):
-            changes = k >= 10**place and (k % 10**place == 0 or k == first)
-            digits += (str(k // 10**place % 10) if place == 0 or changes else " ").ljust(cell)
-        lines.append(digits.rstrip())
-    return lines
+    while display_width(text) > columns:
+        text = text[:-1]
+    return text + " " * (columns - display_width(text))
 
 
 def heat_map(pattern: ArrayLike, token_texts: Sequence[str], terminal: Terminal) -> list[str]:
@@ -225,7 +202,11 @@ def heat_map(pattern: ArrayLike, token_texts: Sequence[str], terminal: Terminal)
     cell = 2 if room >= 2 * T else 1
     first = max(0, T - room)
     lines = [f"the last {T - first} of {T} tokens"] if first else []
-    lines += [" " * margin + line for line in _ruler(first, T, cell)]
+    tens = range(-(-first // 10) * 10, T, 10)
+    lines.append(
+        " " * (margin + cell * ((tens.start if tens else T) - first))
+        + "".join(f"{k:<{10 * cell}}" for k in tens).rstrip()
+    )
     cells = [shade * cell if k else shade.ljust(cell) for k, shade in enumerate(shades)]
     levels = np.clip(np.rint(np.nan_to_num(pattern) * (len(shades) - 1)), 0, len(shades) - 1).astype(int)
     for i in range(first, T):
@@ -254,53 +235,28 @@ def interval(triple: Sequence[float] | None, digits: int = 2) -> str:
     return f"{value} [{low}, {high}]"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a text table."""
-
-    title: str
-    digits: int = 2
-    """Decimal places of floats."""
-    signed: bool = False
-    """Whether positive floats get a plus sign."""
-    align: Literal["left", "right"] = "right"
-
-
-def _cell_text(value: Cell, column: Column) -> str:
-    if isinstance(value, float) or value is None:
-        return number(value, column.digits, column.signed)
-    return str(value)
-
-
-def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int = 100, fixed: int = 1) -> list[str]:
-    """Rows under their titles. Columns that do not fit the terminal are continued in further blocks below.
+def table(titles: Sequence[str], rows: Sequence[Sequence[Cell]], width: int = 100, fixed: int = 1) -> list[str]:
+    """Rows under their titles, numbers right-aligned. Columns that do not fit are continued in further blocks below.
 
     Args:
         width: of the terminal, in columns.
         fixed: how many of the first columns each block repeats.
     """
-    texts = [[column.title for column in columns]]
-    texts += [[_cell_text(value, column) for value, column in zip(row, columns, strict=True)] for row in rows]
-    widths = [max(map(display_width, cells)) for cells in zip(*texts, strict=True)]
-    blocks: list[list[int]] = [[]]
-    room = free = max(width, 20) - sum(widths[:fixed]) - 2 * (fixed - 1)
-    for k in range(fixed, len(columns)):
-        if widths[k] + 2 > free and blocks[-1]:
-            blocks.append([])
-            free = room
-        blocks[-1].append(k)
-        free -= widths[k] + 2
-    lines: list[str] = []
-    for block in blocks:
-        shown = [*range(fixed), *block]
-        lines += [""] if lines else []
-        lines += ["  ".join(_pad(row[k], widths[k], columns[k].align) for k in shown).rstrip() for row in texts]
-    return lines
-
-
-def _pad(text: str, width: int, align: str) -> str:
-    space = " " * (width - display_width(text))
-    return text + space if align == "left" else space + text
+    texts = [[number(v) if v is None or isinstance(v, float) else str(v) for v in row] for row in rows]
+    columns = []
+    for title, *cells in zip(titles, *texts, strict=True):
+        length = max(map(display_width, [title, *cells]))
+        right = all(re.fullmatch(r"[+-]?[\d.]*[! ]?", cell) for cell in cells)
+        spaces = [" " * (length - display_width(cell)) for cell in [title, *cells]]
+        columns.append([space + c if right else c + space for c, space in zip([title, *cells], spaces, strict=True)])
+    blocks = [columns[:fixed]]
+    for column in columns[fixed:]:
+        used = sum(display_width(other[0]) + 2 for other in blocks[-1])
+        if used + display_width(column[0]) > max(width, 20) and len(blocks[-1]) > fixed:
+            blocks.append(columns[:fixed])
+        blocks[-1] = [*blocks[-1], column]
+    lines = [["  ".join(cells).rstrip() for cells in zip(*block, strict=True)] for block in blocks]
+    return [line for block in lines for line in ["", *block]][1:]
 
 
 def paragraph(text: str, width: int) -> list[str]:
@@ -316,14 +272,11 @@ def sparkline(values: ArrayLike, low: float, high: float, encoding: str | None =
     marks = BLOCKS if can_encode(BLOCKS, encoding) else ASCII_BLOCKS
     series = np.asarray(values, dtype=np.float64)
     line = ""
-    for part in np.array_split(series, min(len(series), max(1, width))) if len(series) else []:
-        finite = part[np.isfinite(part)]
-        if not len(finite):
-            line += " "
-            continue
-        fraction = (np.clip(finite, low, high).mean() - low) / (high - low) if high > low else 0.0
-        line += marks[int(np.clip(fraction * len(marks), 0, len(marks) - 1))]
-    return line
+    for part in np.array_split(series, max(1, min(len(series), width))):
+        finite = np.clip(part[np.isfinite(part)], low, high)
+        fraction = (finite.mean() - low) / ((high - low) or 1.0) if len(finite) else 0.0
+        line += marks[min(int(fraction * len(marks)), len(marks) - 1)] if len(finite) else " "
+    return line if len(series) else ""
 
 
 # JSON and CSV

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.errors import CHECKPOINT, UserError, escape_control_chars
+from common.errors import CHECKPOINT, UserError
 from inspection.commands.shared import LoadModel, RunOptions
 from inspection.run_reader import NEWEST, RunFiles
 from inspection.terminal import Result, Terminal, paragraph
@@ -32,6 +32,6 @@ def run(options: Ablate, terminal: Terminal, load_model: LoadModel) -> Result:
         recorder = AttentionRecorder(texts, loaded.token_bytes, files.folder)
         recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
     report = report_heads(loaded.model, texts, files.folder, loaded.step, loaded.metadata["weights_sha256"])
-    lines = [part for line in report.lines for part in paragraph(escape_control_chars(line), terminal.width) or [""]]
+    lines = [part for line in report.lines for part in paragraph(line, terminal.width) or [""]]
     written = [*report.figures, *([report.page] if report.page else [])]
-    return Result([*lines, "", *(f"written  {escape_control_chars(path)}" for path in written)])
+    return Result([*lines, "", *(f"written  {path}" for path in written)])

@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import escape_control_chars
 from inspection.commands.shared import (
     OutputOptions,
     ablation_notes,
+    effect_texts,
     flatten_intervals,
     note_lines,
     require_scores,
     score_rows,
 )
 from inspection.run_reader import NEWEST, RunFiles, find_score, match_name
-from inspection.terminal import DISCLAIMER, Column, Result, Terminal, interval, number, table
+from inspection.terminal import DISCLAIMER, Result, Terminal, table
 
 
 @dataclass(frozen=True)
@@ -43,42 +43,30 @@ def run(options: Heads, terminal: Terminal) -> Result:
         rows.sort(key=lambda row: -row["value"] if math.isfinite(row["value"]) else math.inf)
         title, body = f"{options.score}: {find_score(options.score).title}", _one_score(rows, terminal)
     else:
-        title, body = (
-            "every score of every head, each followed by the effect of zero ablation",
-            _all_scores(rows, terminal),
-        )
-    lines = [f"{escape_control_chars(files.folder)}, step {step}", title, "", *body, ""]
+        title = "every score of every head, each followed by the effect of zero ablation"
+        body = _all_scores(rows, terminal)
+    lines = [f"{files.folder}, step {step}", title, "", *body, ""]
     lines += [*note_lines(rows), *ablation_notes(files, step, file, results), DISCLAIMER]
     data: dict[str, Any] = {"run": str(files.folder), "step": step, "heads": rows, "disclaimer": DISCLAIMER}
     return Result(lines, data, [flatten_intervals(row) for row in rows])
 
 
-def _digits(row: dict[str, Any]) -> int:
-    return 3 if row["unit"] == "nats/token" else 2
-
-
 def _all_scores(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
     """A row for each head; each score is followed by its effect, with a `!` if it has a note."""
-    columns = [Column("head", align="left")]
-    for name in dict.fromkeys(row["score"] for row in rows):
-        columns += [Column(escape_control_chars(name)), Column("ablated")]
+    titles = ["head", *(title for name in dict.fromkeys(row["score"] for row in rows) for title in (name, "ablated"))]
     cells: dict[str, list[Any]] = {}
     for row in rows:
-        effect = number(row["zero_ablation"][0], _digits(row), signed=True) if row["zero_ablation"] else "-"
+        effect = effect_texts(row, "zero_ablation")[0].split()[0]
         cells.setdefault(row["head"], [row["head"]]).extend([row["value"], effect + ("!" if row["note"] else " ")])
-    return table(columns, list(cells.values()), terminal.width)
+    return table(titles, list(cells.values()), terminal.width)
 
 
 def _one_score(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
     """A row for each head, highest score first, with both ablations and both controls."""
-    titles = ("zero ablation", "mean ablation", "control, zero", "control, mean", "label")
+    titles = ("head", "value", "zero ablation", "mean ablation", "control, zero", "control, mean", "label")
     keys = ("zero_ablation", "mean_ablation", "control_zero", "control_mean")
-    columns = [Column("head", align="left"), Column("value"), *(Column(title, align="left") for title in titles)]
-    cells = [
-        (row["head"], row["value"], *(interval(row[key], _digits(row)) for key in keys), row["label"] or "-")
-        for row in rows
-    ]
-    lines = table(columns, cells, terminal.width, fixed=2)
+    cells = [(row["head"], row["value"], *effect_texts(row, *keys), row["label"] or "-") for row in rows]
+    lines = table(titles, cells, terminal.width, fixed=2)
     if rows and rows[0]["measure"]:
         lines += ["", f"effects on {rows[0]['measure']} in {rows[0]['unit']}, with 95% intervals; positive is worse"]
     return lines

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import escape_control_chars
 from inspection.commands.shared import RunOptions
 from inspection.run_reader import RunFiles
 from inspection.terminal import Result, Terminal
@@ -34,6 +33,4 @@ def run(options: Page, terminal: Terminal) -> Result:
         first.ablation,
         str(first.folder),
     )
-    size = f"{report.bytes / 1e6:.1f} MB"
-    lines = [f"page  {escape_control_chars(report.path)}  {size}", *map(escape_control_chars, report.notes)]
-    return Result(lines)
+    return Result([f"page  {report.path}  {report.bytes / 1e6:.1f} MB", *report.notes])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.errors import escape_control_chars
 from inspection.commands.shared import RunOptions
 from inspection.plots import draw_figures
 from inspection.run_reader import NEWEST, RunFiles
@@ -34,7 +33,7 @@ def run(options: Plot, terminal: Terminal) -> Result:
     files = RunFiles.open(options.run)
     folder = Path(options.out) if options.out else files.base_folder / "figures"
     paths = draw_figures(files, folder, options.format, files.step(options.step), options.text, options.score)
-    lines = [f"figure  {escape_control_chars(path)}" for path in paths]
+    lines = [f"figure  {path}" for path in paths]
     if not any(path.stem == "phase_change" for path in paths):
         lines.append("no phase_change: it needs losses, induction and previous_token scores at two steps or more")
     return Result(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ import numpy as np
 from tyro.conf import Positional
 
 from common.errors import CHECKPOINT, CONFIG, UserError
-from inspection.ablation_results import AblationEffects, AblationResults, Interval
+from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
 from inspection.run_reader import RunFiles, find_score
-from inspection.terminal import head_name
+from inspection.terminal import head_name, interval
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -105,39 +105,34 @@ def score_rows(file: AttentionFile, results: AblationResults | None, names: list
     """A row for each score and head, in order: the score, and the effects of ablating the head as [value, low, high]."""
     rows = []
     for name in names:
-        values, measure = file.scores[name], measure_for_score(name)
+        measure = measure_for_score(name)
         effects = results.measures.get(measure) if results else None
-        if effects and (len(effects.zero), len(effects.zero[0])) != values.shape:
+        if effects and (len(effects.zero), len(effects.zero[0])) != file.scores[name].shape:
             effects = None  # of another model
-        for layer, head in np.ndindex(*values.shape):
-            rows.append(_score_row(name, layer, head, float(values[layer, head]), effects))
+        for (layer, head), value in np.ndenumerate(file.scores[name].astype(float)):
+            row: dict[str, Any] = {"head": head_name(layer, head), "score": name, "value": value}
+            row |= {"measure": measure if effects else None, "unit": effects.unit if effects else None}
+            for key, field in EFFECTS.items():
+                table = getattr(effects, field, None)
+                row[key] = list(astuple(table[layer][head])) if table else None
+            label = ablation_label(effects.head(layer, head)) if effects else None
+            high = find_score(name).is_share and value >= ATTENTION_THRESHOLD
+            rows.append({**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""})
     return rows
-
-
-def _score_row(name: str, layer: int, head: int, value: float, effects: AblationEffects | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"head": head_name(layer, head), "score": name, "value": value}
-    row |= {"measure": measure_for_score(name) if effects else None, "unit": effects.unit if effects else None}
-    for key, field in EFFECTS.items():
-        table = getattr(effects, field, None)
-        row[key] = _triple(table[layer][head]) if table else None
-    label = ablation_label(effects.head(layer, head)) if effects else None
-    high = find_score(name).is_share and value >= ATTENTION_THRESHOLD
-    return {**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""}
-
-
-def _triple(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
 
 
 def flatten_intervals(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with a column for each end of an interval, for CSV."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
-        if key in EFFECTS:
-            flat[key], flat[f"{key}_low"], flat[f"{key}_high"] = value or (None, None, None)
-        else:
-            flat[key] = value
+        names = (key, f"{key}_low", f"{key}_high") if key in EFFECTS else (key,)
+        flat |= zip(names, (value or [None] * 3) if key in EFFECTS else [value], strict=True)
     return flat
+
+
+def effect_texts(row: Mapping[str, Any], *keys: str) -> list[str]:
+    """The effects of those keys with their intervals, three decimal places for nats per token."""
+    return [interval(row[key], 3 if row["unit"] == "nats/token" else 2) for key in keys]
 
 
 def note_lines(rows: list[dict[str, Any]]) -> list[str]:

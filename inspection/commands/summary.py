@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import escape_control_chars
 from inspection.attention_file import AttentionFile
-from inspection.commands.shared import RunOptions, ablation_notes, model_shape, note_lines, score_rows
+from inspection.commands.shared import RunOptions, ablation_notes, effect_texts, model_shape, note_lines, score_rows
 from inspection.run_reader import RunFiles, best_head
-from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, interval, number, paragraph, table
+from inspection.terminal import DISCLAIMER, Result, Terminal, head_name, number, paragraph, table
 
 EXPLANATION = """\
 Effects in nats with 95% intervals; positive: the model gets worse. Zero and mean ablation replace the head's output by 0
@@ -46,7 +45,7 @@ def run(options: Summary, terminal: Terminal) -> Result:
         "best_heads": rows,
         "disclaimer": DISCLAIMER,
     }
-    lines = [*paragraph(escape_control_chars(headline), terminal.width), ""] if headline else []
+    lines = [*paragraph(headline, terminal.width), ""] if headline else []
     lines += [*_contents(files, step, file, terminal.width), ""]
     lines += _table(rows, terminal) if rows else [f"{files.folder} has no head scores"]
     return Result([*lines, "", *ablation_notes(files, step, file, results), DISCLAIMER], data, rows)
@@ -55,25 +54,21 @@ def run(options: Summary, terminal: Terminal) -> Result:
 def _contents(files: RunFiles, step: int, file: AttentionFile, width: int) -> list[str]:
     L, H = model_shape(file) or (0, 0)
     steps, lengths = files.steps, [len(text.tokens) for text in file.texts]
-    names = ", ".join(escape_control_chars(text.name) for text in file.texts)
+    names = ", ".join(text.name for text in file.texts)
     which = f"{len(steps)} attention files, steps {steps[0]} to {steps[-1]}; this is step {step}"
-    run = f"run    {escape_control_chars(files.folder)}: {L} layers of {H} heads; "
+    run = f"run    {files.folder}: {L} layers of {H} heads; "
     tokens = f" of {min(lengths)} to {max(lengths)} tokens: {names}" if lengths else ""
     return [run + (which if len(steps) > 1 else f"step {step}"), *paragraph(f"texts  {len(lengths)}{tokens}", width)]
 
 
 def _table(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
-    columns = [Column("score", align="left"), Column("head", align="left"), Column("value")]
-    columns += [Column(title, align="left") for title in ("zero ablation", "mean ablation", "control")]
+    titles = ("score", "head", "value", "zero ablation", "mean ablation", "control")
     cells = []
     for row in rows:
-        digits = 3 if row["unit"] == "nats/token" else 2
-        effects = [interval(row[key], digits) for key in ("zero_ablation", "mean_ablation", "control_zero")]
         name = row["score"] + (" (lowest)" if row["score"] == "entropy" else "")
-        cells.append(
-            (escape_control_chars(name), row["head"], number(row["value"]) + "!" * bool(row["note"]), *effects)
-        )
-    lines = [*table(columns, cells, max(terminal.width, 80), fixed=3), *note_lines(rows)]
+        effects = effect_texts(row, "zero_ablation", "mean_ablation", "control_zero")
+        cells.append((name, row["head"], number(row["value"]) + "!" * bool(row["note"]), *effects))
+    lines = [*table(titles, cells, max(terminal.width, 80), fixed=3), *note_lines(rows)]
     if any(row["zero_ablation"] for row in rows):
         lines += ["", *paragraph(EXPLANATION, terminal.width)]
     return lines

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import escape_control_chars
 from inspection.commands.shared import OutputOptions, require_scores
 from inspection.findings import ATTENTION_THRESHOLD
 from inspection.plots import score_range
 from inspection.run_reader import HeadScoreSeries, RunFiles, best_head, find_score, match_name
-from inspection.terminal import Cell, Column, Result, Terminal, head_name, sparkline, table
+from inspection.terminal import Cell, Result, Terminal, head_name, sparkline, table
 
 SPARKLINE_WIDTH = 60
 
@@ -33,59 +32,50 @@ def run(options: Timeline, terminal: Terminal) -> Result:
     names = list(series.scores)
     if options.score not in ("", "all"):
         names = [match_name(options.score, names, "score", str(files.folder))]
-    timelines = [
-        head_timeline(name, head, series) for name in names for head in np.ndindex(*series.scores[name].shape[1:])
-    ]
-    shown = timelines
+    heads = [(name, head) for name in names for head in np.ndindex(*series.scores[name].shape[1:])]
+    timelines = [_timeline(name, head, series) for name, head in heads]
+    best = {name: best_head(name, series.scores[name][-1]) for name in names}
+    shown = [t for t, (name, head) in zip(timelines, heads, strict=True) if options.score or head == best[name]]
+    steps = series.steps
+    lines = [f"{files.folder}, steps {steps[0]} to {steps[-1]}, {len(steps)} evaluations"]
     if not options.score:
-        best = {name: best_head(name, series.scores[name][-1]) for name in names}
-        shown = [one for one in timelines if (head := best[one["score"]]) and one["head"] == head_name(*head)]
-    data: dict[str, Any] = {"run": str(files.folder), "steps": series.steps, "timelines": timelines}
+        lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
+    elif options.score != "all":
+        lines.append(f"{options.score}: {find_score(options.score).title}")
+    lines += ["", *_table(shown, series, terminal), ""]
+    lines.append(f"threshold: the first step with a score of at least {ATTENTION_THRESHOLD}, for shares of attention")
     rows = [
-        {"head": one["head"], "score": one["score"], "step": step, "value": value}
-        for one in timelines
-        for step, value in zip(series.steps, one["values"], strict=True)
+        {"head": t["head"], "score": t["score"], "step": step, "value": value}
+        for t in timelines
+        for step, value in zip(steps, t["values"], strict=True)
     ]
-    return Result(_lines(options.score, shown, files, terminal), data, rows)
+    return Result(lines, {"run": str(files.folder), "steps": steps, "timelines": timelines}, rows)
 
 
-def head_timeline(name: str, head: tuple[int, ...], series: HeadScoreSeries) -> dict[str, Any]:
-    """One score of one head over the steps, and the first step at which half of the attention was where it tests.
-
-    Scores that are not a share of attention have no such step.
-    """
+def _timeline(name: str, head: tuple[int, ...], series: HeadScoreSeries) -> dict[str, Any]:
+    """One score of one head over the steps, and the first step at which it reached the threshold."""
     values = series.scores[name][:, head[0], head[1]].astype(float)
-    finite = values[np.isfinite(values)]
-    largest = float(finite.max()) if len(finite) else np.nan
-    reached = [step for step, value in zip(series.steps, values, strict=True) if value >= ATTENTION_THRESHOLD]
+    reached = values >= ATTENTION_THRESHOLD
+    is_reached = find_score(name).is_share and reached.any()
     return {
         "head": head_name(*head),
         "score": name,
-        "first": float(values[0]),
-        "last": float(values[-1]),
-        "max": largest,
-        "threshold_step": reached[0] if reached and find_score(name).is_share else None,
+        "first": values[0],
+        "last": values[-1],
+        "max": np.max(values[np.isfinite(values)], initial=-np.inf),
+        "threshold_step": series.steps[int(reached.argmax())] if is_reached else None,
         "values": values.tolist(),
     }
 
 
-def _lines(score: str, timelines: list[dict[str, Any]], files: RunFiles, terminal: Terminal) -> list[str]:
-    series = files.head_scores
+def _table(timelines: list[dict[str, Any]], series: HeadScoreSeries, terminal: Terminal) -> list[str]:
     rows: list[tuple[Cell, ...]] = []
-    for one in timelines:
-        low, high = score_range(one["score"], series.scores[one["score"]])
-        line = sparkline(one["values"], low, high, terminal.encoding, SPARKLINE_WIDTH)
-        missing = "never" if find_score(one["score"]).is_share else "-"
-        reached = missing if one["threshold_step"] is None else str(one["threshold_step"])
-        name = escape_control_chars(one["score"])
-        rows.append((name, one["head"], line, one["first"], one["last"], one["max"], reached))
-    columns = [Column(title, align="left") for title in ("score", "head", "over the steps")]
-    columns += [Column(title) for title in ("first", "last", "max", "threshold at step")]
-    steps = series.steps
-    lines = [f"{escape_control_chars(files.folder)}, steps {steps[0]} to {steps[-1]}, {len(steps)} evaluations"]
-    if score not in ("", "all"):
-        lines.append(f"{score}: {find_score(score).title}")
-    elif not score:
-        lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
-    note = f"threshold: the first step with a score of at least {ATTENTION_THRESHOLD}, for shares of attention"
-    return [*lines, "", *table(columns, rows, max(terminal.width, 80), fixed=3), "", note]
+    for timeline in timelines:
+        name, reached = timeline["score"], timeline["threshold_step"]
+        low, high = score_range(name, series.scores[name])
+        line = sparkline(timeline["values"], low, high, terminal.encoding, SPARKLINE_WIDTH)
+        if reached is None:
+            reached = "never" if find_score(name).is_share else "-"
+        rows.append((name, timeline["head"], line, *(timeline[key] for key in ("first", "last", "max")), reached))
+    titles = ("score", "head", "over the steps", "first", "last", "max", "threshold at step")
+    return table(titles, rows, max(terminal.width, 80), fixed=3)

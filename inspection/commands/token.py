@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from common.errors import CONFIG, UserError, escape_control_chars
+from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionRecord
 from inspection.commands.shared import OutputOptions, parse_head
-from inspection.head_scores import value_weighted as value_weighted_attention
+from inspection.head_scores import value_weighted
 from inspection.run_reader import NEWEST, RunFiles, find_text
-from inspection.terminal import DISCLAIMER, Column, Result, Terminal, head_name, quote_token, table, token_text
+from inspection.terminal import DISCLAIMER, Result, Terminal, head_name, quote_token, table, token_text
 
 TOP, TOP_OF_ONE_HEAD = 3, 10
 """Keys listed for each head, and for the head of `--head`."""
@@ -55,13 +54,18 @@ def run(options: Token, terminal: Terminal) -> Result:
     position, notes = _find_position(options, text, file.texts)
     L, H, _ = text.value_norms.shape
     heads = [parse_head(options.head, L, H)] if options.head else list(np.ndindex(L, H))
-    weights = query_attention(text, position, options.value_weighted)
-    top = TOP_OF_ONE_HEAD if options.head else TOP
-    rows = [row for layer, head in heads for row in _strongest_keys(text, weights, layer, head, top)]
-    next_tokens = None
-    if text.top_tokens is not None:
-        pairs = text.top_tokens[position]
-        next_tokens = [{"token": token_text(token, space=" "), "probability": p} for token, p in pairs]
+    start = position * (position + 1) // 2
+    attention = text.pattern_tril[:, :, start : start + position + 1].astype(float)
+    if options.value_weighted:
+        attention = value_weighted(attention, text.value_norms[:, :, : position + 1])
+    rows = []
+    for head in heads:
+        strongest = np.argsort(-np.nan_to_num(attention[head]), kind="stable")
+        for rank, key in enumerate(strongest[: TOP_OF_ONE_HEAD if options.head else TOP].tolist(), 1):
+            token = token_text(text.token_bytes[key], space=" ")
+            row = {"head": head_name(*head), "rank": rank, "key": key, "token": token}
+            rows.append({**row, "attention": float(attention[head][key]), "distance": position - key})
+    pairs = text.top_tokens[position] if text.top_tokens is not None else None
     data: dict[str, Any] = {
         "run": str(files.folder),
         "step": step,
@@ -71,55 +75,26 @@ def run(options: Token, terminal: Terminal) -> Result:
         "loss": float(text.loss[position - 1]) if position else None,
         "value_weighted": options.value_weighted,
         "attention": rows,
-        "next_tokens": next_tokens,
+        "next_tokens": pairs and [{"token": token_text(token, space=" "), "probability": p} for token, p in pairs],
         "disclaimer": DISCLAIMER,
     }
-    return Result(_lines(data, text, notes, terminal), data, rows)
-
-
-def query_attention(text: AttentionRecord, position: int, value_weighted: bool) -> NDArray[np.float64]:
-    """The attention of one query in every head, (L, H, position + 1).
-
-    Value-weighted: A[i, j] |v_j W_O| divided by its sum over j (Kobayashi et al. 2020); nan where the sum is 0.
-    """
-    start = position * (position + 1) // 2
-    weights = text.pattern_tril[:, :, start : start + position + 1].astype(np.float64)
-    if value_weighted:
-        return value_weighted_attention(weights, text.value_norms[:, :, : position + 1])
-    return weights
-
-
-def _strongest_keys(
-    text: AttentionRecord, weights: NDArray[np.float64], layer: int, head: int, top: int
-) -> list[dict[str, Any]]:
-    row = weights[layer, head]
-    return [
-        {
-            "head": head_name(layer, head),
-            "rank": rank,
-            "key": int(j),
-            "token": token_text(text.token_bytes[j], space=" "),
-            "attention": float(row[j]),
-            "distance": len(row) - 1 - int(j),
-        }
-        for rank, j in enumerate(np.argsort(-np.nan_to_num(row), kind="stable")[:top], 1)
-    ]
+    where = f"{files.folder}, step {step}, text {text.name!r}"
+    return Result([where, *notes, *_lines(data, text, terminal), DISCLAIMER], data, rows)
 
 
 def _find_position(options: Token, text: AttentionRecord, texts: list[AttentionRecord]) -> tuple[int, list[str]]:
     """The position that the options name, and notes on the choice."""
-    T, name = len(text.tokens), escape_control_chars(text.name)
-    if not options.find:
+    T, word = len(text.tokens), options.find
+    if not word:
         if options.position >= T:
-            raise UserError(f"--position is {options.position}; text {name!r} has tokens 0 to {T - 1}", CONFIG)
+            raise UserError(f"--position is {options.position}; text {text.name!r} has tokens 0 to {T - 1}", CONFIG)
         return options.position % T, []
-    word, positions = escape_control_chars(options.find), word_ends(options.find, text.token_bytes)
+    positions = word_ends(word, text.token_bytes)
     if not positions:
-        elsewhere = [other.name for other in texts if word_ends(options.find, other.token_bytes)]
+        elsewhere = [other.name for other in texts if word_ends(word, other.token_bytes)]
         hint = f"the text begins {token_text(b''.join(text.token_bytes), space=' ')[:60]!r}"
-        if elsewhere:
-            hint = f"it is in --text {escape_control_chars(elsewhere[0])!r}"
-        raise UserError(f"{word!r} is not in text {name!r}; {hint}", CONFIG)
+        hint = f"it is in --text {elsewhere[0]!r}" if elsewhere else hint
+        raise UserError(f"{word!r} is not in text {text.name!r}; {hint}", CONFIG)
     note = f"{word!r} ends at tokens {', '.join(map(str, positions))}; this is the last"
     return positions[-1], [note] if len(positions) > 1 else []
 
@@ -132,36 +107,28 @@ def word_ends(word: str, token_bytes: list[bytes]) -> list[int]:
     return sorted({int(np.searchsorted(ends, match.end())) for match in matches})
 
 
-def _lines(data: dict[str, Any], text: AttentionRecord, notes: list[str], terminal: Terminal) -> list[str]:
+def _lines(data: dict[str, Any], text: AttentionRecord, terminal: Terminal) -> list[str]:
+    """The text around the token, its loss, the next-token probabilities, and a table of what each head attends to."""
     position, encoding = data["position"], terminal.encoding
     tokens = [quote_token(token, encoding) for token in text.token_bytes]
+    around = [token_text(token, encoding, space=" ") for token in text.token_bytes]
+    before, after = around[max(0, position - 12) : position], around[position + 1 : position + 6]
     loss = f"loss {data['loss']:.3f} nats" if position else "the first token, which has no loss"
     followed = f", followed by {tokens[position + 1]}" if position + 1 < len(tokens) else ""
+    lines = [f"{''.join(before)}[{around[position]}]{''.join(after)}", ""]
+    lines.append(f"token {position} {tokens[position]}: {loss}{followed}")
+    if text.top_tokens is None:
+        lines += ["the next-token probabilities were not kept in this file", ""]
+    else:
+        likely = [f"{quote_token(token, encoding)} {p:.1%}" for token, p in text.top_tokens[position]]
+        lines += ["next: " + ", ".join(likely), ""]
     cells: dict[str, list[str]] = {}
     for row in data["attention"]:
         distance = f"{row['distance']} back" if row["distance"] else "itself"
         share = "-" if np.isnan(row["attention"]) else f"{row['attention']:.1%}"
         cells.setdefault(row["head"], []).append(f"{tokens[row['key']]} {share} ({distance})")
+    rows = [[head, *keys] for head, keys in cells.items()]
     if len(cells) == 1:
-        rows = [[head, cell] for head, keys in cells.items() for cell in keys]
-    else:
-        rows = [[head, *keys] for head, keys in cells.items()]
+        rows = [[head, key] for head, keys in cells.items() for key in keys]
     titles = ["head", "attends to" + (" (weights times value norms)" if data["value_weighted"] else "")]
-    columns = [Column(title, align="left") for title in titles + [""] * (len(rows[0]) - 2)]
-    expected = "the next-token probabilities were not kept in this file"
-    if text.top_tokens is not None:
-        expected = "next: " + ", ".join(
-            f"{quote_token(token, encoding)} {p:.1%}" for token, p in text.top_tokens[position]
-        )
-    where = f"{escape_control_chars(data['run'])}, step {data['step']}, text {escape_control_chars(text.name)!r}"
-    lines = [where, *notes, _context(text, position, terminal), ""]
-    lines += [f"token {position} {tokens[position]}: {loss}{followed}", expected, ""]
-    return [*lines, *table(columns, rows, max(terminal.width, 200)), "", DISCLAIMER]
-
-
-def _context(text: AttentionRecord, position: int, terminal: Terminal) -> str:
-    """The text around the token, which is in brackets."""
-    start, stop = max(0, position - 12), min(len(text.tokens), position + 6)
-    parts = [token_text(token, terminal.encoding, space=" ") for token in text.token_bytes[start:stop]]
-    parts[position - start] = f"[{parts[position - start]}]"
-    return "".join(["..." if start else "", *parts, "..." if stop < len(text.tokens) else ""])
+    return [*lines, *table(titles + [""] * (len(rows[0]) - 2), rows, max(terminal.width, 200)), ""]

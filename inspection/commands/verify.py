@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.errors import UserError, escape_control_chars
+from common.errors import UserError
 from inspection.attention_file import read_attention_file
 from inspection.commands.shared import LoadedModel, LoadModel, OutputOptions
 from inspection.run_reader import NEWEST, RunFiles
-from inspection.terminal import Column, Result, Terminal, paragraph, table
+from inspection.terminal import Result, Terminal, paragraph, table
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,8 @@ def run(options: Verify, terminal: Terminal, load_model: LoadModel) -> Result:
             without_checkpoint.append(step)
         rows += [{"step": step, **row} for row in _check_file(files, step, loaded)]
     failed = [row for row in rows if not row["ok"]]
-    data = {
-        "run": str(files.folder),
-        "ok": not failed,
-        "steps_without_checkpoint": without_checkpoint,
-        "checks": rows,
-    }
-    lines = [f"{escape_control_chars(files.folder)}: {len(steps)} attention files", "", *_table(rows, terminal), ""]
+    data = {"run": str(files.folder), "ok": not failed, "steps_without_checkpoint": without_checkpoint, "checks": rows}
+    lines = [f"{files.folder}: {len(steps)} attention files", "", *_table(rows, terminal), ""]
     lines += [f"FAIL  step {row['step']}: {row['check']}: {_describe(row)}" for row in failed]
     if without_checkpoint:
         names = ", ".join(map(str, without_checkpoint))
@@ -60,22 +55,19 @@ def _check_file(files: RunFiles, step: int, loaded: LoadedModel | None) -> list[
 
 
 def _describe(row: dict[str, Any]) -> str:
-    where = escape_control_chars(row["where"])
     if row["difference"] is None:
-        return where or "differs"
-    return f"largest difference {row['difference']:.2g}, tolerance {row['tolerance']:.2g} ({where})"
+        return row["where"] or "differs"
+    return f"largest difference {row['difference']:.2g}, tolerance {row['tolerance']:.2g} ({row['where']})"
 
 
 def _table(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
     """A row for each check, with the largest difference over all files."""
-    columns = [Column("check", align="left"), Column("files"), Column("failed"), Column("largest difference")]
-    columns += [Column("tolerance"), Column("at step"), Column("where", align="left")]
+    titles = ("check", "files", "failed", "largest difference", "tolerance", "at step", "where")
     cells = []
     for name in dict.fromkeys(row["check"] for row in rows):
         same = [row for row in rows if row["check"] == name]
         worst = max(same, key=lambda row: (not row["ok"], row["difference"] or 0.0))
         numbers = ["-" if worst[key] is None else f"{worst[key]:.2g}" for key in ("difference", "tolerance")]
         failed = sum(not row["ok"] for row in same)
-        where = escape_control_chars(worst["where"])[:40]
-        cells.append((name, len(same), failed, *numbers, worst["step"], where))
-    return table(columns, cells, max(terminal.width, 140))
+        cells.append((name, len(same), failed, *numbers, worst["step"], worst["where"][:40]))
+    return table(titles, cells, max(terminal.width, 140))
