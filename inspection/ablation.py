@@ -56,16 +56,10 @@ class Ablation:
     """Mean ablation instead of zero ablation."""
 
 
-@dataclass(frozen=True)
-class AblationSettings:
-    """How ablations are measured."""
-
-    pairs_per_kind: int = 32
-    """Contrast pairs of each kind, at most."""
-    seed: int = 1
-    """Seed of the bootstrap resamples, and of the control sets of a group."""
-    control_sets: int = 8
-    """Control sets of a group, at most."""
+SEED = 1
+"""Of the bootstrap resamples, and of the control sets of a group."""
+CONTROL_SETS = 8
+"""Control sets of a group, at most."""
 
 
 def ablate(
@@ -195,7 +189,6 @@ def control_effects(effects: Scores) -> Scores | None:
 def run_ablations(
     model: GPT,
     eval_texts: EvalTexts,
-    settings: AblationSettings = AblationSettings(),
     step: int = 0,
     weights_sha256: str = "",
     progress: Progress | None = None,
@@ -214,7 +207,7 @@ def run_ablations(
     """
     L, H = model.config.n_layers, model.config.n_heads
     ablations = [Ablation(layer, (head,), mean) for mean in (False, True) for layer in range(L) for head in range(H)]
-    tasks = [task for task in eval_tasks(eval_texts, settings.pairs_per_kind, model.config.context) if task.measures]
+    tasks = [task for task in eval_tasks(eval_texts, model.config.context) if task.measures]
     total = len(ablations) * sum(len(list(batches(model, task.texts))) for task in tasks)
     passes = count(1)
     on_pass = None if progress is None else lambda: progress(next(passes), total)
@@ -223,18 +216,18 @@ def run_ablations(
         scores, effects = ablation_effects(model, task, ablations, on_pass)
         by_item = effects.T.reshape(-1, 2, L, H)
         for name, items in task.measures.items():
-            measures[name] = _summarize(task.unit, scores[items], by_item[items], settings.seed)
-    return AblationResults(step, weights_sha256, settings.seed, measures)
+            measures[name] = _summarize(task.unit, scores[items], by_item[items])
+    return AblationResults(step, weights_sha256, SEED, measures)
 
 
-def _summarize(unit: str, scores: Scores, effects: Scores, seed: int) -> AblationEffects:
+def _summarize(unit: str, scores: Scores, effects: Scores) -> AblationEffects:
     """Means and intervals from the scores (N,) and effects (N, 2, L, H) of N items; a loss is a negative score."""
     tables: dict[str, IntervalTable | None] = {}
     for k, name in enumerate(("zero", "mean")):
         control = control_effects(effects[:, k])
-        tables[name] = bootstrap_table(effects[:, k], seed)
-        tables[f"control_{name}"] = None if control is None else bootstrap_table(control, seed)
-        tables[f"difference_{name}"] = None if control is None else bootstrap_table(effects[:, k] - control, seed)
+        tables[name] = bootstrap_table(effects[:, k], SEED)
+        tables[f"control_{name}"] = None if control is None else bootstrap_table(control, SEED)
+        tables[f"difference_{name}"] = None if control is None else bootstrap_table(effects[:, k] - control, SEED)
     baseline = float(scores.mean()) * (-1 if unit == "nats/token" else 1)
     return AblationEffects(unit, baseline, len(scores), **tables)  # type: ignore[arg-type]
 
@@ -257,13 +250,7 @@ def draw_control_sets(group: Sequence[int], n_heads: int, draws: int, seed: int)
     return sorted(sets)
 
 
-def ablate_group(
-    model: GPT,
-    eval_texts: EvalTexts,
-    heads: Iterable[Head],
-    measure: str,
-    settings: AblationSettings = AblationSettings(),
-) -> HeadEffect:
+def ablate_group(model: GPT, eval_texts: EvalTexts, heads: Iterable[Head], measure: str) -> HeadEffect:
     """The effect of ablating several heads of one layer together, and of as many others of that layer, on one measure.
 
     Raises:
@@ -275,12 +262,12 @@ def ablate_group(
         pass
     if len({layer for layer, _ in group}) != 1:
         raise ValueError("a group is one or more heads of one layer")
-    tasks = eval_tasks(eval_texts, settings.pairs_per_kind, model.config.context)
+    tasks = eval_tasks(eval_texts, model.config.context)
     task = next((task for task in tasks if measure in task.measures), None)
     if task is None:
         raise ValueError(f"there are not two items to measure {measure} on")
     layer, own = group[0][0], tuple(head for _, head in group)
-    controls = draw_control_sets(own, model.config.n_heads, settings.control_sets, settings.seed)
+    controls = draw_control_sets(own, model.config.n_heads, CONTROL_SETS, SEED)
     sets = [own, *controls]
     _, effects = ablation_effects(model, task, [Ablation(layer, s, mean) for mean in (False, True) for s in sets])
     by_mode = effects[:, task.measures[measure]].reshape(2, len(sets), -1)
@@ -289,4 +276,4 @@ def ablate_group(
         values[name] = rows[0]
         if controls:
             values |= {f"control_{name}": rows[1:].mean(axis=0), f"difference_{name}": rows[0] - rows[1:].mean(axis=0)}
-    return HeadEffect(**{name: bootstrap_interval(items, settings.seed) for name, items in values.items()})
+    return HeadEffect(**{name: bootstrap_interval(items, SEED) for name, items in values.items()})

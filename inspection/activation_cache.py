@@ -43,7 +43,6 @@ class ActivationCache:
     """|v_j W_O|: how much a head can add to the residual stream by attending to j (Kobayashi et al. 2020, section 3)."""
     loss: Float32[Tensor, " T-1"]
     """-log p of each token after the first, in nats."""
-    logits: Float32[Tensor, "T V"] | None = None
     queries: Float32[Tensor, "L H T D"] | None = None
     """After QK norm and rotary embedding."""
     keys: Float32[Tensor, "L H T D"] | None = None
@@ -150,9 +149,7 @@ def value_norms(values: Float[Tensor, "B H T D"], out: Float[Tensor, "C HD"]) ->
     return torch.stack([(values[:, h] @ W_O.T).norm(dim=-1) for h, W_O in enumerate(projections)], dim=1)
 
 
-def run_with_cache_batch(
-    model: GPT, texts: Sequence[Sequence[int]], logits: bool = False, details: bool = False
-) -> list[ActivationCache]:
+def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bool = False) -> list[ActivationCache]:
     """`run_with_cache` for several texts of any lengths in one forward pass.
 
     Raises:
@@ -180,22 +177,18 @@ def run_with_cache_batch(
         if details:
             probs = all_logits[k, :T].softmax(dim=-1)
             activations["top_probs"], activations["top_tokens"] = probs.topk(min(TOP_K, probs.shape[-1]))
-        kept_logits = all_logits[k, :T].clone() if logits else None
-        caches.append(ActivationCache(tokens[k, :T].clone(), loss=loss, logits=kept_logits, **activations))
+        caches.append(ActivationCache(tokens[k, :T].clone(), loss=loss, **activations))
     return caches
 
 
-def run_with_cache(
-    model: GPT, tokens: Int[Tensor, " T"], logits: bool = False, details: bool = False
-) -> ActivationCache:
+def run_with_cache(model: GPT, tokens: Int[Tensor, " T"], details: bool = False) -> ActivationCache:
     """Run the model on one text and cache its attention patterns, value norms and loss.
 
     Args:
         tokens: 1 to `context` token ids, on any device.
-        logits: cache the logits (T, V) too.
         details: cache queries, keys, values, attention outputs and the most likely next tokens too.
 
     Raises:
         ValueError: if the text is empty, longer than the context, or has an unknown token.
     """
-    return run_with_cache_batch(model, [tokens.tolist()], logits, details)[0]
+    return run_with_cache_batch(model, [tokens.tolist()], details)[0]

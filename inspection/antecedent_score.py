@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from inspection.contrast_pairs import BATCH_SIZE, ContrastPair, score_pairs
+from inspection.contrast_pairs import ContrastPair, score_pairs
 from inspection.findings import ATTENTION_THRESHOLD, ChosenHead
 from inspection.head_scores import ANTECEDENT, describe_antecedent
 from inspection.terminal import head_name
@@ -64,7 +64,7 @@ class AntecedentScore:
         return f"{self.kind}: right in {self.accuracy:.1%} of {self.count}; {result}"
 
 
-def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair], batch_size: int = BATCH_SIZE) -> list[AntecedentScore]:
+def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[AntecedentScore]:
     """One `AntecedentScore` for each kind of contrast pair, in the order in which the kinds first occur.
 
     Pairs longer than the model's context are left out, and so are kinds with fewer than two pairs.
@@ -72,7 +72,7 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair], batch_size: int
     fitting = [pair for pair in pairs if pair.length <= model.config.context]
     if not fitting:
         return []
-    logit_diffs, attention = score_pairs(model, fitting, batch_size)
+    logit_diffs, attention = score_pairs(model, fitting)
     scores = []
     for kind in dict.fromkeys(pair.kind for pair in fitting):
         ours = [k for k, pair in enumerate(fitting) if pair.kind == kind]

@@ -121,9 +121,7 @@ def merge_prefixes(texts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ..
     return rows, {text: number[row] for text, row in longest_of.items()}
 
 
-def score_pairs(
-    model: GPT, pairs: Sequence[ContrastPair], batch_size: int = BATCH_SIZE
-) -> tuple[Float[Tensor, " P"], Float[Tensor, "P L H"]]:
+def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[Float[Tensor, " P"], Float[Tensor, "P L H"]]:
     """The logit difference and every head's attention to the antecedent, for P contrast pairs.
 
     Returns:
@@ -138,10 +136,10 @@ def score_pairs(
     row_numbers = [row_of[pair.tokens + answer[:-1]] for pair, answer in answers]
     log_probs = torch.empty(len(answers))
     attention = torch.empty(len(answers), model.config.n_layers, model.config.n_heads)
-    for start in range(0, len(rows), batch_size):
-        batch = [a for a, row in enumerate(row_numbers) if start <= row < start + batch_size]
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = [a for a, row in enumerate(row_numbers) if start <= row < start + BATCH_SIZE]
         queries = [(row_numbers[a] - start, *answers[a]) for a in batch]
-        log_probs[batch], attention[batch] = _score_batch(model, rows[start : start + batch_size], queries)
+        log_probs[batch], attention[batch] = _score_batch(model, rows[start : start + BATCH_SIZE], queries)
     return log_probs[::2] - log_probs[1::2], attention[::2]
 
 

@@ -23,6 +23,8 @@ from model.gpt import GPT
 
 Tokens = Sequence[int]
 
+PAIRS_PER_KIND = 128
+"""Contrast pairs of each kind, at most. With 32 the intervals were too wide to tell a head from the others."""
 BATCH_TOKENS = 2048
 """Tokens in one forward pass."""
 BATCH_LOGITS = 1 << 25
@@ -57,14 +59,14 @@ class EvalTask:
         return 1 + max(query.item for query in self.queries)
 
 
-def eval_tasks(eval_texts: EvalTexts, pairs_per_kind: int, context: int) -> list[EvalTask]:
+def eval_tasks(eval_texts: EvalTexts, context: int) -> list[EvalTask]:
     """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`; those without two items have no measures."""
     repeats, held_out = eval_texts.repeats, [tokens for _, tokens in eval_texts.held_out()]
     return [
         # In `first, r1 .. rn, r1 .. rn` the second copy of r2 .. rn can be predicted, the second r1 cannot.
         _loss_task("repeats", repeats, [len(text) // 2 + 2 for text in repeats]),
         _loss_task("corpus", held_out, [1] * len(held_out)),
-        _logit_diff_task(eval_texts, pairs_per_kind, context),
+        _logit_diff_task(eval_texts, context),
     ]
 
 
@@ -80,12 +82,12 @@ def _loss_task(name: str, texts: Sequence[tuple[int, ...]], firsts: Sequence[int
     return EvalTask("nats/token", kept, kept, queries, _with_two_items({name: list(range(len(kept)))}))
 
 
-def _logit_diff_task(eval_texts: EvalTexts, pairs_per_kind: int, context: int) -> EvalTask:
+def _logit_diff_task(eval_texts: EvalTexts, context: int) -> EvalTask:
     """log p(right) - log p(wrong) of the first pairs of each kind that fit the context."""
     measures, chosen = dict[str, list[int]](), list[ContrastPair]()
     for pair in eval_texts.contrast_pairs:
         items = measures.setdefault(f"logit_diff.{pair.kind}", [])
-        if len(items) < pairs_per_kind and pair.length <= context:
+        if len(items) < PAIRS_PER_KIND and pair.length <= context:
             items.append(len(chosen))
             chosen.append(pair)
     texts, rows = merge_prefixes([pair.tokens + answer[:-1] for pair in chosen for answer in (pair.right, pair.wrong)])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.files import read_metrics, remove_temporary_files
-from inspection.ablation import AblationSettings, ablate_group, run_ablations
+from inspection.ablation import ablate_group, run_ablations
 from inspection.ablation_results import HeadEffect
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores, chosen_heads
@@ -33,8 +33,6 @@ from model.gpt import GPT
 
 KEPT_BETWEEN = 32
 """Attention files between the first and the last one, at most."""
-SETTINGS = AblationSettings(pairs_per_kind=128)
-"""With 32 pairs the intervals were too wide to tell a head from the others of its layer."""
 
 
 def keeps_attention(step: int, steps: int, eval_every: int) -> bool:
@@ -180,12 +178,12 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
             bar.total = total
             bar.update(done - bar.n)
 
-        ablations = run_ablations(model, eval_texts, SETTINGS, step, weights_sha256, progress)
+        ablations = run_ablations(model, eval_texts, step, weights_sha256, progress)
     ablations.save(run_dir / "attention" / "ablations.json")
     antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
 
     def group(measure: str, heads: Sequence[Head]) -> HeadEffect:
-        return ablate_group(model, eval_texts, heads, measure, SETTINGS)
+        return ablate_group(model, eval_texts, heads, measure)
 
     run = RunFiles.open(run_dir)
     last = run.attention_files[step]

@@ -138,13 +138,14 @@ def score_alone(model: GPT, pair: ContrastPair) -> tuple[float, torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_batches_equal_single_pairs(batch_size: int) -> None:
+def test_batches_equal_single_pairs(batch_size: int, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(contrast_pairs, "BATCH_SIZE", batch_size)
     model = random_gpt(replace(SMALL, attention="sdpa"))
     pairs = random_pairs(15, ("pronoun", "place"), 24)  # and some that are prefixes of others
     pairs += [replace(pair, tokens=pair.tokens[:4], antecedent=(1, 2)) for pair in pairs[::4]]
     pairs += [replace(pair, tokens=(pair.tokens + pair.right + pair.wrong)[:20]) for pair in pairs[:6]]
     expected = [score_alone(model, pair) for pair in pairs]
-    logit_diffs, attention = score_pairs(model, pairs, batch_size)
+    logit_diffs, attention = score_pairs(model, pairs)
     torch.testing.assert_close(logit_diffs, torch.tensor([d for d, _ in expected]), atol=1e-4, rtol=0)
     torch.testing.assert_close(attention, torch.stack([a for _, a in expected]), atol=1e-5, rtol=0)
     assert logit_diffs.min() < 0 < logit_diffs.max()
