@@ -6,10 +6,6 @@ python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.paralle
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,46 +165,12 @@ def agree(ctx: DistContext, folder: Path) -> None:
     (folder / f"agree-{ctx.rank}.json").write_text(json.dumps(found))
 
 
-def fail_to_compile(ctx: DistContext, folder: Path) -> None:
-    """The last process has no compiler."""
-
-    def broken(model: nn.Module) -> nn.Module:
-        raise RuntimeError("no compiler here")
-
-    torch.compile = broken if ctx.rank == ctx.world_size - 1 else nn.Sequential  # type: ignore[assignment]
-    wrapped = wrap_model(tiny_model(), ctx, "none")
-    model, is_compiled = compile_model(wrapped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
-    (folder / f"compiler-{ctx.rank}.json").write_text(json.dumps(model is wrapped and not is_compiled))
-
-
-def lose(number: signal.Signals, sharding: str) -> Callable[[DistContext, Path], None]:
-    """Train until the last process sends itself a signal."""
-
-    def program(ctx: DistContext, folder: Path) -> None:
-        wrapped = wrap_model(tiny_model(), ctx, sharding)
-        for step in range(1000):
-            if step == 3 and ctx.rank == ctx.world_size - 1:
-                (folder / "lost.json").write_text(json.dumps(os.getpid()))
-                os.kill(os.getpid(), number)
-            backward(wrapped, ctx, step)
-            time.sleep(0.01)
-
-    return program
-
-
-PROGRAMS = {
-    **{f.__name__: f for f in (write, read, reductions, compiled, agree, fail_to_compile)},
-    **{
-        f"{n.name}-{sharding}": lose(n, sharding)
-        for n in (signal.SIGKILL, signal.SIGSTOP)
-        for sharding in ("none", "fsdp")
-    },
-}
+PROGRAMS = {f.__name__: f for f in (write, read, reductions, compiled, agree)}
 
 
 def main(argv: list[str]) -> None:
     name, folder = argv
-    with process_group(5.0 if name.startswith("SIG") else 60.0):
+    with process_group(60.0):
         PROGRAMS[name](get_dist_context("fp32", threads=1), Path(folder))
 
 

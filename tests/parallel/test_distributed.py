@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import cast
 
@@ -12,19 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import LOST_PROCESS, UserError
 from model.gpt import GPT
 from tests.parallel.programs import tiny_model, tiny_optimizer, train
-from training.device import DistContext, compile_model, first_difference, get_dist_context
+from training.device import DistContext, compile_model, get_dist_context
 from training.distributed import (
     clip_grad_norm,
-    fresh_store,
     gather_weights,
     is_dtensor,
     is_fsdp,
-    maybe_no_sync,
     process_group,
     unwrap_model,
     wrap_model,
@@ -34,23 +29,15 @@ CPU = DistContext(torch.device("cpu"), torch.float32)
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 LOST = [
     RuntimeError(f"{GLOO}pair.cc:553] Connection closed by peer [127.0.0.1]:12504. This is typically caused by ..."),
-    RuntimeError(f"{GLOO}pair.cc:537] Read error [127.0.0.1]:49536: Connection reset by peer. GLHF!"),
     RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"),
-    RuntimeError(f"{GLOO}pair.cc:144] Application timeout caused pair closure"),
-    dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (node-1, 29500)."),
     dist.DistStoreError("Timed out after 61 seconds waiting for clients. 1/2 clients joined."),
     dist.DistBackendError("NCCL error in: NCCLUtils.cpp:94\nncclRemoteError: a remote process exited prematurely."),
-    dist.DistBackendError("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5, ...) ran for ..."),
 ]
 OTHER = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 2x5)"),
-    RuntimeError(f"[enforce fail at {GLOO[1:]}pair.cc:456] op.preamble.length <= op.nbytes. 16 vs 8"),
-    RuntimeError("a loader timed out"),
     dist.DistBackendError("NCCL error in: x.cpp:1\nncclInvalidUsage: This usually reflects invalid usage"),
     UserError("out of memory", 6),
-    ValueError("a bug"),
     SystemExit(143),
-    KeyboardInterrupt(),
 ]
 
 
@@ -97,33 +84,6 @@ def test_missing_process_is_a_lost_process(torchrun: None, monkeypatch: pytest.M
     assert caught.value.exit_code == LOST_PROCESS
 
 
-def start_once(store: dist.Store, order: list[int]) -> list[list[str]]:
-    """What each process of a start reads of the others when they arrive in this order."""
-    found: list[list[str]] = []
-
-    def arrive(rank: int) -> None:
-        mine = fresh_store(store, rank, len(order), 20)
-        mine.set(f"address {rank}", f"{rank} of {order}")
-        found.append([mine.get(f"address {other}").decode() for other in range(len(order))])
-
-    threads = [threading.Thread(target=arrive, args=(rank,)) for rank in order]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.1)
-    for thread in threads:
-        thread.join(20)
-    return found
-
-
-def test_restart_reads_no_address_of_an_earlier_start() -> None:
-    store = dist.HashStore()
-    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
-        assert start_once(store, order) == [[f"{rank} of {order}" for rank in range(3)]] * 3
-        for rank in (1, 0):  # a start that ends before all have come
-            with pytest.raises(dist.DistStoreError):
-                fresh_store(store, rank, 3, 0.1)
-
-
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_one_process_under_torchrun_trains_like_one_without(sharding: str, torchrun: None) -> None:
     plain = tiny_model()
@@ -154,19 +114,6 @@ def test_one_process_under_torchrun_trains_like_one_without(sharding: str, torch
     assert all((state[key] - found[key]).norm() <= 0.02 * found[key].norm() for key in found)
 
 
-def test_no_sync_reaches_through_torch_compile(torchrun: None) -> None:
-    with process_group(60):
-        ddp = DistributedDataParallel(tiny_model())
-        compiled = nn.Module()  # like torch.compile's wrapper
-        compiled._orig_mod = ddp
-        for model in (ddp, compiled):
-            with maybe_no_sync(model, False):
-                assert not ddp.require_backward_grad_sync
-            with maybe_no_sync(model, True):
-                assert ddp.require_backward_grad_sync
-            assert list(unwrap_model(model).state_dict()) == list(tiny_model().state_dict())
-
-
 def test_gradient_is_clipped_or_left_alone() -> None:
     model = nn.Linear(3, 1, bias=False)
     for limit, expected in ((0.0, 5.0), (10.0, 5.0), (1.0, 1.0)):
@@ -175,13 +122,6 @@ def test_gradient_is_clipped_or_left_alone() -> None:
         assert float(model.weight.grad.norm()) == pytest.approx(expected)
     model.weight.grad = torch.tensor([[torch.inf, 0.0, 0.0]])
     assert clip_grad_norm(model, 1.0) == torch.inf
-
-
-def test_one_process_agrees_with_itself() -> None:
-    assert CPU.all_reduce_max(3) == 3 and CPU.broadcast_str("a") == "a"
-    assert float(CPU.all_reduce_sum(torch.tensor(2.0))) == 2.0
-    CPU.check_same_everywhere({"the data": "a"})
-    assert first_difference("a\nb\nc", "a\nd\nc") == ("b", "d") and first_difference("a", "a\nb") == ("", "b")
 
 
 def test_nothing_is_compiled_where_another_process_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,12 +134,3 @@ def test_nothing_is_compiled_where_another_process_fails(monkeypatch: pytest.Mon
     assert compile_model(model, example, OtherFails(CPU.device, CPU.dtype)) == (model, False)
     compiled, is_compiled = compile_model(model, example, CPU)
     assert compiled is not model and is_compiled and all(p.grad is None for p in model.parameters())
-
-
-def test_fsdp_blocks_are_compiled_in_place(torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
-    with process_group(60):
-        model = wrap_model(tiny_model(), get_dist_context("fp32"), "fsdp")
-        assert compile_model(model, torch.zeros(1, 4, dtype=torch.long), CPU) == (model, True)
-        assert all(block in compiled for block in cast(GPT, model).blocks)

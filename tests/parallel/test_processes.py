@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from common.errors import LOST_PROCESS
 from tests.parallel.programs import SHAPE, load, tiny_model, tiny_optimizer, train
 from tests.runs import ROOT
 from training.device import DistContext
@@ -90,37 +85,3 @@ def test_processes_agree(tmp_path: Path) -> None:
         assert found["sum"] == 4.5 and found["max"] == 10
         assert found["text"] == "größer 0 \udc80" and found["empty"] == "" and found["last"] == "2"
         assert found["error"].startswith("settings differs: 'b = False' on process 0, 'b = True' on process 2; ")
-
-
-def test_one_failing_compiler_keeps_all_uncompiled(tmp_path: Path) -> None:
-    torchrun(2, "fail_to_compile", tmp_path)
-    assert [result(tmp_path, f"compiler-{rank}") for rank in range(2)] == [True, True]
-
-
-@pytest.mark.parametrize(("number", "sharding"), [(signal.SIGKILL, "fsdp"), (signal.SIGSTOP, "none")])
-def test_lost_process_ends_the_others_with_one_line(number: signal.Signals, sharding: str, tmp_path: Path) -> None:
-    """Without torchrun, whose agent would end the others itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.parallel.programs", f"{number.name}-{sharding}", str(tmp_path)]
-    processes = []
-    try:
-        for rank in range(2):
-            env = {**os.environ, **THREADS, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "lost.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        _, stderr = processes[0].communicate(timeout=60)
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            process.wait(30)
-    assert processes[0].returncode == LOST_PROCESS and "Traceback" not in stderr, stderr
-    assert [line for line in stderr.splitlines() if line.startswith("error: ")] == [
-        "error: process 0 lost another process, which ended or did not answer for 5 s (run.dist_timeout); checkpoints "
-        "are safe: continue with --run.resume"
-    ]

@@ -170,13 +170,11 @@ def check_dropout() -> None:
 def check_epochs() -> None:
     """An epoch has every sequence once, the next one in another order."""
     trainer = make_trainer()
-    rows: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     n = len(trainer.train_sequences)
-    for step in range(-(-2 * n // trainer.config.train.batch_size)):
-        read = trainer.batches.get(step)[0]
-        rows.extend(zip(map(tuple, read.tokens.tolist()), map(tuple, read.targets.tolist()), strict=True))
-    read = dataloader.read_sequences(trainer.data.train, trainer.train_sequences, torch.arange(n).numpy())
-    every = sorted(zip(map(tuple, read.tokens.tolist()), map(tuple, read.targets.tolist()), strict=True))
+    batches = [trainer.batches.get(step)[0] for step in range(-(-2 * n // trainer.config.train.batch_size))]
+    rows = [row for batch in batches for row in torch.cat((batch.tokens, batch.targets), dim=1).tolist()]
+    whole = dataloader.read_sequences(trainer.data.train, trainer.train_sequences, torch.arange(n).numpy())
+    every = sorted(torch.cat((whole.tokens, whole.targets), dim=1).tolist())
     assert sorted(rows[:n]) == sorted(rows[n : 2 * n]) == every
     assert rows[:n] != rows[n : 2 * n]
 

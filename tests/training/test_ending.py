@@ -66,26 +66,6 @@ def test_signal_during_an_import_exits_without_traceback(name: str, tmp_path: Pa
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "begin\n", "")
 
 
-@BOTH
-def test_signal_cleans_up_and_exits(name: str) -> None:
-    program = (
-        "import os, signal\nfrom common.errors import run_main\n"
-        f"def main(argv):\n    try: os.kill(os.getpid(), signal.{name})\n    finally: print('clean')\nrun_main(main)"
-    )
-    done = python(program)
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "clean\n", "")
-
-
-@BOTH
-def test_signal_in_exit_handlers_is_silent(name: str) -> None:
-    program = (
-        "import atexit, os, signal\nfrom common.errors import run_main\n"
-        f"atexit.register(lambda: os.kill(os.getpid(), signal.{name}))\nrun_main(lambda argv: print('all', flush=True))"
-    )
-    done = python(program)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.Signals[name], "all\n", "")
-
-
 def test_config_error_is_reported_once_across_ranks() -> None:
     """torchrun ends all processes once one has ended: the others wait for the first to report."""
     program = "from common.errors import UserError, run_main\ndef main(argv):\n raise UserError('no')\nrun_main(main)"

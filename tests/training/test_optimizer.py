@@ -72,17 +72,14 @@ def test_optimizer_state_is_saved_and_restored(name: Any) -> None:
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
+@pytest.mark.parametrize("damage", ["extra", "shape"])
 def test_optimizer_state_of_another_model_is_refused(damage: str) -> None:
     model = GPT(MODEL, 257)
     optimizer = Optimizer(model, OptimConfig())
     train(model, optimizer, 1)
     state = optimizer.state_dict()
     key = next(key for key, value in state.items() if value.dim() == 2)
-    if damage == "missing":
-        state = {k: v for k, v in state.items() if not k.startswith(key.partition("/")[0])}
-    else:
-        state["other.weight/exp_avg" if damage == "extra" else key] = torch.zeros(3, 5)
+    state["other.weight/exp_avg" if damage == "extra" else key] = torch.zeros(3, 5)
     with pytest.raises(ValueError):
         Optimizer(GPT(MODEL, 257), OptimConfig()).load_state_dict(state)
 
@@ -123,7 +120,7 @@ def test_adamw_equals_torchs() -> None:
         assert all(torch.equal(value, reference.state[b][key]) for key, value in ours.state[a].items())
 
 
-@pytest.mark.parametrize("max_stack", [1, 2 * 24 * 8, 1 << 22])
+@pytest.mark.parametrize("max_stack", [2 * 24 * 8, 1 << 22])
 def test_muon_equals_torchs(max_stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muon, "MAX_STACK", max_stack)
     generator = torch.Generator().manual_seed(1)

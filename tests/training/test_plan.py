@@ -26,7 +26,7 @@ from training.device import DistContext
 from training.flops import count_parameters, flops_per_token, muon_flops
 from training.hardware import GPUS, PlanTarget, parse_plan_option, parse_target
 from training.optimizer import Optimizer
-from training.plan import Plan, activation_bytes, advice, duration, estimate_memory, estimate_step, scaled
+from training.plan import Plan, activation_bytes, advice, estimate_memory, estimate_step
 
 PRESETS = ("glass", "gpt2", "qwen3")
 V, T, B = 61, 24, 3
@@ -56,10 +56,9 @@ def counted_flops(work: Any) -> int:
 
 
 @pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
-@pytest.mark.parametrize("n_kv_heads", [0, 2])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_flops_are_those_of_the_model(preset: str, n_kv_heads: int, attention: str) -> None:
-    config = shape(preset, attention, n_kv_heads, d_head=12, d_mlp=40, n_layers=2)
+def test_flops_are_those_of_the_model(preset: str, attention: str) -> None:
+    config = shape(preset, attention, 2, d_head=12, d_mlp=40, n_layers=2)
     model, cost, logits = GPT(config, V), flops_per_token(config, V), []
     tokens = torch.randint(V, (B, T))
     assert counted_flops(lambda: logits.append(model(tokens))) == cost.forward * B * T
@@ -109,7 +108,7 @@ def kept_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
 @pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_activations_are_what_autograd_keeps(preset: str, attention: str, dtype: torch.dtype) -> None:
-    for n_kv_heads, d_mlp, context, dropout in ((4, 160, 64, 0.0), (2, 96, 256, 0.0), (4, 160, 64, 0.1)):
+    for n_kv_heads, d_mlp, context, dropout in ((2, 96, 128, 0.0), (4, 160, 64, 0.1)):
         config = shape(preset, attention, n_kv_heads, d_model=64, d_mlp=d_mlp, context=context, dropout=dropout)
         if dropout and attention == "sdpa":
             continue
@@ -118,63 +117,9 @@ def test_activations_are_what_autograd_keeps(preset: str, attention: str, dtype:
         assert activation_bytes(config, 4, dtype.itemsize) * 4 * context == pytest.approx(layer, rel=0.1)
 
 
-def test_long_contexts_are_recomputed_by_chunked_attention() -> None:
-    config = shape("gpt2", "chunked", context=1024, n_heads=8, d_model=64)
-    layer = kept_bytes(replace(config, n_layers=2), BF16, 8) - kept_bytes(config, BF16, 8)
-    assert activation_bytes(config, 8, 2) * 8 * 1024 == pytest.approx(layer, rel=0.1)
-
-
-def test_gradient_accumulation_adds_a_gradient() -> None:
-    once, more = (estimate_memory(run_config(shape("glass"), batch_size=n), V, BF16, 3) for n in (3, 6))
-    assert more.peak == once.peak - max(once.activations + once.logits, once.gradients) + (
-        more.activations + more.logits + more.gradients
-    )
-
-
-PEAK = """
-import json, re, sys, torch
-from model.config import ModelConfig
-from model.gpt import GPT
-from training.config import OptimConfig
-from training.device import DistContext
-from training.loss import cross_entropy_sum
-from training.optimizer import Optimizer
-def memory(field):
-    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-ctx = DistContext(torch.device("cpu"), torch.float32)
-def step(model, optimizer, rows):
-    tokens = torch.zeros(rows, model.config.context + 1, dtype=torch.long)
-    (cross_entropy_sum(model(tokens[:, :-1]), tokens[:, 1:]) / rows).backward()
-    optimizer.step()
-settings = json.loads(sys.argv[1])
-small = GPT(ModelConfig(**{**settings, "n_layers": 1, "d_model": 16, "n_heads": 2, "context": 8}), 50)
-step(small, Optimizer(small, OptimConfig(optimizer="adamw")), 2)
-before = memory("VmRSS")
-model = GPT(ModelConfig(**settings), 2000)
-optimizer = Optimizer(model, OptimConfig(optimizer="adamw"))
-step(model, optimizer, 16)
-step(model, optimizer, 16)
-print(memory("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["eager", "chunked"])
-def test_planned_peak_is_that_of_a_process(attention: str) -> None:
-    settings = {"preset": "gpt2", "attention": attention, "n_layers": 6, "n_heads": 8, "d_model": 256, "context": 256}
-    import json
-
-    program = [sys.executable, "-c", PEAK, json.dumps(settings)]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    config = run_config(ModelConfig(**settings), "adamw", 16)  # type: ignore[arg-type]
-    assert estimate_memory(config, 2000, FP32, 16).peak == pytest.approx(int(done.stdout), rel=0.35)
-
-
 @pytest.mark.parametrize(
     ("argv", "rest", "target"),
     [
-        (["--plan"], [], PlanTarget()),
         (["--plan", "a.toml", "--train.steps=5"], ["a.toml", "--train.steps=5"], PlanTarget()),
         (["a.toml", "--plan", "8xH100", "--run.seed", "2"], ["a.toml", "--run.seed", "2"], PlanTarget(GPUS["h100"], 8)),
         (["a.toml", "--plan=RTX 4090"], ["a.toml"], PlanTarget(GPUS["rtx4090"])),
@@ -190,8 +135,6 @@ def test_plan_option_is_parsed(argv: list[str], rest: list[str], target: PlanTar
     [
         ("h10", "did you mean h"),
         ("8xa10080", "did you mean a100-80?"),
-        ("4090", "rtx4090?"),
-        ("m3", "known: a100-40"),
         ("0xh100", "between 1 and"),
         ("\x1b[31m", "does not know"),
     ],
@@ -267,14 +210,6 @@ def test_mistakes_are_reported_in_a_line(folder: Path, argv: tuple[str, ...], me
     assert not list(folder.iterdir())
 
 
-def test_plan_refuses_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train
-
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="start without torchrun"):
-        train.main([*TINY, "--plan"])
-
-
 def planned(gpu: str, count: int, model: ModelConfig, batch_size: int) -> Plan:
     config, ctx = run_config(model, "adamw", batch_size), replace(CPU, dtype=BF16)
     return Plan(config, PlanTarget(GPUS[gpu], count), ctx, CorpusInfo(300, ""))
@@ -296,15 +231,3 @@ def test_time_on_a_gpu_follows_its_peak() -> None:
     step, how = estimate_step(large)
     assert step == pytest.approx(64 * 256 * 3 * cost.forward / (0.4 * 989e12)) and "MFU of 40%" in how
     assert estimate_step(replace(large, target=PlanTarget(GPUS["h100"], 8)))[0] == pytest.approx(step / 8)
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 "), (999, "999 "), (1_234_567, "1.23 M"), (12_345, "12.3 k"), (999_600, "1.00 M")]
-)
-def test_numbers_have_three_digits(number: float, text: str) -> None:
-    assert scaled(number) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (75, "75 s"), (3000, "50 min"), (1e6, "11.6 days")])
-def test_durations_have_a_readable_unit(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

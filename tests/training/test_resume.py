@@ -77,9 +77,7 @@ def assert_same(folder: Path, other: Path) -> None:
     assert open_checkpoint(folder).state == open_checkpoint(other).state
 
 
-@pytest.mark.parametrize(
-    ("variant", "stops"), [*((name, (1, 7)) for name in VARIANTS), ("plain", (4,)), ("dropout", (8, 11))]
-)
+@pytest.mark.parametrize(("variant", "stops"), [*((name, (1, 7)) for name in VARIANTS), ("dropout", (8, 11))])
 def test_interrupted_run_ends_with_the_same_bits(
     variant: str, stops: tuple[int, ...], corpus: Path, uninterrupted: Any, tmp_path: Path
 ) -> None:
@@ -106,53 +104,6 @@ def test_what_came_after_the_newest_checkpoint_is_repeated(uninterrupted: Any, t
     assert not leftover.exists() and (folder / "attention" / "000012.safetensors").is_file()
 
 
-def test_new_run_can_be_resumed_from_step_0(corpus: Path, uninterrupted: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "young"
-    start(corpus, folder, "dropout", 2)
-    shutil.rmtree(folder / "checkpoints" / "000002")
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000000"]
-    resume(folder, 12)
-    assert_same(folder, uninterrupted("dropout"))
-
-
-def test_folder_without_config_is_not_a_run_yet(corpus: Path, uninterrupted: Any, tmp_path: Path) -> None:
-    """A new run that was killed before its first checkpoint: the same command starts it again."""
-    folder = tmp_path / "unborn"
-    start(corpus, folder, "dropout", 2)
-    (folder / "config.toml").unlink()
-    argv = (*TINY, *LENGTH, f"--data.source={corpus}", f"--run.dir={folder}")
-    assert "config.toml" in error_line(script("train.py", *argv), 4)  # it holds a checkpoint of step 2
-    shutil.rmtree(folder / "checkpoints" / "000002")
-    start(corpus, folder, "dropout", 12)
-    assert_same(folder, uninterrupted("dropout"))
-
-
-def test_sample_of_an_unfinished_evaluation_is_written_once(corpus: Path, uninterrupted: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "sampled"
-    start(corpus, folder, "dropout", 3)
-    (folder / "samples.txt").write_text("step 4\nkilled right after this\n\n")
-    resume(folder, 12)
-    assert_same(folder, uninterrupted("dropout"))
-
-
-def test_interrupted_evaluation_is_repeated_on_resuming(uninterrupted: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "interrupted"
-    shutil.copytree(uninterrupted("plain"), folder)
-    for step in ("000010", "000012"):
-        shutil.rmtree(folder / "checkpoints" / step)
-    checkpoint = folder / "checkpoints" / "000008"
-    state = json.loads((checkpoint / "state.json").read_text())
-    best = state["state"]["best_loss"] + 1
-    state["state"] |= {"last_eval_step": 4, "best_loss": best, "best_step": 4}
-    (checkpoint / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    size, sha256 = (checkpoint / "state.json").stat().st_size, sha256_of_file(checkpoint / "state.json")
-    manifest["files"]["state.json"] = {"bytes": size, "sha256": sha256}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    assert "step 8/12 | val " in resume(folder, 12)
-    assert_same(folder, uninterrupted("plain"))
-
-
 def test_damaged_attention_files_do_not_stop_training(uninterrupted: Any, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(uninterrupted("plain"), folder)
@@ -172,12 +123,6 @@ def test_evaluating_and_logging_change_nothing(corpus: Path, uninterrupted: Any,
     assert hashes(tmp_path / "often") == hashes(uninterrupted("dropout"))
 
 
-def test_recording_attention_changes_nothing(corpus: Path, uninterrupted: Any, tmp_path: Path) -> None:
-    start(corpus, tmp_path / "off", "plain", 12, "--log.attention=off")
-    assert hashes(tmp_path / "off") == hashes(uninterrupted("plain"))
-    assert not list((tmp_path / "off" / "attention").iterdir())
-
-
 def test_run_may_become_longer(uninterrupted: Any, tmp_path: Path) -> None:
     folder = tmp_path / "longer"
     shutil.copytree(uninterrupted("dropout"), folder)
@@ -188,9 +133,7 @@ def test_run_may_become_longer(uninterrupted: Any, tmp_path: Path) -> None:
     assert "steps = 14" in (folder / "config.toml").read_text()
 
 
-@pytest.mark.parametrize(
-    "change", ["--model.n_layers=3", "--run.seed=2", "--data.val_fraction=0.2", "--train.batch_size=8"]
-)
+@pytest.mark.parametrize("change", ["--model.n_layers=3", "--data.val_fraction=0.2"])
 def test_option_that_may_not_change_is_named(change: str, uninterrupted: Any) -> None:
     option = change.removeprefix("--").split("=")[0]
     done = script("train.py", f"--run.resume={uninterrupted('dropout')}", change, "--train.steps=14")
@@ -214,15 +157,6 @@ def test_changed_environment_is_printed(uninterrupted: Any, tmp_path: Path) -> N
     assert "results may differ in the last bits: " in out and "-> eager" in out
 
 
-def test_run_without_a_good_checkpoint_is_refused(uninterrupted: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "lost"
-    shutil.copytree(uninterrupted("dropout"), folder)
-    for checkpoint in (folder / "checkpoints").iterdir():
-        (checkpoint / "model.safetensors").write_bytes(b"")
-    assert "checkpoint" in error_line(script("train.py", f"--run.resume={folder}"), 4)
-    assert metrics(folder) == metrics(uninterrupted("dropout"))
-
-
 def test_damaged_metrics_end_at_the_damage(tmp_path: Path) -> None:
     good = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     for bad in ("[1, 2]", '{"loss": 3}', '{"step": "x"}', "\x00", "[" * 100_000, '{"step": 1'):
@@ -233,12 +167,11 @@ def test_damaged_metrics_end_at_the_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("position", [0, 12])
-def test_check_proves_that_a_run_resumes_exactly(position: int, uninterrupted: Any, tmp_path: Path) -> None:
+def test_check_proves_that_a_run_resumes_exactly(uninterrupted: Any, tmp_path: Path) -> None:
     folder = tmp_path / "proved"
     shutil.copytree(uninterrupted("dropout"), folder)
     before = sorted(path.name for path in folder.rglob("*"))
-    done = script("train.py", f"--run.resume={folder}", f"--train.steps={40 if position else 9}", "--check")
+    done = script("train.py", f"--run.resume={folder}", "--train.steps=40", "--check")
     assert done.returncode == 0 and "same bits: " in done.stdout, done.stdout + done.stderr
     assert sorted(path.name for path in folder.rglob("*")) == before
 

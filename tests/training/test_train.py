@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 
 from common.files import read_metrics
 from inspection.attention_file import read_attention_file
-from tests.runs import ROOT, TINY, error_line, script
+from tests.runs import TINY, error_line, script
 from tests.training.step_checks import make_trainer
 from training.checkpoint import open_checkpoint, sha256_of_file, sha256_of_weights
 from training.device import get_dist_context
@@ -122,17 +119,6 @@ def test_prompts_of_the_user_are_recorded(corpus: Path, tmp_path: Path) -> None:
     assert "no such file" in error_line(script("train.py", *TINY, "--log.prompts=nowhere.txt"), 2)
 
 
-def test_accumulation_gives_the_same_loss(corpus: Path, tmp_path: Path) -> None:
-    argv = (*TINY, OFF, f"--data.source={corpus}", "--train.dtype=fp32", "--train.steps=2")
-    losses = []
-    for size in (4, 1):
-        folder = tmp_path / str(size)
-        done = script("train.py", *argv, f"--run.dir={folder}", f"--train.micro_batch_size={size}")
-        assert done.returncode == 0, done.stderr
-        losses.append([line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 def test_best_and_newest_checkpoints_are_kept(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     # The learning rate is far too high after the warmup: the loss is best early.
@@ -144,24 +130,6 @@ def test_best_and_newest_checkpoints_are_kept(corpus: Path, tmp_path: Path) -> N
     assert kept == sorted({state.best_step, 10, 12})
     losses = {line["step"]: line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line}
     assert state.best_loss == min(losses.values()) == losses[state.best_step]
-
-
-def test_stopped_run_has_saved_and_says_how_to_resume(corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "stopped"
-    argv = (*TINY, f"--data.source={corpus}", f"--run.dir={folder}", "--train.steps=100000", "--train.eval_every=50000")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert f"--run.resume {folder}" in out
-    step = open_checkpoint(folder).state.step
-    assert step == read_metrics(metrics)[-1]["step"] > 0
 
 
 def test_existing_run_is_not_overwritten(run: Path, corpus: Path) -> None:
