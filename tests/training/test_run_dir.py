@@ -14,7 +14,7 @@ import pytest
 from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError
 from tests.runs import ROOT, TINY, error_line, script
 from training.config import RunConfig, RunSettings
-from training.run_dir import claim_run_dir, open_run_dir, save_config
+from training.run_dir import claim_run_dir, save_config
 
 HOLD = """
 import sys, time
@@ -57,15 +57,6 @@ def test_default_folder_is_the_next_free_name(tmp_path: Path, monkeypatch: pytes
         lock.close()
 
 
-def test_default_folder_skips_one_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Holder) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mine").symlink_to(holder[0])
-    config, lock = claim_run_dir(RunConfig(), "mine")
-    assert config.run.dir == "runs/mine-2"
-    lock.close()
-
-
 def test_folder_in_use_is_refused_before_torch_is_imported(holder: Holder) -> None:
     folder, owner = holder
     program = (
@@ -87,12 +78,6 @@ def test_lock_ends_with_its_process(holder: Holder) -> None:
     _, lock = claim_run_dir(RunConfig(run=RunSettings(dir=str(folder))), "x")
     assert (folder / "lock").read_text().splitlines()[0] == str(os.getpid())
     lock.close()
-
-
-def test_other_ranks_lock_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with open_run_dir(RunConfig(run=RunSettings(dir=str(tmp_path / "none"))), "x"):
-        assert not (tmp_path / "none").exists()
 
 
 def test_restarted_job_resumes_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
