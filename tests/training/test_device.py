@@ -101,9 +101,11 @@ def test_out_of_memory_names_the_micro_batch_to_try(error: Exception) -> None:
 def test_running_out_of_memory_is_one_line(tmp_path: Path) -> None:
     """In a process whose address space is limited: attention patterns of gigabytes."""
     (tmp_path / "long.txt").write_text("abcdefghij" * 8000)
-    argv = ("--data.tokenizer=char", "--model.n_layers=1", "--model.n_heads=8", "--model.d_model=64")
-    argv += ("--model.context=1024", "--train.batch_size=128", "--train.micro_batch_size=64", "--model.attention=eager")
-    argv += ("--train.dtype=fp32", "--log.sample_tokens=0", "--train.steps=2", f"--data.source={tmp_path / 'long.txt'}")
+    argv = (
+        *("--data.tokenizer=char", "--model.n_layers=1", "--model.n_heads=8", "--model.d_model=64", "--train.steps=2"),
+        *("--model.context=1024", "--train.batch_size=128", "--train.micro_batch_size=64", "--model.attention=eager"),
+        *("--train.dtype=fp32", "--log.sample_tokens=0", f"--data.source={tmp_path / 'long.txt'}"),
+    )
     limit = 5 << 30
     done = subprocess.run(
         [sys.executable, "train.py", *argv, f"--run.dir={tmp_path / 'run'}"],

@@ -91,7 +91,7 @@ def test_evaluations_saves_and_hooks() -> None:
 def test_signal_finishes_the_step_and_saves(signum: signal.Signals) -> None:
     trainer = make_trainer(EIGHT)
     record, handler = Record(trainer), signal.getsignal(signum)
-    record.on_step = lambda trainer, metrics: metrics["step"] == 3 and os.kill(os.getpid(), signum)  # type: ignore[method-assign, assignment, return-value]
+    record.on_step = lambda trainer, metrics: metrics["step"] == 3 and os.kill(os.getpid(), signum)  # type: ignore[method-assign, assignment, return-value, func-returns-value]
     with pytest.raises(SystemExit) as caught:
         trainer.run()
     assert caught.value.code == record.exit_code == 128 + signum and trainer.is_stopped
