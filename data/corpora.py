@@ -8,13 +8,14 @@
     'src/**/*.py'  all files that a glob matches, whatever their suffix
 
 A file or folder that has the name of a corpus is given as `./stories`. To add a generated corpus: a module with
-`documents(split)`, `entropy()` and `version()`, and a line in `GENERATED`.
+`documents(split)` and `entropy()`, and a line in `GENERATED`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import inspect
 import os
 import urllib.request
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from common.files import write_atomic
-from data import repeated_tokens, stories
+from data import repeated_tokens, stories, story_grammar
 from data.text_files import (
     SEPARATOR,
     TextRange,
@@ -87,15 +88,19 @@ def open_corpus(source: str, val_fraction: float, cache: Path) -> Corpus:
 def is_in_cache(source: str, cache: Path) -> bool:
     """Whether `open_corpus` has nothing to generate and nothing to download."""
     if source in GENERATED:
-        return all(
-            (cache / f"{source}-{GENERATED[source].version()}/{split}.txt").exists() for split in ("train", "val")
-        )
+        return all((_generated_folder(source, cache) / f"{split}.txt").exists() for split in ("train", "val"))
     return source != "shakespeare" or (cache / SHAKESPEARE_FILE).exists()
+
+
+def _generated_folder(name: str, cache: Path) -> Path:
+    """A folder for the texts that the present code generates."""
+    code = "".join(inspect.getsource(module) for module in (stories, story_grammar, repeated_tokens))
+    return cache / f"{name}-{hashlib.sha256(code.encode()).hexdigest()[:12]}"
 
 
 def generated_files(name: str, cache: Path) -> tuple[Path, Path]:
     """Training and validation file of a generated corpus, written the first time. Raises `UserError` (6)."""
-    folder = cache / f"{name}-{GENERATED[name].version()}"
+    folder = _generated_folder(name, cache)
     for split in ("train", "val"):
         if not (folder / f"{split}.txt").exists():
             _write(folder / f"{split}.txt", f"\n{SEPARATOR}\n".join(GENERATED[name].documents(split)).encode())
@@ -111,7 +116,7 @@ def download_shakespeare(cache: Path) -> Path:
     if not path.exists():
         _write(path, _download(path))
     with open_text(path) as file:
-        if _is_shakespeare(file.read(SHAKESPEARE_BYTES + 1)):
+        if hashlib.sha256(file.read(SHAKESPEARE_BYTES + 1)).hexdigest() == SHAKESPEARE_SHA256:
             return path
     name = escape_control_chars(path)
     raise UserError(f"{name} is not Tiny Shakespeare (its sha256 differs): delete it to download it again", DATA)
@@ -125,10 +130,6 @@ def _write(path: Path, data: bytes) -> None:
         raise UserError(f"{error}; {hint}", DISK_OR_MEMORY) from error
 
 
-def _is_shakespeare(data: bytes) -> bool:
-    return hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256
-
-
 def _download(path: Path) -> bytes:
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=_TIMEOUT_SECONDS) as response:
@@ -136,7 +137,7 @@ def _download(path: Path) -> bytes:
     except (OSError, ValueError, http.client.HTTPException) as error:
         why = os_reason(error)
     else:
-        if _is_shakespeare(data):
+        if hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256:
             return data
         why = f"received {len(data)} bytes that are not the text"
     raise UserError(

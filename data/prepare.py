@@ -225,15 +225,11 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: i
     with _progress_bar("preparing tokens", total, progress) as bar:
         for split, texts in (("train", corpus.train), ("val", corpus.val)):
             writer = SplitWriter(folder, split, token_dtype(tokenizer.vocab_size), tokenizer.end_of_text)
-            complete = False
-            try:
-                with contextlib.closing(encode_all(_jobs(texts), tokenizer, folder / VOCABULARY, workers)) as results:
-                    for tokens, n_bytes in results:
-                        writer.append(tokens, n_bytes)
-                        bar.update(n_bytes)
-                complete = True
-            finally:
-                writer.close(complete)
+            results = encode_all(_jobs(texts), tokenizer, folder / VOCABULARY, workers)
+            with contextlib.closing(writer), contextlib.closing(results):
+                for tokens, n_bytes in results:
+                    writer.append(tokens, n_bytes)
+                    bar.update(n_bytes)
             if not writer.n_documents:
                 raise UserError(f"the {split} split of {corpus.name} contains no text: give it more", DATA)
             text_bytes[split] = writer.n_bytes

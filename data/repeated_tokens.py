@@ -19,11 +19,9 @@ equally likely. Each length occurs equally often in either split, so the mean ov
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Iterator
-from functools import cache
 from string import ascii_letters
 
 LETTERS = ascii_letters
@@ -52,13 +50,3 @@ def entropy() -> float:
     """
     given_length = [math.lgamma(len(LETTERS) + 1) - math.lgamma(len(LETTERS) - length + 1) for length in LENGTHS]
     return math.log(len(LENGTHS)) + math.fsum(given_length) / len(LENGTHS)
-
-
-@cache
-def version() -> str:
-    """A short hash of everything that determines the corpus; part of the name of its folder in the cache."""
-    digest = hashlib.sha256(repr((LETTERS, LENGTHS, WORDS_PER_LENGTH, SEED)).encode())
-    for split in WORDS_PER_LENGTH:
-        for document in documents(split, 1):
-            digest.update(document.encode())
-    return digest.hexdigest()[:12]

@@ -30,15 +30,11 @@ same given any combination: it is `entropy()` on both splits, and the validation
 
 from __future__ import annotations
 
-import hashlib
 import random
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import cache
 
-from data.story_grammar import Chain, Choose, Draw, Label, Node, Note, Pool, Split, Story, evenly, generate, line
-
-__all__ = ["KINDS", "Label", "Story", "documents", "entropy", "stories", "version"]
+from data.story_grammar import Chain, Choose, Draw, Node, Note, Pool, Split, Story, evenly, generate, line
 
 KINDS = ("pronoun", "agreement", "induction", "place", "cause", "crossing")
 STORIES: dict[Split, int] = {"train": 15_000, "val": 1_500}
@@ -96,12 +92,6 @@ POOLS = {
 
 def _line(template: str) -> Chain:
     return line(template, POOLS)
-
-
-def _opening() -> Node:
-    return _line(
-        "<time:time> <A:name> the <A.kind> and <B:name!A> the <B.kind> <found:found> a <colour:colour> <thing:thing>."
-    )
 
 
 def _put() -> Node:
@@ -178,7 +168,10 @@ def _story() -> Node:
     two = evenly(*(Chain((first, evenly(*(e for e in episodes if e is not first)))) for first in episodes))
     took = _line(" At last they took the <colour> <thing> home.")
     left = _line(" In the end they left the <colour> <thing> there.")
-    return Chain((_opening(), _put(), _search(), two, evenly(took, left)))
+    opening = _line(
+        "<time:time> <A:name> the <A.kind> and <B:name!A> the <B.kind> <found:found> a <colour:colour> <thing:thing>."
+    )
+    return Chain((opening, _put(), _search(), two, evenly(took, left)))
 
 
 STORY = _story()
@@ -203,13 +196,3 @@ def documents(split: Split) -> Iterator[str]:
 def entropy() -> float:
     """Entropy of a story of the full grammar in nats: summed over its choices, without sampling."""
     return STORY.entropy()
-
-
-@cache
-def version() -> str:
-    """A short hash of everything that determines the corpus; part of the name of its folder in the cache."""
-    digest = hashlib.sha256(repr((STORY, STORIES, SEED)).encode())
-    for split in STORIES:
-        for story in stories(split, 50):
-            digest.update(story.text.encode())
-    return digest.hexdigest()[:12]

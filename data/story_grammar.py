@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 CharSpan: TypeAlias = tuple[int, int]
@@ -56,15 +57,14 @@ class Story:
 class Pool:
     """The words of one kind, all equally likely. A row is a word and its attributes, named by `fields`.
 
-    "Another" word of the pool shares the attribute `group` if that is given, or with `apart` differs in it. `noun`
-    changes no text, so the corpus's version does not depend on it.
+    "Another" word of the pool shares the attribute `group` if that is given, or with `apart` differs in it.
     """
 
     rows: tuple[tuple[str, ...], ...]
     fields: tuple[str, ...] = ()
     group: str = ""
     apart: bool = False
-    noun: bool = field(default=False, repr=False)
+    noun: bool = False
     others: tuple[tuple[int, ...], ...] = field(init=False)
     """For each row, those that can be drawn as another one: equally many, or the entropy would vary."""
 
@@ -143,14 +143,12 @@ class Draw:
     unlike: str = ""
     partners: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        assert not (self.unlike and self.partners), "the two restrictions cannot be combined"
-
     def generate(self, state: State) -> None:
-        rows = self._rows(state.rows)
-        held_out = self._held_out(state.rows)
-        if self.partners and state.split:
-            rows = [row for row in rows if (row == held_out) == (state.split == "val")]
+        rows, held_out = self.options(state.rows), -1
+        if self.partners:
+            held_out = -sum(state.rows[partner] for partner in self.partners) % len(self.pool)
+            if state.split:
+                rows = [row for row in rows if (row == held_out) == (state.split == "val")]
         row = rows[state.pick(_EVEN[len(rows)])]
         state.held_out |= row == held_out
         state.log_prob -= self.entropy()
@@ -162,11 +160,9 @@ class Draw:
     def entropy(self) -> float:
         return math.log(len(self.pool.others[0] if self.unlike else self.pool))
 
-    def _rows(self, rows: Mapping[str, int]) -> Sequence[int]:
+    def options(self, rows: Mapping[str, int]) -> Sequence[int]:
+        """The rows that can be drawn, given the rows of other variables."""
         return self.pool.others[rows[self.unlike]] if self.unlike else range(len(self.pool))
-
-    def _held_out(self, rows: Mapping[str, int]) -> int:
-        return -sum(rows[partner] for partner in self.partners) % len(self.pool) if self.partners else -1
 
 
 _EVEN = tuple(tuple(option / n for option in range(1, n)) for n in range(64))
@@ -178,15 +174,10 @@ class Choose:
     """One of several nodes, each with its own probability."""
 
     options: tuple[tuple[float, Node], ...]
-    cumulative: tuple[float, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        assert math.isclose(sum(p for p, _ in self.options), 1.0), "probabilities must add up to 1"
-        cumulative = tuple(sum(p for p, _ in self.options[: i + 1]) for i in range(len(self.options) - 1))
-        object.__setattr__(self, "cumulative", cumulative)
 
     def generate(self, state: State) -> None:
-        probability, node = self.options[state.pick(self.cumulative)]
+        cumulative = tuple(accumulate(p for p, _ in self.options[:-1]))
+        probability, node = self.options[state.pick(cumulative)]
         state.log_prob += math.log(probability)
         node.generate(state)
 

@@ -37,15 +37,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 65_536 else np.dtype("<u4")
 
 
-def split_files(split: str) -> tuple[str, str]:
-    """Names of the files with the tokens and with the document starts of a split."""
-    return f"{split}.npy", f"{split}_documents.npy"
-
-
 def load_split(folder: Path, split: str, n_bytes: int) -> TokenSplit:
     """Open a split that `SplitWriter` wrote. Raises OSError or ValueError if the files are damaged."""
-    tokens, starts = (folder / name for name in split_files(split))
-    return TokenSplit(np.load(tokens, mmap_mode="r"), np.load(starts), n_bytes)
+    tokens = np.load(folder / f"{split}.npy", mmap_mode="r")
+    return TokenSplit(tokens, np.load(folder / f"{split}_documents.npy"), n_bytes)
 
 
 class ArrayWriter:
@@ -65,22 +60,21 @@ class ArrayWriter:
         self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
         self.length += len(values)
 
-    def close(self, complete: bool) -> None:
-        """Close the file; a complete one gets its header and is flushed to disk."""
-        if complete:
+    def close(self) -> None:
+        """Write the final header, flush to disk and close."""
+        with self._file:
             self._file.seek(0)
             self._write_header()
             self._file.flush()
             os.fsync(self._file.fileno())
-        self._file.close()
 
 
 class SplitWriter:
     """Writes the two files of a split."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, end_of_text: int) -> None:
-        tokens, starts = (folder / name for name in split_files(split))
-        self._tokens, self._starts = ArrayWriter(tokens, dtype), ArrayWriter(starts, np.dtype("<i8"))
+        self._tokens = ArrayWriter(folder / f"{split}.npy", dtype)
+        self._starts = ArrayWriter(folder / f"{split}_documents.npy", np.dtype("<i8"))
         self._end_of_text, self.n_bytes = end_of_text, 0
         # Start of the current document; written once its end has come.
         self._start = 0
@@ -99,6 +93,8 @@ class SplitWriter:
         self._tokens.append(tokens)
         self.n_bytes += n_bytes
 
-    def close(self, complete: bool) -> None:
-        self._tokens.close(complete)
-        self._starts.close(complete)
+    def close(self) -> None:
+        try:
+            self._tokens.close()
+        finally:
+            self._starts.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from data.stories import STORY
 from data.story_grammar import Chain, Choose, Draw, Node, Pick, Story, Text, generate
 
 
@@ -16,15 +15,6 @@ class Partial(NamedTuple):
     words: Mapping[str, str]
     rows: Mapping[str, int]
     choices: tuple[int, ...]
-
-
-def parse(text: str) -> Story:
-    """The story that `text` is. Raises ValueError if it is not one."""
-    stories = parse_all(STORY, text)
-    if not stories:
-        raise ValueError(f"not a story: {text}")
-    assert len(stories) == 1, "the grammar is ambiguous"
-    return stories[0]
 
 
 def parse_all(node: Node, text: str) -> list[Story]:
@@ -46,7 +36,7 @@ def _parse(node: Node, text: str, partial: Partial) -> Iterator[Partial]:
             yield partial._replace(end=end + len(expected))
     elif isinstance(node, Draw):
         names = node.pool.names(node.variable)
-        for option, row in enumerate(node._rows(rows)):
+        for option, row in enumerate(node.options(rows)):
             drawn = dict(zip(names, node.pool.rows[row], strict=True))
             yield Partial(end, {**words, **drawn}, {**rows, node.variable: row}, (*choices, option))
     elif isinstance(node, Choose):

@@ -370,7 +370,7 @@ def test_token_files_have_what_was_written(
     writer = SplitWriter(folder, "train", token_dtype(257), EOT)
     for i in range(0, len(tokens), piece):
         writer.append(np.array(tokens[i : i + piece], np.uint16), 1)
-    writer.close(complete=True)
+    writer.close()
     split = load_split(folder, "train", writer.n_bytes)
     assert tokens_of(split) == [EOT, *tokens] and split.n_documents == writer.n_documents == len(texts)
     ends = np.cumsum([0, *(len(text) + 1 for text in texts)])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import random
 import re
 import statistics
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -18,7 +16,7 @@ import pytest
 
 from data import stories as corpus
 from data.story_grammar import Chain, Choose, Node, Pool, Split, Story, evenly, generate, line
-from tests.data.story_parser import parse, parse_all
+from tests.data.story_parser import parse_all
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 POOLS = {
@@ -70,19 +68,6 @@ def test_entropy_of_a_small_grammar_against_brute_force() -> None:
     assert len({story.text for story in generated}) == len(generated) == 3 * 2 * 2 * 2
     assert math.fsum(math.exp(story.log_prob) for story in generated) == pytest.approx(1)
     assert -math.fsum(math.exp(s.log_prob) * s.log_prob for s in generated) == pytest.approx(node.entropy())
-
-
-def test_entropy_of_the_scenes_against_brute_force() -> None:
-    """The scenes: choices of unequal probability, labels in some of them only."""
-    node = evenly(corpus._scene("one", "many"), corpus._scene("many", "one"))
-    generated = list(enumerate_stories(node))
-    assert len({story.text for story in generated}) == len(generated) == 2 * 2 * 4 * 3 * 2
-    assert math.fsum(math.exp(story.log_prob) for story in generated) == pytest.approx(1)
-    assert -math.fsum(math.exp(s.log_prob) * s.log_prob for s in generated) == pytest.approx(node.entropy())
-    for story in generated:
-        noun, near, verb = re.findall(r"The (\w+) near the (\w+) (\w+)", story.text)[0]
-        assert verb == ("were" if noun.endswith("s") else "was")
-        assert bool(story.labels) == (noun.endswith("s") != near.endswith("s"))
 
 
 def test_every_derivation_is_parsed() -> None:
@@ -137,25 +122,16 @@ def exchange(pattern: str, one: str, other: str) -> Callable[[str], str]:
 
 CORRUPTIONS: dict[str, Callable[[str], str]] = {
     "a third name": exchange(r"(\w+) looked", "Mia", "Tom"),
-    "the names of question and answer swapped": lambda t: re.sub(
-        r"asked (\w+)(.*?)said (\w+)", r"asked \3\2said \1", t
-    ),
     "verb of the wrong number": exchange(r"near the \w+ (was|were)", "was", "were"),
     "wrong container in the answer": exchange(r"was in the (\w+)", "box", "bag"),
     "wrong reaction": exchange(r"Soon \w+ (\w+)", "sang", "hid"),
     "the wrong one is proud": exchange(r"felt (proud|better)", "proud", "better"),
     "wrong thing after the colour": exchange(r"put the \w+ (\w+)", "kite", "ball"),
-    "wrong colour": exchange(r"put the (\w+)", "red", "blue"),
     "wrong answer to a question": exchange(r'asked \w+\. "The (\w+)', "dog", "road"),
-    "wrong kind of animal": exchange(r"the (\w+) and", "fox", "bear"),
-    "wrong thing in the ending": exchange(r"they \w+ the \w+ (\w+)", "kite", "ball"),
     "wrong pronoun": exchange(r"because (he|she)", "he", "she"),
     "truncated": lambda t: t[:-1],
-    "without an ending": lambda t: t[: t.rindex(". ") + 1],
     "an extra word": lambda t: t.replace(" put the", " then put the"),
-    "an extra space": lambda t: t.replace(". ", ".  ", 1),
     "something after the end": lambda t: t + " ",
-    "two stories": lambda t: t + "\n" + t,
     "nothing": lambda t: "",
 }
 
@@ -167,8 +143,7 @@ def test_corrupted_stories_are_not_in_the_grammar(name: str) -> None:
         text = CORRUPTIONS[name](story.text)
         if text != story.text:
             corrupted += 1
-            with pytest.raises(ValueError):
-                parse(text)
+            assert not parse_all(corpus.STORY, text)
     assert corrupted >= 20
 
 
@@ -210,8 +185,7 @@ def test_labels_have_answer_antecedent_and_wrong_candidate() -> None:
                 assert label.wrong.strip() in re.findall(r"\w+", text[: label.answer[0]])
             assert (antecedent == answer) == (label.kind not in ("agreement", "cause"))
             assert label.kind != "agreement" or antecedent.endswith("s") == (answer == " were")
-            with pytest.raises(ValueError):
-                parse(text[: label.answer[0]] + label.wrong + text[label.answer[1] :])
+            assert not parse_all(corpus.STORY, text[: label.answer[0]] + label.wrong + text[label.answer[1] :])
 
 
 NOUNS = ("name", "thing", "box", "animal", "way", "one", "many", "near_one", "near_many")
@@ -238,11 +212,6 @@ def test_nearest_noun_is_no_shortcut() -> None:
             is_nearest[label.kind].append(label.nouns[-1] in label.antecedents)
     assert statistics.mean(is_nearest.pop("pronoun")) == pytest.approx(0.5, abs=0.05)
     assert not any(any(nearest) for nearest in is_nearest.values())
-
-
-def test_version_does_not_depend_on_nouns() -> None:
-    marked = Pool((("cat",), ("dog",)), noun=True)
-    assert repr(marked) == repr(Pool((("cat",), ("dog",))))
 
 
 def test_pronoun_is_resolved_by_meaning_alone() -> None:
@@ -285,23 +254,9 @@ def test_combinations_are_uniform_in_pairs(split: Split) -> None:
         assert chi_squared < (cells - 1) + 6 * math.sqrt(2 * (cells - 1))
 
 
-def test_a_tenth_of_the_full_grammar_is_held_out() -> None:
-    rng = random.Random(5)
-    generated = [generate(corpus.STORY, lambda cumulative: bisect_right(cumulative, rng.random())) for _ in range(3000)]
-    assert statistics.mean(story.held_out for story in generated) == pytest.approx(0.1, abs=0.022)
-
-
 def test_stories_of_a_seed_never_change() -> None:
     first = [story.text for split in SPLITS for story in corpus.stories(split, 100)]
     assert first == [story.text for split in SPLITS for story in corpus.stories(split, 100)]
     assert first[:50] == [story.text for story in corpus.stories("train", 50)]
     assert first != [story.text for split in SPLITS for story in corpus.stories(split, 100, seed=2)]
     assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "14b00f6ffa1f2a94"
-
-
-def test_version_follows_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = corpus.version.__wrapped__
-    now = version()
-    assert re.fullmatch("[0-9a-f]{12}", now) and now == version() == corpus.version()
-    monkeypatch.setattr(corpus, "STORY", Chain((corpus.STORY, line(" The end.", {}))))
-    assert version() != now
