@@ -80,9 +80,10 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
             continue
         choose, judge = halves(ours)
         layer, head = divmod(int(attention[choose].mean(dim=0).argmax()), model.config.n_heads)
-        offset = best_offset([fitting[k] for k in choose])
-        judged = [fitting[k] for k in judge]
-        nearest = [at_nearest_noun(pair) for pair in judged if pair.nearest_noun]
+        chosen, judged = [fitting[k] for k in choose], [fitting[k] for k in judge]
+        offset = max(range(max(len(pair.tokens) for pair in chosen)), key=lambda d, pairs=chosen: _share_at(d, pairs))  # type: ignore[misc]
+        nouns = [(set(pair.nearest_noun), set(pair.antecedent)) for pair in judged if pair.nearest_noun]
+        nearest = [len(noun & antecedent) / len(noun) for noun, antecedent in nouns]
         score = AntecedentScore(
             kind=kind,
             count=len(ours),
@@ -90,7 +91,7 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
             head=(layer, head),
             attention=attention[judge, layer, head].mean().item(),
             offset=offset,
-            offset_baseline=fmean(at_offset(pair, offset) for pair in judged),
+            offset_baseline=_share_at(offset, judged),
             nearest_noun_baseline=fmean(nearest) if nearest else None,
         )
         scores.append(score)
@@ -102,19 +103,9 @@ def chosen_heads(scores: Sequence[AntecedentScore]) -> dict[str, ChosenHead]:
     return {ANTECEDENT + score.kind: ChosenHead(score.head, score.attention, score.baseline) for score in scores}
 
 
-def at_offset(pair: ContrastPair, offset: int) -> float:
-    """1 if the token `offset` before the last of the prompt belongs to the antecedent, else 0."""
-    return float(len(pair.tokens) - 1 - offset in pair.antecedent)
-
-
-def best_offset(pairs: Sequence[ContrastPair]) -> int:
-    """The fixed offset that hits the antecedent most often; the shortest of several."""
-    return max(range(max(len(pair.tokens) for pair in pairs)), key=lambda d: sum(at_offset(p, d) for p in pairs))
-
-
-def at_nearest_noun(pair: ContrastPair) -> float:
-    """Share of the nearest noun's tokens that belong to the antecedent."""
-    return len(set(pair.nearest_noun) & set(pair.antecedent)) / len(pair.nearest_noun)
+def _share_at(offset: int, pairs: Sequence[ContrastPair]) -> float:
+    """Share of the pairs in which the token `offset` before the last of the prompt belongs to the antecedent."""
+    return fmean(len(pair.tokens) - 1 - offset in pair.antecedent for pair in pairs)
 
 
 def halves(indices: Sequence[int]) -> tuple[list[int], list[int]]:

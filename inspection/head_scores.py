@@ -246,14 +246,12 @@ def describe_antecedent(kind: str) -> str:
 
 
 def score_info(name: str) -> HeadScore:
-    """The score of this name, `antecedent.KIND` included.
-
-    Raises:
-        KeyError: if there is none.
-    """
-    kind = name.removeprefix(ANTECEDENT)
-    if name == kind or not kind:
+    """The score of this name, `antecedent.KIND` included; for an unknown one, which a file may hold, only its name."""
+    if name in SCORES:
         return SCORES[name]
+    kind = name.removeprefix(ANTECEDENT)
+    if kind in ("", name):
+        return HeadScore(name, title=name, formula="", source="", texts="")
     return HeadScore(
         name,
         title=f"attends to {describe_antecedent(kind)}",

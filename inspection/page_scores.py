@@ -104,7 +104,7 @@ def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) 
                 tables.setdefault(name, []).append(np.asarray(table, dtype=np.float64))
     described = {}
     for name, values in tables.items():
-        info, measure = _score_info(name), measure_for_score(name)
+        info, measure = MAX_ATTENTION if name == MAX_ATTENTION.name else score_info(name), measure_for_score(name)
         high = info.high if info.high is not None else max(float(np.nanmax(table, initial=0)) for table in values)
         effects = ablations.measures.get(measure) if ablations else None
         attention = runs[0].scores_at(ablations.step).get(name) if ablations and info.is_share else None
@@ -118,13 +118,6 @@ def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) 
             "labels": _labels(effects, attention) if effects else None,
         }
     return described
-
-
-def _score_info(name: str) -> HeadScore:
-    try:
-        return MAX_ATTENTION if name == MAX_ATTENTION.name else score_info(name)
-    except KeyError:
-        return HeadScore(name, name, formula="", low=0.0, high=None, source="", texts="")
 
 
 def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) -> list[list[dict[str, str]]]:

@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import CONFIG, UserError
 from common.files import write_atomic
 from inspection.findings import ATTENTION_THRESHOLD, FINDING_SCORES
-from inspection.head_scores import ANTECEDENT
-from inspection.run_reader import RunFiles, best_head, find_score, find_text, match_name
+from inspection.head_scores import ANTECEDENT, score_info
+from inspection.run_reader import RunFiles, best_head, find_text, match_name
 from inspection.terminal import clearest_head, head_name, token_text
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.fl
     best = [int(k) for k in np.argsort(-last) if np.isfinite(last[k])][: len(SERIES_COLORS)]  # nan is last
     marker: dict[str, Any] = {"marker": "o" if S == 1 else None, "markersize": 5}
     others = f"; gray: the other {L * H - len(best)} heads" if len(best) < L * H else ""
-    with _figure(Path(path), SERIES_SIZE, title, find_score(score).title + others) as figure:
+    with _figure(Path(path), SERIES_SIZE, title, score_info(score).title + others) as figure:
         axes = figure.subplots()
         axes.plot(steps, np.delete(lines, best, axis=1), color=GRAY, linewidth=1.0, **marker)
         for order, (k, color) in enumerate(zip(best, SERIES_COLORS, strict=False)):
@@ -317,7 +317,7 @@ def phase_change(path: Path | str, loss: Series, induction: Series, previous_tok
 
 def score_range(name: str, values: ArrayLike) -> tuple[float, float]:
     """The lowest and highest value to draw a score between; without a bound, up to the largest value."""
-    info = find_score(name)
+    info = score_info(name)
     largest = float(np.nanmax(np.asarray(values, dtype=np.float64), initial=0.0)) or 1.0
     return info.low, largest if info.high is None else info.high
 

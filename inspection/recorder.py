@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.files import read_metrics, remove_temporary_files
+from common.files import remove_temporary_files
 from inspection.ablation import ablate_group, run_ablations
 from inspection.ablation_results import HeadEffect
 from inspection.activation_cache import run_with_cache_batch
@@ -186,8 +186,8 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
         return ablate_group(model, eval_texts, heads, measure)
 
     run = RunFiles.open(run_dir)
-    last = run.attention_files[step]
-    timeline = {line["step"]: line["head_scores"] for line in _evaluations(run_dir, step)} | {step: last.scores}
+    last, evaluations = run.attention_files[step], [line for line in run.evaluations() if line["step"] <= step]
+    timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
     findings = compute_findings(timeline, ablations, chosen_heads(antecedents), group)
     save_findings(run_dir / "attention" / "findings.json", findings)
     lines = [headline(findings)]
@@ -197,12 +197,6 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
         lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
     figures = draw_figures(run, run_dir, "png", step)
     page = run_dir / "attention.html"
-    page_run = PageRun(run_dir.name, list(run.attention_files.values()), _evaluations(run_dir, step))
+    page_run = PageRun(run_dir.name, list(run.attention_files.values()), evaluations)
     write_page(page, [page_run], run.findings, ablations, run_dir.name)
     return Report([*lines, DISCLAIMER], figures, page)
-
-
-def _evaluations(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl with head scores, up to a step."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    return [line for line in lines if isinstance(line.get("head_scores"), dict) and line["step"] <= last_step]

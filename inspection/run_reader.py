@@ -26,7 +26,7 @@ from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import read_metrics
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
-from inspection.head_scores import SCORES, HeadScore, score_info
+from inspection.head_scores import SCORES
 
 if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
@@ -155,9 +155,14 @@ class RunFiles:
         path = self.folder / FOLDER / "findings.json"
         if not path.is_file():
             return None
-        findings = read_json_object(path)
-        if not isinstance(findings.get("headline"), str) or not isinstance(findings.get("findings"), list):
-            raise UserError(f"{path} has no headline and findings; delete it to continue without it", CHECKPOINT)
+        try:
+            findings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(findings["headline"], str) or not isinstance(findings["findings"], list):
+                raise ValueError("no headline or no list of findings")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it to continue without it", CHECKPOINT) from error
         return findings
 
     def eval_texts(self, vocab_size: int, context: int) -> EvalTexts | None:
@@ -171,13 +176,10 @@ class RunFiles:
         path = self.folder / FOLDER / "eval_texts.json"
         return EvalTexts.load(path, vocab_size, context) if path.is_file() else None
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return read_metrics(self.folder / "metrics.jsonl")
-
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that have head scores."""
-        return [line for line in self.metrics() if isinstance(line.get("head_scores"), dict)]
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return [line for line in lines if isinstance(line.get("head_scores"), dict)]
 
 
 @dataclass(frozen=True)
@@ -239,23 +241,6 @@ def _no_attention_files(folder: Path) -> str:
     return f"{folder} is not a run folder; python train.py makes a run folder"
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: if it cannot be read or is not one (exit code 4).
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to continue without it", CHECKPOINT) from error
-    return value
-
-
 # Choosing by name
 
 
@@ -299,11 +284,3 @@ def best_head(score: str, values: NDArray[np.float32]) -> tuple[int, int] | None
     index = np.nanargmin(values) if score == "entropy" else np.nanargmax(values)
     layer, head = divmod(int(index), values.shape[1])
     return layer, head
-
-
-def find_score(name: str) -> HeadScore:
-    """The definition of a head score; for an unknown one, which a file may hold, a share of attention of that name."""
-    try:
-        return score_info(name)
-    except KeyError:
-        return HeadScore(name, title=name, formula="", source="", texts="")

@@ -15,7 +15,8 @@ from inspection.commands.shared import (
     require_scores,
     score_rows,
 )
-from inspection.run_reader import NEWEST, RunFiles, find_score, match_name
+from inspection.head_scores import score_info
+from inspection.run_reader import NEWEST, RunFiles, match_name
 from inspection.terminal import DISCLAIMER, Result, Terminal, table
 
 
@@ -41,7 +42,7 @@ def run(options: Heads, terminal: Terminal) -> Result:
     rows = score_rows(file, results, names)
     if options.score:
         rows.sort(key=lambda row: -row["value"] if math.isfinite(row["value"]) else math.inf)
-        title, body = f"{options.score}: {find_score(options.score).title}", _one_score(rows, terminal)
+        title, body = f"{options.score}: {score_info(options.score).title}", _one_score(rows, terminal)
     else:
         title = "every score of every head, each followed by the effect of zero ablation"
         body = _all_scores(rows, terminal)

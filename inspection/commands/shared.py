@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from common.errors import CHECKPOINT, CONFIG, UserError
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
-from inspection.run_reader import RunFiles, find_score
+from inspection.head_scores import score_info
+from inspection.run_reader import RunFiles
 from inspection.terminal import head_name, interval
 
 if TYPE_CHECKING:
@@ -114,9 +115,9 @@ def score_rows(file: AttentionFile, results: AblationResults | None, names: list
             row |= {"measure": measure if effects else None, "unit": effects.unit if effects else None}
             for key, field in EFFECTS.items():
                 table = getattr(effects, field, None)
-                row[key] = list(astuple(table[layer][head])) if table else None
+                row[key] = list(table[layer][head]) if table else None
             label = ablation_label(effects.head(layer, head)) if effects else None
-            high = find_score(name).is_share and value >= ATTENTION_THRESHOLD
+            high = score_info(name).is_share and value >= ATTENTION_THRESHOLD
             rows.append({**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""})
     return rows
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from inspection.commands.shared import OutputOptions, require_scores
 from inspection.findings import ATTENTION_THRESHOLD
+from inspection.head_scores import score_info
 from inspection.plots import score_range
-from inspection.run_reader import HeadScoreSeries, RunFiles, best_head, find_score, match_name
+from inspection.run_reader import HeadScoreSeries, RunFiles, best_head, match_name
 from inspection.terminal import Cell, Result, Terminal, head_name, sparkline, table
 
 SPARKLINE_WIDTH = 60
@@ -41,7 +42,7 @@ def run(options: Timeline, terminal: Terminal) -> Result:
     if not options.score:
         lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
     elif options.score != "all":
-        lines.append(f"{options.score}: {find_score(options.score).title}")
+        lines.append(f"{options.score}: {score_info(options.score).title}")
     lines += ["", *_table(shown, series, terminal), ""]
     lines.append(f"threshold: the first step with a score of at least {ATTENTION_THRESHOLD}, for shares of attention")
     rows = [
@@ -56,7 +57,7 @@ def _timeline(name: str, head: tuple[int, ...], series: HeadScoreSeries) -> dict
     """One score of one head over the steps, and the first step at which it reached the threshold."""
     values = series.scores[name][:, head[0], head[1]].astype(float)
     reached = values >= ATTENTION_THRESHOLD
-    is_reached = find_score(name).is_share and reached.any()
+    is_reached = score_info(name).is_share and reached.any()
     return {
         "head": head_name(*head),
         "score": name,
@@ -75,7 +76,7 @@ def _table(timelines: list[dict[str, Any]], series: HeadScoreSeries, terminal: T
         low, high = score_range(name, series.scores[name])
         line = sparkline(timeline["values"], low, high, terminal.encoding, SPARKLINE_WIDTH)
         if reached is None:
-            reached = "never" if find_score(name).is_share else "-"
+            reached = "never" if score_info(name).is_share else "-"
         rows.append((name, timeline["head"], line, *(timeline[key] for key in ("first", "last", "max")), reached))
     titles = ("score", "head", "over the steps", "first", "last", "max", "threshold at step")
     return table(titles, rows, max(terminal.width, 80), fixed=3)
