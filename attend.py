@@ -176,7 +176,7 @@ def show_prompt(options: AttendOptions) -> None:
     check_prompt(options.prompt)
     checkpoint = open_checkpoint(Path(options.run))
     tokenizer = checkpoint.tokenizer()
-    tokens = encode_prompt(tokenizer, options.prompt, checkpoint.starts_with_eot)
+    tokens = encode_prompt(tokenizer, options.prompt, checkpoint.environment.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))
     head = parse_head(options.head, model.config.n_layers, model.config.n_heads) if options.head else None
     if not options.prompt:

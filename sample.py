@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     if config.attend:
         path = attention_path(config.attend)
     tokenizer = checkpoint.tokenizer()
-    prompt = text.encode_prompt(tokenizer, config.prompt, checkpoint.starts_with_eot)
+    prompt = text.encode_prompt(tokenizer, config.prompt, checkpoint.environment.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))
     if len(prompt) > (context := model.config.context):
         print(f"the prompt has {len(prompt)} tokens; only the last {context} or fewer are used", file=sys.stderr)

@@ -51,13 +51,15 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     and 143 and without a traceback; the training loop handles them itself (`training/signals.py`). A closed pipe
     (`| head`) ends the program quietly.
     """
-    relax_gc()
+    # Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start.
+    gc.set_threshold(100_000, 20, 100)
+    atexit.register(gc.freeze)
     signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     for number in signals:  # those that are ignored (`nohup`, `&`) stay ignored
         signal.signal(number, exit_on_signal)
+    end: BaseException | None = None
     try:
         _run(main)
-        end: BaseException = SystemExit(0)
     except BaseException as error:
         if "RANK" not in os.environ:
             raise
@@ -67,12 +69,6 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             signal.signal(number, signal.SIG_DFL)
     if "RANK" in os.environ:
         exit_without_teardown(end)
-
-
-def relax_gc() -> None:
-    """Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start."""
-    gc.set_threshold(100_000, 20, 100)
-    atexit.register(gc.freeze)
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -88,18 +84,17 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def exit_without_teardown(end: BaseException) -> NoReturn:
+def exit_without_teardown(error: BaseException | None) -> NoReturn:
     """End a process of torchrun after its exit handlers, without tearing down the interpreter.
 
     A gloo thread that releases a tensor during teardown aborts the process or deadlocks (pytorch pull request 179291).
     """
-    code = int(end.code or 0) if isinstance(end, SystemExit) else 1
-    if not isinstance(end, SystemExit):
-        sys.excepthook(type(end), end, end.__traceback__)
+    code = int(error.code or 0) if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -130,12 +125,9 @@ def _report(error: UserError, debug: bool) -> NoReturn:
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():
             print(escape_control_chars(line), file=sys.stderr)
-    is_rank_zero = os.environ.get("LOCAL_RANK", "0") == "0"
-    if error.exit_code == CONFIG and not is_rank_zero:
+    if error.exit_code == CONFIG and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(RANK_ZERO_SECONDS)  # torchrun ends all processes once one has ended
         sys.exit(error.exit_code)
-    # Bad data is usually bad everywhere, but the processes read different parts of it.
-    process = f" (process {os.environ.get('RANK')})" if error.exit_code == DATA and not is_rank_zero else ""
     for line in str(error).splitlines():
-        print(f"error{process}: {escape_control_chars(line)}", file=sys.stderr)
+        print(f"error: {escape_control_chars(line)}", file=sys.stderr)
     sys.exit(error.exit_code)

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -83,11 +82,6 @@ class Checkpoint:
     state: TrainState
     environment: RunEnvironment
 
-    @property
-    def starts_with_eot(self) -> bool:
-        """Whether a text begins with end-of-text."""
-        return self.environment.starts_with_eot
-
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name."""
         return read_tensors(self.folder / MODEL)
@@ -136,10 +130,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shown = escape_control_chars(path)
     try:
         if not path.is_dir():
-            raise UserError(
-                f"{shown} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints",
-                CHECKPOINT,
-            )
+            message = f"{shown} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"
+            raise UserError(message, CHECKPOINT)
         is_checkpoint = (path / MANIFEST).is_file() or (path / STATE).is_file()
         candidates = [path] if is_checkpoint else list_checkpoints(path / "checkpoints")[::-1]
     except OSError as error:
@@ -158,14 +150,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoint folders, oldest step first."""
-    folders = [path for path in (root.iterdir() if root.is_dir() else ()) if step_of_folder(path) is not None]
-    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name))
+    paths = root.iterdir() if root.is_dir() else ()
+    folders = [path for path in paths if step_of_folder(path) is not None and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name))
 
 
 def step_of_folder(folder: Path) -> int | None:
     """The step that a checkpoint folder is named after; None for any other name."""
-    matched = re.fullmatch(r"[0-9]{6,18}", folder.name)
-    return int(matched[0]) if matched and f"{int(matched[0]):06d}" == matched[0] else None
+    name = folder.name
+    return int(name) if name.isdecimal() and len(name) < 19 and f"{int(name):06d}" == name else None
 
 
 def verify_checkpoint(folder: Path) -> str | None:
@@ -352,10 +345,7 @@ class CheckpointWriter:
 
     def _rename_into_place(self, temporary: Path, final: Path) -> None:
         """Give a finished folder its name and read it back. What it replaces is kept until then; raises OSError."""
-        previous = self.root / f"{REMOVING}{final.name}"
-        if final.is_symlink() or final.exists():
-            _remove(previous)
-            _rename(final, previous)
+        previous = _set_aside(final) if final.is_symlink() or final.exists() else None
         try:
             _rename(temporary, final)
             _fsync(self.root)
@@ -364,7 +354,7 @@ class CheckpointWriter:
         except OSError:
             if final.exists():
                 _rename(final, temporary)
-            if previous.exists():
+            if previous is not None:
                 _rename(previous, final)
             raise
 
@@ -378,10 +368,7 @@ class CheckpointWriter:
         try:
             _remove(self.root / f"{REMOVING}{step:06d}")
             for folder in unwanted:  # renamed first: a folder with a step's name is never incomplete
-                removing = folder.with_name(f"{REMOVING}{folder.name}")
-                _remove(removing)
-                _rename(folder, removing)
-                _remove(removing)
+                _remove(_set_aside(folder))
         except OSError as error:
             reason = escape_control_chars(f"{self.root}: {error.strerror or error}")
             print(f"cannot remove an old checkpoint from {reason}", file=sys.stderr, flush=True)
@@ -458,6 +445,14 @@ def _fsync(path: Path) -> None:
 def _rename(old: Path, new: Path) -> None:
     _announce("rename", old)
     old.rename(new)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint that is to be removed; its new path."""
+    path = folder.with_name(f"{REMOVING}{folder.name}")
+    _remove(path)
+    _rename(folder, path)
+    return path
 
 
 def _remove(path: Path) -> None:

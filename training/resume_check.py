@@ -7,15 +7,14 @@ Weights and optimizer state must have the same sha256. Everything happens in a t
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
-from training.checkpoint import MANIFEST, MODEL, OPTIMIZER, list_checkpoints, verify_checkpoint
+from common.errors import CONFIG, UserError, escape_control_chars
+from training.checkpoint import MODEL, OPTIMIZER, list_checkpoints, sha256_of_file, verify_checkpoint
 from training.config import RunConfig, to_toml
 
 STEPS = 8
@@ -46,17 +45,18 @@ def check_resume(config: RunConfig) -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix=".check-", dir=run) as temporary:
-        hashes = []
+        hashes: list[str] = []
         for name, stops in (("uninterrupted", [steps]), ("resumed", [middle, steps])):
             folder = Path(temporary) / name
             argument = _prepare(folder, config, start)
             for stop in stops:
                 _train(argument, first + stop)
                 argument = f"--run.resume={folder}"
-            hashes.append(_hashes(folder / "checkpoints" / f"{first + steps:06d}"))
-            print(f"{name:<14} weights         {hashes[-1][0]}", flush=True)
-            print(f"{'':<14} optimizer state {hashes[-1][1]}", flush=True)
-    if hashes[0] != hashes[1]:
+            last = folder / "checkpoints" / f"{first + steps:06d}"
+            hashes += [sha256_of_file(last / MODEL), sha256_of_file(last / OPTIMIZER)]
+            print(f"{name:<14} weights         {hashes[-2]}", flush=True)
+            print(f"{'':<14} optimizer state {hashes[-1]}", flush=True)
+    if hashes[:2] != hashes[2:]:
         print("different bits: this run does not resume exactly on this machine")
         sys.exit(1)
     print("same bits: the resumed run is identical to the uninterrupted one")
@@ -88,11 +88,3 @@ def _train(argument: str, stop_at_step: int) -> None:
     if done.returncode:
         error = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         raise UserError(f"training up to step {stop_at_step} failed: {error}", max(done.returncode, 1))
-
-
-def _hashes(folder: Path) -> tuple[str, str]:
-    """The sha256 of the weights and of the optimizer state of a checkpoint; raises UserError (4)."""
-    if problem := verify_checkpoint(folder):
-        raise UserError(f"{folder}: {problem}", CHECKPOINT)
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return files[MODEL]["sha256"], files[OPTIMIZER]["sha256"]

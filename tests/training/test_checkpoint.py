@@ -125,7 +125,7 @@ def test_checkpoint_roundtrip(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     found = open_checkpoint(tmp_path)
     assert found.folder == folder and found.state.step == 3 and found.environment == ENVIRONMENT
-    assert found.config == RunConfig(model=SHAPE) and found.starts_with_eot
+    assert found.config == RunConfig(model=SHAPE) and found.environment.starts_with_eot
     weights, state = tensors()
     for now, before in ((found.weights(), weights), (found.optimizer_state(), state)):
         assert now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
