@@ -4,8 +4,8 @@
       tokens-<key>/    meta.json vocabulary.json train.npy train_documents.npy val.npy val_documents.npy
 
 The key is a hash of the content: the sha256 of every text file, the byte ranges of the splits, and the tokenizer. So a
-changed file is prepared again, and a moved one is not. `meta.json` has the size and sha256 of every file; they are
-checked at every start, and a damaged folder is prepared again.
+changed file is prepared again, and a moved one is not. `meta.json` has the sha256 of every file; they are checked at
+every start, and a damaged folder is prepared again.
 """
 
 from __future__ import annotations
@@ -160,15 +160,12 @@ def available_cores() -> int:
 def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) -> TokenizedCorpus:
     """Check and open a prepared folder. Raises `CorruptCacheError`."""
     try:
-        if not (folder / META).is_file():  # reading a pipe would block
-            raise CorruptCacheError(f"{META} is missing or damaged")
         meta = json.loads((folder / META).read_bytes())
-        if (meta["format"], meta["key"]) != (FORMAT, key):
+        if meta["key"] != key:
             raise CorruptCacheError(f"{META} is damaged")
-        hashes = {folder / name: entry["sha256"] for name, entry in meta["files"].items()}
-        for path in hashes:
-            if not path.is_file() or path.is_symlink() or path.stat().st_size != meta["files"][path.name]["bytes"]:
-                raise CorruptCacheError(f"{path.name} is missing or has the wrong size")
+        hashes = {folder / name: sha256 for name, sha256 in meta["sha256"].items()}
+        if missing := [path.name for path in hashes if not path.is_file()]:
+            raise CorruptCacheError(f"{missing[0]} is missing")
         for path, sha256 in _hash_files(list(hashes), "checking tokens", progress).items() if verify else ():
             if sha256 != hashes[path]:
                 raise CorruptCacheError(f"{path.name} has the wrong sha256")
@@ -183,7 +180,7 @@ def _open(folder: Path, key: str, corpus: Corpus, progress: bool, verify: bool) 
             raise CorruptCacheError(f"{VOCABULARY} is not a tokenizer") from error
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptCacheError(f"{META} is missing or damaged") from error
+        raise CorruptCacheError(f"{META} or a file that it lists is missing or damaged") from error
 
 
 def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress: bool) -> None:
@@ -197,8 +194,8 @@ def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress:
         if _cache_key(corpus, config, progress) != key:
             raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
         hashes = _hash_files(sorted(partial.iterdir()), "checking tokens", progress)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256} for path, sha256 in hashes.items()}
-        meta = {"format": FORMAT, "key": key, "text_bytes": text_bytes, "files": files}
+        sha256 = {path.name: value for path, value in hashes.items()}
+        meta = {"key": key, "text_bytes": text_bytes, "sha256": sha256}
         write_atomic(partial / META, [json.dumps(meta, indent=1).encode()])
         try:
             partial.rename(folder)

@@ -67,13 +67,8 @@ def test_documents_are_read_from_their_start(lengths: list[int], context: int) -
             assert starts[row] <= start and start + length + 1 <= starts[row] + sequences.counts[row]
 
 
-def test_one_document_is_covered_without_gaps() -> None:
-    sequences = pack_documents(split_of([100]), 16)
-    assert sequences.starts.tolist() == [0, 16, 32, 48, 64, 80, 96]
-    assert sequences.counts.tolist() == [16, 16, 16, 16, 16, 16, 5]
-
-
 def test_a_truncated_document_is_left_to_the_next_sequence() -> None:
+    assert pack_documents(split_of([100]), 16).starts.tolist() == [0, 16, 32, 48, 64, 80, 96]
     # EOT a a a EOT b b EOT c c c c c EOT: starts 0, 4, 7; a sequence of 9 targets from 0 ends inside c.
     sequences = pack_documents(split_of([3, 2, 5]), 9)
     assert sequences.starts.tolist() == [0, 7] and sequences.counts.tolist() == [7, 6]
@@ -107,12 +102,7 @@ def test_consecutive_steps_walk_through_the_epochs(batch_size: int) -> None:
     epochs = [epoch_permutation(3, epoch, n) for epoch in range(len(order) // n + 1)]
     assert order.tolist() == np.concatenate(epochs)[: len(order)].tolist()
     assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in epochs)
-
-
-def test_epochs_and_seeds_have_unrelated_orders() -> None:
-    first, second, other = (epoch_permutation(seed, epoch, 1000) for seed, epoch in ((1, 0), (1, 1), (2, 0)))
-    for a, b in ((first, second), (first, other), (first, np.arange(1000)), (first[1:], first[:-1])):
-        assert abs(np.corrcoef(a, b)[0, 1]) < 0.12
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[0], epoch_permutation(4, 0, n))
 
 
 def test_order_of_a_seed_never_changes() -> None:
@@ -120,48 +110,23 @@ def test_order_of_a_seed_never_changes() -> None:
     assert epoch_permutation(1, 0, 10).tolist() == [8, 4, 7, 0, 1, 2, 5, 9, 6, 3]
 
 
-def test_an_epoch_reads_each_sequence_once() -> None:
-    split = split_of([5] * 23)
-    sequences = pack_documents(split, 6)
-    rows = torch.cat([get_batch(split, sequences, seed=1, step=s, batch_size=4).tokens for s in range(12)])
-    first, second = rows[:23, 1].tolist(), rows[23:46, 1].tolist()
-    assert sorted(first) == sorted(second) == (sequences.starts + 1).tolist() and first != second
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_have_the_global_batch(world_size: int) -> None:
-    split = split_of([3, 9, 30, 2, 7, 7, 1, 12])
-    sequences = pack_documents(split, 8)
-    whole = get_batch(split, sequences, seed=5, step=3, batch_size=8)
-    parts = [get_batch(split, sequences, 5, 3, 8, rank, world_size) for rank in range(world_size)]
-    assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
-    assert torch.equal(whole.targets, torch.cat([part.targets for part in parts]))
-
-
 @settings(max_examples=60, deadline=None)
 @given(document_lengths, contexts, seeds, steps, st.sampled_from([1, 2, 4]))
-def test_num_valid_tokens_is_that_of_all_ranks(
+def test_parts_of_all_ranks_are_the_whole_batch(
     lengths: list[int], context: int, seed: int, step: int, world_size: int
 ) -> None:
     split = split_of(lengths)
     sequences = pack_documents(split, context)
+    whole = get_batch(split, sequences, seed, step, 4)
     parts = [get_batch(split, sequences, seed, step, 4, rank, world_size) for rank in range(world_size)]
-    expected = sum(int((part.targets != IGNORE_INDEX).sum()) for part in parts)
-    assert num_valid_tokens(sequences, seed, step, 4) == expected
-
-
-@settings(max_examples=60, deadline=None)
-@given(document_lengths, contexts, seeds, steps, st.integers(1, 6))
-def test_documents_of_a_batch_are_those_of_its_valid_targets(
-    lengths: list[int], context: int, seed: int, step: int, size: int
-) -> None:
-    split = split_of(lengths)
-    sequences = pack_documents(split, context)
+    assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
+    assert torch.equal(whole.targets, torch.cat([part.targets for part in parts]))
+    assert num_valid_tokens(sequences, seed, step, 4) == (whole.targets != IGNORE_INDEX).sum()
     # Each token, EOT included, is its own position, so that the targets are positions.
     positions = dataclasses.replace(split, tokens=np.arange(len(split)))
-    targets = get_batch(positions, sequences, seed, step, size).targets
+    targets = get_batch(positions, sequences, seed, step, 4).targets
     expected = {int((split.document_starts < t).sum()) - 1 for t in targets[targets != IGNORE_INDEX].tolist()}
-    assert documents_in_batch(split, sequences, seed, step, size) == sorted(expected)
+    assert documents_in_batch(split, sequences, seed, step, 4) == sorted(expected)
 
 
 def test_batch_depends_on_seed_and_step_alone() -> None:

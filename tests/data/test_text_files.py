@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DATA, UserError
-from data.corpora import open_corpus
 from data.text_files import SEPARATOR, TextRange, find_files, find_separators, read_documents, sample_text
 from tests.data.texts import data_error, documents, write, write_range
 
@@ -110,18 +109,6 @@ def test_no_pre_token_crosses_a_cut(path: Path, pattern: str, fragments: list[tu
     assert [word for piece in pieces for word in split(piece.text)] == split(text)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize(
-    "line", ["ok ok!\n", "ok ok!?\r\n\r\n", "é é  \t\n", "ok 12345\n", "ok \u3000\u00a0 ש\n", "ok //\n/"]
-)
-def test_no_cut_inside_the_pre_token_of_some_encoding(path: Path, pattern: str, line: str) -> None:
-    span = write_range(path, line * 30)
-    split = regex.compile(pattern).findall
-    for block_bytes in range(40, 60):
-        pieces = read_documents(span, block_bytes)
-        assert [word for piece in pieces for word in split(piece.text)] == split(line * 30)
-
-
 def test_memory_does_not_grow_with_the_file(path: Path) -> None:
     span = write_range(path, b"a line without an end " * 400_000)  # 8.8 MB, one document
     tracemalloc.start()
@@ -192,13 +179,6 @@ def test_nul_byte_truncated_and_missing_file(path: Path) -> None:
 def test_unusable_file_is_one_clear_line(tmp_path: Path, data: bytes, expected: str) -> None:
     message = data_error(write(tmp_path / "odd\x1b[31m\n.txt", data), tmp_path / "cache")
     assert re.search(expected, message) and r"odd\x1b[31m\n.txt" in message
-
-
-def test_character_across_the_first_bytes_is_valid(tmp_path: Path) -> None:
-    for shift in range(4):
-        text = "x" * (8192 - shift) + "😀" * 10
-        corpus = open_corpus(str(write(tmp_path / "book.txt", text)), 0.5, tmp_path)
-        assert "".join(documents(corpus.train + corpus.val)) == text
 
 
 def test_source_without_files_says_what_is_accepted(tmp_path: Path) -> None:
