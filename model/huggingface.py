@@ -101,6 +101,7 @@ LAYOUTS = {
             "rms_norm_eps": (PRESETS["qwen3"].norm_eps,),
             "attention_bias": (False,),
             "use_sliding_window": (False,),
+            "partial_rotary_factor": (None, 1),
             "tie_word_embeddings": (True,),
             "quantization_config": (None,),
         },
@@ -201,24 +202,26 @@ def from_huggingface(
     layout = LAYOUTS[shape.preset]
     if not any(name.startswith(layout.prefix) for name in weights):
         weights = {name if name == LM_HEAD else layout.prefix + name: tensor for name, tensor in weights.items()}
-    if shape.n_layers > len(weights):
-        raise load_error([f"config.json has {shape.n_layers} layers, but there are only {len(weights)} tensors"])
-    try:
-        with torch.device("meta"):
-            expected = GPT(shape, vocab_size).state_dict()
-    except RuntimeError as error:
-        raise load_error(
-            [f"cannot build a model of the sizes in config.json ({str(error).splitlines()[0]})"]
-        ) from error
+    with torch.device("meta"):
+        expected = GPT(shape, vocab_size).state_dict()
+    known = {LM_HEAD, *(f"{layout.blocks}.{i}.{name}" for i in range(shape.n_layers) for name in layout.ignored)}
     state: dict[str, Tensor] = {}
-    problems = unknown_tensors(weights, shape)
+    problems: list[str] = []
     for ours, theirs, rows, transposed in tensor_map(shape):
-        shapes = [part.shape for part in parts_of(expected[ours], rows, transposed)]
-        wrong = [line for name, size in zip(theirs, shapes, strict=True) if (line := problem(weights, name, size))]
-        if not wrong:
-            tensor = torch.cat([weights[name] for name in theirs])
-            state[ours] = tensor.t().contiguous() if transposed else tensor
-        problems += wrong
+        known.update(theirs)
+        for name, part in zip(theirs, parts_of(expected[ours], rows, transposed), strict=True):
+            if (tensor := weights.get(name)) is None:
+                problems.append(f"{name} is missing")
+            elif tensor.shape != part.shape:
+                problems.append(f"{name} has shape {tuple(tensor.shape)}, but config.json implies {tuple(part.shape)}")
+            elif not tensor.is_floating_point():
+                problems.append(f"{name} is {tensor.dtype}; quantized weights are not supported")
+        if not problems:
+            joined = torch.cat([weights[name] for name in theirs])
+            state[ours] = joined.t().contiguous() if transposed else joined
+    problems += [f"{name} is unknown" for name in sorted(set(weights) - known)]
+    if not problems and LM_HEAD in weights and not torch.equal(weights[LM_HEAD], state["token_embedding.weight"]):
+        problems.append(f"{LM_HEAD} differs from the token embedding; only tied embeddings are supported")
     if problems:
         raise load_error(problems)
     return shape, vocab_size, state | {LM_HEAD: state["token_embedding.weight"]}
@@ -259,44 +262,16 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int
 
 def rope_problems(config: Mapping[str, Any]) -> list[str]:
     """Where a Qwen3 configuration differs from the preset's unscaled RoPE, or from full attention."""
-    problems = []
+    problems, theta = [], PRESETS["qwen3"].rope_theta
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
+    is_unknown = set(rope) - {"rope_type", "type", "rope_theta"}
+    if is_unknown or rope.get("rope_type", rope.get("type", "default")) != "default":
         problems.append(f"RoPE scaling is {rope!r}; it is not supported")
-    elif rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
-        problems.append("partial_rotary_factor is not 1; RoPE on a part of each head is not supported")
-    elif unknown := sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
-        problems.append(f"RoPE parameters {', '.join(unknown)} are not supported")
-    else:
-        theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-        if theta != PRESETS["qwen3"].rope_theta:
-            problems.append(f"rope_theta is {theta!r}; it must be {PRESETS['qwen3'].rope_theta!r}")
+    elif (their_theta := rope.get("rope_theta", config.get("rope_theta", 10_000.0))) != theta:
+        problems.append(f"rope_theta is {their_theta!r}; it must be {theta!r}")
     kinds = config.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         problems.append("layer_types has other values than 'full_attention'")
-    return problems
-
-
-def problem(weights: Mapping[str, Tensor], name: str, shape: torch.Size) -> str:
-    """What is wrong with a tensor that should have this shape; '' if nothing is."""
-    if name not in weights:
-        return f"{name} is missing"
-    if weights[name].shape != shape:
-        return f"{name} has shape {tuple(weights[name].shape)}, but config.json implies {tuple(shape)}"
-    if weights[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return f"{name} is {weights[name].dtype}; quantized weights are not supported"
-    return ""
-
-
-def unknown_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
-    """Tensors that the model would ignore, and so compute something else."""
-    layout = LAYOUTS[config.preset]
-    known = {LM_HEAD} | {name for _, theirs, _, _ in tensor_map(config) for name in theirs}
-    known |= {f"{layout.blocks}.{layer}.{name}" for layer in range(config.n_layers) for name in layout.ignored}
-    problems = [f"{name} is unknown" for name in sorted(set(weights) - known)]
-    embedding = weights.get(layout.outside["token_embedding.weight"])
-    if LM_HEAD in weights and embedding is not None and not torch.equal(weights[LM_HEAD], embedding):
-        problems.append(f"{LM_HEAD} differs from the token embedding; only tied embeddings are supported")
     return problems
 
 
