@@ -32,24 +32,20 @@ def paths(corpus: Corpus) -> list[Path]:
 
 
 def test_end_of_a_plain_file_is_held_out(tmp_path: Path, cache: Path) -> None:
+    """The byte-order mark is no text."""
     text = "a line of text\r\n" * 100
-    corpus = open_corpus(str(write(tmp_path / "book.txt", text)), 0.25, cache)
+    corpus = open_corpus(str(write(tmp_path / "book.txt", b"\xef\xbb\xbf" + text.encode())), 0.25, cache)
     assert documents(corpus.train) == [text[:1200]] and documents(corpus.val) == [text[1200:]]
     assert corpus.nats_per_document is None
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.333, 0.5, 0.9])
+@pytest.mark.parametrize("fraction", [0.01, 0.333, 0.9])
 def test_split_between_characters_loses_nothing(tmp_path: Path, cache: Path, fraction: float) -> None:
     text = "é😀ש好" * 11
     corpus = open_corpus(str(write(tmp_path / "book.txt", text)), fraction, cache)
     (train,), (val,) = documents(corpus.train), documents(corpus.val)
     assert train + val == text and train and val
     assert abs(len(val.encode()) - fraction * len(text.encode())) <= 4
-
-
-def test_byte_order_mark_is_skipped(tmp_path: Path, cache: Path) -> None:
-    corpus = open_corpus(str(write(tmp_path / "bom.txt", b"\xef\xbb\xbfsome text")), 0.5, cache)
-    assert "".join(documents(corpus.train + corpus.val)) == "some text"
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.95])
