@@ -116,14 +116,6 @@ def test_interval_of_many_items_is_1_96_standard_errors() -> None:
     assert [(value - low) / error, (high - value) / error] == pytest.approx([1.96, 1.96], rel=0.1)
 
 
-def test_columns_share_their_resamples() -> None:
-    values = np.random.default_rng(1).normal(size=9)
-    intervals = bootstrap(np.stack([values, values + 3, values * 2], axis=1), 1)
-    np.testing.assert_allclose(intervals[1], intervals[0] + 3, atol=1e-12)
-    np.testing.assert_allclose(intervals[2], intervals[0] * 2, atol=1e-12)
-    assert not np.array_equal(bootstrap(values, 1), bootstrap(values, 2))
-
-
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40))
 @settings(max_examples=50, deadline=None)
 @example([0.7] * 3)  # the mean of a resample is 1e-16 larger

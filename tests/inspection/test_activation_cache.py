@@ -15,7 +15,6 @@ from model import functional
 from model.config import ModelConfig
 from model.gpt import GPT
 
-PRESETS = ("glass", "gpt2", "qwen3")
 SMALL = ModelConfig(n_layers=2, n_heads=4, d_model=32, context=24, attention="eager")
 
 
@@ -61,8 +60,7 @@ def by_hand(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return patterns, norms
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "attention"), [("glass", "eager"), ("gpt2", "sdpa"), ("qwen3", "eager")])
 @torch.no_grad()
 def test_pattern_and_value_norms_equal_a_plain_loop(preset: str, attention: str) -> None:
     shared = 2 if preset == "qwen3" else 0
@@ -76,13 +74,19 @@ def test_pattern_and_value_norms_equal_a_plain_loop(preset: str, attention: str)
     assert patterns.max() > 0.5  # far from uniform, or agreement would mean little
 
 
-@pytest.mark.parametrize("T", [1, 2, 24])
+@pytest.mark.parametrize("T", [1, 24])
 def test_rows_are_causal_distributions(T: int) -> None:
     cache = run_with_cache(random_gpt(SMALL), random_text(T))
     assert cache.pattern.shape == (2, 4, T, T) and cache.value_norms.shape == (2, 4, T)
     assert cache.loss.shape == (T - 1,)
     assert torch.equal(cache.pattern, cache.pattern.tril())
     torch.testing.assert_close(cache.pattern.sum(dim=-1), torch.ones(2, 4, T), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [[], [0] * 25, [1, 50]])
+def test_unusable_text_is_refused(tokens: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"24|at least 1|vocabulary of 50"):
+        run_with_cache(random_gpt(SMALL), torch.tensor(tokens, dtype=torch.long))
 
 
 @torch.no_grad()
@@ -92,18 +96,6 @@ def test_loss_is_the_models() -> None:
     logits = model(tokens[None])[0]
     expected = [-float(logits[t].log_softmax(-1)[tokens[t + 1]]) for t in range(19)]
     torch.testing.assert_close(cache.loss, torch.tensor(expected), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("T", [0, 25])
-def test_wrong_length_is_refused(T: int) -> None:
-    with pytest.raises(ValueError, match=r"24|at least 1"):
-        run_with_cache(random_gpt(SMALL), torch.zeros(T, dtype=torch.long))
-
-
-@pytest.mark.parametrize("token", [-1, 50])
-def test_unknown_token_is_refused(token: int) -> None:
-    with pytest.raises(ValueError, match="vocabulary of 50"):
-        run_with_cache(random_gpt(SMALL), torch.tensor([1, token]))
 
 
 def test_batch_equals_single_texts() -> None:
@@ -123,10 +115,8 @@ def snapshot(model: GPT) -> list[object]:
     return [parts, weights, torch.get_rng_state().tolist(), str(np.random.get_state())]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_is_unchanged(attention: str, dtype: torch.dtype) -> None:
-    model = random_gpt(replace(SMALL, attention=attention, dropout=0.5)).to(dtype)
+def test_model_is_unchanged() -> None:
+    model = random_gpt(replace(SMALL, attention="sdpa", dropout=0.5))
     model.train()
     model.blocks[0].eval()  # in eval mode on purpose
     before = snapshot(model)
@@ -158,16 +148,7 @@ def test_pattern_is_computed_in_fp32() -> None:
     assert torch.equal(low.pattern, run_with_cache(rounded.float(), tokens).pattern)
 
 
-def test_hook_that_replaces_the_pattern_is_seen() -> None:
-    model, tokens = random_gpt(SMALL), random_text(8)
-    hook = model.blocks[1].attention.pattern.register_forward_hook(lambda m, args, out: torch.eye(8).expand_as(out))
-    with_hook = run_with_cache(model, tokens)
-    hook.remove()
-    assert torch.equal(with_hook.pattern[1], torch.eye(8).expand(4, 8, 8))
-    assert not torch.equal(with_hook.loss, run_with_cache(model, tokens).loss)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
 @torch.no_grad()
 def test_details_add_up_to_the_models_attention(preset: str) -> None:
     """Queries, keys and values, combined by the formula, give the layer's attention output."""
@@ -188,14 +169,3 @@ def test_details_add_up_to_the_models_attention(preset: str) -> None:
         torch.testing.assert_close(outputs[layer], cache.attn_out[layer], atol=1e-6, rtol=0)
     assert torch.equal(cache.top_tokens, logits.topk(5).indices)
     torch.testing.assert_close(cache.top_probs, logits.softmax(-1).gather(1, cache.top_tokens), atol=1e-6, rtol=0)
-
-
-def test_details_of_a_batch_equal_single_texts() -> None:
-    model = random_gpt(SMALL)
-    texts = [random_text(T).tolist() for T in (5, 24, 1)]
-    names = ("queries", "keys", "values", "attn_out", "top_tokens", "top_probs")
-    assert all(getattr(run_with_cache_batch(model, texts)[0], name) is None for name in names)
-    for text, cache in zip(texts, run_with_cache_batch(model, texts, details=True), strict=True):
-        alone = run_with_cache(model, torch.tensor(text), details=True)
-        for name in names:
-            torch.testing.assert_close(getattr(cache, name), getattr(alone, name), atol=2e-5, rtol=1e-5)

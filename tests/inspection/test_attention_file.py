@@ -22,7 +22,6 @@ from common.errors import CHECKPOINT, UserError
 from inspection.activation_cache import ActivationCache, run_with_cache
 from inspection.attention_file import (
     DETAILS,
-    SHAPES,
     AttentionFile,
     AttentionRecord,
     read_attention_file,
@@ -96,13 +95,6 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path, caches: dict[str, Ac
     assert (tmp_path / "copy").read_bytes() == written.read_bytes()
 
 
-def test_other_libraries_can_open_the_file(written: Path) -> None:
-    with safe_open(written, framework="pt") as file:
-        assert {name.partition(".")[2] for name in file.keys() if name.startswith("0.")} == set(SHAPES)  # noqa: SIM118
-        assert json.loads(file.metadata()["glassgpt"])["texts"] == list(LENGTHS)
-        assert file.get_tensor("scores.induction").tolist() == SCORES["induction"].tolist()
-
-
 def test_reader_needs_no_torch(written: Path) -> None:
     code = f"""
 import sys
@@ -172,7 +164,7 @@ def test_file_without_our_metadata_is_refused(tmp_path: Path, written: Path) -> 
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)), max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_bytes_are_refused_or_read(tmp_path: Path, written: Path, damage: list[tuple[float, bytes]]) -> None:
     """Damage in the header gives one line of error or a file that fits together, in bounded memory."""
     raw = bytearray(written.read_bytes())

@@ -6,7 +6,6 @@ line, and a bidirectional override reverses it.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -91,13 +90,10 @@ def test_training_output_is_escaped(training: subprocess.CompletedProcess[str]) 
         pytest.param(("RUN", "--prompt", f"The fox {HOSTILE}", "--top=2"), marks=SLOW),
         ("summary", "RUN"),
         ("heads", "RUN"),
-        ("heads", "RUN", "--csv"),
         ("token", "RUN", "--text", "line 1" + HOSTILE, "--find", CONTROLS[:7]),
         ("token", "RUN", "--csv"),
         ("timeline", "RUN"),
         ("compare", "RUN"),
-        pytest.param(("compare", "RUN", "--csv"), marks=SLOW),
-        pytest.param(("plot", "RUN", "--score=all"), marks=SLOW),
     ],
     ids=lambda argv: " ".join(argv)[:20],
 )
@@ -105,35 +101,28 @@ def test_attend_output_is_escaped(argv: tuple[str, ...], run: Path) -> None:
     check(script("attend.py", *(run if word == "RUN" else word for word in argv)))
 
 
-@pytest.mark.parametrize("samples", [1, pytest.param(2, marks=SLOW)])
-def test_samples_are_escaped(samples: int, run: Path) -> None:
-    prompt = f"The {HOSTILE}"
-    options = ("--tokens=80", f"--samples={samples}", "--temperature=2")
-    assert "\\x1b" in check(script("sample.py", run, "--prompt", prompt, *options))
+def test_samples_are_escaped(run: Path) -> None:
+    done = script("sample.py", run, "--prompt", f"The {HOSTILE}", "--tokens=30", "--samples=2", "--temperature=2")
+    assert "\\x1b" in check(done)
 
 
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
         (("train.py", "--data.source=/no/" + HOSTILE), 3),
-        (("train.py", "--data.source=stories", f"--{HOSTILE}=1"), 2),
         (("train.py", f"--model.n_layers={HOSTILE}", f"--model.preset={HOSTILE}", f"--optim.lr={HOSTILE}"), 2),
         (("train.py", HOSTILE), 2),
-        (("train.py", f"--log.prompts={HOSTILE}"), 2),
         (("train.py", f"--run.resume={NAME}"), 4),
         (("train.py", f"--run.dir=/proc/{NAME}"), 6),
-        (("sample.py", NAME), 4),
         (("sample.py", NAME, "--debug"), 4),
         (("sample.py", "RUN", f"--prompt=\u05d0{HOSTILE}"), 2),
         (("attend.py", NAME), 2),
         (("attend.py", "RUN", f"--head={HOSTILE}"), 2),
-        (("attend.py", "RUN", f"--out=/proc/{NAME}"), 6),
         (("attend.py", "token", "RUN", f"--text={HOSTILE}"), 2),
         (("attend.py", "token", "RUN", f"--find=\u05d0{HOSTILE}"), 2),
         (("attend.py", "heads", "RUN", f"--score=no{HOSTILE}"), 2),
         (("attend.py", "plot", "RUN", f"--out=/proc/{NAME}"), 6),
         (("attend.py", "summary", NAME), 4),
-        (("attend.py", f"summ\x1b{NAME}", "RUN"), 2),
     ],
     ids=lambda value: " ".join(value)[:25] if isinstance(value, tuple) else None,
 )
@@ -143,33 +132,12 @@ def test_errors_are_escaped(argv: tuple[str, ...], code: int, run: Path) -> None
     assert ("Traceback" in done.stderr) == ("--debug" in argv) and "error: " in done.stderr
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"[model]\n{json.dumps(HOSTILE)} = 1\n",
-        f"[model]\npreset = {json.dumps(HOSTILE)}\n",
-        f"[{json.dumps(HOSTILE)}]\na = 1\n",
-        "\x1b]0;x\x07",
-    ],
-    ids=["option", "value", "section", "not TOML"],
-)
-def test_errors_in_config_files_are_escaped(tmp_path: Path, text: str) -> None:
-    (tmp_path / NAME).write_text(text)
-    check(script("train.py", tmp_path / NAME), 2)
-
-
 @pytest.mark.slow
-def test_verify_ablate_and_damage_are_escaped(run: Path, tmp_path: Path) -> None:
+def test_verify_and_ablate_are_escaped(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / NAME
     shutil.copytree(run, copy)
     check(script("attend.py", "verify", copy), 4)  # the score of another name cannot be recomputed
     check(script("attend.py", "ablate", copy))
-    newest = copy / "checkpoints" / "000001"
-    manifest = json.loads((newest / "manifest.json").read_text())
-    (newest / "manifest.json").write_text(json.dumps({HOSTILE: manifest, HOSTILE + "x": HOSTILE}))
-    done = script("sample.py", copy, "--tokens=2")
-    check(done)
-    assert "damaged" in done.stderr
 
 
 @pytest.mark.slow

@@ -37,13 +37,6 @@ def test_quoted_lines_are_in_the_model() -> None:
     assert len(quoted) >= 5 and not [line for line in quoted if line not in code]
 
 
-def test_each_step_quotes_its_operation() -> None:
-    steps = re.split(r"^\*\*\d\. ", section("The five steps"), flags=re.M)[1:]
-    assert len(steps) == 5
-    for step, operation in zip(steps, ("self.qkv(x)", "q @ k", "math.sqrt(D)", "softmax", "@ v"), strict=True):
-        assert operation in step.split("```python")[1].split("```")[0]
-
-
 def test_numbers_of_the_example_are_computed() -> None:
     x = torch.tensor([1.0, 2.0, 3.0])[None, None, :, None]
     scores = (x @ x.transpose(-2, -1))[0, 0]

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from inspection import head_scores
@@ -20,12 +18,10 @@ from inspection.activation_cache import run_with_cache
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from inspection.head_scores import (
-    HELD_OUT,
     PARAMETERS,
     REPEATS,
     SCORES,
     compute_head_scores,
-    score_info,
     value_weighted,
 )
 from model.gpt import GPT
@@ -222,23 +218,21 @@ def transposed(name: str) -> Callable[..., Tensor]:
 
 
 MUTANTS: dict[str, tuple[str, Callable[..., Tensor], list[str]]] = {
-    **{f"{n}: query and key swapped": (n, transposed(n), [n]) for n in EXPECTED},
+    "induction: query and key swapped": ("induction", transposed("induction"), ["induction"]),
     "previous: itself": ("previous_token", lambda p, t: p.diagonal(0, -2, -1).mean(-1), ["previous_token"]),
     "previous: over all T": (
         "previous_token",
         lambda p, t: p.diagonal(-1, -2, -1).sum(-1) / p.shape[-1],
-        ["previous_token", "all"],
+        ["previous_token"],
     ),
     "induction: all queries": (
         "induction",
         attention_to(-1, all_queries=True),
-        ["induction", "ambiguous", "batch", "all"],
+        ["induction", "ambiguous"],
     ),
     "induction: own position": ("induction", attention_to(-1, diagonal=0), ["ambiguous"]),
     "induction: the match itself": ("induction", attention_to(0), ["induction"]),
-    "induction: the token before": ("induction", attention_to(1), ["induction"]),
-    "duplicate: all queries": ("duplicate_token", attention_to(0, all_queries=True), ["duplicate_token", "ambiguous"]),
-    "entropy: in nats": ("entropy", lambda p, t: entropies(p)[..., 1:].mean(-1), ["entropy"]),
+    "duplicate: all queries": ("duplicate_token", attention_to(0, all_queries=True), ["ambiguous"]),
     "entropy: by ln T": ("entropy", lambda p, t: (entropies(p) / math.log(T))[..., 1:].mean(-1), ["entropy"]),
     "copying: norm weights": ("copying", partial(copying_by_hand, fold=False), ["copying, glass", "copying, qwen3"]),
     "copying: mean": ("copying", partial(copying_by_hand, center=False), ["copying, gpt2"]),
@@ -256,33 +250,6 @@ def test_wrong_formula_fails_a_check(name: str, check: str, monkeypatch: Patch) 
         CHECKS[check]()
 
 
-@st.composite
-def patterns(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """A pattern (2, 3, T, T), from nearly uniform to nearly one-hot, and tokens some of which repeat."""
-    length = draw(st.integers(2, 12))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    logits = draw(st.sampled_from([0.1, 2.0, 50.0])) * torch.randn(2, 3, length, length, generator=generator)
-    future = ~torch.ones(length, length, dtype=torch.bool).tril()
-    tokens = torch.randint(draw(st.integers(1, 8)), (length,), generator=generator)
-    return logits.masked_fill(future, -torch.inf).softmax(-1), tokens
-
-
-@given(patterns())
-@settings(max_examples=60, deadline=None)
-def test_scores_stay_within_their_limits(drawn: tuple[Tensor, Tensor]) -> None:
-    pattern, tokens = drawn
-    for name, score in SCORES.items():
-        if score.texts not in (REPEATS, HELD_OUT):
-            continue
-        values = compute(name, pattern, tokens)
-        assert values.shape == (2, 3)
-        if values.isnan().any():
-            assert name in MATCHING and values.isnan().all()
-            continue
-        high = (len(tokens) - 1) / 2 if score.high is None else score.high
-        assert score.low - 1e-6 <= values.min() and values.max() <= high + 1e-6
-
-
 def test_copying_of_zero_or_broken_heads() -> None:
     model = GPT(replace(random_model("glass").config), 61)  # initialized with outputs of zero
     close(compute("copying", model), 0.0)
@@ -297,15 +264,6 @@ def test_scores_without_texts_are_left_out() -> None:
     assert set(compute_head_scores(model, EvalTexts())) == {"copying"}
     assert set(compute_head_scores(model, one_token)) == {"copying", "distance"}
     assert set(compute_head_scores(model, distinct)) == {"copying", "previous_token"}
-
-
-def test_every_score_has_a_description() -> None:
-    for name in (*SCORES, "antecedent.pronoun", "antecedent.own"):
-        score = score_info(name)
-        assert score.name == name and score.title and score.formula and score.source
-    assert score_info("antecedent.pronoun").title == "attends to a pronoun's antecedent"
-    for unknown in ("", "antecedent.", "Induction"):
-        assert score_info(unknown).title == unknown
 
 
 def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
 from inspection import page_builder
 from inspection.attention_file import AttentionFile
 from inspection.page_builder import PageReport, PageRun, write_page
-from inspection.page_data import DTYPES, Content, display_pieces
+from inspection.page_data import DTYPES, display_pieces
 from tests.browser import example_run
 
 ROOT = Path(__file__).parents[2]
@@ -163,10 +162,6 @@ def test_8_bit_patterns_are_as_exact_as_stated(tmp_path: Path, monkeypatch: pyte
     text, entry = files[0].texts[0], page.text(0, 0)
     (stored,) = page.block(entry["layers"][1], (entry["dtype"], text.pattern_tril[1].size))
     assert np.abs((stored / 255.0) ** 2 - text.pattern_tril[1].ravel().astype(np.float64)).max() <= 0.004
-    weights = np.linspace(0, 1, 9999)
-    record = replace(text, pattern_tril=weights.reshape(1, 1, -1))
-    error = np.abs((Content(sqrt8=True).pattern_arrays(record, 0)[0].ravel() / 255.0) ** 2 - weights)
-    assert error.max() <= 0.004 and error[weights < 0.25].max() <= 0.002
 
 
 def test_long_texts_are_cut_to_the_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,14 +214,9 @@ def test_content_security_policy(tmp_path: Path) -> None:
         (b"", ["x<end>"]),
         (b" She", ["s·", "tShe"]),
         (b"\n\n", ["n↵", "n↵"]),
-        (b"\xf0\x9f", ["x\\xf0", "x\\x9f"]),
-        (b"a\x00b", ["ta", "x\\x00", "tb"]),
-        ("\u2028".encode(), ["x\\u2028"]),
-        ("e\u0301".encode(), ["te\u0301"]),
+        (b"a\x00\xf0", ["ta", "x\\x00", "x\\xf0"]),
         ("\u0301".encode(), ["t\u25cc\u0301"]),
         ("\u202eab".encode(), ["x\\u202e", "tab"]),
-        ("👩\u200d🚀".encode(), ["t👩\u200d🚀"]),
-        (b"\xed\xa0\x80", ["x\\xed", "x\\xa0", "x\\x80"]),
         (b"<b>&", ["t<b>&"]),
     ],
 )
@@ -238,8 +228,6 @@ def test_tokens_are_shown_safely(token: bytes, pieces: list[str]) -> None:
     "files, findings, message",
     [
         ([], None, "nothing to show"),
-        ([AttentionFile([], {"step": "1"}, {})], None, "nothing to show"),
-        (example_run.files(), {"headline": "x", "findings": [3]}, "findings are malformed"),
         (example_run.files(), {"headline": "x", "findings": [{}]}, "findings are malformed"),
         (example_run.files(), {"findings": []}, "findings are malformed"),
     ],
@@ -262,20 +250,6 @@ def test_write_error_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.Monk
         build(tmp_path, example_run.files())
     assert caught.value.exit_code == DISK_OR_MEMORY
     assert [path.name for path in tmp_path.iterdir()] == ["attention.html"] and target.read_text() == "old"
-
-
-def test_unusual_attention_files(tmp_path: Path) -> None:
-    """Non-finite numbers, a step that is not a number, two texts with one name, a text of another model."""
-    text = example_run.record("a", example_run.WORDS, 1, True)
-    nan, inf = np.full_like(text.pattern_tril, np.nan), np.full_like(text.value_norms, np.inf)
-    broken = replace(text, pattern_tril=nan, value_norms=inf)
-    other = example_run.record("b", example_run.WORDS, 1, False, (1, 1))
-    files = [AttentionFile(texts, {"step": "x"}, {}) for texts in ([text, broken], [other], [broken])]
-    page, _ = build(tmp_path, files[1:2], ablations=example_run.ablations(), findings=example_run.FINDINGS)
-    assert page.table["ablation"] == {} and page.table["findings"] == [], "they are about another model"
-    page, _ = build(tmp_path, files)
-    assert [step["step"] for step in page.table["runs"][0]["steps"]] == [0, 1, 2]
-    assert page.text(0, 0) and page.text(1, 0) is None and page.text(1, 1) is None
 
 
 def test_page_needs_no_torch_and_all_scripts(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from inspection.eval_texts import EvalTexts
 from inspection.head_scores import compute_head_scores
 from inspection.verify import Check, verify_attention_file
 from model.gpt import GPT
-from tests.model.helpers import PRESETS, VOCAB, random_model, random_tokens
+from tests.model.helpers import VOCAB, random_model, random_tokens
 
 LENGTHS = {"long": 24, "one token": 1, "short": 11}
 TEXTS = EvalTexts(texts=(("held-out 1", tuple(random_tokens(1, 20, seed=9)[0].tolist())),))
@@ -53,8 +53,7 @@ def checks(file: AttentionFile, model: GPT) -> dict[str, Check]:
     return {check.check: check for check in found}
 
 
-@pytest.mark.parametrize("dtype", ["f16", "f32"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "dtype"), [("gpt2", "f16"), ("qwen3", "f32")])
 def test_captured_file_passes(tmp_path: Any, preset: str, dtype: str) -> None:
     model = random_model(preset, context=24)
     found = checks(capture(model, tmp_path / "file", dtype), model)
@@ -64,11 +63,6 @@ def test_captured_file_passes(tmp_path: Any, preset: str, dtype: str) -> None:
     }
     assert all(check.ok for check in found.values()), found
     assert found["pattern"].tolerance == (2**-11 if dtype == "f16" else 1e-6)
-
-
-def test_sdpa_model_passes(tmp_path: Any) -> None:
-    found = checks(capture(random_model("gpt2"), tmp_path / "file"), random_model("gpt2", "sdpa"))
-    assert all(check.ok for check in found.values()), found
 
 
 def with_array(file: AttentionFile, part: str, change: Callable[[NDArray[Any]], None]) -> AttentionFile:
@@ -96,13 +90,11 @@ def set_nan(array: NDArray[Any]) -> None:
 
 CHANGES: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
     "one weight of a pattern": ("pattern", lambda f: with_array(f, "pattern_tril", add(1, 0, 40))),
-    "nan in a pattern": ("pattern", lambda f: with_array(f, "pattern_tril", set_nan)),
     "one loss": ("loss", lambda f: with_array(f, "loss", add(7))),
     "one score": ("scores", lambda f: with_scores(f, add(1, 1))),
     "nan in a score": ("scores", lambda f: with_scores(f, set_nan)),
     "a score that is not recomputed": ("scores", lambda f: replace(f, scores={**f.scores, "x": f.scores["copying"]})),
     "other weights": ("weights_sha256", lambda f: replace(f, metadata={**f.metadata, "weights_sha256": "0" * 64})),
-    "other tokenizer": ("tokenizer_sha256", lambda f: replace(f, metadata={**f.metadata, "tokenizer_sha256": ""})),
     "no config": ("config", lambda f: replace(f, metadata={"weights_sha256": "w" * 64, "tokenizer_sha256": "t" * 64})),
 }
 
@@ -113,11 +105,10 @@ def test_change_of_a_file_fails_its_check(file: AttentionFile, model: GPT, name:
     assert [each.check for each in checks(change(file), model).values() if not each.ok] == [check]
 
 
-@pytest.mark.parametrize("part", ["blocks.1.attention.qkv.weight", "blocks.0.attention.out.weight", "lm_head.weight"])
-def test_change_of_one_model_weight_fails(file: AttentionFile, part: str) -> None:
+def test_change_of_one_model_weight_fails(file: AttentionFile) -> None:
     model = random_model("qwen3", context=24)
     with torch.no_grad():
-        model.get_parameter(part)[0, 0] += 0.5
+        model.get_parameter("blocks.0.attention.out.weight")[0, 0] += 0.5
     failed = {name for name, check in checks(file, model).items() if not check.ok}
     assert failed & {"pattern", "loss"}
 
