@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from inspection import contrast_pairs
 from inspection.activation_cache import run_with_cache
 from inspection.antecedent_score import antecedent_scores, chosen_heads, halves
 from inspection.contrast_pairs import ContrastPair, LabelledText, make_contrast_pair, score_pairs
