@@ -26,14 +26,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars, run_main
+from inspection import terminal
+from inspection.attention_file import AttentionFile, AttentionRecord, package_versions, write_attention_file
+from inspection.commands.shared import LoadedModel, parse_head
+from inspection.plots import head_grid
+from inspection.terminal import Terminal, head_name, quote_token, token_text
 from training.cli import parse, split_options
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from inspection.activation_cache import ActivationCache
-    from inspection.attention_file import AttentionFile
-    from inspection.commands.shared import LoadedModel
-    from inspection.terminal import Result, Terminal
     from model.gpt import GPT
     from training.checkpoint import Checkpoint
 
@@ -113,26 +115,18 @@ def run_command(name: str, argv: list[str]) -> None:
         argv = [*argv[:last], f"--other={words[1]}", *argv[last + 1 :]]
     options: Any = parse(options_class, argv, f"{options_class.__doc__}  python attend.py {name} RUN", positional="run")
     result = module.run(options, stdout_terminal(), *([load_model] if name in TAKES_MODEL else []))
-    print_result(options, result)
+    if getattr(options, "json", False):
+        print(terminal.to_json(result.data))
+    elif getattr(options, "csv", False):
+        print(terminal.to_csv(result.rows))
+    else:
+        print("\n".join(escape_control_chars(line.rstrip()) for line in result.lines))
     if not result.ok:
         raise UserError("some attention files differ from their checkpoints; restore or rewrite them", CHECKPOINT)
 
 
-def print_result(options: Any, result: Result) -> None:
-    from inspection.terminal import to_csv, to_json
-
-    if getattr(options, "json", False):
-        print(to_json(result.data))
-    elif getattr(options, "csv", False):
-        print(to_csv(result.rows))
-    else:
-        print("\n".join(escape_control_chars(line.rstrip()) for line in result.lines))
-
-
 def stdout_terminal() -> Terminal:
-    from inspection.terminal import MAX_WIDTH, Terminal
-
-    return Terminal(sys.stdout.encoding, min(shutil.get_terminal_size((120, 24)).columns, MAX_WIDTH))
+    return Terminal(sys.stdout.encoding, min(shutil.get_terminal_size((120, 24)).columns, terminal.MAX_WIDTH))
 
 
 def load_model(folder: Path, step: int) -> LoadedModel | None:
@@ -141,19 +135,18 @@ def load_model(folder: Path, step: int) -> LoadedModel | None:
     Args:
         folder: a run folder, or an attention file, whose run is searched.
     """
-    from inspection.commands.shared import LoadedModel
     from training.checkpoint import open_checkpoint, provenance, read_checkpoint
     from training.device import get_dist_context
 
     if step < 0:
         checkpoint = open_checkpoint(folder)
     else:
-        candidates = [folder] if folder.is_dir() else [folder.parent, folder.parent.parent]
-        paths = [path for base in candidates if (path := base / "checkpoints" / f"{step:06d}").is_dir()]
-        if not paths:
+        run = folder if folder.is_dir() else folder.parent.parent
+        path = run / "checkpoints" / f"{step:06d}"
+        if not path.is_dir():
             return None
         try:
-            checkpoint = read_checkpoint(paths[0])
+            checkpoint = read_checkpoint(path)
         except UserError as error:
             print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
             return None
@@ -168,7 +161,6 @@ def load_model(folder: Path, step: int) -> LoadedModel | None:
 def show_prompt(options: AttendOptions) -> None:
     """Print the attention on one text and write an attention file, a figure and a page."""
     from inspection.activation_cache import run_with_cache_batch
-    from inspection.commands.shared import parse_head
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
     from training.text_generation import check_prompt, encode_prompt, generate_tokens
@@ -193,18 +185,17 @@ def show_prompt(options: AttendOptions) -> None:
 
 def print_attention(cache: ActivationCache, tokenizer: Tokenizer, head: tuple[int, int] | None, top: int) -> None:
     """Print the strongest attention of every head, and one head as a heat map."""
-    from inspection.terminal import DISCLAIMER, clearest_head, head_name, heat_map, strongest_attention, token_text
-
-    pattern, terminal = cache.pattern.numpy(), stdout_terminal()
+    pattern, encoding = cache.pattern.numpy(), sys.stdout.encoding
     token_bytes = [tokenizer.token_bytes(token) for token in cache.tokens.tolist()]
     print(f"Strongest attention of each head (top {top} queries):")
-    for line in strongest_attention(pattern, [token_text(t, terminal.encoding, space=" ") for t in token_bytes], top):
+    for line in terminal.strongest_attention(pattern, [token_text(t, encoding, space=" ") for t in token_bytes], top):
         print("  " + line)
-    layer, head_index = head or clearest_head(pattern)
+    layer, head_index = head or terminal.clearest_head(pattern)
     print(f"\nHead {head_name(layer, head_index)}:")
-    for line in heat_map(pattern[layer, head_index], [token_text(t, terminal.encoding) for t in token_bytes], terminal):
+    texts = [token_text(t, encoding) for t in token_bytes]
+    for line in terminal.heat_map(pattern[layer, head_index], texts, stdout_terminal()):
         print("  " + line)
-    print(f"\n{DISCLAIMER}")
+    print(f"\n{terminal.DISCLAIMER}")
 
 
 def print_next_token(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> None:
@@ -212,7 +203,6 @@ def print_next_token(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> Non
     import torch
 
     from inspection.attribution import direct_logit_attribution, logit_lens
-    from inspection.terminal import quote_token
 
     text, encoding = torch.tensor(tokens), sys.stdout.encoding
     lens = logit_lens(model, text)[:, -1]
@@ -230,10 +220,7 @@ def print_next_token(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> Non
 
 def write_files(options: AttendOptions, checkpoint: Checkpoint, model: GPT, cache: ActivationCache) -> None:
     """Write an attention file, a figure of all heads, and a page over the kept checkpoints, named by step and text."""
-    from inspection.attention_file import AttentionFile, AttentionRecord, package_versions, write_attention_file
     from inspection.page_builder import PageRun, write_page
-    from inspection.plots import head_grid
-    from inspection.terminal import token_text
     from training.checkpoint import provenance
 
     run, step, tokenizer = checkpoint.folder.parent.parent, checkpoint.state.step, checkpoint.tokenizer()
@@ -254,7 +241,6 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, model: GPT, cach
 
 def earlier_files(checkpoint: Checkpoint, name: str, tokens: list[int]) -> list[AttentionFile]:
     """The attention of a text at each kept checkpoint before this one."""
-    from inspection.attention_file import AttentionFile
     from inspection.recorder import capture_texts
     from training.checkpoint import list_checkpoints, provenance, read_checkpoint
     from training.device import get_dist_context

@@ -75,8 +75,8 @@ class RunFiles:
             UserError: if it is not a run, or has no attention files (exit code 4).
         """
         path = Path(path)
-        in_run = path.suffix == ".safetensors" and _is_step(path.stem) and path.parent.name == FOLDER
-        if path.is_file() and not in_run:
+        in_run = path.parent.name == FOLDER and path in find_attention_files(path.parent).values()
+        if path.is_file() and not in_run:  # the attention of a prompt
             step = read_attention_file(path).metadata.get("step", "")
             number = int(step) if _is_step(step) else 0
             return RunFiles(path, AttentionFiles({number: path}), number)
@@ -84,11 +84,8 @@ class RunFiles:
         paths = find_attention_files(folder / FOLDER)
         if not paths:
             raise UserError(_no_attention_files(folder), CHECKPOINT)
-        run = RunFiles(folder, AttentionFiles(paths))
-        if in_run:
-            return replace(run, opened_step=run.step(int(path.stem)))
-        opened = int(path.name) if folder != path and _is_step(path.name) else NEWEST
-        return replace(run, opened_step=opened if opened in paths else NEWEST)
+        opened = int(path.stem) if folder != path and _is_step(path.stem) else NEWEST
+        return RunFiles(folder, AttentionFiles(paths), opened if opened in paths else NEWEST)
 
     @property
     def base_folder(self) -> Path:
@@ -159,10 +156,8 @@ class RunFiles:
             findings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(findings["headline"], str) or not isinstance(findings["findings"], list):
                 raise ValueError("no headline or no list of findings")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it to continue without it", CHECKPOINT) from error
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"cannot read {path} ({error}); delete it to continue without it", CHECKPOINT) from error
         return findings
 
     def eval_texts(self, vocab_size: int, context: int) -> EvalTexts | None:
@@ -225,10 +220,7 @@ def _relative(path: Path) -> Path:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if find_attention_files(path / FOLDER))
-    except OSError:
-        return []
+    return sorted(path.parent for path in folder.glob(f"*/{FOLDER}") if find_attention_files(path))
 
 
 def _no_attention_files(folder: Path) -> str:
