@@ -115,13 +115,13 @@ def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> tuple[dict[str
 
 def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[Content, int]]:
     """Contents from everything to ever less, each with the bytes that it may take."""
-    less_qkv = [Content(qkv, half=True, every=every) for qkv in ("last", "few") for every in (1, 2, 3, 4, 8)]
-    sqrt8 = [Content("few", half=True, every=every, sqrt8=True) for every in (1, 4, 0)]
-    yield from ((content, BUDGET) for content in (Content(), Content("last"), *less_qkv, *sqrt8))
+    less_qkv = [Content(qkv, every) for qkv in ("last", "few") for every in (1, 2, 3, 4, 8)]
+    sqrt8 = [Content("few", every, sqrt8=True) for every in (1, 4, 0)]
+    yield from ((content, BUDGET) for content in (Content(), *less_qkv, *sqrt8))
     tokens = 0
     longest = max(len(text.tokens) for run in runs for file in run.files for text in file.texts)
     while tokens != 1:
-        yield Content("few", True, 0, sqrt8=True, tokens=tokens), MAX_BYTES
+        yield Content("few", 0, sqrt8=True, tokens=tokens), MAX_BYTES
         tokens = ((tokens or longest) + 1) // 2
 
 

@@ -104,9 +104,7 @@ class Content:
     """How much of the attention files a page holds."""
 
     qkv: str = "all"
-    """Queries, keys and values of `all` steps, of the `last` step, or of the last step for the first texts (`few`)."""
-    half: bool = False
-    """Store queries, keys and values as float16."""
+    """Queries, keys and values of `all` steps; as float16 of the `last` step, or of it for the first texts (`few`)."""
     every: int = 1
     """Texts after the first ones keep one step in so many; 0: only the last."""
     sqrt8: bool = False
@@ -159,7 +157,8 @@ class Content:
 
     def qkv_dtype(self, text: AttentionRecord) -> str:
         """The dtype of queries, keys, values and attention output."""
-        return "float16" if self.half or (text.queries is not None and text.queries.dtype.itemsize == 2) else "float32"
+        half = text.queries is not None and text.queries.dtype.itemsize == 2
+        return "float16" if self.qkv != "all" or half else "float32"
 
     def qkv_arrays(self, text: AttentionRecord, layer: int, dtype: str) -> list[NDArray[Any]]:
         """Queries, keys, values (H, T, D) of a layer, and its attention output (T, C) if the file has it."""

@@ -55,10 +55,9 @@ def verify_attention_file(
         fits = text.value_norms.shape[:2] == shape and len(text.tokens) <= model.config.context
         if not fits or text.tokens.min() < 0 or text.tokens.max() >= model.vocab_size:
             return [*checks, Check("shape", False, where=f"{text.name} does not fit the model")]
-    differences = [row for text in file.texts for row in _text_differences(text, model)]
-    checks += _largest(differences)
+    checks += _largest(check for text in file.texts for check in _text_checks(text, model))
     if texts is not None and file.scores:
-        checks += _largest(_score_differences(file, model, texts))
+        checks += _largest(_score_checks(file, model, texts))
     return checks
 
 
@@ -71,27 +70,26 @@ def _config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         return None
 
 
-Difference = tuple[str, float, float, str]
-"""(check, difference, tolerance, where)."""
-
-
-def _text_differences(text: AttentionRecord, model: GPT) -> Iterator[Difference]:
+def _text_checks(text: AttentionRecord, model: GPT) -> Iterator[Check]:
     cache = run_with_cache(model, torch.from_numpy(text.tokens.astype(np.int64)))
     tolerance = PATTERN_TOLERANCE[text.pattern_tril.itemsize]
     for layer, pattern in enumerate(cache.pattern.numpy()):  # by layer: all layers unpacked at once are large
-        yield "pattern", _max_difference(text.pattern(layer)[0], pattern), tolerance, text.name
-    yield "loss", _max_difference(text.loss, cache.loss), LOSS_TOLERANCE, text.name
+        yield _check("pattern", _max_difference(text.pattern(layer)[0], pattern), tolerance, text.name)
+    yield _check("loss", _max_difference(text.loss, cache.loss), LOSS_TOLERANCE, text.name)
 
 
-def _score_differences(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator[Difference]:
+def _score_checks(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator[Check]:
     recomputed = compute_head_scores(model, texts)
     for name in {**file.scores, **recomputed}:
-        if name not in file.scores or name not in recomputed:
-            yield "scores", math.inf, RELATIVE_TOLERANCE, name
-        else:
+        difference = math.inf
+        if name in file.scores and name in recomputed:
             scale = max(1.0, float(recomputed[name].abs().max()))
-            difference = _max_difference(file.scores[name], recomputed[name])
-            yield "scores", difference / scale, RELATIVE_TOLERANCE, name
+            difference = _max_difference(file.scores[name], recomputed[name]) / scale
+        yield _check("scores", difference, RELATIVE_TOLERANCE, name)
+
+
+def _check(name: str, difference: float, tolerance: float, where: str) -> Check:
+    return Check(name, difference <= tolerance, difference, tolerance, where)
 
 
 def _max_difference(stored: NDArray[Any], recomputed: ArrayLike) -> float:
@@ -102,11 +100,8 @@ def _max_difference(stored: NDArray[Any], recomputed: ArrayLike) -> float:
     return float(np.abs(np.nan_to_num(a) - np.nan_to_num(b)).max(initial=0.0))
 
 
-def _largest(differences: Iterable[Difference]) -> list[Check]:
-    """One check for each name: the difference that is largest in relation to its tolerance."""
-    worst: dict[str, Difference] = {}
-    for row in differences:
-        name, difference, tolerance, _ = row
-        if name not in worst or difference / tolerance > worst[name][1] / worst[name][2]:
-            worst[name] = row
-    return [Check(name, row[1] <= row[2], *row[1:]) for name, row in worst.items()]
+def _largest(checks: Iterable[Check]) -> list[Check]:
+    """One check of each name: that with the largest difference in relation to its tolerance."""
+    every = list(checks)
+    same_name = [[check for check in every if check.check == name] for name in dict.fromkeys(c.check for c in every)]
+    return [max(same, key=lambda check: (check.difference or 0.0) / (check.tolerance or 1.0)) for same in same_name]
