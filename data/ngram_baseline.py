@@ -20,19 +20,13 @@ VAL_LIMIT = 2_000_000
 """Maximum number of validation targets, from the start of the split."""
 
 
-def baselines(
-    train: TokenSplit,
-    val: TokenSplit,
-    vocab_size: int,
-    train_limit: int = TRAIN_LIMIT,
-    val_limit: int = VAL_LIMIT,
-) -> dict[str, float]:
+def baselines(train: TokenSplit, val: TokenSplit, vocab_size: int) -> dict[str, float]:
     """Nats per token of `uniform`, `unigram` and `trigram` on the validation split, trained on the training split."""
-    model = KneserNey.fit(trigrams(train, train_limit), vocab_size)
-    targets = trigrams(val, val_limit)
+    model = KneserNey.fit(trigrams(train, TRAIN_LIMIT), vocab_size)
+    targets = trigrams(val, VAL_LIMIT)
     return {
         "uniform": math.log(vocab_size),
-        "unigram": float(-np.log(unigram(train, vocab_size, train_limit)[targets[:, 2]]).mean()),
+        "unigram": float(-np.log(unigram(train, vocab_size)[targets[:, 2]]).mean()),
         "trigram": float(-np.log(model.probability(targets)).mean()),
     }
 
@@ -61,9 +55,9 @@ def trigrams(split: TokenSplit, limit: int) -> np.ndarray:
     return np.stack([oldest, before, tokens[1:]], axis=1)
 
 
-def unigram(split: TokenSplit, vocab_size: int, limit: int = TRAIN_LIMIT) -> np.ndarray:
+def unigram(split: TokenSplit, vocab_size: int) -> np.ndarray:
     """Probability of each token: its frequency among the targets, with one added to each count."""
-    counts = np.bincount(split.tokens[1 : limit + 1], minlength=vocab_size)
+    counts = np.bincount(split.tokens[1 : TRAIN_LIMIT + 1], minlength=vocab_size)
     return (counts + 1) / (counts.sum() + vocab_size)
 
 

@@ -188,14 +188,16 @@ def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress:
     partial = _temporary(folder)
     partial.mkdir()
     try:
-        tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, _training_texts(corpus, config.tokenizer))
+        # `char` needs all characters; a sample of the training text is enough for others.
+        everything = (piece.text for text in corpus.train + corpus.val for piece in read_documents(text))
+        sample = everything if config.tokenizer == "char" else sample_text(corpus.train, SAMPLE_BYTES)
+        tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, sample)
         tokenizer.save(partial / VOCABULARY)
         text_bytes = _write_splits(corpus, tokenizer, partial, config.workers, progress)
         if _cache_key(corpus, config, progress) != key:
             raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
         hashes = _hash_files(sorted(partial.iterdir()), "checking tokens", progress)
-        sha256 = {path.name: value for path, value in hashes.items()}
-        meta = {"key": key, "text_bytes": text_bytes, "sha256": sha256}
+        meta = {"key": key, "text_bytes": text_bytes, "sha256": {path.name: sha for path, sha in hashes.items()}}
         write_atomic(partial / META, [json.dumps(meta, indent=1).encode()])
         try:
             partial.rename(folder)
@@ -205,13 +207,6 @@ def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _training_texts(corpus: Corpus, tokenizer: str) -> Iterator[str]:
-    """What a tokenizer is trained on: a sample of the training text, or for `char` all text."""
-    if tokenizer == "char":
-        return (piece.text for text in corpus.train + corpus.val for piece in read_documents(text))
-    return sample_text(corpus.train, SAMPLE_BYTES)
 
 
 def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, progress: bool) -> dict[str, int]:

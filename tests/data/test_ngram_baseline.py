@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import ngram_baseline
 from data.ngram_baseline import KneserNey, baselines, bits_per_byte, trigrams, unigram
 from data.token_dataset import TokenSplit
 
@@ -104,11 +105,11 @@ def test_regular_text_has_a_low_trigram_loss() -> None:
     assert losses_of["unigram"] == pytest.approx(math.log(3), abs=0.03)
 
 
-def test_limits() -> None:
-    train, val = split_of([[0, 1] * 50, [2] * 50]), split_of([[0, 1] * 20, [3] * 50])
-    short = baselines(train, val, VOCABULARY, train_limit=100, val_limit=40)
-    assert short == baselines(split_of([[0, 1] * 50]), split_of([[0, 1] * 20]), VOCABULARY, 100, 40)
-    assert unigram(train, VOCABULARY, 100).tolist() == [51 / 106, 51 / 106] + [1 / 106] * 4
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = baselines(split_of([[0, 1] * 50]), split_of([[0, 1] * 20]), VOCABULARY)
+    monkeypatch.setattr(ngram_baseline, "TRAIN_LIMIT", 101)
+    monkeypatch.setattr(ngram_baseline, "VAL_LIMIT", 41)
+    assert baselines(split_of([[0, 1] * 50, [2] * 50]), split_of([[0, 1] * 20, [3] * 50]), VOCABULARY) == expected
 
 
 def test_bits_per_byte() -> None:
