@@ -12,9 +12,11 @@ import fcntl
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common.errors import DISK_OR_MEMORY, LOST_PROCESS, UserError
-from data.config import DataConfig, cache_folder
+from common.errors import LOST_PROCESS, UserError
+from data.config import DataConfig
 from data.prepare import TokenizedCorpus, prepare
 from model.gpt import GPT
 from training.device import DistContext
@@ -118,31 +120,20 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
     """Prepare the corpus on one process of each machine; the others wait and read the cache.
 
     They wait for a file lock and not for a message, because preparing may take longer than `run.dist_timeout`, and the
-    system releases the lock of a process that ends.
+    system releases the lock of a process that ends. Machines that share a cache prepare it at the same time.
 
     Raises:
         UserError: as `data.prepare.prepare` does.
     """
     if ctx.world_size == 1:
         return prepare(config)
-    prepares, folder = ctx.local_rank == 0, cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "preparing.lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the cache {folder} ({error.strerror}): set GLASSGPT_CACHE to another folder",
-            DISK_OR_MEMORY,
-        ) from error
-    with lock:
-        if prepares:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another job or another machine is preparing
-                prepares = False
+    name = f"glassgpt-{os.getuid()}-{os.environ['MASTER_PORT']}.lock"  # of this job on this machine
+    with (Path(tempfile.gettempdir()) / name).open("a") as lock:
+        if ctx.local_rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         ctx.all_reduce_max(0)  # whoever prepares has the lock now
-        if not prepares:
-            fcntl.flock(lock, fcntl.LOCK_EX if ctx.local_rank == 0 else fcntl.LOCK_SH)
+        if ctx.local_rank:
+            fcntl.flock(lock, fcntl.LOCK_SH)
         return prepare(config, progress=ctx.is_main_process, verify=ctx.local_rank == 0)
 
 
