@@ -45,20 +45,6 @@ def test_keys(page_path: Path, open_page: OpenPage) -> None:
     assert not view.page.locator("#help").is_visible()
 
 
-def test_arrow_keys_in_grid_matrix_and_slider(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, START + "&key=3")
-    view.page.locator("#matrix").focus()
-    view.press("ArrowRight", "key=4", "query=5")
-    view.press("ArrowDown", "query=6")
-    view.page.locator('#grid td[tabindex="0"]').focus()
-    view.press("ArrowDown", "head=L1H1", "query=6")
-    view.press("ArrowRight", "head=L1H2")
-    view.press("ArrowRight", "head=L1H2")
-    assert view.page.evaluate("document.activeElement.dataset.head") == "2"
-    view.page.locator("#step").focus()
-    view.press("ArrowRight", "step=400", "query=6")
-
-
 def test_hover_and_pin(page_path: Path, open_page: OpenPage) -> None:
     view = open_page(page_path, START)
     view.page.locator("#token-7").hover()
@@ -68,18 +54,6 @@ def test_hover_and_pin(page_path: Path, open_page: OpenPage) -> None:
     view.page.locator("#token-3").hover()
     view.wait_for("query=9", "key=3")
     assert view.page.locator("#text .tok[data-percent]").count() >= 1
-
-
-def test_timeline_click(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, START)
-    box = view.page.locator("#timeline").bounding_box()
-    assert box
-    x, y = box["x"] + box["width"] * 0.88, box["y"] + box["height"] * 0.1
-    view.page.mouse.move(x, y)
-    assert "step 400" in view.text("#timeline-readout")
-    view.page.mouse.click(x, y)
-    layer, head = divmod(int(example_run.files()[2].scores["induction"].argmax()), example_run.H)
-    view.wait_for("step=400", f"head=L{layer}H{head}")
 
 
 def test_step_slider_and_text_list(page_path: Path, open_page: OpenPage) -> None:
@@ -133,18 +107,6 @@ def test_broken_links_are_ignored(page_path: Path, open_page: OpenPage) -> None:
         assert view.attention(), link
 
 
-def test_comparison_with_itself_is_zero(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(
-        page_path, "#text=held-out+1&step=200&head=L1H1&query=9&compare=200&score=distance&value_weighted=1"
-    )
-    assert view.attention() == {} and "no difference" in view.text("#attends-to")
-    assert not view.grid().any()
-    cells = view.cell_colours()[np.tril_indices(16)]
-    assert (np.abs(cells - 247).max(axis=1) <= 4).mean() > 0.8, "all but the frame have the middle colour of the scale"
-    view.page.mouse.move(*view.point(12, 4))
-    assert "±0.00 points" in view.text("#matrix-readout")
-
-
 def test_comparison_of_two_steps_and_of_two_runs(page_path: Path, two_runs_path: Path, open_page: OpenPage) -> None:
     def row(step: int, seed: int) -> NDArray[np.float64]:
         return example_run.files(seed=seed)[step].texts[1].pattern(1)[0, 1, 9].astype(np.float64)
@@ -159,12 +121,6 @@ def test_comparison_of_two_steps_and_of_two_runs(page_path: Path, two_runs_path:
     scores = [file.scores["induction"].ravel() for file in example_run.files()]
     assert steps.grid() == pytest.approx(scores[2] - scores[0], abs=1e-4)
     assert steps.text("#scale-low") == "\N{MINUS SIGN}1" and "dashed: second" in runs.text("#timeline-readout")
-
-
-def test_texts_with_different_tokens_are_not_compared(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, "#text=sample&step=400&compare=100&query=5")
-    assert "tokens of this text differ" in view.text("#message")
-    assert all(value > 0 for value in view.attention().values())
 
 
 def test_downloads(page_path: Path, open_page: OpenPage, tmp_path: Path) -> None:

@@ -108,14 +108,6 @@ def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:
     assert "not measured" in view.text("#ablation")
 
 
-def test_joint_ablation(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, view_hash(2, 1, 1, 1, 3, "&score=induction"))
-    assert "L1H0 + L1H1: Ablating them raises the loss." in view.text("#ablation")
-    assert "L1H0 + L1H1" in view.text("#findings")
-    view.press("l", "head=L1H2")
-    assert "Ablating them" not in view.text("#ablation")
-
-
 def test_walkthrough(page_path: Path, open_page: OpenPage) -> None:
     step, text, layer, head, query, key = 2, 1, 1, 2, 12, 5
     view = open_page(page_path, view_hash(step, text, layer, head, query, f"&key={key}"))
@@ -135,11 +127,3 @@ def test_walkthrough(page_path: Path, open_page: OpenPage) -> None:
     assert largest <= 2**-12
     assert view.page.locator("#walkthrough tr[data-key]").count() == query + 1
     assert view.text("#walkthrough tr.masked").startswith("3 later")
-
-
-def test_walkthrough_of_a_step_without_queries(page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, view_hash(0, 1, 1, 2, 12))
-    view.page.locator("#walkthrough-section").scroll_into_view_if_needed()
-    view.page.locator("#go-to-stored").click()
-    view.wait_for("step=400", "query=12")
-    view.page.wait_for_selector("#step-agreement")

@@ -137,28 +137,3 @@ def test_page_without_scores_predictions_or_ablation(open_page: OpenPage, tmp_pa
     largest = text.pattern()[:, :, 1:].max(axis=-1)
     assert view.grid() == pytest.approx(largest.mean(axis=-1).ravel(), abs=1e-3)
     assert "not stored" in view.text("#predictions") and "not measured" in view.text("#ablation")
-
-
-def test_one_token(open_page: OpenPage, tmp_path: Path) -> None:
-    file = AttentionFile([example_run.record("one", [b"Mia"], 3, True)], {"step": "5"}, example_run.scores(1))
-    write_page(tmp_path / "page.html", [PageRun("run", [file])], None, None, "one")
-    view = open_page(tmp_path / "page.html")
-    assert view.attention() == {0: 1.0}
-    view.open_walkthrough()
-    for key in ("ArrowRight", "ArrowUp", "v", "c", "]", "End"):
-        view.page.keyboard.press(key)
-    assert view.attention() == {}
-
-
-def test_long_text(open_page: OpenPage, tmp_path: Path) -> None:
-    words = [example_run.WORDS[1 + k % 8] for k in range(512)]
-    file = AttentionFile([example_run.record("long", words, 3, True, (1, 1))], {"step": "5"})
-    write_page(tmp_path / "page.html", [PageRun("run", [file])], None, None, "long")
-    view = open_page(tmp_path / "page.html", "#query=500")
-    view.press("ArrowRight", "query=501")
-    view.open_walkthrough()
-    for key in "ds":
-        with view.page.expect_download(timeout=20_000) as download:
-            view.page.keyboard.press(key)
-        download.value.save_as(tmp_path / key)
-        assert (tmp_path / key).stat().st_size > 100_000

@@ -194,16 +194,6 @@ def test_token_finds_the_end_of_a_word(trained: Path) -> None:
     assert "'The' ends at tokens" in output and "this is the last" in output and f"token {len(letters)} " in output
 
 
-def test_token_value_weighted(trained: Path) -> None:
-    options = ("token", trained, "--text=line 1", "--position=7", "--head=L0H1")
-    each = record(trained, "line 1")
-    weighted = each.pattern()[0, 1, 7, :8] * each.value_norms[0, 1, :8]
-    found = [row["attention"] for row in data(*options, "--value_weighted")["attention"]]
-    assert sum(found) == pytest.approx(1) and len(found) == 8
-    assert found == pytest.approx(np.sort(weighted / weighted.sum())[::-1], rel=1e-5)
-    assert found != [row["attention"] for row in data(*options)["attention"]]
-
-
 # timeline and compare
 
 
@@ -236,18 +226,6 @@ def test_timeline_comes_from_metrics(run: Path) -> None:
     assert "malformed head scores" in error_line(script("attend.py", "timeline", run), 4)
 
 
-def test_timeline_threshold_and_gaps(run: Path) -> None:
-    for step, value in zip(STEPS, (0.1, 0.5, 0.9), strict=True):
-        write_scores(run, step, {"induction": [[0.0, 0.0], [0.0, value]], "entropy": np.ones((2, 2))})
-    write_scores(run, 6, {"induction": [[0.0, 0.0], [0.0, 0.9]], "new": np.ones((2, 2)), "entropy": np.ones((2, 2))})
-    output = text("timeline", run, "--score=induction")
-    assert line_with(output, "L1H1").split()[1:] == ["L1H1", "▁▅█", "0.10", "0.90", "0.90", "3"]
-    assert line_with(output, "L0H0").split()[-1] == "never"
-    assert line_with(text("timeline", run), "entropy", "L0H0").split()[-1] == "-"  # not a share of attention
-    found = {(each["head"], each["score"]): each for each in data("timeline", run)["timelines"]}
-    assert found["L0H0", "new"]["values"] == [None, None, 1.0] and found["L0H0", "new"]["first"] is None
-
-
 def test_compare_subtracts_the_second_from_the_first(trained: Path) -> None:
     found = data("compare", trained)  # the newest and the oldest step
     assert (found["first"]["step"], found["second"]["step"], found["identical"]) == (6, 0, False)
@@ -257,23 +235,6 @@ def test_compare_subtracts_the_second_from_the_first(trained: Path) -> None:
         assert row["difference"] == expected
     swapped = data("compare", trained, "--step=0", "--against=6")["scores"]
     assert [-row["difference"] for row in swapped] == [row["difference"] for row in found["scores"]]
-
-
-def test_compare_patterns_with_the_same_tokens(trained: Path) -> None:
-    found = data("compare", trained, "--step=6", "--against=3")
-    a, b = (record(trained, "line 1", step).pattern() for step in (6, 3))
-    for row in (row for row in found["patterns"] if row["text"] == "line 1"):
-        difference = np.abs(at(a, row["head"]).astype(float) - at(b, row["head"]))
-        assert row["moved"] == pytest.approx(difference.sum(axis=-1).mean() / 2)
-    if record(trained, "sample", 6).token_bytes != record(trained, "sample", 3).token_bytes:
-        assert found["notes"] == ["text 'sample' has different tokens; its patterns are not compared"]
-
-
-def test_compare_of_equal_runs_finds_no_difference(trained: Path, run: Path) -> None:
-    for options in ((trained,), (run,), ("--against=6",)):
-        assert "no difference" in text("compare", trained, *options)
-        assert data("compare", trained, *options)["identical"] is True
-    assert {float(row["difference"]) for row in rows("compare", trained, run)} == {0.0}
 
 
 def test_compare_two_runs(trained: Path, run: Path) -> None:
@@ -407,17 +368,13 @@ def test_run_is_found_from_its_parts(trained: Path) -> None:
         (["sumary", "."], "did you mean summary?"),
         (["nonsense", "."], "the commands are summary, heads"),
         (["heads", "--scor=x", "."], "did you mean --score?"),
-        (["heads", ".", "--score"], "--score needs a value"),
         (["heads"], "run is missing"),
         (["timeline", ".", "--json", "--csv"], "exclude each other"),
         (["token", ".", "--position=x"], "--position is 'x'"),
         (["token", ".", "--head=1.2"], "such as L1H2"),
-        (["token", ".", "--find=a", "--position=1"], "exclude each other"),
         (["heads", ".", "--step=-4"], "--step is -4"),
-        (["compare", ".", "--against=-4"], "--against is -4"),
         (["plot", ".", "--format=pngg"], "did you mean png?"),
         ([".", "--top=0"], "it must be at least 1"),
-        ([".", "--head=H1"], "such as L1H2"),
         ([".", "summary"], "the command comes first: python attend.py summary ."),
     ],
 )
@@ -429,8 +386,6 @@ def test_wrong_options_are_one_line(argv: list[str], words: str) -> None:
     ("argv", "words"),
     [
         (["heads", "--score=inducton"], "did you mean induction?"),
-        (["timeline", "--score=inducton"], "did you mean induction?"),
-        (["plot", "--score=inducton"], "did you mean induction?"),
         (["heads", "--step=5"], "the nearest are 0, 3, 6"),
         (["compare", "--against=5"], "no attention file of step 5"),
         (["token", "--text=line"], "did you mean line 1?"),
@@ -472,14 +427,6 @@ def test_damaged_files_are_one_line(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     for command in ("summary", "compare", "page"):
         assert "000006.safetensors" in error_line(script("attend.py", command, run), 4)
-
-
-def test_run_without_scores_shows_tokens(run: Path) -> None:
-    for step in STEPS:
-        write_scores(run, step, {})
-    assert "has no head scores" in text("summary", run) and "L0H0" in text("token", run)
-    for command in ("heads", "timeline"):
-        assert "has no head scores" in error_line(script("attend.py", command, run), 4)
 
 
 # Without torch, and in any terminal
