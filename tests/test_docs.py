@@ -1,38 +1,35 @@
-"""docs/promises.md and docs/running.md hold: every named test is there, every command is understood."""
+"""docs/guarantees.md and docs/running.md are true: every named test file exists, every command parses."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from tests.commands import check_command
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parent.parent
-PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
 RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
-TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PROMISES)))
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMMANDS = sorted({line.split("#")[0].strip() for line in RUNNING.splitlines() if line.startswith("python ")})
 
 
-@pytest.mark.parametrize(("file", "name"), TESTS)
-def test_every_promise_has_its_test(file: str, name: str) -> None:
-    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
-
-
-def test_every_row_of_promises_names_a_test() -> None:
-    rows = [line for line in PROMISES.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
-    assert len(rows) > 25
-    assert not [row for row in rows if "`tests/" not in row.split(" | ")[-1]]
+def test_every_guarantee_names_an_existing_test() -> None:
+    rows = [line for line in GUARANTEES.splitlines() if line.startswith("| ") and not line.startswith("| guarantee")]
+    assert len(rows) > 20
+    for row in rows:
+        files = re.findall(r"`(tests/[\w/]+\.py)`", row.split(" | ")[-1])
+        assert files, row
+        assert not [file for file in files if not (ROOT / file).is_file()], row
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "$" not in command])
-def test_every_command_is_understood(command: str) -> None:
+def test_every_command_parses(command: str) -> None:
     check_command(command)
 
 
-def test_what_torchrun_starts_is_understood() -> None:
+def test_torchrun_commands_parse() -> None:
     joined = RUNNING.replace("\\\n", " ")
     started = re.findall(r"^(?:srun )?torchrun .*?(train\.py [^\n]*)$", joined, re.M)
     assert len(started) >= 4
@@ -41,6 +38,13 @@ def test_what_torchrun_starts_is_understood() -> None:
             check_command(f"python {command}")
 
 
-def test_every_link_leads_to_a_file() -> None:
-    for text in (PROMISES, RUNNING):
+def test_links_lead_to_files() -> None:
+    for text in (GUARANTEES, RUNNING):
         assert not [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (ROOT / "docs" / link).exists()]
+    assert not [link for link in re.findall(r"\]\(([^)#:]+)\)", CONTRIBUTING) if not (ROOT / link).exists()]
+
+
+def test_contributing_names_existing_files() -> None:
+    named = re.findall(r"`([\w/]+\.py)`", CONTRIBUTING)
+    assert len(named) > 8
+    assert not [name for name in named if not (ROOT / name).is_file()]

@@ -1,4 +1,4 @@
-"""What the README says is true: its commands are understood, its files are there, its figures come from a real run."""
+"""The README is true: its commands parse, its files exist, its code lines are in the model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command: str) -> None:
+def test_every_command_parses(command: str) -> None:
     check_command(command)
 
 
-def test_the_two_commands_stand_as_promised() -> None:
+def test_the_two_commands() -> None:
     assert "pip install -r requirements.txt && python train.py" in README
     assert "pip install -r requirements-dev.txt && python -m pytest" in README
 
@@ -48,7 +48,7 @@ def test_every_named_module_is_there() -> None:
             assert (ROOT / folder / name).is_file(), f"{folder}/{name}"
 
 
-def test_the_five_steps_stand_in_the_code() -> None:
+def test_the_five_steps_are_in_the_code() -> None:
     code = (ROOT / "model" / "functional.py").read_text() + (ROOT / "model" / "gpt.py").read_text()
     for step in (
         "q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).transpose(1, 2).split([H, G, G], dim=1)",
