@@ -7,7 +7,7 @@ socket. When the tests' side goes away, however it ends, the server kills what i
 
     with ForkServer() as server:
         child = server.start("--run.dir=x", hook=Hook(at=7))      # killed just before the 7th operation of a save
-        done = child.wait()                                       # a CompletedProcess; returncode -9
+        done = child.end()                                        # a CompletedProcess; returncode 137
 """
 
 from __future__ import annotations
@@ -30,62 +30,27 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.faults.hook import Hook, install
+from tests.faults.started import ROOT, Running, shell_code
 
-ROOT = Path(__file__).parent.parent.parent
 
-
-class Child:
+class Child(Running):
     """A process that the server has forked."""
 
-    def __init__(self, server: ForkServer, pid: int, args: list[str], out: Path, err: Path) -> None:
-        self.server, self.pid, self.args, self.out, self.err = server, pid, args, out, err
+    def __init__(self, server: ForkServer, pid: int, out: Path, err: Path) -> None:
+        self.server, self.pid, self.out, self.err = server, pid, out, err
+        self.code: int | None = None
 
-    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Its end; `returncode` is that of `subprocess`: -9 for one that was killed.
-
-        Raises:
-            subprocess.TimeoutExpired: if it goes on for longer; it is killed then.
-        """
-        code = self.poll(timeout)
-        if code is None:
-            self.kill()
-            raise subprocess.TimeoutExpired(self.args, timeout, self.out.read_text("utf-8", "replace"))
-        texts = [path.read_text("utf-8", "replace") for path in (self.out, self.err)]
-        return subprocess.CompletedProcess(self.args, code, *texts)
-
-    def poll(self, timeout: float = 0) -> int | None:
-        """Its exit status, or None while it runs on after so many seconds."""
-        answer = self.server.ask({"do": "wait", "pid": self.pid, "timeout": timeout}, timeout)
-        return None if answer["code"] is None else int(answer["code"])
-
-    def stopped(self, timeout: float = 30) -> None:
-        """Wait until it has stopped itself."""
-        deadline = time.monotonic() + timeout
-        while state(self.pid) != "T":
-            assert time.monotonic() < deadline and self.poll() is None, self.err.read_text("utf-8", "replace")
-            time.sleep(0.002)
-
-    def send(self, number: int) -> None:
-        """Send it a signal."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-    def kill(self) -> subprocess.CompletedProcess[str]:
-        """SIGKILL, and its end."""
-        self.send(signal.SIGKILL)
-        return self.wait(30)
-
-
-def state(pid: int) -> str:
-    """A letter for what a process does: T for stopped, Z for dead."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    def poll(self, within: float = 0) -> int | None:
+        if self.code is None:  # the server tells it once
+            code = self.server.ask({"do": "wait", "pid": self.pid, "timeout": within}, within)["code"]
+            self.code = None if code is None else shell_code(code)
+        return self.code
 
 
 class ForkServer:
@@ -144,23 +109,16 @@ class ForkServer:
             largest_file: RLIMIT_FSIZE in bytes; 0 sets none.
         """
         out, err = (Path(self.temporary.name) / f"{next(self.numbers)}.{name}" for name in ("out", "err"))
-        args = [script, *map(str, argv)]
         request = {
-            "do": "start",
-            "argv": args,
-            "out": str(out),
-            "err": str(err),
-            "cwd": str(cwd),
-            "env": {**os.environ, **(env or {})},
-            "hook": dataclasses.asdict(hook) if hook else None,
-            "powerless": powerless,
-            "largest_file": largest_file,
+            **{"do": "start", "argv": [script, *map(str, argv)], "out": str(out), "err": str(err), "cwd": str(cwd)},
+            **{"env": {**os.environ, **(env or {})}, "hook": dataclasses.asdict(hook) if hook else None},
+            **{"powerless": powerless, "largest_file": largest_file},
         }
-        return Child(self, int(self.ask(request)["pid"]), args, out, err)
+        return Child(self, int(self.ask(request)["pid"]), out, err)
 
     def run(self, *argv: object, timeout: float = 120, **how: Any) -> subprocess.CompletedProcess[str]:
         """Start a process and wait for its end."""
-        return self.start(*argv, **how).wait(timeout)
+        return self.start(*argv, **how).end(timeout)
 
 
 # ---- the side of the server ----

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import os
 import signal
 import socket
 import subprocess
@@ -14,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.forkserver import ForkServer
+from tests.faults.forkserver import Child, ForkServer
 from tests.faults.harness import FAULTY
 from tests.faults.hook import Hook
-from tests.faults.started import ROOT, Forked, Started, allowed
+from tests.faults.started import ROOT, Started, allowed
 
 SHARED = (
     *(*FAULTY, "--model.dropout=0", "--optim.optimizer=adamw", "--train.batch_size=32", "--train.micro_batch_size=1"),
@@ -50,22 +48,22 @@ class Ranks:
         own: Mapping[int, Sequence[str]] | None = None,
         how: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.rank: list[Forked] = []
+        self.rank: list[Child] = []
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
         for rank in range(world_size):
             settings = dict((how or {}).get(rank, {}))
             env = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **settings.pop("env", {})}
             words = (*argv, *(own or {}).get(rank, ()))
-            self.rank.append(Forked(server, *words, env=env, hook=(hooks or {}).get(rank), **settings))
+            self.rank.append(server.start(*words, env=env, hook=(hooks or {}).get(rank), **settings))
 
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *reason: object) -> None:
         for process in self.rank:
-            if not process.ended():
+            if process.poll() is None:
                 process.send(signal.SIGKILL)
-                process.ended(10)
+                process.poll(10)
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition, named `what` in the error."""
@@ -111,9 +109,3 @@ def end_within(started: Started, seconds: float) -> subprocess.CompletedProcess[
     done = started.end(seconds)
     started.nobody_left(allowed(5))
     return done
-
-
-def kill(pid: int, number: int = signal.SIGKILL) -> None:
-    """Send a signal to a process that may have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)

@@ -1,12 +1,13 @@
 """Programs as a user, a scheduler or torchrun starts them: real processes, observed through /proc and what they write.
 
-Everything that one `Started` starts, however deep, carries a word of its own in its environment: so whatever is left
-behind is found, also when its parent has gone.
+Everything that a `Started` starts has a word of its own in its environment, so that processes left behind are found
+also when their parent has gone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -14,19 +15,69 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.forkserver import Child, ForkServer, state
-
 ROOT = Path(__file__).parent.parent.parent
 WORD = "GLASSGPT_STARTED"
+KILLED = 128 + signal.SIGKILL
+"""The exit code of a process that was killed."""
 
 
-class Started:
-    """A command in a session of its own, its output in files. Use it in a `with`: nothing survives the body.
+class Running:
+    """A process whose output goes to files."""
+
+    pid: int
+    out: Path
+    err: Path
+
+    def poll(self, within: float = 0) -> int | None:
+        """Its exit code as a shell reports it, or None if it runs on after so many seconds."""
+        raise NotImplementedError
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        kill(self.pid, number)
+
+    def texts(self) -> list[str]:
+        """Its stdout and stderr so far."""
+        return [path.read_text("utf-8", "replace") if path.exists() else "" for path in (self.out, self.err)]
+
+    def output(self) -> str:
+        return "\n".join(text[-6000:] for text in self.texts())
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+        """Wait for a condition, named `what` in the error; fail if the process ends first."""
+        deadline = time.monotonic() + allowed(seconds)
+        while not condition():
+            code = self.poll()
+            assert code is None or condition(), f"ended with {code} before: {what}\n{self.output()}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.output()}"
+            time.sleep(0.002)
+
+    def held(self) -> bool:
+        """Wait until it has stopped itself; False if it ends instead."""
+        while self.poll() is None:
+            if stat(self.pid)[:1] == ["T"]:
+                return True
+            time.sleep(0.002)
+        return False
+
+    def end(self, within: float = 120) -> subprocess.CompletedProcess[str]:
+        """Wait for its end."""
+        within = allowed(within)
+        code = self.poll(within)
+        if code is None:
+            self.send(signal.SIGKILL)
+            raise AssertionError(f"still running after {within} s\n{self.output()}")
+        return subprocess.CompletedProcess("", code, *self.texts())
+
+
+class Started(Running):
+    """A command in a session of its own. Use it in a `with`: nothing survives the body.
 
     Args:
         quiet: signals that the command ignores from its start, as after `nohup` (SIGHUP) or `&` in a script (SIGINT).
@@ -51,9 +102,6 @@ class Started:
             for number in quiet:
                 signal.signal(number, signal.SIG_IGN)
             if terminal is not None:
-                import fcntl
-                import termios
-
                 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
         with self.out.open("wb") as out, self.err.open("wb") as err:
@@ -67,60 +115,31 @@ class Started:
                 preexec_fn=prepare,
                 env={**os.environ, **threads, **(env or {}), WORD: self.word},
             )
+        self.pid = self.process.pid
 
     def __enter__(self) -> Started:
         return self
 
     def __exit__(self, *_: object) -> None:
         for pid in (self.pid, *self.living()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            kill(pid)
         self.process.wait(30)
         self.folder.cleanup()
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
+    def poll(self, within: float = 0) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return shell_code(self.process.wait(within))
+        return None
 
     def living(self) -> list[int]:
-        """Every process that this command started and that still lives, the command itself included."""
-        return [pid for pid in pids() if environment(pid).get(WORD) == self.word]
+        """Every living process that this command started, the command itself included."""
+        pids = map(int, filter(str.isdecimal, os.listdir("/proc")))
+        return [pid for pid in pids if environment(pid).get(WORD) == self.word]
 
     def ranks(self) -> dict[int, int]:
         """The processes of a torchrun, by rank."""
-        found = {}
-        for pid in self.living():
-            rank = environment(pid).get("RANK")
-            if rank is not None and environment(parent(pid)).get("RANK") is None:  # not a rank's own child
-                found[int(rank)] = pid
-        return found
-
-    def send(self, number: int) -> None:
-        """Send the command a signal."""
-        os.kill(self.pid, number)
-
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-        """Wait until something has come about; it fails if the command ends first."""
-        deadline = time.monotonic() + allowed(seconds)
-        while not condition():
-            ended = self.process.poll()
-            assert ended is None or condition(), f"ended with {ended} before: {what}\n{self.output()}"
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.output()}"
-            time.sleep(0.005)
-
-    def end(self, within: float = 120) -> subprocess.CompletedProcess[str]:
-        """Its end. The exit code is what a shell reports: 143 for a process that SIGTERM ended."""
-        within = allowed(within)
-        try:
-            code = self.process.wait(within)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"still running after {within} s\n{self.output()}") from error
-        texts = [path.read_text("utf-8", "replace") for path in (self.out, self.err)]
-        return subprocess.CompletedProcess(self.process.args, shell_code(code), *texts)
-
-    def output(self) -> str:
-        """What it has printed so far."""
-        return "\n".join(path.read_text("utf-8", "replace")[-6000:] for path in (self.out, self.err))
+        pairs = [(environment(pid).get("RANK"), pid) for pid in self.living()]
+        return {int(k): pid for k, pid in pairs if k is not None and "RANK" not in environment(parent(pid))}
 
     def nobody_left(self, within: float = 10) -> None:
         """Assert that every process it started has ended."""
@@ -130,68 +149,13 @@ class Started:
             time.sleep(0.02)
 
 
-class Forked:
-    """A run that the fork server has started: what `Started` can do, three seconds sooner."""
-
-    def __init__(self, server: ForkServer, *argv: object, **how: Any) -> None:
-        self.child: Child = server.start(*argv, **how)
-        self.code: int | None = None
-
-    @property
-    def pid(self) -> int:
-        return self.child.pid
-
-    def send(self, number: int) -> None:
-        """Send it a signal."""
-        self.child.send(number)
-
-    def output(self) -> str:
-        """What it has printed so far."""
-        texts = (path.read_text("utf-8", "replace") for path in (self.child.out, self.child.err) if path.exists())
-        return "\n".join(text[-6000:] for text in texts)
-
-    def ended(self, within: float = 0) -> bool:
-        """Whether it has ended after so many seconds."""
-        if self.code is None:  # the server tells it once
-            self.code = self.child.poll(within)
-        return self.code is not None
-
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-        """Wait until something has come about; it fails if the run ends first."""
-        deadline = time.monotonic() + allowed(seconds)
-        while not condition():
-            assert not self.ended() or condition(), f"ended with {self.code} before: {what}\n{self.output()}"
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.output()}"
-            time.sleep(0.002)
-
-    def held(self) -> bool:
-        """Wait until it has stopped itself; False if it ends instead."""
-        while not self.ended():
-            with contextlib.suppress(OSError):
-                if state(self.pid) == "T":
-                    return True
-            time.sleep(0.002)
-        return False
-
-    def end(self, within: float = 60) -> subprocess.CompletedProcess[str]:
-        """Its end. The exit code is what a shell reports: 143 for a process that SIGTERM ended."""
-        within = allowed(within)
-        if not self.ended(within):
-            self.send(signal.SIGKILL)
-            self.ended(30)
-            raise AssertionError(f"still running after {within} s\n{self.output()}")
-        assert self.code is not None
-        texts = [path.read_text("utf-8", "replace") for path in (self.child.out, self.child.err)]
-        return subprocess.CompletedProcess(self.child.args, shell_code(self.code), *texts)
-
-
 def train(*argv: object, **how: Any) -> Started:
     """`python train.py ...`"""
     return Started(sys.executable, ROOT / "train.py", *argv, **how)
 
 
 def allowed(seconds: float) -> float:
-    """Seconds that something promised within `seconds` may take here and now: as much longer as the machine is busy."""
+    """Seconds that something promised within `seconds` may take here and now: longer on a busy machine."""
     return seconds * max(1.0, 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -200,60 +164,60 @@ def shell_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def proc(pid: int, name: str) -> str:
+    """A file of /proc about a process; empty for one that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_bytes().decode("utf-8", "replace")
+    return ""
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; empty for one that has ended."""
-    try:
-        words = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
-    except OSError:
-        return {}
-    return dict(word.split("=", 1) for word in words if "=" in word)
+    """The environment that a process was started with."""
+    return dict(word.split("=", 1) for word in proc(pid, "environ").split("\0") if "=" in word)
 
 
 def line(pid: int) -> str:
     """The command line of a process."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-    return ""
+    return proc(pid, "cmdline").replace("\0", " ")
+
+
+def stat(pid: int) -> list[str]:
+    """State (T: stopped), parent and so on, as in proc(5)."""
+    return proc(pid, "stat").rpartition(")")[2].split()
 
 
 def parent(pid: int) -> int:
-    """The process that a process was started by; 0 for one that has ended."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+    return int((stat(pid) or "00")[1])
 
 
 def catches(pid: int, number: int, kind: str = "SigCgt") -> bool:
     """Whether a process has a handler of its own for a signal."""
-    with contextlib.suppress(OSError):
-        for row in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if row.startswith(kind):
-                return bool(int(row.split()[1], 16) >> (number - 1) & 1)
-    return False
+    masks = [int(row.split()[1], 16) for row in proc(pid, "status").splitlines() if row.startswith(kind)]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def loaded(pid: int, library: str) -> bool:
     """Whether a process has begun to load a library of that name."""
-    with contextlib.suppress(OSError):
-        return library in Path(f"/proc/{pid}/maps").read_text()
-    return False
+    return library in proc(pid, "maps")
 
 
 def steps_done(run: Path) -> int:
-    """The last step that metrics.jsonl tells the loss of; 0 before the first."""
+    """The last step of metrics.jsonl that has a loss; 0 before the first."""
     with contextlib.suppress(OSError):
         for text in reversed((run / "metrics.jsonl").read_text().splitlines()):
             with contextlib.suppress(ValueError):
-                told = json.loads(text)
-                if "loss" in told:
-                    return int(told["step"])
+                metrics = json.loads(text)
+                if "loss" in metrics:
+                    return int(metrics["step"])
     return 0
 
 
 def error_lines(text: str) -> list[str]:
     """The lines by which the program says what went wrong."""
-    return [found for found in text.splitlines() if found.startswith("error: ")]
+    return [line for line in text.splitlines() if line.startswith("error: ")]

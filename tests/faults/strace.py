@@ -1,8 +1,7 @@
 """System calls of a stopped process, read and tampered with by strace: what really reaches the kernel.
 
-`calls` lists what a process asked of the kernel about a folder; `Call.as_target` turns one of them into the options
-that let strace meet the same call again in a process that does the same, and then kill that process or let the call
-fail.
+`calls` lists what a process asked of the kernel about a folder; `Call.as_nth` turns one of them into the options that
+let strace meet the same call again in a process that does the same, and kill that process or let the call fail.
 """
 
 from __future__ import annotations
@@ -40,22 +39,16 @@ class Call:
     thread: str
     """`main`, or `other`."""
     at: int
-    """How many calls of this name and first path the thread has made, this one included."""
-    of_all: int
-    """How many calls of this name the thread has made, whatever their paths."""
+    """How many calls of this name the thread has made, this one included."""
 
     @property
     def changes(self) -> bool:
         """Whether the disk is different afterwards; opening a file to read it changes nothing."""
         return self.name not in ("openat", "open") or "O_CREAT" in self.text or "O_WRONLY" in self.text
 
-    def as_target(self, harm: str) -> list[str]:
-        """Options of strace that do harm to this call: `signal=KILL`, or `error=EIO`."""
-        return ["-P", self.paths[0], "-e", f"inject={self.name}:{harm}:when={self.at}"]
-
     def as_nth(self, harm: str) -> list[str]:
-        """The same by its number alone, where paths have random parts."""
-        return ["-e", f"inject={self.name}:{harm}:when={self.of_all}"]
+        """Options of strace that do harm to this call: `signal=KILL`, or `error=EIO`."""
+        return ["-e", f"inject={self.name}:{harm}:when={self.at}"]
 
 
 def require_strace() -> None:
@@ -75,7 +68,7 @@ def require_strace() -> None:
 
 def under_strace(child: Child, log: Path, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Attach strace to a child that has stopped itself, let the child go on, and wait for its end."""
-    child.stopped()
+    assert child.held()
     command = ["strace", "-f", "-y", "-s", "0", "-e", f"trace={TRACED}", *options, "-o", str(log), "-p", str(child.pid)]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
@@ -83,23 +76,22 @@ def under_strace(child: Child, log: Path, options: Sequence[str] = ()) -> subpro
     while "attached" not in (said := tracer.stderr.readline()):
         assert time.monotonic() < deadline and tracer.poll() is None, said
     child.send(signal.SIGCONT)
-    done = child.wait()
+    done = child.end()
     tracer.communicate(timeout=30)
     return done
 
 
 def calls(log: Path, folder: Path, pid: int) -> list[Call]:
-    """The calls of process `pid` about paths in a folder, in their order, counted for `as_target`."""
-    found, seen = [], Counter[tuple[str, ...]]()
+    """The calls of process `pid` about paths in a folder, in their order."""
+    found, count = [], Counter[tuple[str, str]]()
     for line in log.read_text("utf-8", "replace").splitlines():
         if not (matched := LINE.match(line)):
             continue
         thread, name, arguments, _ = matched.groups()
         paths = tuple(a or b for a, b in QUOTED_OR_OPEN.findall(arguments) if (a or b).startswith("/"))
         here = tuple(path for path in paths if path.startswith(str(folder)))
-        seen.update([(thread, name), *((thread, name, path) for path in set(paths))])
+        count[thread, name] += 1
         if here:
             kind = "main" if int(thread) == pid else "other"
-            counts = seen[thread, name, here[0]], seen[thread, name]
-            found.append(Call(name, here, line.split(None, 1)[1], kind, *counts))
+            found.append(Call(name, here, line.split(None, 1)[1], kind, count[thread, name]))
     return found

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import DATA
-from tests.faults.forkserver import ForkServer
+from tests.faults.forkserver import Child, ForkServer
 from tests.faults.harness import CORPUS, Reference, committed
 from tests.faults.hook import Hook
-from tests.faults.started import Forked, error_lines, shell_code
+from tests.faults.started import error_lines
 
 OTHER = CORPUS.replace("brown fox", "fox brown")
 """The same letters and size, other sentences: only its content distinguishes it from the text."""
@@ -47,7 +47,7 @@ HARM = (swap, append, shrink, Path.unlink, become_binary)
 
 def error_line(returncode: int, err: str) -> str:
     """The one line of a run that ended with the exit code for data."""
-    assert shell_code(returncode) == DATA and "Traceback" not in err, f"{returncode}: {err}"
+    assert returncode == DATA and "Traceback" not in err, f"{returncode}: {err}"
     (line,) = error_lines(err)
     return line
 
@@ -68,10 +68,10 @@ class Place:
         (folder,) = self.cache.glob("tokens-*[0-9a-f]")
         return folder
 
-    def paused(self) -> Forked:
+    def paused(self) -> Child:
         """The run, paused as it writes its second sample, after step 8."""
         hook = Hook(2, "SIGSTOP", "open", "samples.txt", under=str(self.run))
-        running = Forked(self.server, *self.argv, hook=hook, env=self.env)
+        running = self.server.start(*self.argv, hook=hook, env=self.env)
         assert running.held(), running.output()
         return running
 
@@ -106,7 +106,7 @@ def test_text_changed_during_a_run_is_noticed_on_resuming(harm: Callable[[Path],
     running.send(signal.SIGTERM)
     running.send(signal.SIGCONT)
     done = running.end()
-    assert shell_code(done.returncode) == 143, done.stderr
+    assert done.returncode == 143, done.stderr
     step = committed(place.run)
     assert step == 8
     assert "text" in error_line(*place.resume())

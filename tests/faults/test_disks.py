@@ -75,7 +75,7 @@ def test_disk_full_while_training(server: ForkServer, reference: Reference, star
     assert refusals > 4
 
 
-@pytest.mark.parametrize("pages", [0, 3, 9])
+@pytest.mark.parametrize("pages", [0, 9])
 def test_disk_full_from_the_start(pages: int, server: ForkServer, reference: Reference, tmp_path: Path) -> None:
     """The same command starts the run once there is space."""
     with disk(tmp_path / "disk", "2m") as small:
@@ -87,12 +87,11 @@ def test_disk_full_from_the_start(pages: int, server: ForkServer, reference: Ref
         reference.resume(server, run)
 
 
-@pytest.mark.parametrize("pages", [0, 2])
-def test_cache_disk_full(pages: int, server: ForkServer, reference: Reference, tmp_path: Path) -> None:
+def test_cache_disk_full(server: ForkServer, reference: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with disk(tmp_path / "cache", "256k") as small:
         env = {"GLASSGPT_CACHE": str(small)}
-        ballast = fill(small, pages * PAGE)
+        ballast = fill(small, 2 * PAGE)
         assert str(small) in error_line(server.run(*reference.argv, f"--run.dir={run}", env=env), 6)
         assert not (run / "config.toml").exists()
         ballast.unlink()
@@ -101,15 +100,14 @@ def test_cache_disk_full(pages: int, server: ForkServer, reference: Reference, t
     reference.check(run)
 
 
-@pytest.mark.parametrize("limit", [1500, 6000])
-def test_limit_on_file_size(limit: int, server: ForkServer, reference: Reference, start: Path, tmp_path: Path) -> None:
+def test_limit_on_file_size(server: ForkServer, reference: Reference, start: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE: EFBIG for whatever grows beyond it."""
     run = shutil.copytree(start, tmp_path / "run")
-    refused(server.run(f"--run.resume={run}", "--run.stop_at_step=0", largest_file=limit), run)
+    refused(server.run(f"--run.resume={run}", "--run.stop_at_step=0", largest_file=1500), run)
     reference.resume(server, run)
 
 
-@pytest.mark.parametrize("part", ["", "checkpoints", "attention"])
+@pytest.mark.parametrize("part", ["", "checkpoints"])
 def test_folder_without_write_permission(
     part: str, server: ForkServer, reference: Reference, start: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, committed
 from tests.faults.hook import Hook
+from tests.faults.started import KILLED
 from tests.faults.strace import calls, require_strace, under_strace
 
 KILLS = 50
@@ -59,9 +60,10 @@ class Chain:
         while code is None and (used := cpu_seconds(child.pid)) < share * self.length:
             self.used, code = used, child.poll(0.001)
         if code is None:
-            code = child.kill().returncode
-            self.kills += code == -signal.SIGKILL
-        assert code in (0, -signal.SIGKILL), child.err.read_text()
+            child.send(signal.SIGKILL)
+            code = child.end().returncode
+            self.kills += code == KILLED
+        assert code in (0, KILLED), child.err.read_text()
         now = committed(self.run)
         assert now >= self.newest, "a saved step was lost"
         self.newest = now
@@ -116,7 +118,7 @@ def test_killed_before_each_file_operation_of_a_new_run(
         if f"{run}/checkpoints/" in operations[at - 1]:
             continue
         shutil.rmtree(run)
-        assert start(Hook(under=str(run), at=at)) == -signal.SIGKILL, operations[at - 1]
+        assert start(Hook(under=str(run), at=at)) == KILLED, operations[at - 1]
         assert start(None) == 0, operations[at - 1]
         short.check(run)
 
@@ -140,6 +142,6 @@ def test_killed_at_each_system_call_of_a_new_run(
     for call in targets:
         shutil.rmtree(run)
         code, _ = start(*call.as_nth("signal=KILL"))
-        assert code == -signal.SIGKILL, call.text
+        assert code == KILLED, call.text
         assert server.run(*resume_or_start(run, short.argv)).returncode == 0, call.text
         short.check(run)
