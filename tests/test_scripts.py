@@ -49,11 +49,6 @@ def test_temperature_zero_ignores_the_seed(run: Path) -> None:
     assert len(texts) == 1
 
 
-def test_empty_prompt_and_large_top_k(run: Path) -> None:
-    plain = script("sample.py", run, "--tokens=20").stdout
-    assert script("sample.py", run, "--tokens=20", "--prompt=", "--top_k=99999").stdout == plain
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -106,6 +101,7 @@ def test_damaged_checkpoint_is_skipped(run: Path, tmp_path: Path) -> None:
     assert "cannot be used" in error_line(script("sample.py", folder, "--tokens=5"), 4)
 
 
+@pytest.mark.slow
 def test_corpus_without_lines_or_documents(tmp_path: Path) -> None:
     """A text begins after end-of-text; a line break would be a token that was never trained."""
     (tmp_path / "one.txt").write_text("abcd " * 200)
