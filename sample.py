@@ -79,7 +79,10 @@ def main(argv: list[str]) -> None:
     prompt = text.encode_prompt(tokenizer, config.prompt, checkpoint.environment.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))
     if len(prompt) > (context := model.config.context):
-        print(f"the prompt has {len(prompt)} tokens, more than the context of {context}: only its end is used", file=sys.stderr)
+        print(
+            f"the prompt has {len(prompt)} tokens, more than the context of {context}: only its end is used",
+            file=sys.stderr,
+        )
     params = SamplingParams(config.temperature, config.top_k, config.top_p)
     if config.attend:
         tokens = text.generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)

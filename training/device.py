@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import sys
@@ -85,10 +86,18 @@ class DistContext:
 
     def broadcast_str(self, text: str, src: int = 0) -> str:
         """Return the text of rank `src` on every process."""
-        texts = [text]
-        if self.world_size > 1:
-            dist.broadcast_object_list(texts, src, device=self.device)
-        return texts[0]
+        if self.world_size == 1:
+            return text
+        content = list(text.encode("utf-8", "surrogateescape"))
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, src)
+        if self.rank == src:
+            data = torch.tensor(content, dtype=torch.uint8, device=self.device)
+        else:
+            data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if len(data):
+            dist.broadcast(data, src)
+        return bytes(data.tolist()).decode("utf-8", "surrogateescape")
 
     def check_same_everywhere(self, values: dict[str, str]) -> None:
         """Check that every process has the same `values`, given as {description: text}.
@@ -96,18 +105,17 @@ class DistContext:
         Raises:
             UserError: on every process, naming the first value that differs and a rank where it does (exit code 2).
         """
-        everywhere = [values] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(everywhere, values)
-        expected = everywhere[0]
-        for rank, found in enumerate(everywhere):
-            for key in (key for key in [*expected, *found] if expected.get(key) != found.get(key)):
-                a, b = first_difference(expected.get(key, ""), found.get(key, ""))
-                raise UserError(
-                    f"{key} differs: {a!r} on process 0, {b!r} on process {rank}; "
-                    "start every process with the same command, data and versions",
-                    CONFIG,
-                )
+        expected = json.loads(self.broadcast_str(json.dumps(values)))
+        different = [key for key in [*expected, *values] if expected.get(key) != values.get(key)]
+        rank = self.all_reduce_max(self.rank if different else 0)  # rank 0 never differs from itself
+        if rank:
+            key = self.broadcast_str(different[0] if different else "", rank)
+            a, b = first_difference(*(self.broadcast_str(values.get(key, ""), src) for src in (0, rank)))
+            raise UserError(
+                f"{key} differs: {a!r} on process 0, {b!r} on process {rank}; "
+                "start every process with the same command, data and versions",
+                CONFIG,
+            )
 
     def describe(self) -> str:
         """The choices in words, such as `cpu, 2 threads, bf16 (AVX512-BF16)`."""
