@@ -141,7 +141,7 @@ class EvalTexts:
             raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            message = f"{path} is not a readable file of evaluation texts: {reason}; delete it to choose other texts"
+            message = f"{path} is not a readable file of evaluation texts: {reason}"
             raise UserError(message, CHECKPOINT) from error
         for tokens in (*(tokens for _, tokens in texts), *repeats, *(pair.tokens for pair in pairs)):
             if not 1 <= len(tokens) <= context or not all(0 <= token < vocab_size for token in tokens):

@@ -7,6 +7,7 @@ figures and the page.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from common.errors import UserError, escape_control_chars
 from common.files import remove_temporary_files
 from inspection.ablation import ablate_group, run_ablations
 from inspection.ablation_results import HeadEffect
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores, chosen_heads
-from inspection.attention_file import AttentionRecord, package_versions, write_attention_file
+from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
 from inspection.eval_texts import EvalTexts
 from inspection.findings import Head, compute_findings, headline, save_findings
 from inspection.head_scores import compute_head_scores
@@ -90,16 +92,28 @@ class AttentionRecorder:
         self.folder = run_dir / "attention"
 
     def on_start(self, trainer: Any) -> None:
-        """Record the untrained model, or continue: later attention files of an interrupted run are removed."""
+        """Record the untrained model, or continue: later attention files of an interrupted run are removed.
+
+        A damaged file does not stop training: it is reported and renamed.
+        """
         step, path = trainer.state.step, self.folder / "eval_texts.json"
         for folder in (self.folder, self.run_dir):
             remove_temporary_files(folder)
         if step and path.is_file():
-            self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
+            try:
+                self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
+            except UserError as error:
+                print(f"{escape_control_chars(str(error))}; other texts are recorded from here on", file=sys.stderr)
         self.eval_texts.save(path)
         for file_step, file in find_attention_files(self.folder).items():
             if file_step > step:
                 file.unlink()
+                continue
+            try:
+                read_attention_file(file)
+            except UserError as error:
+                print(f"{escape_control_chars(str(error))}; that step is left out", file=sys.stderr)
+                file.replace(file.with_suffix(".damaged"))
         if step == 0:
             self.write(trainer.model, 0, trainer.provenance())
 
