@@ -1,4 +1,4 @@
-"""`UserError`, the exit codes, and `run_main`, which every script runs in. Imports nothing of ours."""
+"""`UserError`, the exit codes, and `run_main`, which every script runs in. Imports no other module of the project."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INTERRUPTED = 130
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """A disk that is full, broken or read-only: reported as a user's problem wherever it occurs."""
 RANK_ZERO_SECONDS = 3.0
-"""How long the other processes of a torchrun wait for rank 0 to report a mistake in the options."""
+"""How long the other processes wait under torchrun for rank 0 to report a mistake in the options."""
 
 
 class UserError(Exception):
@@ -121,7 +121,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
 
 
 def _report(error: UserError, debug: bool) -> NoReturn:
-    """Print what is wrong and exit. Of a torchrun, only local rank 0 reports a mistake in the options."""
+    """Print what is wrong and exit. Under torchrun, only local rank 0 reports a mistake in the options."""
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():
             print(escape_control_chars(line), file=sys.stderr)

@@ -94,7 +94,7 @@ def is_in_cache(source: str, cache: Path) -> bool:
 
 def _generated_folder(name: str, cache: Path) -> Path:
     """A folder for the texts that the present code generates."""
-    code = "".join(inspect.getsource(module) for module in (stories, story_grammar, repeated_tokens))
+    code = "".join(inspect.getsource(module) for module in (*GENERATED.values(), story_grammar))
     return cache / f"{name}-{hashlib.sha256(code.encode()).hexdigest()[:12]}"
 
 

@@ -44,7 +44,7 @@ class PackedSequences:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs and targets."""
+    """The training sequences of one step, or one process's share of them: inputs and targets."""
 
     tokens: Int64[Tensor, "B T"]
     targets: Int64[Tensor, "B T"]

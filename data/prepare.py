@@ -47,7 +47,7 @@ SAMPLE_BYTES = 32_000_000
 JOB_CHARACTERS = 4 * 1024 * 1024
 """Text that is encoded at a time: large enough to make transfers between processes cheap, small enough for memory."""
 PARALLEL_BYTES = 16 * 1024 * 1024
-"""Bytes of text from which on starting worker processes pays."""
+"""Smallest text, in bytes, that is worth several worker processes."""
 ENCODING_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 """Vocabulary sizes that are known without downloading the encoding."""
 TYPICAL_CHARACTERS = 97

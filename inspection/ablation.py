@@ -120,7 +120,7 @@ def mean_head_outputs(model: GPT, texts: Sequence[Tokens]) -> Float[Tensor, "L H
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch up to one layer, from where whole and ablated model continue."""
+    """The state of a batch before one layer, from which both the intact and the ablated model continue."""
 
     model: GPT
     number: int

@@ -1,8 +1,8 @@
 """Head scores: one number for each attention head that says what its attention pattern is like.
 
 A score is one decorated function. Adding one here is enough: it is then computed at every evaluation and appears in the
-tables, the timeline and on the page. torch is imported only where a score is computed, so that titles and formulas can
-be shown without it.
+tables, the timeline and on the page. To let it become the headline, also name it in `findings.FINDING_SCORES`. torch is
+imported only where a score is computed, so that titles and formulas can be shown without it.
 
 Shapes: B texts, L layers, H heads, T positions, S keys, D head size, C model width, V vocabulary. In a pattern
 A[..., i, j] is how much query i (row) attends to key j (column), counted from 0: 0 for j > i, and each row sums to 1.
@@ -149,9 +149,9 @@ def entropy(
     """0 (one token) to 1 (uniform), with H(p) = -sum of p ln p."""
     import torch
 
-    bits = torch.special.entr(pattern).sum(dim=-1)
+    entropies = torch.special.entr(pattern).sum(dim=-1)
     largest = torch.arange(1, pattern.shape[-1] + 1, device=pattern.device, dtype=pattern.dtype).log()
-    return (bits[..., 1:] / largest[1:]).mean(dim=-1)
+    return (entropies[..., 1:] / largest[1:]).mean(dim=-1)
 
 
 @head_score(

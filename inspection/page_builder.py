@@ -1,7 +1,7 @@
 """The page: a run's attention at every stored step, as one HTML file that opens from disk without a network.
 
 HTML, CSS and JavaScript are in the folder `web/` and are put together here. Data never becomes markup: it is a JSON table
-with `<`, `>` and `&` escaped, and blocks of numbers in base64 (`page_data.py`). A content security policy lets only our
+with `<`, `>` and `&` escaped, and blocks of numbers in base64 (`page_encoding.py`). A content security policy lets only our
 own script and style run, known by their hashes. Needs NumPy, not torch.
 """
 
@@ -21,8 +21,7 @@ from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import write_atomic
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionRecord
-from inspection.page_data import FULL_TEXTS, Blocks, Content, PageTooLarge, as_json
-from inspection.page_scores import (
+from inspection.page_data import (
     PageRun,
     ablation_tables,
     describe_scores,
@@ -30,6 +29,7 @@ from inspection.page_scores import (
     finding_tables,
     score_tables,
 )
+from inspection.page_encoding import FULL_TEXTS, Blocks, Content, PageTooLarge, as_json
 from inspection.terminal import DISCLAIMER
 
 __all__ = ["PageReport", "PageRun", "write_page"]
@@ -114,7 +114,7 @@ def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> tuple[dict[str
 
 
 def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[Content, int]]:
-    """Contents from everything to ever less, each with the bytes that it may take."""
+    """Contents, fullest first, each with the bytes that it may take."""
     less_qkv = [Content(qkv, every) for qkv in ("last", "few") for every in (1, 2, 3, 4, 8)]
     sqrt8 = [Content("few", every, sqrt8=True) for every in (1, 4, 0)]
     yield from ((content, BUDGET) for content in (Content(), *less_qkv, *sqrt8))

@@ -1,173 +1,202 @@
-"""How the numbers of a page are written: arrays as compressed blocks, tokens as safe text, tables as JSON.
+"""The numbers of a page: from the attention files, metrics and ablations of a run to tables that `page_builder.py` embeds.
 
-`page_builder.py` decides what goes into a page; `web/data.js` reads it. A block is a few little-endian arrays, one after
-the other, deflated and in base64.
+Everything that the page says about a head is decided here or in `findings.py`; its JavaScript only shows it.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import unicodedata
-import zlib
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from inspection.attention_file import AttentionRecord
+from common.errors import CHECKPOINT, UserError, escape_control_chars
+from inspection.ablation_results import AblationEffects, AblationResults, IntervalTable
+from inspection.attention_file import AttentionFile
+from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, LABELS, ablation_label, measure_for_score
+from inspection.head_scores import ANTECEDENT, HeadScore, score_info
 
-DTYPES = {"float16": "<f2", "float32": "<f4", "uint32": "<u4", "sqrt8": "|u1"}
-"""The dtypes of blocks; `sqrt8` is round(255 √a) for a in [0, 1], off by at most 1/255."""
-FULL_TEXTS = 2
-"""The first texts keep every step when steps of the other texts are left out."""
-BLOCK_MARKUP = 64
-"""Characters of the element around a block."""
-JOINERS = "\u200c\u200d"
-"""Invisible characters that join letters or emoji."""
+MAX_ATTENTION = HeadScore(
+    "max_attention",
+    "attention to the most attended token",
+    "mean over i ≥ 1 of the largest A[i, j]",
+    low=0.0,
+    high=1.0,
+    source="computed from the patterns, because these files contain no scores",
+    texts="the texts shown",
+)
+EFFECTS = {
+    "repeats": "increase of the loss on repeated sequences",
+    "corpus": "increase of the loss on held-out text",
+}
+"""What an ablation effect is, by measure; for all other measures it is the decrease of the logit difference."""
+TIMELINE_POINTS = 200
+NO_FINDINGS: Mapping[str, Any] = {"headline": "What each attention head attends to, token by token.", "findings": []}
 
-
-class PageTooLarge(Exception):
-    """The page would exceed its size limit."""
-
-
-class Blocks:
-    """The blocks of one page, and its distinct tokens. Both are kept while smaller contents of the page are tried."""
-
-    def __init__(self) -> None:
-        self._encoded: dict[Hashable, str] = {}
-        self._token_ids: dict[bytes, int] = {}
-        self.begin(0)
-
-    def begin(self, limit: int) -> None:
-        """Start a page of at most `limit` characters."""
-        self.blocks: list[str] = []
-        self.size, self.limit = 0, limit
-
-    def add(self, name: Hashable, arrays: Callable[[], list[NDArray[Any]]]) -> int:
-        """Add a block; its index in the page.
-
-        Raises:
-            PageTooLarge: if it does not fit into the page.
-        """
-        if name not in self._encoded:
-            data = b"".join(array.tobytes() for array in arrays())
-            self._encoded[name] = base64.b64encode(zlib.compress(data, 6)).decode("ascii")
-        self.blocks.append(self._encoded[name])
-        self.size += len(self._encoded[name]) + BLOCK_MARKUP
-        if self.size > self.limit:
-            raise PageTooLarge
-        return len(self.blocks) - 1
-
-    def token_id(self, token: bytes) -> int:
-        """The number of a token in the vocabulary of the page."""
-        return self._token_ids.setdefault(token, len(self._token_ids))
-
-    def vocabulary(self) -> list[list[str]]:
-        """The pieces of each token."""
-        return [display_pieces(token) for token in self._token_ids]
-
-
-def display_pieces(token: bytes) -> list[str]:
-    r"""A token as pieces of text that are safe to show, the first character of each being its kind.
-
-    `s·` is a space, `n↵` a line break, `x\xc3` an escaped byte or control character, `tMia` text. The end-of-text
-    token, which has no bytes, is `x<end>`.
-    """
-    if not token:
-        return ["x<end>"]
-    pieces: list[str] = []
-    for c in token.decode("utf-8", "surrogateescape"):  # an undecodable byte b becomes U+DC00 + b
-        after_text = bool(pieces) and pieces[-1][0] == "t"
-        if c in " \n":
-            pieces.append("s·" if c == " " else "n↵")
-            continue
-        if "\udc80" <= c <= "\udcff":
-            kind, shown = "x", f"\\x{ord(c) - 0xDC00:02x}"
-        elif unicodedata.category(c).startswith("M"):  # combining marks need a character to combine with
-            kind, shown = "t", c if after_text else "\N{DOTTED CIRCLE}" + c
-        elif c.isprintable() or (c in JOINERS and after_text):
-            kind, shown = "t", c
-        else:
-            kind, shown = "x", c.encode("unicode_escape").decode("ascii")
-        if kind == "t" and after_text:
-            pieces[-1] += shown
-        else:
-            pieces.append(kind + shown)
-    return pieces
+Scores = Mapping[str, NDArray[np.floating[Any]]]
+"""By name, a score of each head (L, H)."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """How much of the attention files a page holds."""
+class PageRun:
+    """One run: its name, its attention files by step, and optionally its evaluations from metrics.jsonl.
 
-    qkv: str = "all"
-    """Queries, keys and values of `all` steps; as float16 of the `last` step, or of it for the first texts (`few`)."""
-    every: int = 1
-    """Texts after the first ones keep one step in so many; 0: only the last."""
-    sqrt8: bool = False
-    """Store patterns as 8-bit square roots instead of float16."""
-    tokens: int = 0
-    """Keep only the last tokens of each text; 0: all."""
+    The evaluations, each with `step` and `head_scores`, give the timeline more steps than there are files.
+    """
 
-    def has_text(self, text: int, step: int, last: int) -> bool:
-        """Whether the page holds text number `text` at step number `step`."""
-        if step == last or self.every == 1 or text < FULL_TEXTS:
-            return True
-        return self.every > 0 and (last - step) % self.every == 0
+    label: str
+    files: Sequence[AttentionFile]
+    evaluations: Sequence[Mapping[str, Any]] = field(default=())
 
-    def has_qkv(self, text: int, step: int, last: int) -> bool:
-        """Whether it also holds queries, keys and values; never for a part of a text, where keys are missing."""
-        if self.tokens:
-            return False
-        return self.qkv == "all" or (step == last and (self.qkv == "last" or text < FULL_TEXTS))
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads."""
+        layers, heads, _ = self.files[-1].texts[0].value_norms.shape
+        return layers, heads
 
-    def first_token(self, text: AttentionRecord) -> int:
-        """The first position that is kept."""
-        return max(0, len(text.tokens) - self.tokens) if self.tokens else 0
+    def step(self, index: int) -> int:
+        """The training step of a file; its index if the file does not say."""
+        text = self.files[index].metadata.get("step") or ""
+        return int(text) if re.fullmatch("[0-9]{1,15}", text) else index
 
-    def pattern_arrays(self, text: AttentionRecord, layer: int) -> list[NDArray[Any]]:
-        """The attention patterns of a layer: one array (H, T (T + 1) / 2)."""
-        pattern = text.pattern_tril[layer]
-        if first := self.first_token(text):
-            rows, columns = np.tril_indices(len(text.tokens))
-            pattern = pattern[:, (rows >= first) & (columns >= first)]
-        if self.sqrt8:
-            weights = np.clip(np.nan_to_num(pattern.astype(np.float32)), 0, 1)
-            return [np.rint(np.sqrt(weights) * 255).astype(DTYPES["sqrt8"])]
-        return [pattern.astype(DTYPES["float16"])]
+    @property
+    def timeline(self) -> list[dict[str, Any]]:
+        """Step and scores of at most `TIMELINE_POINTS` evaluations, including the last."""
+        lines = [line for line in self.evaluations if isinstance(line.get("head_scores"), dict)]
+        every = math.ceil(len(lines) / TIMELINE_POINTS) or 1
+        return [{"step": line["step"], "scores": score_tables(line["head_scores"])} for line in lines[::-every][::-1]]
 
-    def token_arrays(self, text: AttentionRecord, token_id: Callable[[bytes], int]) -> list[NDArray[Any]]:
-        """Tokens (T), loss (T), value norms (L H T), top next tokens (T N) and their probabilities (T N).
-
-        Only ratios of value norms matter: they are divided by each head's largest to fit into float16.
-        """
-        first = self.first_token(text)
-        tokens = np.array([token_id(token) for token in text.token_bytes[first:]], DTYPES["uint32"])
-        loss = np.concatenate([[np.nan], np.asarray(text.loss)]).astype(DTYPES["float32"])[first:]
-        norms = np.asarray(text.value_norms, dtype=np.float64)[..., first:]
-        norms = np.nan_to_num(norms, posinf=0, neginf=0)
-        norms = norms / np.maximum(norms.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-        top = [pair for row in (text.top_tokens or [])[first:] for pair in row]
-        top_ids = np.array([token_id(token) for token, _ in top], DTYPES["uint32"])
-        probabilities = np.array([p for _, p in top], DTYPES["float16"])
-        return [tokens, loss, norms.astype(DTYPES["float16"]), top_ids, probabilities]
-
-    def qkv_dtype(self, text: AttentionRecord) -> str:
-        """The dtype of queries, keys, values and attention output."""
-        half = text.queries is not None and text.queries.dtype.itemsize == 2
-        return "float16" if self.qkv != "all" or half else "float32"
-
-    def qkv_arrays(self, text: AttentionRecord, layer: int, dtype: str) -> list[NDArray[Any]]:
-        """Queries, keys, values (H, T, D) of a layer, and its attention output (T, C) if the file has it."""
-        assert text.queries is not None and text.keys is not None and text.values is not None
-        arrays = [text.queries, text.keys, text.values, *([] if text.attn_out is None else [text.attn_out])]
-        return [array[layer].astype(DTYPES[dtype]) for array in arrays]
+    def scores_at(self, step: int) -> Scores:
+        """The head scores at a step, or at the last step if there is no file of that step."""
+        indices = [index for index in range(len(self.files)) if self.step(index) == step]
+        return file_scores(self.files[indices[0] if indices else -1])
 
 
-def as_json(value: Mapping[str, Any]) -> str:
-    """ASCII JSON without `<`, `>` and `&`, which could end the element around it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+def file_scores(file: AttentionFile) -> Scores:
+    """The head scores of a file; if it has none, as that of a prompt, the mean attention to the most attended token."""
+    if file.scores:
+        return file.scores
+    every = np.concatenate([text.pattern()[:, :, 1:].max(axis=-1) for text in file.texts], axis=-1, dtype=np.float64)
+    return {MAX_ATTENTION.name: every.mean(axis=-1) if every.size else np.full(every.shape[:2], np.nan)}
+
+
+def number(value: float, digits: int = 6) -> float | None:
+    """A number for JSON, rounded to significant digits; None if it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def score_tables(scores: Mapping[str, ArrayLike]) -> dict[str, list[list[float | None]]]:
+    """Head scores as JSON; None where a score was not measured."""
+    arrays = {name: np.asarray(table, dtype=np.float64) for name, table in scores.items()}
+    return {name: [[number(value, 7) for value in row] for row in table] for name, table in arrays.items()}
+
+
+def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) -> dict[str, Any]:
+    """What each score means, its limits, and of each head whether ablation supports it."""
+    tables: dict[str, list[NDArray[np.floating[Any]]]] = {}
+    for run in runs:
+        for scores in (*map(file_scores, run.files), *(point["scores"] for point in run.timeline)):
+            for name, table in scores.items():
+                tables.setdefault(name, []).append(np.asarray(table, dtype=np.float64))
+    described = {}
+    for name, values in tables.items():
+        info, measure = MAX_ATTENTION if name == MAX_ATTENTION.name else score_info(name), measure_for_score(name)
+        high = info.high if info.high is not None else max(float(np.nanmax(table, initial=0)) for table in values)
+        effects = ablations.measures.get(measure) if ablations else None
+        attention = runs[0].scores_at(ablations.step).get(name) if ablations and info.is_share else None
+        about = (info.formula, f"measured on {info.texts}" if info.texts else "", info.source)
+        described[name] = {
+            "title": escape_control_chars(info.title),
+            "description": "; ".join(part for part in about if part),
+            "low": info.low,
+            "high": number(high) if high > info.low else info.low + 1,
+            "measure": measure,
+            "labels": _labels(effects, attention) if effects else None,
+        }
+    return described
+
+
+def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) -> list[list[dict[str, str]]]:
+    """Of each head: whether ablation supports it, as text, and its kind: `supported`, `caution` or empty.
+
+    `caution` marks high attention without support; `scores` is None if the score is not an attention weight.
+    """
+
+    def label(layer: int, head: int) -> dict[str, str]:
+        name = ablation_label(effects.head(layer, head))
+        if scores is not None and scores[layer, head] >= ATTENTION_THRESHOLD and name in LABEL_NOTES:
+            return {"text": f"∅ {LABEL_NOTES[name]}", "kind": "caution"}
+        support = name if name in ("supported", "disputed") else "not supported"
+        return {"text": f"{support}: {LABELS[name]}", "kind": "supported" if name == "supported" else ""}
+
+    return [[label(layer, head) for head in range(len(row))] for layer, row in enumerate(effects.zero)]
+
+
+def ablation_tables(results: AblationResults | None) -> dict[str, Any]:
+    """By measure: a caption, and the intervals of each head: [effect, control, difference] of both ablations."""
+
+    def all_heads(*tables: IntervalTable | None) -> list[Any]:
+        layers, heads = effects.shape
+        cells = [
+            [[table and table[layer][head] for table in tables] for head in range(heads)] for layer in range(layers)
+        ]
+        return [[[cell and list(map(number, cell)) for cell in head] for head in layer] for layer in cells]
+
+    if results is None:
+        return {}
+    by_measure = {}
+    for name, effects in results.measures.items():
+        effect = EFFECTS.get(name, "decrease of the logit difference")
+        by_measure[name] = {
+            "caption": f"Ablation: {effect}, {effects.unit}; {effects.count} items, 95% intervals, step {results.step}",
+            "unit": effects.unit,
+            "largest": number(max(interval.value for row in effects.mean for interval in row)),
+            "zero": all_heads(effects.zero, effects.control_zero, effects.difference_zero),
+            "mean": all_heads(effects.mean, effects.control_mean, effects.difference_mean),
+        }
+    return by_measure
+
+
+def finding_tables(
+    findings: Mapping[str, Any] | None, run: PageRun, scores: Mapping[str, Any], texts: Sequence[str]
+) -> dict[str, Any]:
+    """The headline, the findings about heads that the run has, and the head and score that the page shows first.
+
+    Raises:
+        UserError: if the findings are malformed (exit code 4).
+    """
+    findings = findings or NO_FINDINGS
+    try:
+        entries = [_finding(entry, scores, texts) for entry in findings["findings"]]
+        headline = str(findings["headline"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the findings are malformed ({error!r}); delete findings.json", CHECKPOINT) from error
+    layers, heads = run.shape
+    entries = [e for e in entries if all(0 <= layer < layers and 0 <= head < heads for layer, head in e["heads"])]
+    last = file_scores(run.files[-1])
+    first = next((entry for entry in entries if entry["supported"]), entries[0] if entries else None)
+    score = first["score"] if first and first["score"] in last else next(iter(last))
+    best = np.unravel_index(np.argmax(np.nan_to_num(last[score], nan=-np.inf)), run.shape)
+    layer, head = first["heads"][0] if first else (int(best[0]), int(best[1]))
+    return {"headline": headline, "findings": entries, "start": {"layer": layer, "head": head, "score": score}}
+
+
+def _finding(entry: Mapping[str, Any], scores: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """A finding, with the text on which the page shows it."""
+    score = str(entry["score"])
+    text = f"{score.removeprefix(ANTECEDENT)} 1" if score.startswith(ANTECEDENT) else "repeat 1"
+    return {
+        "heads": [[int(layer), int(head)] for layer, head in (entry["head"], *entry["others"])],
+        "score": score if score in scores else next(iter(scores)),
+        "title": score.removeprefix(ANTECEDENT).replace("_", " "),
+        "attention": number(float(entry["value"])),
+        "supported": bool(entry["is_supported"]),
+        "summary": str(entry["summary"]),
+        "effect": str(entry["effect"]),
+        "text": texts.index(text) if text in texts else None,
+        "at_end": score.startswith(ANTECEDENT),  # the query of a contrast pair is its last token
+    }

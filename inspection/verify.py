@@ -19,11 +19,11 @@ from inspection.head_scores import compute_head_scores
 from model.gpt import GPT
 
 PATTERN_TOLERANCE = {2: 2.0**-11, 4: 1e-6}
-"""By bytes of the stored number: rounding to f16, or the last bits of fp32, which depend on CPU and threads."""
+"""By item size in bytes: rounding to f16, or the last bits of fp32, which depend on CPU and threads."""
 LOSS_TOLERANCE = 1e-4
 """In nats."""
 RELATIVE_TOLERANCE = 1e-5
-"""Of the largest value."""
+"""Relative to the largest value."""
 
 
 @dataclass(frozen=True)

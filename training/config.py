@@ -50,7 +50,7 @@ class RunSettings:
     dir: str = ""
     """Run folder; by default runs/ and the name of the config file or text, numbered if it exists."""
     resume: str = ""
-    """A run folder to continue from its newest good checkpoint."""
+    """A run folder to continue from its newest intact checkpoint."""
     seed: int = 1
     """Seed of the initial weights, the order of the batches, dropout and samples."""
     threads: int = 0
@@ -137,7 +137,7 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of the matrix products (autocast); `auto`: bf16 where the hardware supports it well."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; `auto` tries it where the run is long enough to earn it back, and keeps it if it is faster."""
+    """torch.compile; `auto`: on for long runs where a compiler is installed."""
 
     def problems(self) -> list[str]:
         least_one = ("steps", "batch_size", "eval_every", "eval_tokens", "save_every", "keep_checkpoints")

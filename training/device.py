@@ -1,4 +1,4 @@
-"""The only place that decides device, dtype, attention implementation and compilation; and a process's place in its group.
+"""The only place that decides device, dtype, attention implementation and compilation; and a process's rank.
 
 Every decision is a rule, so that the same command computes the same bits on the same machine. How a model is wrapped for
 several processes is in `training/distributed.py`.

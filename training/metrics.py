@@ -51,7 +51,7 @@ class MetricsLogger(Callback):
             self.file = path.open("a", encoding="utf-8")
 
     def on_start(self, trainer: Trainer) -> None:
-        """Measure what MFU is a share of."""
+        """Measure the peak FLOP/s, the denominator of MFU."""
         self.peak_flops = measure_matmul_flops(trainer.ctx) * trainer.ctx.world_size
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

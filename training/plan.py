@@ -56,7 +56,7 @@ class MemoryEstimate:
         return self.parameters + self.optimizer + self.bf16_copies + largest
 
     def sharded_peak(self, world_size: int, embeddings: int, block: int) -> int:
-        """With FSDP, stage 3 of Rajbhandari et al. 2020: shares, gathered embeddings and two blocks, their gradient.
+        """With FSDP, stage 3 of Rajbhandari et al. 2020: shards, gathered embeddings and two blocks, their gradient.
 
         Args:
             embeddings: bytes of the parameters outside the blocks.

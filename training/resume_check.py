@@ -1,4 +1,4 @@
-"""`train.py --run.resume RUN --check`: proof that an interrupted and resumed run ends with the same bits.
+"""`train.py --run.resume RUN --check`: check that an interrupted and resumed run ends with the same bits.
 
 From the same checkpoint one process trains some steps, and two others the same steps with an interruption in between.
 Weights and optimizer state must have the same sha256. Everything happens in a temporary folder inside RUN.
@@ -63,7 +63,7 @@ def check_resume(config: RunConfig) -> None:
 
 
 def _find_start(run: Path, latest: int) -> Path | None:
-    """The newest good checkpoint up to step `latest`, or None."""
+    """The newest intact checkpoint up to step `latest`, or None."""
     early = (folder for folder in list_checkpoints(run / "checkpoints")[::-1] if int(folder.name) <= latest)
     return next((folder for folder in early if verify_checkpoint(folder) is None), None)
 

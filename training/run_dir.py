@@ -92,7 +92,7 @@ def _is_restart_of(folder: Path) -> bool:
 
 
 def _job_name() -> str:
-    """torchrun's name for this job, the same after a restart; a job without a name is known by its agent."""
+    """torchrun's name for this job, the same after a restart; a job without a name is named by host and parent process."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{socket.gethostname()}-{os.getppid()}" if name == "none" else name
 
@@ -134,6 +134,6 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def save_config(config: RunConfig) -> None:
-    """Write `config.toml`: from now on the folder is a run. Raises UserError (6)."""
+    """Write `config.toml`, which marks the folder as resumable. Raises UserError (6)."""
     run = dataclasses.replace(config.run, resume="", stop_at_step=0)
     write_atomic(Path(config.run.dir) / CONFIG_FILE, [to_toml(dataclasses.replace(config, run=run)).encode()])

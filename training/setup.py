@@ -157,7 +157,7 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
 def maybe_compile(
     model: nn.Module, config: RunConfig, ctx: DistContext, vocab_size: int, saved: Checkpoint | None
 ) -> tuple[nn.Module, bool]:
-    """The model through torch.compile where that pays, and whether it is; a resumed run does what it did before."""
+    """The model, compiled where that pays, and whether it is compiled; a resumed run keeps its choice."""
     seconds = estimate_train_seconds(config, vocab_size, ctx.world_size)
     wanted = should_compile(config.train, seconds, ctx.device)
     if saved is not None and config.train.compile == "auto" and "compiled" in saved.environment.settings:

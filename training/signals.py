@@ -1,6 +1,6 @@
 """Signals: a run that is asked to stop finishes the current step, saves a checkpoint and exits with 128 + signal.
 
-SIGINT (Ctrl-C), SIGTERM (`kill`, a cluster's notice) and SIGHUP (a closed terminal) are handled alike. The loop checks
+SIGINT (Ctrl-C), SIGTERM (`kill`, a scheduler's warning) and SIGHUP (a closed terminal) are handled alike. The loop checks
 for a request between steps; work that can be repeated later, such as recording attention, is interrupted at once.
 """
 

@@ -148,7 +148,7 @@ def search(config: RunConfig, ctx: DistContext, corpus: Corpus, elapsed: float) 
     """
     sizes, times = fitting_sizes(ctx, corpus), dict[ModelSize, float]()
     deadline = time.perf_counter() + 60 * config.train.minutes - elapsed
-    while True:  # measure the best size until the best one is measured
+    while True:  # measure the best estimate; stop once the best is a measured one
         seconds = deadline - time.perf_counter()
         candidates = [estimate(size, times, seconds, corpus) for size in sizes]
         best = min(candidates, key=lambda candidate: (candidate.loss, candidate.step_seconds))

@@ -179,7 +179,7 @@ class Trainer:
             self.notify("on_exit", exit_code)
 
     def loop(self) -> None:
-        """All processes run it in step: they agree on whether to stop before each step."""
+        """All processes run it in lockstep: they agree on whether to stop before each step."""
         while True:
             is_best = self.should_evaluate() and self.evaluate()
             should_stop = self.should_stop()

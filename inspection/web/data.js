@@ -1,4 +1,4 @@
-// The numbers of the page, as inspection/page_data.py wrote them: a JSON table, and blocks of numbers that are
+// The numbers of the page, as inspection/page_encoding.py wrote them: a JSON table, and blocks of numbers that are
 // decompressed when they are needed.
 
 const page = JSON.parse(byId("page-data").textContent);

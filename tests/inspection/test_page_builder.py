@@ -24,7 +24,7 @@ from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
 from inspection import page_builder
 from inspection.attention_file import AttentionFile
 from inspection.page_builder import PageReport, PageRun, write_page
-from inspection.page_data import DTYPES, display_pieces
+from inspection.page_encoding import DTYPES, display_pieces
 from tests.browser import example_run
 
 ROOT = Path(__file__).parents[2]
