@@ -122,10 +122,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The newest good checkpoint of a run folder, or the one that `path` is. Damaged ones are reported and skipped.
+    """The newest intact checkpoint of a run folder, or the one that `path` is. Damaged ones are reported and skipped.
 
     Raises:
-        UserError: if there is no such folder, or no good checkpoint in it (exit code 4).
+        UserError: if there is no such folder, or no intact checkpoint in it (exit code 4).
     """
     shown = escape_control_chars(path)
     try:
@@ -145,7 +145,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if len(candidates) == 1:
                 raise
             print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
-    raise UserError(f"no good checkpoint in {shown}; restore one from a backup, or train again", CHECKPOINT)
+    raise UserError(f"no intact checkpoint in {shown}; restore one from a backup, or train again", CHECKPOINT)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
