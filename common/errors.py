@@ -125,9 +125,12 @@ def _report(error: UserError, debug: bool) -> NoReturn:
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():
             print(escape_control_chars(line), file=sys.stderr)
-    if error.exit_code == CONFIG and os.environ.get("LOCAL_RANK", "0") != "0":
+    is_rank_zero = os.environ.get("LOCAL_RANK", "0") == "0"
+    if error.exit_code == CONFIG and not is_rank_zero:
         time.sleep(RANK_ZERO_SECONDS)  # torchrun ends all processes once one has ended
         sys.exit(error.exit_code)
+    # Bad data is usually bad everywhere, but the processes read different parts of it.
+    process = f" (process {os.environ.get('RANK')})" if error.exit_code == DATA and not is_rank_zero else ""
     for line in str(error).splitlines():
-        print(f"error: {escape_control_chars(line)}", file=sys.stderr)
+        print(f"error{process}: {escape_control_chars(line)}", file=sys.stderr)
     sys.exit(error.exit_code)

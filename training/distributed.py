@@ -127,7 +127,8 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
     """
     if ctx.world_size == 1:
         return prepare(config)
-    name = f"glassgpt-{os.getuid()}-{os.environ['MASTER_PORT']}.lock"  # of this job on this machine
+    # of this job and node; several nodes of torchrun can run on one machine
+    name = f"glassgpt-{os.getuid()}-{os.environ['MASTER_PORT']}-{os.environ.get('GROUP_RANK', '0')}.lock"
     with (Path(tempfile.gettempdir()) / name).open("a") as lock:
         if ctx.local_rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)
