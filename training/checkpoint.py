@@ -44,6 +44,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 WRITING, REMOVING = ".writing-", ".removing-"
 MAX_JSON_BYTES = 1 << 22
+MAX_CACHE_BYTES = 1 << 32
+"""Keys and values of one text that any model may have; a larger model may have 16 times the bytes of its weights."""
 
 
 @dataclass
@@ -104,6 +106,11 @@ class Checkpoint:
         try:
             if config.n_layers > len(weights):
                 raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")
+            cache_bytes = 8 * config.n_layers * config.n_kv_heads * config.d_head * config.context
+            if cache_bytes > max(MAX_CACHE_BYTES, 16 * path.stat().st_size):  # with rotary positions no tensor shows it
+                raise ValueError(
+                    f"keys and values of its context of {config.context} tokens take {cache_bytes:,} bytes"
+                )
             with torch.device("meta"), _SkipInit():  # shapes only: no memory before they are compared
                 model = GPT(config, self.vocab_size)
             model.load_state_dict({**weights, "lm_head.weight": weights["token_embedding.weight"]}, assign=True)
@@ -192,6 +199,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         state, environment = TrainState(**saved["state"]), RunEnvironment(**saved["environment"])
+        counts = [saved["vocab_size"], *(value for name, value in vars(state).items() if name != "best_loss")]
+        if any(type(count) is not int for count in counts) or not isinstance(state.best_loss, float | None):
+            raise TypeError("a count is not an integer, or the best loss is not a number")
         if step_of_folder(folder) not in (None, state.step):
             raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
         config = from_saved(saved["config"], escape_control_chars(path))

@@ -30,7 +30,7 @@ const sumVectors = (vectors, D) =>
   vectors.reduce((sum, vector) => sum.map((value, d) => value + vector[d]), new Float64Array(D));
 
 // A vector as bars around zero. Options: scale (value of a full bar), marked [from, to], masked (first masked index),
-// note (text beside it). The value under the pointer replaces the note.
+// note (text next to it). The value under the pointer replaces the note.
 function vectorBars(values, name, options = {}) {
   const n = values.length;
   const { scale = largestOf(values), marked = null, masked = n, note = `norm ${compact(norm(values))}` } = options;

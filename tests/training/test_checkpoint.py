@@ -290,6 +290,7 @@ ABSURD = (
     *({"model": change} for change in ({"n_layers": HUGE}, {"d_model": HUGE}, {"d_mlp": 3}, {"preset": "gpt2"})),
     *({"vocab_size": HUGE}, {"vocab_size": None}, {"state": {"step": -1}}, {"state": {"step": 4}}, {"state": None}),
     *({"state": {"bogus": 1}}, {"optim": {"lr": -1}}, {"config": 7}, {"format": 2}),
+    *({"model": {"context": HUGE}}, {"state": {"tokens_seen": "many"}}, {"state": {"best_loss": "low"}}),
 )
 
 
