@@ -1,7 +1,7 @@
 """The run folder: its name, the lock that keeps a second trainer out, and `config.toml`, which makes it a run.
 
 Imports no torch, so that a folder in use is reported at once. Of several processes only rank 0 opens the folder; the
-others are told its name.
+others receive its name.
 """
 
 from __future__ import annotations
