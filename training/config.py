@@ -15,23 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from data.config import DataConfig
 from model.config import ModelConfig
 from training.cli import field_name, parse, split_options
 
-MINUTES_DECIDE = tuple(
-    f"{section}.{name}"
-    for section, names in {
-        "model": "n_layers n_heads n_kv_heads d_model d_head d_mlp context",
-        "train": "steps batch_size micro_batch_size eval_every eval_tokens save_every",
-        "optim": "lr muon_lr momentum warmup_steps schedule decay_fraction min_lr_ratio",
-    }.items()
-    for name in names.split()
-)
+MINUTES_DECIDE = [
+    *(f"model.{name}" for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "context")),
+    *("train.steps", "train.batch_size", "train.micro_batch_size", "train.eval_every", "train.eval_tokens"),
+    *("train.save_every", "optim.lr", "optim.muon_lr", "optim.momentum", "optim.warmup_steps", "optim.schedule"),
+    *("optim.decay_fraction", "optim.min_lr_ratio"),
+]
 """The options that `train.minutes` sets (`training/time_budget.py`)."""
 MAX_MINUTES = 100_000
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+DESCRIPTION = (
+    "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With --run.resume "
+    "RUN --check it only proves that RUN resumes exactly. --plan prints the memory and time that the run needs on this "
+    "machine, --plan 8xh100 on others."
+)
 
 
 def at_least(section: str, settings: object, **limits: float) -> list[str]:
@@ -47,18 +49,12 @@ def at_least(section: str, settings: object, **limits: float) -> list[str]:
 class RunSettings:
     """Run folder, seed and processes."""
 
-    dir: str = ""
-    """Run folder; by default runs/ and the name of the config file or text, numbered if it exists."""
-    resume: str = ""
-    """A run folder to continue from its newest intact checkpoint."""
-    seed: int = 1
-    """Seed of the initial weights, the order of the batches, dropout and samples."""
-    threads: int = 0
-    """CPU threads; 0: torch's default."""
-    stop_at_step: int = 0
-    """Save and stop after this step, as after a signal; 0: train to the end."""
-    dist_timeout: float = 600.0
-    """Seconds that a process of torchrun waits for the others before it exits."""
+    dir: str = ""  # Run folder; by default runs/ and the name of the config file or text, numbered if it exists.
+    resume: str = ""  # A run folder to continue from its newest intact checkpoint.
+    seed: int = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
+    threads: int = 0  # CPU threads; 0: torch's default.
+    stop_at_step: int = 0  # Save and stop after this step, as after a signal; 0: train to the end.
+    dist_timeout: float = 600.0  # Seconds that a process of torchrun waits for the others before it exits.
 
     def problems(self) -> list[str]:
         found = at_least("run", self, seed=0, threads=0, stop_at_step=0, dist_timeout=1)
@@ -73,28 +69,17 @@ class OptimConfig:
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon for the matrices inside the blocks, AdamW for the rest; `adamw`: AdamW for all."""
-    lr: float = 0.005
-    """Peak learning rate of AdamW."""
-    muon_lr: float = 0.02
-    """Peak learning rate of Muon."""
-    weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings, not of norms and biases."""
-    beta1: float = 0.9
-    """AdamW beta1."""
-    beta2: float = 0.95
-    """AdamW beta2."""
-    momentum: float = 0.95
-    """Muon momentum."""
-    warmup_steps: int = 10
-    """Steps of linear warmup."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """`linear`: constant, then linear decay; `cosine`: cosine decay."""
-    decay_fraction: float = 0.5
-    """Fraction of the steps over which `linear` decays."""
-    min_lr_ratio: float = 0.0
-    """Final learning rate as a fraction of the peak."""
-    grad_clip: float = 1.0
-    """Maximum norm of the gradient; 0: no clipping."""
+    lr: float = 0.005  # Peak learning rate of AdamW.
+    muon_lr: float = 0.02  # Peak learning rate of Muon.
+    weight_decay: float = 0.1  # Weight decay of matrices and embeddings, not of norms and biases.
+    beta1: float = 0.9  # AdamW beta1.
+    beta2: float = 0.95  # AdamW beta2.
+    momentum: float = 0.95  # Muon momentum.
+    warmup_steps: int = 10  # Steps of linear warmup.
+    schedule: Literal["linear", "cosine"] = "linear"  # `linear`: constant, then linear decay; `cosine`: cosine decay.
+    decay_fraction: float = 0.5  # Fraction of the steps over which `linear` decays.
+    min_lr_ratio: float = 0.0  # Final learning rate as a fraction of the peak.
+    grad_clip: float = 1.0  # Maximum norm of the gradient; 0: no clipping.
 
     def problems(self) -> list[str]:
         found = at_least("optim", self, lr=0, muon_lr=0, weight_decay=0, warmup_steps=0, grad_clip=0)
@@ -111,33 +96,26 @@ class OptimConfig:
 class TrainConfig:
     """Training loop."""
 
-    minutes: float = 0.0
-    """Minutes for the whole command: model size, batch, steps and learning rates are chosen for this machine; 0: as
-    configured."""
-    steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 16
-    """Sequences in a step, over all processes."""
-    micro_batch_size: int = 0
-    """Sequences of a process in one forward and backward pass; 0: all of its part of the batch."""
-    eval_every: int = 100
-    """Steps between evaluations."""
-    eval_tokens: int = 65_536
-    """Validation tokens of an evaluation, the same every time."""
-    save_every: int = 100
-    """Steps between checkpoints; the best evaluation and the last step are saved as well."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept, besides the best."""
-    patience: int = 0
-    """Stop after this many evaluations without improvement; 0: never."""
-    skip_nonfinite_steps: int = 0
-    """How many steps with a loss or gradient that is not finite are skipped before the run stops."""
+    minutes: float = (
+        0.0  # Minutes for the whole command; chooses model, batch, steps and learning rates; 0: as configured.
+    )
+    steps: int = 1000  # Optimizer steps.
+    batch_size: int = 16  # Sequences in a step, over all processes.
+    micro_batch_size: int = 0  # Sequences of a process in one forward and backward pass; 0: its part of the batch.
+    eval_every: int = 100  # Steps between evaluations.
+    eval_tokens: int = 65_536  # Validation tokens of an evaluation, the same every time.
+    save_every: int = 100  # Steps between checkpoints; the best evaluation and the last step are saved as well.
+    keep_checkpoints: int = 2  # How many of the newest checkpoints are kept, besides the best.
+    patience: int = 0  # Stop after this many evaluations without improvement; 0: never.
+    skip_nonfinite_steps: int = 0  # Steps with a non-finite loss or gradient that are skipped before the run stops.
     sharding: Literal["none", "fsdp"] = "none"
     """`none`: DDP, every process has the whole model; `fsdp`: FSDP2, parameters and optimizer state are sharded."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """dtype of the matrix products (autocast); `auto`: bf16 where the hardware supports it well."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; `auto`: on for long runs where a compiler is installed."""
+    dtype: Literal["auto", "fp32", "bf16"] = (
+        "auto"  # Of matrix products; `auto`: bf16 where the hardware supports it well.
+    )
+    compile: Literal["auto", "on", "off"] = (
+        "auto"  # torch.compile; `auto`: for long runs where a compiler is installed.
+    )
 
     def problems(self) -> list[str]:
         least_one = ("steps", "batch_size", "eval_every", "eval_tokens", "save_every", "keep_checkpoints")
@@ -152,18 +130,14 @@ class TrainConfig:
 class LogConfig:
     """Logging, samples and inspection."""
 
-    every: int = 10
-    """Steps between log lines."""
-    sample_tokens: int = 100
-    """Tokens of the text sample at each evaluation; 0: none."""
-    prompts: str = ""
-    """A file of your own prompts to monitor: texts, or prompt, right and wrong answer separated by tabs."""
+    every: int = 10  # Steps between log lines.
+    sample_tokens: int = 100  # Tokens of the text sample at each evaluation; 0: none.
+    prompts: str = ""  # A file of prompts to monitor: texts, or prompt, right and wrong answer separated by tabs.
     attention: Literal["on", "off"] = "on"
     """`on`: record attention and head scores at each evaluation and write the page; `off`: train without."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; `offline`: write to the run folder, for `wandb sync`."""
-    wandb_project: str = "glassgpt"
-    """Weights & Biases project."""
+    wandb_project: str = "glassgpt"  # Weights & Biases project.
 
     def problems(self) -> list[str]:
         found = at_least("log", self, every=1, sample_tokens=0)
@@ -208,18 +182,14 @@ def as_arguments(table: dict[str, Any], where: str) -> list[str]:
 
 
 def read_toml(path: Path) -> list[str]:
-    """The arguments of a config file.
-
-    Raises:
-        UserError: if it cannot be read or is not valid TOML.
-    """
+    """The arguments of a config file; raises UserError (2) if it cannot be read or is not valid TOML."""
     where = escape_control_chars(path)
     try:
         return as_arguments(tomllib.loads(path.read_text(encoding="utf-8")), where)
     except OSError as error:
-        raise UserError(f"cannot read the config file {where}: {error.strerror}", CONFIG) from error
+        raise UserError(f"cannot read the config file {where}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits, nested too deeply
-        raise UserError(f"{where} is not valid TOML: {escape_control_chars(error)}", CONFIG) from error
+        raise UserError(f"{where} is not valid TOML: {escape_control_chars(error)}") from error
 
 
 def to_toml(config: RunConfig) -> str:
@@ -234,11 +204,7 @@ def to_toml(config: RunConfig) -> str:
 
 
 def from_saved(table: dict[str, Any], where: str) -> RunConfig:
-    """The config in a checkpoint.
-
-    Raises:
-        UserError: if this version cannot use it (exit code 4).
-    """
+    """The config in a checkpoint; raises UserError (4) if this version cannot use it."""
     try:
         return parse(RunConfig, as_arguments(table, where), "")
     except UserError as error:
@@ -256,44 +222,31 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
     file = Path(typed.pop(0)) if typed and not typed[0].startswith("-") else None
     resumed = dict(split_options(typed)).get("--run.resume")
     if resumed:
-        shown = escape_control_chars(resumed)
         saved = Path(resumed) / "config.toml"
         if not os.path.isfile(saved):  # not Path.is_file, which raises for names that are too long
-            raise UserError(f"{shown} is not a run folder: it has no config.toml", CHECKPOINT)
+            raise UserError(f"{escape_control_chars(resumed)} is not a run folder: it has no config.toml", CHECKPOINT)
         if file is not None:
-            raise UserError(
-                f"--run.resume uses the config of that run; leave out {escape_control_chars(file)}, or give single options"
-            )
+            name = escape_control_chars(file)
+            raise UserError(f"--run.resume uses the config of that run; leave out {name}, or give single options")
         file, typed = saved, [*typed, f"--run.dir={resumed}"]
     file = file or QUICKSTART
-    description = (
-        "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With "
-        "--run.resume RUN --check it only proves that RUN resumes exactly. --plan prints the memory and time that the run "
-        "needs on this machine, --plan 8xh100 on others."
-    )
     from_file = read_toml(file)
-    config = parse(RunConfig, from_file + typed, description)
+    config = parse(RunConfig, from_file + typed, DESCRIPTION)
     if config.train.minutes:
         check_minutes(typed, from_file, bool(resumed))
     if config.run.resume and not resumed:
-        raise UserError(
-            f"{escape_control_chars(file)} sets run.resume, which belongs on the command line: --run.resume RUN"
-        )
+        name = escape_control_chars(file)
+        raise UserError(f"{name} sets run.resume, which belongs on the command line: --run.resume RUN")
     is_own_text = file == QUICKSTART and config.data.source != DataConfig().source
     name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if is_own_text else file.stem
     return config, name or "run"
 
 
 def check_minutes(typed: list[str], from_file: list[str], resuming: bool) -> None:
-    """Refuse `train.minutes` together with an option that it sets itself; raises UserError.
-
-    Args:
-        typed: arguments of the command line.
-        from_file: those of the config file; `train.minutes` overrides them unless it is in the file too.
-    """
+    """Raise UserError for `train.minutes` with an option that it sets itself, unless a config file without it does."""
     if resuming:
         raise UserError("train.minutes is for a new run; to resume, give --train.steps instead")
-    saved = {field_name(option) for option, _ in split_options(from_file)}
-    named = {field_name(option) for option, _ in split_options(typed)} | (saved if "train.minutes" in saved else set())
+    options = typed + (from_file if any(word.startswith("--train.minutes=") for word in from_file) else [])
+    named = {field_name(option) for option, _ in split_options(options)}
     if both := [option for option in MINUTES_DECIDE if option in named]:
         raise UserError(f"train.minutes sets {both[0]} itself; leave out one of them")
