@@ -7,11 +7,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -35,6 +35,27 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             raise
     except OSError as error:
         raise UserError(f"cannot write {escape_control_chars(path)}: {error.strerror}", DISK_OR_MEMORY) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
+    """Turn what a missing or damaged file raises in the body, which reads it, into one line.
+
+    Args:
+        what: the file should be, such as "attention file".
+        hint: what to do about a damaged file.
+
+    Raises:
+        UserError: exit code 4.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}", CHECKPOINT) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        message = f"{path} is not a readable {what}: {reason}" + (f"; {hint}" if hint else "")
+        raise UserError(message, CHECKPOINT) from error
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -6,54 +6,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CHECKPOINT, UserError
-from common.files import write_atomic
+from common.files import reading, write_atomic
 
 FORMAT = "glassgpt-ablations-1"
 RESAMPLES = 1000
 LEVEL = 0.95
+TABLES = ("zero", "mean", "control_zero", "control_mean", "difference_zero", "difference_mean")
+"""Effects of zero and mean ablation of a head, positive where ablating hurts; of the control, which is the same ablation
+of another head of the layer drawn at random (its mean over all of them); and of head minus control, paired by item."""
 
 
-class Interval(NamedTuple):
-    """A mean over items and its 95% confidence interval; low <= value <= high."""
-
-    value: float
-    low: float
-    high: float
-
-
-IntervalTable = tuple[tuple[Interval, ...], ...]
-"""An interval for each layer and head, table[l][h]."""
-
-
-@dataclass(frozen=True)
-class HeadEffect:
-    """The effect of ablating a head, or several of a layer together, on one measure: positive where ablating hurts.
-
-    The control is another head of the layer, or as many others, drawn at random: the mean over all draws. The
-    difference is the effect minus that of the control, paired by item. Both are None where a layer has one head.
-    """
-
-    zero: Interval
-    """Zero ablation: the output is replaced by 0."""
-    mean: Interval
-    """Mean ablation: the output is replaced by its mean."""
-    control_zero: Interval | None = None
-    control_mean: Interval | None = None
-    difference_zero: Interval | None = None
-    difference_mean: Interval | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AblationEffects:
-    """The `HeadEffect` of every head on one measure, as tables."""
+    """The effect of ablating each head on one measure."""
 
     unit: str
     """`nats/token` (of loss) or `nats` (of the right answer's logit difference)."""
@@ -61,29 +33,35 @@ class AblationEffects:
     """The loss, or the logit difference, without ablation."""
     count: int
     """Number of items: texts or contrast pairs."""
-    zero: IntervalTable
-    mean: IntervalTable
-    control_zero: IntervalTable | None
-    control_mean: IntervalTable | None
-    difference_zero: IntervalTable | None
-    difference_mean: IntervalTable | None
+    tables: dict[str, NDArray[np.float64]]
+    """By name of `TABLES`, (L, H, 3): mean over items, and the bounds of its 95% confidence interval.
+
+    Without controls and differences where a layer has one head."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(L, H)."""
-        return len(self.zero), len(self.zero[0])
+        L, H, _ = self.tables["zero"].shape
+        return L, H
 
-    def head(self, layer: int, head: int) -> HeadEffect:
-        """The effect of ablating one head."""
-        tables: dict[str, IntervalTable | None] = {name: getattr(self, name) for name in TABLES}
-        cells: dict[str, Any] = {name: table[layer][head] for name, table in tables.items() if table}
-        return HeadEffect(**cells)
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; a table that is missing is None."""
+        about = {"unit": self.unit, "baseline": self.baseline, "count": self.count}
+        return about | {name: self.tables[name].tolist() if name in self.tables else None for name in TABLES}
+
+    @staticmethod
+    def from_dict(entry: dict[str, Any]) -> AblationEffects:
+        """The inverse of `to_dict`; raises ValueError, TypeError or KeyError if the tables do not fit each other."""
+        tables = {name: np.array(entry[name], dtype=np.float64) for name in TABLES if entry[name] is not None}
+        L, H, _ = tables["zero"].shape
+        if len(tables) != (len(TABLES) if H > 1 else 2) or any(table.shape != (L, H, 3) for table in tables.values()):
+            raise ValueError("the tables of a measure do not fit each other")
+        if not all(np.isfinite(table).all() for table in tables.values()):
+            raise ValueError("a value is not a finite number")
+        return AblationEffects(entry["unit"], entry["baseline"], entry["count"], tables)
 
 
-TABLES = tuple(field.name for field in fields(HeadEffect))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AblationResults:
     """Ablation effects by measure (`repeats`, `corpus`, `logit_diff.KIND`), and the model they belong to."""
 
@@ -93,12 +71,13 @@ class AblationResults:
     measures: dict[str, AblationEffects]
 
     def save(self, path: Path | str) -> None:
-        """Write the results as JSON, atomically; an interval is [value, low, high].
+        """Write the results as JSON, atomically.
 
         Raises:
             UserError: if the file cannot be written (exit code 6).
         """
-        data = {"format": FORMAT, **asdict(self)}
+        measures = {name: effects.to_dict() for name, effects in self.measures.items()}
+        data = {"format": FORMAT, **vars(self), "measures": measures}
         write_atomic(Path(path), [json.dumps(data, allow_nan=False).encode()])
 
     @staticmethod
@@ -108,28 +87,12 @@ class AblationResults:
         Raises:
             UserError: if the file is missing, damaged, or has no ablation results (exit code 4).
         """
-        try:
+        with reading(path, "file of ablation results", "delete it and run attend.py ablate again"):
             data = json.loads(Path(path).read_text("utf-8"))
             if data.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            measures = {name: _effects(entry) for name, entry in data.pop("measures").items()}
+            measures = {name: AblationEffects.from_dict(entry) for name, entry in data.pop("measures").items()}
             return AblationResults(**data, measures=measures)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            message = f"{path} has no readable ablation results ({error}); delete it and run attend.py ablate again"
-            raise UserError(message, CHECKPOINT) from error
-
-
-def _effects(entry: dict[str, Any]) -> AblationEffects:
-    """One measure, with tables of one shape; only a layer of one head has no controls."""
-    tables = {key: np.array(entry[key], dtype=np.float64) for key in TABLES if entry[key] is not None}
-    L, H, _ = tables["zero"].shape
-    if len(tables) != (len(TABLES) if H > 1 else 2) or any(table.shape != (L, H, 3) for table in tables.values()):
-        raise ValueError("the tables of a measure do not fit each other")
-    if not all(np.isfinite(table).all() for table in tables.values()):
-        raise ValueError("a value is not a finite number")
-    return AblationEffects(**entry | {key: _intervals(table) for key, table in tables.items()})
 
 
 def bootstrap(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -155,18 +118,3 @@ def bootstrap(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     low, high = np.quantile(shares @ flat, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     intervals = np.stack([mean, np.minimum(low, mean), np.maximum(high, mean)], axis=-1)
     return intervals.reshape(*values.shape[1:], 3)
-
-
-def bootstrap_interval(values: NDArray[np.float64], seed: int) -> Interval:
-    """The bootstrap of values (N,)."""
-    return Interval(*bootstrap(values, seed).tolist())
-
-
-def bootstrap_table(values: NDArray[np.float64], seed: int) -> IntervalTable:
-    """The bootstrap of values (N, L, H)."""
-    return _intervals(bootstrap(values, seed))
-
-
-def _intervals(array: NDArray[np.float64]) -> IntervalTable:
-    """(L, H, 3) as a table."""
-    return tuple(tuple(Interval(*cell) for cell in row) for row in array.tolist())

@@ -8,16 +8,16 @@ file has the only definition of whether ablations support a finding (`ablation_l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from common.files import write_atomic
-from inspection.ablation_results import AblationResults, HeadEffect, Interval
+from inspection.ablation_results import AblationEffects, AblationResults
 from inspection.head_scores import ANTECEDENT, REPEATS, SCORES, score_info
 from inspection.terminal import head_name
 
@@ -39,6 +39,10 @@ FINDING_SCORES = (
 
 Head = tuple[int, int]
 """(layer, head)."""
+Interval = tuple[float, float, float]
+"""A mean over items, and the bounds of its 95% confidence interval."""
+Timeline = Mapping[int, Mapping[str, ArrayLike]]
+"""Head scores (L, H) by step and name."""
 Label = Literal["supported", "disputed", "same as control", "no effect"]
 LABELS: dict[str, str] = {
     "supported": "ablating it hurts more than ablating another head, by zero and by mean ablation",
@@ -62,22 +66,19 @@ def measure_for_score(score: str) -> str:
     return "repeats" if score in SCORES and SCORES[score].texts == REPEATS else "corpus"
 
 
-def ablation_label(effect: HeadEffect) -> Label:
+def ablation_label(effects: AblationEffects, layer: int, head: int) -> Label:
     """Whether ablating the head hurts more than ablating another head of its layer.
 
     `supported` if the intervals of both zero and mean ablation say so, `disputed` if one of them does. Otherwise
     `same as control` if both kinds of ablation hurt, and `no effect` if not.
     """
-    more = [(effect.difference_zero or effect.zero).low > 0, (effect.difference_mean or effect.mean).low > 0]
+    hurts = {name: table[layer, head, 1] > 0 for name, table in effects.tables.items()}
+    more = [hurts.get(f"difference_{name}", hurts[name]) for name in ("zero", "mean")]
     if all(more):
         return "supported"
     if any(more):
         return "disputed"
-    return "same as control" if effect.zero.low > 0 and effect.mean.low > 0 else "no effect"
-
-
-AblateGroup = Callable[[str, Sequence[Head]], HeadEffect]
-"""From a measure and heads of one layer to the effect of ablating them together."""
+    return "same as control" if hurts["zero"] and hurts["mean"] else "no effect"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ChosenHead:
 
 @dataclass(frozen=True)
 class Finding:
-    """A head that qualifies on a score, and the effect of ablating it; or several that only matter together."""
+    """A head that qualifies on a score, and the effect of ablating it."""
 
     head: Head
     score: str
@@ -107,10 +108,10 @@ class Finding:
     control: Interval | None
     """Zero ablation of another head of the layer; None where there is no other."""
     label: Label
-    others: tuple[Head, ...] = ()
-    """Heads of the same layer with the same score, ablated together with it."""
     baseline: float | None = None
     """What the best fixed offset, or the nearest noun, would score; None where it was not measured."""
+    others: tuple[Head, ...] = ()
+    """The other heads of its layer that score `ATTENTION_THRESHOLD` or more."""
 
     @property
     def is_supported(self) -> bool:
@@ -120,43 +121,37 @@ class Finding:
     @property
     def statement(self) -> str:
         """What the head attends to, and since when."""
-        title = score_info(self.score).title
-        names = [head_name(*head) for head in (self.head, *self.others)]
-        if not self.others:
-            return f"Since step {self.since}, head {names[0]} {title} ({self.value:.2f})"
-        listed = f"{', '.join(names[:-1])} and {names[-1]}"
         return (
-            f"Since step {self.since}, heads {listed} {title.replace('attends', 'attend', 1)} (up to {self.value:.2f})"
+            f"Since step {self.since}, head {head_name(*self.head)} {score_info(self.score).title} ({self.value:.2f})"
         )
-
-    @property
-    def effect(self) -> str:
-        """What ablating the head does."""
-        what = (
-            "the loss on repeated tokens" if self.measure == "repeats" else "the logit difference of the right answer"
-        )
-        n = 1 + len(self.others)
-        it, its = ("it", "its") if n == 1 else ("them", "their")
-        interval = f"95% CI {self.zero.low:.2f} to {self.zero.high:.2f}; mean ablation {self.mean.value:.2f}"
-        text = f"Ablating {it} {self._change(self.zero, what)} {self.unit} [{interval}]"
-        if self.control is None:
-            return f"{text}; {its} layer has no other head to compare with"
-        control = "a random other head" if n == 1 else f"{n} random other heads"
-        return f"{text}; ablating {control} of {its} layer {self._change(self.control, 'it')}"
 
     @property
     def summary(self) -> str:
-        """The finding in two sentences."""
-        return f"{self.statement}. {self.effect}."
+        """The finding in two sentences: the statement, and what ablating the head does."""
+        is_loss = self.measure == "repeats"
+        what = "the loss on repeated tokens" if is_loss else "the logit difference of the right answer"
+        interval = f"95% CI {self.zero[1]:.2f} to {self.zero[2]:.2f}; mean ablation {self.mean[0]:.2f}"
+        text = f"Ablating it {self._change(self.zero, what)} {self.unit} [{interval}]"
+        if self.control is None:
+            text += "; its layer has no other head to compare with"
+        else:
+            text += f"; ablating a random other head of its layer {self._change(self.control, 'it')}"
+        return f"{self.statement}. {text}{self.caveat}."
+
+    @property
+    def caveat(self) -> str:
+        """Which heads may hide the effect of ablating this one, as the end of a sentence; empty where it is supported."""
+        if self.label == "supported" or not self.others:
+            return ""
+        names = ", ".join(head_name(*head) for head in self.others)
+        return (
+            f"; heads that also score {ATTENTION_THRESHOLD} or more ({names}) can hide the effect of ablating it alone"
+        )
 
     def _change(self, effect: Interval, what: str) -> str:
         """Such as "raises the loss by 0.50"; a positive effect hurts."""
-        rises = (effect.value >= 0) == (self.measure == "repeats")
-        return f"{'raises' if rises else 'lowers'} {what} by {abs(effect.value):.2f}"
-
-
-Timeline = Mapping[int, Mapping[str, ArrayLike]]
-"""Head scores (L, H) by step and name."""
+        rises = (effect[0] >= 0) == (self.measure == "repeats")
+        return f"{'raises' if rises else 'lowers'} {what} by {abs(effect[0]):.2f}"
 
 
 def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
@@ -172,10 +167,7 @@ def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
 
 
 def compute_findings(
-    timeline: Timeline,
-    ablations: AblationResults,
-    chosen: Mapping[str, ChosenHead] | None = None,
-    ablate_group: AblateGroup | None = None,
+    timeline: Timeline, ablations: AblationResults, chosen: Mapping[str, ChosenHead] | None = None
 ) -> list[Finding]:
     """A finding for each score on which some head qualifies, in the order of `FINDING_SCORES`.
 
@@ -183,8 +175,6 @@ def compute_findings(
         ablations: measured at the last step of the timeline.
         chosen: by score, heads chosen on one half of the contrast pairs and measured on the other
             (`antecedent_score.py`); other scores take their best head.
-        ablate_group: called with the heads of a layer that all qualify, where the best of them has no supported effect
-            alone: heads that do the same can hide each other's effect.
     """
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
     findings = []
@@ -192,51 +182,30 @@ def compute_findings(
         effects = ablations.measures.get(measure_for_score(score))
         if score not in last or effects is None or not np.isfinite(last[score]).any():
             continue
-        layer, head = np.unravel_index(np.nanargmax(last[score]), last[score].shape)
-        best = (chosen or {}).get(score) or ChosenHead((int(layer), int(head)), float(last[score][layer, head]))
+        layer, head = divmod(int(np.nanargmax(last[score])), last[score].shape[1])
+        best = (chosen or {}).get(score) or ChosenHead((layer, head), float(last[score][layer, head]))
         if best.value < ATTENTION_THRESHOLD:
             continue
-        effect = effects.head(*best.head)
-        finding = Finding(
-            head=best.head,
-            score=score,
-            value=best.value,
-            since=first_step_above(timeline, score, best.head),
-            measure=measure_for_score(score),
-            unit=effects.unit,
-            zero=effect.zero,
-            mean=effect.mean,
-            control=effect.control_zero,
-            label=ablation_label(effect),
-            baseline=best.baseline,
+        layer, head = best.head
+        intervals = {name: tuple(table[layer, head].tolist()) for name, table in effects.tables.items()}
+        similar = np.flatnonzero(last[score][layer] >= ATTENTION_THRESHOLD).tolist()
+        findings.append(
+            Finding(
+                head=best.head,
+                score=score,
+                value=best.value,
+                since=first_step_above(timeline, score, best.head),
+                measure=measure_for_score(score),
+                unit=effects.unit,
+                zero=intervals["zero"],
+                mean=intervals["mean"],
+                control=intervals.get("control_zero"),
+                label=ablation_label(effects, layer, head),
+                baseline=best.baseline,
+                others=tuple((layer, other) for other in similar if other != head),
+            )
         )
-        if ablate_group is not None and finding.label != "supported":
-            finding = _with_similar_heads(finding, timeline, last[score], ablate_group)
-        findings.append(finding)
     return findings
-
-
-def _with_similar_heads(
-    finding: Finding, timeline: Timeline, table: NDArray[Any], ablate_group: AblateGroup
-) -> Finding:
-    """The finding with all heads of its layer that qualify, if their joint effect is supported; else unchanged."""
-    layer, head = finding.head
-    others = [(layer, k) for k in np.flatnonzero(table[layer] >= ATTENTION_THRESHOLD).tolist() if k != head]
-    if not 0 < len(others) < len(table[layer]) - 1:
-        return finding
-    effect = ablate_group(finding.measure, [finding.head, *others])
-    if ablation_label(effect) != "supported":
-        return finding
-    since = max(first_step_above(timeline, finding.score, other) for other in (finding.head, *others))
-    return replace(
-        finding,
-        others=tuple(others),
-        since=since,
-        zero=effect.zero,
-        mean=effect.mean,
-        control=effect.control_zero,
-        label="supported",
-    )
 
 
 def headline(findings: Sequence[Finding]) -> str:
@@ -247,7 +216,7 @@ def headline(findings: Sequence[Finding]) -> str:
     if not findings:
         return "No head qualifies: none puts 50% or more of its attention on a tested target."
     finding = next((finding for finding in findings if finding.label == "supported"), findings[0])
-    why = f"but {LABELS[finding.label]}"
+    why = f"but {LABELS[finding.label]}{finding.caveat}"
     if finding.label == "supported":
         why = f"but a fixed offset or the nearest noun scores {finding.baseline or 0.0:.2f}"
     return f"No head qualifies: {finding.statement[0].lower()}{finding.statement[1:]}, {why}."
@@ -259,6 +228,6 @@ def save_findings(path: Path, findings: Sequence[Finding]) -> None:
     Raises:
         UserError: if the file cannot be written (exit code 6).
     """
-    entries = [asdict(f) | {"is_supported": f.is_supported, "summary": f.summary, "effect": f.effect} for f in findings]
+    entries = [asdict(f) | {"is_supported": f.is_supported, "summary": f.summary} for f in findings]
     data = {"headline": headline(findings), "findings": entries}
     write_atomic(path, [json.dumps(data, indent=1).encode()])

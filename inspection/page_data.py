@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars
-from inspection.ablation_results import AblationEffects, AblationResults, IntervalTable
+from inspection.ablation_results import AblationEffects, AblationResults
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, LABELS, ablation_label, measure_for_score
 from inspection.head_scores import ANTECEDENT, HeadScore, score_info
@@ -127,24 +127,27 @@ def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) 
     """
 
     def label(layer: int, head: int) -> dict[str, str]:
-        name = ablation_label(effects.head(layer, head))
+        name = ablation_label(effects, layer, head)
         if scores is not None and scores[layer, head] >= ATTENTION_THRESHOLD and name in LABEL_NOTES:
             return {"text": f"∅ {LABEL_NOTES[name]}", "kind": "caution"}
         support = name if name in ("supported", "disputed") else "not supported"
         return {"text": f"{support}: {LABELS[name]}", "kind": "supported" if name == "supported" else ""}
 
-    return [[label(layer, head) for head in range(len(row))] for layer, row in enumerate(effects.zero)]
+    layers, heads = effects.shape
+    return [[label(layer, head) for head in range(heads)] for layer in range(layers)]
 
 
 def ablation_tables(results: AblationResults | None) -> dict[str, Any]:
     """By measure: a caption, and the intervals of each head: [effect, control, difference] of both ablations."""
 
-    def all_heads(*tables: IntervalTable | None) -> list[Any]:
+    def all_heads(effects: AblationEffects, method: str) -> list[Any]:
+        tables = [effects.tables.get(name) for name in (method, f"control_{method}", f"difference_{method}")]
         layers, heads = effects.shape
-        cells = [
-            [[table and table[layer][head] for table in tables] for head in range(heads)] for layer in range(layers)
-        ]
-        return [[[cell and list(map(number, cell)) for cell in head] for head in layer] for layer in cells]
+
+        def intervals(layer: int, head: int) -> list[Any]:
+            return [None if table is None else list(map(number, table[layer, head])) for table in tables]
+
+        return [[intervals(layer, head) for head in range(heads)] for layer in range(layers)]
 
     if results is None:
         return {}
@@ -154,9 +157,9 @@ def ablation_tables(results: AblationResults | None) -> dict[str, Any]:
         by_measure[name] = {
             "caption": f"Ablation: {effect}, {effects.unit}; {effects.count} items, 95% intervals, step {results.step}",
             "unit": effects.unit,
-            "largest": number(max(interval.value for row in effects.mean for interval in row)),
-            "zero": all_heads(effects.zero, effects.control_zero, effects.difference_zero),
-            "mean": all_heads(effects.mean, effects.control_mean, effects.difference_mean),
+            "largest": number(effects.tables["mean"][..., 0].max()),
+            "zero": all_heads(effects, "zero"),
+            "mean": all_heads(effects, "mean"),
         }
     return by_measure
 
@@ -176,27 +179,26 @@ def finding_tables(
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the findings are malformed ({error!r}); delete findings.json", CHECKPOINT) from error
     layers, heads = run.shape
-    entries = [e for e in entries if all(0 <= layer < layers and 0 <= head < heads for layer, head in e["heads"])]
+    entries = [e for e in entries if 0 <= e["head"][0] < layers and 0 <= e["head"][1] < heads]
     last = file_scores(run.files[-1])
     first = next((entry for entry in entries if entry["supported"]), entries[0] if entries else None)
     score = first["score"] if first and first["score"] in last else next(iter(last))
     best = np.unravel_index(np.argmax(np.nan_to_num(last[score], nan=-np.inf)), run.shape)
-    layer, head = first["heads"][0] if first else (int(best[0]), int(best[1]))
+    layer, head = first["head"] if first else (int(best[0]), int(best[1]))
     return {"headline": headline, "findings": entries, "start": {"layer": layer, "head": head, "score": score}}
 
 
 def _finding(entry: Mapping[str, Any], scores: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     """A finding, with the text on which the page shows it."""
-    score = str(entry["score"])
+    score, (layer, head) = str(entry["score"]), entry["head"]
     text = f"{score.removeprefix(ANTECEDENT)} 1" if score.startswith(ANTECEDENT) else "repeat 1"
     return {
-        "heads": [[int(layer), int(head)] for layer, head in (entry["head"], *entry["others"])],
+        "head": [int(layer), int(head)],
         "score": score if score in scores else next(iter(scores)),
         "title": score.removeprefix(ANTECEDENT).replace("_", " "),
         "attention": number(float(entry["value"])),
         "supported": bool(entry["is_supported"]),
         "summary": str(entry["summary"]),
-        "effect": str(entry["effect"]),
         "text": texts.index(text) if text in texts else None,
         "at_end": score.startswith(ANTECEDENT),  # the query of a contrast pair is its last token
     }

@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from common.errors import UserError, escape_control_chars
 from common.files import remove_temporary_files
-from inspection.ablation import ablate_group, run_ablations
-from inspection.ablation_results import HeadEffect
+from inspection.ablation import run_ablations
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores, chosen_heads
 from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
 from inspection.eval_texts import EvalTexts
-from inspection.findings import Head, compute_findings, headline, save_findings
+from inspection.findings import compute_findings, headline, save_findings
 from inspection.head_scores import compute_head_scores
 from inspection.page_builder import PageRun, write_page
 from inspection.plots import draw_figures
@@ -186,23 +184,13 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
     Raises:
         UserError: if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
     """
-    with tqdm(unit="pass", desc="ablating heads", delay=3, leave=False, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        ablations = run_ablations(model, eval_texts, step, weights_sha256, progress)
+    ablations = run_ablations(model, eval_texts, step, weights_sha256)
     ablations.save(run_dir / "attention" / "ablations.json")
     antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
-
-    def group(measure: str, heads: Sequence[Head]) -> HeadEffect:
-        return ablate_group(model, eval_texts, heads, measure)
-
     run = RunFiles.open(run_dir)
     last, evaluations = run.attention_files[step], [line for line in run.evaluations() if line["step"] <= step]
     timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
-    findings = compute_findings(timeline, ablations, chosen_heads(antecedents), group)
+    findings = compute_findings(timeline, ablations, chosen_heads(antecedents))
     save_findings(run_dir / "attention" / "findings.json", findings)
     lines = [headline(findings)]
     if not last.texts:  # a context of one token, and no sample

@@ -30,7 +30,7 @@ EFFECTS = {
     "difference_zero": "difference_zero",
     "difference_mean": "difference_mean",
 }
-"""Keys of JSON and CSV, and the fields of `AblationEffects` that they hold."""
+"""Keys of JSON and CSV, and the tables of `AblationEffects` that they hold."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,16 @@ def score_rows(file: AttentionFile, results: AblationResults | None, names: list
     for name in names:
         measure = measure_for_score(name)
         effects = results.measures.get(measure) if results else None
-        if effects and (len(effects.zero), len(effects.zero[0])) != file.scores[name].shape:
+        if effects and effects.shape != file.scores[name].shape:
             effects = None  # of another model
         for (layer, head), value in np.ndenumerate(file.scores[name].astype(float)):
             row: dict[str, Any] = {"head": head_name(layer, head), "score": name, "value": value}
             row |= {"measure": measure if effects else None, "unit": effects.unit if effects else None}
-            for key, field in EFFECTS.items():
-                table = getattr(effects, field, None)
-                row[key] = list(table[layer][head]) if table else None
-            label = ablation_label(effects.head(layer, head)) if effects else None
+            tables = effects.tables if effects else {}
+            row |= {
+                key: tables[field][layer, head].tolist() if field in tables else None for key, field in EFFECTS.items()
+            }
+            label = ablation_label(effects, layer, head) if effects else None
             high = score_info(name).is_share and value >= ATTENTION_THRESHOLD
             rows.append({**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""})
     return rows

@@ -83,8 +83,6 @@ function drawScoreScale(score) {
   byId("grid-scale").style.background = scale;
 }
 
-const findingHeads = ({ heads }) => heads.map(([layer, head]) => headName(layer, head)).join(" + ");
-
 function intervalCell(interval) {
   if (!interval) return create("td", {}, "–");
   const [value, low, high] = interval;
@@ -110,12 +108,9 @@ function drawAblation(score) {
     const cells = ablation[method][layer][head].map(intervalCell); // effect, control, difference
     return create("tr", {}, create("th", { scope: "row" }, method), ...cells);
   });
-  const joint = page.findings.filter((finding) => finding.score === score && finding.heads.length > 1
-    && finding.heads.some(([l, h]) => l === layer && h === head));
   byId("ablation").replaceChildren(
     create("p", {}, ablation.caption),
     create("table", {}, create("thead", {}, create("tr", {}, ...columns)), create("tbody", {}, ...rows)),
     create("p", { class: `label ${label.kind}` }, label.text),
-    ...joint.map((finding) => create("p", { class: "label" }, `${findingHeads(finding)}: ${finding.effect}.`)),
   );
 }

@@ -186,10 +186,10 @@ function listenToControls() {
 
 // A button for a finding: it selects the head, and a text on which the score is measured.
 function findingButton(finding) {
-  const { heads: [[layer, head]], score, title, attention, text, at_end: atEnd } = finding;
+  const { head: [layer, head], score, title, attention, text, at_end: atEnd } = finding;
   const attributes = { type: "button", class: finding.supported ? "supported" : null, title: finding.summary };
   const number = create("span", { class: "number" }, ` ${fixed(attention)}`);
-  const button = create("button", attributes, create("strong", {}, findingHeads(finding)), ` ${title}`, number);
+  const button = create("button", attributes, create("strong", {}, headName(layer, head)), ` ${title}`, number);
   button.addEventListener("click", () => {
     const step = text === null ? -1 : nearestStep(0, state.step, text);
     if (step < 0) return change({ layer, head, score, key: -1 });

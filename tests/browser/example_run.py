@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inspection.ablation_results import AblationEffects, AblationResults, Interval
+from inspection.ablation_results import AblationEffects, AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord
 
 L, H, D, C = 2, 3, 4, 12
@@ -78,30 +78,23 @@ def files(steps: Sequence[int] = STEPS, seed: int = 0) -> list[AttentionFile]:
 
 def ablations() -> AblationResults:
     """Ablation supports L1H2 for pronouns; L0H1 is disputed; the other heads have no effect."""
-    none = Interval(0.1, -0.2, 0.3)
-
-    def table(**cells: Interval) -> tuple[tuple[Interval, ...], ...]:
-        return tuple(tuple(cells.get(f"L{layer}H{head}", none) for head in range(H)) for layer in range(L))
-
-    zero = table(L1H2=Interval(2.5, 2.0, 3.0), L0H1=Interval(0.6, 0.4, 0.8))
-    mean = table(L1H2=Interval(1.5, 1.0, 2.0))
-    effects = {
-        unit: AblationEffects(unit, 3.1, 32, zero, mean, table(), table(), zero, mean)
-        for unit in ("nats", "nats/token")
-    }
-    measures = {"logit_diff.pronoun": effects["nats"], "repeats": effects["nats/token"]}
+    zero, mean, control = (np.full((L, H, 3), [0.1, -0.2, 0.3]) for _ in range(3))
+    zero[1, 2], zero[0, 1], mean[1, 2] = [2.5, 2.0, 3.0], [0.6, 0.4, 0.8], [1.5, 1.0, 2.0]
+    tables = {"zero": zero, "mean": mean, "control_zero": control, "control_mean": control}
+    tables |= {"difference_zero": zero, "difference_mean": mean}
+    units = {"logit_diff.pronoun": "nats", "repeats": "nats/token"}
+    measures = {name: AblationEffects(unit, 3.1, 32, tables) for name, unit in units.items()}
     return AblationResults(400, "0" * 64, 1, measures)
 
 
-def finding(heads: list[list[int]], score: str, value: float, supported: bool, effect: str) -> dict[str, Any]:
-    about = {"head": heads[0], "others": heads[1:], "score": score, "value": value, "is_supported": supported}
-    return {**about, "summary": effect, "effect": effect}
+def finding(head: list[int], score: str, value: float, supported: bool, summary: str) -> dict[str, Any]:
+    return {"head": head, "score": score, "value": value, "is_supported": supported, "summary": summary}
 
 
 FINDINGS: dict[str, Any] = {
     "headline": "Since step 200, head L1H2 attends to a pronoun's antecedent (0.90).",
     "findings": [
-        finding([[1, 2]], "antecedent.pronoun", 0.9, True, "Ablating it lowers the logit difference"),
-        finding([[1, 0], [1, 1]], "induction", 0.8, False, "Ablating them raises the loss"),
+        finding([1, 2], "antecedent.pronoun", 0.9, True, "Ablating it lowers the logit difference"),
+        finding([1, 0], "induction", 0.8, False, "Ablating it raises the loss"),
     ],
 }

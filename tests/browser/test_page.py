@@ -22,7 +22,7 @@ def hostile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "hostile.html"
     record = example_run.record(EVIL + "\x00", example_run.HOSTILE, 1, True)
     file = AttentionFile([record], {"step": "1"}, {EVIL: np.ones((2, 3), np.float32)})
-    findings = {"headline": EVIL, "findings": [example_run.finding([[1, 1]], EVIL, 0.5, True, EVIL)]}
+    findings = {"headline": EVIL, "findings": [example_run.finding([1, 1], EVIL, 0.5, True, EVIL)]}
     write_page(path, [PageRun(EVIL, [file])], findings, None, f"</title>{EVIL}\x00")
     return path
 

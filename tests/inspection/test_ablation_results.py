@@ -13,14 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, UserError
-from inspection.ablation_results import (
-    TABLES,
-    AblationEffects,
-    AblationResults,
-    bootstrap,
-    bootstrap_interval,
-    bootstrap_table,
-)
+from inspection.ablation_results import TABLES, AblationEffects, AblationResults, bootstrap
 
 L, H = 2, 3
 
@@ -28,9 +21,7 @@ L, H = 2, 3
 def effects(unit: str, heads: int = H, seed: int = 0) -> AblationEffects:
     values = np.random.default_rng(seed).normal(size=(6, 5, L, heads))
     names = TABLES if heads > 1 else TABLES[:2]
-    tables: dict[str, Any] = dict.fromkeys(TABLES)
-    tables |= {name: bootstrap_table(items, 1) for name, items in zip(names, values, strict=False)}
-    return AblationEffects(unit, 1.5, 5, **tables)
+    return AblationEffects(unit, 1.5, 5, {name: bootstrap(v, 1) for name, v in zip(names, values, strict=False)})
 
 
 def results(heads: int = H) -> AblationResults:
@@ -42,7 +33,9 @@ def results(heads: int = H) -> AblationResults:
 def test_saved_results_are_loaded(tmp_path: Path, heads: int) -> None:
     path = tmp_path / "attention" / "ablations.json"
     results(heads).save(path)
-    assert AblationResults.load(path) == results(heads)
+    saved = path.read_bytes()
+    AblationResults.load(path).save(path)
+    assert path.read_bytes() == saved
     assert [p.name for p in path.parent.iterdir()] == ["ablations.json"]
 
 
@@ -50,10 +43,9 @@ def test_file_format(tmp_path: Path) -> None:
     results().save(tmp_path / "file")
     data = json.loads((tmp_path / "file").read_text())
     assert data["format"] == "glassgpt-ablations-1" and (data["step"], data["seed"]) == (800, 1)
-    repeats, table = data["measures"]["repeats"], results().measures["repeats"].difference_zero
+    repeats, table = data["measures"]["repeats"], results().measures["repeats"].tables["difference_zero"]
     assert (repeats["unit"], repeats["baseline"], repeats["count"]) == ("nats/token", 1.5, 5)
-    assert table is not None
-    assert repeats["difference_zero"][1][2] == list(table[1][2])
+    assert repeats["difference_zero"] == table.tolist()
 
 
 def change_repeats(**entries: Any) -> Callable[[dict[str, Any]], None]:
@@ -74,7 +66,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def refused(path: Path, match: str = "no readable ablation results") -> None:
+def refused(path: Path, match: str = "not a readable file of ablation results") -> None:
     with pytest.raises(UserError, match=match) as error:
         AblationResults.load(path)
     assert error.value.exit_code == CHECKPOINT and "\n" not in str(error.value)
@@ -120,6 +112,5 @@ def test_interval_of_many_items_is_1_96_standard_errors() -> None:
 @settings(max_examples=50, deadline=None)
 @example([0.7] * 3)  # the mean of a resample is 1e-16 larger
 def test_interval_includes_its_value(values: list[float]) -> None:
-    interval = bootstrap_interval(np.array(values), 1)
-    assert interval.low <= interval.value <= interval.high
-    assert min(values) - 1e-6 <= interval.low and interval.high <= max(values) + 1e-6
+    value, low, high = bootstrap(np.array(values), 1)
+    assert min(values) - 1e-6 <= low <= value <= high <= max(values) + 1e-6

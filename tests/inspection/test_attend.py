@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inspection.ablation_results import TABLES, AblationEffects, AblationResults, Interval
+from inspection.ablation_results import TABLES, AblationEffects, AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
 from inspection.run_reader import RunFiles
 from inspection.terminal import DISCLAIMER
@@ -78,12 +78,11 @@ def write_ablation(run: Path, effect: float, difference: float, step: int = 6) -
     """Ablation effects of `effect` + 0.01 per head, `difference` more than the control; intervals 0.5 wide."""
 
     def table(value: float) -> Any:
-        cells = [Interval(v, v - 0.25, v + 0.25) for v in (value + 0.01 * k for k in range(4))]
-        return (tuple(cells[:2]), tuple(cells[2:]))
+        return np.array([[v, v - 0.25, v + 0.25] for v in (value + 0.01 * k for k in range(4))]).reshape(2, 2, 3)
 
     tables = dict.fromkeys(TABLES, table(effect)) | {"control_zero": table(effect - difference)}
     tables |= {name: table(difference) for name in ("difference_zero", "difference_mean")}
-    effects = AblationEffects("nats/token", 3.0, 8, **tables)
+    effects = AblationEffects("nats/token", 3.0, 8, tables)
     weights = attention_file(run, step).metadata["weights_sha256"]
     results = AblationResults(step, weights, 1, {"repeats": effects, "corpus": effects})
     results.save(run / "attention" / "ablations.json")
@@ -114,8 +113,7 @@ def test_heads_lists_every_score_with_its_effect(trained: Path) -> None:
     assert [(row["score"], row["head"]) for row in found] == [(name, head) for name in file.scores for head in HEADS]
     for row in found:
         assert row["value"] == at(file.scores[row["score"]], row["head"])
-        effect = results.measures[row["measure"]].zero[int(row["head"][1])][int(row["head"][3])]
-        assert row["zero_ablation"] == [effect.value, effect.low, effect.high]
+        assert row["zero_ablation"] == at(results.measures[row["measure"]].tables["zero"], row["head"]).tolist()
     assert all(re.search(rf"^{head} ", text("heads", trained), re.M) for head in HEADS)
 
 

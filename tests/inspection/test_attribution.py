@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from inspection.ablation import ablate_heads
 from inspection.attribution import Attribution, direct_logit_attribution, logit_lens
 from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 from tests.inspection.handmade import LEAD, handmade, repeats
@@ -78,7 +77,9 @@ def test_out_of_range_arguments_are_refused(arguments: tuple[Any, ...]) -> None:
 
 def test_ablated_head_has_no_part() -> None:
     model = random_model("gpt2")
-    with ablate_heads(model, [(0, 2)]):
+    D = model.config.d_head
+    with torch.no_grad():
+        model.blocks[0].attention.out.weight[:, 2 * D : 3 * D] = 0
         result = direct_logit_attribution(model, TEXT)
         assert part(result, "L0H2") == 0 and part(result, "L0H1") != 0
         assert result.total == pytest.approx(model(TEXT[None])[0, -1, result.token].item(), abs=1e-4)

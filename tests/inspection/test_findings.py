@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inspection.ablation_results import AblationEffects, AblationResults, HeadEffect, Interval
+from inspection.ablation_results import TABLES, AblationEffects, AblationResults
 from inspection.findings import (
     LABELS,
     ChosenHead,
@@ -23,16 +23,16 @@ from inspection.findings import (
 LOW, HIGH = 0.1, 0.9
 
 
-def table(*values: float) -> tuple[tuple[Interval, ...], ...]:
+def tables(**values: list[float]) -> dict[str, Any]:
     """One layer; each interval is 0.1 to both sides."""
-    return (tuple(Interval(v, v - 0.1, v + 0.1) for v in values),)
+    return {name: np.array([[[v, v - 0.1, v + 0.1] for v in row]]) for name, row in values.items()}
 
 
 def effects(zero: float, mean: float, control: float, unit: str = "nats") -> AblationEffects:
     """Head 0 has these effects, head 1 those of the control."""
-    zeros, means = table(zero, control), table(mean, control)
-    differences = table(zero - control, control - zero), table(mean - control, control - mean)
-    return AblationEffects(unit, 3.0, 8, zeros, means, table(control, zero), table(control, mean), *differences)
+    rows = [[zero, control], [mean, control], [control, zero], [control, mean]]
+    rows += [[value - control, control - value] for value in (zero, mean)]
+    return AblationEffects(unit, 3.0, 8, tables(**dict(zip(TABLES, rows, strict=True))))
 
 
 def results(**measures: AblationEffects) -> AblationResults:
@@ -71,7 +71,7 @@ def test_supported_finding_is_the_headline() -> None:
 )
 def test_label_compares_with_the_control(zero: float, mean: float, control: float, label: str) -> None:
     measured = effects(zero, mean, control)
-    assert ablation_label(measured.head(0, 0)) == label and label in LABELS
+    assert ablation_label(measured, 0, 0) == label and label in LABELS
     (finding,) = compute_findings(timeline(HIGH, HIGH), results(repeats=measured))
     assert finding.label == label and finding.is_supported == (label == "supported")
     assert headline([finding]).startswith("No head qualifies") == (label != "supported")
@@ -79,7 +79,7 @@ def test_label_compares_with_the_control(zero: float, mean: float, control: floa
 
 
 def test_layer_of_one_head_is_judged_alone() -> None:
-    alone = AblationEffects("nats", 3.0, 8, table(1.0), table(1.0), None, None, None, None)
+    alone = AblationEffects("nats", 3.0, 8, tables(zero=[1.0], mean=[1.0]))
     (finding,) = compute_findings({10: {"induction": np.array([[HIGH]])}}, results(repeats=alone))
     assert finding.label == "supported" and finding.control is None
     assert "no other head to compare with" in finding.summary
@@ -130,44 +130,10 @@ def test_findings_are_saved_as_json(tmp_path: Path) -> None:
     assert entry["is_supported"] and entry["summary"] == findings[0].summary
 
 
-def group_effect(zero: float, mean: float, control: float) -> HeadEffect:
-    cells = {"zero": zero, "mean": mean, "control_zero": control}
-    cells |= {"difference_zero": zero - control, "difference_mean": mean - control}
-    return HeadEffect(**{name: table(value)[0][0] for name, value in cells.items()})
-
-
-def similar(*values: float) -> dict[int, dict[str, Any]]:
-    return {5: {"induction": np.array([[LOW] * 3])}, 10: {"induction": np.array([values])}}
-
-
-def three_heads(zero: float) -> AblationEffects:
-    """No head of three has more effect than another."""
-    same, none = table(zero, zero, zero), table(0.0, 0.0, 0.0)
-    return AblationEffects("nats/token", 3.0, 8, same, same, same, same, none, none)
-
-
-def test_heads_that_hide_each_other_are_ablated_together() -> None:
-    calls = []
-
-    def ablate_group(measure: str, heads: Any) -> Any:
-        calls.append((measure, heads))
-        return group_effect(2.0, 1.5, 0.1)
-
-    (finding,) = compute_findings(similar(0.9, LOW, 0.8), results(repeats=three_heads(0.3)), None, ablate_group)
-    assert calls == [("repeats", [(0, 0), (0, 2)])]
-    assert finding.head == (0, 0) and finding.others == ((0, 2),) and finding.is_supported and finding.since == 10
-    assert headline([finding]) == (
-        "Since step 10, heads L0H0 and L0H2 attend to the token after an earlier match (up to 0.90). Ablating them "
-        "raises the loss on repeated tokens by 2.00 nats/token [95% CI 1.90 to 2.10; mean ablation 1.50]; ablating 2 "
-        "random other heads of their layer raises it by 0.10."
-    )
-
-
-@pytest.mark.parametrize("values", [(0.9, LOW, LOW), (0.9, 0.9, 0.9)])
-def test_group_needs_some_but_not_all_other_heads(values: tuple[float, ...]) -> None:
-    def never(*_: object) -> Any:
-        raise AssertionError("there is no group to ablate")
-
-    assert compute_findings(similar(*values), results(repeats=three_heads(0.3)), None, never)[0].others == ()
-    supported = results(repeats=effects(1.8, 1.5, 0.02))
-    assert compute_findings(timeline(HIGH), supported, None, never)[0].others == ()
+def test_heads_that_can_hide_an_effect_are_named() -> None:
+    scores = {10: {"induction": np.array([[HIGH, 0.8]])}}
+    (finding,) = compute_findings(scores, results(repeats=effects(0.0, 0.0, 0.0)))
+    caveat = "heads that also score 0.5 or more (L0H1) can hide the effect of ablating it alone."
+    assert finding.summary.endswith(caveat) and headline([finding]).endswith(f"ablating it does not hurt; {caveat}")
+    (supported,) = compute_findings(scores, results(repeats=effects(1.8, 1.5, 0.0)))
+    assert finding.others == supported.others == ((0, 1),) and caveat not in supported.summary

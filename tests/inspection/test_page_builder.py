@@ -136,7 +136,7 @@ def test_ablation_labels_come_from_python(tmp_path: Path) -> None:
     assert page.table["scores"]["entropy"]["labels"] is None
     assert page.table["headline"] == example_run.FINDINGS["headline"]
     assert page.table["start"] == {"layer": 1, "head": 2, "score": "antecedent.pronoun"}
-    assert page.table["findings"][1]["heads"] == [[1, 0], [1, 1]]
+    assert page.table["findings"][1]["head"] == [1, 0]
 
 
 @pytest.mark.parametrize("share, expected", [(0.9, "last step"), (0.28, "one step in")])
