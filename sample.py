@@ -42,7 +42,7 @@ class SampleConfig:
     """Random seed; the same seed gives the same text."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
     """Storage of the weights. fp16 halves the time per token of a large model and changes its loss by less than
-    0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %."""
+    0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
     attend: str = ""
     """Write the attention of the finished text to this .safetensors file."""
 

@@ -8,18 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
+from common.errors import UserError
 from model import quantize
-from model.gpt import GPT
 from model.quantize import HalfLinear, Int8Linear, WeightDtype, quantize_, quantize_int8
 from tests.model.helpers import PRESETS, normal, random_model, random_tokens
 
 FP16_ERROR = 2.0**-11
 """Largest relative rounding error of fp16."""
 HAS_FP16_KERNEL = torch.backends.quantized.engine in ("x86", "fbgemm")
-each_dtype = pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
-each_kernel = pytest.mark.parametrize("native", [True, False])
+needs_fp16 = pytest.mark.skipif(not HAS_FP16_KERNEL, reason="this CPU has no fp16 kernel")
 
 
 def random_linear() -> nn.Linear:
@@ -41,84 +40,56 @@ def test_int8_error_is_at_most_half_a_scale(seed: int, size: float, n_out: int, 
     assert torch.equal(quantize_int8(-weight)[0], -integers)
 
 
-@each_kernel
-def test_fp16_linear_is_within_rounding(native: bool) -> None:
-    if native and not HAS_FP16_KERNEL:
-        pytest.skip("this CPU has no fp16 kernel")
+@needs_fp16
+def test_fp16_linear_rounds_and_clamps_weights() -> None:
     layer, x = random_linear(), normal(2, 3, 40)
-    error = (HalfLinear(layer, native)(x) - layer(x)).abs()
-    magnitude = x.abs() @ layer.weight.abs().T
-    # the kernel rounds only weights; without it inputs and outputs are rounded too
-    assert (error <= (1.01 if native else 3.1) * FP16_ERROR * magnitude + 1e-5).all()
+    error = (HalfLinear(layer)(x) - layer(x)).abs()
+    assert (error <= 1.01 * FP16_ERROR * (x.abs() @ layer.weight.abs().T) + 1e-5).all()
     assert error.max() > 0
-
-
-@each_kernel
-def test_fp16_clamps_large_weights(native: bool) -> None:
-    if native and not HAS_FP16_KERNEL:
-        pytest.skip("this CPU has no fp16 kernel")
-    layer, x = random_linear(), torch.zeros(1, 40)
     layer.weight[3, 4] = -1e6
-    x[0, 4] = 0.5
-    assert abs(HalfLinear(layer, native)(x)[0, 3] + 0.5 * 65504 - layer.bias[3]) < 20
+    x = 0.5 * torch.eye(40)[4:5]
+    assert abs(HalfLinear(layer)(x)[0, 3] + 0.5 * 65504 - layer.bias[3]) < 20
 
 
-@each_kernel
-def test_int8_linear_is_within_rounding(native: bool) -> None:
+def test_int8_linear_is_within_rounding() -> None:
     layer, x = random_linear(), normal(2, 3, 40)
-    x[0, 1] *= 1000
+    x[0, 1] *= 1000  # positions have scales of their own
     x[1, 2] = 0
-    error = (Int8Linear(layer, native)(x) - layer(x)).abs()
+    error = (Int8Linear(layer)(x) - layer(x)).abs()
     weight_scale, input_scale = quantize_int8(layer.weight)[1], x.abs().amax(-1, keepdim=True) / 127
     bound = x.abs().sum(-1, keepdim=True) * weight_scale / 2
-    if native:
-        bound = bound + input_scale / 2 * (layer.weight.abs().sum(1) + 40 * weight_scale / 2)
+    bound = bound + input_scale / 2 * (layer.weight.abs().sum(1) + 40 * weight_scale / 2)
     assert (error <= 1.001 * bound + 1e-4).all()
     assert error[0, 0].max() > 0
 
 
-@each_kernel
-def test_int8_positions_have_their_own_scale(native: bool) -> None:
-    layer, x = Int8Linear(random_linear(), native), normal(4, 40)
-    larger = x.clone()
-    larger[0] *= 1e4
-    assert torch.equal(layer(x)[1:], layer(larger)[1:])
-
-
-def quantized(model: GPT, dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch) -> GPT:
-    """A copy, quantized as a large model would be."""
-    monkeypatch.setattr(quantize, "PREPACK_ABOVE", 0)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("fp32", 1e-5), pytest.param("fp16", 0.01, marks=needs_fp16), ("int8", 0.35)]
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_quantized_logits_are_close(
+    preset: str, dtype: WeightDtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sharp attention of a random model amplifies errors: a hard case."""
+    monkeypatch.setattr(quantize, "PREPACK_ABOVE", 0)  # as for a large model
+    model, text = random_model(preset, "sdpa"), random_tokens(3, 12)
     other = copy.deepcopy(model)
     quantize_(other, dtype)
-    assert not isinstance(other.lm_head, nn.Linear)
-    return other
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference of logits, relative to their standard deviation."""
-    return float((a - b).abs().max() / b.std())
-
-
-BOUNDS: dict[WeightDtype, float] = {"fp32": 1e-5, "fp16": 0.01, "int8": 0.35}
-"""Of a random model, whose sharp attention amplifies errors: a hard case."""
-
-
-@each_dtype
-@pytest.mark.parametrize("preset", PRESETS)
-def test_quantized_logits_are_close(preset: str, dtype: WeightDtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, text = random_model(preset, "sdpa"), random_tokens(3, 12)
-    other = quantized(model, dtype, monkeypatch)
     with torch.no_grad():
-        error = difference(other(text), model(text))
-    assert error < BOUNDS[dtype]
-    assert error > 1e-5 or dtype == "fp32"
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_embedding_and_vectors_stay_fp32(dtype: WeightDtype) -> None:
-    model = random_model("qwen3", "sdpa")
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    quantize_(model, dtype)
-    after = dict(model.named_parameters())
-    assert set(after) == {name for name, value in before.items() if value.dim() < 2 or "embedding" in name}
+        expected = model(text)
+        error = (other(text) - expected).abs().max() / expected.std()
+    assert error < bound and (error > 1e-5 or dtype == "fp32")
+    before, after = dict(model.named_parameters()), dict(other.named_parameters())
     assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not [name for name, value in after.items() if value.dim() == 2 and "embedding" not in name]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_device_without_kernels(dtype: WeightDtype) -> None:
+    model = random_model("glass").to("meta")
+    if dtype == "fp32":
+        quantize_(model, dtype)
+        assert isinstance(model.lm_head, nn.Linear)
+    else:
+        with pytest.raises(UserError, match=f"--dtype {dtype} needs an x86 CPU"):
+            quantize_(model, dtype)
