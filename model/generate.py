@@ -21,12 +21,9 @@ from model.kv_cache import KVCache
 class SamplingParams:
     """How the next token is sampled."""
 
-    temperature: float = 1.0
-    """The logits are divided by it; 0 is greedy."""
-    top_k: int = 0
-    """Sample from the `top_k` most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample from the smallest set of most likely tokens with at least this total probability; 1 keeps all."""
+    temperature: float = 1.0  # the logits are divided by it; 0 is greedy
+    top_k: int = 0  # sample from the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # sample from the smallest set of most likely tokens with this total probability; 1 keeps all
 
 
 def context_start(length: int, context: int) -> int:
@@ -34,10 +31,8 @@ def context_start(length: int, context: int) -> int:
 
     Moving by half a context at a time, a cache has to be filled again only once every half context.
     """
-    if length <= context:
-        return 0
     half = max(1, context // 2)
-    return -(-(length - context) // half) * half
+    return max(0, -(-(length - context) // half) * half)
 
 
 def filter_logits(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
@@ -61,37 +56,32 @@ def filter_logits(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1
 def sample_token(
     logits: Float[Tensor, "B V"], generator: torch.Generator, params: SamplingParams = SamplingParams()
 ) -> Int[Tensor, "B"]:
-    """Sample one token per row from softmax(logits / temperature) after `filter_logits`; at temperature 0 the argmax."""
+    """Sample one token per row from softmax(logits / temperature) after `filter_logits`; at temperature 0 the argmax.
+
+    The cumulative distribution is inverted at one random number per row. torch.multinomial draws V of them instead,
+    which takes a millisecond for 50,257 tokens.
+    """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = filter_logits(logits.float() / params.temperature, params.top_k, params.top_p).softmax(dim=-1)
-    return sample_indices(probabilities, generator)
-
-
-def sample_indices(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
-    """Sample one index per row by inverting the cumulative distribution at one random number.
-
-    torch.multinomial draws V random numbers instead, which takes a millisecond for 50,257 tokens.
-    """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     uniform = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
     threshold = uniform * cumulative[:, -1:]
-    indices = torch.searchsorted(cumulative, threshold, right=True)[:, 0]  # right: skips probabilities of 0
-    return indices.clamp_max(probabilities.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]  # right: skips probabilities of 0
+    return tokens.clamp_max(logits.shape[-1] - 1)
 
 
 def next_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = None) -> Float[Tensor, "B V"]:
     """Logits of the token after `text`, of which the tokens in context are encoded.
 
-    Args:
-        cache: of the same growing text: only the tokens after the cached ones are encoded. It is filled again when the
-            context shifts.
+    With a cache of the same growing text, only the tokens after the cached ones are encoded; when the context shifts,
+    the cache is filled again.
     """
     start = context_start(text.shape[1], model.config.context)
     tokens = text[:, start:]
     if cache is not None:
         if cache.start != start or cache.length >= tokens.shape[1]:
-            cache.reset(start)
+            cache.start, cache.length = start, 0
         tokens = tokens[:, cache.length :]
     return model.lm_head(model.hidden_states(tokens, cache)[:, -1])  # the LM head is applied to the last position only
 
@@ -103,13 +93,11 @@ def generate(
     max_new_tokens: int,
     generator: torch.Generator,
     params: SamplingParams = SamplingParams(),
-    use_cache: bool = True,
 ) -> Iterator[Int[Tensor, "B"]]:
     """Yield the next token (B) of each row of `prompt`, which has at least one token, `max_new_tokens` times."""
-    N = prompt.shape[1]
-    text = torch.empty(prompt.shape[0], N + max_new_tokens, dtype=torch.long, device=prompt.device)
-    text[:, :N] = prompt
-    cache = KVCache(model.config, prompt.shape[0], model.token_embedding.weight) if use_cache else None
-    for end in range(N, N + max_new_tokens):
-        text[:, end] = sample_token(next_logits(model, text[:, :end], cache), generator, params)
-        yield text[:, end]
+    cache = KVCache(model.config, len(prompt), model.token_embedding.weight)
+    text = prompt
+    for _ in range(max_new_tokens):
+        tokens = sample_token(next_logits(model, text, cache), generator, params)
+        text = torch.cat([text, tokens[:, None]], dim=1)
+        yield tokens

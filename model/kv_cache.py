@@ -10,22 +10,17 @@ from model.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of every layer, in buffers that are allocated once for the whole context.
+    """Keys and values of every layer, in buffers allocated once for the whole context of `batch` sequences.
 
-    Args:
-        config: of the model.
-        batch: number of sequences.
-        like: a parameter of the model, for device and dtype.
+    Their device and dtype are those of `like`, a parameter of the model.
     """
 
     def __init__(self, config: ModelConfig, batch: int, like: Tensor) -> None:
         shape = (config.n_layers, batch, config.n_kv_heads, config.context, config.d_head)
         self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.values = torch.empty_like(self.keys)
-        self.length = 0
-        """Positions in the cache. `GPT.hidden_states` advances it after the last layer."""
-        self.start = 0
-        """Index in the text of the first cached position (`model.generate.context_start`)."""
+        self.length = 0  # positions in the cache; `GPT.hidden_states` advances it after the last layer
+        self.start = 0  # index in the text of the first cached position (`model.generate.context_start`)
 
     def update(
         self, layer: int, k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T D"]
@@ -36,7 +31,3 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def reset(self, start: int = 0) -> None:
-        """Empty the cache; the next position is index `start` of the text."""
-        self.length, self.start = 0, start

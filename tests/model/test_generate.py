@@ -16,27 +16,26 @@ from model.gpt import GPT
 from model.kv_cache import KVCache
 from tests.model.helpers import PRESETS, VOCAB, random_model, random_tokens, same
 
-DEFAULT, GREEDY = SamplingParams(), SamplingParams(temperature=0.0)
+SAMPLED, GREEDY = SamplingParams(), SamplingParams(temperature=0.0)
 
 
-def generated(
-    model: GPT, prompt: Tensor, n: int, params: SamplingParams = DEFAULT, seed: int = 0, use_cache: bool = True
-) -> Tensor:
+def generated(model: GPT, prompt: Tensor, n: int, params: SamplingParams = SAMPLED, seed: int = 0) -> Tensor:
     """The new tokens (B, n)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack(list(generate(model, prompt, n, generator, params, use_cache)), dim=1)
-
-
-# Cache and context shift.
+    return torch.stack(list(generate(model, prompt, n, torch.Generator().manual_seed(seed), params)), dim=1)
 
 
 @pytest.mark.parametrize(("preset", "attention"), list(zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)))
-def test_cache_changes_no_token(preset: str, attention: AttentionImplementation) -> None:
-    """Greedy tokens, several contexts long, in a batch of three."""
-    model, prompt = random_model(preset, attention, context=16, n_layers=1), random_tokens(3, 5)
-    cached = generated(model, prompt, 64, GREEDY)
-    assert torch.equal(cached, generated(model, prompt, 64, GREEDY, use_cache=False))
-    assert len(cached.unique()) > 3
+def test_greedy_takes_the_most_likely_token(preset: str, attention: AttentionImplementation) -> None:
+    """In a batch of three, several contexts long: the same as without a cache."""
+    model, text = random_model(preset, attention, context=16, n_layers=1), random_tokens(3, 5)
+    greedy = generated(model, text, 64, GREEDY)
+    assert len(greedy.unique()) > 3
+    for params in (SamplingParams(top_k=1), SamplingParams(top_p=1e-9)):
+        assert torch.equal(greedy, generated(model, text, 64, params))
+    with torch.no_grad():
+        for _ in range(64):
+            text = torch.cat([text, next_logits(model, text).argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(greedy, text[:, 5:])
 
 
 @pytest.mark.parametrize(
@@ -47,10 +46,11 @@ def test_cache_follows_growing_text(preset: str, context: int, step: int) -> Non
     model, text = random_model(preset, context=context), random_tokens(2, 3 * context + step)
     cache = KVCache(model.config, 2, model.token_embedding.weight)
     with torch.no_grad():
-        for length in range(1, text.shape[1] + 1, step):
-            same(next_logits(model, text[:, :length], cache), next_logits(model, text[:, :length]), 1e-5)
-        for _ in range(2):  # the second time there is no new token
-            same(next_logits(model, text, cache), next_logits(model, text), 1e-5)
+        for length in [*range(1, text.shape[1] + 1, step), text.shape[1], text.shape[1]]:  # at last no new token
+            start = context_start(length, context)
+            expected = model(text[:, start:length])[:, -1]
+            same(next_logits(model, text[:, :length]), expected, 1e-5)
+            same(next_logits(model, text[:, :length], cache), expected, 1e-5)
 
 
 def test_decoding_encodes_one_token_at_a_time() -> None:
@@ -63,54 +63,25 @@ def test_decoding_encodes_one_token_at_a_time() -> None:
     assert set(projected) == {(1, 30)}
 
 
-def test_long_prompt_is_cut_to_context() -> None:
-    model, prompt = random_model("gpt2", context=8), random_tokens(2, 50)
-    first = generated(model, prompt, 5, GREEDY)
-    assert torch.equal(first, generated(model, prompt[:, 40:], 5, GREEDY))
-    other = prompt.clone()
-    other[:, : context_start(50, 8)] = 0
-    assert torch.equal(first, generated(model, other, 5, GREEDY))
-
-
 @given(st.integers(1, 300), st.integers(1, 3000))
 @settings(max_examples=100, deadline=None)
 def test_context_shift_keeps_half_to_full_context(context: int, length: int) -> None:
     start, half = context_start(length, context), max(1, context // 2)
     assert 0 <= start < length and length - start <= context
-    if length <= context:
-        assert start == 0
-    else:
-        assert 2 * (length - start) >= context and start % half == 0
-    assert start <= context_start(length + 1, context) <= start + half
-    if context_start(length + 1, context) > start:
-        assert length - start == context  # it shifts only when the context is full
+    assert start == 0 if length <= context else 2 * (length - start) >= context and start % half == 0
+    following = context_start(length + 1, context)
+    assert following == start or (following == start + half and length - start == context)  # only when it is full
 
 
-# Sampling.
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_seed_decides_the_text(use_cache: bool) -> None:
+def test_seed_decides_the_text() -> None:
     model, prompt = random_model("glass"), random_tokens(3, 4)
     original = prompt.clone()
-    torch.manual_seed(5)
-    first = generated(model, prompt, 20, seed=1, use_cache=use_cache)
+    first = generated(model, prompt, 20, seed=1)
     torch.manual_seed(6)
-    assert torch.equal(first, generated(model, prompt, 20, seed=1, use_cache=use_cache))
-    assert not torch.equal(first, generated(model, prompt, 20, seed=2, use_cache=use_cache))
+    assert torch.equal(first, generated(model, prompt, 20, seed=1))
+    assert not torch.equal(first, generated(model, prompt, 20, seed=2))
     assert not torch.equal(first[0], first[1])
     assert torch.equal(prompt, original) and first.shape == (3, 20) and first.min() >= 0 and first.max() < VOCAB
-
-
-def test_greedy_takes_the_most_likely_token() -> None:
-    model, text = random_model("glass"), random_tokens(2, 4)
-    greedy = generated(model, text, 8, GREEDY)
-    with torch.no_grad():
-        for _ in range(8):
-            text = torch.cat([text, model(text)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(greedy, text[:, 4:])
-    assert torch.equal(greedy, generated(model, text[:, :4], 8, SamplingParams(top_k=1)))
-    assert torch.equal(greedy, generated(model, text[:, :4], 8, SamplingParams(top_p=1e-9)))
 
 
 def kept(logits: list[float], **params: Any) -> list[int]:
@@ -123,26 +94,23 @@ def kept(logits: list[float], **params: Any) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("logits", "top_k", "expected"),
+    ("probabilities", "top_k", "top_p", "expected"),
     [
-        ([0.5, 3.0, -1.0, 2.0, 1.0], 1, [1]),
-        ([0.5, 3.0, -1.0, 2.0, 1.0], 3, [1, 3, 4]),
-        ([0.5, 3.0, -1.0, 2.0, 1.0], 1000, [0, 1, 2, 3, 4]),
-        ([1.0, 2.0, 1.0, 0.0], 2, [0, 1, 2]),  # a tie for the last place
+        ([0.1, 0.4, 0.05, 0.25, 0.2], 1, 1.0, [1]),
+        ([0.1, 0.4, 0.05, 0.25, 0.2], 3, 1.0, [1, 3, 4]),
+        ([0.1, 0.4, 0.05, 0.25, 0.2], 1000, 1.0, [0, 1, 2, 3, 4]),
+        ([0.2, 0.5, 0.2, 0.1], 2, 1.0, [0, 1, 2]),  # a tie for the last place
+        ([0.2, 0.4, 0.05, 0.35], 0, 1.0, [0, 1, 2, 3]),
+        ([0.2, 0.4, 0.05, 0.35], 0, 0.8, [0, 1, 3]),
+        ([0.2, 0.4, 0.05, 0.35], 0, 0.7, [1, 3]),
+        ([0.2, 0.4, 0.05, 0.35], 0, 0.0, [1]),
+        ([0.4, 0.3, 0.2, 0.1], 2, 0.5, [0]),  # top_p applies to 4/7 and 3/7
     ],
 )
-def test_top_k_keeps_the_most_likely(logits: list[float], top_k: int, expected: list[int]) -> None:
-    assert kept(logits, top_k=top_k) == expected
-
-
-@pytest.mark.parametrize(("top_p", "expected"), [(1.0, [0, 1, 2, 3]), (0.8, [0, 1, 3]), (0.7, [1, 3]), (0.0, [1])])
-def test_top_p_keeps_the_smallest_nucleus(top_p: float, expected: list[int]) -> None:
-    assert kept(torch.tensor([0.2, 0.4, 0.05, 0.35]).log().tolist(), top_p=top_p) == expected
-
-
-def test_top_p_applies_to_what_top_k_kept() -> None:
-    """Of 0.4, 0.3, 0.2, 0.1 the top 2 have 4/7 and 3/7, so the first alone reaches 0.5."""
-    assert kept(torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist(), top_k=2, top_p=0.5) == [0]
+def test_filter_keeps_top_k_and_nucleus(
+    probabilities: list[float], top_k: int, top_p: float, expected: list[int]
+) -> None:
+    assert kept(torch.tensor(probabilities).log().tolist(), top_k=top_k, top_p=top_p) == expected
 
 
 @given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30), st.integers(0, 40), st.floats(0, 1, width=32))
