@@ -1,8 +1,7 @@
 """Memory-efficient attention and MLP for training; on CPUs in bf16 also the fastest.
 
 Attention processes a chunk of queries at a time, each against only the keys that it may attend to (Rabe & Staats
-2021). Large intermediate results are not kept for the backward pass but recomputed there, as in Dao et al. 2022,
-algorithm 4.
+2021). Large intermediate results are recomputed in the backward pass, as in Dao et al. 2022, algorithm 4.
 
 Shapes: B batch, H heads, G key/value heads, T positions, D head size, R queries of a chunk, S keys up to the last
 query of the chunk, C model size, F MLP size.
@@ -21,19 +20,16 @@ from torch import Tensor
 
 from model import functional
 
-CHUNK_SIZE = 128
-"""Queries per chunk."""
-RECOMPUTE_ABOVE = 1 << 22
-"""Results of more elements than this are recomputed in the backward pass; smaller ones are kept."""
+CHUNK_SIZE = 128  # queries per chunk
+RECOMPUTE_ABOVE = 1 << 22  # results of more elements than this are recomputed in the backward pass
 
 
 def chunked_attention(
     q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T D"], dropout: float = 0.0
 ) -> Float[Tensor, "B H T D"]:
-    """`attention_pattern(q, k) @ v` computed in chunks of queries, in the dtype of `v`, for grouped keys and values too.
+    """`attention_pattern(q, k) @ v` in the dtype of `v`, for grouped keys and values too.
 
-    Args:
-        dropout: probability of dropping an entry of the pattern, drawn from torch's default generator.
+    Entries of the pattern are dropped with probability `dropout`, drawn from torch's default generator.
     """
     k, v = functional.repeat_kv(k, q.shape[1]), functional.repeat_kv(v, q.shape[1])
     if torch.compiler.is_compiling():  # the compiler generates faster code from the plain formula
@@ -56,15 +52,6 @@ def chunk_pattern(q: Float[Tensor, "B H R D"], k: Float[Tensor, "B H S D"]) -> F
     scores = (q @ k.transpose(-2, -1)).mul_(1 / math.sqrt(D))
     scores[..., -R:] += functional.causal_bias(R, R, scores)  # all queries of the chunk may attend to earlier keys
     return scores.softmax(dim=-1)
-
-
-def softmax_backward(grad: Float[Tensor, "B H R S"], pattern: Float[Tensor, "B H R S"]) -> Float[Tensor, "B H R S"]:
-    """Gradient of the softmax's input: pattern * (grad - sum(grad * pattern)).
-
-    PyTorch has no public function for it. Its private kernel reads memory once, the formula four times.
-    """
-    out: Tensor = torch.ops.aten._softmax_backward_data(grad, pattern, -1, pattern.dtype)
-    return out
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -107,7 +94,8 @@ class ChunkedAttention(torch.autograd.Function):
                 dropped = pattern * masks[i] / (1 - ctx.dropout)
                 dp = dp * masks[i] / (1 - ctx.dropout)
             dv[:, :, keys] += dropped.transpose(-2, -1) @ dy[:, :, rows]
-            ds = softmax_backward(dp, pattern).mul_(1 / math.sqrt(D))
+            # a private kernel for want of a public one: the written-out formula would read memory four times
+            ds = torch.ops.aten._softmax_backward_data(dp, pattern, -1, pattern.dtype).mul_(1 / math.sqrt(D))
             dq[:, :, rows] = ds @ k[:, :, keys]
             dk[:, :, keys] += ds.transpose(-2, -1) @ q[:, :, rows]
         return dq, dk, dv, None

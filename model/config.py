@@ -16,17 +16,12 @@ class Architecture:
     norm: Literal["layer", "rms"]
     positions: Literal["learned", "rotary"]
     activation: Literal["gelu", "relu2", "swiglu"]
-    qk_norm: bool
-    """RMS norm of queries and keys (Henry et al. 2020)."""
+    qk_norm: bool  # RMS norm of queries and keys (Henry et al. 2020)
     biases: bool
-    embedding_std: float
-    """Standard deviation of the initial token embeddings. Larger ones keep tokens distinguishable early in training."""
-    final_norm_weight: float
-    """Initial weight of the final norm. Below 1 it keeps the first logits of large embeddings small."""
-    zero_outputs: bool
-    """Initialize the projections into the residual stream with zero, so that every block starts as the identity."""
-    mlp_ratio: int
-    """d_mlp / d_model, where d_mlp is not given."""
+    embedding_std: float  # of the initial token embeddings; larger ones keep tokens distinguishable early in training
+    final_norm_weight: float  # initial; below 1 it keeps the first logits of large embeddings small
+    zero_outputs: bool  # initialize projections into the residual stream with 0: every block starts as the identity
+    mlp_ratio: int  # d_mlp / d_model, where d_mlp is not given
     norm_eps: float
     rope_theta: float
 
@@ -47,22 +42,14 @@ class ModelConfig:
 
     preset: Literal["glass", "gpt2", "qwen3"] = "glass"
     """Architecture: `glass` learns fastest; `gpt2` and `qwen3` can be exported to Hugging Face."""
-    n_layers: int = 4
-    """Number of transformer blocks."""
-    n_heads: int = 4
-    """Number of attention heads per block."""
-    n_kv_heads: int = 0
-    """Number of key/value heads (grouped-query attention); 0 means n_heads."""
-    d_model: int = 128
-    """Size of the residual stream."""
-    d_head: int = 0
-    """Size of an attention head; 0 means d_model / n_heads."""
-    d_mlp: int = 0
-    """Hidden size of the MLP; 0 means the preset's multiple of d_model."""
-    context: int = 128
-    """Context length in tokens."""
-    dropout: float = 0.0
-    """Dropout probability during training."""
+    n_layers: int = 4  # Number of transformer blocks.
+    n_heads: int = 4  # Number of attention heads per block.
+    n_kv_heads: int = 0  # Number of key/value heads (grouped-query attention); 0 means n_heads.
+    d_model: int = 128  # Size of the residual stream.
+    d_head: int = 0  # Size of an attention head; 0 means d_model / n_heads.
+    d_mlp: int = 0  # Hidden size of the MLP; 0 means the preset's multiple of d_model.
+    context: int = 128  # Context length in tokens.
+    dropout: float = 0.0  # Dropout probability during training.
     attention: Literal["auto", AttentionImplementation] = "auto"
     """Attention implementation. `eager`: every operation written out; `sdpa`: PyTorch's fused kernels; `chunked`:
     memory-efficient, 128 queries at a time; `auto`: the best for this machine."""
@@ -71,12 +58,10 @@ class ModelConfig:
         """Resolve sizes given as 0. Invalid sizes are left for `problems` to report."""
         if self.n_heads < 1 or self.d_model < 1:
             return
-        if self.n_kv_heads == 0:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        if self.d_head == 0 and self.d_model % self.n_heads == 0:
-            object.__setattr__(self, "d_head", self.d_model // self.n_heads)
-        if self.d_mlp == 0:
-            object.__setattr__(self, "d_mlp", self.architecture.mlp_ratio * self.d_model)
+        d_head = self.d_model // self.n_heads if self.d_model % self.n_heads == 0 else 0
+        defaults = {"n_kv_heads": self.n_heads, "d_head": d_head, "d_mlp": self.architecture.mlp_ratio * self.d_model}
+        for name, value in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
 
     @property
     def architecture(self) -> Architecture:
@@ -92,20 +77,15 @@ class ModelConfig:
         ]
         if problems:
             return problems
+        C, H, G = self.d_model, self.n_heads, self.n_kv_heads
         if self.d_head == 0:
+            problems.append(f"model.d_model is {C}, which is not divisible by {H} heads; use {-(-C // H) * H}")
+        if H % G:
             problems.append(
-                f"model.d_model is {self.d_model}, which is not divisible by {self.n_heads} heads; "
-                f"use model.d_model {-(-self.d_model // self.n_heads) * self.n_heads}, or another model.n_heads"
-            )
-        if self.n_heads % self.n_kv_heads:
-            problems.append(
-                f"model.n_heads is {self.n_heads}, which is not divisible by {self.n_kv_heads} key/value heads; "
-                "set model.n_kv_heads to a divisor of n_heads"
+                f"model.n_heads is {H}, which is not divisible by {G} key/value heads; use a divisor of {H}"
             )
         if self.architecture.positions == "rotary" and self.d_head % 2:
-            problems.append(
-                f"the head size is {self.d_head}; rotary positions need an even one (set model.d_head or model.d_model)"
-            )
+            problems.append(f"the head size is {self.d_head}; rotary positions need an even one (set model.d_head)")
         if not 0 <= self.dropout < 1:
             problems.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         return problems

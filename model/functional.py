@@ -44,11 +44,7 @@ def attention_pattern(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) 
 def sdpa(
     q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], dropout: float = 0.0
 ) -> Float[Tensor, "B H T D"]:
-    """`attention_pattern(q, k) @ v` in one kernel, for grouped keys and values too.
-
-    Args:
-        dropout: probability of dropping an entry of the pattern.
-    """
+    """`attention_pattern(q, k) @ v` in one kernel, for grouped keys and values, and dropout of the pattern, too."""
     (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
     if T == 1:  # decoding: the heads of a group become the queries of one head, so that keys are not repeated
         grouped = q.reshape(-1, G, H // G, q.shape[-1])

@@ -19,8 +19,7 @@ from model.chunked_attention import checkpointed_mlp, chunked_attention
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines (T, D) of the rotary position embeddings."""
+Rope = tuple[Tensor, Tensor]  # cosines and sines (T, D) of the rotary position embeddings
 
 
 class LayerNorm(nn.Module):
@@ -158,10 +157,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer: for each position, the logits of the next token.
 
-    Args:
-        config: its `attention` must not be `auto`; `training/device.py` resolves that.
-        vocab_size: V, the number of tokens of the tokenizer.
-        seed: seed of the generator that initializes the weights.
+    `config.attention` must not be `auto`, which `training/device.py` resolves. `seed` decides the initial weights.
 
     Raises:
         ValueError: if the configuration is invalid.
@@ -187,8 +183,7 @@ class GPT(nn.Module):
         """Initialize matrices from N(0, 0.02²), biases with 0, norm weights with 1 (Radford et al. 2019, section 2.3).
 
         Projections into the residual stream start at N(0, 0.02² / 2L), so that the sum of 2L of them keeps its
-        variance; in the preset `glass` they start at zero, so that every block starts as the identity. There the
-        token embeddings, which are tied to the LM head, start at N(0, 0.2²) and the final norm's weight at 1/4.
+        variance. The preset `glass` differs as its `Architecture` says.
         """
         preset = self.config.architecture
         generator = torch.Generator(device=self.token_embedding.weight.device).manual_seed(seed)
@@ -203,10 +198,7 @@ class GPT(nn.Module):
         nn.init.constant_(self.final_norm.weight, preset.final_norm_weight)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
-        """Logits (B, T, V) of the next token: row t depends on tokens[:, : t + 1] only.
-
-        With a cache, `tokens` are the positions after those in the cache.
-        """
+        """Logits of the next token, of which row t depends on tokens[:, : t + 1] and the positions in the cache only."""
         return self.lm_head(self.hidden_states(tokens, cache))
 
     def hidden_states(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:

@@ -49,7 +49,7 @@ each_pair = pytest.mark.parametrize(
     [
         ({"n_heads": -3}, "model.n_heads is -3; it must be at least 1"),
         ({"d_mlp": -1}, "model.d_mlp is -1; it must be at least 0"),
-        ({"d_model": 130}, "model.d_model is 130, which is not divisible by 4 heads; use model.d_model 132"),
+        ({"d_model": 130}, "model.d_model is 130, which is not divisible by 4 heads; use 132"),
         ({"n_kv_heads": 3}, "model.n_heads is 4, which is not divisible by 3 key/value heads"),
         ({"d_head": 7}, "the head size is 7; rotary positions need an even one"),
         ({"dropout": math.nan}, "model.dropout is nan;"),
