@@ -45,16 +45,13 @@ class ActivationCache:
     loss: Float32[Tensor, " T-1"]
     """-log p of each token after the first, in nats."""
     queries: Float32[Tensor, "L H T D"] | None = None
-    """After QK norm and rotary embedding."""
+    """Queries, keys, values and `attn_out` as in `LayerHook`."""
     keys: Float32[Tensor, "L H T D"] | None = None
-    """Likewise; shared heads are repeated."""
     values: Float32[Tensor, "L H T D"] | None = None
     attn_out: Float32[Tensor, "L T C"] | None = None
-    """What the layer's attention, all heads together, adds to the residual stream."""
-    top_tokens: Int64[Tensor, "T N"] | None = None
+    top_ids: Int64[Tensor, "T N"] | None = None
     """The most likely next tokens, most likely first; N is 5, or V if that is less."""
     top_probs: Float32[Tensor, "T N"] | None = None
-    """Their probabilities."""
 
 
 def blocks_of(model: GPT) -> list[Block]:
@@ -177,7 +174,7 @@ def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bo
         loss = F.cross_entropy(all_logits[k, : T - 1], tokens[k, 1:T], reduction="none")
         if details:
             probs = all_logits[k, :T].softmax(dim=-1)
-            activations["top_probs"], activations["top_tokens"] = probs.topk(min(TOP_K, probs.shape[-1]))
+            activations["top_probs"], activations["top_ids"] = probs.topk(min(TOP_K, probs.shape[-1]))
         caches.append(ActivationCache(tokens[k, :T].clone(), loss=loss, **activations))
     return caches
 

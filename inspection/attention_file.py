@@ -1,28 +1,8 @@
 """Attention files: what `activation_cache` captured for several texts, written and read without torch.
 
-An attention file is a safetensors file. For L layers, H heads of size D, residual stream of width C, and text k of T
-tokens it holds:
-
-    k.tokens        i32         (T,)                  token ids
-    k.loss          f32         (T - 1,)              nats, of each token after the first
-    k.value_norms   f32         (L, H, T)             |v_j W_O|
-    k.pattern_tril  f16 or f32  (L, H, T (T + 1) / 2) attention pattern, the lower triangle row by row
-
-and for texts with details:
-
-    k.queries       f16 or f32  (L, H, T, D)          after QK norm and rotary embedding
-    k.keys          f16 or f32  (L, H, T, D)          likewise; shared key heads are repeated
-    k.values        f16 or f32  (L, H, T, D)          shared value heads are repeated
-    k.attn_out      f32         (L, T, C)             attention's output, added to the residual stream
-    k.top_ids       i32         (T, N)                the N most likely next tokens: 5, or V if that is less
-    k.top_probs     f32         (T, N)                their probabilities
-
-    scores.NAME     f32         (L, H)                a head score at this step; nan where it is undefined
-
-softmax(q_i · k_j / √D) over j <= i is the pattern, within 1e-6 for f32 queries and keys.
-
-The safetensors metadata has one entry, `glassgpt`: a JSON object of `format`, `texts` (names), `token_bytes` (bytes of
-every token id in the file, as Latin-1) and what the caller adds, such as `step` and `weights_sha256`.
+An attention file is a safetensors file. Of text k it holds the arrays of `SHAPES`, named `k.tokens`, `k.loss` and so on, and of
+each head score `scores.NAME`, f32 (L, H); nan where it is undefined. The safetensors metadata has one entry, `glassgpt`: a JSON
+object of `format`, `texts` (names), `token_bytes` (bytes of every token id in the file, as Latin-1) and what the caller adds.
 """
 
 from __future__ import annotations
@@ -30,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,49 +21,48 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from common.errors import CHECKPOINT, UserError
-from common.files import write_atomic
+from common.files import reading, write_atomic
 
 FORMAT = "glassgpt-attention-1"
 TOP_K = 5
 """Number of most likely next tokens that are kept for each position."""
 SCORES = "scores."
 SHAPES = {
-    "tokens": "T",
-    "loss": "T-1",
-    "value_norms": "L H T",
-    "pattern_tril": "L H T(T+1)/2",
-    "queries": "L H T D",
-    "keys": "L H T D",
+    "tokens": "T",  # i32, token ids
+    "loss": "T-1",  # f32, nats, of each token after the first
+    "value_norms": "L H T",  # f32, |v_j W_O|
+    "pattern_tril": "L H T(T+1)/2",  # f16 or f32, the pattern's lower triangle row by row: A[i, j] at i (i + 1) / 2 + j
+    # Texts with details only:
+    "queries": "L H T D",  # f16 or f32, after QK norm and rotary embedding
+    "keys": "L H T D",  # likewise; shared key and value heads are repeated
     "values": "L H T D",
-    "attn_out": "L T C",
-    "top_ids": "T N",
-    "top_probs": "T N",
+    "attn_out": "L T C",  # f32, what the layer's attention adds to the residual stream
+    "top_ids": "T N",  # i32, the N most likely next tokens, most likely first: 5, or V if that is less
+    "top_probs": "T N",  # f32, their probabilities
 }
-"""The shape of every array of a text; the first four are required."""
+"""The arrays of a text of T tokens: L layers, H heads of size D, residual stream of width C.
+
+softmax(q_i · k_j / √D) over j <= i is the pattern, within 1e-6 for f32 queries and keys."""
 DETAILS = ("queries", "keys", "values", "attn_out")
 
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """The captured attention of one text: L layers, H heads of size D, T tokens, residual stream of width C."""
+    """The captured attention of one text; see `SHAPES`."""
 
     name: str
+    vocabulary: Mapping[int, bytes]
+    """The bytes of every token id in `tokens` and `top_ids`."""
     tokens: NDArray[np.int32]
-    token_bytes: list[bytes]
     loss: NDArray[np.float32]
     value_norms: NDArray[np.float32]
     pattern_tril: NDArray[np.floating[Any]]
-    """(L, H, T (T + 1) / 2), the lower triangle row by row: query i, key j at i (i + 1) / 2 + j."""
     queries: NDArray[np.floating[Any]] | None = None
-    """(L, H, T, D), as are keys and values."""
     keys: NDArray[np.floating[Any]] | None = None
     values: NDArray[np.floating[Any]] | None = None
     attn_out: NDArray[np.float32] | None = None
-    """(L, T, C)."""
-    top_tokens: list[list[tuple[bytes, float]]] | None = None
-    """For each position the most likely next tokens, most likely first: (bytes, probability)."""
     top_ids: NDArray[np.int32] | None = None
-    """Their ids (T, N)."""
+    top_probs: NDArray[np.float32] | None = None
 
     @staticmethod
     def from_cache(name: str, cache: Any, token_bytes: Callable[[int], bytes]) -> AttentionRecord:
@@ -92,26 +71,25 @@ class AttentionRecord:
         Args:
             token_bytes: the bytes of a token id.
         """
-        pattern = np.asarray(cache.pattern, dtype=np.float32)
-        rows, columns = np.tril_indices(pattern.shape[-1])
-        tokens = np.asarray(cache.tokens).astype(np.int32)
-        arrays: dict[str, Any] = {}
-        for part in ("loss", "value_norms", *DETAILS):
-            if (array := getattr(cache, part)) is not None:
-                arrays[part] = np.asarray(array, dtype=np.float32)
-        names = [token_bytes(token) for token in tokens.tolist()]
-        record = AttentionRecord(name, tokens, names, pattern_tril=pattern[:, :, rows, columns], **arrays)
-        if cache.top_tokens is None:
-            return record
-        return record.with_top(np.asarray(cache.top_tokens).astype(np.int32), np.asarray(cache.top_probs), token_bytes)
+        rows, columns = np.tril_indices(len(cache.tokens))
+        arrays: dict[str, Any] = {"pattern_tril": np.asarray(cache.pattern, dtype=np.float32)[:, :, rows, columns]}
+        for part in SHAPES:
+            if (array := getattr(cache, part, None)) is not None:
+                arrays[part] = np.asarray(array).astype(np.int32 if part in ("tokens", "top_ids") else np.float32)
+        return AttentionRecord(name, {token: token_bytes(token) for token in _token_ids(arrays)}, **arrays)
 
-    def with_top(
-        self, ids: NDArray[np.int32], probs: NDArray[np.float32], token_bytes: Callable[[int], bytes]
-    ) -> AttentionRecord:
-        """This record with the most likely next tokens, ids and probabilities (T, N)."""
-        rows = zip(ids.tolist(), probs.tolist(), strict=True)
-        top = [[(token_bytes(token), p) for token, p in zip(*row, strict=True)] for row in rows]
-        return replace(self, top_tokens=top, top_ids=ids)
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token."""
+        return [self.vocabulary[token] for token in self.tokens.tolist()]
+
+    @property
+    def top_tokens(self) -> list[list[tuple[bytes, float]]] | None:
+        """For each position the most likely next tokens, most likely first: (bytes, probability)."""
+        if self.top_ids is None or self.top_probs is None:
+            return None
+        rows = zip(self.top_ids.tolist(), self.top_probs.tolist(), strict=True)
+        return [[(self.vocabulary[token], p) for token, p in zip(*row, strict=True)] for row in rows]
 
     def pattern(self, layer: int | None = None) -> NDArray[np.float32]:
         """Attention pattern (L, H, T, T), 0 above the diagonal; with `layer`, of that layer alone, (1, H, T, T).
@@ -127,24 +105,12 @@ class AttentionRecord:
         pattern[:, :, rows, columns] = tril
         return pattern
 
-    def arrays(self, dtype: str) -> dict[str, NDArray[Any]]:
-        """The arrays of this text as they are written, by name; `dtype` is that of the pattern."""
-        half = np.dtype(np.float16 if dtype == "f16" else np.float32)
-        arrays: dict[str, NDArray[Any]] = {part: getattr(self, part) for part in ("tokens", "loss", "value_norms")}
-        arrays["pattern_tril"] = self.pattern_tril.astype(half)
-        arrays |= {part: array for part in DETAILS if (array := getattr(self, part)) is not None}
-        if self.top_tokens is not None and self.top_ids is not None:
-            probs = [[p for _, p in row] for row in self.top_tokens]
-            arrays |= {"top_ids": self.top_ids, "top_probs": np.array(probs, dtype=np.float32)}
-        return arrays
 
-    def vocabulary(self) -> dict[int, bytes]:
-        """The bytes of every token id of this text."""
-        pairs = dict(zip(self.tokens.tolist(), self.token_bytes, strict=True))
-        if self.top_tokens is not None and self.top_ids is not None:
-            top = (token for row in self.top_tokens for token, _ in row)
-            pairs |= dict(zip(self.top_ids.ravel().tolist(), top, strict=True))
-        return pairs
+def _token_ids(arrays: Mapping[str, NDArray[Any]]) -> list[int]:
+    """The token ids that a text's arrays name."""
+    return np.unique(
+        [token for part in ("tokens", "top_ids") if part in arrays for token in arrays[part].flat]
+    ).tolist()
 
 
 @dataclass(frozen=True)
@@ -175,9 +141,12 @@ def write_attention_file(
     Raises:
         UserError: if the file cannot be written (exit code 6).
     """
-    arrays = {f"{k}.{part}": a for k, text in enumerate(texts) for part, a in text.arrays(dtype).items()}
-    arrays |= {SCORES + name: np.asarray(table, dtype=np.float32) for name, table in (scores or {}).items()}
-    vocabulary = {token: text for record in texts for token, text in record.vocabulary().items()}
+    arrays = {SCORES + name: np.asarray(table, dtype=np.float32) for name, table in (scores or {}).items()}
+    for k, text in enumerate(texts):
+        parts = {part: array for part in SHAPES if (array := getattr(text, part)) is not None}
+        parts["pattern_tril"] = parts["pattern_tril"].astype(np.float16 if dtype == "f16" else np.float32)
+        arrays |= {f"{k}.{part}": array for part, array in parts.items()}
+    vocabulary = {token: text for record in texts for token, text in record.vocabulary.items()}
     about = {
         **metadata,
         "format": FORMAT,
@@ -195,18 +164,14 @@ def read_attention_file(path: Path | str) -> AttentionFile:
     Raises:
         UserError: if the file is missing, damaged, or not an attention file (exit code 4).
     """
-    path = Path(path)
-    if not path.is_file():  # a pipe or device may never end
-        reason = "not a regular file" if path.exists() else "No such file or directory"
-        raise UserError(f"cannot read {path}: {reason}", CHECKPOINT)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return _parse(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}", CHECKPOINT) from error
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is not a readable attention file: {reason}", CHECKPOINT) from error
+    if not Path(path).is_file():  # a pipe or device may never end
+        raise UserError(f"{path} is not a file", CHECKPOINT)
+    with reading(path, "attention file"):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return _parse(file)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
 
 
 def _parse(file: Any) -> AttentionFile:
@@ -235,10 +200,9 @@ def _record(k: int, name: str, arrays: Mapping[str, NDArray[Any]], token_bytes: 
         dims = zip(SHAPES[part].split(), array.shape, strict=True)
         if T < 1 or any(sizes.setdefault(dim, n) != n for dim, n in dims):
             raise ValueError(f"text {k}: the shape of {part} does not fit the others")
-    tokens = parts["tokens"].tolist()
-    top = (parts.pop("top_ids"), parts.pop("top_probs")) if "top_ids" in parts else None
-    record = AttentionRecord(name, token_bytes=[token_bytes[token] for token in tokens], **parts)
-    return record.with_top(*top, token_bytes.__getitem__) if top else record
+    if ("top_ids" in parts) != ("top_probs" in parts):
+        raise ValueError(f"text {k} has only one of top_ids and top_probs")
+    return AttentionRecord(name, {token: token_bytes[token] for token in _token_ids(parts)}, **parts)
 
 
 def package_versions() -> str:

@@ -42,13 +42,14 @@ def record(name: str, words: Sequence[bytes], seed: int, qkv: bool, shape: tuple
         optional = {"queries": queries, "keys": keys, "values": values, "attn_out": attn_out}
     return AttentionRecord(
         name,
+        dict(enumerate(words)),
         np.arange(T, dtype=np.int32),
-        list(words),
         rng.gamma(1, 1, T - 1).astype(np.float32),
         rng.gamma(2, 1, (*shape, T)).astype(np.float32),
         softmax_pattern(queries, keys)[..., rows, columns].astype(np.float16),
         **optional,
-        top_tokens=[[(words[(t + n + 1) % T], float(p)) for n, p in enumerate(row)] for t, row in enumerate(probs)],
+        top_ids=((np.arange(T)[:, None] + np.arange(1, 6)) % T).astype(np.int32),
+        top_probs=probs.astype(np.float32),
     )
 
 

@@ -131,7 +131,7 @@ def test_screen_reader(page_path: Path, open_page: OpenPage) -> None:
 
 def test_page_without_scores_predictions_or_ablation(open_page: OpenPage, tmp_path: Path) -> None:
     text = example_run.record("a line", example_run.WORDS, 3, False)
-    bare = AttentionRecord("a line", text.tokens, text.token_bytes, text.loss, text.value_norms, text.pattern_tril)
+    bare = AttentionRecord("a line", text.vocabulary, text.tokens, text.loss, text.value_norms, text.pattern_tril)
     write_page(tmp_path / "page.html", [PageRun("run", [AttentionFile([bare], {})])], None, None, "a line")
     view = open_page(tmp_path / "page.html")
     largest = text.pattern()[:, :, 1:].max(axis=-1)

@@ -167,5 +167,5 @@ def test_details_add_up_to_the_models_attention(preset: str) -> None:
         mixed = (cache.pattern[layer] @ v).transpose(0, 1).flatten(1)  # heads side by side
         torch.testing.assert_close(block.attention.out(mixed), cache.attn_out[layer], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs[layer], cache.attn_out[layer], atol=1e-6, rtol=0)
-    assert torch.equal(cache.top_tokens, logits.topk(5).indices)
-    torch.testing.assert_close(cache.top_probs, logits.softmax(-1).gather(1, cache.top_tokens), atol=1e-6, rtol=0)
+    assert torch.equal(cache.top_ids, logits.topk(5).indices)
+    torch.testing.assert_close(cache.top_probs, logits.softmax(-1).gather(1, cache.top_ids), atol=1e-6, rtol=0)

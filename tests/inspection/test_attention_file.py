@@ -82,9 +82,9 @@ def test_round_trip_of_details(written: Path, caches: dict[str, ActivationCache]
     for name in DETAILS:
         assert np.array_equal(getattr(story, name), getattr(cache, name).numpy())
         assert all(getattr(text, name) is None for text in others)
-    assert cache.top_tokens is not None and cache.top_probs is not None and story.top_tokens is not None
-    assert np.array_equal(story.top_ids, cache.top_tokens)
-    for row, tokens, probs in zip(story.top_tokens, cache.top_tokens.tolist(), cache.top_probs.tolist(), strict=True):
+    assert cache.top_ids is not None and cache.top_probs is not None and story.top_tokens is not None
+    assert np.array_equal(story.top_ids, cache.top_ids)
+    for row, tokens, probs in zip(story.top_tokens, cache.top_ids.tolist(), cache.top_probs.tolist(), strict=True):
         assert row == [(token_bytes(token), p) for token, p in zip(tokens, probs, strict=True)]
 
 
@@ -156,8 +156,8 @@ def test_damaged_file_is_one_line(tmp_path: Path, written: Path, name: str) -> N
 def test_file_without_our_metadata_is_refused(tmp_path: Path, written: Path) -> None:
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "file")
     refused(tmp_path / "file", "does not name the format")
-    refused(tmp_path / "missing", "No such file")
-    refused(tmp_path, "not a regular file")
+    refused(tmp_path / "missing", "is not a file")
+    refused(tmp_path, "is not a file")
     for length in (0, 7, 100, written.stat().st_size - 1):
         (tmp_path / "file").write_bytes(written.read_bytes()[:length])
         refused(tmp_path / "file")
