@@ -18,10 +18,10 @@ class DataConfig:
     vocab_size: int = 1024
     """Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text."""
     val_fraction: float = 0.1
-    """Fraction of the text that is held out for validation: whole documents if there are several, else the end. Named
-    corpora have a split of their own."""
+    """Fraction of the text that is held out for validation: whole files if there are several, else the last documents or
+    the end of a long one. Named corpora have a split of their own."""
     workers: int = 0
-    """Worker processes that encode a large corpus; 0: one for each CPU core."""
+    """Threads that encode a corpus; 0: one for each CPU core."""
 
     def problems(self) -> list[str]:
         """One line for each invalid value."""

@@ -16,26 +16,18 @@ from __future__ import annotations
 import hashlib
 import http.client
 import inspect
+import mmap
 import os
+import re
 import urllib.request
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
+from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
 from data import repeated_tokens, stories, story_grammar
-from data.text_files import (
-    SEPARATOR,
-    TextRange,
-    character_start,
-    find_files,
-    find_separators,
-    has_text,
-    open_text,
-    os_reason,
-    whole_file,
-)
+from data.text_files import SEPARATOR, TextRange, find_files, open_text, os_reason
 
 GENERATED = {"stories": stories, "repeats": repeated_tokens}
 """Generated corpora."""
@@ -47,7 +39,8 @@ SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 _TIMEOUT_SECONDS = 20
-_STEP_BYTES = 1024 * 1024
+# A separator before a document with text: white space follows, then anything but another separator.
+_DOCUMENT_START = re.compile(rb"\r?\n%b\r?\n\s*(?!%b)\S" % ((re.escape(SEPARATOR.encode()),) * 2))
 
 
 @dataclass(frozen=True)
@@ -64,25 +57,24 @@ class Corpus:
 def open_corpus(source: str, val_fraction: float, cache: Path) -> Corpus:
     """Find the text of `--data.source` and hold out `val_fraction` (0 to 1) of its bytes for validation.
 
-    Several files: whole files are held out, selected by a hash of their names. One file with separators: its last
-    documents. Otherwise the end of the text. A named corpus has a split of its own. `cache` is the folder for what is
-    generated or downloaded.
+    Several files: whole files are held out, selected by a hash of their names. One file: its last documents, or the end
+    of a long one. A named corpus has a split of its own. `cache` is the folder for what is generated or downloaded.
 
     Raises `UserError`: no text, or text that cannot be read (3); a cache that cannot be written (6).
     """
     if source in GENERATED:
-        train, val = map(whole_file, generated_files(source, cache))
+        train, val = map(_whole_file, generated_files(source, cache))
         return Corpus(source, (train,), (val,), GENERATED[source].entropy())
     if source == "shakespeare":
-        train, val = _split_file(whole_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
+        train, val = _split_file(download_shakespeare(cache), SHAKESPEARE_VAL_FRACTION)
         return Corpus(source, (train,), (val,))
-    texts = [whole_file(path) for path in find_files(source)]
-    if len(texts) == 1:
-        train, val = _split_file(texts[0], val_fraction)
+    files = find_files(source)
+    if len(files) == 1:
+        train, val = _split_file(files[0], val_fraction)
         return Corpus(source, (train,), (val,))
+    texts = [_whole_file(path) for path in files]
     held_out = _select_files(texts, val_fraction)
-    train_files, val_files = ([t for t in texts if (t in held_out) == wanted] for wanted in (False, True))
-    return Corpus(source, tuple(train_files), tuple(val_files))
+    return Corpus(source, tuple(t for t in texts if t not in held_out), tuple(t for t in texts if t in held_out))
 
 
 def is_in_cache(source: str, cache: Path) -> bool:
@@ -103,48 +95,41 @@ def generated_files(name: str, cache: Path) -> tuple[Path, Path]:
     folder = _generated_folder(name, cache)
     for split in ("train", "val"):
         if not (folder / f"{split}.txt").exists():
-            _write(folder / f"{split}.txt", f"\n{SEPARATOR}\n".join(GENERATED[name].documents(split)).encode())
+            text = f"\n{SEPARATOR}\n".join(GENERATED[name].documents(split))
+            write_atomic(folder / f"{split}.txt", [text.encode()])
     return folder / "train.txt", folder / "val.txt"
 
 
 def download_shakespeare(cache: Path) -> Path:
     """Tiny Shakespeare, downloaded if it is not in the cache; its sha256 is checked in either case.
 
-    Raises `UserError`: it cannot be downloaded, or the file is another text (3); the cache cannot be written (6).
+    Raises `UserError`: there is no such text, or a different one (3); the cache cannot be written (6).
     """
     path = cache / SHAKESPEARE_FILE
-    if not path.exists():
-        _write(path, _download(path))
-    with open_text(path) as file:
-        if hashlib.sha256(file.read(SHAKESPEARE_BYTES + 1)).hexdigest() == SHAKESPEARE_SHA256:
-            return path
-    name = escape_control_chars(path)
-    raise UserError(f"{name} is not Tiny Shakespeare (its sha256 differs): delete it to download it again", DATA)
-
-
-def _write(path: Path, data: bytes) -> None:
     try:
-        write_atomic(path, [data])
-    except UserError as error:
-        hint = "free some space, or set GLASSGPT_CACHE to another folder"
-        raise UserError(f"{error}; {hint}", DISK_OR_MEMORY) from error
-
-
-def _download(path: Path) -> bytes:
-    try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=_TIMEOUT_SECONDS) as response:
-            data: bytes = response.read(SHAKESPEARE_BYTES + 1)
+        if path.exists():
+            data = path.read_bytes()
+        else:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=_TIMEOUT_SECONDS) as response:
+                data = response.read(SHAKESPEARE_BYTES + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
         why = os_reason(error)
     else:
         if hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256:
-            return data
-        why = f"received {len(data)} bytes that are not the text"
+            if not path.exists():
+                write_atomic(path, [data])
+            return path
+        why = f"its sha256 differs, {len(data)} bytes"
     raise UserError(
-        f"cannot download Tiny Shakespeare ({why}): download {SHAKESPEARE_URL} by other means to "
+        f"cannot use or download Tiny Shakespeare ({why}): download {SHAKESPEARE_URL} by other means to "
         f"{escape_control_chars(path)}, or use --data.source stories, which needs no network",
         DATA,
     )
+
+
+def _whole_file(path: Path) -> TextRange:
+    with open_text(path) as file:
+        return TextRange(path, 0, os.fstat(file.fileno()).st_size)
 
 
 def _select_files(texts: Sequence[TextRange], val_fraction: float) -> set[TextRange]:
@@ -168,45 +153,14 @@ def _select_files(texts: Sequence[TextRange], val_fraction: float) -> set[TextRa
     return set(selected or [min(texts, key=lambda text: text.n_bytes)])
 
 
-def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRange]:
-    """Hold out the last documents of a file, or the end of its only document."""
-    position = text.start + int(text.n_bytes * (1 - val_fraction))
-    if separator := _nearest_separator(text, position):
-        return replace(text, end=separator[0]), replace(text, start=separator[1])
-    only = _only_document(text)
-    cut = character_start(text.path, only.start + int(only.n_bytes * (1 - val_fraction)))
-    train, val = replace(only, end=cut), replace(only, start=cut)
-    if not (has_text(train) and has_text(val)):
-        message = f"{escape_control_chars(text.path)} is too short to hold out a part of it: give it more text"
-        raise UserError(message, DATA)
-    return train, val
-
-
-def _nearest_separator(text: TextRange, position: int) -> tuple[int, int] | None:
-    """Start and end of the separator nearest to a position that has text before and after it."""
-
-    def first(separators: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
-        for start, end in separators:
-            if has_text(replace(text, start=end)) and has_text(replace(text, end=start)):
-                return start, end
-        return None
-
-    forward = range(position, text.end, _STEP_BYTES)
-    after = first(s for low in forward for s in find_separators(text, low, min(text.end, low + _STEP_BYTES)))
-    lowest = max(text.start, 2 * position - after[0]) if after else text.start
-    backward = range(position, lowest, -_STEP_BYTES)
-    before = first(s for high in backward for s in find_separators(text, max(lowest, high - _STEP_BYTES), high)[::-1])
-    return before or after
-
-
-def _only_document(text: TextRange) -> TextRange:
-    """The part with text of a file in which no separator has text before and after it."""
-    steps = range(text.start, text.end, _STEP_BYTES)
-    separators = [s for low in steps for s in find_separators(text, low, min(text.end, low + _STEP_BYTES))]
-    starts = [text.start, *(end for _, end in separators)]
-    ends = [*(start for start, _ in separators), text.end]
-    for start, end in zip(starts, ends, strict=True):
-        if has_text(part := replace(text, start=start, end=max(start, end))):
-            return part
-    message = f"{escape_control_chars(text.path)} contains only white space: there is no text to train on"
-    raise UserError(message, DATA)
+def _split_file(path: Path, val_fraction: float) -> tuple[TextRange, TextRange]:
+    """Hold out the documents that start in the last `val_fraction` of a file; if none does, that part of the last."""
+    with open_text(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        size = len(data)
+        cut = min(int(size * (1 - val_fraction)), size - 1)
+        if start := _DOCUMENT_START.search(data, cut):
+            cut = start.start()
+        else:
+            while cut and data[cut] & 0xC0 == 0x80:  # inside of a character
+                cut -= 1
+    return TextRange(path, 0, cut), TextRange(path, cut, size)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from common.errors import DISK_OR_MEMORY, UserError
 from data import corpora, stories
 from data.corpora import Corpus, open_corpus
 from tests.data.texts import data_error, documents, write
@@ -33,9 +32,10 @@ def paths(corpus: Corpus) -> list[Path]:
 
 def test_end_of_a_plain_file_is_held_out(tmp_path: Path, cache: Path) -> None:
     """The byte-order mark is no text."""
-    text = "a line of text\r\n" * 100
+    text = "a line of text\n" * 100
     corpus = open_corpus(str(write(tmp_path / "book.txt", b"\xef\xbb\xbf" + text.encode())), 0.25, cache)
-    assert documents(corpus.train) == [text[:1200]] and documents(corpus.val) == [text[1200:]]
+    (train,), (val,) = documents(corpus.train), documents(corpus.val)
+    assert train + val == text and abs(len(val) - 0.25 * len(text)) < 4
     assert corpus.nats_per_document is None
 
 
@@ -53,29 +53,21 @@ def test_split_between_characters_loses_nothing(tmp_path: Path, cache: Path, fra
 def test_last_documents_of_a_file_are_held_out(tmp_path: Path, cache: Path, fraction: float, newline: str) -> None:
     expected = [f"document {i} " * (1 + i % 7) for i in range(60)]
     separator = f"{newline}<|endoftext|>{newline}"
-    path = write(tmp_path / "stories.txt", separator + separator.join(expected) + separator)
+    path = write(tmp_path / "stories.txt", separator + separator.join(expected) + separator * 2)
     corpus = open_corpus(str(path), fraction, cache)
     train, val = documents(corpus.train), documents(corpus.val)
     assert train + val == expected and train and val
-    # The nearest separator is at most half of the longest document away.
-    assert abs(corpus.train[0].end - (1 - fraction) * path.stat().st_size) <= (7 * 12 + 20) / 2 + 20
+    # The next document starts at most one document later.
+    assert -1 <= corpus.train[0].end - (1 - fraction) * path.stat().st_size <= 7 * 12 + 40
 
 
-@pytest.mark.parametrize("short_first", [True, False])
-def test_distant_separator_is_found(tmp_path: Path, cache: Path, short_first: bool) -> None:
-    expected = ["short", "long text " * 300_000][:: 1 if short_first else -1]
-    path = write(tmp_path / "two.txt", "\n<|endoftext|>\n".join(expected))
-    corpus = open_corpus(str(path), 0.5, cache)
-    assert documents(corpus.train) + documents(corpus.val) == expected
-
-
-@pytest.mark.parametrize("end", ["\n<|endoftext|>\n", "\n<|endoftext|>\n \n<|endoftext|>\n\n"])
-@pytest.mark.parametrize("fraction", [0.1, 0.5])
-def test_separators_around_a_single_document(tmp_path: Path, cache: Path, end: str, fraction: float) -> None:
-    path = write(tmp_path / "one.txt", "<|endoftext|>\nabcdefghij" + end)
-    corpus = open_corpus(str(path), fraction, cache)
-    assert "".join(documents(corpus.train + corpus.val)) == "abcdefghij"
-    assert documents(corpus.val) == ["abcdefghij"[-int(10 * fraction) :]]
+@pytest.mark.parametrize("start", ["", "one more\n<|endoftext|>\n", "\n<|endoftext|>\n"])
+@pytest.mark.parametrize("end", ["", "\n<|endoftext|>\n", "\n<|endoftext|>\n \n<|endoftext|>\n\n"])
+def test_end_of_a_long_last_document_is_held_out(tmp_path: Path, cache: Path, start: str, end: str) -> None:
+    text = "long text " * 300_000
+    corpus = open_corpus(str(write(tmp_path / "long.txt", start + text + end)), 0.1, cache)
+    (val,) = documents(corpus.val)
+    assert documents(corpus.train)[-1] + val == text and len(val) == pytest.approx(0.1 * len(text), rel=1e-3)
 
 
 def test_whole_files_of_a_folder_are_held_out(texts: Path, cache: Path) -> None:
@@ -135,14 +127,6 @@ def offline(*args: Any, **kwargs: Any) -> None:
     raise corpora.urllib.request.URLError("Name or service not known")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("source", ["stories", "repeats", "shakespeare"])
-def test_unwritable_cache_names_the_variable(tmp_path: Path, source: str, play: bytes) -> None:
-    file = write(tmp_path / "file", "in the way")
-    with pytest.raises(UserError, match=r"cannot write .*file/cache.*GLASSGPT_CACHE") as caught:
-        open_corpus(source, 0.1, file / "cache")
-    assert caught.value.exit_code == DISK_OR_MEMORY
-
-
 def test_shakespeare_is_downloaded_once(cache: Path, play: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = open_corpus("shakespeare", 0.5, cache)
     train, val = ("".join(documents(part)).encode() for part in (corpus.train, corpus.val))
@@ -155,7 +139,7 @@ def test_shakespeare_is_downloaded_once(cache: Path, play: bytes, monkeypatch: p
 @pytest.mark.parametrize("response", [b"<html>not found</html>", b"", b"x" * 10_000])
 def test_wrong_download_is_not_kept(cache: Path, play: bytes, response: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(response))
-    assert "bytes that are not the text" in data_error("shakespeare", cache)
+    assert "its sha256 differs" in data_error("shakespeare", cache)
     assert not cache.exists()
 
 
@@ -164,6 +148,6 @@ def test_shakespeare_without_a_network(cache: Path, play: bytes, monkeypatch: py
     message = data_error("shakespeare", cache)
     assert corpora.SHAKESPEARE_URL in message and str(cache / "tinyshakespeare.txt") in message
     write(cache / "tinyshakespeare.txt", play[:-1] + b"?")
-    assert "is not Tiny Shakespeare (its sha256 differs)" in data_error("shakespeare", cache)
+    assert "its sha256 differs" in data_error("shakespeare", cache)
     write(cache / "tinyshakespeare.txt", play)
     assert open_corpus("shakespeare", 0.1, cache).val

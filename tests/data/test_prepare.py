@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,15 @@ from hypothesis import strategies as st
 import data.prepare
 from common.errors import DATA, DISK_OR_MEMORY, UserError
 from data.config import DataConfig
-from data.prepare import TokenizedCorpus, cache_lookup, check_min_length, encode, encode_all, prepare
+from data.prepare import TokenizedCorpus, cache_lookup, check_min_length, encode, encode_all, prepare, sample_text
 from data.text_files import Piece
-from data.token_dataset import SplitWriter, TokenSplit, load_split, token_dtype
+from data.token_dataset import TokenSplit, load_split, token_dtype, write_split
 from data.tokenizer import ByteTokenizer
-from tests.data.texts import write
+from tests.data.texts import write, write_range
 
 ROOT = Path(__file__).resolve().parents[2]
 EOT = 256
-FILES = ("train.npy", "train_documents.npy", "val.npy", "val_documents.npy", "vocabulary.json", "meta.json")
+FILES = ("train.bin", "train_documents.npy", "val.bin", "val_documents.npy", "vocabulary.json", "meta.json")
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +43,15 @@ def book(tmp_path: Path) -> Path:
     return write(tmp_path / "book.txt", "\n<|endoftext|>\n".join(f"text {i}: " + "é wörd " * i for i in range(1, 11)))
 
 
-@pytest.fixture
-def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small text is encoded by several processes."""
-    monkeypatch.setattr(data.prepare, "JOB_CHARACTERS", 20_000)
-    monkeypatch.setattr(data.prepare, "PARALLEL_BYTES", 0)
-
-
 def prepared(path: Path, tokenizer: str = "byte", **options: Any) -> TokenizedCorpus:
     return prepare(DataConfig(source=str(path), tokenizer=tokenizer, **options), progress=False)
+
+
+def prepare_error(path: Path, match: str) -> int:
+    with pytest.raises(UserError, match=match) as caught:
+        prepared(path)
+    assert "\n" not in str(caught.value)
+    return caught.value.exit_code
 
 
 def tokens_of(split: TokenSplit) -> list[int]:
@@ -64,12 +62,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def leftovers(cache: Path) -> list[Path]:
-    return [*cache.glob("*.partial")]
-
-
 def test_tokens_are_the_documents_between_ends_of_text(book: Path) -> None:
-    corpus = prepared(book)
+    corpus = prepared(book, val_fraction=0.3)
     texts = book.read_text().split("\n<|endoftext|>\n")
     tokens, starts = [EOT], []
     for text in texts:
@@ -84,7 +78,7 @@ def test_tokens_are_the_documents_between_ends_of_text(book: Path) -> None:
     assert corpus.train.n_bytes + corpus.val.n_bytes == sum(len(text.encode()) for text in texts)
     assert corpus.train.tokens.dtype == np.uint16 and isinstance(corpus.train.tokens, np.memmap)
     assert {path.name for path in corpus.folder.iterdir()} == {*FILES}
-    trained = prepared(book, "bpe", vocab_size=300)
+    trained = prepared(book, "bpe", vocab_size=300, val_fraction=0.3)
     assert trained.tokenizer.decode(tokens_of(trained.val)) == "".join(texts[-n_val:])
 
 
@@ -146,58 +140,51 @@ def test_lookup_finds_what_is_prepared_and_writes_nothing(book: Path, cache: Pat
         cache_lookup(DataConfig(source="nowhere.txt", tokenizer="gtp2"))
 
 
-def test_workers_write_the_same_files(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, small_jobs: None
+def test_number_of_threads_does_not_change_the_files(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data.prepare, "JOB_CHARACTERS", 20_000)
     rng = np.random.default_rng(0)
     words = ["sun", "moon", "über", "naïve", "🙂", "日本"]
     texts = [" ".join(rng.choice(words, size)) for size in [3, 20_000, 1, 50, 9_000] * 2]
     path = write(tmp_path / "mixed.txt", "\n<|endoftext|>\n".join(texts))
-    parallel = prepared(path, "bpe", vocab_size=280, workers=2)
-    assert multiprocessing.active_children() == []
+    parallel = prepared(path, "bpe", vocab_size=280, workers=3)
     monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path / "other"))
     serial = prepared(path, "bpe", vocab_size=280, workers=1)
     assert parallel.folder != serial.folder and files_of(parallel.folder) == files_of(serial.folder)
-    assert parallel.train.n_documents + parallel.val.n_documents == len(texts)
+    assert parallel.train.tokens[0] == parallel.tokenizer.end_of_text
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_invalid_text_leaves_nothing(tmp_path: Path, cache: Path, small_jobs: None, workers: int) -> None:
+def test_text_is_read_no_faster_than_results_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.prepare, "JOB_CHARACTERS", 1)
+    read = []
+
+    def texts() -> Iterator[Any]:
+        for i in range(100):
+            read.append(i)
+            yield write_range(tmp_path / "text.txt", "text")
+
+    next(encode_all(texts(), ByteTokenizer(), 2))
+    assert len(read) <= 6
+
+
+def test_sample_is_spread_over_the_text(tmp_path: Path) -> None:
+    line = "about sixty bytes of text, to fill a file of ten megabytes: {:08d}\n"
+    long = write_range(tmp_path / "long.txt", "".join(line.format(i) for i in range(150_000)))
+    text = "".join(sample_text([long], 3 << 20))
+    assert 2.9e6 < len(text) < 4.3e6
+    assert line.format(3) in text and any(line.format(i) in text for i in range(100_000, 150_000))
+    assert "".join(sample_text([long], 1 << 30)).encode() == long.path.read_bytes()
+    small = [write_range(tmp_path / f"{i}.txt", f"{i:05d} " * 100) for i in range(100)]
+    sampled = "".join(sample_text(small, 10_000))
+    assert 9_000 < len(sampled) < 12_000 and "00000" in sampled and "0009" in sampled
+
+
+def test_invalid_text_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     text = bytearray(b"all is well. " * 20_000)
     text[123_456] = 0xFF
-    path = write(tmp_path / "broken.txt", bytes(text))
-    with pytest.raises(UserError, match="123456") as caught:
-        prepared(path, workers=workers)
-    assert caught.value.exit_code == DATA and "\n" not in str(caught.value)
-    assert not leftovers(cache) and not [*cache.glob("tokens-*")]
-    assert multiprocessing.active_children() == []
-
-
-def test_killed_worker_is_reported(tmp_path: Path) -> None:
-    vocabulary = tmp_path / "vocabulary.json"
-    ByteTokenizer().save(vocabulary)
-    jobs = [[Piece("all is well. " * 20_000, True)]] * 100
-    with closing(encode_all(jobs, ByteTokenizer(), vocabulary, 2)) as results:
-        next(results)
-        for child in multiprocessing.active_children():
-            child.kill()
-        with pytest.raises(UserError, match="killed") as caught:
-            list(results)
-    assert caught.value.exit_code == DISK_OR_MEMORY
-
-
-def test_jobs_are_read_no_faster_than_results_are_used(tmp_path: Path) -> None:
-    vocabulary, yielded = tmp_path / "vocabulary.json", []
-    ByteTokenizer().save(vocabulary)
-
-    def jobs() -> Iterator[list[Piece]]:
-        for i in range(100):
-            yielded.append(i)
-            yield [Piece("text", True)]
-
-    with closing(encode_all(jobs(), ByteTokenizer(), vocabulary, 2)) as results:
-        next(results)
-        assert len(yielded) <= 6
+    assert prepare_error(write(tmp_path / "broken.txt", bytes(text)), "123456") == DATA
+    assert not [*cache.iterdir()]
 
 
 def test_text_that_changes_while_preparing(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +194,7 @@ def test_text_that_changes_while_preparing(book: Path, cache: Path, monkeypatch:
             yield result
 
     monkeypatch.setattr(data.prepare, "encode_all", encode_and_change)
-    with pytest.raises(UserError, match="changed while") as caught:
-        prepared(book)
-    assert caught.value.exit_code == DATA and not leftovers(cache)
+    assert prepare_error(book, "changed while") == DATA and not [*cache.iterdir()]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -233,29 +218,28 @@ def test_damaged_folder_is_prepared_again(
         second = prepared(book, "bpe", vocab_size=300)
         assert second.folder == first.folder and files_of(second.folder) == expected
         message = capsys.readouterr().err
-        assert message.count("\n") == 1 and "is damaged" in message and f"{name} " in message
-        assert str(first.folder) in message and not leftovers(cache)
+        assert message.count("\n") == 1 and "is damaged" in message and name in message
+        assert str(first.folder) in message and [*cache.iterdir()] == [first.folder]
     prepared(book, "bpe", vocab_size=300)
     assert not capsys.readouterr().err
 
 
 def test_without_verification_hashes_are_not_compared(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, config = prepared(book).folder, DataConfig(source=str(book), tokenizer="byte")
-    path = folder / "train.npy"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"\0")
+    path = prepared(book).folder / "train.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    config = DataConfig(source=str(book), tokenizer="byte")
     assert tokens_of(prepare(config, progress=False, verify=False).train)[-1] != EOT
-    assert not capsys.readouterr().err
-    truncate(path)
-    assert tokens_of(prepare(config, progress=False, verify=False).train)[-1] == EOT
+    assert tokens_of(prepare(config, progress=False).train)[-1] == EOT
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_unwritable_cache_names_the_variable(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source", ["book.txt", "stories", "repeats"])
+def test_unwritable_cache_names_the_variable(
+    book: Path, source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GLASSGPT_CACHE", str(book / "cache"))
-    with pytest.raises(UserError, match="GLASSGPT_CACHE") as caught:
-        prepared(book)
-    assert caught.value.exit_code == DISK_OR_MEMORY and str(book / "cache") in str(caught.value)
+    assert prepare_error(Path(source), f"cannot write .*{book}/cache.*GLASSGPT_CACHE") == DISK_OR_MEMORY
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, cache: Path) -> None:
@@ -264,12 +248,10 @@ def test_full_disk_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     # No file may be larger; the token file would be 520 kB.
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="GLASSGPT_CACHE") as caught:
-            prepared(path)
+        assert prepare_error(path, "GLASSGPT_CACHE") == DISK_OR_MEMORY
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.exit_code == DISK_OR_MEMORY
-    assert not leftovers(cache) and not [*cache.glob("tokens-*")]
+    assert not [*cache.iterdir()]
 
 
 def test_too_short_text_says_how_much_is_needed(tmp_path: Path) -> None:
@@ -285,73 +267,49 @@ PROGRAM = """
 import sys, time
 import data.prepare
 from data.config import DataConfig
-data.prepare.JOB_CHARACTERS, data.prepare.PARALLEL_BYTES = 50_000, 0
-append = data.prepare.SplitWriter.append
+data.prepare.JOB_CHARACTERS = 50_000
+encode = data.prepare.encode
 
 def slowly(*arguments):
     time.sleep(float(sys.argv[2]))
-    append(*arguments)
+    return encode(*arguments)
 
-data.prepare.SplitWriter.append = slowly
-if __name__ == "__main__":
-    corpus = data.prepare.prepare(DataConfig(source=sys.argv[1], tokenizer="byte", workers=2))
-    print(corpus.fingerprint, len(corpus.train), len(corpus.val))
+data.prepare.encode = slowly
+corpus = data.prepare.prepare(DataConfig(source=sys.argv[1], tokenizer="byte", workers=2))
+print(corpus.fingerprint, len(corpus.train), len(corpus.val))
 """
 
 
-def start(tmp_path: Path, source: Path, delay: float) -> subprocess.Popen[str]:
-    """Prepare in a process with two workers and a disk that takes `delay` seconds for each job."""
-    program = write(tmp_path / "program.py", PROGRAM)
+def start(source: Path, delay: float) -> subprocess.Popen[str]:
+    """Prepare in a process with two threads that take `delay` seconds for each job."""
     return subprocess.Popen(
-        [sys.executable, str(program), str(source), str(delay)],
+        [sys.executable, "-c", PROGRAM, str(source), str(delay)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def test_two_processes_at_once_agree(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "long.txt", b"all is well. " * 100_000)
-    runs = [start(tmp_path, path, 0) for _ in range(2)]
+    runs = [start(path, 0.05) for _ in range(2)]
     outputs = [run.communicate(timeout=60) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert outputs[0] == outputs[1] and outputs[0][1] == ""
-    assert len([*cache.glob("tokens-*")]) == 1 and not leftovers(cache)
-
-
-def group_ends(group: int, seconds: float) -> bool:
-    for _ in range(int(seconds * 20)):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
+    assert len([*cache.iterdir()]) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interruption_leaves_no_folder_and_no_worker(tmp_path: Path, cache: Path, number: signal.Signals) -> None:
-    path = write(tmp_path / "long.txt", b"all is well. " * 200_000)
-    run = start(tmp_path, path, 0.1)
-    try:
-        for _ in range(1500):
-            partial = [*cache.glob("tokens-*.partial/train.npy")]
-            if partial and partial[0].stat().st_size > 200_000:
-                break
-            time.sleep(0.02)
-        else:
-            pytest.fail("nothing was written")
-        if number == signal.SIGINT:
-            os.killpg(run.pid, number)  # a terminal sends Ctrl-C to every process of the group
-        else:
-            run.kill()
-        _, err = run.communicate(timeout=30)
-        assert group_ends(run.pid, 10)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
+def test_interruption_leaves_no_folder(tmp_path: Path, cache: Path, number: signal.Signals) -> None:
+    run = start(write(tmp_path / "long.txt", b"all is well. " * 200_000), 0.1)
+    deadline = time.monotonic() + 30
+    while not any(path.stat().st_size > 200_000 for path in cache.glob("*.partial/tokens/train.bin")):
+        assert run.poll() is None and time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.02)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=30)
     assert not [folder for folder in cache.glob("tokens-*") if folder.suffix != ".partial"]
     if number == signal.SIGINT:
-        assert not leftovers(cache)
+        assert not [*cache.iterdir()]
         assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt"), err
 
 
@@ -362,14 +320,12 @@ def test_token_files_have_what_was_written(
 ) -> None:
     folder = tmp_path_factory.mktemp("tokens")
     tokens = [token for text in texts for token in (*text, EOT)]
-    writer = SplitWriter(folder, "train", token_dtype(257), EOT)
-    for i in range(0, len(tokens), piece):
-        writer.append(np.array(tokens[i : i + piece], np.uint16), 1)
-    writer.close()
-    split = load_split(folder, "train", writer.n_bytes)
-    assert tokens_of(split) == [EOT, *tokens] and split.n_documents == writer.n_documents == len(texts)
+    results = [(np.array(tokens[i : i + piece]), 1) for i in range(0, len(tokens), piece)]
+    n_documents, n_bytes = write_split(folder, "train", results, token_dtype(257), EOT)
+    split = load_split(folder, "train", token_dtype(257), n_bytes)
+    assert tokens_of(split) == [EOT, *tokens] and split.n_documents == n_documents == len(texts)
     ends = np.cumsum([0, *(len(text) + 1 for text in texts)])
-    assert split.document_starts.tolist() == ends[:-1].tolist()
+    assert split.document_starts.tolist() == ends[:-1].tolist() and n_bytes == len(results)
 
 
 def test_dtype_and_byte_count() -> None:

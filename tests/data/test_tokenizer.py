@@ -88,7 +88,7 @@ def test_saved_and_loaded_tokenizer_is_equal(any_tokenizer: Tokenizer, tmp_path:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["The cat", "didn't", "12345", "ש", "!?\n", "\r\n\r\n", "   ", "e\u0301", "あ"])))
+@given(st.lists(st.sampled_from(["The cat", "didn't", "12345", "ש", "!?\n", "\r\n\r\n", "e\u0301", "あ"])))
 def test_pieces_of_a_document_have_the_ids_of_the_whole(bpe: Tokenizer, fragments: list[str]) -> None:
     text = " ok ".join(fragments) + " end"
     span = write_range(Path(os.environ["GLASSGPT_CACHE"]) / "pieces.txt", text)

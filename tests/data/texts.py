@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import DATA, UserError
-from data.corpora import open_corpus
+from data.config import DataConfig
+from data.prepare import prepare
 from data.text_files import TextRange, read_documents
 
 PROSE = (
@@ -44,9 +45,9 @@ def documents(texts: Iterable[TextRange], block_bytes: int = 1 << 20) -> list[st
 
 def data_error(source: str | Path, cache: Path) -> str:
     """The message for an unusable source: one line, exit code 3."""
-    with pytest.raises(UserError) as caught:
-        corpus = open_corpus(str(source), 0.1, cache)
-        documents(corpus.train + corpus.val)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setenv("GLASSGPT_CACHE", str(cache))
+        prepare(DataConfig(source=str(source), tokenizer="byte"), progress=False)
     message = str(caught.value)
     assert caught.value.exit_code == DATA and message.isprintable() and len(message) < 400
     return message

@@ -144,13 +144,13 @@ def remove_tokens(place: Place) -> None:
 
 
 def truncate_tokens(place: Place) -> None:
-    path = place.tokens() / "train.npy"
+    path = place.tokens() / "train.bin"
     os.truncate(path, path.stat().st_size // 2)
 
 
 def overwrite_tokens(place: Place) -> None:
     """Other tokens of the vocabulary, as many, in the same file."""
-    path = place.tokens() / "train.npy"
+    path = place.tokens() / "train.bin"
     data = path.read_bytes()
     path.write_bytes(data[:-400] + data[-400:-200] * 2)
 

@@ -5,8 +5,6 @@ Most tests start the processes one by one (`Ranks`), as SLURM does; the rest sta
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from tests.faults.forkserver import ForkServer
 from tests.faults.harness import CORPUS, checkpoints, committed, leftovers, numbers, sha, state
 from tests.faults.hook import Hook
 from tests.faults.ranks import SHARED, Ranks, end_within, free_port, make_once, run_ranks, torchrun
-from tests.faults.started import ROOT, Started, allowed, error_lines, kill, steps_done, train
+from tests.faults.started import ROOT, allowed, error_lines, kill, steps_done
 
 SOON = 10.0
 """Seconds in which a job that was asked to stop must save and end."""
@@ -311,40 +309,3 @@ def test_a_second_trainer_is_refused(server: ForkServer, references: References,
     check_refused(run, first.pid)
     first.send(signal.SIGTERM)
     assert first.end(SOON).returncode == 143
-
-
-def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
-    """Also while worker processes that it started are still alive."""
-    text, run, cache = tmp_path / "large.txt", tmp_path / "run", tmp_path / "cache"
-    text.write_text("".join(f"{k} foxes jumped over {k * k} lazy dogs on day {k % 365}.\n" for k in range(450_000)))
-    argv = (*SHARED, "--data.tokenizer=byte", f"--data.source={text}", f"--run.dir={run}", "--data.workers=2")
-    env = {"GLASSGPT_CACHE": str(cache)}
-
-    def command(pid: int) -> bytes:
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b""
-
-    def encodes(started: Started) -> bool:
-        """Whether workers run; a forked worker that has not started its own program still has its parent's lock."""
-        workers = [pid for pid in started.living() if command(pid) not in (b"", command(started.pid))]
-        lock = (run / "lock").read_text().split() if (run / "lock").exists() else []
-        is_owner = lock[:1] == [str(started.pid)]
-        return len(workers) >= 2 and len(workers) == len(started.living()) - 1 and is_owner
-
-    with train(*argv, env=env) as first:
-        first.until(lambda: encodes(first), "workers encode")
-        workers = [pid for pid in first.living() if pid != first.pid]
-        for pid in workers:
-            kill(pid, signal.SIGSTOP)  # they outlive the trainer
-        kill(first.pid)
-        first.end()
-        assert set(workers) & set(first.living())
-        with train(*argv, env=env) as second:
-            second.until(lambda: encodes(second), "the second one has the lock, and encodes")
-            second.send(signal.SIGTERM)
-            assert second.end(SOON).returncode == 143
-        for pid in workers:
-            kill(pid, signal.SIGCONT)
-        first.nobody_left()
-    shutil.rmtree(cache)

@@ -18,7 +18,7 @@ from inspection.attention_file import read_attention_file
 from tests.faults.forkserver import Child, ForkServer
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, numbers
 from tests.faults.hook import Hook
-from tests.faults.started import Started, allowed, catches, line, loaded, steps_done, train
+from tests.faults.started import allowed, catches, loaded, steps_done, train
 
 SOON = 10.0
 """Seconds within which a run that was asked to stop has saved and exited."""
@@ -120,33 +120,6 @@ def test_signal_during_imports(library: str, number: int, corpus: Path, tmp_path
         done = started.end(SOON)
     check_stopped(run, done.returncode, number, done.stderr)
     assert not done.stderr and not (run / "config.toml").exists()
-
-
-def size(path: Path) -> int:
-    """Its size; 0 if it has just been removed."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
-
-
-def encoders(started: Started) -> list[int]:
-    """The worker processes that encode text; SIGINT is blocked in them."""
-    return [pid for pid in started.living() if "spawn_main" in line(pid) and catches(pid, signal.SIGINT, "SigBlk")]
-
-
-@BOTH
-def test_signal_while_workers_encode(number: int, tmp_path: Path) -> None:
-    """No worker outlives the run."""
-    text, run, cache = tmp_path / "large.txt", tmp_path / "run", tmp_path / "cache"
-    text.write_text("".join(f"{k} foxes jumped over {k * k} lazy dogs on day {k % 365}.\n" for k in range(450_000)))
-    argv = (*FAULTY, "--data.tokenizer=byte", f"--data.source={text}", f"--run.dir={run}", "--data.workers=2")
-    with train(*argv, env={"GLASSGPT_CACHE": str(cache)}) as started:
-        started.until(lambda: len(encoders(started)) == 2 and any(map(size, cache.glob("*/train*"))), "workers encode")
-        started.send(number)
-        done = started.end(SOON)
-        started.nobody_left()
-    check_stopped(run, done.returncode, number, done.stderr)
-    assert not (run / "config.toml").exists()
 
 
 @BOTH
