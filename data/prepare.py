@@ -71,6 +71,7 @@ class CorpusInfo:
     how: str = ""
     """Where the vocabulary's size comes from, if the corpus is not prepared yet."""
     train: TokenSplit | None = None
+    val: TokenSplit | None = None
 
 
 def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> TokenizedCorpus:
@@ -128,7 +129,7 @@ def cache_lookup(config: DataConfig) -> CorpusInfo:
             key = _cache_key(corpus, config)
             if not _find_damage(folder := cache / f"tokens-{key}", key):
                 data = _open(folder, key, corpus)
-                return CorpusInfo(data.tokenizer.vocab_size, train=data.train)
+                return CorpusInfo(data.tokenizer.vocab_size, "", data.train, data.val)
     match config.tokenizer:
         case "byte":
             return CorpusInfo(257, "256 bytes and end-of-text")

@@ -121,12 +121,12 @@ def _read_blocks(text: TextRange, block_bytes: int) -> Iterator[str]:
     with open_text(text.path) as file:
         position = file.seek(text.start)
         while data := file.read(min(block_bytes, text.end - position)):
-            is_first, position = position == 0, position + len(data)
+            at_start, position = position == 0, position + len(data)
             try:
                 block = decoder.decode(data, final=position == text.end)
             except UnicodeDecodeError as error:
                 offset = position - len(error.object) + error.start
-                encoding = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and is_first else "LATIN1"
+                encoding = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and at_start else "LATIN1"
                 raise UserError(
                     f"{name} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {offset}): convert text in "
                     f"another encoding with `iconv -f {encoding} -t UTF-8 OLD > NEW`; export other files as text",
@@ -134,7 +134,7 @@ def _read_blocks(text: TextRange, block_bytes: int) -> Iterator[str]:
                 ) from None
             if "\0" in block:
                 raise UserError(f"{name} is a binary file (it has a NUL byte): give a file of UTF-8 text", DATA)
-            yield block.removeprefix("\ufeff") if is_first else block
+            yield block.removeprefix("\ufeff") if at_start else block
 
 
 @contextmanager
