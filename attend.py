@@ -163,16 +163,15 @@ def show_prompt(options: AttendOptions) -> None:
     from inspection.activation_cache import run_with_cache_batch
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
-    from training.text_generation import check_prompt, encode_prompt, generate_tokens
+    from training.text_generation import encode_prompt, generate_tokens
 
-    check_prompt(options.prompt)
     checkpoint = open_checkpoint(Path(options.run))
     tokenizer = checkpoint.tokenizer()
     tokens = encode_prompt(tokenizer, options.prompt, checkpoint.environment.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))
     head = parse_head(options.head, model.config.n_layers, model.config.n_heads) if options.head else None
     if not options.prompt:
-        tokens = generate_tokens(model, tokenizer, tokens, options.tokens, options.seed)
+        tokens += [token for (token,) in generate_tokens(model, tokenizer, tokens, options.tokens, options.seed)]
     context = model.config.context
     if len(tokens) > context:
         print(f"the text has {len(tokens)} tokens; showing the last {context} (the context)", file=sys.stderr)

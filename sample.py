@@ -5,6 +5,7 @@ RUN is a run folder (its newest intact checkpoint is used) or a checkpoint folde
 
 from __future__ import annotations
 
+import codecs
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from common.errors import UserError, escape_control_chars, run_main
+from common.errors import escape_control_chars, run_main
 from training.cli import parse
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class SampleConfig:
     """Storage of the weights. fp16 halves the time per token of a large model and changes its loss by less than
     0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
     attend: str = ""
-    """Write the attention of the finished text to this .safetensors file."""
+    """Write the attention of the finished text to this new .safetensors file."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
@@ -60,66 +61,46 @@ class SampleConfig:
             problems.append(f"--attend needs --samples 1; it is {self.samples}")
         if self.attend and self.dtype != "fp32":
             problems.append(f"--attend needs --dtype fp32; it is {self.dtype}")
+        if self.attend and self.attend_path.exists():
+            problems.append(f"--attend: {self.attend_path} exists; give another name")
         return problems
+
+    @property
+    def attend_path(self) -> Path:
+        return Path(self.attend.removesuffix(".safetensors") + ".safetensors")
 
 
 def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "Generate text with a trained model.", positional="run")
     from model.generate import SamplingParams
     from model.quantize import quantize_
-    from training import text_generation as text
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
+    from training.text_generation import decode, encode_prompt, escape_text, generate_tokens
 
-    text.check_prompt(config.prompt)
     checkpoint = open_checkpoint(Path(config.run))
-    if config.attend:
-        path = attention_path(config.attend)
     tokenizer = checkpoint.tokenizer()
-    prompt = text.encode_prompt(tokenizer, config.prompt, checkpoint.environment.starts_with_eot)
+    prompt = encode_prompt(tokenizer, config.prompt, checkpoint.environment.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))
     if len(prompt) > (context := model.config.context):
-        print(
-            f"the prompt has {len(prompt)} tokens, more than the context of {context}: only its end is used",
-            file=sys.stderr,
-        )
-    params = SamplingParams(config.temperature, config.top_k, config.top_p)
-    if config.attend:
-        tokens = text.generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
-        print(text.escape_text(config.prompt + text.decode(tokenizer, tokens[len(prompt) :])))
-        write_attention(path, model, checkpoint, tokens)
-        return
+        note = f"the prompt has {len(prompt)} tokens, more than the context of {context}: only its end is used"
+        print(note, file=sys.stderr)
     quantize_(model, config.dtype)
-    pieces = text.generate_text(model, tokenizer, prompt, config.tokens, config.samples, config.seed, params)
+    params = SamplingParams(config.temperature, config.top_k, config.top_p)
+    steps = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params, config.samples)
     if config.samples > 1:
-        texts = ["".join(parts) for parts in zip(*pieces, strict=True)] or [""] * config.samples
-        for number, sample in enumerate(texts, 1):
-            print(f"--- {number} ---\n{text.escape_text(config.prompt + sample)}")
+        for number, sample in enumerate(list(zip(*steps, strict=True)) or [()] * config.samples, 1):
+            print(f"--- {number} ---\n{escape_text(config.prompt + decode(tokenizer, sample))}")
         return
-    print(text.escape_text(config.prompt), end="", flush=True)
-    for (piece,) in pieces:
-        print(text.escape_text(piece), end="", flush=True)
-    print()
-
-
-def attention_path(name: str) -> Path:
-    """The path for `--attend`, with its suffix.
-
-    Raises:
-        UserError: if it has another suffix, or would replace another kind of file (exit code 2).
-    """
-    from inspection.attention_file import read_attention_file
-
-    path = Path(name)
-    if path.is_dir() or path.suffix not in ("", ".safetensors"):
-        raise UserError(f"--attend is {name!r}; give the name of a .safetensors file")
-    path = path.with_suffix(".safetensors")
-    try:
-        if path.exists():
-            read_attention_file(path)
-    except UserError as error:
-        raise UserError(f"{path} exists and is not an attention file; give --attend another name") from error
-    return path
+    print(escape_text(config.prompt), end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
+    tokens = list(prompt)
+    for (token,) in steps:
+        print(escape_text(decoder.decode(tokenizer.token_bytes(token))), end="", flush=True)
+        tokens.append(token)
+    print(escape_text(decoder.decode(b"", final=True)))
+    if config.attend:
+        write_attention(config.attend_path, model, checkpoint, tokens)
 
 
 def write_attention(path: Path, model: GPT, checkpoint: Checkpoint, tokens: list[int]) -> None:

@@ -19,7 +19,6 @@ from training.run_dir import open_run_dir
 
 if TYPE_CHECKING:
     from data.prepare import TokenizedCorpus
-    from inspection.contrast_pairs import ContrastPair
     from inspection.eval_texts import EvalTexts
 
 CHECK = "--check"
@@ -78,60 +77,39 @@ def train(config: RunConfig, started: float) -> None:
     print_header(trainer)
     trainer.run()
     if ctx.is_main_process:
-        print_line(closing_lines(config, time.perf_counter() - started))
-
-
-def closing_lines(config: RunConfig, seconds: float) -> str:
-    """How long the command took, and what to do with the run."""
-    run = Path(config.run.dir)
-    lines = [f"\n{seconds:.0f} s in all; the run is in {run}"]
-    if config.log.attention == "on":
-        lines += [f"  open {run / 'attention.html'}"] * (run / "attention.html").is_file()
-        lines += [f"  python attend.py summary {run}"]
-    return "\n".join([*lines, f"  python sample.py {run}"])
+        run = Path(config.run.dir)
+        page = f"  open {run / 'attention.html'}\n" if recorder and (run / "attention.html").is_file() else ""
+        summary = f"  python attend.py summary {run}\n" if recorder else ""
+        seconds = time.perf_counter() - started
+        print_line(f"\n{seconds:.0f} s in all; the run is in {run}\n{page}{summary}  python sample.py {run}")
 
 
 def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     """The texts to record and measure: held-out ones, repeated random tokens, contrast pairs, the user's prompts."""
     import numpy as np
 
-    from data.stories import KINDS
-    from inspection.eval_texts import (
-        RECORDED_HELD_OUT,
-        EvalTexts,
-        held_out_texts,
-        max_text_length,
-        read_user_prompts,
-        repeated_sequences,
-    )
-
-    tokenizer, model = data.tokenizer, config.model
-    texts: list[tuple[str, tuple[int, ...]]] = []
-    pairs = story_contrast_pairs(data)
-    if config.log.prompts:
-        texts, own = read_user_prompts(Path(config.log.prompts), tokenizer, model.context)
-        pairs += own
-    length = max_text_length(model, len(texts) + RECORDED_HELD_OUT + len(KINDS) + 2)
-    texts = [(name, tokens[:length]) for name, tokens in texts]
-    texts += held_out_texts(data.val.tokens, data.val.document_starts, length)
-    used = np.unique(data.train.tokens[:200_000]).tolist()
-    repeats = repeated_sequences(used, tokenizer.end_of_text, length, config.run.seed)
-    return EvalTexts(tuple(texts), repeats, tuple(pair for pair in pairs if pair.length <= model.context))
-
-
-def story_contrast_pairs(data: TokenizedCorpus) -> list[ContrastPair]:
-    """Contrast pairs from held-out stories; none for other corpora."""
-    from data.stories import stories
+    from data.stories import KINDS, stories
+    from inspection import eval_texts as build
     from inspection.contrast_pairs import LabelledText, make_contrast_pair
 
-    if data.name != "stories":
-        return []
-    labelled = [
-        LabelledText(label.kind, story.text, label.answer, label.antecedents, label.wrong, label.nouns)
-        for story in stories("val", CONTRAST_STORIES)
+    tokenizer, context = data.tokenizer, config.model.context
+    pairs = [
+        make_contrast_pair(
+            LabelledText(label.kind, story.text, label.answer, label.antecedents, label.wrong, label.nouns), tokenizer
+        )
+        for story in (stories("val", CONTRAST_STORIES) if data.name == "stories" else ())
         for label in story.labels
     ]
-    return [make_contrast_pair(text, data.tokenizer) for text in labelled]
+    texts: list[tuple[str, tuple[int, ...]]] = []
+    if config.log.prompts:
+        texts, own = build.read_user_prompts(Path(config.log.prompts), tokenizer, context)
+        pairs += own
+    length = build.max_text_length(config.model, len(texts) + build.RECORDED_HELD_OUT + len(KINDS) + 2)
+    texts = [(name, tokens[:length]) for name, tokens in texts]
+    texts += build.held_out_texts(data.val.tokens, data.val.document_starts, length)
+    used = np.unique(data.train.tokens[:200_000]).tolist()
+    repeats = build.repeated_sequences(used, tokenizer.end_of_text, length, config.run.seed)
+    return build.EvalTexts(tuple(texts), repeats, tuple(pair for pair in pairs if pair.length <= context))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.data.story_parser import parse_all
 from tests.runs import process
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
-from training.text_generation import encode_prompt, generate_text
+from training.text_generation import decode, encode_prompt, generate_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +49,9 @@ def test_samples_are_sentences_of_the_grammar(quickstart: tuple[Path, str], temp
     checkpoint = open_checkpoint(quickstart[0])
     model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
     prompt = encode_prompt(tokenizer, "", checkpoint.environment.starts_with_eot)
-    pieces = generate_text(model, tokenizer, prompt, model.config.context - 1, 200, 1, SamplingParams(temperature))
-    texts = ["".join(parts) for parts in zip(*pieces, strict=True)]
+    params, count = SamplingParams(temperature), model.config.context - 1
+    steps = generate_tokens(model, tokenizer, prompt, count, 1, params, n_samples=200)
+    texts = [decode(tokenizer, tokens) for tokens in zip(*steps, strict=True)]
     assert sum(is_story(text) for text in texts) >= least
     assert len(set(texts)) > 190
 

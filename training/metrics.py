@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ PLAIN_SECONDS = 10.0
 class MetricsLogger(Callback):
     """Writes `metrics.jsonl`, one JSON object a line, each with its step, and `samples.txt`.
 
-    A resumed run first drops the lines after its step, so that no line is missing or written twice. It adds
+    A resumed run first drops what came after its step, so that nothing is missing or written twice. The logger adds
     `tokens_per_second` (over the steps since the last line), `mfu` (model FLOPs utilization: the share of the FLOP/s of
     a large matrix product on this device) and `peak_memory_mb` to the metrics of a step.
 
@@ -39,69 +38,39 @@ class MetricsLogger(Callback):
     """
 
     def __init__(self, folder: Path, state: TrainState) -> None:
-        path, self.samples = folder / "metrics.jsonl", folder / "samples.txt"
-        kept = [line for line in read_metrics(path) if belongs_to(line, state)]
+        self.path, self.samples = folder / "metrics.jsonl", folder / "samples.txt"
+        lines = [line for line in read_metrics(self.path) if belongs_to(line, state)]
+        write_atomic(self.path, ((json.dumps(line) + "\n").encode() for line in lines))
+        samples = "".join(format_sample(line) for line in lines if "sample" in line)
+        write_atomic(self.samples, [samples.encode("utf-8", "replace")])
         self.last_step, self.last_seconds, self.peak_flops = state.step, 0.0, 0.0
-        with writing(path):
-            ends = [line["samples_end"] for line in kept if isinstance(line.get("samples_end"), int)]
-            has_evaluations = any("val_loss" in line for line in kept)  # with no ends: samples were switched off
-            if self.samples.exists() and (ends or not has_evaluations):
-                os.truncate(self.samples, min(self.samples.stat().st_size, max([0, *ends])))
-            write_atomic(path, ((json.dumps(line) + "\n").encode() for line in kept))
-            self.file = path.open("a", encoding="utf-8")
 
     def on_start(self, trainer: Trainer) -> None:
-        """Measure the peak FLOP/s, the denominator of MFU."""
         self.peak_flops = measure_matmul_flops(trainer.ctx) * trainer.ctx.world_size
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Add throughput and memory, and write the line, if it is due."""
-        if trainer.should_log(metrics):
-            metrics |= self.telemetry(trainer)
-            self.write(metrics)
-
-    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Write the evaluation, and the sample if there is one; the line says where the sample ends, in bytes."""
-        line = {key: value for key, value in metrics.items() if key != "sample"}
-        if "sample" in metrics:
-            with writing(self.samples), self.samples.open("a", encoding="utf-8") as file:
-                file.write(f"step {metrics['step']}\n{metrics['sample']}\n\n")
-                line["samples_end"] = file.tell()
-        self.write(line)
-
-    def on_save(self, trainer: Trainer) -> None:
-        """Flush the lines to the disk: a checkpoint must not outlive the metrics of its steps."""
-        with writing(Path(self.file.name)):
-            os.fsync(self.file.fileno())
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Write the final loss and the baselines."""
-        self.write({"step": trainer.state.step, **trainer.final_metrics})
-
-    def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        """Close the file; if the disk is full, an earlier write has reported it."""
-        with contextlib.suppress(OSError):
-            self.file.close()
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line at once."""
-        with writing(Path(self.file.name)):
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-
-    def telemetry(self, trainer: Trainer) -> dict[str, float]:
-        """Throughput since the last call, and peak memory so far."""
-        step, config = trainer.state.step, trainer.config
+        if not trainer.should_log(metrics):
+            return
+        step, config, device = trainer.state.step, trainer.config, trainer.ctx.device
         seconds = max(1e-9, trainer.train_seconds - self.last_seconds)
-        tokens = (step - self.last_step) * config.train.batch_size * config.model.context
+        tokens_per_second = (step - self.last_step) * config.train.batch_size * config.model.context / seconds
         self.last_step, self.last_seconds = step, trainer.train_seconds
         flops = flops_per_token(trainer.model.config, trainer.model.vocab_size)
-        mfu = tokens / seconds * (flops.forward + flops.backward) / self.peak_flops
-        return {
-            "tokens_per_second": round(tokens / seconds),
-            "mfu": round(mfu, 4),
-            "peak_memory_mb": round(peak_memory(trainer.ctx.device) / 1e6),
-        }
+        metrics["tokens_per_second"] = round(tokens_per_second)
+        metrics["mfu"] = round(tokens_per_second * (flops.forward + flops.backward) / self.peak_flops, 4)
+        metrics["peak_memory_mb"] = round(peak_memory(device) / 1e6)
+        append(self.path, json.dumps(metrics) + "\n")
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        if "sample" in metrics:
+            append(self.samples, format_sample(metrics))
+        append(self.path, json.dumps(metrics) + "\n")
+
+    def on_save(self, trainer: Trainer) -> None:
+        append(self.path, "", sync=True)  # a checkpoint must not outlive the metrics of its steps
+
+    def on_end(self, trainer: Trainer) -> None:
+        append(self.path, json.dumps({"step": trainer.state.step, **trainer.final_metrics}) + "\n")
 
 
 class ProgressBar(Callback):
@@ -116,11 +85,9 @@ class ProgressBar(Callback):
         )
 
     def on_start(self, trainer: Trainer) -> None:
-        """Start the clock of the time that is left."""
         self.start = self.printed = time.perf_counter()
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Advance the bar; print a line if one is due."""
         self.bar.total = trainer.config.train.steps
         self.bar.update(metrics["step"] - self.bar.n)
         if "skipped" in metrics:
@@ -132,17 +99,14 @@ class ProgressBar(Callback):
                 self.print_progress(trainer, metrics)
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Print the validation loss, and the sample if there is one."""
         self.print_progress(trainer, {**self.latest, **metrics})
         if "sample" in metrics:
             print_line("    " + metrics["sample"].strip().replace("\n", "\n    "))
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        """Remove the bar."""
         self.bar.close()
 
     def print_progress(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Print step, metrics and the time left."""
         step, steps, self.printed = metrics["step"], trainer.config.train.steps, time.perf_counter()
         left = (self.printed - self.start) * (steps - step) / max(1, step - self.first_step)
         parts = [f"step {step}/{steps}", format_metrics(metrics), f"{tqdm.format_interval(left)} left"]
@@ -179,18 +143,24 @@ def print_line(text: str) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Report a file that cannot be written (exit code 6)."""
+def append(path: Path, text: str, sync: bool = False) -> None:
+    """Append to a file, and wait for the disk if `sync`. Raises UserError (6) if it cannot be written."""
     try:
-        yield
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
+
+
+def format_sample(metrics: Mapping[str, Any]) -> str:
+    """An entry of `samples.txt`."""
+    return f"step {metrics['step']}\n{metrics['sample']}\n\n"
 
 
 def belongs_to(line: Mapping[str, Any], state: TrainState) -> bool:
     """Whether a line of metrics was written by `state` or before it."""
     if "final_val_loss" in line or line["step"] > state.step:
         return False
-    was_interrupted = "val_loss" in line and line["step"] == state.step > state.last_eval_step
-    return not was_interrupted
+    return "val_loss" not in line or line["step"] <= state.last_eval_step or line["step"] < state.step

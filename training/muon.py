@@ -7,6 +7,7 @@ here all matrices of one shape go through each product together. The results are
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -41,13 +42,13 @@ def orthogonalize(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
 
 
 def muon(
-    parameters: list[Tensor], momentum_buffers: list[Tensor], *, lr: float, weight_decay: float, momentum: float
+    parameters: list[Tensor], momentum_buffers: list[Tensor], lr: float, weight_decay: float, momentum: float
 ) -> None:
     """One step with Nesterov momentum and decoupled weight decay, the defaults of torch.optim.Muon, in place.
 
     Sharded parameters and buffers stay sharded: the momentum of one stack at a time is gathered on every process, and
-    each then applies its shard of the update. (torch.optim.Muon supports sharded matrices too, but multiplies shards,
-    which changes the update by 1 to 2%, and communicates 11 to 16 times as much.)
+    each then applies its shard of the update. (torch.optim.Muon multiplies shards instead, which changes the update by
+    1 to 2%, and communicates 11 to 16 times as much.)
 
     Args:
         parameters: matrices that have a gradient.
@@ -69,9 +70,9 @@ def muon(
 
 def stacks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """(parameter, buffer) pairs of one shape together, at most `MAX_STACK` elements of each, in a fixed order."""
-    by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    by_shape = defaultdict(list)
     for pair in pairs:
-        by_shape.setdefault(pair[0].shape, []).append(pair)
+        by_shape[pair[0].shape].append(pair)
     for shape, alike in by_shape.items():
         count = max(1, MAX_STACK // shape.numel())
         yield from (alike[i : i + count] for i in range(0, len(alike), count))

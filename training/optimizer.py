@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -40,7 +39,7 @@ def get_lr_scale(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) and Muon (Jordan et al. 2024) over the groups of a model.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) and Muon (Jordan et al. 2024).
 
     | group    | parameters                                     | algorithm      | weight decay |
     |----------|------------------------------------------------|----------------|--------------|
@@ -86,26 +85,32 @@ class Optimizer:
         """Update every parameter that has a gradient, and drop the gradients."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters and group["algorithm"] == "adamw":
-                self.step_adamw(parameters, group["lr"], group["weight_decay"])
+            is_muon = group["algorithm"] == "muon"
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    entries = ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq")
+                    self.state[parameter] = {entry: torch.zeros_like(parameter) for entry in entries}
+                    if not is_muon:
+                        self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+            states = [self.state[parameter] for parameter in parameters]
+            if is_muon:
+                buffers = [state["momentum_buffer"] for state in states]
+                muon(parameters, buffers, group["lr"], group["weight_decay"], self.config.momentum)
             elif parameters:
-                self.step_muon(parameters, group["lr"], group["weight_decay"])
+                self.step_adamw(parameters, states, group["lr"], group["weight_decay"])
         self.zero_grad()
 
-    def step_adamw(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+    def step_adamw(
+        self, parameters: list[Tensor], states: list[dict[str, Tensor]], lr: float, weight_decay: float
+    ) -> None:
         """AdamW by torch's fused kernel."""
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
-                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
         adamw(
             parameters,
             [cast(Tensor, parameter.grad) for parameter in parameters],
-            [self.state[parameter]["exp_avg"] for parameter in parameters],
-            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [self.state[parameter]["step"] for parameter in parameters],
+            [state["step"] for state in states],
             fused=True,
             amsgrad=False,
             beta1=self.config.beta1,
@@ -116,25 +121,10 @@ class Optimizer:
             maximize=False,
         )
 
-    def step_muon(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        """Muon over stacked matrices."""
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        muon(parameters, buffers, lr=lr, weight_decay=weight_decay, momentum=self.config.momentum)
-
     def zero_grad(self) -> None:
         """Drop the gradients."""
         for parameter in self.names:
             parameter.grad = None
-
-    def named_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the optimizer state as this process holds it, in the same order on every process."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                for key, value in self.state.get(parameter, {}).items():
-                    yield f"{self.names[parameter]}/{key}", value
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the optimizer state, by name, such as `blocks.0.attention.qkv.weight/momentum_buffer`.
@@ -142,14 +132,15 @@ class Optimizer:
         Sharded state is gathered one tensor at a time onto the main process's CPU, where every process must call this;
         the others get an empty dict.
         """
-        if not any(is_dtensor(parameter) for parameter in self.names):
-            return dict(self.named_state())
-        gathered = {}
-        for name, value in self.named_state():
-            value = full_tensor(value)
-            if dist.get_rank() == 0:
-                gathered[name] = value.cpu()
-        return gathered
+        is_sharded, state = any(map(is_dtensor, self.names)), {}
+        for parameter, name in self.names.items():
+            for entry, value in self.state.get(parameter, {}).items():
+                value = full_tensor(value)
+                if not is_sharded:
+                    state[f"{name}/{entry}"] = value
+                elif dist.get_rank() == 0:
+                    state[f"{name}/{entry}"] = value.cpu()
+        return state
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Load what `state_dict` returned; of sharded parameters this process's shard.
@@ -158,15 +149,14 @@ class Optimizer:
             ValueError: if it is of other parameters.
         """
         parameters = {name: parameter for parameter, name in self.names.items()}
-        if missing := set(parameters) - {key.partition("/")[0] for key in saved}:
-            raise ValueError(f"the optimizer state of {sorted(missing)[0]} is missing")
         for key, value in saved.items():
             name, _, entry = key.partition("/")
-            if name not in parameters:
-                raise ValueError(f"there is optimizer state of {name}, which the model lacks")
-            parameter = parameters[name]
-            if value.dim() and value.shape != parameter.shape:
-                shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
-                raise ValueError(f"the optimizer state of {name} has shape {shapes}")
+            parameter = parameters.get(name)
+            if parameter is None or (value.dim() and value.shape != parameter.shape):
+                raise ValueError(
+                    f"the model has no parameter for the optimizer state {key} of shape {tuple(value.shape)}"
+                )
             shard = distribute(value, parameter) if value.dim() else value.to(parameter.device)
             self.state[parameter][entry] = shard
+        if missing := [name for name, parameter in parameters.items() if parameter not in self.state]:
+            raise ValueError(f"the optimizer state of {missing[0]} is missing")

@@ -8,7 +8,6 @@ from typing import Any
 
 from common.errors import escape_control_chars
 from common.files import read_metrics
-from data.dataloader import PackedSequences
 from data.ngram_baseline import baselines, bits_per_byte
 from data.prepare import TokenizedCorpus
 from training.distributed import gather_weights
@@ -24,15 +23,15 @@ DESCRIPTIONS = {
 
 
 class LossReport(Callback):
-    """At the end of training: the loss on the whole validation split, and the baselines."""
+    """At the end of training: the loss on the whole validation split, and the baselines, as a table and a plot."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """Every process takes part; the main one prints the table and writes the plot."""
+        """Every process takes part."""
         loss, num_targets = trainer.full_validation_loss()
         gather_weights(trainer.wrapped_model, trainer.model)
         if not trainer.ctx.is_main_process:
             return
-        references = baseline_losses(trainer.data, trainer.val_sequences)
+        references = baseline_losses(trainer.data)
         trainer.final_metrics = {"final_val_loss": loss, **references}
         print_line("\n" + table(loss, num_targets, references, trainer.data))
         folder = Path(trainer.config.run.dir)
@@ -40,7 +39,7 @@ class LossReport(Callback):
         plot_loss(folder / "loss.png", read_metrics(folder / "metrics.jsonl"), references, title)
 
 
-def baseline_losses(data: TokenizedCorpus, sequences: PackedSequences) -> dict[str, float]:
+def baseline_losses(data: TokenizedCorpus) -> dict[str, float]:
     """Losses in nats/token to compare the model's with; `floor` where the entropy of the corpus is known."""
     losses = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
     if data.nats_per_document is not None:
@@ -73,24 +72,18 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str
     axes = figure.add_subplot()
     train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#8aa4c8", linewidth=1, label="training batch")
-    if val:
-        axes.plot(*zip(*val, strict=True), color="#1f3b70", linewidth=2, marker="o", markersize=3, label="validation")
+    axes.plot(*zip(*train, strict=True), color="#8aa4c8", linewidth=1, label="training batch")
+    axes.plot(*zip(*val, strict=True), color="#1f3b70", linewidth=2, marker="o", markersize=3, label="validation")
     for name, nats in references.items():
         color, style = ("#c0392b", "-") if name == "floor" else ("#888888", ":")
         axes.axhline(nats, color=color, linestyle=style, linewidth=1.2)
-        position: dict[str, Any] = {"xy": (1, nats), "xycoords": ("axes fraction", "data")}
-        offset: dict[str, Any] = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(f"{name} {nats:.3f}", **position, **offset, fontsize=8, color=color)
-    axes.set(xlabel="step", ylabel="loss (nats/token)", title=title.replace("$", r"\$"))
-    lowest = min([*references.values(), *(loss for _, loss in train + val)], default=1.0)
-    axes.set_yscale("log")
-    axes.set_ylim(lowest * 0.9, None)
+        place: Any = {"xytext": (-4, 3), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(f"{name} {nats:.3f}", (1, nats), **place, ha="right", fontsize=8, color=color)
+    axes.set(xlabel="step", ylabel="loss (nats/token)", title=title.replace("$", r"\$"), yscale="log")
+    axes.set_ylim(0.9 * min([*references.values(), *(loss for _, loss in train + val)]), None)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -29,62 +29,45 @@ def check_resume(config: RunConfig) -> None:
         UserError: if there is no run to resume (2), or a process fails (its own exit code).
         SystemExit: 1 if the bits differ.
     """
-    run = Path(config.run.resume)
     if not config.run.resume:
         raise UserError("--check needs a run to resume: python train.py --run.resume RUN --check", CONFIG)
-    steps = min(STEPS, config.train.steps - 1)
+    run, steps = Path(config.run.resume), min(STEPS, config.train.steps - 1)
     if steps < 2:
         raise UserError(f"train.steps is {config.train.steps}; --check needs at least 3", CONFIG)
-    start = _find_start(run, config.train.steps - steps - 1)
-    middle = min(INTERRUPTED_AFTER, steps - 1)
+    latest, middle = config.train.steps - steps - 1, min(INTERRUPTED_AFTER, steps - 1)
+    early = [folder for folder in list_checkpoints(run / "checkpoints") if int(folder.name) <= latest]
+    start = next((folder for folder in early[::-1] if verify_checkpoint(folder) is None), None)
     first = int(start.name) if start else 0
     where = f"step {first} of {run}" if start else f"the beginning of {run} (it has no checkpoint early enough)"
-    print(
-        f"from {escape_control_chars(where)}: {steps} steps uninterrupted, and {middle} + {steps - middle} steps in "
-        "two processes",
-        flush=True,
-    )
+    plan = f"{steps} steps uninterrupted, and {middle} + {steps - middle} steps in two processes"
+    print(f"from {escape_control_chars(where)}: {plan}", flush=True)
     with tempfile.TemporaryDirectory(prefix=".check-", dir=run) as temporary:
         hashes: list[str] = []
         for name, stops in (("uninterrupted", [steps]), ("resumed", [middle, steps])):
             folder = Path(temporary) / name
-            argument = _prepare(folder, config, start)
-            for stop in stops:
-                _train(argument, first + stop)
-                argument = f"--run.resume={folder}"
+            train(folder, config, start, [first + stop for stop in stops])
             last = folder / "checkpoints" / f"{first + steps:06d}"
             hashes += [sha256_of_file(last / MODEL), sha256_of_file(last / OPTIMIZER)]
-            print(f"{name:<14} weights         {hashes[-2]}", flush=True)
-            print(f"{'':<14} optimizer state {hashes[-1]}", flush=True)
+            print(f"{name:<14} weights         {hashes[-2]}\n{'':<14} optimizer state {hashes[-1]}", flush=True)
     if hashes[:2] != hashes[2:]:
         print("different bits: this run does not resume exactly on this machine")
         sys.exit(1)
     print("same bits: the resumed run is identical to the uninterrupted one")
 
 
-def _find_start(run: Path, latest: int) -> Path | None:
-    """The newest intact checkpoint up to step `latest`, or None."""
-    early = (folder for folder in list_checkpoints(run / "checkpoints")[::-1] if int(folder.name) <= latest)
-    return next((folder for folder in early if verify_checkpoint(folder) is None), None)
-
-
-def _prepare(folder: Path, config: RunConfig, start: Path | None) -> str:
-    """Make a run folder with the checkpoint `start`, or a config to start with; the argument for train.py."""
+def train(folder: Path, config: RunConfig, start: Path | None, stops: list[int]) -> None:
+    """Train in a new run folder, from the checkpoint `start` or the beginning, in a process of its own up to each stop."""
     folder.mkdir()
     run = dataclasses.replace(config.run, dir=str(folder), resume="", stop_at_step=0)
     log = dataclasses.replace(config.log, wandb="disabled")
     file = folder / ("config.toml" if start else "start.toml")
     file.write_text(to_toml(dataclasses.replace(config, run=run, log=log)), encoding="utf-8")
-    if start is None:
-        return str(file)
-    shutil.copytree(start, folder / "checkpoints" / start.name)
-    return f"--run.resume={folder}"
-
-
-def _train(argument: str, stop_at_step: int) -> None:
-    """Train up to a step in a process of its own."""
-    command = [sys.executable, str(TRAIN), argument, f"--run.stop_at_step={stop_at_step}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        error = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-        raise UserError(f"training up to step {stop_at_step} failed: {error}", max(done.returncode, 1))
+    if start is not None:
+        shutil.copytree(start, folder / "checkpoints" / start.name)
+    for stop in stops:
+        argument = f"--run.resume={folder}" if start or stop != stops[0] else str(file)
+        command = [sys.executable, str(TRAIN), argument, f"--run.stop_at_step={stop}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            error = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+            raise UserError(f"training up to step {stop} failed: {error}", max(done.returncode, 1))

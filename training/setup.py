@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -47,12 +45,11 @@ class Checkpointer(Callback):
         self.saver = CheckpointWriter(folder, config.train.keep_checkpoints) if ctx.is_main_process else None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Write `config.toml`, of which a resumed run may have changed some options."""
         if self.saver is not None and trainer.resumed_from is not None:
-            save_config(trainer.config)
+            save_config(trainer.config)  # some options may have changed
 
     def on_save(self, trainer: Trainer) -> None:
-        """Write a checkpoint. Every process takes part, since FSDP parameters are gathered."""
+        """Every process takes part, since FSDP parameters are gathered."""
         gather_weights(trainer.wrapped_model, trainer.model)
         optimizer_state = trainer.optimizer.state_dict()
         if self.saver is not None:
@@ -62,25 +59,24 @@ class Checkpointer(Callback):
                 save_config(trainer.config)
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        """Print how to resume a run that was stopped."""
         if self.saver is not None and trainer.is_stopped:
             print_line(f"stopped; resume with: python train.py --run.resume {trainer.config.run.dir}")
 
 
 class TextSample(Callback):
-    """Samples a text at each evaluation, with a generator of its own, as `metrics["sample"]`."""
+    """Samples `log.sample_tokens` tokens at each evaluation, with a generator of its own, as `metrics["sample"]`."""
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Sample `log.sample_tokens` tokens."""
-        count, model, tokenizer = trainer.config.log.sample_tokens, trainer.model, trainer.data.tokenizer
-        if not count:
+        config, model, tokenizer = trainer.config, trainer.model, trainer.data.tokenizer
+        if not config.log.sample_tokens:
             return
         start = encode_prompt(tokenizer, "", trainer.environment.starts_with_eot)
+        seed = derive_seed(config.run.seed, "sample", trainer.state.step)
         model.eval()
-        seed = derive_seed(trainer.config.run.seed, "sample", trainer.state.step)
-        trainer.sample_tokens = generate_tokens(model, tokenizer, start, count, seed)
+        steps = generate_tokens(model, tokenizer, start, config.log.sample_tokens, seed)
+        tokens = [token for (token,) in steps]
         model.train()
-        metrics["sample"] = decode(tokenizer, trainer.sample_tokens[len(start) :])
+        trainer.sample_tokens, metrics["sample"] = start + tokens, decode(tokenizer, tokens)
 
 
 def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object | None = None) -> list[object]:
@@ -92,13 +88,9 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
     if not trainer.ctx.is_main_process:
         return [LossReport(), checkpointer]
     config, state = trainer.config, trainer.state
-    callbacks: list[object] = [LossReport(), TextSample()]
-    if recorder is not None:
-        callbacks.append(recorder)
-    callbacks += [MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps), checkpointer]
-    if config.log.wandb != "disabled":
-        callbacks.append(WandbTracker())
-    return callbacks
+    loggers = [MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps)]
+    wandb = [WandbTracker()] if config.log.wandb != "disabled" else []
+    return [LossReport(), TextSample(), *([recorder] if recorder else []), *loggers, checkpointer, *wandb]
 
 
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
@@ -120,37 +112,29 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
         UserError: if the batch cannot be divided among the processes (exit code 2), the checkpoint cannot be resumed
             with this config (2) or corpus (3), is damaged (4), or memory is full (6).
     """
-    if config.train.batch_size % ctx.world_size:
-        raise UserError(
-            f"train.batch_size is {config.train.batch_size}; it must be a multiple of the {ctx.world_size} processes",
-            CONFIG,
-        )
+    size = config.train.batch_size
+    if size % ctx.world_size:
+        raise UserError(f"train.batch_size is {size}; it must be a multiple of the {ctx.world_size} processes", CONFIG)
     ctx.check_same_everywhere({"the corpus": data.fingerprint})
     saved = open_checkpoint(Path(config.run.resume)) if config.run.resume else None
     if saved is not None:
         check_resumable(config, saved, data)
         ctx.check_same_everywhere({"the checkpoint": str(saved.state)})
-    rows = micro_batch_rows(config, ctx.world_size)
-    vocab_size = data.tokenizer.vocab_size
-    with advise_on_oom(rows, config.train.batch_size):
-        model_config = resolve_attention(config.model, ctx.device, ctx.dtype)
-        model = (
-            GPT(model_config, vocab_size, seed=config.run.seed) if saved is None else saved.build_model(model_config)
-        )
+    with advise_on_oom(micro_batch_rows(config, ctx.world_size), size):
+        shape, vocab_size = resolve_attention(config.model, ctx.device, ctx.dtype), data.tokenizer.vocab_size
+        model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.build_model(shape)
         wrapped = wrap_model(model, ctx, config.train.sharding)
         optimizer = Optimizer(wrapped if is_fsdp(wrapped) else model, config.optim)
         if saved is not None and saved.state.tokens_seen:  # the optimizer has no state before its first step
             try:
                 optimizer.load_state_dict(saved.optimizer_state())
             except ValueError as error:
-                raise UserError(
-                    escape_control_chars(f"cannot resume from {saved.folder}: {error}"), CHECKPOINT
-                ) from error
+                problem = escape_control_chars(f"cannot resume from {saved.folder}: {error}")
+                raise UserError(problem, CHECKPOINT) from error
         wrapped, is_compiled = maybe_compile(wrapped, config, ctx, vocab_size, saved)
-    state = TrainState() if saved is None else saved.state
-    trainer = Trainer(config, ctx, data, model, wrapped, optimizer, state)
+    trainer = Trainer(config, ctx, data, model, wrapped, optimizer, TrainState() if saved is None else saved.state)
     trainer.resumed_from = saved
-    trainer.environment = RunEnvironment(starts_with_eot(data), data.fingerprint, run_environment(trainer, is_compiled))
+    trainer.environment = describe_environment(trainer, is_compiled)
     return trainer
 
 
@@ -184,34 +168,26 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
                 f"{section}.{key} was {before[section][key]} in {saved.folder} and cannot become "
                 f"{now[section][key]} on resuming; start a new run for that"
             )
-    tokenizer = data.tokenizer
-    same = tokenizer.vocab_size == saved.vocab_size and tokenizer.fingerprint() == saved.tokenizer().fingerprint()
-    if not same or saved.environment.corpus not in ("", data.fingerprint):
-        raise UserError(
-            f"the corpus or its tokenizer has changed since {saved.folder} was written; restore the old text, or "
-            "start a new run",
-            DATA,
-        )
+    same_tokenizer = data.tokenizer.fingerprint() == saved.tokenizer().fingerprint()
+    if not same_tokenizer or saved.environment.corpus not in ("", data.fingerprint):
+        problem = f"the corpus or its tokenizer has changed since {saved.folder} was written"
+        raise UserError(f"{problem}; restore the old text, or start a new run", DATA)
 
 
-def starts_with_eot(data: TokenizedCorpus) -> bool:
-    """Whether a sample starts with end-of-text: the corpus has several documents, or no line break to start after."""
-    tokens = np.unique(data.train.tokens[:100_000]).tolist()
-    has_lines = any(b"\n" in data.tokenizer.token_bytes(token) for token in tokens)
-    return data.train.n_documents > 1 or not has_lines
-
-
-def run_environment(trainer: Trainer, is_compiled: bool) -> dict[str, str]:
-    """Besides config and data, what decides the last bits of the results."""
-    return {
-        "device": trainer.ctx.device.type,
-        "dtype": str(trainer.ctx.dtype).removeprefix("torch."),
+def describe_environment(trainer: Trainer, is_compiled: bool) -> RunEnvironment:
+    """Besides the config, what decides the last bits of the results, and how a text begins."""
+    data, ctx = trainer.data, trainer.ctx
+    has_lines = any(b"\n" in data.tokenizer.token_bytes(token) for token in set(data.train.tokens[:100_000].tolist()))
+    settings = {
+        "device": ctx.device.type,
+        "dtype": str(ctx.dtype).removeprefix("torch."),
         "attention": trainer.model.config.attention,
         "compiled": "yes" if is_compiled else "no",
         "threads": str(torch.get_num_threads()),
-        "processes": str(trainer.ctx.world_size),
+        "processes": str(ctx.world_size),
         "torch": torch.__version__,
     }
+    return RunEnvironment(data.train.n_documents > 1 or not has_lines, data.fingerprint, settings)
 
 
 def print_header(trainer: Trainer) -> None:
@@ -220,8 +196,8 @@ def print_header(trainer: Trainer) -> None:
         return
     data, train, shape = trainer.data, trainer.config.train, trainer.model.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    environment = trainer.environment.settings
-    compiled = "compiled" if environment["compiled"] == "yes" else "not compiled"
+    now = trainer.environment.settings
+    compiled = "compiled" if now["compiled"] == "yes" else "not compiled"
     start = f"from step {trainer.state.step} " if trainer.state.step else ""
     print_line(
         f"data    {data.name}: {data.train.n_documents:,} documents, {len(data.train):,} training tokens; "
@@ -234,12 +210,7 @@ def print_header(trainer: Trainer) -> None:
     )
     if trainer.config.log.attention == "off":
         print_line("log.attention is off: no attention is recorded and no page is written")
-    if trainer.resumed_from is not None:
-        print_changes(trainer.resumed_from.environment.settings, environment)
-
-
-def print_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """What is different from the environment of the checkpoint: the same bits are then not to be expected."""
+    before = trainer.resumed_from.environment.settings if trainer.resumed_from else now
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed:
         print_line(f"resumed with different settings; results may differ in the last bits: {', '.join(changed)}")

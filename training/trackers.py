@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import html
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,23 @@ TIMEOUT_SECONDS = 20
 """How long to wait for the server at the start, and for uploads at the end."""
 
 
+def guarded(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook of `WandbTracker` in which any exception ends tracking, not training."""
+
+    @functools.wraps(hook)
+    def call(tracker: WandbTracker, *args: Any) -> None:
+        try:
+            if not tracker.has_failed:
+                hook(tracker, *args)
+        except Exception as error:
+            tracker.has_failed = True
+            reason = escape_control_chars((str(error).splitlines() or [""])[0][:150])
+            line = f"wandb failed ({type(error).__name__}: {reason}); training continues without it"
+            tqdm.write(line, file=sys.stderr)
+
+    return call
+
+
 class WandbTracker(Callback):
     """Logs a run to Weights & Biases. If wandb fails, one line is printed and training continues without it.
 
@@ -27,90 +44,60 @@ class WandbTracker(Callback):
     with the same id, and `wandb sync` joins them.
     """
 
-    def __init__(self) -> None:
-        self.run: Any = None  # wandb.sdk.wandb_run.Run; None once wandb has failed
+    run: Any = None  # wandb.sdk.wandb_run.Run
+    has_failed = False
 
-    @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
-        """Any exception of wandb ends tracking, not training."""
-        try:
-            yield
-        except Exception as error:
-            self.run = None
-            reason = (str(error).splitlines() or [""])[0][:150]
-            line = (
-                f"wandb failed ({type(error).__name__}: {escape_control_chars(reason)}); training continues without it"
-            )
-            tqdm.write(line, file=sys.stderr)
-
+    @guarded
     def on_start(self, trainer: Trainer) -> None:
-        """Start the wandb run, or continue it."""
+        import wandb
+
         log, folder = trainer.config.log, Path(trainer.config.run.dir)
-        with self.guard():
-            import wandb
+        id_file = folder / "wandb" / "run-id.txt"
+        if not id_file.exists():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(secrets.token_hex(4), encoding="ascii")
+        timeouts: Any = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), TIMEOUT_SECONDS)
+        settings = wandb.Settings(**timeouts, finish_timeout_raises=True, silent=True, console="off")
+        wandb.setup(settings)
+        self.run = wandb.init(
+            project=escape_control_chars(log.wandb_project),
+            name=escape_control_chars(folder.name),
+            dir=str(folder.absolute()),
+            mode=log.wandb,
+            config=dataclasses.asdict(trainer.config),
+            allow_val_change=True,
+            id=id_file.read_text(encoding="ascii").strip(),
+            resume="allow",
+            settings=settings,
+        )
 
-            settings = wandb.Settings(
-                init_timeout=TIMEOUT_SECONDS,
-                login_timeout=TIMEOUT_SECONDS,
-                finish_timeout=TIMEOUT_SECONDS,
-                finish_timeout_raises=True,
-                silent=True,
-                console="off",
-            )
-            wandb.setup(settings)
-            self.run = wandb.init(
-                project=escape_control_chars(log.wandb_project),
-                name=escape_control_chars(folder.name),
-                dir=str(folder.absolute()),
-                mode=log.wandb,
-                config=dataclasses.asdict(trainer.config),
-                allow_val_change=True,
-                id=run_id(folder),
-                resume="allow",
-                settings=settings,
-            )
-
+    @guarded
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Log the metrics of a step."""
         if trainer.should_log(metrics):
             values = {f"train/{key}": value for key, value in metrics.items() if key not in ("step", "documents")}
-            self.log(metrics["step"], values)
+            self.run.log(values, step=metrics["step"])
 
+    @guarded
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Log the validation loss, the highest score of any head, and the sample."""
-        heads = {f"heads/{name}": max(map(max, table)) for name, table in metrics.get("head_scores", {}).items()}
-        values = {"val/loss": metrics["val_loss"], "train/tokens_seen": metrics["tokens_seen"], **heads}
-        self.log(metrics["step"], values, sample=metrics.get("sample"))
+        import wandb
 
+        values = {f"heads/{name}": max(map(max, table)) for name, table in metrics.get("head_scores", {}).items()}
+        values |= {"val/loss": metrics["val_loss"], "train/tokens_seen": metrics["tokens_seen"]}
+        if "sample" in metrics:
+            values["sample"] = wandb.Html(f"<pre>{html.escape(metrics['sample'])}</pre>", inject=False)
+        self.run.log(values, step=metrics["step"])
+
+    @guarded
     def on_end(self, trainer: Trainer) -> None:
-        """Log the final loss, the baselines and the plots in the run folder."""
-        baselines = {f"baseline/{name}": loss for name, loss in trainer.final_metrics.items()}
-        final = {"val/final_loss": baselines.pop("baseline/final_val_loss", None), **baselines}
-        self.log(trainer.state.step, final, images=sorted(Path(trainer.config.run.dir).glob("*.png")))
+        import wandb
 
+        values: dict[str, Any] = {f"baseline/{name}": loss for name, loss in trainer.final_metrics.items()}
+        values["val/final_loss"] = values.pop("baseline/final_val_loss", None)
+        plots = Path(trainer.config.run.dir).glob("*.png")
+        values |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(plots)}
+        self.run.log(values, step=trainer.state.step)
+
+    @guarded
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        """Finish the wandb run; a code other than 0 marks it as failed."""
         if self.run is not None:
-            with self.guard():
-                self.run.finish(exit_code=exit_code)
-
-    def log(self, step: int, values: dict[str, Any], sample: str | None = None, images: Sequence[Path] = ()) -> None:
-        """`wandb.log`, unless wandb has failed before."""
-        if self.run is None:
-            return
-        with self.guard():
-            import wandb
-
-            if sample is not None:
-                values["sample"] = wandb.Html(f"<pre>{html.escape(sample)}</pre>", inject=False)
-            values |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in images}
-            self.run.log(values, step=step)
-
-
-def run_id(folder: Path) -> str:
-    """The wandb run id that the run folder keeps; a new one the first time."""
-    file = folder / "wandb" / "run-id.txt"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4) + "\n", encoding="ascii")
-    return file.read_text(encoding="ascii").strip()
+            self.run.finish(exit_code=exit_code)  # a code other than 0 marks it as failed

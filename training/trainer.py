@@ -22,7 +22,6 @@ from common.errors import NON_FINITE, UserError
 from data.dataloader import (
     IGNORE_INDEX,
     Batch,
-    PackedSequences,
     documents_in_batch,
     eval_indices,
     get_batch,
@@ -31,7 +30,6 @@ from data.dataloader import (
     read_sequences,
 )
 from data.prepare import TokenizedCorpus
-from data.token_dataset import TokenSplit
 from model.gpt import GPT
 from training.checkpoint import Checkpoint, RunEnvironment, TrainState, provenance
 from training.config import RunConfig
@@ -47,48 +45,37 @@ PREFETCH_STEPS = 2
 
 
 class Callback:
-    """Hooks of the training loop. Each does nothing by default.
+    """Hooks of the training loop, in the order of `trainer.callbacks`. A callback need not have all of them.
 
-    The trainer calls a hook only if the callback has it, so a class from another package need not inherit from this
-    one. Callbacks run in the order of `trainer.callbacks`.
+    `metrics` is one dict that the callbacks share: each may add entries for the ones after it.
     """
 
     def on_start(self, trainer: Trainer) -> None:
-        """Called once before the first step of a new or resumed run; a new run has saved its initial weights."""
+        """Before the first step of a new or resumed run; a new run has saved its initial weights."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Called after every step.
-
-        Args:
-            metrics: `step` (1 after the first), `loss`, `lr`, `grad_norm`; of a skipped step `step`, `skipped` (how
-                many so far) and `documents`. A callback may add entries for the ones after it.
-        """
+        """After every step: `step` (1 after the first), `loss`, `lr`, `grad_norm`; of a skipped step `step`, `skipped`
+        (how many so far) and `documents`."""
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Called after an evaluation, before its checkpoint. `trainer.model` has the current weights.
-
-        A signal may interrupt it; the evaluation is then repeated when the run is resumed.
-
-        Args:
-            metrics: `step`, `val_loss`, `tokens_seen`. A callback may add entries for the ones after it.
-        """
+        """After an evaluation, before its checkpoint: `step`, `val_loss`, `tokens_seen`. `trainer.model` has the current
+        weights. If a signal interrupts it, the evaluation is repeated when the run is resumed."""
 
     def on_save(self, trainer: Trainer) -> None:
-        """Called when a checkpoint is due."""
+        """When a checkpoint is due."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """Called after the last step and its checkpoint. Not called if the run is stopped or fails."""
+        """After the last step and its checkpoint; not if the run is stopped or fails."""
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        """Called last, whether the run ended (0), was stopped by a signal, or failed: release resources here."""
+        """Last, whether the run ended (0), was stopped by a signal, or failed: release resources here."""
 
 
 class Prefetcher:
     """Reads the batches of the next steps in a background thread."""
 
     def __init__(self, read: Callable[[int], tuple[Batch, int]]) -> None:
-        self.read = read
-        self.thread = ThreadPoolExecutor(1, "prefetch")
+        self.read, self.thread = read, ThreadPoolExecutor(1, "prefetch")
         self.pending: dict[int, Future[tuple[Batch, int]]] = {}
 
     def get(self, step: int) -> tuple[Batch, int]:
@@ -97,29 +84,16 @@ class Prefetcher:
         self.pending = {s: self.pending.get(s) or self.thread.submit(self.read, s) for s in wanted}
         return self.pending.pop(step).result()
 
-    def close(self) -> None:
-        """Stop the thread; what was not started is dropped."""
-        self.thread.shutdown(wait=False, cancel_futures=True)
-
 
 class Trainer:
     """Trains a model.
 
     Args:
         config: settings; a callback may replace it between steps.
-        ctx: device and process group.
-        data: the tokenized corpus.
         model: the plain model, which is saved and inspected.
         wrapped_model: the model that is trained: `model` itself, or compiled, DDP, or an FSDP copy of it.
         optimizer: of `wrapped_model`'s parameters.
         state: step and counters; updated in place.
-
-    Attributes:
-        callbacks: set by the caller; those that log exist on the main process only.
-        resumed_from: the checkpoint that the run continues from.
-        environment: what decides the last bits of the results; saved with each checkpoint.
-        sample_tokens: tokens of the text sample of the current evaluation, None if there is none.
-        train_seconds: time spent in training steps, without evaluations and checkpoints.
     """
 
     def __init__(
@@ -134,12 +108,12 @@ class Trainer:
     ) -> None:
         self.config, self.ctx, self.data = config, ctx, data
         self.model, self.wrapped_model, self.optimizer, self.state = model, wrapped_model, optimizer, state
-        self.callbacks: Sequence[Any] = ()
+        self.callbacks: Sequence[Any] = ()  # those that log exist on the main process only
         self.resumed_from: Checkpoint | None = None
         self.environment = RunEnvironment(starts_with_eot=True)
-        self.sample_tokens: list[int] | None = None
+        self.sample_tokens: list[int] | None = None  # of the current evaluation
         self.final_metrics: dict[str, float] = {}
-        self.train_seconds = 0.0
+        self.train_seconds = 0.0  # without evaluations and checkpoints
         self.train_sequences = pack_documents(data.train, config.model.context)
         self.val_sequences = pack_documents(data.val, config.model.context)
         self.eval_subset = eval_indices(self.val_sequences, config.train.eval_tokens)
@@ -148,7 +122,6 @@ class Trainer:
         self.saved: tuple[int, int] | None = None  # (step, last evaluated step) of the newest checkpoint
         self.stop = SignalHandler()
         self.is_stopped = False  # by a signal or `run.stop_at_step`
-        self.stop_signal = 0  # the signal that all processes have agreed to stop for
 
     def run(self) -> None:
         """Train to the last step, until patience runs out, or until a signal; save whatever was learned.
@@ -168,28 +141,26 @@ class Trainer:
                 self.loop()
             self.notify("on_end")
             exit_code = 0
-        except SystemExit as stop:
-            exit_code = int(stop.code or 0)
-            raise
-        except UserError as error:
-            exit_code = error.exit_code
+        except (SystemExit, UserError) as error:
+            exit_code = int(error.code or 0) if isinstance(error, SystemExit) else error.exit_code
             raise
         finally:
-            self.batches.close()
+            self.batches.thread.shutdown(wait=False, cancel_futures=True)
             self.notify("on_exit", exit_code)
 
     def loop(self) -> None:
         """All processes run it in lockstep: they agree on whether to stop before each step."""
         while True:
+            state, train, run = self.state, self.config.train, self.config.run
             is_best = self.should_evaluate() and self.evaluate()
-            should_stop = self.should_stop()
-            is_last = self.is_last_step()
-            if is_best or should_stop or is_last or self.state.step % self.config.train.save_every == 0:
+            signum = self.ctx.all_reduce_max(self.stop.signum)
+            self.is_stopped = signum > 0 or 0 < run.stop_at_step <= state.step
+            is_last = state.step >= train.steps or 0 < train.patience <= state.evals_without_improvement
+            if is_best or self.is_stopped or is_last or state.step % train.save_every == 0:
                 self.save()
-            if should_stop:
-                self.is_stopped = True
+            if self.is_stopped:
                 self.ctx.all_reduce_max(0)  # wait for all: torchrun ends the others soon after the first one exits
-                raise SystemExit(128 + self.stop_signal if self.stop_signal else 0)
+                raise SystemExit(128 + signum if signum else 0)
             if is_last:
                 return
             metrics = self.train_step()
@@ -210,16 +181,6 @@ class Trainer:
         step, train = self.state.step, self.config.train
         is_due = step > 0 and (step % train.eval_every == 0 or step >= train.steps)
         return is_due and self.state.last_eval_step < step
-
-    def should_stop(self) -> bool:
-        """Whether any process got a signal, or `run.stop_at_step` is reached; the same answer on every process."""
-        self.stop_signal = self.ctx.all_reduce_max(self.stop.signum)
-        return bool(self.stop_signal) or 0 < self.config.run.stop_at_step <= self.state.step
-
-    def is_last_step(self) -> bool:
-        """Whether all steps are done or patience has run out."""
-        train = self.config.train
-        return self.state.step >= train.steps or 0 < train.patience <= self.state.evals_without_improvement
 
     def should_log(self, metrics: dict[str, Any]) -> bool:
         """Whether the metrics of this step are written: every `log.every` steps, at the end, and if it was skipped."""
@@ -266,9 +227,8 @@ class Trainer:
         ctx = self.ctx
         tokens, targets = ctx.to_device(rows.tokens), ctx.to_device(rows.targets)
         total = torch.zeros((), device=ctx.device)
-        micro_batches = list(
-            zip(tokens.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True)
-        )
+        rows_at_once = self.micro_batch_size
+        micro_batches = list(zip(tokens.split(rows_at_once), targets.split(rows_at_once), strict=True))
         for i, (inputs, labels) in enumerate(micro_batches):
             with maybe_no_sync(self.wrapped_model, i == len(micro_batches) - 1):
                 with ctx.autocast():
@@ -287,11 +247,12 @@ class Trainer:
         state, train, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
         documents = documents_in_batch(self.data.train, self.train_sequences, seed, state.step, train.batch_size)
+        shown = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
         if state.skipped_steps >= train.skip_nonfinite_steps:
             newest = self.saved[0] if self.saved else 0
             raise UserError(
                 f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g} at step {state.step} (seed {seed}, "
-                f"training documents {shorten(documents)}); the newest checkpoint is of step {newest}. Lower optim.lr "
+                f"training documents {shown}); the newest checkpoint is of step {newest}. Lower optim.lr "
                 f"(now {self.config.optim.lr}) or optim.muon_lr, or allow such steps with train.skip_nonfinite_steps",
                 NON_FINITE,
             )
@@ -321,58 +282,43 @@ class Trainer:
             state.evals_without_improvement += 1
         return is_best
 
+    @torch.no_grad()
     def validation_loss(self, indices: np.ndarray, stop: SignalHandler | None = None) -> tuple[float, int] | None:
-        """`evaluate` on some sequences of the validation split."""
+        """Mean loss in nats over every valid target of some validation sequences, and how many targets these are.
+
+        The sequences are divided among the processes. Each process runs the same number of forward passes, the last
+        ones perhaps on a dummy batch: FSDP communicates in each of them.
+
+        Args:
+            stop: a signal recorded there ends the evaluation; the result is None.
+        """
+        ctx, rows = self.ctx, self.micro_batch_size
         model = self.wrapped_model if is_fsdp(self.wrapped_model) else self.model
-        return evaluate(model, self.data.val, self.val_sequences, indices, self.micro_batch_size, self.ctx, stop)
+        totals = torch.zeros(2, dtype=torch.float64, device=ctx.device)  # sum of losses, number of targets
+        own = indices[ctx.rank :: ctx.world_size]
+        model.eval()
+        try:
+            for first in range(0, -(-len(indices) // ctx.world_size), rows):
+                if stop is not None and ctx.all_reduce_max(stop.signum):
+                    return None
+                chosen = own[first : first + rows]
+                batch = read_sequences(self.data.val, self.val_sequences, chosen if len(chosen) else indices[:1])
+                with ctx.autocast():
+                    logits = model(ctx.to_device(batch.tokens))
+                if len(chosen):
+                    targets = ctx.to_device(batch.targets)
+                    totals[0] += cross_entropy_sum(logits, targets)
+                    totals[1] += (targets != IGNORE_INDEX).sum()
+            loss_sum, num_targets = ctx.all_reduce_sum(totals).tolist()
+            return loss_sum / num_targets, int(num_targets)
+        finally:
+            model.train()
 
     def full_validation_loss(self) -> tuple[float, int]:
-        """The loss on the whole validation split, or on an even subset above `FINAL_TARGETS`, and the target count."""
+        """`validation_loss` of the whole split, or of an even subset above `FINAL_TARGETS`."""
         result = self.validation_loss(eval_indices(self.val_sequences, FINAL_TARGETS))
         assert result is not None  # nothing can interrupt it
         return result
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    split: TokenSplit,
-    sequences: PackedSequences,
-    indices: np.ndarray,
-    rows: int,
-    ctx: DistContext,
-    stop: SignalHandler | None = None,
-) -> tuple[float, int] | None:
-    """Mean loss in nats over every valid target of the sequences `indices`, and how many targets these are.
-
-    The sequences are divided among the processes. Each process runs the same number of forward passes, the last ones
-    perhaps on a dummy batch: FSDP communicates in each of them.
-
-    Args:
-        rows: sequences per forward pass.
-        stop: a signal recorded there ends the evaluation; the result is None.
-    """
-    was_training = model.training
-    model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=ctx.device)  # sum of losses, number of targets
-    own = indices[ctx.rank :: ctx.world_size]
-    per_process = -(-len(indices) // ctx.world_size)
-    try:
-        for first in range(0, per_process, rows):
-            if stop is not None and ctx.all_reduce_max(stop.signum):
-                return None
-            chosen = own[first : first + rows]
-            read = read_sequences(split, sequences, chosen if len(chosen) else indices[:1])
-            with ctx.autocast():
-                logits = model(ctx.to_device(read.tokens))
-            if len(chosen):
-                targets = ctx.to_device(read.targets)
-                totals[0] += cross_entropy_sum(logits, targets)
-                totals[1] += (targets != IGNORE_INDEX).sum()
-        loss_sum, num_targets = ctx.all_reduce_sum(totals).tolist()
-        return loss_sum / num_targets, int(num_targets)
-    finally:
-        model.train(was_training)
 
 
 def derive_seed(seed: int, purpose: str, step: int = 0, rank: int = 0) -> int:
@@ -385,9 +331,3 @@ def micro_batch_rows(config: RunConfig, world_size: int) -> int:
     """Sequences that each of `world_size` processes holds in memory at once."""
     per_process = config.train.batch_size // world_size
     return min(config.train.micro_batch_size or per_process, per_process)
-
-
-def shorten(numbers: list[int], at_most: int = 8) -> str:
-    """The first few numbers, and how many more there are."""
-    text = ", ".join(map(str, numbers[:at_most]))
-    return f"{text} and {len(numbers) - at_most} more" if len(numbers) > at_most else text

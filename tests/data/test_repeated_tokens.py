@@ -94,7 +94,7 @@ def test_corpus_is_written_once(config: RunConfig, data: TokenizedCorpus, tmp_pa
 
 
 def test_reported_floor_is_the_loss_of_the_best_model(config: RunConfig, data: TokenizedCorpus) -> None:
-    references = baseline_losses(data, pack_documents(data.val, config.model.context))
+    references = baseline_losses(data)
     best = math.fsum(nats(len(word)) for word in words("val")) / (len(data.val) - 1)
     assert references["floor"] == pytest.approx(best, abs=1e-9)
     # Letter frequencies are no better than the uniform distribution.

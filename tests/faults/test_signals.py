@@ -67,7 +67,7 @@ def stop(running: Child, number: int, run: Path) -> None:
 MOMENTS = {
     "first checkpoint": Hook(at=1, operation="fsync", path="000000"),
     "config.toml": Hook(at=1, operation="rename", path=".config.toml", under="RUN"),
-    "sample": Hook(at=2, operation="open", path="samples.txt", under="RUN"),
+    "sample": Hook(at=3, operation="open", path="samples.txt", under="RUN"),
     "attention file": Hook(at=1, operation="rename", path=".000008.safetensors", under="RUN"),
     "save: rename": Hook(at=1, operation="rename", path="000006"),
     "old checkpoint removed": Hook(at=1, operation="remove"),

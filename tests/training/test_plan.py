@@ -83,7 +83,7 @@ def test_states_take_the_planned_memory(preset: str, optimizer: str) -> None:
     assert planned.parameters == n_bytes(model.parameters())
     assert planned.gradients == n_bytes(p.grad for p in model.parameters())
     state.step()
-    assert planned.optimizer == n_bytes(value for _, value in state.named_state() if value.dim())
+    assert planned.optimizer == n_bytes(value for _, value in state.state_dict().items() if value.dim())
 
 
 def kept_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:

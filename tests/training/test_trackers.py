@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.runs import TINY, script
-from tests.training.step_checks import make_trainer
+from tests.training.helpers import make_trainer
 from training.trackers import WandbTracker
 from training.trainer import Trainer
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from common.files import read_metrics
 from inspection.attention_file import read_attention_file
 from tests.runs import TINY, error_line, script
-from tests.training.step_checks import make_trainer
+from tests.training.helpers import make_trainer
 from training.checkpoint import open_checkpoint, sha256_of_file, sha256_of_weights
 from training.device import get_dist_context
 from training.time_budget import Deadline

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.errors import NON_FINITE, UserError
 from model.gpt import GPT
-from tests.training.step_checks import TRAIN, Record, make_trainer
+from tests.training.helpers import TRAIN, Record, make_trainer
 from training.checkpoint import TrainState
 from training.device import DistContext
 from training.metrics import MetricsLogger
@@ -180,7 +180,7 @@ def test_prefetcher_reads_ahead_and_raises_errors_at_their_step() -> None:
     with pytest.raises(OSError, match="unreadable"):
         prefetcher.get(2)
     assert prefetcher.get(7) == 70  # any step may follow
-    prefetcher.close()
+    prefetcher.thread.shutdown()
     assert started[:3] == [0, 1, 2]
 
 

@@ -1,0 +1,67 @@
+"""A small trainer, and a callback that records what the loop does."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from data.prepare import TokenizedCorpus, prepare
+from model.config import ModelConfig
+from model.gpt import GPT
+from training.checkpoint import TrainState
+from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
+from training.device import DistContext
+from training.optimizer import Optimizer
+from training.trainer import Callback, Trainer
+
+LINES = ("the fox runs", "a dog", "the lazy dog sleeps under the old tree", "one", "two more words for the end")
+"""Documents of unequal length: sequences with unequal numbers of valid targets."""
+TRAIN = TrainConfig(steps=6, batch_size=6, eval_every=1, eval_tokens=200)
+OPTIM = OptimConfig("adamw", lr=0.01, weight_decay=0.3, warmup_steps=3, grad_clip=0.2, decay_fraction=1.0)
+"""Learning rates that differ from step to step, and gradients that are all clipped."""
+
+
+@cache
+def corpus() -> TokenizedCorpus:
+    with TemporaryDirectory() as folder:
+        text = Path(folder, "lines.txt")
+        text.write_text("\n<|endoftext|>\n".join(LINES * 9))
+        return prepare(DataConfig(source=str(text), tokenizer="char", val_fraction=0.2), progress=False)
+
+
+def make_trainer(
+    train: TrainConfig = TRAIN, dropout: float = 0.0, state: TrainState | None = None, stop_at_step: int = 0
+) -> Trainer:
+    model_config = ModelConfig("gpt2", 1, n_heads=2, d_model=8, context=12, attention="eager", dropout=dropout)
+    run = RunSettings(stop_at_step=stop_at_step)
+    config = RunConfig(run=run, model=model_config, optim=OPTIM, train=train)
+    model = GPT(model_config, corpus().tokenizer.vocab_size, seed=3)
+    ctx = DistContext(torch.device("cpu"), torch.float32)
+    return Trainer(config, ctx, corpus(), model, model, Optimizer(model, OPTIM), state or TrainState())
+
+
+class Record(Callback):
+    """What the loop reported, and when it saved."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.evals: list[dict[str, Any]] = []
+        self.saves: list[int] = []
+        self.exit_code: int | None = None
+        trainer.callbacks = [self]
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.steps.append(metrics)
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.evals.append(metrics)
+
+    def on_save(self, trainer: Trainer) -> None:
+        self.saves.append(trainer.state.step)
+
+    def on_exit(self, trainer: Trainer, exit_code: int) -> None:
+        self.exit_code = exit_code
