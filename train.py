@@ -90,13 +90,11 @@ def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
 
     from data.stories import KINDS, stories
     from inspection import eval_texts as build
-    from inspection.contrast_pairs import LabelledText, make_contrast_pair
+    from inspection.contrast_pairs import make_contrast_pair
 
     tokenizer, context = data.tokenizer, config.model.context
     pairs = [
-        make_contrast_pair(
-            LabelledText(label.kind, story.text, label.answer, label.antecedents, label.wrong, label.nouns), tokenizer
-        )
+        make_contrast_pair(tokenizer, label.kind, story.text, label.answer, label.antecedents, label.wrong, label.nouns)
         for story in (stories("val", CONTRAST_STORIES) if data.name == "stories" else ())
         for label in story.labels
     ]

@@ -130,7 +130,7 @@ def run_ablations(model: GPT, eval_texts: EvalTexts, step: int = 0, weights_sha2
         UserError: if a prediction of the model is not finite (exit code 5).
         ValueError: if a text does not fit the model.
     """
-    tasks = [task for task in eval_tasks(eval_texts, model.config.context) if task.measures]
+    tasks = eval_tasks(eval_texts, model.config.context)
     ablations = 2 * model.config.n_layers * model.config.n_heads
     total = ablations * sum(len(list(batches(model, task.texts))) for task in tasks)
     measures = {}

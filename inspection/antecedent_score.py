@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from inspection.contrast_pairs import ContrastPair, score_pairs
+from inspection.contrast_pairs import ContrastPair
+from inspection.eval_items import score_pairs
 from inspection.findings import ATTENTION_THRESHOLD, ChosenHead
 from inspection.head_scores import ANTECEDENT, describe_antecedent
 from inspection.terminal import head_name
@@ -87,7 +88,7 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
         score = AntecedentScore(
             kind=kind,
             count=len(ours),
-            accuracy=(logit_diffs[ours] > 0).float().mean().item(),
+            accuracy=float((logit_diffs[ours] > 0).mean()),
             head=(layer, head),
             attention=attention[judge, layer, head].mean().item(),
             offset=offset,

@@ -1,8 +1,9 @@
-"""What a model is scored on while heads are ablated: repeated tokens, held-out texts, contrast pairs.
+"""What a model is scored on: repeated tokens, held-out texts, contrast pairs.
 
-All are `EvalTask`s: items, each a weighted sum of log-probabilities of tokens. `ablation.py` runs them in batches.
+All are `EvalTask`s: items, each a weighted sum of log-probabilities of tokens. `ablation.py` runs them in batches;
+`score_pairs` runs contrast pairs and measures attention to the antecedents too.
 
-Shapes: B texts, T positions, V vocabulary, C model width, S positions where logits are needed.
+Shapes: B texts, T positions, V vocabulary, C model width, S positions where logits are needed, P contrast pairs.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inspection.contrast_pairs import ContrastPair, merge_prefixes
+from inspection.activation_cache import pad, run_with_hooks
+from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
@@ -25,8 +27,10 @@ Tokens = Sequence[int]
 
 PAIRS_PER_KIND = 128
 """Contrast pairs of each kind, at most. With 32 the intervals were too wide to tell a head from the others."""
+PAIR_ROWS = 16
+"""Texts in one forward pass of `score_pairs`."""
 BATCH_TOKENS = 2048
-"""Tokens in one forward pass."""
+"""Tokens in one forward pass of an ablation."""
 BATCH_LOGITS = 1 << 25
 """With a large vocabulary, fewer: the logits are the largest tensor then (128 MiB in fp32)."""
 
@@ -45,14 +49,11 @@ class Query(NamedTuple):
 class EvalTask:
     """Items to score a model on: each a weighted sum of log-probabilities, higher where the model does better."""
 
-    unit: str
-    """`nats/token` (negative loss) or `nats` (logit difference)."""
-    reference: list[tuple[int, ...]]
-    """The texts over which mean activations are taken."""
+    unit: str  # nats/token (negative loss) or nats (logit difference)
+    reference: list[tuple[int, ...]]  # the texts over which mean activations are taken
     texts: list[tuple[int, ...]]
     queries: list[Query]
-    measures: dict[str, list[int]]
-    """The items of each measure, at least two: one would give no interval."""
+    measures: dict[str, list[int]]  # the items of each measure
 
     @property
     def n_items(self) -> int:
@@ -60,14 +61,18 @@ class EvalTask:
 
 
 def eval_tasks(eval_texts: EvalTexts, context: int) -> list[EvalTask]:
-    """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`; those without two items have no measures."""
+    """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`, without those that have no two items."""
     repeats, held_out = eval_texts.repeats, [tokens for _, tokens in eval_texts.held_out()]
-    return [
+    tasks = [
         # In `first, r1 .. rn, r1 .. rn` the second copy of r2 .. rn can be predicted, the second r1 cannot.
         _loss_task("repeats", repeats, [len(text) // 2 + 2 for text in repeats]),
         _loss_task("corpus", held_out, [1] * len(held_out)),
         _logit_diff_task(eval_texts, context),
     ]
+    for task in tasks:
+        for name in [name for name, items in task.measures.items() if len(items) < 2]:  # one would give no interval
+            del task.measures[name]
+    return [task for task in tasks if task.measures]
 
 
 def _loss_task(name: str, texts: Sequence[tuple[int, ...]], firsts: Sequence[int]) -> EvalTask:
@@ -79,29 +84,45 @@ def _loss_task(name: str, texts: Sequence[tuple[int, ...]], firsts: Sequence[int
         item, weight = len(kept), 1 / (len(text) - first)
         queries += [Query(item, position - 1, text[position], item, weight) for position in range(first, len(text))]
         kept.append(text)
-    return EvalTask("nats/token", kept, kept, queries, _with_two_items({name: list(range(len(kept)))}))
+    return EvalTask("nats/token", kept, kept, queries, {name: list(range(len(kept)))})
 
 
 def _logit_diff_task(eval_texts: EvalTexts, context: int) -> EvalTask:
-    """log p(right) - log p(wrong) of the first pairs of each kind that fit the context."""
+    """The first pairs of each kind that fit the context."""
     measures, chosen = dict[str, list[int]](), list[ContrastPair]()
     for pair in eval_texts.contrast_pairs:
         items = measures.setdefault(f"logit_diff.{pair.kind}", [])
         if len(items) < PAIRS_PER_KIND and pair.length <= context:
             items.append(len(chosen))
             chosen.append(pair)
-    texts, rows = merge_prefixes([pair.tokens + answer[:-1] for pair in chosen for answer in (pair.right, pair.wrong)])
+    return _pair_task(chosen, measures)
+
+
+def _pair_task(pairs: Sequence[ContrastPair], measures: dict[str, list[int]]) -> EvalTask:
+    """log p(right) - log p(wrong) of each pair; its first query is at the last position of the prompt."""
+    texts, rows = merge_prefixes([pair.tokens + answer[:-1] for pair in pairs for answer in (pair.right, pair.wrong)])
     queries = [
         Query(rows[pair.tokens + answer[:-1]], len(pair.tokens) - 1 + k, token, item, weight)
-        for item, pair in enumerate(chosen)
+        for item, pair in enumerate(pairs)
         for answer, weight in ((pair.right, 1.0), (pair.wrong, -1.0))
         for k, token in enumerate(answer)
     ]
-    return EvalTask("nats", [pair.tokens for pair in chosen], texts, queries, _with_two_items(measures))
+    return EvalTask("nats", [pair.tokens for pair in pairs], texts, queries, measures)
 
 
-def _with_two_items(measures: dict[str, list[int]]) -> dict[str, list[int]]:
-    return {name: items for name, items in measures.items() if len(items) >= 2}
+def merge_prefixes(texts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...], int]]:
+    """The texts that are not a prefix of another one, shortest first, and the row of them that contains each text.
+
+    No position attends to later ones, so one forward pass of the longer text serves its prefixes too.
+    """
+    longest_of: dict[tuple[int, ...], tuple[int, ...]] = {}
+    longest: tuple[int, ...] = ()
+    for text in sorted(set(texts), reverse=True):  # a prefix comes right after the texts that continue it
+        longest = longest if longest[: len(text)] == text else text
+        longest_of[text] = longest
+    rows = sorted(set(longest_of.values()), key=lambda row: (len(row), row))  # similar lengths need little padding
+    number = {row: k for k, row in enumerate(rows)}
+    return rows, {text: number[row] for text, row in longest_of.items()}
 
 
 def batches(model: GPT, texts: Sequence[Tokens]) -> Iterator[list[int]]:
@@ -147,3 +168,44 @@ class GatherIndex:
         log_p = logits[0].log_softmax(dim=-1)[self.which, self.tokens].cpu().double()
         scores = torch.zeros(n_items, dtype=torch.float64).index_add(0, self.items, self.weights * log_p)
         return np.asarray(scores)
+
+
+def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.float64], Float[Tensor, "P L H"]]:
+    """The logit difference (P,) and every head's attention to the antecedent, for P contrast pairs.
+
+    Returns:
+        log p(right) - log p(wrong) in nats, each summed over the answer's tokens; and each head's total attention to
+        the antecedent from the prompt's last position, where the answer is predicted. Both on the CPU.
+
+    Raises:
+        ValueError: if a pair is longer than the model's context.
+    """
+    task, device = _pair_task(pairs, {}), model.token_embedding.weight.device
+    prompts = {query.item: query for query in reversed(task.queries)}
+    logit_diffs = np.zeros(len(pairs))
+    attention = torch.empty(len(pairs), model.config.n_layers, model.config.n_heads)
+    for start in range(0, len(task.texts), PAIR_ROWS):
+        tokens = pad(task.texts[start : start + PAIR_ROWS])
+        batch = list(range(start, start + len(tokens)))
+        items = [item for item, query in prompts.items() if query.row in batch]
+        queries = [(prompts[item].row - start, prompts[item].position, pairs[item].antecedent) for item in items]
+        logits, attention[items] = _run_pairs(model, tokens, queries)
+        index = GatherIndex.of(task, batch, tokens.shape[1], device)
+        logit_diffs += index.score(index.gather(logits), len(pairs))
+    return logit_diffs, attention
+
+
+def _run_pairs(
+    model: GPT, tokens: Int[Tensor, "B T"], queries: Sequence[tuple[int, int, tuple[int, ...]]]
+) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "A L H"]]:
+    """Logits, and each head's attention from A positions (row, position) to the keys given with them."""
+    rows, positions = [row for row, _, _ in queries], [position for _, position, _ in queries]
+    is_key = torch.zeros(len(queries), tokens.shape[1], device=model.token_embedding.weight.device)
+    for k, (_, _, keys) in enumerate(queries):
+        is_key[k, list(keys)] = 1
+    layers: list[Tensor] = []
+
+    def hook(layer: int, activations: dict[str, Tensor]) -> None:
+        layers.append((activations["pattern"][rows, :, positions] * is_key[:, None]).sum(dim=-1))
+
+    return run_with_hooks(model, tokens, hook), torch.stack(layers, dim=1).cpu()

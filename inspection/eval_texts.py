@@ -28,7 +28,7 @@ import numpy as np
 
 from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import write_atomic
-from inspection.contrast_pairs import ContrastPair, LabelledText, Tokenizer, make_contrast_pair
+from inspection.contrast_pairs import ContrastPair, Tokenizer, make_contrast_pair
 from model.config import ModelConfig
 
 FORMAT = "glassgpt-eval-texts-1"
@@ -180,7 +180,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
                 tokens = [int(token) for token in tokenizer.encode(row)]
                 texts.append((f"line {number}", (tokenizer.end_of_text, *tokens)[:context]))
                 continue
-            pairs.append(make_contrast_pair(_label(columns), tokenizer))
+            pairs.append(_user_pair(columns, tokenizer))
             if pairs[-1].length > context:
                 raise ValueError(f"{pairs[-1].length} tokens, more than the context of {context}")
         except ValueError as error:
@@ -192,8 +192,8 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
     return texts, pairs
 
 
-def _label(columns: list[str]) -> LabelledText:
-    """A contrast pair of the user, by character."""
+def _user_pair(columns: list[str], tokenizer: Tokenizer) -> ContrastPair:
+    """The contrast pair in the columns of a line; raises ValueError."""
     if len(columns) not in (3, 4):
         raise ValueError(f"{len(columns)} columns; write a text, or prompt, right answer, wrong answer[, antecedent]")
     prompt, right, wrong, *word = columns
@@ -201,4 +201,4 @@ def _label(columns: list[str]) -> LabelledText:
     spans = [match.span() for match in re.finditer(re.escape(antecedent), prompt)] if antecedent else []
     if not right or not spans:
         raise ValueError(f"{antecedent!r} is not in the prompt; name the antecedent in a fourth column")
-    return LabelledText("own", prompt + right, (len(prompt), len(prompt + right)), spans, wrong)
+    return make_contrast_pair(tokenizer, "own", prompt + right, (len(prompt), len(prompt + right)), spans, wrong)

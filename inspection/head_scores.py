@@ -4,12 +4,9 @@ A score is one decorated function. Adding one here is enough: it is then compute
 tables, the timeline and on the page. To let it become the headline, also name it in `findings.FINDING_SCORES`. torch is
 imported only where a score is computed, so that titles and formulas can be shown without it.
 
-Shapes: B texts, L layers, H heads, T positions, S keys, D head size, C model width, V vocabulary. In a pattern
-A[..., i, j] is how much query i (row) attends to key j (column), counted from 0: 0 for j > i, and each row sums to 1.
-Leading dimensions ("*batch") are kept.
-
-A score is nan where a text has nothing to measure: a text of one token has no previous token, a text without
-repetitions no induction targets. Such texts are left out of the mean.
+A score maps a pattern (*batch, T, T), where A[..., i, j] is how much query i attends to key j, to (*batch). It is nan
+where a text has nothing to measure: one token has no previous token, and a text without repetitions no induction
+targets. Such texts are left out of the mean. L layers, H heads, T positions, S keys, C model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +26,10 @@ if TYPE_CHECKING:
 
     from inspection.eval_texts import EvalTexts
     from model.gpt import GPT, Block
+
+    Pattern = Float[Tensor, "*batch T T"]
+    Tokens = Int[Tensor, "*texts T"]
+    Score = Float[Tensor, "*batch"]
 
 REPEATS = "repeats"
 HELD_OUT = "held-out texts"
@@ -59,10 +60,8 @@ class HeadScore:
     texts: str
     """What it is measured on: REPEATS, HELD_OUT, PARAMETERS or CONTRAST_PAIRS."""
     low: float = 0.0
-    high: float | None = 1.0
-    """The largest possible value; None where it grows with the length of the text."""
-    is_share: bool = True
-    """Whether the score is a share of a head's attention, so that 0.5 means half of it."""
+    high: float | None = 1.0  # None where it grows with the length of the text
+    is_share: bool = True  # of a head's attention, so that 0.5 means half of it
     compute: Callable[..., Any] | None = None
     """From (pattern (H, T, T), tokens (T,)), or from the model for PARAMETERS, to the scores (H,) or (L, H)."""
 
@@ -87,9 +86,7 @@ def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     source="Elhage et al. 2021, 'Induction Heads'; Voita et al. 2019, 'positional heads'",
     texts=REPEATS,
 )
-def previous_token(
-    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
-) -> Float[Tensor, "*batch"]:
+def previous_token(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1. Uniform attention gives (1/2 + ... + 1/T) / (T - 1): 0.0704 at T = 51."""
     return pattern.diagonal(-1, -2, -1).mean(dim=-1)
 
@@ -100,7 +97,7 @@ def previous_token(
     source="Wang et al. 2023, 'duplicate token heads'",
     texts=REPEATS,
 )
-def duplicate_token(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"]) -> Float[Tensor, "*batch"]:
+def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1; nan without repetitions. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T)."""
     same = tokens[..., :, None] == tokens[..., None, :]
     return _mean_attention_to(pattern, same.tril(-1))
@@ -112,7 +109,7 @@ def duplicate_token(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*
     source="Olsson et al. 2022, 'prefix matching'",
     texts=REPEATS,
 )
-def induction(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"]) -> Float[Tensor, "*batch"]:
+def induction(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1; nan without a match. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T).
 
     The query itself does not count as a key, though it is a match where a token occurs twice in a row. Some authors
@@ -129,9 +126,7 @@ def induction(pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts 
     source="Xiao et al. 2023, 'attention sinks', section 3.1",
     texts=HELD_OUT,
 )
-def first_token(
-    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
-) -> Float[Tensor, "*batch"]:
+def first_token(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1. Query 0 is left out: it can attend to nothing else."""
     return pattern[..., 1:, 0].mean(dim=-1)
 
@@ -143,9 +138,7 @@ def first_token(
     texts=HELD_OUT,
     is_share=False,
 )
-def entropy(
-    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
-) -> Float[Tensor, "*batch"]:
+def entropy(pattern: Pattern, tokens: Tokens) -> Score:
     """0 (one token) to 1 (uniform), with H(p) = -sum of p ln p."""
     import torch
 
@@ -162,9 +155,7 @@ def entropy(
     high=None,
     is_share=False,
 )
-def distance(
-    pattern: Float[Tensor, "*batch T T"], tokens: Int[Tensor, "*texts T"] | None = None
-) -> Float[Tensor, "*batch"]:
+def distance(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to (T - 1) / 2; uniform attention gives (T - 1) / 4."""
     import torch
 
@@ -217,9 +208,7 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
     return (eigenvalues.real.sum(dim=-1) * nonzero / total.where(nonzero, 1)).float()
 
 
-def _mean_attention_to(
-    pattern: Float[Tensor, "*batch T T"], keys: Bool[Tensor, "*texts T T"]
-) -> Float[Tensor, "*batch"]:
+def _mean_attention_to(pattern: Pattern, keys: Bool[Tensor, "*texts T T"]) -> Score:
     """Mean of each query's total attention to its `keys`, over the queries that have any; nan without any."""
     has_keys = keys.any(dim=-1)
     return (pattern * keys).sum(dim=-1).sum(dim=-1) / has_keys.sum(dim=-1)
@@ -272,7 +261,7 @@ def compute_head_scores(
         eval_texts: none of them longer than the context.
         pairs_per_kind: at most this many contrast pairs of each kind, the first ones.
     """
-    from inspection.contrast_pairs import score_pairs
+    from inspection.eval_items import score_pairs
 
     scores = _mean_over_texts(model, eval_texts.repeats, REPEATS)
     scores |= _mean_over_texts(model, [tokens for _, tokens in eval_texts.texts], HELD_OUT)

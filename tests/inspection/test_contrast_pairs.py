@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from inspection import contrast_pairs
+from inspection import eval_items
 from inspection.activation_cache import run_with_cache
 from inspection.antecedent_score import antecedent_scores, chosen_heads, halves
-from inspection.contrast_pairs import ContrastPair, LabelledText, make_contrast_pair, score_pairs
+from inspection.contrast_pairs import ContrastPair, make_contrast_pair
+from inspection.eval_items import score_pairs
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.inspection.test_activation_cache import SMALL, random_gpt
@@ -21,7 +22,7 @@ from tests.inspection.test_activation_cache import SMALL, random_gpt
 Patch = pytest.MonkeyPatch
 TEXT = "Mia gave the kite to Tom because he was sad. Then Tom smiled."
 ANSWER, TOM = (49, 53), (20, 24)
-PRONOUN = LabelledText("pronoun", TEXT, ANSWER, [TOM], " Mia")
+PRONOUN: dict[str, Any] = {"kind": "pronoun", "text": TEXT, "answer": ANSWER, "antecedent": [TOM], "wrong": " Mia"}
 
 
 class Bytes:
@@ -57,19 +58,19 @@ def test_spans_become_word_positions() -> None:
     words = Words()
     first = (TEXT.index("Mia"), TEXT.index("Mia") + 3)
     nouns = [(start, start + len(noun)) for noun in ("Tom", "Mia", "kite") for start in [TEXT.index(noun)]]
-    pair = make_contrast_pair(replace(PRONOUN, antecedent=[first, TOM], nouns=nouns), words)
+    pair = make_contrast_pair(words, **PRONOUN | {"antecedent": [first, TOM], "nouns": nouns})
     assert pair.tokens == (999, *words.encode(TEXT[:49])) and pair.length == len(pair.tokens)
     assert [words.pieces[pair.tokens[k]].strip() for k in pair.antecedent] == ["Mia", "Tom"]
     assert [words.pieces[t] for t in pair.right + pair.wrong] == [" Tom", " Mia"]
     assert [words.pieces[pair.tokens[k]] for k in pair.nearest_noun] == [" Tom"]
-    assert make_contrast_pair(PRONOUN, words).nearest_noun == ()
+    assert make_contrast_pair(words, **PRONOUN).nearest_noun == ()
 
 
 def test_spans_become_byte_positions() -> None:
     """Also after characters of several bytes."""
     for text, shift in ((TEXT, 0), ("日🙂é" + TEXT, 3)):
         answer, tom = ((start + shift, end + shift) for start, end in (ANSWER, TOM))
-        pair = make_contrast_pair(LabelledText("pronoun", text, answer, [tom], " Mia"), Bytes())
+        pair = make_contrast_pair(Bytes(), "pronoun", text, answer, [tom], " Mia")
         assert bytes(pair.tokens[k] for k in pair.antecedent) == bytes(pair.right) == b" Tom"
         assert bytes(pair.wrong) == b" Mia" and pair.length == len(pair.tokens) + 3
 
@@ -90,7 +91,7 @@ class Merging(Bytes):
 )
 def test_unusable_labels_are_refused(changes: dict[str, Any], tokenizer: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        make_contrast_pair(replace(PRONOUN, **changes), tokenizer)
+        make_contrast_pair(tokenizer, **PRONOUN | changes)
 
 
 def random_pairs(count: int, kinds: tuple[str, ...], longest: int) -> list[ContrastPair]:
@@ -119,14 +120,14 @@ def score_alone(model: GPT, pair: ContrastPair) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batches_equal_single_pairs(batch_size: int, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(contrast_pairs, "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(eval_items, "PAIR_ROWS", batch_size)
     model = random_gpt(replace(SMALL, attention="sdpa"))
     pairs = random_pairs(8, ("pronoun", "place"), 24)  # and some that are prefixes of others
     pairs += [replace(pair, tokens=pair.tokens[:4], antecedent=(1, 2)) for pair in pairs[::4]]
     pairs += [replace(pair, tokens=(pair.tokens + pair.right + pair.wrong)[:20]) for pair in pairs[:6]]
     expected = [score_alone(model, pair) for pair in pairs]
     logit_diffs, attention = score_pairs(model, pairs)
-    torch.testing.assert_close(logit_diffs, torch.tensor([d for d, _ in expected]), atol=1e-4, rtol=0)
+    assert logit_diffs == pytest.approx([d for d, _ in expected], abs=1e-4)
     torch.testing.assert_close(attention, torch.stack([a for _, a in expected]), atol=1e-5, rtol=0)
     assert logit_diffs.min() < 0 < logit_diffs.max()
 
