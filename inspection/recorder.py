@@ -188,7 +188,7 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
     ablations.save(run_dir / "attention" / "ablations.json")
     antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
     run = RunFiles.open(run_dir)
-    last, evaluations = run.attention_files[step], [line for line in run.evaluations() if line["step"] <= step]
+    last, evaluations = run.read(step), [line for line in run.evaluations() if line["step"] <= step]
     timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
     findings = compute_findings(timeline, ablations, chosen_heads(antecedents))
     save_findings(run_dir / "attention" / "findings.json", findings)
@@ -199,6 +199,6 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
         lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
     figures = draw_figures(run, run_dir, "png", step)
     page = run_dir / "attention.html"
-    page_run = PageRun(run_dir.name, list(run.attention_files.values()), evaluations)
+    page_run = PageRun(run_dir.name, [run.read(each) for each in run.steps], evaluations)
     write_page(page, [page_run], run.findings, ablations, run_dir.name)
     return Report([*lines, DISCLAIMER], figures, page)

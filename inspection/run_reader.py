@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
-from common.files import read_metrics
+from common.files import read_metrics, reading
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
 from inspection.head_scores import SCORES
@@ -36,34 +36,14 @@ NEWEST = -1
 """Stands for the newest step."""
 
 
-class AttentionFiles(Mapping[int, AttentionFile]):
-    """Attention files by step, with scores in order of definition. Each access reads the file; none is kept in memory."""
-
-    def __init__(self, paths: Mapping[int, Path]) -> None:
-        self.paths = dict(sorted(paths.items()))
-
-    def __getitem__(self, step: int) -> AttentionFile:
-        file = read_attention_file(self.paths[step])
-        order = [*(name for name in SCORES if name in file.scores), *file.scores]
-        return replace(file, scores={name: file.scores[name] for name in dict.fromkeys(order)})
-
-    def __contains__(self, step: object) -> bool:
-        return step in self.paths  # without reading the file
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
 @dataclass(frozen=True)
 class RunFiles:
     """The files of one run."""
 
     folder: Path
-    """The run folder; the file itself where a single attention file was opened."""
-    attention_files: AttentionFiles
+    """The run folder; the file itself where the attention file of a prompt was opened."""
+    paths: dict[int, Path]
+    """Attention files by step."""
     opened_step: int = NEWEST
     """The step that the opened path names, if it is a checkpoint or an attention file."""
 
@@ -75,17 +55,21 @@ class RunFiles:
             UserError: if it is not a run, or has no attention files (exit code 4).
         """
         path = Path(path)
-        in_run = path.parent.name == FOLDER and path in find_attention_files(path.parent).values()
-        if path.is_file() and not in_run:  # the attention of a prompt
-            step = read_attention_file(path).metadata.get("step", "")
-            number = int(step) if _is_step(step) else 0
-            return RunFiles(path, AttentionFiles({number: path}), number)
-        folder = path.parent.parent if in_run else find_run_folder(path)
+        folder, opened = path, NEWEST
+        if not find_attention_files(path / FOLDER):
+            resolved = path.resolve()
+            if resolved.name == FOLDER:
+                folder = _relative(resolved.parent)
+            elif resolved.parent.name in (FOLDER, "checkpoints") and _is_step(path.stem):
+                folder, opened = _relative(resolved.parents[1]), int(path.stem)
+            elif path.is_file():  # the attention of a prompt
+                step = read_attention_file(path).metadata.get("step", "")
+                opened = int(step) if _is_step(step) else 0
+                return RunFiles(path, {opened: path}, opened)
         paths = find_attention_files(folder / FOLDER)
-        if not paths:
-            raise UserError(_no_attention_files(folder), CHECKPOINT)
-        opened = int(path.stem) if folder != path and _is_step(path.stem) else NEWEST
-        return RunFiles(folder, AttentionFiles(paths), opened if opened in paths else NEWEST)
+        if not paths or not path.exists():
+            raise UserError(_not_a_run(path if not path.exists() else folder), CHECKPOINT)
+        return RunFiles(folder, paths, opened if opened in paths else NEWEST)
 
     @property
     def base_folder(self) -> Path:
@@ -95,7 +79,7 @@ class RunFiles:
     @property
     def steps(self) -> list[int]:
         """The steps that have an attention file, in order."""
-        return list(self.attention_files)
+        return list(self.paths)
 
     def step(self, step: int = NEWEST) -> int:
         """`step`, or the one that was opened, or the newest.
@@ -105,21 +89,29 @@ class RunFiles:
         """
         if step == NEWEST:
             return self.steps[-1] if self.opened_step == NEWEST else self.opened_step
-        if step in self.attention_files:
+        if step in self.paths:
             return step
         nearest = sorted(sorted(self.steps, key=lambda other: abs(other - step))[:3])
         steps = ", ".join(map(str, nearest))
         raise UserError(f"{self.folder} has no attention file of step {step}; the nearest are {steps}", CONFIG)
 
+    def read(self, step: int) -> AttentionFile:
+        """The attention file of a step, its scores in order of definition."""
+        file = read_attention_file(self.paths[step])
+        order = [*(name for name in SCORES if name in file.scores), *file.scores]
+        return replace(file, scores={name: file.scores[name] for name in order})
+
     @cached_property
-    def head_scores(self) -> HeadScoreSeries:
-        """The score of every head at each evaluation, from metrics.jsonl; of other steps, such as 0, from attention files.
+    def head_scores(self) -> tuple[list[int], dict[str, NDArray[np.float32]]]:
+        """Steps (S,), and the scores (S, L, H) by name, nan at a step without the score.
+
+        They are those of metrics.jsonl, and of attention files for other steps, such as 0.
 
         Raises:
             UserError: if the scores are of models of different shape, or a file is damaged (exit code 4).
         """
         tables = {line["step"]: line["head_scores"] for line in self.evaluations()}
-        tables |= {step: self.attention_files[step].scores for step in self.steps if step not in tables}
+        tables |= {step: self.read(step).scores for step in self.steps if step not in tables}
         try:
             arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
         except (TypeError, ValueError) as error:
@@ -130,15 +122,11 @@ class RunFiles:
         missing = np.full(next(iter(shapes), (0, 0)), np.nan, dtype=np.float32)
         names = dict.fromkeys(name for scores in reversed(arrays.values()) for name in scores)
         series = {name: np.stack([scores.get(name, missing) for scores in arrays.values()]) for name in names}
-        return HeadScoreSeries(list(arrays), series)
+        return list(arrays), series
 
     @property
     def ablation(self) -> AblationResults | None:
-        """The effects of ablating heads; None where they were not measured.
-
-        Raises:
-            UserError: if the file is damaged (exit code 4).
-        """
+        """The effects of ablating heads; None where they were not measured."""
         path = self.folder / FOLDER / "ablations.json"
         return AblationResults.load(path) if path.is_file() else None
 
@@ -152,20 +140,14 @@ class RunFiles:
         path = self.folder / FOLDER / "findings.json"
         if not path.is_file():
             return None
-        try:
+        with reading(path, "file of findings", "delete it to continue without it"):
             findings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(findings["headline"], str) or not isinstance(findings["findings"], list):
                 raise ValueError("no headline or no list of findings")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"cannot read {path} ({error}); delete it to continue without it", CHECKPOINT) from error
         return findings
 
     def eval_texts(self, vocab_size: int, context: int) -> EvalTexts | None:
-        """The texts on which heads are scored and ablated; None where they were not kept. Loads torch.
-
-        Raises:
-            UserError: if the file is damaged (exit code 4).
-        """
+        """The texts on which heads are scored and ablated; None where they were not kept. Loads torch."""
         from inspection.eval_texts import EvalTexts
 
         path = self.folder / FOLDER / "eval_texts.json"
@@ -177,41 +159,14 @@ class RunFiles:
         return [line for line in lines if isinstance(line.get("head_scores"), dict)]
 
 
-@dataclass(frozen=True)
-class HeadScoreSeries:
-    """Head scores over the training steps."""
-
-    steps: list[int]
-    scores: dict[str, NDArray[np.float32]]
-    """(S, L, H) by name; nan at a step without the score."""
-
-
 def find_attention_files(folder: Path) -> dict[int, Path]:
-    """The attention files of a run's steps. Files of prompts, which `attend.py` writes, have other names."""
+    """The attention files of a run's steps, in order. Files of prompts, which `attend.py` writes, have other names."""
     paths = folder.glob("*.safetensors") if folder.is_dir() else ()
-    return {int(path.stem): path for path in paths if _is_step(path.stem)}
+    return dict(sorted((int(path.stem), path) for path in paths if _is_step(path.stem)))
 
 
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and len(name) < 19
-
-
-def find_run_folder(path: Path) -> Path:
-    """The run folder that `path` is, or that contains it as a checkpoint or attention folder.
-
-    Raises:
-        UserError: if it is not a folder (exit code 4).
-    """
-    if not path.is_dir():
-        near = difflib.get_close_matches(path.name, [run.name for run in _runs_in(path.parent)], n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "give a run folder such as runs/quickstart"
-        raise UserError(f"{path} is not a folder; {hint}", CHECKPOINT)
-    resolved = path.resolve()
-    if not find_attention_files(path / FOLDER) and find_attention_files(resolved.parent / FOLDER):
-        return _relative(resolved.parent)
-    if (path / "manifest.json").is_file() or (path / "state.json").is_file():
-        return _relative(resolved.parents[1])
-    return path
 
 
 def _relative(path: Path) -> Path:
@@ -223,14 +178,18 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{FOLDER}") if find_attention_files(path))
 
 
-def _no_attention_files(folder: Path) -> str:
-    """The message for a folder without attention files."""
-    if inside := _runs_in(folder):
-        return f"{folder} is not a run but contains {len(inside)}; give one of them, such as {inside[0]}"
-    if (folder / "config.toml").is_file():
-        hint = f"look at a prompt with: python attend.py {folder} --prompt TEXT"
-        return f"{folder} has no attention files (it was trained with --log.attention off); {hint}"
-    return f"{folder} is not a run folder; python train.py makes a run folder"
+def _not_a_run(path: Path) -> str:
+    """The message for a path without attention files."""
+    if not path.is_dir():
+        near = difflib.get_close_matches(path.name, [run.name for run in _runs_in(path.parent)], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give a run folder such as runs/quickstart"
+        return f"{path} is not a folder; {hint}"
+    if inside := _runs_in(path):
+        return f"{path} is not a run but contains {len(inside)}; give one of them, such as {inside[0]}"
+    if (path / "config.toml").is_file():
+        hint = f"look at a prompt with: python attend.py {path} --prompt TEXT"
+        return f"{path} has no attention files (it was trained with --log.attention off); {hint}"
+    return f"{path} is not a run folder; python train.py makes a run folder"
 
 
 # Choosing by name

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from inspection.commands.shared import RunOptions
+from inspection.commands.shared import Context, Result, RunOptions
 from inspection.run_reader import RunFiles
-from inspection.terminal import Result, Terminal
 
 
 @dataclass(frozen=True)
@@ -20,17 +19,13 @@ class Page(RunOptions):
     """The file to write; by default attention.html in the run folder."""
 
 
-def run(options: Page, terminal: Terminal) -> Result:
+def run(options: Page, context: Context) -> Result:
     """Build the page and list what it holds."""
     from inspection.page_builder import PageRun, write_page
 
     runs = [RunFiles.open(name) for name in (options.run, options.against) if name]
     first = runs[0]
-    report = write_page(
-        Path(options.out) if options.out else first.base_folder / "attention.html",
-        [PageRun(str(each.folder), list(each.attention_files.values()), each.evaluations()) for each in runs],
-        first.findings,
-        first.ablation,
-        str(first.folder),
-    )
+    path = Path(options.out) if options.out else first.base_folder / "attention.html"
+    pages = [PageRun(str(each.folder), [each.read(step) for step in each.steps], each.evaluations()) for each in runs]
+    report = write_page(path, pages, first.findings, first.ablation, str(first.folder))
     return Result([f"page  {report.path}  {report.bytes / 1e6:.1f} MB", *report.notes])

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inspection.commands.shared import RunOptions
+from inspection.commands.shared import Context, Result, RunOptions
 from inspection.plots import draw_figures
 from inspection.run_reader import NEWEST, RunFiles
-from inspection.terminal import Result, Terminal
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Plot(RunOptions):
     """The step whose patterns are drawn; -1 is the newest."""
 
 
-def run(options: Plot, terminal: Terminal) -> Result:
+def run(options: Plot, context: Context) -> Result:
     """Draw the figures for which the run has data."""
     files = RunFiles.open(options.run)
     folder = Path(options.out) if options.out else files.base_folder / "figures"

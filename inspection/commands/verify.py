@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from common.errors import UserError
-from inspection.attention_file import read_attention_file
-from inspection.commands.shared import LoadedModel, LoadModel, OutputOptions
+from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
+from inspection.commands.shared import Context, LoadedModel, OutputOptions, Result
 from inspection.run_reader import NEWEST, RunFiles
-from inspection.terminal import Result, Terminal, paragraph, table
+from inspection.terminal import paragraph, table
+
+if TYPE_CHECKING:
+    from inspection.eval_texts import EvalTexts
+    from model.gpt import GPT
+
+PATTERN_TOLERANCE = {2: 2.0**-11, 4: 1e-6}
+"""By item size in bytes: rounding to f16, or the last bits of fp32, which depend on CPU and threads."""
+LOSS_TOLERANCE = 1e-4
+"""In nats."""
+SCORE_TOLERANCE = 1e-5
+"""Relative to the largest value of the score, if that is above 1."""
+Check = dict[str, Any]
+"""Columns `check`, `ok`, `difference`, `tolerance`, and `where`: the text or score, or what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -17,57 +35,114 @@ class Verify(OutputOptions):
     """Recompute attention files from their checkpoints and compare; the exit code is 4 if something differs."""
 
 
-def run(options: Verify, terminal: Terminal, load_model: LoadModel) -> Result:
+def run(options: Verify, context: Context) -> Result:
     """Check the attention files of all steps, or of the step that was opened."""
     files = RunFiles.open(options.run)
     steps = files.steps if files.opened_step == NEWEST else [files.opened_step]
-    rows: list[dict[str, Any]] = []
+    rows: list[Check] = []
     without_checkpoint: list[int] = []
     for step in steps:
-        loaded = load_model(files.folder, step)
+        loaded = context.load_model(files.folder, step)
         if loaded is None:
             without_checkpoint.append(step)
         rows += [{"step": step, **row} for row in _check_file(files, step, loaded)]
     failed = [row for row in rows if not row["ok"]]
     data = {"run": str(files.folder), "ok": not failed, "steps_without_checkpoint": without_checkpoint, "checks": rows}
-    lines = [f"{files.folder}: {len(steps)} attention files", "", *_table(rows, terminal), ""]
-    lines += [f"FAIL  step {row['step']}: {row['check']}: {_describe(row)}" for row in failed]
+    lines = [f"{files.folder}: {len(steps)} attention files", "", *_table(rows, context.width), ""]
+    lines += [f"FAIL  step {row['step']}: {row['check']}: {row['where'] or 'differs'}" for row in failed]
     if without_checkpoint:
         names = ", ".join(map(str, without_checkpoint))
-        lines += paragraph(f"not recomputed, as no checkpoint is kept: step {names}", terminal.width)
+        lines += paragraph(f"not recomputed, as no checkpoint is kept: step {names}", context.width)
     lines.append(f"{len(failed)} of {len(rows)} checks failed" if failed else "all checks passed")
-    return Result(lines, data, rows, ok=not failed)
+    return Result(lines, data, ok=not failed)
 
 
-def _check_file(files: RunFiles, step: int, loaded: LoadedModel | None) -> list[dict[str, Any]]:
+def _check_file(files: RunFiles, step: int, loaded: LoadedModel | None) -> list[Check]:
     """The checks of one file; an unreadable file is a failed check."""
-    from inspection.verify import Check, verify_attention_file
-
     try:
-        file = read_attention_file(files.attention_files.paths[step])
+        file = read_attention_file(files.paths[step])
     except UserError as error:
-        return [asdict(Check("readable", False, where=str(error)))]
-    checks = [Check("readable", True)]
+        return [_check("readable", math.inf, where=str(error))]
+    checks = [_check("readable", 0.0)]
     if loaded is not None:
         texts = files.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
         checks += verify_attention_file(file, loaded.model, loaded.metadata, texts)
-    return [asdict(check) for check in checks]
+    return checks
 
 
-def _describe(row: dict[str, Any]) -> str:
-    if row["difference"] is None:
-        return row["where"] or "differs"
-    return f"largest difference {row['difference']:.2g}, tolerance {row['tolerance']:.2g} ({row['where']})"
+def verify_attention_file(
+    file: AttentionFile, model: GPT, metadata: Mapping[str, str], texts: EvalTexts | None = None
+) -> list[Check]:
+    """Compare what a file records of the checkpoint, its patterns, losses and scores with the model.
+
+    Args:
+        metadata: the `weights_sha256` and `tokenizer_sha256` that the file should record.
+        texts: on which the heads were scored; without it scores are not recomputed.
+
+    Returns:
+        One check of each name: that with the largest difference.
+    """
+    hashes = "weights_sha256", "tokenizer_sha256"
+    checks = [_check(key, 0.0 if file.metadata.get(key) == metadata[key] else math.inf) for key in hashes]
+    shape = (model.config.n_layers, model.config.n_heads)
+    for text in file.texts:
+        fits = text.value_norms.shape[:2] == shape and len(text.tokens) <= model.config.context
+        if not fits or text.tokens.min() < 0 or text.tokens.max() >= model.vocab_size:
+            return [*checks, _check("shape", math.inf, where=f"{text.name} does not fit the model")]
+    checks += [check for text in file.texts for check in _text_checks(text, model)]
+    checks += _score_checks(file, model, texts) if texts is not None and file.scores else []
+    largest: dict[str, Check] = {}
+    for check in sorted(checks, key=lambda check: check["difference"]):
+        largest[check["check"]] = check
+    return list(largest.values())
 
 
-def _table(rows: list[dict[str, Any]], terminal: Terminal) -> list[str]:
+def _text_checks(text: AttentionRecord, model: GPT) -> Iterator[Check]:
+    import torch
+
+    from inspection.activation_cache import run_with_cache
+
+    cache = run_with_cache(model, torch.from_numpy(text.tokens.astype(np.int64)))
+    tolerance = PATTERN_TOLERANCE[text.pattern_tril.itemsize]
+    for layer, pattern in enumerate(cache.pattern.numpy()):  # by layer: all layers unpacked at once are large
+        yield _check("pattern", _max_difference(text.pattern(layer)[0], pattern), tolerance, text.name)
+    yield _check("loss", _max_difference(text.loss, cache.loss), LOSS_TOLERANCE, text.name)
+
+
+def _score_checks(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator[Check]:
+    from inspection.head_scores import compute_head_scores
+
+    recomputed = compute_head_scores(model, texts)
+    for name in {**file.scores, **recomputed}:
+        difference = math.inf
+        if name in file.scores and name in recomputed:
+            scale = max(1.0, float(recomputed[name].abs().max()))
+            difference = _max_difference(file.scores[name], recomputed[name]) / scale
+        yield _check("scores", difference, SCORE_TOLERANCE, name)
+
+
+def _check(name: str, difference: float, tolerance: float = 0.0, where: str = "") -> Check:
+    ok = difference <= tolerance
+    return {"check": name, "ok": ok, "difference": difference, "tolerance": tolerance, "where": where}
+
+
+def _max_difference(stored: ArrayLike, recomputed: ArrayLike) -> float:
+    """The largest absolute difference; infinite if one of the two has a nan where the other has none."""
+    a, b = np.asarray(stored, dtype=np.float64), np.asarray(recomputed, dtype=np.float64)
+    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+        return math.inf
+    return float(np.abs(np.nan_to_num(a) - np.nan_to_num(b)).max(initial=0.0))
+
+
+def _table(rows: list[Check], width: int) -> list[str]:
     """A row for each check, with the largest difference over all files."""
     titles = ("check", "files", "failed", "largest difference", "tolerance", "at step", "where")
     cells = []
     for name in dict.fromkeys(row["check"] for row in rows):
         same = [row for row in rows if row["check"] == name]
-        worst = max(same, key=lambda row: (not row["ok"], row["difference"] or 0.0))
-        numbers = ["-" if worst[key] is None else f"{worst[key]:.2g}" for key in ("difference", "tolerance")]
-        failed = sum(not row["ok"] for row in same)
-        cells.append((name, len(same), failed, *numbers, worst["step"], worst["where"][:40]))
-    return table(titles, cells, max(terminal.width, 140))
+        worst = max(same, key=lambda row: row["difference"])
+        numbers = [f"{worst[key]:.2g}" for key in ("difference", "tolerance")]
+        cells.append(
+            (name, len(same), sum(not row["ok"] for row in same), *numbers, worst["step"], worst["where"][:40])
+        )
+    return table(titles, cells, max(width, 140))

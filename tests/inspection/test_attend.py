@@ -1,9 +1,7 @@
-"""attend.py: every command prints what the files of a run hold, in text, JSON and CSV, and one line for a mistake."""
+"""attend.py: every command prints what the files of a run hold, as text and JSON, and one line for a mistake."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -44,10 +42,6 @@ def data(*argv: object) -> Any:
     return json.loads(text(*argv, "--json"), parse_constant=pytest.fail)
 
 
-def rows(*argv: object) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(text(*argv, "--csv"))))
-
-
 def line_with(output: str, *words: str) -> str:
     """The one line that contains all the words."""
     (line,) = [line for line in output.splitlines() if all(word in line for word in words)]
@@ -55,7 +49,7 @@ def line_with(output: str, *words: str) -> str:
 
 
 def attention_file(run: Path, step: int = 6) -> AttentionFile:
-    return RunFiles.open(run).attention_files[step]
+    return RunFiles.open(run).read(step)
 
 
 def record(run: Path, name: str, step: int = 6) -> AttentionRecord:
@@ -74,17 +68,16 @@ def write_scores(run: Path, step: int, scores: dict[str, Any]) -> None:
     (run / "metrics.jsonl").unlink(missing_ok=True)
 
 
-def write_ablation(run: Path, effect: float, difference: float, step: int = 6) -> None:
-    """Ablation effects of `effect` + 0.01 per head, `difference` more than the control; intervals 0.5 wide."""
+def write_ablation(run: Path, effect: float, difference: float) -> None:
+    """Ablation effects of `effect`, `difference` more than the control, for each head; intervals 0.5 wide."""
 
     def table(value: float) -> Any:
-        return np.array([[v, v - 0.25, v + 0.25] for v in (value + 0.01 * k for k in range(4))]).reshape(2, 2, 3)
+        return np.tile([value, value - 0.25, value + 0.25], (2, 2, 1))
 
     tables = dict.fromkeys(TABLES, table(effect)) | {"control_zero": table(effect - difference)}
     tables |= {name: table(difference) for name in ("difference_zero", "difference_mean")}
     effects = AblationEffects("nats/token", 3.0, 8, tables)
-    weights = attention_file(run, step).metadata["weights_sha256"]
-    results = AblationResults(step, weights, 1, {"repeats": effects, "corpus": effects})
+    results = AblationResults(6, attention_file(run).metadata["weights_sha256"], 1, {"repeats": effects})
     results.save(run / "attention" / "ablations.json")
 
 
@@ -113,18 +106,17 @@ def test_heads_lists_every_score_with_its_effect(trained: Path) -> None:
     assert [(row["score"], row["head"]) for row in found] == [(name, head) for name in file.scores for head in HEADS]
     for row in found:
         assert row["value"] == at(file.scores[row["score"]], row["head"])
-        assert row["zero_ablation"] == at(results.measures[row["measure"]].tables["zero"], row["head"]).tolist()
+        assert row["zero"] == at(results.measures[row["measure"]].tables["zero"], row["head"]).tolist()
     assert all(re.search(rf"^{head} ", text("heads", trained), re.M) for head in HEADS)
 
 
 def test_heads_of_one_score_are_sorted(trained: Path) -> None:
-    table = rows("heads", trained, "--score=induction", "--step=3")
+    options = ("heads", trained, "--score=induction", "--step=3")
+    table = data(*options)["heads"]
     values = attention_file(trained, 3).scores["induction"]
-    assert [float(row["value"]) for row in table] == sorted(values.ravel().tolist(), reverse=True)
-    assert {"zero_ablation_low", "control_mean_high", "difference_zero", "label", "unit"} <= set(table[0])
-    assert re.findall(r"^(L\dH\d) ", text("heads", trained, "--score=induction", "--step=3"), re.M) == [
-        row["head"] for row in table
-    ]
+    assert [row["value"] for row in table] == sorted(values.ravel().tolist(), reverse=True)
+    assert {*TABLES, "label", "unit"} <= set(table[0])
+    assert re.findall(r"^(L\dH\d) ", text(*options), re.M) == [row["head"] for row in table]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +146,7 @@ def test_missing_or_outdated_ablations_are_reported(run: Path) -> None:
     (run / "attention" / "findings.json").unlink()
     assert f"python attend.py ablate {run}" in text("summary", run)
     assert data("summary", run)["headline"] is None
-    assert {row["zero_ablation"] for row in data("heads", run)["heads"]} == {None}
+    assert {row["zero"] for row in data("heads", run)["heads"]} == {None}
 
 
 # token
@@ -201,12 +193,8 @@ def test_timeline_has_all_evaluations(trained: Path) -> None:
     assert found["steps"] == STEPS and len(found["timelines"]) == 4 * len(files[6].scores)
     for each in found["timelines"]:
         values = [at(files[step].scores[each["score"]], each["head"]) for step in STEPS]
-        assert each["values"] == values and (each["first"], each["last"], each["max"]) == (
-            values[0],
-            values[-1],
-            max(values),
-        )
-    assert len(rows("timeline", trained, "--score=induction")) == 4 * len(STEPS)
+        assert each["values"] == values
+        assert (each["first"], each["last"], each["max"]) == (values[0], values[-1], max(values))
     assert re.findall(r"L\dH\d", text("timeline", trained, "--score=copying")) == HEADS
 
 
@@ -228,21 +216,27 @@ def test_compare_subtracts_the_second_from_the_first(trained: Path) -> None:
     found = data("compare", trained)  # the newest and the oldest step
     assert (found["first"]["step"], found["second"]["step"], found["identical"]) == (6, 0, False)
     first, second = attention_file(trained).scores, attention_file(trained, 0).scores
-    for row in found["scores"]:
-        expected = float(at(first[row["score"]], row["head"])) - float(at(second[row["score"]], row["head"]))
-        assert row["difference"] == expected
-    swapped = data("compare", trained, "--step=0", "--against=6")["scores"]
-    assert [-row["difference"] for row in swapped] == [row["difference"] for row in found["scores"]]
+    scores = [row for row in found["differences"] if row["kind"] == "score"]
+    assert len(scores) == 4 * len(first)
+    for row in scores:
+        assert row["difference"] == float(at(first[row["name"]], row["head"])) - float(
+            at(second[row["name"]], row["head"])
+        )
+    moved = {(row["name"], row["head"]): row["difference"] for row in found["differences"] if row["kind"] == "moved"}
+    patterns = [record(trained, "line 1", step).pattern().astype(float) for step in (6, 0)]
+    expected = abs(patterns[0] - patterns[1]).sum(axis=-1).mean(axis=-1) / 2
+    assert [moved["line 1", head] for head in HEADS] == pytest.approx([at(expected, head) for head in HEADS])
+    swapped = data("compare", trained, "--step=0", "--against=6")["differences"]
+    assert [-row["difference"] for row in swapped if row["kind"] == "score"] == [row["difference"] for row in scores]
 
 
 def test_compare_two_runs(trained: Path, run: Path) -> None:
     write_scores(run, 6, {"induction": np.zeros((2, 2)), "other": np.zeros((2, 2))})
     found = data("compare", trained, run)
     assert found["second"] == {"run": str(run), "step": 6}
-    assert {row["score"] for row in found["scores"]} == {"induction"}
+    assert {row["name"] for row in found["differences"] if row["kind"] == "score"} == {"induction"}
     assert any("only one of the two has the scores" in note and "other" in note for note in found["notes"])
     wide = run.parent / "wide"
-    (wide / "attention").mkdir(parents=True)
     write_attention_file(wide / "attention" / "000006.safetensors", [], {}, {"induction": np.zeros((1, 3))})
     line = error_line(script("attend.py", "compare", trained, wide), 2)
     assert "2 layers of 2 heads" in line and "1 layers of 3 heads: they cannot be compared" in line
@@ -288,14 +282,10 @@ def test_ablate_rewrites_findings_and_page(run: Path) -> None:
 def test_verify_recomputes_from_the_checkpoints(trained: Path) -> None:
     found = data("verify", trained)
     assert found["ok"] is True and found["steps_without_checkpoint"] == [0]
-    names = {row["check"] for row in found["checks"] if row["step"] == 6}
-    assert names == {
-        *("readable", "config", "weights_sha256", "tokenizer_sha256"),
-        *("pattern", "loss", "scores"),
-    }
-    assert {row["check"] for row in found["checks"] if row["step"] == 0} == {"readable"}
-    assert "all checks passed" in text("verify", trained)
-    assert {row["ok"] for row in rows("verify", trained / "attention" / "000003.safetensors")} == {"True"}
+    names = {step: {row["check"] for row in found["checks"] if row["step"] == step} for step in STEPS}
+    assert names[6] == {"readable", "weights_sha256", "tokenizer_sha256", "pattern", "loss", "scores"}
+    assert names[0] == {"readable"} and "all checks passed" in text("verify", trained)
+    assert {row["step"] for row in data("verify", trained / "attention" / "000003.safetensors")["checks"]} == {3}
 
 
 def test_verify_reports_every_bad_file(run: Path) -> None:
@@ -305,8 +295,7 @@ def test_verify_reports_every_bad_file(run: Path) -> None:
     done = script("attend.py", "verify", run, "--json")
     assert done.returncode == 4
     failed = {(row["step"], row["check"]) for row in json.loads(done.stdout)["checks"] if not row["ok"]}
-    assert {(3, "readable"), (6, "weights_sha256"), (6, "pattern"), (6, "loss"), (6, "scores")} <= failed
-    assert all(step != 0 for step, _ in failed)
+    assert failed == {(3, "readable"), *((6, name) for name in ("weights_sha256", "pattern", "loss", "scores"))}
     done = script("attend.py", "verify", folder / "000006.safetensors")
     assert "differ from their checkpoints" in error_line(done, 4) and "FAIL  step 6: weights_sha256" in done.stdout
 
@@ -351,53 +340,47 @@ def test_prompt_is_generated_or_cut_to_the_context(trained: Path, tmp_path: Path
 # Paths and mistakes
 
 
-def test_run_is_found_from_its_parts(trained: Path) -> None:
+def test_run_is_found_from_its_parts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text("summary", trained / "attention") == text("summary", trained)
     for path in (trained / "checkpoints" / "000003", trained / "attention" / "000003.safetensors"):
         found = data("summary", path)
-        assert found["step"] == 3 and found["run"].endswith("run") and found["steps"] == STEPS
-    assert text("heads", "--json", trained) == text("heads", trained, "--json")
+        assert found["step"] == 3 and found["run"] == str(trained) and found["steps"] == STEPS
+    monkeypatch.chdir(trained / "attention")
+    assert data("summary", ".")["step"] == data("summary", "..")["step"] == 6
     assert text("compare", "--json", trained, trained) == text("compare", trained, "--other", trained, "--json")
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["sumary", "."], "did you mean summary?"),
-        (["nonsense", "."], "the commands are summary, heads"),
-        (["heads", "--scor=x", "."], "did you mean --score?"),
-        (["heads"], "run is missing"),
-        (["timeline", ".", "--json", "--csv"], "exclude each other"),
-        (["token", ".", "--position=x"], "--position is 'x'"),
-        (["token", ".", "--head=1.2"], "such as L1H2"),
-        (["heads", ".", "--step=-4"], "--step is -4"),
-        (["plot", ".", "--format=pngg"], "did you mean png?"),
-        ([".", "--top=0"], "it must be at least 1"),
-        ([".", "summary"], "the command comes first: python attend.py summary ."),
-    ],
-)
-def test_wrong_options_are_one_line(argv: list[str], words: str) -> None:
+WRONG_OPTIONS = {
+    "sumary .": "did you mean summary?",
+    "nonsense .": "the commands are summary, heads",
+    "heads --scor=x .": "did you mean --score?",
+    "heads": "run is missing",
+    "token . --position=x": "--position is 'x'",
+    "token . --head=1.2": "such as L1H2",
+    "token . --find=a --position=2": "exclude each other",
+    "heads . --step=-4": "--step is -4",
+    "plot . --format=pngg": "did you mean png?",
+    ". --top=0": "it must be at least 1",
+    ". summary": "the command comes first: python attend.py summary .",
+}
+UNKNOWN_NAMES = {
+    "heads RUN --score=inducton": "did you mean induction?",
+    "heads RUN --step=5": "the nearest are 0, 3, 6",
+    "compare RUN --against=5": "no attention file of step 5",
+    "token RUN --text=line": "did you mean line 1?",
+    "compare RUN --text=nothing": "it has sample, line 1",
+    "token RUN --find=hen --text=sample": "it is in --text 'line 1'",
+    "token RUN --find=zebra": "the text begins '",
+    "token RUN --position=999": "has tokens 0 to",
+    "token RUN --head=L2H0": "L0H0 to L1H1",
+    "RUN --head=L0H2": "L0H0 to L1H1",
+}
+
+
+@pytest.mark.parametrize(("command", "words"), (WRONG_OPTIONS | UNKNOWN_NAMES).items())
+def test_mistakes_are_one_line(trained: Path, command: str, words: str) -> None:
+    argv = [str(trained) if word == "RUN" else word for word in command.split()]
     assert words in error_line(script("attend.py", *argv), 2)
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["heads", "--score=inducton"], "did you mean induction?"),
-        (["heads", "--step=5"], "the nearest are 0, 3, 6"),
-        (["compare", "--against=5"], "no attention file of step 5"),
-        (["token", "--text=line"], "did you mean line 1?"),
-        (["compare", "--text=nothing"], "it has sample, line 1"),
-        (["token", "--find=The hen met", "--text=repeat 1"], "it is in --text 'line 1'"),
-        (["token", "--find=zebra", "--text=line 1"], "the text begins 'The hen"),
-        (["token", "--position=999"], "has tokens 0 to"),
-        (["token", "--head=L2H0"], "L0H0 to L1H1"),
-        (["", "--head=L0H2"], "L0H0 to L1H1"),
-    ],
-)
-def test_unknown_names_are_one_line(trained: Path, tmp_path: Path, argv: list[str], words: str) -> None:
-    out = [f"--out={tmp_path}"] if argv[0] in ("plot", "") else []
-    assert words in error_line(script("attend.py", *argv[:1] * bool(argv[0]), trained, *argv[1:], *out), 2)
 
 
 def test_folders_without_attention_are_told_apart(trained: Path, tmp_path: Path) -> None:
@@ -429,21 +412,7 @@ def test_damaged_files_are_one_line(run: Path) -> None:
 
 # Without torch, and in any terminal
 
-WITHOUT_TORCH = """
-import sys
-
-
-class NoTorch:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
-            raise ModuleNotFoundError("no torch", name=name)
-
-
-sys.meta_path.insert(0, NoTorch())
-import attend
-from common.errors import run_main
-run_main(attend.main)
-"""
+WITHOUT_TORCH = "import sys, attend, common.errors as e; e.run_main(attend.main); sys.exit('torch' in sys.modules)"
 
 
 @pytest.mark.parametrize("name", ["summary", "heads", "token", "timeline", "compare"])
@@ -458,13 +427,12 @@ def test_reading_needs_neither_torch_nor_unicode(trained: Path, name: str) -> No
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     import attend
 
-    assert set(attend.COMMANDS) == set(COMMANDS)
-    for name in COMMANDS:
+    assert attend.COMMANDS == COMMANDS
+    for name in (*COMMANDS, ""):
         with pytest.raises(SystemExit) as stop:
-            attend.main([name, "--help"])
+            attend.main([name, "--help"] if name else ["--help"])
         output = capsys.readouterr().out
-        assert not stop.value.code and f"python attend.py {name} RUN" in output and "A run folder" in output
-    with pytest.raises(SystemExit):
-        attend.main(["--help"])
-    output = capsys.readouterr().out
+        assert (
+            not stop.value.code and f"python attend.py {name or '[COMMAND]'} RUN" in output and "A run folder" in output
+        )
     assert all(name in output for name in COMMANDS) and "--prompt" in output

@@ -91,7 +91,7 @@ def test_training_output_is_escaped(training: subprocess.CompletedProcess[str]) 
         ("summary", "RUN"),
         ("heads", "RUN"),
         ("token", "RUN", "--text", "line 1" + HOSTILE, "--find", CONTROLS[:7]),
-        ("token", "RUN", "--csv"),
+        ("token", "RUN", "--json"),
         ("timeline", "RUN"),
         ("compare", "RUN"),
     ],
