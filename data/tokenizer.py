@@ -16,7 +16,7 @@ import difflib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the saved JSON."""
-BPE_SAMPLE_CHARACTERS = 16_000_000
-"""Maximum number of characters that `bpe` is trained on."""
 MAX_TOKEN_BYTES = 256
 """Maximum length of a trained token; keeps long runs of dashes out of the vocabulary."""
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -61,7 +59,7 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, (n,) int64, never `end_of_text`. Lone surrogates (from undecodable bytes of a command line)
         are encoded as U+FFFD. Raises `UserError` (2) for characters that a `char` vocabulary does not have."""
-        return self._encode(_replace_surrogates(text))
+        return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of a token, which may be a part of a character.
@@ -95,16 +93,16 @@ class CharTokenizer(Tokenizer):
     name = "char"
 
     def __init__(self, characters: str) -> None:
+        if characters != "".join(sorted(set(characters))):
+            raise ValueError("its characters are not a sorted set")
         self.characters = characters
-        self.vocab_size = len(characters) + 1
         self.end_of_text = len(characters)
-        points = _code_points(characters)
-        # Entries 0 to the largest code point, and one more that all larger code points map to.
-        self._ids = np.full(int(points.max(initial=0)) + 2, -1, np.int64)
-        self._ids[points] = np.arange(len(points))
+        self.vocab_size = self.end_of_text + 1
+        self._ids = np.full(0x110000, -1, np.int32)
+        self._ids[_code_points(characters)] = np.arange(len(characters))
 
     def _encode(self, text: str) -> np.ndarray:
-        ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
+        ids = self._ids[_code_points(text)].astype(np.int64)
         if unknown := np.flatnonzero(ids < 0).tolist():
             places = ", ".join(f"'{escape_control_chars(text[i])}' at position {i}" for i in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -139,62 +137,69 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019).
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019), by tiktoken.
 
-    Ids 0 to 255 are the bytes, then come the merged tokens in the order learned; the last id is end-of-text. Encoding
-    repeatedly merges the adjacent pair that forms the token with the smallest id.
+    Encoding repeatedly merges the adjacent pair that forms the token with the smallest id. `end_of_text` is the
+    encoding's own, not necessarily the last id.
     """
 
-    name = "bpe"
+    def __init__(self, encoding: tiktoken.Encoding, saved: dict[str, Any]) -> None:
+        self.name, self.vocab_size, self.end_of_text = encoding.name, encoding.n_vocab, encoding.eot_token
+        self._encoding, self._saved = encoding, saved
+        self._special = {encoding.encode_single_token(special) for special in encoding.special_tokens_set}
 
-    def __init__(self, merged: Sequence[bytes]) -> None:
+    @classmethod
+    def from_merged(cls, merged: Sequence[bytes]) -> BPETokenizer:
+        """Ids 0 to 255 are the bytes, then come the merged tokens in the order learned; the last id is end-of-text."""
         import tiktoken
 
-        self.merged = tuple(merged)
-        self._tokens = tuple(bytes([b]) for b in range(256)) + self.merged
-        self.end_of_text = len(self._tokens)
-        self.vocab_size = self.end_of_text + 1
-        self._encoding = tiktoken.Encoding(
-            "bpe",
-            pat_str=GPT2_PATTERN,
-            mergeable_ranks={token: rank for rank, token in enumerate(self._tokens)},
-            special_tokens={"<|endoftext|>": self.end_of_text},
-        )
-
-    def _encode(self, text: str) -> np.ndarray:
-        return _encode_ordinary(self._encoding, text)
-
-    def _token_bytes(self, token: int) -> bytes:
-        return self._tokens[token] if token < self.end_of_text else b""
-
-    def to_dict(self) -> dict[str, Any]:
+        if len(set(merged)) < len(merged) or not all(1 < len(token) <= MAX_TOKEN_BYTES for token in merged):
+            raise ValueError(f"its merged tokens are not distinct, of 2 to {MAX_TOKEN_BYTES} bytes")
+        ranks = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *merged])}
+        special = {"<|endoftext|>": len(ranks)}
+        encoding = tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
         # Latin-1 maps each byte to the character of the same number, so plain words stay readable in the file.
-        return {"kind": "bpe", "merged": [token.decode("latin-1") for token in self.merged]}
+        return cls(encoding, {"kind": "bpe", "merged": [token.decode("latin-1") for token in merged]})
 
+    @classmethod
+    def from_tiktoken(cls, name: str) -> BPETokenizer:
+        """An encoding from tiktoken's cache, downloaded the first time. Raises `UserError` (2, 3)."""
+        import tiktoken
 
-class TiktokenTokenizer(Tokenizer):
-    """An encoding of tiktoken. `end_of_text` is the encoding's own, not necessarily the last id."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._encoding = _get_encoding(name)
-        self.vocab_size = self._encoding.n_vocab
-        self.end_of_text = self._encoding.eot_token
-        self._special = {self._encoding.encode_single_token(s) for s in self._encoding.special_tokens_set}
+        known = ["char", "byte", "bpe", *tiktoken.list_encoding_names()]
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
+            message = f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(nearest)}"
+            raise UserError(message, CONFIG)
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as error:
+            raise UserError(
+                f"cannot download the encoding {name} ({type(error).__name__}): run once with a network connection, or "
+                "set TIKTOKEN_CACHE_DIR to a folder with its files (copied from another machine)",
+                DATA,
+            ) from error
+        sizes = {"vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
+        return cls(encoding, {"kind": "tiktoken", "name": name, **sizes})
 
     def _encode(self, text: str) -> np.ndarray:
-        return _encode_ordinary(self._encoding, text)
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        except ValueError:
+            # The regex runs out of stack in hundreds of thousands of blanks in a row; half as many may work.
+            if len(text) < 2:
+                raise
+            middle = len(text) // 2
+            return np.concatenate([self._encode(text[:middle]), self._encode(text[middle:])])
 
     def _token_bytes(self, token: int) -> bytes:
-        if token in self._special:
-            return b""
         try:
-            return self._encoding.decode_single_token_bytes(token)
-        except KeyError:
+            return b"" if token in self._special else self._encoding.decode_single_token_bytes(token)
+        except KeyError:  # an unused id
             return b""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "tiktoken", "name": self.name, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        return self._saved
 
 
 def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
@@ -209,8 +214,15 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokeniz
     if name == "byte":
         return ByteTokenizer()
     if name == "char":
-        return _train_char(texts)
-    return _train_bpe(texts, vocab_size) if name == "bpe" else TiktokenTokenizer(name)
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        if not characters:
+            raise UserError("there is no text to take characters from", DATA)
+        return CharTokenizer("".join(sorted(characters)))
+    return (
+        BPETokenizer.from_merged(_train_bpe(texts, vocab_size)) if name == "bpe" else BPETokenizer.from_tiktoken(name)
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -220,10 +232,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-        if len(data) > _MAX_FILE_BYTES:
-            raise ValueError(f"it is larger than {_MAX_FILE_BYTES} bytes")
-        return from_dict(json.loads(data))
+            return from_dict(json.loads(file.read(_MAX_FILE_BYTES)))
     except OSError as error:
         raise UserError(f"cannot read {escape_control_chars(path)}: {error.strerror or error}", CHECKPOINT) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -232,55 +241,34 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def from_dict(saved: Any) -> Tokenizer:
-    """A tokenizer from its saved JSON. Raises ValueError, TypeError, KeyError or AttributeError if the values are invalid."""
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"not of format {FORMAT}")
+    """A tokenizer from its saved JSON. Raises ValueError, TypeError, KeyError or AttributeError for invalid values."""
+    tokenizer: Tokenizer
     match saved["kind"]:
         case "byte":
-            return ByteTokenizer()
+            tokenizer = ByteTokenizer()
         case "char":
-            characters = saved["characters"]
-            if characters != "".join(sorted(set(characters))):
-                raise ValueError("its characters are not a sorted set")
-            characters.encode()
-            return CharTokenizer(characters)
+            tokenizer = CharTokenizer(saved["characters"])
         case "bpe":
-            merged = [text.encode("latin-1") for text in saved["merged"]]
-            if len(set(merged)) < len(merged) or not all(1 < len(m) <= MAX_TOKEN_BYTES for m in merged):
-                raise ValueError(f"its merged tokens are not distinct, of 2 to {MAX_TOKEN_BYTES} bytes")
-            return BPETokenizer(merged)
+            tokenizer = BPETokenizer.from_merged([token.encode("latin-1") for token in saved["merged"]])
         case "tiktoken":
             import tiktoken
 
             if saved["name"] not in tiktoken.list_encoding_names():
                 raise ValueError(f"tiktoken has no encoding {saved['name']!r}")
-            tokenizer = TiktokenTokenizer(saved["name"])
-            if {"format": FORMAT, **tokenizer.to_dict()} != saved:
-                raise ValueError(f"the installed tiktoken has a different {saved['name']} than it was saved with")
-            return tokenizer
+            tokenizer = BPETokenizer.from_tiktoken(saved["name"])
         case kind:
             raise ValueError(f"unknown kind {kind!r}")
-
-
-def _replace_surrogates(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if {"format": FORMAT, **tokenizer.to_dict()} != saved:  # another format, or tiktoken has changed the encoding
+        raise ValueError(f"it differs from what {tokenizer.name} is saved as now")
+    return tokenizer
 
 
 def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64)
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _train_char(texts: Iterable[str]) -> CharTokenizer:
-    occurs = np.zeros(0x110000, np.bool_)
-    for text in texts:
-        occurs[_code_points(_replace_surrogates(text))] = True
-    if not occurs.any():
-        raise UserError("there is no text to take characters from", DATA)
-    return CharTokenizer("".join(map(chr, np.flatnonzero(occurs).tolist())))
-
-
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Train with `tokenizers` and keep only the merged tokens in the order learned.
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
+    """The merged tokens in the order learned, by `tokenizers`.
 
     The pairs need not be kept: a token's bytes are always merged in the same order, so each token has one pair of
     parts, and merging by token rank (tiktoken) equals merging by listed pair (`tokenizers`).
@@ -298,19 +286,11 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         max_token_length=MAX_TOKEN_BYTES,
         show_progress=False,
     )
-    trained.train_from_iterator(_first_characters(texts, BPE_SAMPLE_CHARACTERS), trainer)
-    ids = sorted(trained.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
-    tokens = [bytes(byte_of[character] for character in token) for token, _ in ids]
+    trained.train_from_iterator(texts, trainer)
+    ids = trained.get_vocab(with_added_tokens=False)
+    tokens = [bytes(byte_of[character] for character in token) for token in sorted(ids, key=ids.__getitem__)]
     assert all(len(token) == 1 for token in tokens[:256]), "the bytes come first"
-    return BPETokenizer(tokens[256:])
-
-
-def _first_characters(texts: Iterable[str], n_characters: int) -> Iterator[str]:
-    for text in texts:
-        yield _replace_surrogates(text[:n_characters])
-        n_characters -= len(text)
-        if n_characters <= 0:
-            return
+    return tokens[256:]
 
 
 def _gpt2_byte_decoder() -> dict[str, int]:
@@ -319,33 +299,3 @@ def _gpt2_byte_decoder() -> dict[str, int]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _encode_ordinary(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
-    except ValueError:
-        # The regex runs out of stack in hundreds of thousands of blanks in a row; half as many may work.
-        if len(text) < 2:
-            raise
-        middle = len(text) // 2
-        return np.concatenate([_encode_ordinary(encoding, text[:middle]), _encode_ordinary(encoding, text[middle:])])
-
-
-def _get_encoding(name: str) -> tiktoken.Encoding:
-    """An encoding from tiktoken's cache, downloaded the first time. Raises `UserError` (2, 3)."""
-    import tiktoken
-
-    known = ["char", "byte", "bpe", *tiktoken.list_encoding_names()]
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
-        message = f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(nearest)}"
-        raise UserError(message, CONFIG)
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:
-        raise UserError(
-            f"cannot download the encoding {name} ({type(error).__name__}): run once with a network connection, or set "
-            "TIKTOKEN_CACHE_DIR to a folder with its files (copied from another machine)",
-            DATA,
-        ) from error
