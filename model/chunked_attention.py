@@ -7,8 +7,6 @@ Shapes: B batch, H heads, G key/value heads, T positions, D head size, R queries
 query of the chunk, C model size, F MLP size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any

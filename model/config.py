@@ -1,7 +1,5 @@
 """Model configuration. Does not import torch, so that errors in options are reported at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -40,8 +38,7 @@ PRESETS = {
 class ModelConfig:
     """Model settings."""
 
-    preset: Literal["glass", "gpt2", "qwen3"] = "glass"
-    """Architecture: `glass` learns fastest; `gpt2` and `qwen3` can be exported to Hugging Face."""
+    preset: Literal["glass", "gpt2", "qwen3"] = "glass"  # glass learns fastest; gpt2 and qwen3 match Hugging Face's.
     n_layers: int = 4  # Number of transformer blocks.
     n_heads: int = 4  # Number of attention heads per block.
     n_kv_heads: int = 0  # Number of key/value heads (grouped-query attention); 0 means n_heads.

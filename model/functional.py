@@ -5,8 +5,6 @@
 Shapes: B batch, H heads, G key/value heads, T query positions, S key positions, D head size, C model size, F MLP size.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -79,10 +77,7 @@ def rms_norm(x: Float[Tensor, "*batch C"], weight: Float[Tensor, "C"], eps: floa
 def precompute_rope(
     positions: Int[Tensor, "T"], d_head: int, theta: float
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """Cosines and sines of rotary position embeddings (Su et al. 2021, equation 15).
-
-    Pair i of the D/2 pairs of features rotates by position * theta^(-2i/D).
-    """
+    """Cosines and sines of the angles position * theta^(-2i/D) of pair i of the features (Su et al. 2021, equation 15)."""
     frequencies = theta ** (-torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32) / d_head)
     angles = positions[:, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)

@@ -1,10 +1,8 @@
 """Autoregressive generation: sampling of the next token from the logits, with a KV cache.
 
 A text longer than the context is continued by context shift: when the context is full, its older half is dropped and
-the rest is encoded again from position 0. It is the same with and without a cache (`context_start`).
+the rest is encoded again from position 0 (`context_start`).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ It maps tokens to logits. Loss, optimizer, tokenizer and files are elsewhere; th
 Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D = d_head, F = d_mlp, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -158,9 +156,7 @@ class GPT(nn.Module):
     """A decoder-only transformer: for each position, the logits of the next token.
 
     `config.attention` must not be `auto`, which `training/device.py` resolves. `seed` decides the initial weights.
-
-    Raises:
-        ValueError: if the configuration is invalid.
+    An invalid configuration raises ValueError.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
@@ -208,9 +204,8 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + T, device=tokens.device)
         x = self.token_embedding(tokens)
-        rope = None
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x, rope = x + self.position_embedding(positions), None
         else:
             rope = functional.precompute_rope(positions, self.config.d_head, self.config.architecture.rope_theta)
         x = self.dropout(x)

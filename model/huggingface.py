@@ -4,8 +4,6 @@ The presets `gpt2` and `qwen3` are exactly `GPT2LMHeadModel` and `Qwen3ForCausal
 configuration that no preset computes exactly is rejected by name. Dropout is not carried over in either direction.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -169,8 +167,6 @@ def from_huggingface(
             problems.append(f"{name} is missing")
         elif (size := weights[name].shape) != tensor.shape:
             problems.append(f"{name} has shape {tuple(size)}, but config.json implies {tuple(tensor.shape)}")
-        elif not weights[name].is_floating_point():
-            problems.append(f"{name} is {weights[name].dtype}; quantized weights are not supported")
     masks = (".attn.bias", ".attn.masked_bias")  # constants in old files of GPT-2
     problems += [f"{name} is unknown" for name in sorted(weights.keys() - expected) if not name.endswith(masks)]
     embedding = layout.modules["token_embedding"] + ".weight"

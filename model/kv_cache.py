@@ -1,7 +1,5 @@
 """The key/value cache of autoregressive decoding."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

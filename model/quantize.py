@@ -4,9 +4,6 @@ Decoding multiplies every matrix with a single vector, so its time is that of re
 about half the time. The operators are PyTorch's kernels for x86 CPUs; elsewhere weights stay fp32.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -96,8 +93,7 @@ def quantize_(model: GPT, dtype: WeightDtype) -> None:
         return
     if not has_kernel:
         raise UserError(f"--dtype {dtype} needs an x86 CPU; use fp32, or hide the GPU with CUDA_VISIBLE_DEVICES=")
-    replacement: Callable[[nn.Linear], nn.Module]
-    replacement = {"fp32": PrepackedLinear, "fp16": HalfLinear, "int8": Int8Linear}[dtype]
+    replacement: Any = {"fp32": PrepackedLinear, "fp16": HalfLinear, "int8": Int8Linear}[dtype]
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, nn.Linear):

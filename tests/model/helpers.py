@@ -1,7 +1,5 @@
 """Small models with random weights, the same models of transformers, and comparisons, for several tests."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

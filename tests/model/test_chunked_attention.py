@@ -1,7 +1,5 @@
 """Chunked attention and the checkpointed MLP: same values and gradients, whatever the chunk size and what is recomputed."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

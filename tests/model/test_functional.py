@@ -1,7 +1,5 @@
 """Each operation against the library's, against its closed form, and by its properties."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Generation: the cache changes nothing, tokens are sampled as documented, the context shifts as documented."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

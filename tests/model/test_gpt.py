@@ -1,7 +1,5 @@
 """The model: configuration, initialization, dropout, hooks, and agreement of the attention implementations."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The hand-made induction model does what its docstring says; tests of the inspection build on it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Parity with transformers: logits, gradients, patterns, files in both directions; unsupported models are rejected."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +197,6 @@ def test_wrong_tensors_are_named(preset: str) -> None:
         check_rejected(config, weights | {name: weights[name][:-1]}, bare, "has shape", "implies")
         check_rejected(config, weights | {f"{name}.extra": weights[name]}, f"{bare}.extra is unknown")
     check_rejected(config, weights | {"lm_head.weight": weights[first] + 1}, "lm_head.weight differs")
-    check_rejected(config, weights | {first: weights[first].to(torch.int8)}, "is torch.int8")
     if preset == "gpt2":
         name = "transformer.h.1.mlp.c_fc.weight"
         check_rejected(config, weights | {name: weights[name].t()}, "h.1.mlp.c_fc.weight has shape (192, 48)")

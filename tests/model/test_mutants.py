@@ -3,8 +3,6 @@
 A mutant that survives means a test that proves less than its name says.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

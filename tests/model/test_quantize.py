@@ -1,7 +1,5 @@
 """Quantized weights: outputs within the bounds that follow from the dtypes; fp32 stays fp32."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
