@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
+from model.config import ATTENTION_IMPLEMENTATIONS
 from model.generate import SamplingParams, context_start, filter_logits, generate, next_logits, sample_token
 from model.gpt import GPT
 from model.kv_cache import KVCache
@@ -23,7 +23,7 @@ def generated(model: GPT, prompt: Tensor, n: int, params: SamplingParams = SAMPL
 
 
 @pytest.mark.parametrize(("preset", "attention"), list(zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)))
-def test_greedy_takes_the_most_likely_token(preset: str, attention: AttentionImplementation) -> None:
+def test_greedy_takes_the_most_likely_token(preset: str, attention: Any) -> None:
     """In a batch of three, several contexts long: the same as without a cache."""
     model, text = random_model(preset, attention, context=16, n_layers=1), random_tokens(3, 5)
     greedy = generated(model, text, 64, GREEDY)
@@ -109,15 +109,6 @@ def test_filter_keeps_top_k_and_nucleus(
     probabilities: list[float], top_k: int, top_p: float, expected: list[int]
 ) -> None:
     assert kept(torch.tensor(probabilities).log().tolist(), top_k=top_k, top_p=top_p) == expected
-
-
-@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30), st.integers(0, 40), st.floats(0, 1, width=32))
-@settings(max_examples=50, deadline=None)
-def test_filter_keeps_at_least_the_most_likely(logits: list[float], top_k: int, top_p: float) -> None:
-    allowed = kept(logits, top_k=top_k, top_p=top_p)
-    assert allowed
-    dropped = [value for i, value in enumerate(logits) if i not in allowed]
-    assert not dropped or max(dropped) <= min(logits[i] for i in allowed)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

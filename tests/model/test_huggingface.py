@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, UserError
-from model.config import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
+from model.config import ATTENTION_IMPLEMENTATIONS
 from model.gpt import GPT
 from model.huggingface import (
     config_from_huggingface,
@@ -19,23 +19,15 @@ from model.huggingface import (
     save_huggingface,
     to_huggingface,
 )
-from tests.model.helpers import (
-    SHAPES,
-    VOCAB,
-    random_model,
-    random_tokens,
-    recorded_patterns,
-    relative_difference,
-    same,
-    transformers_model,
-)
+from tests.model import helpers
+from tests.model.helpers import SHAPES, VOCAB, random_model, random_tokens, same, transformers_model
 
 each_preset = pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
 each_pair = pytest.mark.parametrize(("preset", "attention"), [("gpt2", "eager"), ("qwen3", "sdpa"), ("qwen3", "eager")])
 
 
 @each_pair
-def test_logits_match_transformers(preset: str, attention: AttentionImplementation) -> None:
+def test_logits_match_transformers(preset: str, attention: Any) -> None:
     model = random_model(preset, attention)
     tokens = random_tokens(3, model.config.context)
     with torch.no_grad():
@@ -43,7 +35,7 @@ def test_logits_match_transformers(preset: str, attention: AttentionImplementati
 
 
 @each_pair
-def test_gradients_match_transformers(preset: str, attention: AttentionImplementation) -> None:
+def test_gradients_match_transformers(preset: str, attention: Any) -> None:
     model = random_model(preset, attention)
     theirs = transformers_model(model)
     tokens = random_tokens(3, model.config.context + 1)
@@ -53,14 +45,15 @@ def test_gradients_match_transformers(preset: str, attention: AttentionImplement
     expected = dict(from_huggingface(to_huggingface(model)[0], gradients).named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        assert relative_difference(parameter.grad, expected[name]) <= 1e-5, name
+        assert helpers.relative_difference(parameter.grad, expected[name]) <= 1e-5, name
 
 
 @each_preset
 def test_patterns_match_transformers(preset: str) -> None:
     model = random_model(preset)
     tokens = random_tokens(3, model.config.context)
-    with torch.no_grad(), recorded_patterns(model) as ours:
+    ours = helpers.record_patterns(model)
+    with torch.no_grad():
         model(tokens)
         theirs = transformers_model(model)(tokens, output_attentions=True).attentions
     assert len(ours) == len(theirs) == model.config.n_layers
@@ -76,30 +69,21 @@ def test_logits_match_transformers_in_fp64() -> None:
 
 
 @each_preset
-def test_model_saved_by_transformers_is_loaded(preset: str, tmp_path: Path) -> None:
-    theirs = transformers_model(random_model(preset))
-    theirs.save_pretrained(tmp_path)
-    tokens = random_tokens(2, SHAPES[preset].context)
-    with torch.no_grad():
-        for attention in ATTENTION_IMPLEMENTATIONS:
-            ours = load_huggingface(tmp_path, attention).eval()
-            assert ours.config.attention == attention
-            same(ours(tokens), theirs(tokens).logits, 1e-5)
-
-
-@each_preset
-def test_saved_model_is_loaded_by_transformers(preset: str, tmp_path: Path) -> None:
+def test_each_loads_the_files_of_the_other(preset: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ours, folder = random_model(preset), tmp_path / "new" / "folder"
-    save_huggingface(ours, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    ours, tokens = random_model(preset), random_tokens(2, SHAPES[preset].context)
+    save_huggingface(ours, tmp_path / "ours")
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert type(theirs).__name__ == theirs.config.architectures[0]
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokens = random_tokens(2, SHAPES[preset].context)
+    theirs.save_pretrained(tmp_path / "theirs")
+    models = [load_huggingface(tmp_path / "theirs", attention) for attention in ATTENTION_IMPLEMENTATIONS]
+    assert [model.config.attention for model in models] == list(ATTENTION_IMPLEMENTATIONS)
     with torch.no_grad():
-        same(theirs.eval()(tokens).logits, ours(tokens), 1e-5)
+        expected = ours(tokens)
+        for logits in (theirs.eval()(tokens).logits, *(model.eval()(tokens) for model in models)):
+            same(logits, expected, 1e-5)
 
 
 @each_preset
@@ -130,14 +114,9 @@ def test_missing_prefix_and_unused_tensors_are_accepted(preset: str) -> None:
 
 def test_original_gpt2_config_is_read() -> None:
     """As in `openai-community/gpt2`."""
-    shape, vocab_size = config_from_huggingface(
-        {
-            **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"},
-            **{"layer_norm_epsilon": 1e-05, "initializer_range": 0.02, "vocab_size": 50257, "n_ctx": 1024},
-            **{"n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "attn_pdrop": 0.1, "embd_pdrop": 0.1},
-            **{"resid_pdrop": 0.1, "bos_token_id": 50256, "eos_token_id": 50256, "summary_activation": None},
-        }
-    )
+    names = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "attn_pdrop": 0.1}
+    sizes = {"vocab_size": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024}
+    shape, vocab_size = config_from_huggingface(names | sizes)
     assert shape.d_mlp == 3072 and shape.dropout == 0 and vocab_size == 50257
 
 
@@ -155,10 +134,8 @@ def test_qwen3_config_of_transformers_4_is_read() -> None:
 def check_rejected(config: dict[str, Any], weights: dict[str, Tensor], *words: str) -> None:
     with pytest.raises(UserError) as caught:
         from_huggingface(config, weights)
-    assert caught.value.exit_code == CHECKPOINT
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
+    assert caught.value.exit_code == CHECKPOINT and "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize(

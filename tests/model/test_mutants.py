@@ -20,70 +20,47 @@ from tests.model import test_functional as ops
 from tests.model import test_gpt, test_huggingface
 from tests.model.helpers import PRESETS
 
-Mutation = Callable[[pytest.MonkeyPatch], None]
+init, project, activation = GPT.__init__, CausalSelfAttention.project, MLP.activation
+precompute_rope = functional.precompute_rope
 
 
-def replaced(name: str, function: Callable[..., object]) -> Mutation:
-    """An operation of `model.functional` replaced."""
-    return lambda patch: patch.setattr(functional, name, function)
-
-
-def attention(scale: float | None = None, shift: int = 0) -> Mutation:
+def pattern(q: Tensor, k: Tensor, scale: float | None = None, shift: int = 0) -> Tensor:
     """Another divisor than √D, or a shifted mask."""
-
-    def pattern(q: Tensor, k: Tensor) -> Tensor:
-        T, S = q.shape[-2], k.shape[-2]
-        scores = q @ k.transpose(-2, -1) / (scale or math.sqrt(q.shape[-1]))
-        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T + shift)
-        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-
-    return replaced("attention_pattern", pattern)
+    T, S = q.shape[-2], k.shape[-2]
+    scores = q @ k.transpose(-2, -1) / (scale or math.sqrt(q.shape[-1]))
+    return scores.masked_fill(~torch.ones(T, S, dtype=torch.bool).tril(S - T + shift), -torch.inf).softmax(dim=-1)
 
 
-def after_init(change: Callable[[GPT], object]) -> Mutation:
-    """Every new model changed."""
-    init = GPT.__init__
-
-    def mutated(self: GPT, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        change(self)
-
-    return lambda patch: patch.setattr(GPT, "__init__", mutated)
+def untied(self: GPT, *args: Any, **options: Any) -> None:
+    init(self, *args, **options)
+    self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
 
 
-def projected(change: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Mutation:
-    """Queries, keys and values changed."""
-    project = CausalSelfAttention.project
-    return lambda patch: patch.setattr(
-        CausalSelfAttention, "project", lambda self, x, rope: change(*project(self, x, rope))
-    )
+def shifted_positions(self: GPT, *args: Any, **options: Any) -> None:
+    init(self, *args, **options)
+    if self.position_embedding is not None:
+        self.position_embedding.register_forward_pre_hook(lambda m, args: ((args[0] + 1) % m.num_embeddings,))
 
 
-def untie(model: GPT) -> None:
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+def swapped(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = project(*args)
+    return q, v, k
 
 
-def shift_positions(model: GPT) -> None:
-    if model.position_embedding is not None:
-        model.position_embedding.register_forward_pre_hook(lambda m, args: ((args[0] + 1) % m.num_embeddings,))
-
-
-def heads_without_transpose(*projections: Tensor) -> Any:
+def untransposed(*args: Any) -> tuple[Tensor, ...]:
     """(B, T, H·D) reshaped directly to (B, H, T, D), so that a "head" is a part of the text."""
-    return tuple(x.transpose(1, 2).reshape(x.shape[0], -1).view(x.shape) for x in projections)
+    return tuple(x.transpose(1, 2).reshape(x.shape[0], -1).view(x.shape) for x in project(*args))
 
 
-def layer_norm(variance: Callable[[Tensor], Tensor], center: bool = True) -> Mutation:
-    def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        y = x - x.mean(dim=-1, keepdim=True) if center else x
-        y = y / (variance(x) + eps).sqrt() * weight
-        return y if bias is None else y + bias
-
-    return replaced("layer_norm", norm)
+def uncentered(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    y = x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
+    return y if bias is None else y + bias
 
 
-def rope(change: Callable[..., Tensor]) -> Mutation:
-    return replaced("apply_rope", change)
+def unbiased(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """The variance divided by C - 1."""
+    y = (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, keepdim=True) + eps).sqrt() * weight
+    return y if bias is None else y + bias
 
 
 def rotate_backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,68 +75,64 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + rotated * sin
 
 
-def rope_without_cache(patch: pytest.MonkeyPatch) -> None:
-    """Positions counted from 0 though the cache is not empty."""
-    original = functional.precompute_rope
-    patch.setattr(functional, "precompute_rope", lambda positions, *rest: original(positions - positions[0], *rest))
-
-
-def gate_with_other_half(patch: pytest.MonkeyPatch) -> None:
-    original = MLP.activation
-
-    def activation(self: MLP, hidden: Tensor) -> Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return original(self, torch.cat([up, gate], dim=-1))
-
-    patch.setattr(MLP, "activation", activation)
-
-
-logits = {
-    preset: partial(test_huggingface.test_logits_match_transformers, preset, "eager") for preset in ("gpt2", "qwen3")
-}
+logits = {p: partial(test_huggingface.test_logits_match_transformers, p, "eager") for p in ("gpt2", "qwen3")}
+gradients = partial(test_huggingface.test_gradients_match_transformers, "qwen3", "sdpa")
+patterns = partial(test_huggingface.test_patterns_match_transformers, "gpt2")
 causality = partial(test_gpt.test_no_position_sees_the_future, "gpt2")
 kv_cache = test_gpt.test_kv_cache_matches_full_forward
-patterns = partial(test_huggingface.test_patterns_match_transformers, "gpt2")
+sdpa, uniform, norms = ops.test_eager_attention_matches_sdpa, ops.test_equal_keys_get_equal_attention, ops.test_norms
 
-# The mutation, and every test that must fail.
-MUTANTS: dict[str, tuple[Mutation, list[Callable[[], None]]]] = {
-    "no sqrt(D)": (attention(scale=1.0), [logits["gpt2"], patterns, ops.test_eager_attention_matches_sdpa]),
-    "D instead of sqrt(D)": (attention(scale=10.0), [logits["qwen3"], ops.test_eager_attention_matches_sdpa]),
-    "mask shows next token": (attention(shift=1), [causality, ops.test_equal_keys_get_equal_attention]),
-    "mask hides own token": (attention(shift=-1), [causality, ops.test_equal_keys_get_equal_attention]),
+# What is replaced by what, and every test that must fail.
+MUTANTS: dict[str, tuple[Any, str, Callable[..., Any], list[Callable[[], None]]]] = {
+    "no sqrt(D)": (functional, "attention_pattern", partial(pattern, scale=1.0), [logits["gpt2"], patterns, sdpa]),
+    "D instead of sqrt(D)": (functional, "attention_pattern", partial(pattern, scale=10.0), [logits["qwen3"], sdpa]),
+    "mask shows next token": (functional, "attention_pattern", partial(pattern, shift=1), [causality, uniform]),
+    "mask hides own token": (functional, "attention_pattern", partial(pattern, shift=-1), [causality, uniform]),
     "mask ignores cache": (
-        replaced("causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril()),
+        functional,
+        "causal_mask",
+        lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril(),
         [partial(kv_cache, preset, a) for preset, a in zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)],
     ),
-    "untied": (after_init(untie), [partial(test_gpt.test_lm_head_is_tied, "glass")]),
-    "erf gelu": (replaced("gelu", F.gelu), [logits["gpt2"], ops.test_activations_match_library]),
-    "swiglu gates other half": (gate_with_other_half, [logits["qwen3"]]),
-    "positions off by one": (after_init(shift_positions), [logits["gpt2"]]),
-    "rope backwards": (rope(rotate_backwards), [logits["qwen3"]]),
-    "rope on neighbours": (rope(rotate_neighbours), [logits["qwen3"]]),
-    "rope ignores cache": (rope_without_cache, [partial(kv_cache, p, "eager") for p in ("glass", "qwen3")]),
-    "layer norm without mean": (
-        layer_norm(lambda x: x.square().mean(dim=-1, keepdim=True), center=False),
-        [logits["gpt2"], ops.test_norms_match_library],
+    "untied": (GPT, "__init__", untied, [partial(test_gpt.test_lm_head_is_tied, "glass")]),
+    "erf gelu": (functional, "gelu", F.gelu, [logits["gpt2"], ops.test_activations]),
+    "swiglu gates other half": (
+        MLP,
+        "activation",
+        lambda self, x: activation(self, x.roll(x.shape[-1] // 2, -1)),
+        [logits["qwen3"]],
     ),
-    "layer norm divides by C - 1": (layer_norm(lambda x: x.var(dim=-1, keepdim=True)), [logits["gpt2"]]),
+    "positions off by one": (GPT, "__init__", shifted_positions, [logits["gpt2"]]),
+    "rope backwards": (functional, "apply_rope", rotate_backwards, [logits["qwen3"]]),
+    "rope on neighbours": (functional, "apply_rope", rotate_neighbours, [logits["qwen3"]]),
+    "rope ignores cache": (
+        functional,
+        "precompute_rope",
+        lambda positions, *rest: precompute_rope(positions - positions[0], *rest),
+        [partial(kv_cache, preset, "eager") for preset in ("glass", "qwen3")],
+    ),
+    "layer norm without mean": (functional, "layer_norm", uncentered, [logits["gpt2"], norms]),
+    "layer norm divides by C - 1": (functional, "layer_norm", unbiased, [logits["gpt2"]]),
     "rms norm eps outside root": (
-        replaced("rms_norm", lambda x, weight, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight),
-        [ops.test_norms_match_library],
+        functional,
+        "rms_norm",
+        lambda x, weight, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight,
+        [norms],
     ),
-    "keys and values swapped": (projected(lambda q, k, v: (q, v, k)), [logits["gpt2"], logits["qwen3"], patterns]),
-    "heads without transpose": (projected(heads_without_transpose), [logits["gpt2"], causality]),
+    "keys and values swapped": (CausalSelfAttention, "project", swapped, [*logits.values(), patterns]),
+    "heads without transpose": (CausalSelfAttention, "project", untransposed, [logits["gpt2"], causality]),
     "groups interleaved": (
-        replaced("repeat_kv", lambda x, n_heads: x.repeat(1, n_heads // x.shape[1], 1, 1)),
-        [logits["qwen3"], partial(test_huggingface.test_gradients_match_transformers, "qwen3", "sdpa")],
+        functional,
+        "repeat_kv",
+        lambda x, n_heads: x.repeat(1, n_heads // x.shape[1], 1, 1),
+        [logits["qwen3"], gradients],
     ),
 }
-CASES = [(name, i) for name, (_, must_fail) in MUTANTS.items() for i in range(len(must_fail))]
 
 
-@pytest.mark.parametrize(("name", "i"), CASES)
+@pytest.mark.parametrize(("name", "i"), [(name, i) for name, mutant in MUTANTS.items() for i in range(len(mutant[-1]))])
 def test_mutant_is_noticed(name: str, i: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutation, must_fail = MUTANTS[name]
-    mutation(monkeypatch)
+    owner, attribute, replacement, must_fail = MUTANTS[name]
+    monkeypatch.setattr(owner, attribute, replacement)
     with pytest.raises(AssertionError):
         must_fail[i]()
