@@ -57,10 +57,8 @@ class SampleConfig:
         for name, minimum in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
             if getattr(self, name) < minimum:
                 problems.append(f"--{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if self.attend and self.samples > 1:
-            problems.append(f"--attend needs --samples 1; it is {self.samples}")
-        if self.attend and self.dtype != "fp32":
-            problems.append(f"--attend needs --dtype fp32; it is {self.dtype}")
+        if self.attend and (self.samples > 1 or self.dtype != "fp32"):
+            problems.append(f"--attend needs --samples 1 and --dtype fp32; they are {self.samples} and {self.dtype}")
         if self.attend and self.attend_path.exists():
             problems.append(f"--attend: {self.attend_path} exists; give another name")
         return problems
@@ -83,8 +81,7 @@ def main(argv: list[str]) -> None:
     prompt = encode_prompt(tokenizer, config.prompt, checkpoint.environment.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))
     if len(prompt) > (context := model.config.context):
-        note = f"the prompt has {len(prompt)} tokens, more than the context of {context}: only its end is used"
-        print(note, file=sys.stderr)
+        print(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used", file=sys.stderr)
     quantize_(model, config.dtype)
     params = SamplingParams(config.temperature, config.top_k, config.top_p)
     steps = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params, config.samples)

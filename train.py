@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from data.prepare import TokenizedCorpus
     from inspection.eval_texts import EvalTexts
 
-CHECK = "--check"
 CONTRAST_STORIES = 200
 
 
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
     argv, target = parse_plan_option(argv)
-    config, name = parse_train([word for word in argv if word != CHECK])
-    if CHECK in argv:
+    config, name = parse_train([word for word in argv if word != "--check"])
+    if "--check" in argv:
         from training.resume_check import check_resume
 
         check_resume(config)

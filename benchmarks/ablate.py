@@ -93,8 +93,8 @@ def train(change: Change, recipe: Sequence[str], seed: int) -> Result:
         while trainer.state.step < config.train.steps:
             trainer.train_step()
         seconds = time.perf_counter() - start
-        loss = trainer.full_validation_loss()[0]
-        trainer.batches.close()
+        loss = trainer.validation_loss(trainer.final_subset)[0]
+        trainer.batches.thread.shutdown(cancel_futures=True)
     return Result(loss, seconds)
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from data.dataloader import IGNORE_INDEX
 
-CHUNK = 1 << 22
-"""Logits that are held in fp32 at a time: 16 MiB."""
+CHUNK = 1 << 22  # logits that are held in fp32 at a time: 16 MiB
 
 
 def cross_entropy_sum(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
@@ -25,8 +24,7 @@ def cross_entropy_sum(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"
 
     The gradient overwrites the logits: do not read them after it.
     """
-    total: Tensor = ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
-    return total
+    return ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -22,8 +22,7 @@ from training.flops import flops_per_token
 from training.text_generation import escape_text
 from training.trainer import Callback, Trainer
 
-PLAIN_SECONDS = 10.0
-"""Least seconds between two progress lines where there is no terminal."""
+PLAIN_SECONDS = 10.0  # between two progress lines, at least, where there is no terminal
 
 
 class MetricsLogger(Callback):
@@ -31,10 +30,8 @@ class MetricsLogger(Callback):
 
     A resumed run first drops what came after its step, so that nothing is missing or written twice. The logger adds
     `tokens_per_second` (over the steps since the last line), `mfu` (model FLOPs utilization: the share of the FLOP/s of
-    a large matrix product on this device) and `peak_memory_mb` to the metrics of a step.
-
-    Raises:
-        UserError: if the files cannot be written (exit code 6).
+    a large matrix product on this device) and `peak_memory_mb` to the metrics of a step. Raises UserError (6) if a file
+    cannot be written.
     """
 
     def __init__(self, folder: Path, state: TrainState) -> None:

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from training.distributed import distribute, full_tensor, is_dtensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""(a, b, c) of the polynomial a x + b x³ + c x⁵ of each Newton-Schulz step (Jordan et al. 2024)."""
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # (a, b, c) of a x + b x³ + c x⁵, each Newton-Schulz step (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
 EPS = 1e-7
-MAX_STACK = 1 << 22
-"""Elements of a stack. Larger matrices keep the CPU busy on their own; sharded ones need the memory for the stack."""
+MAX_STACK = 1 << 22  # elements; larger matrices keep the CPU busy on their own, sharded ones need memory for the stack
 
 
 def orthogonalize(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:

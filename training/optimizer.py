@@ -23,10 +23,7 @@ def get_lr_scale(step: int, steps: int, config: OptimConfig) -> float:
 
     Linear warmup over `warmup_steps` steps; then `cosine` decays to `min_lr_ratio` along a half cosine (Loshchilov & Hutter
     2017, equation 5), while `linear` stays at 1 until the last `decay_fraction` of the steps and decays linearly
-    (warmup-stable-decay; Hägele et al. 2024).
-
-    Args:
-        step: counted from 0, below `steps`.
+    (warmup-stable-decay; Hägele et al. 2024). `step` counts from 0.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
@@ -49,43 +46,35 @@ class Optimizer:
 
     Muon orthogonalizes the update of a matrix, which makes sense where a matrix maps one hidden space to another.
     torch.optim's classes are not used because each of them imports torch's compiler, about a second; the arithmetic
-    is torch.optim's own, through `torch.optim.adamw.adamw`.
-
-    Args:
-        model: the model that is trained; FSDP-sharded parameters have sharded optimizer state.
+    is torch.optim's own, through `torch.optim.adamw.adamw`. FSDP-sharded parameters have sharded optimizer state.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self.names = {parameter: name for name, parameter in unwrap_model(model).named_parameters()}
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        matrices, vectors, hidden = [], [], []
+        groups = defaultdict(list)
         for parameter, name in self.names.items():
-            if parameter.dim() < 2:
-                vectors.append(parameter)
-            elif config.optimizer == "muon" and ".blocks." in f".{name}":
-                hidden.append(parameter)
-            else:
-                matrices.append(parameter)
-        decay = config.weight_decay
-        groups = [("adamw", matrices, config.lr, decay), ("adamw", vectors, config.lr, 0.0)]
-        groups += [("muon", hidden, config.muon_lr, decay)]
+            is_matrix = parameter.dim() > 1
+            is_hidden = is_matrix and config.optimizer == "muon" and ".blocks." in f".{name}"
+            groups["muon" if is_hidden else "adamw", is_matrix].append(parameter)
         self.param_groups: list[dict[str, Any]] = [
-            {"algorithm": algorithm, "params": params, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
-            for algorithm, params, lr, weight_decay in groups
+            {
+                "algorithm": algorithm,
+                "params": params,
+                "peak_lr": config.muon_lr if algorithm == "muon" else config.lr,
+                "weight_decay": config.weight_decay if is_matrix else 0.0,
+            }
+            for (algorithm, is_matrix), params in groups.items()
         ]
-
-    def set_lr_scale(self, scale: float) -> None:
-        """Set every learning rate to `scale` times its peak."""
-        for group in self.param_groups:
-            group["lr"] = scale * group["peak_lr"]
+        self.lr_scale = 1.0
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient, and drop the gradients."""
+        """Update every parameter that has a gradient, with `lr_scale` times its peak learning rate; drop the gradients."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            is_muon = group["algorithm"] == "muon"
+            is_muon, lr = group["algorithm"] == "muon", self.lr_scale * group["peak_lr"]
             for parameter in parameters:
                 if not self.state[parameter]:
                     entries = ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq")
@@ -95,9 +84,9 @@ class Optimizer:
             states = [self.state[parameter] for parameter in parameters]
             if is_muon:
                 buffers = [state["momentum_buffer"] for state in states]
-                muon(parameters, buffers, group["lr"], group["weight_decay"], self.config.momentum)
+                muon(parameters, buffers, lr, group["weight_decay"], self.config.momentum)
             elif parameters:
-                self.step_adamw(parameters, states, group["lr"], group["weight_decay"])
+                self.step_adamw(parameters, states, lr, group["weight_decay"])
         self.zero_grad()
 
     def step_adamw(

@@ -27,7 +27,7 @@ class LossReport(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         """Every process takes part."""
-        loss, num_targets = trainer.full_validation_loss()
+        loss, num_targets = trainer.validation_loss(trainer.final_subset)
         gather_weights(trainer.wrapped_model, trainer.model)
         if not trainer.ctx.is_main_process:
             return

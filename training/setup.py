@@ -80,11 +80,7 @@ class TextSample(Callback):
 
 
 def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object | None = None) -> list[object]:
-    """The callbacks of a run, in the order in which they are called.
-
-    Args:
-        recorder: a callback that adds to the metrics of an evaluation, such as inspection's `AttentionRecorder`.
-    """
+    """The callbacks of a run, in order; `recorder` adds to the metrics of an evaluation (inspection's AttentionRecorder)."""
     if not trainer.ctx.is_main_process:
         return [LossReport(), checkpointer]
     config, state = trainer.config, trainer.state
@@ -133,7 +129,8 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
                 raise UserError(problem, CHECKPOINT) from error
         wrapped, is_compiled = maybe_compile(wrapped, config, ctx, vocab_size, saved)
     trainer = Trainer(config, ctx, data, model, wrapped, optimizer, TrainState() if saved is None else saved.state)
-    trainer.resumed_from = saved
+    if saved is not None:
+        trainer.resumed_from, trainer.saved = saved, (saved.state.step, saved.state.last_eval_step)
     trainer.environment = describe_environment(trainer, is_compiled)
     return trainer
 

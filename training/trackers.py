@@ -14,10 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import escape_control_chars
+from common.files import write_atomic
 from training.trainer import Callback, Trainer
 
-TIMEOUT_SECONDS = 20
-"""How long to wait for the server at the start, and for uploads at the end."""
+TIMEOUT_SECONDS = 20  # to wait for the server at the start, and for uploads at the end
 
 
 def guarded(hook: Callable[..., None]) -> Callable[..., None]:
@@ -54,8 +54,7 @@ class WandbTracker(Callback):
         log, folder = trainer.config.log, Path(trainer.config.run.dir)
         id_file = folder / "wandb" / "run-id.txt"
         if not id_file.exists():
-            id_file.parent.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(secrets.token_hex(4), encoding="ascii")
+            write_atomic(id_file, [secrets.token_hex(4).encode()])
         timeouts: Any = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), TIMEOUT_SECONDS)
         settings = wandb.Settings(**timeouts, finish_timeout_raises=True, silent=True, console="off")
         wandb.setup(settings)
@@ -66,7 +65,7 @@ class WandbTracker(Callback):
             mode=log.wandb,
             config=dataclasses.asdict(trainer.config),
             allow_val_change=True,
-            id=id_file.read_text(encoding="ascii").strip(),
+            id=id_file.read_text(encoding="ascii"),
             resume="allow",
             settings=settings,
         )

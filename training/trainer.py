@@ -19,16 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import NON_FINITE, UserError
-from data.dataloader import (
-    IGNORE_INDEX,
-    Batch,
-    documents_in_batch,
-    eval_indices,
-    get_batch,
-    num_valid_tokens,
-    pack_documents,
-    read_sequences,
-)
+from data import dataloader
+from data.dataloader import IGNORE_INDEX, Batch, eval_indices
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
 from training.checkpoint import Checkpoint, RunEnvironment, TrainState, provenance
@@ -39,8 +31,7 @@ from training.loss import cross_entropy_sum
 from training.optimizer import Optimizer, get_lr_scale
 from training.signals import SignalHandler
 
-FINAL_TARGETS = 500_000
-"""Validation targets of the final evaluation, at most."""
+FINAL_TARGETS = 500_000  # validation targets of the final evaluation, at most
 PREFETCH_STEPS = 2
 
 
@@ -114,9 +105,10 @@ class Trainer:
         self.sample_tokens: list[int] | None = None  # of the current evaluation
         self.final_metrics: dict[str, float] = {}
         self.train_seconds = 0.0  # without evaluations and checkpoints
-        self.train_sequences = pack_documents(data.train, config.model.context)
-        self.val_sequences = pack_documents(data.val, config.model.context)
+        self.train_sequences = dataloader.pack_documents(data.train, config.model.context)
+        self.val_sequences = dataloader.pack_documents(data.val, config.model.context)
         self.eval_subset = eval_indices(self.val_sequences, config.train.eval_tokens)
+        self.final_subset = eval_indices(self.val_sequences, FINAL_TARGETS)
         self.micro_batch_size = micro_batch_rows(config, ctx.world_size)
         self.batches = Prefetcher(self.read_batch)
         self.saved: tuple[int, int] | None = None  # (step, last evaluated step) of the newest checkpoint
@@ -132,10 +124,7 @@ class Trainer:
         """
         exit_code = 1
         try:
-            if self.resumed_from is None:
-                self.save()
-            else:
-                self.saved = (self.state.step, self.state.last_eval_step)
+            self.save()
             self.notify("on_start")
             with advise_on_oom(self.micro_batch_size, self.config.train.batch_size), self.stop.installed():
                 self.loop()
@@ -152,7 +141,8 @@ class Trainer:
         """All processes run it in lockstep: they agree on whether to stop before each step."""
         while True:
             state, train, run = self.state, self.config.train, self.config.run
-            is_best = self.should_evaluate() and self.evaluate()
+            is_due = state.step % train.eval_every == 0 or state.step >= train.steps
+            is_best = is_due and max(state.last_eval_step, 0) < state.step and self.evaluate()
             signum = self.ctx.all_reduce_max(self.stop.signum)
             self.is_stopped = signum > 0 or 0 < run.stop_at_step <= state.step
             is_last = state.step >= train.steps or 0 < train.patience <= state.evals_without_improvement
@@ -176,12 +166,6 @@ class Trainer:
             if (method := getattr(callback, hook, None)) is not None:
                 method(self, *args)
 
-    def should_evaluate(self) -> bool:
-        """Whether an evaluation of this step is due and was not made yet."""
-        step, train = self.state.step, self.config.train
-        is_due = step > 0 and (step % train.eval_every == 0 or step >= train.steps)
-        return is_due and self.state.last_eval_step < step
-
     def should_log(self, metrics: dict[str, Any]) -> bool:
         """Whether the metrics of this step are written: every `log.every` steps, at the end, and if it was skipped."""
         step = self.state.step
@@ -197,22 +181,21 @@ class Trainer:
     def read_batch(self, step: int) -> tuple[Batch, int]:
         """This process's rows of a step's batch, and how many valid targets the whole batch has."""
         seed, size, ctx = self.config.run.seed, self.config.train.batch_size, self.ctx
-        rows = get_batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
-        return rows, num_valid_tokens(self.train_sequences, seed, step, size)
+        rows = dataloader.get_batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
+        return rows, dataloader.num_valid_tokens(self.train_sequences, seed, step, size)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its loss (before the update), learning rate and gradient norm."""
         start = time.perf_counter()
         optim, state, seed = self.config.optim, self.state, self.config.run.seed
-        lr_scale = get_lr_scale(state.step, self.config.train.steps, optim)
-        self.optimizer.set_lr_scale(lr_scale)
+        self.optimizer.lr_scale = get_lr_scale(state.step, self.config.train.steps, optim)
         rows, num_targets = self.batches.get(state.step)
         if self.config.model.dropout:  # seeded by the step, so that a resumed run drops the same activations
             torch.manual_seed(derive_seed(seed, "dropout", state.step, self.ctx.rank))
         mean_loss = self.forward_backward(rows, num_targets)
         norm = clip_grad_norm(self.wrapped_model, optim.grad_clip)
         loss, grad_norm = torch.stack([mean_loss, norm]).tolist()  # the only wait for the device in a step
-        metrics: dict[str, Any] = {"loss": loss, "lr": lr_scale * optim.lr, "grad_norm": grad_norm}
+        metrics: dict[str, Any] = {"loss": loss, "lr": self.optimizer.lr_scale * optim.lr, "grad_norm": grad_norm}
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.step()
             state.tokens_seen += num_targets
@@ -246,7 +229,9 @@ class Trainer:
         """
         state, train, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
-        documents = documents_in_batch(self.data.train, self.train_sequences, seed, state.step, train.batch_size)
+        documents = dataloader.documents_in_batch(
+            self.data.train, self.train_sequences, seed, state.step, train.batch_size
+        )
         shown = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
         if state.skipped_steps >= train.skip_nonfinite_steps:
             newest = self.saved[0] if self.saved else 0
@@ -265,10 +250,9 @@ class Trainer:
         A signal interrupts it; it is then repeated when the run is resumed.
         """
         state = self.state
-        result = self.validation_loss(self.eval_subset, self.stop)
-        if result is None:
+        val_loss, num_targets = self.validation_loss(self.eval_subset, self.stop)
+        if not num_targets:
             return False
-        val_loss = result[0]
         gather_weights(self.wrapped_model, self.model)
         metrics = {"step": state.step, "val_loss": val_loss, "tokens_seen": state.tokens_seen}
         completed = self.stop.run_interruptible(lambda: self.notify("on_eval", metrics))
@@ -283,14 +267,11 @@ class Trainer:
         return is_best
 
     @torch.no_grad()
-    def validation_loss(self, indices: np.ndarray, stop: SignalHandler | None = None) -> tuple[float, int] | None:
+    def validation_loss(self, indices: np.ndarray, stop: SignalHandler | None = None) -> tuple[float, int]:
         """Mean loss in nats over every valid target of some validation sequences, and how many targets these are.
 
         The sequences are divided among the processes. Each process runs the same number of forward passes, the last
-        ones perhaps on a dummy batch: FSDP communicates in each of them.
-
-        Args:
-            stop: a signal recorded there ends the evaluation; the result is None.
+        ones perhaps on a dummy batch: FSDP communicates in each of them. A signal recorded in `stop` ends it: (nan, 0).
         """
         ctx, rows = self.ctx, self.micro_batch_size
         model = self.wrapped_model if is_fsdp(self.wrapped_model) else self.model
@@ -300,9 +281,11 @@ class Trainer:
         try:
             for first in range(0, -(-len(indices) // ctx.world_size), rows):
                 if stop is not None and ctx.all_reduce_max(stop.signum):
-                    return None
+                    return math.nan, 0
                 chosen = own[first : first + rows]
-                batch = read_sequences(self.data.val, self.val_sequences, chosen if len(chosen) else indices[:1])
+                batch = dataloader.read_sequences(
+                    self.data.val, self.val_sequences, chosen if len(chosen) else indices[:1]
+                )
                 with ctx.autocast():
                     logits = model(ctx.to_device(batch.tokens))
                 if len(chosen):
@@ -313,12 +296,6 @@ class Trainer:
             return loss_sum / num_targets, int(num_targets)
         finally:
             model.train()
-
-    def full_validation_loss(self) -> tuple[float, int]:
-        """`validation_loss` of the whole split, or of an even subset above `FINAL_TARGETS`."""
-        result = self.validation_loss(eval_indices(self.val_sequences, FINAL_TARGETS))
-        assert result is not None  # nothing can interrupt it
-        return result
 
 
 def derive_seed(seed: int, purpose: str, step: int = 0, rank: int = 0) -> int:

@@ -109,7 +109,7 @@ def test_adamw_equals_torchs() -> None:
     reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), fused=True)
     for step in range(5):
         set_gradients(step, list(zip(model, copies, strict=True)), generator)
-        ours.set_lr_scale(1 / (step + 1))
+        ours.lr_scale = 1 / (step + 1)
         for group in reference.param_groups:
             group["lr"] = 0.01 / (step + 1)
         reference.step()

@@ -1,12 +1,12 @@
-"""train.py: what a run leaves behind, what it prints, and what it refuses."""
+"""train.py: what a run leaves behind and prints, what it refuses, and that an interrupted run ends with the same bits."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -14,46 +14,93 @@ from safetensors.torch import load_file
 from common.files import read_metrics
 from inspection.attention_file import read_attention_file
 from tests.runs import TINY, error_line, script
-from tests.training.helpers import make_trainer
-from training.checkpoint import open_checkpoint, sha256_of_file, sha256_of_weights
+from training.checkpoint import TrainState, open_checkpoint, sha256_of_file, sha256_of_weights
 from training.device import get_dist_context
-from training.time_budget import Deadline
+from training.metrics import MetricsLogger
 
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+TEXT = "The quick brown fox jumps over the lazy dog. " * 12  # 30 sequences: the second epoch begins within step 8
 OFF = "--log.attention=off"
+LONG = ("--train.steps=12", "--train.eval_every=4", "--train.save_every=5", "--train.keep_checkpoints=9")
+VARIANTS = {
+    "plain": (),
+    "dropout": ("--model.dropout=0.2", OFF),
+    "accumulation": ("--train.micro_batch_size=3", OFF),
+    "adamw": ("--optim.optimizer=adamw", "--model.dropout=0.1", "--train.micro_batch_size=1", OFF),
+}
+TIMING = {"tokens_per_second", "mfu", "peak_memory_mb"}
+
+
+def train(*options: object) -> str:
+    done = script("train.py", *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The options of a new run, but for its folder."""
     path = tmp_path_factory.mktemp("text") / "fox.txt"
     path.write_text(TEXT)
-    return path
+    return (*TINY, f"--data.source={path}")
 
 
 @pytest.fixture(scope="module")
-def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(new: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("runs") / "fox"
-    done = script("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={folder}")
-    assert done.returncode == 0, done.stderr
-    (folder / "output.txt").write_text(done.stdout)
+    output = train(*new, f"--run.dir={folder}")
+    (folder / "output.txt").write_text(output)
     return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(new: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that gives the uninterrupted run of a variant, up to step 12, without the report at its end."""
+    runs: dict[str, Path] = {}
+
+    def run(variant: str) -> Path:
+        if variant not in runs:
+            runs[variant] = tmp_path_factory.mktemp("uninterrupted") / variant
+            train(*new, *LONG, *VARIANTS[variant], f"--run.dir={runs[variant]}", "--run.stop_at_step=12")
+        return runs[variant]
+
+    return run
 
 
 def weights(folder: Path) -> str:
     return sha256_of_weights(open_checkpoint(folder).load_model(get_dist_context("fp32")))
 
 
+def hashes(folder: Path) -> list[str]:
+    """The sha256 of weights and optimizer state after step 12."""
+    files = (folder / "checkpoints" / "000012").glob("*.safetensors")
+    return [sha256_of_file(path) for path in sorted(files)]
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """The same weights, optimizer state, samples and metrics but for those that depend on the clock and the process."""
+    assert hashes(folder) == hashes(other) and len(hashes(folder)) == 2
+    lines = (read_metrics(path / "metrics.jsonl") for path in (folder, other))
+    assert len({json.dumps([{k: v for k, v in line.items() if k not in TIMING} for line in ls]) for ls in lines}) == 1
+    assert (folder / "samples.txt").read_text() == (other / "samples.txt").read_text()
+    assert open_checkpoint(folder).state == open_checkpoint(other).state
+
+
+# ---- files and lines ----
+
+
 def test_files_of_a_run(run: Path) -> None:
     plots = ("loss.png", "attention.png", "head.png", "timeline.png", "phase_change.png")
-    for name in ("config.toml", "metrics.jsonl", "samples.txt", "attention.html", *plots):
-        assert (run / name).stat().st_size > 0, name
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json", "manifest.json"):
-        assert (run / "checkpoints" / "000006" / name).stat().st_size > 0, name
-    files = sorted(path.name for path in (run / "attention").glob("0*"))
-    assert files == [f"{step:06d}.safetensors" for step in (0, 3, 6)]
-    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    files = ("model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json", "manifest.json")
+    names = ["config.toml", "metrics.jsonl", "samples.txt", "attention.html", *plots]
+    assert all((run / name).stat().st_size for name in [*names, *(f"checkpoints/000006/{name}" for name in files)])
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    first, early, late = map(read_attention_file, sorted((run / "attention").glob("0*")))
+    assert (first.metadata["step"], early.metadata["step"], late.metadata["step"]) == ("0", "3", "6")
+    assert late.texts[0].name == "sample"
+    texts = [[(text.name, text.tokens.tolist()) for text in file.texts[1:]] for file in (early, late)]
+    assert texts[0] == texts[1]
+    assert late.metadata["weights_sha256"] == weights(run) != early.metadata["weights_sha256"]
 
 
 def test_printed_lines(run: Path) -> None:
@@ -63,78 +110,53 @@ def test_printed_lines(run: Path) -> None:
     (evaluation,) = (line for line in lines if line.startswith("step 3/6 | "))
     names = [part.split()[0] for part in evaluation.split(" | ")[1:5]]
     assert names == ["loss", "val", "lr", "grad"] and "tok/s | mfu " in evaluation and evaluation.endswith(" left")
-    for word in ("uniform", "unigram", "trigram", "this model", "nats/token", "bits/byte"):
-        assert word in text
+    ends = (f"open {run / 'attention.html'}", f"python sample.py {run}")
+    assert all(
+        word in text for word in ("uniform", "unigram", "trigram", "this model", "nats/token", "bits/byte", *ends)
+    )
     assert "floor" not in text  # the entropy of this text is not known
-    assert f"open {run / 'attention.html'}" in text and f"python sample.py {run}" in text
 
 
-def test_attention_files_hold_the_same_texts_at_every_evaluation(run: Path) -> None:
-    early, late = (read_attention_file(run / "attention" / f"{step:06d}.safetensors") for step in (3, 6))
-    assert [text.name for text in late.texts] == [text.name for text in early.texts]
-    assert late.texts[0].name == "sample"
-    for before, after in zip(early.texts[1:], late.texts[1:], strict=True):
-        assert before.tokens.tolist() == after.tokens.tolist()
-    assert late.metadata["weights_sha256"] == weights(run) != early.metadata["weights_sha256"]
-    assert json.loads(late.metadata["config"])["d_model"] == 16
-
-
-def test_log_attention_off_leaves_nothing_of_it(run: Path, corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "off"
-    done = script("train.py", *TINY, OFF, f"--data.source={corpus}", f"--run.dir={folder}")
-    assert done.returncode == 0, done.stderr
-    assert "log.attention is off: no attention is recorded" in done.stdout and "attend.py" not in done.stdout
-    assert not list((folder / "attention").iterdir()) and not (folder / "attention.html").exists()
-    assert [path.name for path in folder.glob("*.png")] == ["loss.png"]
-    assert weights(folder) == weights(run)
-    final, expected = (read_metrics(path / "metrics.jsonl")[-1] for path in (folder, run))
+def test_log_attention_off_leaves_nothing_of_it(run: Path, new: tuple[str, ...], tmp_path: Path) -> None:
+    output = train(*new, OFF, f"--run.dir={tmp_path}")
+    assert "log.attention is off: no attention is recorded" in output and "attend.py" not in output
+    assert not list((tmp_path / "attention").iterdir()) and not (tmp_path / "attention.html").exists()
+    assert [path.name for path in tmp_path.glob("*.png")] == ["loss.png"]
+    assert weights(tmp_path) == weights(run)
+    final, expected = (read_metrics(path / "metrics.jsonl")[-1] for path in (tmp_path, run))
     assert final == expected and "final_val_loss" in final
 
 
-def test_run_that_was_stopped_is_ended_by_resuming(run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "resumed"
-    shutil.copytree(run, folder)
-    (folder / "attention" / "000006.safetensors").unlink()
-    (folder / "attention.html").unlink()
-    done = script("train.py", f"--run.resume={folder}", "--train.steps=4")
-    assert done.returncode == 0, done.stderr
-    assert (folder / "attention" / "000006.safetensors").is_file() and (folder / "attention.html").is_file()
-
-
 @pytest.mark.parametrize("options", [("--model.context=1", "--log.sample_tokens=0"), ("--model.n_heads=1",)])
-def test_smallest_models_run_to_the_end(options: tuple[str, ...], corpus: Path, tmp_path: Path) -> None:
-    done = script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={tmp_path / 'small'}")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "small" / "attention.html").is_file() == ("--model.n_heads=1" in options)
+def test_smallest_models_run_to_the_end(options: tuple[str, ...], new: tuple[str, ...], tmp_path: Path) -> None:
+    train(*new, *options, f"--run.dir={tmp_path}")
+    assert (tmp_path / "attention.html").is_file() == ("--model.n_heads=1" in options)
 
 
-def test_prompts_of_the_user_are_recorded(corpus: Path, tmp_path: Path) -> None:
-    lines = tmp_path / "lines.txt"
-    lines.write_text("the lazy dog\nthe fox\t fox\t dog\n")
-    options = (f"--log.prompts={lines}", f"--data.source={corpus}", f"--run.dir={tmp_path / 'own'}")
-    done = script("train.py", *TINY, *options)
-    assert done.returncode == 0, done.stderr
-    recorded = read_attention_file(tmp_path / "own" / "attention" / "000006.safetensors")
+def test_prompts_of_the_user_are_recorded(new: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("the lazy dog\nthe fox\t fox\t dog\n")
+    train(*new, f"--log.prompts={tmp_path / 'lines.txt'}", f"--run.dir={tmp_path}")
+    recorded = read_attention_file(tmp_path / "attention" / "000006.safetensors")
     assert {"line 1", "own 1"} <= {text.name for text in recorded.texts}
-    assert "no such file" in error_line(script("train.py", *TINY, "--log.prompts=nowhere.txt"), 2)
 
 
-def test_best_and_newest_checkpoints_are_kept(corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "kept"
+def test_best_and_newest_checkpoints_are_kept(new: tuple[str, ...], tmp_path: Path) -> None:
     # The learning rate is far too high after the warmup: the loss is best early.
     options = ("--optim.lr=3", "--optim.muon_lr=3", "--train.steps=12", "--train.eval_every=2", "--train.save_every=2")
-    done = script("train.py", *TINY, OFF, *options, f"--data.source={corpus}", f"--run.dir={folder}")
-    assert done.returncode == 0, done.stderr
-    state = open_checkpoint(folder).state
-    kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
+    train(*new, OFF, *options, f"--run.dir={tmp_path}")
+    state = open_checkpoint(tmp_path).state
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted({state.best_step, 10, 12})
-    losses = {line["step"]: line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line}
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in line}
     assert state.best_loss == min(losses.values()) == losses[state.best_step]
 
 
-def test_existing_run_is_not_overwritten(run: Path, corpus: Path) -> None:
+# ---- mistakes ----
+
+
+def test_existing_run_is_not_overwritten(run: Path, new: tuple[str, ...]) -> None:
     before = sha256_of_file(run / "metrics.jsonl")
-    line = error_line(script("train.py", *TINY, f"--data.source={corpus}", f"--run.dir={run}"), 2)
+    line = error_line(script("train.py", *new, f"--run.dir={run}"), 2)
     assert f"--run.resume {run}" in line and sha256_of_file(run / "metrics.jsonl") == before
 
 
@@ -146,26 +168,98 @@ def test_existing_run_is_not_overwritten(run: Path, corpus: Path) -> None:
         ("--run.dir=/proc/nowhere", 6, "/proc/nowhere"),
         ("--model.d_model=17", 2, "model.d_model is 17"),
         ("--train.micro_batch_size=-1", 2, "train.micro_batch_size"),
+        ("--log.prompts=nowhere.txt", 2, "no such file"),
         ("--run.resume=/", 4, "config.toml"),
+        ("--check", 2, "--run.resume RUN --check"),
     ],
 )
-def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, option: str, code: int, words: str) -> None:
-    argv = [*TINY, f"--data.source={corpus}", f"--run.dir={tmp_path / 'none'}", option]
-    assert words in error_line(script("train.py", *argv), code)
+def test_bad_input_is_one_line(new: tuple[str, ...], tmp_path: Path, option: str, code: int, words: str) -> None:
+    assert words in error_line(script("train.py", *new, f"--run.dir={tmp_path / 'none'}", option), code)
 
 
-def test_non_finite_loss_ends_the_run_before_it_is_saved(corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
+def test_non_finite_loss_ends_the_run_before_it_is_saved(new: tuple[str, ...], tmp_path: Path) -> None:
     options = ("--optim.lr=1e30", "--optim.optimizer=adamw", "--optim.grad_clip=0", "--train.steps=30", OFF)
-    line = error_line(script("train.py", *TINY, *options, f"--data.source={corpus}", f"--run.dir={folder}"), 5)
-    assert "optim.lr" in line
-    for path in folder.glob("checkpoints/*/model.safetensors"):
+    assert "optim.lr" in error_line(script("train.py", *new, *options, f"--run.dir={tmp_path}"), 5)
+    for path in tmp_path.glob("checkpoints/*/model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
-def test_deadline_shortens_the_run_and_is_saved(tmp_path: Path) -> None:
-    trainer = make_trainer()
-    trainer.config = replace(trainer.config, run=replace(trainer.config.run, dir=str(tmp_path)))
-    trainer.callbacks = [Deadline(time.perf_counter())]  # the time is already over
-    trainer.run()
-    assert trainer.state.step == 2 and "steps = 2\n" in (tmp_path / "config.toml").read_text()
+# ---- resuming ----
+
+
+@pytest.mark.parametrize(("variant", "stops"), [*((name, (1, 7)) for name in VARIANTS), ("dropout", (8, 11))])
+def test_interrupted_run_ends_with_the_same_bits(
+    variant: str, stops: tuple[int, ...], new: tuple[str, ...], uninterrupted: Any, tmp_path: Path
+) -> None:
+    train(*new, *LONG, *VARIANTS[variant], f"--run.dir={tmp_path}", f"--run.stop_at_step={stops[0]}")
+    for stop in (*stops[1:], 12):
+        train(f"--run.resume={tmp_path}", f"--run.stop_at_step={stop}")
+    assert_same(tmp_path, uninterrupted(variant))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [*range(1, 13)]
+
+
+def test_what_came_after_the_newest_checkpoint_is_repeated(uninterrupted: Any, tmp_path: Path) -> None:
+    """As after a kill: metrics, samples and attention files reach further than the newest checkpoint."""
+    folder = shutil.copytree(uninterrupted("plain"), tmp_path / "killed")
+    for step in ("000012", "000010", "000008"):
+        shutil.rmtree(folder / "checkpoints" / step)
+    leftover = folder / "attention" / "000011.safetensors"
+    shutil.copy(folder / "attention" / "000012.safetensors", leftover)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # cut off in the middle
+    assert "from step 5" in train(f"--run.resume={folder}", "--run.stop_at_step=12")
+    assert_same(folder, uninterrupted("plain"))
+    assert not leftover.exists() and (folder / "attention" / "000012.safetensors").is_file()
+
+
+def test_damaged_attention_files_do_not_stop_training(uninterrupted: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted("plain"), tmp_path / "damaged")
+    shutil.rmtree(folder / "checkpoints" / "000012")
+    (folder / "attention" / "eval_texts.json").write_text("{")
+    (folder / "attention" / "000004.safetensors").write_bytes(b"damaged")
+    done = script("train.py", f"--run.resume={folder}")
+    assert done.returncode == 0 and "eval_texts.json" in done.stderr and "000004.safetensors" in done.stderr
+    assert (folder / "attention.html").is_file()
+    assert hashes(folder) == hashes(uninterrupted("plain"))
+
+
+def test_evaluating_and_logging_change_nothing(new: tuple[str, ...], uninterrupted: Any, tmp_path: Path) -> None:
+    options = ("--train.eval_every=1", "--train.save_every=2", "--log.sample_tokens=0", "--log.every=5")
+    train(*new, *LONG, *VARIANTS["dropout"], f"--run.dir={tmp_path}", "--run.stop_at_step=12", *options)
+    assert hashes(tmp_path) == hashes(uninterrupted("dropout"))
+
+
+def test_what_may_change_on_resuming(uninterrupted: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted("dropout"), tmp_path / "longer")
+    resume = partial(script, "train.py", f"--run.resume={folder}")
+    resume("--run.stop_at_step=12")  # nothing is left to do
+    assert_same(folder, uninterrupted("dropout"))
+    for name, text in (("moved.txt", TEXT), ("other.txt", TEXT[:-1] + "!")):
+        (tmp_path / name).write_text(text)
+    longer, other = "--train.steps=14", f"--data.source={tmp_path / 'other.txt'}"
+    for change, code, words in ((other, 3, "has changed"), ("--model.n_layers=3", 2, "model.n_layers was 2")):
+        assert words in error_line(resume(longer, change), code)
+    moved = f"--data.source={tmp_path / 'moved.txt'}"
+    done = resume(longer, moved, "--run.stop_at_step=13", "--optim.lr=0.001", "--model.attention=eager")
+    assert (
+        done.returncode == 0 and "may differ in the last bits: attention " in done.stdout and "-> eager" in done.stdout
+    )
+    assert open_checkpoint(folder).state.step == 13 and "steps = 14" in (folder / "config.toml").read_text()
+
+
+def test_damaged_metrics_end_at_the_damage(tmp_path: Path) -> None:
+    good = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    for bad in ("[1, 2]", '{"loss": 3}', '{"step": "x"}', "\x00", "[" * 100_000, '{"step": 1'):
+        (tmp_path / "metrics.jsonl").write_text("\n".join([*good, bad, *good]))
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    MetricsLogger(tmp_path, TrainState(step=2))
+    assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(good[:2]) + "\n"
+
+
+@pytest.mark.slow
+def test_check_proves_that_a_run_resumes_exactly(uninterrupted: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted("dropout"), tmp_path / "proved")
+    before = sorted(path.name for path in folder.rglob("*"))
+    done = script("train.py", f"--run.resume={folder}", "--train.steps=40", "--check")
+    assert done.returncode == 0 and "same bits: " in done.stdout, done.stdout + done.stderr
+    assert sorted(path.name for path in folder.rglob("*")) == before
