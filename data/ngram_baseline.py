@@ -8,7 +8,6 @@ the leading end-of-text.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,12 +21,12 @@ VAL_LIMIT = 2_000_000
 
 def baselines(train: TokenSplit, val: TokenSplit, vocab_size: int) -> dict[str, float]:
     """Nats per token of `uniform`, `unigram` and `trigram` on the validation split, trained on the training split."""
-    model = KneserNey.fit(trigrams(train, TRAIN_LIMIT), vocab_size)
     targets = trigrams(val, VAL_LIMIT)
+    trigram = kneser_ney(trigrams(train, TRAIN_LIMIT), targets, vocab_size)
     return {
         "uniform": math.log(vocab_size),
         "unigram": float(-np.log(unigram(train, vocab_size)[targets[:, 2]]).mean()),
-        "trigram": float(-np.log(model.probability(targets)).mean()),
+        "trigram": float(-np.log(trigram).mean()),
     }
 
 
@@ -61,76 +60,39 @@ def unigram(split: TokenSplit, vocab_size: int) -> np.ndarray:
     return (counts + 1) / (counts.sum() + vocab_size)
 
 
-@dataclass(frozen=True, eq=False)
-class _Order:
-    """The n-grams of one length, their counts, and the statistics of their contexts (all but the last token)."""
+def kneser_ney(train: np.ndarray, rows: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The probability of each row's last token after its first two, (n, 3) -> (n,), given the trigrams of `train`.
 
-    keys: np.ndarray
-    """int64, the n-grams packed into numbers, ascending."""
-    counts: np.ndarray
-    context_keys: np.ndarray
-    """int64, the n-grams without their last token, packed, ascending."""
-    totals: np.ndarray
-    """Sum of the counts of each context's n-grams."""
-    followers: np.ndarray
-    """Number of different tokens after each context."""
-    discount: float
-
-    @classmethod
-    def fit(cls, keys: np.ndarray, counts: np.ndarray, vocab_size: int) -> _Order:
-        context_keys, first, followers = np.unique(keys // vocab_size, return_index=True, return_counts=True)
-        totals = np.add.reduceat(counts, first)
-        n1, n2 = int((counts == 1).sum()), int((counts == 2).sum())
-        # Ney, Essen and Kneser 1994. Above 0, so that unseen n-grams get some probability.
-        discount = min(max(n1 / (n1 + 2 * n2), 0.1), 0.9) if n1 else 0.1
-        return cls(keys, counts, context_keys, totals, followers, discount)
-
-    def probability(self, ngrams: np.ndarray, vocab_size: int, shorter: np.ndarray) -> np.ndarray:
-        """The discounted estimate; the discounted mass is distributed as `shorter`, the estimate of the lower order."""
-        count = _look_up(self.keys, self.counts, ngrams)
-        contexts = ngrams // vocab_size
-        total = _look_up(self.context_keys, self.totals, contexts)
-        followers = _look_up(self.context_keys, self.followers, contexts)
-        discounted = np.maximum(count - self.discount, 0) + self.discount * followers * shorter
-        return np.where(total > 0, discounted / np.maximum(total, 1), shorter)
-
-
-@dataclass(frozen=True, eq=False)
-class KneserNey:
-    """An interpolated trigram model with Kneser-Ney smoothing.
-
-    As in Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999),
-    equations 24-26, with one discount D for each order:
+    An interpolated trigram model with Kneser-Ney smoothing, as in Chen and Goodman, "An empirical study of smoothing
+    techniques for language modeling" (1999), equations 24-26, with one discount D for each order:
 
         p(c | a b) = (max(n(a b c) - D, 0) + D * followers(a b) * p(c | b)) / n(a b)
 
     The lower orders use the same formula with *continuation counts*: n(b c) becomes the number of different tokens
     before `b c`. The lowest order interpolates with the uniform distribution, so that no token has probability 0.
+    Packing three ids into one int64 needs at most 2^21 different tokens.
     """
-
-    orders: tuple[_Order, ...]
-    """Unigrams, bigrams, trigrams."""
-    vocab_size: int
-
-    @classmethod
-    def fit(cls, rows: np.ndarray, vocab_size: int) -> KneserNey:
-        """Count (n, 3) trigrams. Packing three ids into one int64 needs at most 2^21 different tokens."""
-        assert vocab_size <= 1 << 21
-        keys, counts = np.unique(_pack(rows, vocab_size), return_counts=True)
-        orders = [_Order.fit(keys, counts, vocab_size)]
-        for n in (2, 1):
-            # Each different longer n-gram is one continuation of the n-gram without its first token.
-            keys, counts = np.unique(keys % vocab_size**n, return_counts=True)
-            orders.append(_Order.fit(keys, counts, vocab_size))
-        return cls(tuple(reversed(orders)), vocab_size)
-
-    def probability(self, rows: np.ndarray) -> np.ndarray:
-        """The probability of each row's last token after its first two: (n, 3) -> (n,)."""
-        packed = _pack(rows, self.vocab_size)
-        estimate = np.full(len(rows), 1 / self.vocab_size)
-        for n, order in enumerate(self.orders, start=1):
-            estimate = order.probability(packed % self.vocab_size**n, self.vocab_size, estimate)
-        return estimate
+    assert vocab_size <= 1 << 21
+    keys, counts = np.unique(_pack(train, vocab_size), return_counts=True)
+    orders = [(keys, counts)]
+    for n in (2, 1):
+        # Each different longer n-gram is one continuation of the n-gram without its first token.
+        keys, counts = np.unique(keys % vocab_size**n, return_counts=True)
+        orders.append((keys, counts))
+    packed = _pack(rows, vocab_size)
+    estimate = np.full(len(rows), 1 / vocab_size)
+    for n, (keys, counts) in enumerate(reversed(orders), start=1):
+        n1, n2 = int((counts == 1).sum()), int((counts == 2).sum())
+        # Ney, Essen and Kneser 1994. Above 0, so that unseen n-grams get some probability.
+        discount = min(max(n1 / (n1 + 2 * n2), 0.1), 0.9) if n1 else 0.1
+        context_keys, first, followers = np.unique(keys // vocab_size, return_index=True, return_counts=True)
+        ngrams = packed % vocab_size**n
+        contexts = ngrams // vocab_size
+        total = _look_up(context_keys, np.add.reduceat(counts, first), contexts)
+        unseen = discount * _look_up(context_keys, followers, contexts) * estimate
+        discounted = np.maximum(_look_up(keys, counts, ngrams) - discount, 0) + unseen
+        estimate = np.where(total > 0, discounted / np.maximum(total, 1), estimate)
+    return estimate
 
 
 def _pack(rows: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -138,6 +100,6 @@ def _pack(rows: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The value of each key in `query`, 0 if there is none."""
+    """The value of each key in `query`, 0 if there is none; `keys` are ascending."""
     at = np.minimum(np.searchsorted(keys, query), len(keys) - 1)
     return np.where(keys[at] == query, values[at], 0)
