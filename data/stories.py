@@ -1,7 +1,7 @@
 """Generated corpus "stories": short stories with known regularities and an exactly computed entropy.
 
 In a story two animals find a thing, one puts it away, the other looks for it in the wrong place, two of four episodes
-follow, and it ends. The grammar is a tree of choices, below; `story_grammar.py` generates from it and computes its
+follow, and it ends. The grammar is the function `story`, below; `story_grammar.py` generates from it and computes its
 entropy.
 
 A is the animal that is named first, B the other. They always share their pronoun, so that meaning alone determines
@@ -32,9 +32,10 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from data.story_grammar import Chain, Choose, Draw, Node, Note, Pool, Split, Story, evenly, generate, line
+from data import story_grammar
+from data.story_grammar import Pool, Split, Story, Writer, generate
 
 KINDS = ("pronoun", "agreement", "induction", "place", "cause", "crossing")
 STORIES: dict[Split, int] = {"train": 15_000, "val": 1_500}
@@ -90,91 +91,81 @@ POOLS = {
 }
 
 
-def _line(template: str) -> Chain:
-    return line(template, POOLS)
-
-
-def _put() -> Node:
-    """A puts the thing somewhere: the combination that may be held out."""
-    return Chain(
-        (
-            _line(" <A> put the <colour> <thing>"),
-            Note("induction", "thing", "thing", "thing.other"),
-            Draw("box", POOLS["box"], partners=("A", "thing")),
-            _line(" into the <box>."),
-        )
-    )
-
-
-def _search() -> Node:
-    """B looks in the wrong container, one of other stuff."""
-    looked = _line(" <B> looked in the <other:box!box>, but the <thing> was in the <box>")
-    return Chain((looked, Note("place", "box", "box", "other"), _line(".")))
-
-
-def _gift() -> Node:
-    """A gives to B: because A has enough (and feels proud) or because B is in need (and feels better)."""
-
-    def because(who: str, why: str, other: str, feels: str) -> Node:
-        return Chain(
-            (
-                _line(f" <A> <gives:gives> <B> because <{who}.he> was <why:{why}>. <then:then> <{who}>"),
-                Note("pronoun", who, who, other),
-                _line(f" felt {feels}."),
-            )
-        )
-
-    return evenly(because("A", "wealth", "B", "proud"), because("B", "need", "A", "better"))
-
-
-def _feelings() -> Node:
-    """Two feelings, then what each of the two does about it."""
-    reactions: list[Node] = []
-    for link, who, other in ((". Soon", "A", "B"), (" and", "B", "A")):
-        reactions.append(_line(f"{link} <{who}> <{who}.mood.does>"))
-        reactions.append(Note("cause", f"{who}.mood.does", f"{who}.mood", f"{other}.mood.does"))
-    moods = _line(" <A> was <A.mood:mood> and <B> was <B.mood:mood!A.mood>")
-    return Chain((moods, *reactions, _line(".")))
-
-
-def _scene(number: str, other: str) -> Node:
-    """Something to see near a second noun, which is of the other number three times out of four."""
-    verb = Chain((Draw("be", POOLS["be"]), _line(f" <be.{number}>")))
-    across = Note("agreement", f"be.{number}", "seen", f"be.{other}")
-    near_other = Chain((_line(f" The <seen:{number}> near the <near:near_{other}>"), verb, across))
-    near_same = Chain((_line(f" The <seen:{number}> near the <near:near_{number}>"), verb))
-    return Chain((Choose(((0.75, near_other), (0.25, near_same))), _line(" <look:look>.")))
-
-
-def _crossing() -> Node:
-    """What `it` was: only the animal can be tired, only the way can be wide."""
-
-    def too(which: str, why: str, other: str) -> Node:
-        return Chain(
-            (
-                _line(f" The <animal:animal> did not cross the <way:way> because it was too <why:{why}>."),
-                _line(f' "What was too <why>?" asked <B>. "The <{which}>," said <A>.'),
-                Note("crossing", which, which, other),
-            )
-        )
-
-    return evenly(too("animal", "tired", "way"), too("way", "wide", "animal"))
-
-
-def _story() -> Node:
-    """The whole story: opening, a thing put away and looked for, two episodes in any order, ending."""
-    scene = evenly(_scene("one", "many"), _scene("many", "one"))
-    episodes = [_gift(), _feelings(), _crossing(), scene]
-    two = evenly(*(Chain((first, evenly(*(e for e in episodes if e is not first)))) for first in episodes))
-    took = _line(" At last they took the <colour> <thing> home.")
-    left = _line(" In the end they left the <colour> <thing> there.")
-    opening = _line(
+def story(w: Writer) -> None:
+    """A whole story: opening, a thing put away and looked for, two episodes in any order, ending."""
+    w.write(
         "<time:time> <A:name> the <A.kind> and <B:name!A> the <B.kind> <found:found> a <colour:colour> <thing:thing>."
     )
-    return Chain((opening, _put(), _search(), two, evenly(took, left)))
+    # A puts the thing somewhere: the combination that may be held out.
+    w.write(" <A> put the <colour> <thing>")
+    w.note("induction", "thing", "thing", "thing.other")
+    w.draw("box", "box", partners=("A", "thing"))
+    w.write(" into the <box>.")
+    # B looks in the wrong container, one of other stuff.
+    w.write(" <B> looked in the <other:box!box>, but the <thing> was in the <box>")
+    w.note("place", "box", "box", "other")
+    w.write(".")
+    w.choose(_two_episodes, *((first,) for first in EPISODES))
+    took = " At last they took the <colour> <thing> home."
+    left = " In the end they left the <colour> <thing> there."
+    w.choose(Writer.write, (took,), (left,))
 
 
-STORY = _story()
+def _two_episodes(w: Writer, first: Callable[[Writer], None]) -> None:
+    first(w)
+    w.choose(lambda w, second: second(w), *((second,) for second in EPISODES if second is not first))
+
+
+def _gift(w: Writer) -> None:
+    """A gives to B: because A has enough (and feels proud) or because B is in need (and feels better)."""
+    w.choose(_because, ("A", "wealth", "B", "proud"), ("B", "need", "A", "better"))
+
+
+def _because(w: Writer, who: str, why: str, other: str, feels: str) -> None:
+    w.write(f" <A> <gives:gives> <B> because <{who}.he> was <why:{why}>. <then:then> <{who}>")
+    w.note("pronoun", who, who, other)
+    w.write(f" felt {feels}.")
+
+
+def _feelings(w: Writer) -> None:
+    """Two feelings, then what each of the two does about it."""
+    w.write(" <A> was <A.mood:mood> and <B> was <B.mood:mood!A.mood>")
+    for link, who, other in ((". Soon", "A", "B"), (" and", "B", "A")):
+        w.write(f"{link} <{who}> <{who}.mood.does>")
+        w.note("cause", f"{who}.mood.does", f"{who}.mood", f"{other}.mood.does")
+    w.write(".")
+
+
+def _crossing(w: Writer) -> None:
+    """What `it` was: only the animal can be tired, only the way can be wide."""
+    w.choose(_too, ("animal", "tired", "way"), ("way", "wide", "animal"))
+
+
+def _too(w: Writer, which: str, why: str, other: str) -> None:
+    w.write(f" The <animal:animal> did not cross the <way:way> because it was too <why:{why}>.")
+    w.write(f' "What was too <why>?" asked <B>. "The <{which}>," said <A>.')
+    w.note("crossing", which, which, other)
+
+
+def _scene(w: Writer) -> None:
+    """Something to see near a second noun, which is of the other number three times out of four."""
+    w.choose(_seen, ("one", "many"), ("many", "one"))
+
+
+def _seen(w: Writer, number: str, other: str) -> None:
+    w.choose(_near, (number, other, other), (number, number, other), p=(0.75, 0.25))
+    w.write(" <look:look>.")
+
+
+def _near(w: Writer, number: str, near: str, other: str) -> None:
+    w.write(f" The <seen:{number}> near the <near:near_{near}>")
+    w.draw("be", "be")
+    w.write(f" <be.{number}>")
+    if near != number:
+        w.note("agreement", f"be.{number}", "seen", f"be.{other}")
+
+
+EPISODES = (_gift, _feelings, _crossing, _scene)
 
 
 def stories(split: Split, count: int, seed: int = SEED) -> Iterator[Story]:
@@ -185,14 +176,14 @@ def stories(split: Split, count: int, seed: int = SEED) -> Iterator[Story]:
         return bisect_right(cumulative, rng.random())
 
     for _ in range(count):
-        yield generate(STORY, pick, split)
+        yield generate(story, POOLS, pick, split)
 
 
 def documents(split: Split) -> Iterator[str]:
     """The texts of a split."""
-    return (story.text for story in stories(split, STORIES[split]))
+    return (s.text for s in stories(split, STORIES[split]))
 
 
 def entropy() -> float:
-    """Entropy of a story of the full grammar in nats: summed over its choices, without sampling."""
-    return STORY.entropy()
+    """Entropy of a story of the full grammar in nats."""
+    return story_grammar.entropy(story, POOLS)

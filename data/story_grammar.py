@@ -1,13 +1,9 @@
 """A small language of story templates: generate a story, and compute the entropy of the grammar.
 
-`stories.py` writes its grammar as a tree of the nodes below; nothing here depends on what the stories are about.
-
-* `generate` walks the tree, calls `pick` at every choice, and collects the text, its log-probability and labels.
-* `entropy` adds up by the chain rule, H(X, Y) = H(X) + H(Y | X). This is exact because the probabilities of a choice
-  never depend on earlier choices; only the words that they select do.
-
-A story is determined by its option numbers. If every text has one derivation only, the probability of the text is the
-product of the probabilities of its choices.
+A grammar is a function that writes a story with the methods of a `Writer`; nothing here depends on what the stories are
+about. The probabilities of a choice must never depend on earlier choices; only the words that they select may. Then the
+entropy is exact by the chain rule, H(X, Y) = H(X) + H(Y | X). If every text has one derivation only, the probability of
+the text is the product of the probabilities of its choices.
 """
 
 from __future__ import annotations
@@ -16,8 +12,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 CharSpan: TypeAlias = tuple[int, int]
 Split: TypeAlias = Literal["train", "val"]
@@ -86,167 +83,127 @@ class Pool:
         return (variable, *(f"{variable}.{field}" for field in self.fields))
 
 
-class State:
-    """A story while it is generated."""
+class Writer:
+    """Writes one story: the text, its log-probability and the labels; `pick` makes every choice."""
 
-    def __init__(self, pick: Pick, split: Split | None = None) -> None:
-        self.pick = pick
-        self.split = split
-        self.text: list[str] = []
-        self.length = 0
-        self.log_prob = 0.0
+    def __init__(self, pools: Mapping[str, Pool], pick: Pick, split: Split | None = None) -> None:
+        self.pools, self.pick, self.split = pools, pick, split
+        self.text, self.log_prob, self.held_out = "", 0.0, False
         self.words: dict[str, str] = {}
         self.rows: dict[str, int] = {}
         self.mentions: dict[str, list[CharSpan]] = {}
         self.nouns: set[str] = set()
         self.labels: list[Label] = []
-        self.held_out = False
+
+    def write(self, template: str) -> None:
+        """`<x>` writes the word of x, `<x:pool>` draws it first, `<x:pool!y>` draws one other than that of y."""
+        for literal, variable, pool, unlike in _parse(template):
+            if pool:
+                self.draw(variable, pool, unlike)
+            self.append(literal, variable)
+
+    def append(self, literal: str, variable: str) -> None:
+        """Write fixed text and the word of a variable (or '')."""
+        self.text += literal
+        if variable:
+            start = len(self.text) - literal.endswith(" ")
+            self.text += self.words[variable]
+            end = len(self.text)
+            self.mentions.setdefault(variable, []).append((start, end))
+            owner = variable.partition(".")[0]
+            if literal == " the " and owner != variable:  # `Mia the fox` is one mention of Mia
+                self.mentions[owner][-1] = (self.mentions[owner][-1][0], end)
+
+    def draw(self, variable: str, pool_name: str, unlike: str = "", partners: tuple[str, ...] = ()) -> None:
+        """Draw a row of a pool for `variable`, other than the row drawn for `unlike`; writes nothing.
+
+        With `partners`, the row completes a combination. It is held out when the row numbers of the partners and
+        its own add up to a multiple of the pool's size: exactly one row for any choice of the partners (a Latin
+        square). The split `val` gets that row, `train` one of the others.
+        """
+        pool, held_out = self.pools[pool_name], -1
+        rows: Sequence[int] = pool.others[self.rows[unlike]] if unlike else range(len(pool))
+        self.log_prob -= math.log(len(rows))
+        if partners:
+            held_out = -sum(self.rows[partner] for partner in partners) % len(pool)
+            if self.split:
+                rows = [row for row in rows if (row == held_out) == (self.split == "val")]
+        row = rows[self.pick(_EVEN[len(rows)])]
+        self.held_out |= row == held_out
+        self.rows[variable] = row
+        if pool.noun:
+            self.nouns.add(variable)
+        self.words.update(zip(pool.names(variable), pool.rows[row], strict=True))
+
+    def choose(self, write: Callable[..., None], *cases: tuple[Any, ...], p: Sequence[float] = ()) -> None:
+        """`write(self, *case)` for one of the cases, all equally likely unless `p` has their probabilities."""
+        p = p or [1 / len(cases)] * len(cases)
+        number = self.pick(tuple(accumulate(p[:-1])))
+        self.log_prob += math.log(p[number])
+        write(self, *cases[number])
+
+    def note(self, kind: str, answer: str, antecedent: str, wrong: str) -> None:
+        """Label the latest mention of `answer` as determined by `antecedent`; the word of `wrong` is the wrong one."""
+        span = self.mentions[answer][-1]
+        antecedents = tuple(mention for mention in self.mentions[antecedent] if mention != span)
+        nouns = sorted(mention for noun in self.nouns for mention in self.mentions.get(noun, ()) if mention < span)
+        space = " " * (span[1] - span[0] - len(self.words[answer]))
+        self.labels.append(Label(kind, span, antecedents, space + self.words[wrong], tuple(nouns)))
+
+    def story(self) -> Story:
+        return Story(self.text, self.log_prob, tuple(self.labels), self.held_out)
 
 
-@dataclass(frozen=True)
-class Text:
-    """Writes fixed text and the words of variables: pairs of (literal, variable or '')."""
+class _EntropyCounter(Writer):
+    """Follows all choices of a grammar and adds up their entropy; writes nothing."""
 
-    pieces: tuple[tuple[str, str], ...]
+    nats = 0.0
 
-    def generate(self, state: State) -> None:
-        out, end = state.text, state.length
-        for literal, variable in self.pieces:
-            out.append(literal)
-            end += len(literal)
-            if variable:
-                word = state.words[variable]
-                out.append(word)
-                start = end - literal.endswith(" ")
-                end += len(word)
-                state.mentions.setdefault(variable, []).append((start, end))
-                owner = variable.partition(".")[0]
-                if literal == " the " and owner != variable:  # `Mia the fox` is one mention of Mia
-                    state.mentions[owner][-1] = (state.mentions[owner][-1][0], end)
-        state.length = end
+    def append(self, literal: str, variable: str) -> None:
+        pass
 
-    def entropy(self) -> float:
-        return 0.0
+    def draw(self, variable: str, pool_name: str, unlike: str = "", partners: tuple[str, ...] = ()) -> None:
+        pool = self.pools[pool_name]
+        self.nats += math.log(len(pool.others[0] if unlike else pool))
 
+    def choose(self, write: Callable[..., None], *cases: tuple[Any, ...], p: Sequence[float] = ()) -> None:
+        before, mean = self.nats, 0.0
+        for probability, case in zip(p or [1 / len(cases)] * len(cases), cases, strict=True):
+            self.nats = -math.log(probability)
+            write(self, *case)
+            mean += probability * self.nats
+        self.nats = before + mean
 
-@dataclass(frozen=True)
-class Draw:
-    """Draws a row of `pool` for `variable`, other than the row drawn for `unlike`; writes nothing.
-
-    With `partners`, the row completes a combination. It is held out when the row numbers of the partners and
-    its own add up to a multiple of the pool's size: exactly one row for any choice of the partners (a Latin
-    square). The split `val` gets that row, `train` one of the others.
-    """
-
-    variable: str
-    pool: Pool
-    unlike: str = ""
-    partners: tuple[str, ...] = ()
-
-    def generate(self, state: State) -> None:
-        rows, held_out = self.options(state.rows), -1
-        if self.partners:
-            held_out = -sum(state.rows[partner] for partner in self.partners) % len(self.pool)
-            if state.split:
-                rows = [row for row in rows if (row == held_out) == (state.split == "val")]
-        row = rows[state.pick(_EVEN[len(rows)])]
-        state.held_out |= row == held_out
-        state.log_prob -= self.entropy()
-        state.rows[self.variable] = row
-        if self.pool.noun:
-            state.nouns.add(self.variable)
-        state.words.update(zip(self.pool.names(self.variable), self.pool.rows[row], strict=True))
-
-    def entropy(self) -> float:
-        return math.log(len(self.pool.others[0] if self.unlike else self.pool))
-
-    def options(self, rows: Mapping[str, int]) -> Sequence[int]:
-        """The rows that can be drawn, given the rows of other variables."""
-        return self.pool.others[rows[self.unlike]] if self.unlike else range(len(self.pool))
+    def note(self, kind: str, answer: str, antecedent: str, wrong: str) -> None:
+        pass
 
 
 _EVEN = tuple(tuple(option / n for option in range(1, n)) for n in range(64))
 """Cumulative probabilities of n equally likely options."""
-
-
-@dataclass(frozen=True)
-class Choose:
-    """One of several nodes, each with its own probability."""
-
-    options: tuple[tuple[float, Node], ...]
-
-    def generate(self, state: State) -> None:
-        cumulative = tuple(accumulate(p for p, _ in self.options[:-1]))
-        probability, node = self.options[state.pick(cumulative)]
-        state.log_prob += math.log(probability)
-        node.generate(state)
-
-    def entropy(self) -> float:
-        return sum(p * (node.entropy() - math.log(p)) for p, node in self.options)
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Several nodes, one after the other."""
-
-    parts: tuple[Node, ...]
-
-    def generate(self, state: State) -> None:
-        for part in self.parts:
-            part.generate(state)
-
-    def entropy(self) -> float:
-        return sum(part.entropy() for part in self.parts)
-
-
-@dataclass(frozen=True)
-class Note:
-    """Labels the latest mention of `answer` as determined by `antecedent`; writes nothing."""
-
-    kind: str
-    answer: str
-    antecedent: str
-    wrong: str
-    """The variable whose word is the wrong candidate."""
-
-    def generate(self, state: State) -> None:
-        answer = state.mentions[self.answer][-1]
-        antecedents = tuple(span for span in state.mentions[self.antecedent] if span != answer)
-        nouns = sorted(span for noun in state.nouns for span in state.mentions.get(noun, ()) if span < answer)
-        space = " " * (answer[1] - answer[0] - len(state.words[self.answer]))
-        state.labels.append(Label(self.kind, answer, antecedents, space + state.words[self.wrong], tuple(nouns)))
-
-    def entropy(self) -> float:
-        return 0.0
-
-
-Node: TypeAlias = Text | Draw | Choose | Chain | Note
-
 _SLOT = re.compile(r"<([\w.]+)(?::(\w+)(?:!([\w.]+))?)?>")
 
 
-def line(template: str, pools: Mapping[str, Pool]) -> Chain:
-    """A template as nodes. `<x>` writes x, `<x:pool>` draws it first, `<x:pool!y>` draws one other than y."""
-    parts: list[Node] = []
-    pieces: list[tuple[str, str]] = []
-    position = 0
-    for slot in _SLOT.finditer(template):
-        variable, pool, unlike = slot.groups()
-        if pool:
-            parts += [Text(tuple(pieces)), Draw(variable, pools[pool], unlike or "")]
-            pieces = []
-        pieces.append((template[position : slot.start()], variable))
-        position = slot.end()
-    return Chain((*parts, Text((*pieces, (template[position:], "")))))
+@cache
+def _parse(template: str) -> list[tuple[str, str, str, str]]:
+    """The slots of a template, each with the literal text before it: (literal, variable, pool, unlike)."""
+    literal, *rest = _SLOT.split(template)
+    slots = []
+    while rest:
+        variable, pool, unlike, following, *rest = rest
+        slots.append((literal, variable, pool or "", unlike or ""))
+        literal = following
+    return [*slots, (literal, "", "", "")]
 
 
-def evenly(*nodes: Node) -> Choose:
-    """Each of the nodes with the same probability."""
-    return Choose(tuple((1 / len(nodes), node) for node in nodes))
-
-
-def generate(node: Node, pick: Pick, split: Split | None = None) -> Story:
+def generate(grammar: Callable[[Writer], None], pools: Mapping[str, Pool], pick: Pick, split: Split | None) -> Story:
     """The story with the choices of `pick`; without a split, any story of the full grammar."""
-    state = State(pick, split)
-    node.generate(state)
-    return Story("".join(state.text), state.log_prob, tuple(state.labels), state.held_out)
+    writer = Writer(pools, pick, split)
+    grammar(writer)
+    return writer.story()
+
+
+def entropy(grammar: Callable[[Writer], None], pools: Mapping[str, Pool]) -> float:
+    """Entropy of a story of the full grammar in nats: summed over its choices, without sampling."""
+    counter = _EntropyCounter(pools, len)
+    grammar(counter)
+    return counter.nats

@@ -1,51 +1,45 @@
-"""Parses stories: every derivation of a text by the grammar, found by exhaustive search."""
+"""Every derivation of a grammar, or of one text, found by following all choices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
 
-from data.story_grammar import Chain, Choose, Draw, Node, Pick, Story, Text, generate
+from data.story_grammar import Pool, Story, Writer
 
-
-class Partial(NamedTuple):
-    """A derivation of the text up to `end`."""
-
-    end: int
-    words: Mapping[str, str]
-    rows: Mapping[str, int]
-    choices: tuple[int, ...]
+Grammar = Callable[[Writer], None]
 
 
-def parse_all(node: Node, text: str) -> list[Story]:
-    """The story of every derivation of `text`."""
-    derivations = [partial for partial in _parse(node, text, Partial(0, {}, {}, ())) if partial.end == len(text)]
-    return [generate(node, _replay(partial.choices)) for partial in derivations]
+class _Differs(Exception):
+    """The story does not begin like the text."""
 
 
-def _replay(choices: tuple[int, ...]) -> Pick:
-    remaining = iter(choices)
-    return lambda cumulative: next(remaining)
+def derivations(grammar: Grammar, pools: Mapping[str, Pool], text: str | None = None) -> Iterator[Story]:
+    """The stories of a grammar; with `text`, those with this text."""
+    open_choices: list[list[int]] = [[]]
+    while open_choices:
+        writer = Writer(pools, lambda cumulative: 0)
+        writer.pick = _follow(open_choices.pop(), open_choices, writer, text)
+        try:
+            grammar(writer)
+        except _Differs:
+            continue
+        if text in (None, writer.text):
+            yield writer.story()
 
 
-def _parse(node: Node, text: str, partial: Partial) -> Iterator[Partial]:
-    end, words, rows, choices = partial
-    if isinstance(node, Text):
-        expected = "".join(literal + (words[name] if name else "") for literal, name in node.pieces)
-        if text.startswith(expected, end):
-            yield partial._replace(end=end + len(expected))
-    elif isinstance(node, Draw):
-        names = node.pool.names(node.variable)
-        for option, row in enumerate(node.options(rows)):
-            drawn = dict(zip(names, node.pool.rows[row], strict=True))
-            yield Partial(end, {**words, **drawn}, {**rows, node.variable: row}, (*choices, option))
-    elif isinstance(node, Choose):
-        for option, (_, inner) in enumerate(node.options):
-            yield from _parse(inner, text, partial._replace(choices=(*choices, option)))
-    elif isinstance(node, Chain):
-        partials = [partial]
-        for part in node.parts:
-            partials = [longer for shorter in partials for longer in _parse(part, text, shorter)]
-        yield from partials
-    else:
-        yield partial
+def _follow(
+    options: list[int], open_choices: list[list[int]], writer: Writer, text: str | None
+) -> Callable[[tuple[float, ...]], int]:
+    """Picks `options`, then the first of every choice, and adds the others to `open_choices`."""
+    picked: list[int] = []
+
+    def pick(cumulative: tuple[float, ...]) -> int:
+        if text is not None and not text.startswith(writer.text):
+            raise _Differs
+        if len(picked) == len(options):
+            open_choices.extend([*picked, option] for option in range(1, len(cumulative) + 1))
+            options.append(0)
+        picked.append(options[len(picked)])
+        return picked[-1]
+
+    return pick
