@@ -27,5 +27,5 @@ def run(options: Page, context: Context) -> Result:
     first = runs[0]
     path = Path(options.out) if options.out else first.base_folder / "attention.html"
     pages = [PageRun(str(each.folder), [each.read(step) for step in each.steps], each.evaluations()) for each in runs]
-    report = write_page(path, pages, first.findings, first.ablation, str(first.folder))
-    return Result([f"page  {report.path}  {report.bytes / 1e6:.1f} MB", *report.notes])
+    notes = write_page(path, pages, first.findings, first.ablation, str(first.folder))
+    return Result([f"page  {path}  {path.stat().st_size / 1e6:.1f} MB", *notes])

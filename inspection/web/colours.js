@@ -7,11 +7,7 @@ const CIVIDIS = [
   [128, "7c7b78"], [145, "8c8878"], [161, "9c9476"], [202, "c6b567"], [221, "dac65a"], [235, "ead34c"],
   [251, "fde234"], [255, "fde737"],
 ].map(([at, hex]) => [at / 255, hex.match(/../g).map((pair) => parseInt(pair, 16))]);
-
-const LESS = [33, 96, 172];
-const EQUAL = [247, 247, 247];
-const MORE = [214, 96, 16];
-const NOT_A_NUMBER = [200, 0, 120];
+const [LESS, EQUAL, MORE, NOT_A_NUMBER] = [[33, 96, 172], [247, 247, 247], [214, 96, 16], [200, 0, 120]];
 
 const mix = (from, to, t) => from.map((value, k) => Math.round(value + (to[k] - value) * t));
 
@@ -30,7 +26,7 @@ function divergingColour(value) {
   return mix(EQUAL, value < 0 ? LESS : MORE, Math.min(1, Math.abs(value)));
 }
 
-const css = ([r, g, b], alpha = 1) => (alpha === 1 ? `rgb(${r} ${g} ${b})` : `rgb(${r} ${g} ${b} / ${alpha})`);
+const css = (colour) => `rgb(${colour})`; // a fourth number is the alpha
 
 // Black or white, whichever has more contrast on a colour (relative luminance, WCAG 2.2).
 function textColourOn(colour) {
@@ -39,7 +35,7 @@ function textColourOn(colour) {
 }
 
 // A colour scale as a CSS background.
-function gradient(colourOf, low, high) {
-  const stops = range(17).map((k) => css(colourOf(low + ((high - low) * k) / 16)));
+function gradient(colourOf, low) {
+  const stops = range(17).map((k) => css(colourOf(low + ((1 - low) * k) / 16)));
   return `linear-gradient(to right, ${stops.join(", ")})`;
 }

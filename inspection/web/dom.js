@@ -1,33 +1,45 @@
 // Helpers for elements and numbers. Data becomes text nodes and attributes, never markup.
 
-const byId = (id) => document.getElementById(id);
 const root = document.documentElement;
+const byId = (id) => document.getElementById(id);
 
-function setAttributes(element, attributes) {
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined) element.setAttribute(name, value);
-  }
-  return element;
-}
-
-// An element with attributes and children; strings become text nodes.
-function create(tag, attributes = {}, ...children) {
-  const element = setAttributes(document.createElement(tag), attributes);
+// Sets attributes, except those that are null, and appends children; strings become text nodes.
+function fill(element, attributes = {}, ...children) {
+  for (const [name, value] of Object.entries(attributes)) if (value !== null) element.setAttribute(name, value);
   element.append(...children);
   return element;
 }
 
-function createSvg(tag, attributes = {}, ...children) {
-  const element = setAttributes(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes);
-  element.append(...children);
-  return element;
+const create = (tag, ...content) => fill(document.createElement(tag), ...content);
+const createSvg = (tag, ...content) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), ...content);
+
+// A bar of which a share is coloured.
+function shareBar(share, colour) {
+  const bar = create("span", { class: "bar", "aria-hidden": "true" });
+  bar.style.setProperty("--share", Math.min(1, Math.abs(share)));
+  bar.style.setProperty("--colour", colour);
+  return bar;
+}
+
+const timers = new Map();
+
+// Calls a function after a pause, unless it is scheduled again before.
+function schedule(action, milliseconds) {
+  clearTimeout(timers.get(action));
+  timers.set(action, setTimeout(action, milliseconds));
 }
 
 const range = (count) => Array.from({ length: count }, (_, k) => k);
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+// The item at the smallest distance, the last of several; undefined if there are none.
+const nearest = (items, distance) =>
+  items.reduce((best, item) => (distance(item) <= distance(best) ? item : best), items[0]);
 
 // <bdi> keeps a right-to-left token from reordering the text around it.
 const tokenLabel = (token, length = 18) => create("bdi", { class: "token" }, tokenText(token, length));
+const headName = (layer, head) => `L${layer}H${head}`;
 
 // A fixed number of digits, with a minus sign and without "-0.00".
 function fixed(value, digits = 2) {
@@ -36,11 +48,10 @@ function fixed(value, digits = 2) {
   return text.replace("-", Number(text) === 0 ? "" : "−");
 }
 
-const signed = (value, digits = 2) => (value > 0 ? `+${fixed(value, digits)}` : fixed(value, digits));
+const signed = (value, digits = 2) => (value > 0 ? "+" : "") + fixed(value, digits);
 
 // A number of any size in a few characters.
 function compact(value) {
-  if (!Number.isFinite(value)) return value === -Infinity ? "−∞" : "–";
   const size = Math.abs(value);
-  return size !== 0 && (size >= 10000 || size < 0.0005) ? value.toExponential(1).replace("-", "−") : fixed(value, 3);
+  return size >= 10000 || (size > 0 && size < 0.0005) ? value.toExponential(1).replace("-", "−") : fixed(value, 3);
 }

@@ -3,9 +3,9 @@
 const PICTURE = { side: 760, title: 54, scale: 640 }; // CSS pixels; `scale` is where the colour scale begins
 
 function pictureTitle() {
-  const weighted = state.value_weighted ? ", value-weighted" : "";
-  const other = state.compare === "run" ? secondRun?.label : `step ${state.compare}`;
+  const other = state.compare === "run" ? secondRun.label : `step ${state.compare}`;
   const minus = comparing() ? `, minus ${other}` : "";
+  const weighted = state.value_weighted ? ", value-weighted" : "";
   const head = headName(state.layer, state.head);
   return `${head}, step ${stepNumber(view.step)}${minus}${weighted}: ${page.texts[view.text]}`.slice(0, 85);
 }
@@ -16,26 +16,23 @@ function scaleElements() {
   const colours = range(32).map((k) => createSvg("rect", {
     x: PICTURE.scale + 3 * k, y: -22, width: 3.5, height: 9, fill: css(valueColour(low + ((1 - low) * k) / 31)),
   }));
-  return [
-    text(PICTURE.scale - 6, "end", `${scaleName()}  ${fixed(low, 0)}`),
-    ...colours,
-    text(PICTURE.scale + 104, "start", "1"),
-  ];
+  const name = text(PICTURE.scale - 6, "end", `${scaleName()}  ${fixed(low, 0)}`);
+  return [name, ...colours, text(PICTURE.scale + 104, "start", "1")];
 }
 
 // A background in the colour of 0, and a path for the cells of every other colour.
 function cellElements({ left, top, side, cell, T }) {
   const zero = css(valueColour(0));
-  const paths = new Map(); // colour -> path
+  const paths = {}; // by colour
   const size = cell.toFixed(3);
-  for (let i = 0; i < T; i++) {
+  for (const i of range(T)) {
     shownRow(i).forEach((value, j) => {
       const fill = css(valueColour(value));
       const corner = `${(left + j * cell).toFixed(2)} ${(top + i * cell).toFixed(2)}`;
-      if (fill !== zero) paths.set(fill, `${paths.get(fill) || ""}M${corner}h${size}v${size}h-${size}z`);
+      if (fill !== zero) paths[fill] = `${paths[fill] ?? ""}M${corner}h${size}v${size}h-${size}z`;
     });
   }
-  const cells = Array.from(paths, ([fill, d]) => createSvg("path", { d, fill, "shape-rendering": "crispEdges" }));
+  const cells = Object.entries(paths).map(([fill, d]) => createSvg("path", { d, fill, "shape-rendering": "crispEdges" }));
   return [createSvg("rect", { x: left, y: top, width: side, height: side, fill: zero }), ...cells];
 }
 
@@ -43,9 +40,9 @@ function matrixSvg() {
   const { side, title } = PICTURE;
   const layout = matrixLayout(side, view.T);
   const size = { width: side, height: side + title };
+  const font = { "font-family": "system-ui, sans-serif", "font-size": 10.5 };
   const heading = { x: 12, y: -34, "font-size": 15, "font-weight": 600 };
-  const svg = createSvg("svg", { viewBox: `0 ${-title} ${side} ${side + title}`, ...size,
-    "font-family": "system-ui, sans-serif", "font-size": 10.5 },
+  const svg = createSvg("svg", { viewBox: `0 ${-title} ${side} ${side + title}`, ...size, ...font },
     createSvg("rect", { y: -title, ...size, fill: "#fff" }), createSvg("text", heading, pictureTitle()),
     ...scaleElements(), ...cellElements(layout), ...matrixOverlay(layout, null));
   return new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" });

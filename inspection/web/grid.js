@@ -2,85 +2,77 @@
 
 const grid = { drawn: "", cells: [] };
 
-const effectLabel = (score, layer, head) => page.scores[score].labels?.[layer][head] || null;
-const ablationOf = (score) => page.ablation[page.scores[score].measure] || null;
-const scoreAt = (entry, score, layer, head) => entry.scores[score]?.[layer]?.[head] ?? null;
+const ablationOf = (score) => page.ablation[page.scores[score].measure];
+const scoreAt = (entry, layer, head) => entry.scores[state.score]?.[layer]?.[head] ?? null;
+const scoreText = (value, digits) => (state.compare ? signed : fixed)(value ?? NaN, digits);
 
 // The score of a head as it is shown: itself, or the difference from the step or run it is compared with.
-function shownScore(score, layer, head) {
-  const value = scoreAt(run.steps[state.step], score, layer, head);
+function shownScore(layer, head) {
+  const value = scoreAt(run.steps[state.step], layer, head);
   const compared = comparedWith();
   if (!compared || value === null) return value;
-  const other = scoreAt(page.runs[compared[0]].steps[compared[1]], score, layer, head);
+  const other = scoreAt(page.runs[compared[0]].steps[compared[1]], layer, head);
   return other === null ? null : value - other;
 }
 
-function shownScoreText(value, digits) {
-  if (value === null) return "–";
-  return state.compare ? signed(value, digits) : fixed(value, digits);
-}
-
-function scoreColour(score, value) {
-  const { low, high } = page.scores[score];
-  return state.compare ? divergingColour(value / (high - low)) : sequentialColour((value - low) / (high - low));
-}
-
 function buildGrid() {
+  grid.cells = allHeads.map(({ layer, head }) =>
+    create("td", { role: "gridcell", "data-change": JSON.stringify({ layer, head, key: -1 }) },
+      create("span", { class: "score" }), create("span", { class: "effect", "aria-hidden": "true" })));
   const corner = create("th", { class: "corner" }, create("span", { class: "visually-hidden" }, "layer"));
   const names = range(run.heads).map((h) => create("th", { scope: "col" }, `H${h}`));
-  grid.cells = range(run.layers).map((l) => range(run.heads).map((h) =>
-    create("td", { role: "gridcell", "data-layer": l, "data-head": h },
-      create("span", { class: "score" }), create("span", { class: "effect", "aria-hidden": "true" }))));
-  const row = (...cells) => create("tr", { role: "row" }, ...cells);
-  const rows = grid.cells.map((cells, l) => row(create("th", { scope: "row" }, `L${l}`), ...cells));
-  byId("grid").replaceChildren(create("tbody", {}, row(corner, ...names), ...rows));
+  const rows = range(run.layers).map((l) => create("tr", { role: "row" },
+    create("th", { scope: "row" }, `L${l}`), ...grid.cells.slice(l * run.heads, (l + 1) * run.heads)));
+  byId("grid").append(create("tbody", {}, create("tr", { role: "row" }, corner, ...names), ...rows));
   byId("grid").classList.toggle("dense", run.heads > 8);
 }
 
-function drawCell(cell, score, layer, head) {
-  const value = shownScore(score, layer, head);
-  const colour = value === null ? null : scoreColour(score, value);
+function drawCell(cell, { layer, head }) {
+  const { title, low, high, labels } = page.scores[state.score];
+  const value = shownScore(layer, head);
+  const share = (value - (state.compare ? 0 : low)) / (high - low);
+  const colour = value === null ? null : (state.compare ? divergingColour : sequentialColour)(share);
   cell.style.background = colour ? css(colour) : "";
   cell.style.color = colour ? textColourOn(colour) : "";
-  const text = shownScoreText(value, Math.abs(value) >= 10 ? 1 : 2);
-  const ablation = ablationOf(score);
-  const label = effectLabel(score, layer, head);
-  const effect = ablation?.mean[layer][head][0][0];
   const [number, mark] = cell.children;
+  const text = scoreText(value, Math.abs(value) >= 10 ? 1 : 2);
   number.textContent = run.heads > 8 ? text.replace(/^([+−]?)0\./, "$1.") : text;
-  mark.className = `effect ${label?.kind || ""}`;
-  mark.textContent = !ablation ? "" : label.kind === "caution" ? "∅" : signed(effect);
-  mark.style.setProperty("--share", ablation?.largest > 0 ? Math.max(0, effect) / ablation.largest : 0);
   cell.dataset.value = value ?? "";
-  const scoreText = `${page.scores[score].title} ${value === null ? "not measured" : fixed(value)}`;
-  const ablated = ablation ? `, mean ablation ${signed(effect)} ${ablation.unit}, ${label.text}` : "";
-  cell.setAttribute("aria-label", `${headName(layer, head)}, ${scoreText}${ablated}`);
+  cell.ariaLabel = `${headName(layer, head)}, ${title} ${value === null ? "not measured" : fixed(value)}`;
+  const ablation = ablationOf(state.score);
+  const label = labels?.[layer][head];
+  mark.className = `effect ${label?.kind ?? ""}`;
+  mark.textContent = "";
+  if (!ablation) return;
+  const effect = ablation.mean[layer][head][0][0];
+  mark.textContent = label.kind === "caution" ? "∅" : signed(effect);
+  mark.style.setProperty("--share", ablation.largest > 0 ? Math.max(0, effect) / ablation.largest : 0);
+  cell.ariaLabel += `, mean ablation ${signed(effect)} ${ablation.unit}, ${label.text}`;
 }
 
 function drawGrid() {
-  const { score } = state;
   if (!grid.cells.length) buildGrid();
-  const drawn = [score, state.step, state.compare].join(" ");
-  grid.cells.forEach((row, l) => row.forEach((cell, h) => {
-    if (grid.drawn !== drawn) drawCell(cell, score, l, h);
-    const selected = l === state.layer && h === state.head;
-    cell.setAttribute("aria-selected", selected);
-    cell.tabIndex = selected ? 0 : -1;
-  }));
+  const drawn = [state.score, state.step, state.compare].join(" ");
+  allHeads.forEach(({ layer, head }, k) => {
+    if (grid.drawn !== drawn) drawCell(grid.cells[k], { layer, head });
+    const selected = layer === state.layer && head === state.head;
+    grid.cells[k].ariaSelected = selected;
+    grid.cells[k].tabIndex = selected ? 0 : -1;
+  });
   grid.drawn = drawn;
-  drawScoreScale(score);
-  byId("effect-key").hidden = !ablationOf(score);
-  drawAblation(score);
+  drawScoreScale();
+  drawAblation();
 }
 
-function drawScoreScale(score) {
-  const { description, low, high } = page.scores[score];
+function drawScoreScale() {
+  const { description, low, high } = page.scores[state.score];
   byId("score-description").textContent = byId("score").title = description;
   const [from, to] = state.compare ? [low - high, high - low] : [low, high];
   byId("grid-low").textContent = String(Number(from.toFixed(3))).replace("-", "−");
   byId("grid-high").textContent = String(Number(to.toFixed(3)));
-  const scale = state.compare ? gradient(divergingColour, -1, 1) : gradient(sequentialColour, 0, 1);
+  const scale = state.compare ? gradient(divergingColour, -1) : gradient(sequentialColour, 0);
   byId("grid-scale").style.background = scale;
+  byId("effect-key").hidden = !ablationOf(state.score);
 }
 
 function intervalCell(interval) {
@@ -91,23 +83,22 @@ function intervalCell(interval) {
 }
 
 // The selected head's score, and what ablating it does, with 95% intervals.
-function drawAblation(score) {
-  const { layer, head } = state;
-  const value = shownScore(score, layer, head);
-  const text = value === null ? "not measured" : shownScoreText(value, 3);
-  const title = ` ${page.scores[score].title} `;
-  byId("head-score").replaceChildren(create("strong", {}, headName(layer, head)), title, create("strong", {}, text));
+function drawAblation() {
+  const { score, layer, head } = state;
+  const { title, labels } = page.scores[score];
+  const value = shownScore(layer, head);
+  const text = value === null ? "not measured" : scoreText(value, 3);
+  const strong = (part) => create("strong", {}, part);
+  byId("head-score").replaceChildren(strong(headName(layer, head)), ` ${title} `, strong(text));
   const ablation = ablationOf(score);
   if (!ablation) {
     byId("ablation").replaceChildren(create("p", { class: "absent" }, "Ablation was not measured for this score."));
     return;
   }
-  const label = effectLabel(score, layer, head);
   const columns = ["", "this head", "another head", "difference"].map((name) => create("th", { scope: "col" }, name));
-  const rows = ["zero", "mean"].map((method) => {
-    const cells = ablation[method][layer][head].map(intervalCell); // effect, control, difference
-    return create("tr", {}, create("th", { scope: "row" }, method), ...cells);
-  });
+  const rows = ["zero", "mean"].map((method) =>
+    create("tr", {}, create("th", { scope: "row" }, method), ...ablation[method][layer][head].map(intervalCell)));
+  const label = labels[layer][head];
   byId("ablation").replaceChildren(
     create("p", {}, ablation.caption),
     create("table", {}, create("thead", {}, create("tr", {}, ...columns)), create("tbody", {}, ...rows)),

@@ -1,8 +1,6 @@
 // Events change the state; the state is drawn. Nothing else draws.
 
 let requests = 0;
-let hashTimer = 0;
-let announceTimer = 0;
 
 // Applies changes to the state, loads what they need, and draws.
 async function change(changes) {
@@ -17,63 +15,43 @@ async function change(changes) {
   if (state.query < 0) state.query = initialQuery();
   state.query = Math.min(state.query, view.T - 1);
   if (state.key > state.query) state.key = -1;
-  draw();
+  for (const draw of [drawControls, drawText, drawQuery, drawMatrix, drawGrid, drawTimeline]) draw();
+  schedule(drawWalkthrough, 40);
+  schedule(announce, 120);
+  schedule(updateAddress, 400); // browsers limit how often it may change
   root.dataset.redrawMs = (performance.now() - started).toFixed(1);
   root.dataset.drawn = stateToHash();
 }
 
-function draw() {
-  drawControls();
-  drawText();
-  drawQuery();
-  drawMatrix();
-  drawGrid();
-  drawTimeline();
-  scheduleWalkthrough();
-  clearTimeout(hashTimer); // browsers limit how often an address may change
-  hashTimer = setTimeout(() => location.hash !== stateToHash() && history.replaceState(null, "", stateToHash()), 400);
-  clearTimeout(announceTimer);
-  announceTimer = setTimeout(() => (byId("live").textContent = spokenSummary()), 120);
-}
+const updateAddress = () => location.hash !== stateToHash() && history.replaceState(null, "", stateToHash());
+const announce = () => { byId("live").textContent = spokenSummary(); };
+
+const controls = document.querySelectorAll("select, input"); // the name of each is that of its part of the state
 
 function drawControls() {
-  byId("text-choice").value = state.text;
-  byId("step").value = state.step;
-  byId("step").setAttribute("aria-valuetext", `step ${stepNumber(state.step)}`);
-  byId("step-number").textContent = stepNumber(state.step).toLocaleString("en");
-  byId("head-name").textContent = headName(state.layer, state.head);
-  byId("value-weighted").checked = state.value_weighted;
-  byId("compare").value = state.compare;
-  byId("score").value = state.score;
-  if (state.theme) root.dataset.theme = state.theme;
+  for (const control of controls) control[control.type === "checkbox" ? "checked" : "value"] = state[control.name];
   const [wanted, shown] = [stepNumber(state.step), stepNumber(view.step)];
-  const messages = [];
-  if (shown !== wanted) messages.push(`This text is not stored at step ${wanted}; step ${shown} is shown.`);
-  if (view.notice) messages.push(view.notice);
-  else if (state.compare && !comparing()) messages.push("The other run has no such head.");
-  byId("message").textContent = messages.join(" ");
-  byId("message").hidden = !messages.length;
+  byId("step").setAttribute("aria-valuetext", `step ${wanted}`);
+  byId("step-number").textContent = wanted.toLocaleString("en");
+  byId("head-name").textContent = headName(state.layer, state.head);
+  root.style.colorScheme = state.theme;
+  const other = state.compare && !comparing() ? "The other run has no such head." : "";
+  const missing = shown === wanted ? "" : `This text is not stored at step ${wanted}; step ${shown} is shown. `;
+  showMessage(missing + (view.notice || other));
+}
+
+function showMessage(text) {
+  byId("message").textContent = text;
+  byId("message").hidden = !text;
 }
 
 const moveQuery = (query) => change({ query: clamp(query, 0, view.T - 1), key: -1 });
 const moveStep = (by) => change({ step: clamp(state.step + by, 0, run.steps.length - 1) });
 
-function moveInGrid(layers, heads) {
-  const layer = clamp(state.layer + layers, 0, run.layers - 1);
-  const head = clamp(state.head + heads, 0, run.heads - 1);
-  return change({ layer, head, key: -1 }).then(() => grid.cells[layer][head].focus());
-}
-
 // The next head, across layers.
 function nextHead(by) {
-  const count = run.layers * run.heads;
-  const k = (state.layer * run.heads + state.head + by + count) % count;
-  return change({ layer: Math.floor(k / run.heads), head: k % run.heads, key: -1 });
-}
-
-function toggleCompare() {
-  if (state.compare) return change({ compare: "" });
-  return change({ compare: secondRun ? "run" : String(stepNumber(0)) });
+  const k = state.layer * run.heads + state.head + by + allHeads.length;
+  return change({ ...allHeads[k % allHeads.length], key: -1 });
 }
 
 function toggleTheme() {
@@ -81,11 +59,21 @@ function toggleTheme() {
   return change({ theme: dark ? "light" : "dark" });
 }
 
+const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+// An arrow key moves the head in the grid, query or key in the matrix, and the query token anywhere else.
+async function moveByArrow(target, [rows, columns]) {
+  if (target.closest("#grid")) {
+    const layer = clamp(state.layer + rows, 0, run.layers - 1);
+    const head = clamp(state.head + columns, 0, run.heads - 1);
+    await change({ layer, head, key: -1 });
+    return byId("grid").querySelector("[tabindex='0']").focus();
+  }
+  if (!target.closest("#matrix")) return moveQuery(rows ? tokenInLine(rows) : state.query + columns);
+  return rows ? moveQuery(state.query + rows) : change({ key: clamp(selectedKey() + columns, 0, state.query) });
+}
+
 const KEYS = {
-  ArrowLeft: () => moveQuery(state.query - 1),
-  ArrowRight: () => moveQuery(state.query + 1),
-  ArrowUp: () => moveQuery(tokenInLine(-1)),
-  ArrowDown: () => moveQuery(tokenInLine(1)),
   Home: () => moveQuery(0),
   End: () => moveQuery(view.T - 1),
   Enter: () => change({ pinned: true }),
@@ -95,32 +83,19 @@ const KEYS = {
   h: () => nextHead(-1),
   l: () => nextHead(1),
   v: () => change({ value_weighted: !state.value_weighted }),
-  c: toggleCompare,
+  c: () => change({ compare: state.compare ? "" : secondRun ? "run" : String(stepNumber(0)) }),
   d: downloadPng,
   s: downloadSvg,
   t: toggleTheme,
   "?": () => byId("help").showModal(),
-};
-const GRID_KEYS = {
-  ArrowLeft: () => moveInGrid(0, -1),
-  ArrowRight: () => moveInGrid(0, 1),
-  ArrowUp: () => moveInGrid(-1, 0),
-  ArrowDown: () => moveInGrid(1, 0),
-};
-const MATRIX_KEYS = {
-  ArrowLeft: () => change({ key: clamp(selectedKey() - 1, 0, state.query) }),
-  ArrowRight: () => change({ key: clamp(selectedKey() + 1, 0, state.query) }),
-  ArrowUp: () => moveQuery(state.query - 1),
-  ArrowDown: () => moveQuery(state.query + 1),
 };
 const FIELD_KEYS = /^(Arrow.*|Enter|Home|End)$/;
 
 async function onKey(event) {
   const { target, key } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
-  if (FIELD_KEYS.test(key) && target.closest("select, input[type=range], summary, button, .scroll")) return;
-  const special = target.closest("#grid") ? GRID_KEYS : target.closest("#matrix") ? MATRIX_KEYS : {};
-  const action = special[key] || KEYS[key];
+  if (FIELD_KEYS.test(key) && target.closest("select, input[type=range], button, .scroll")) return;
+  const action = ARROWS[key] ? () => moveByArrow(target, ARROWS[key]) : KEYS[key];
   if (!action) return;
   event.preventDefault();
   matrix.hover = null;
@@ -128,30 +103,37 @@ async function onKey(event) {
   scrollToQuery();
 }
 
-function listenToText() {
-  const tokenAt = (event) => Number(event.target.closest(".tok")?.id.replace("token-", "") ?? -1);
-  byId("text").addEventListener("pointerover", (event) => {
-    const position = tokenAt(event);
-    if (position < 0 || event.pointerType === "touch") return;
-    if (!state.pinned) change({ query: position, key: -1 });
-    else if (position <= state.query) change({ key: position });
-  });
-  byId("text").addEventListener("click", (event) => {
-    const query = tokenAt(event);
-    if (query >= 0) change({ query, key: -1, pinned: true });
-  });
+// An element with `data-change` changes the state so when it is clicked; one with `data-press` is like that key.
+function onClick({ target }) {
+  const element = target.closest("[data-change], [data-press]");
+  if (element?.dataset.press) KEYS[element.dataset.press]();
+  else if (element) change(JSON.parse(element.dataset.change));
 }
 
-function listenToPictures() {
+function onInput({ target: { type, name, value, checked } }) {
+  if (type === "checkbox") return change({ [name]: checked });
+  if (name === "text") return change({ text: Number(value), query: -1, key: -1, pinned: false });
+  return change({ [name]: name === "step" ? Number(value) : value });
+}
+
+function onHoverText({ target, pointerType }) {
+  const position = textPanel.spans.indexOf(target.closest(".tok"));
+  if (position < 0 || pointerType === "touch") return;
+  if (!state.pinned) change({ query: position, key: -1 });
+  else if (position <= state.query) change({ key: position });
+}
+
+function listen() {
+  document.addEventListener("keydown", onKey);
+  document.addEventListener("click", onClick);
+  document.addEventListener("input", onInput);
+  window.addEventListener("hashchange", () => location.hash !== stateToHash() && change(stateFromHash(location.hash)));
+  byId("text").addEventListener("pointerover", onHoverText);
   byId("matrix").addEventListener("pointermove", (event) => hoverMatrix(cellAt(event)));
   byId("matrix").addEventListener("pointerleave", () => hoverMatrix(null));
   byId("matrix").addEventListener("click", (event) => {
     const cell = cellAt(event);
     if (cell) change({ query: cell[0], key: cell[1] <= cell[0] ? cell[1] : -1, pinned: true });
-  });
-  byId("grid").addEventListener("click", (event) => {
-    const cell = event.target.closest("[data-head]");
-    if (cell) change({ layer: Number(cell.dataset.layer), head: Number(cell.dataset.head), key: -1 });
   });
   byId("timeline").addEventListener("pointermove", hoverTimeline);
   byId("timeline").addEventListener("pointerleave", () => hoverTimeline(null));
@@ -159,43 +141,23 @@ function listenToPictures() {
     const { step, line: { layer, head } } = timelineAt(event);
     change({ step, layer, head, key: -1 });
   });
-  byId("walkthrough").addEventListener("click", (event) => {
-    const row = event.target.closest("tr[data-key]");
-    if (row) change({ key: Number(row.dataset.key) });
-  });
   new IntersectionObserver((entries) => {
     walkthrough.visible = entries.at(-1).isIntersecting;
-    if (view) scheduleWalkthrough();
+    if (view) schedule(drawWalkthrough, 40);
   }, { rootMargin: "200px" }).observe(byId("walkthrough-section"));
   new ResizeObserver(() => view && drawMatrix()).observe(byId("matrix"));
-}
-
-function listenToControls() {
-  const on = (id, type, changes) => byId(id).addEventListener(type, ({ target }) => change(changes(target)));
-  on("text-choice", "change", ({ value }) => ({ text: Number(value), query: -1, key: -1, pinned: false }));
-  on("step", "input", ({ value }) => ({ step: Number(value) }));
-  on("score", "change", ({ value }) => ({ score: value }));
-  on("value-weighted", "change", ({ checked }) => ({ value_weighted: checked }));
-  on("compare", "change", ({ value }) => ({ compare: value }));
-  for (const [id, key] of Object.entries({ png: "d", svg: "s", theme: "t", "help-open": "?" })) {
-    byId(id).addEventListener("click", () => KEYS[key]());
-  }
-  document.addEventListener("keydown", onKey);
-  window.addEventListener("hashchange", () => location.hash !== stateToHash() && change(stateFromHash(location.hash)));
 }
 
 // A button for a finding: it selects the head, and a text on which the score is measured.
 function findingButton(finding) {
   const { head: [layer, head], score, title, attention, text, at_end: atEnd } = finding;
-  const attributes = { type: "button", class: finding.supported ? "supported" : null, title: finding.summary };
-  const number = create("span", { class: "number" }, ` ${fixed(attention)}`);
-  const button = create("button", attributes, create("strong", {}, headName(layer, head)), ` ${title}`, number);
-  button.addEventListener("click", () => {
-    const step = text === null ? -1 : nearestStep(0, state.step, text);
-    if (step < 0) return change({ layer, head, score, key: -1 });
-    return change({ layer, head, score, text, query: atEnd ? storedText(0, step, text).tokens - 1 : -1, key: -1 });
-  });
-  return button;
+  const selected = { layer, head, score, key: -1 };
+  const step = text === null ? -1 : nearestStep(0, run.steps.length - 1, text);
+  if (step >= 0) Object.assign(selected, { text, query: atEnd ? storedText(0, step, text).length - 1 : -1 });
+  const kind = finding.supported ? "supported" : null;
+  return create("button",
+    { type: "button", class: kind, title: finding.summary, "data-change": JSON.stringify(selected) },
+    create("strong", {}, headName(layer, head)), ` ${title}`, create("span", { class: "number" }, ` ${fixed(attention)}`));
 }
 
 function fillPage() {
@@ -205,30 +167,26 @@ function fillPage() {
   byId("headline").textContent = page.headline;
   byId("findings").replaceChildren(...page.findings.map(findingButton));
   byId("notes").textContent = page.notes.join(" ");
-  const options = (id, entries) =>
-    byId(id).replaceChildren(...entries.map(([value, text]) => create("option", { value }, text)));
+  const options = (id, entries) => byId(id).append(...entries.map(([value, text]) => create("option", { value }, text)));
   options("text-choice", [...page.texts.entries()].filter(([k]) => nearestStep(0, 0, k) >= 0));
   options("score", Object.entries(page.scores).map(([name, { title }]) => [name, title]));
   const otherRun = secondRun ? [["run", secondRun.label]] : [];
-  options("compare", [["", "nothing"], ...otherRun, ...run.steps.map(({ step }) => [String(step), `step ${step}`])]);
-  setAttributes(byId("step"), { min: 0, max: run.steps.length - 1, step: 1 });
+  options("compare", [["", "nothing"], ...otherRun, ...run.steps.map(({ step }) => [step, `step ${step}`])]);
+  byId("step").max = run.steps.length - 1;
   byId("step").disabled = run.steps.length < 2;
 }
 
 async function start() {
   fillPage();
-  listenToControls();
-  listenToText();
-  listenToPictures();
+  listen();
   await change(stateFromHash(location.hash));
   scrollToQuery();
   root.dataset.ready = performance.now().toFixed(0);
 }
 
 start().catch((error) => {
-  byId("message").hidden = false;
-  byId("message").textContent = typeof DecompressionStream === "undefined"
-    ? "This browser cannot decompress the page; it needs Chrome 80, Firefox 113, Safari 16.4 or newer."
-    : `The page could not be drawn: ${error.message}`;
+  showMessage(typeof Float16Array === "undefined"
+    ? "This browser is too old for the page; it needs Chrome 135, Firefox 129, Safari 18.2 or newer."
+    : `The page could not be drawn: ${error.message}`);
   throw error;
 });

@@ -1,93 +1,77 @@
 // The text, token by token, with the keys that the selected query attends to highlighted; and details of that query.
 
-const textPanel = { tokens: null, spans: [], highlighted: [] };
+const textPanel = { tokens: null, spans: [] };
 
 // A token as in the text, with spaces and line breaks faintly marked.
-function tokenSpan(token, position) {
-  const span = create("span", { class: "tok", role: "option", id: `token-${position}`, "aria-selected": "false" });
-  for (const piece of page.vocabulary[token]) {
-    const [kind, text] = [piece[0], piece.slice(1)];
-    if (kind === "s") span.append(create("span", { class: "space" }, " "));
-    else if (kind === "t") span.append(text);
-    else span.append(create("span", { class: "escaped" }, text), kind === "n" ? "\n" : "");
+function tokenSpan(token, query) {
+  const pieces = page.vocabulary[token].flatMap(([kind, ...letters]) => {
+    if (kind === "t") return letters.join("");
+    if (kind === "s") return create("span", { class: "space" }, " ");
+    return [create("span", { class: "escaped" }, letters.join("")), kind === "n" ? "\n" : ""];
+  });
+  const selects = JSON.stringify({ query, key: -1, pinned: true });
+  return create("span", { class: "tok", role: "option", id: `token-${query}`, "data-change": selects }, ...pieces);
+}
+
+// The largest values of a row, without neighbours, where labels would overlap.
+function labelledKeys(row) {
+  const labelled = [];
+  for (const j of topKeys(row, 3)) {
+    if (Math.abs(row[j]) >= 0.05 && !labelled.includes(j - 1) && !labelled.includes(j + 1)) labelled.push(j);
   }
-  return span;
-}
-
-function highlight(span, value, labelled) {
-  const colour = comparing() ? (value < 0 ? LESS : MORE) : [255, 205, 40];
-  const alpha = Math.min(1, Math.abs(value));
-  span.style.background = css(colour, Math.max(alpha, 0.04).toFixed(3)); // translucent: the token stays readable
-  span.style.color = alpha > 0.45 ? (comparing() ? "#fff" : "#111") : "";
-  if (labelled) span.dataset.percent = percent(value, 0).replace(" points", "");
-}
-
-function clearHighlight(span) {
-  span.style.background = span.style.color = "";
-  delete span.dataset.percent;
+  return labelled;
 }
 
 function drawText() {
   if (textPanel.tokens !== view.tokens) {
-    const spans = Array.from(view.tokens, tokenSpan);
-    Object.assign(textPanel, { tokens: view.tokens, spans, highlighted: [] });
-    byId("text").replaceChildren(...spans);
+    Object.assign(textPanel, { tokens: view.tokens, spans: Array.from(view.tokens, tokenSpan) });
+    byId("text").replaceChildren(...textPanel.spans);
   }
   const row = shownRow(state.query);
-  const labelled = new Set(); // not on neighbours, where labels would overlap
-  for (const j of topKeys(row, 3)) {
-    if (Math.abs(row[j]) >= 0.05 && !labelled.has(j - 1) && !labelled.has(j + 1)) labelled.add(j);
-  }
-  for (const j of textPanel.highlighted) clearHighlight(textPanel.spans[j]);
-  textPanel.highlighted = Array.from(row.keys()).filter((j) => !(Math.abs(row[j]) < 0.01));
-  for (const j of textPanel.highlighted) highlight(textPanel.spans[j], row[j], labelled.has(j));
-  const selected = byId("text").querySelector(".query");
-  selected?.classList.remove("query");
-  selected?.setAttribute("aria-selected", "false");
-  const span = textPanel.spans[state.query];
-  span.classList.add("query");
-  span.setAttribute("aria-selected", "true");
-  byId("text").setAttribute("aria-activedescendant", span.id);
+  const labelled = labelledKeys(row);
+  textPanel.spans.forEach((span, j) => {
+    const value = Math.abs(row[j]) >= 0.01 ? row[j] : 0;
+    const alpha = Math.min(1, Math.abs(value)); // translucent: the token stays readable
+    const colour = comparing() ? (value < 0 ? LESS : MORE) : [255, 205, 40];
+    span.style.background = value ? css([...colour, Math.max(alpha, 0.04).toFixed(3)]) : "";
+    span.style.color = alpha > 0.45 ? (comparing() ? "#fff" : "#111") : "";
+    span.classList.toggle("query", j === state.query);
+    span.ariaSelected = j === state.query;
+    if (labelled.includes(j)) span.dataset.percent = percent(value, 0).replace(" points", "");
+    else delete span.dataset.percent;
+  });
+  byId("text").setAttribute("aria-activedescendant", textPanel.spans[state.query].id);
   byId("text").classList.toggle("pinned", state.pinned);
 }
 
 // Scrolls the text box, not the page, until the query is visible.
 function scrollToQuery() {
   const box = byId("text");
-  const span = textPanel.spans[state.query];
-  const top = span.offsetTop - 12;
-  const bottom = span.offsetTop + span.offsetHeight + 12;
-  if (top < box.scrollTop) box.scrollTop = top - 12;
-  else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight;
+  const { offsetTop: top, offsetHeight: height } = textPanel.spans[state.query];
+  box.scrollTop = clamp(box.scrollTop, top + height + 12 - box.clientHeight, top - 24);
 }
 
 // A row of a list: a token, a bar and a percentage.
-function tokenRow(name, value, text, attributes = {}, colour = "") {
-  const bar = create("span");
-  bar.style.width = `${100 * Math.min(1, Math.abs(value))}%`;
-  bar.style.background = colour;
-  const track = create("span", { class: "bar", "aria-hidden": "true" }, bar);
-  return create("li", attributes, name, track, create("span", { class: "number" }, text));
-}
+const tokenRow = (name, value, text, attributes = {}, colour = "var(--accent)") =>
+  create("li", attributes, name, shareBar(value, colour), create("span", { class: "number" }, text));
 
 function attentionRows() {
   const row = shownRow(state.query);
   const keys = topKeys(row, 5).filter((j, n) => n === 0 || Math.abs(row[j]) >= 0.0005);
   return keys.map((j) => {
-    const colour = comparing() ? css(row[j] < 0 ? LESS : MORE) : "";
+    const colour = comparing() ? css(row[j] < 0 ? LESS : MORE) : undefined;
     const text = percent(row[j]).replace(" points", "");
     return tokenRow(tokenLabel(view.tokens[j]), row[j], text, { "data-key": j, "data-value": row[j] }, colour);
   });
 }
 
 function predictionRows() {
-  const { topTokens, topProbs, topK, tokens } = view;
-  return range(topK).map((n) => {
-    const k = state.query * topK + n;
-    const actual = topTokens[k] === tokens[state.query + 1];
-    const mark = actual ? create("span", { class: "actual", title: "the actual next token" }, " ✓") : "";
-    const name = create("span", {}, tokenLabel(topTokens[k]), mark);
-    return tokenRow(name, topProbs[k], `${(100 * topProbs[k]).toFixed(1)} %`);
+  const { top_tokens: tokens, top_probs: probs, T } = view;
+  const [count, next] = [tokens.length / T, view.tokens[state.query + 1]];
+  return range(count).map((n) => {
+    const k = state.query * count + n;
+    const mark = tokens[k] === next ? create("span", { class: "actual", title: "the actual next token" }, " ✓") : "";
+    return tokenRow(create("span", {}, tokenLabel(tokens[k]), mark), probs[k], `${(100 * probs[k]).toFixed(1)} %`);
   });
 }
 
@@ -98,20 +82,17 @@ function drawQuery() {
   byId("query-details").textContent = `position ${view.first + i}, ${loss}${state.pinned ? ", pinned" : ""}`;
   const title = state.value_weighted ? "attends to (value-weighted)" : "attends to";
   byId("attends-to-title").textContent = comparing() ? "difference, in points" : title;
-  const absent = (text) => [create("li", { class: "absent" }, text)];
-  const [rows, predictions] = [attentionRows(), predictionRows()];
-  byId("attends-to").replaceChildren(...(rows.length ? rows : absent(comparing() ? "no difference" : "nothing")));
-  byId("predictions").replaceChildren(...(predictions.length ? predictions : absent("not stored in this file")));
+  const list = (id, rows, absent) =>
+    byId(id).replaceChildren(...(rows.length ? rows : [create("li", { class: "absent" }, absent)]));
+  list("attends-to", attentionRows(), comparing() ? "no difference" : "nothing");
+  list("predictions", predictionRows(), "not stored in this file");
 }
 
 // The nearest token in the line above (-1) or below (+1).
 function tokenInLine(direction) {
   const query = textPanel.spans[state.query];
-  let [best, smallest] = [state.query, Infinity];
-  textPanel.spans.forEach((span, k) => {
-    const down = (span.offsetTop - query.offsetTop) * direction;
-    const distance = down * 10 + Math.abs(span.offsetLeft - query.offsetLeft);
-    if (down > 4 && distance < smallest) [smallest, best] = [distance, k];
-  });
-  return best;
+  const down = (span) => (span.offsetTop - query.offsetTop) * direction;
+  const others = textPanel.spans.filter((span) => down(span) > 4);
+  const span = nearest(others, (other) => down(other) * 10 + Math.abs(other.offsetLeft - query.offsetLeft));
+  return textPanel.spans.indexOf(span ?? query);
 }

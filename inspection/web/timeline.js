@@ -1,12 +1,12 @@
 // A score over training: a line per head, the selected head emphasised.
 
-const TIMELINE = { width: 400, height: 124, left: 30, right: 44, top: 7, bottom: 20 };
+const PLOT = { left: 30, right: 356, top: 7, bottom: 104 }; // in a picture of 400 x 124
 const timeline = { score: "", x: null, y: null, lines: [] };
 
 const evaluationsOf = (run) => (run.timeline.length > run.steps.length ? run.timeline : run.steps);
 
-const scorePoints = (run, score, layer, head) => evaluationsOf(run)
-  .map((entry) => [entry.step, scoreAt(entry, score, layer, head)])
+const scorePoints = (run, { layer, head }) => evaluationsOf(run)
+  .map((entry) => [entry.step, scoreAt(entry, layer, head)])
   .filter(([, value]) => value !== null);
 
 function linePath(points) {
@@ -23,74 +23,64 @@ function ticks(low, high, count) {
   return range(Math.floor(high / unit + 1e-6) - first + 1).map((k) => (first + k) * unit);
 }
 
-function axes(first, last, low, high) {
-  const { width, height, left, right, bottom } = TIMELINE;
-  const { x, y } = timeline;
-  const scoreTicks = ticks(low, high, 3).flatMap((value) => [
-    createSvg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "border" }),
-    createSvg("text", { x: left - 5, y: y(value) + 3.5, class: "tick end" }, String(Number(value.toPrecision(3)))),
-  ]);
-  const stepTicks = (last > first ? ticks(first, last, 4) : [first]).map((step) =>
-    createSvg("text", { x: x(step), y: height - bottom + 14, class: "tick middle" }, String(step)));
-  return [...scoreTicks, ...stepTicks];
-}
-
-function buildTimeline(score) {
-  const { width, height, left, right, top, bottom } = TIMELINE;
+// The axes, and a line per head; `timeline.x` and `timeline.y` map steps and scores to the picture.
+function buildTimeline() {
+  const { left, right, top, bottom } = PLOT;
   const steps = page.runs.flatMap((run) => evaluationsOf(run).map(({ step }) => step));
   const [first, last] = [Math.min(...steps), Math.max(...steps)];
-  const { low, high } = page.scores[score];
-  timeline.score = score;
-  timeline.x = (step) => left + ((step - first) / (last - first || 1)) * (width - left - right);
-  timeline.y = (value) => height - bottom - ((value - low) / (high - low)) * (height - top - bottom);
-  timeline.lines = range(run.layers).flatMap((layer) => range(run.heads).map((head) => {
-    const points = scorePoints(run, score, layer, head);
-    return { layer, head, points, path: createSvg("path", { d: linePath(points), class: "other-head" }) };
-  }));
+  const { low, high } = page.scores[state.score];
+  const x = (step) => left + ((step - first) / (last - first || 1)) * (right - left);
+  const y = (value) => bottom - ((value - low) / (high - low)) * (bottom - top);
+  Object.assign(timeline, { score: state.score, x, y });
+  timeline.lines = allHeads.map((head) => {
+    const points = scorePoints(run, head);
+    return { ...head, points, path: createSvg("path", { d: linePath(points), class: "other-head" }) };
+  });
+  const scores = ticks(low, high, 3).flatMap((value) => [
+    createSvg("line", { x1: left, x2: right, y1: y(value), y2: y(value), class: "border" }),
+    createSvg("text", { x: left - 5, y: y(value) + 3.5, class: "tick end" }, Number(value.toPrecision(3))),
+  ]);
+  const stepTicks = (last > first ? ticks(first, last, 4) : [first]).map((step) =>
+    createSvg("text", { x: x(step), y: bottom + 14, class: "tick middle" }, step));
   const marks = createSvg("g", { id: "timeline-marks" });
-  byId("timeline").replaceChildren(...axes(first, last, low, high), ...timeline.lines.map(({ path }) => path), marks);
+  byId("timeline").replaceChildren(...scores, ...stepTicks, ...timeline.lines.map(({ path }) => path), marks);
 }
 
 function drawTimeline() {
-  const { score, layer, head } = state;
   byId("training").hidden = evaluationsOf(run).length < 2;
-  if (timeline.score !== score) buildTimeline(score);
+  if (timeline.score !== state.score) buildTimeline();
   const { x, y } = timeline;
-  const { top, bottom, height, width, right } = TIMELINE;
-  const line = timeline.lines[layer * run.heads + head];
+  const line = timeline.lines.find(({ layer, head }) => layer === state.layer && head === state.head);
   const now = x(stepNumber(state.step));
-  const value = scoreAt(run.steps[state.step], score, layer, head);
-  const second = secondRun ? scorePoints(secondRun, score, layer, head) : [];
+  const value = scoreAt(run.steps[state.step], line.layer, line.head);
   const marks = [
     createSvg("path", { d: linePath(line.points), class: "selected-head" }),
-    createSvg("path", { d: linePath(second), class: "second-run" }),
-    createSvg("line", { x1: now, x2: now, y1: top, y2: height - bottom, class: "now" }),
+    createSvg("path", { d: secondRun ? linePath(scorePoints(secondRun, line)) : "", class: "second-run" }),
+    createSvg("line", { x1: now, x2: now, y1: PLOT.top, y2: PLOT.bottom, class: "now" }),
   ];
   if (value !== null) marks.push(createSvg("circle", { cx: now, cy: y(value), r: 3.5, class: "dot" }));
   const last = line.points.at(-1);
-  if (last) marks.push(createSvg("text", { x: width - right + 5, y: y(last[1]) + 4, class: "name" }, headName(layer, head)));
+  const name = headName(line.layer, line.head);
+  if (last) marks.push(createSvg("text", { x: PLOT.right + 5, y: y(last[1]) + 4, class: "name" }, name));
   byId("timeline-marks").replaceChildren(...marks);
   drawTimelineReadout(line, state.step);
 }
 
 function drawTimelineReadout({ layer, head }, k) {
-  const value = scoreAt(run.steps[k], state.score, layer, head);
-  const text = value === null ? "not measured" : fixed(value, 3);
-  const out = byId("timeline-readout");
-  out.replaceChildren(`step ${stepNumber(k)}: ${headName(layer, head)} `, create("strong", {}, text));
-  if (secondRun) out.append(`; dashed: ${secondRun.label}`);
+  const value = scoreAt(run.steps[k], layer, head);
+  const score = create("strong", {}, value === null ? "not measured" : fixed(value, 3));
+  const second = secondRun ? `; dashed: ${secondRun.label}` : "";
+  byId("timeline-readout").replaceChildren(`step ${stepNumber(k)}: ${headName(layer, head)} `, score, second);
 }
-
-const nearest = (items, distance) => items.reduce((best, item) => (distance(item) < distance(best) ? item : best));
 
 // The stored step and the head's line nearest to the pointer.
 function timelineAt(event) {
   const box = byId("timeline").getBoundingClientRect();
-  const px = ((event.clientX - box.left) / box.width) * TIMELINE.width;
-  const py = ((event.clientY - box.top) / box.height) * TIMELINE.height;
+  const px = ((event.clientX - box.left) / box.width) * 400;
+  const py = ((event.clientY - box.top) / box.height) * 124;
   const step = nearest(range(run.steps.length), (k) => Math.abs(timeline.x(stepNumber(k)) - px));
   const line = nearest(timeline.lines, ({ layer, head }) => {
-    const value = scoreAt(run.steps[step], state.score, layer, head);
+    const value = scoreAt(run.steps[step], layer, head);
     return value === null ? Infinity : Math.abs(timeline.y(value) - py);
   });
   return { step, line };

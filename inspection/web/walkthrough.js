@@ -1,55 +1,48 @@
 // The walk-through: the selected attention weight computed again, step by step, from the query and keys that the model
 // used, and what the head adds to the residual stream. Drawn last, and only while it is visible.
 
-const walkthrough = { visible: false, drawn: "", timer: 0 };
+const walkthrough = { visible: false, drawn: "" };
 
-const dot = (a, b) => a.reduce((sum, value, d) => sum + value * b[d], 0);
-const norm = (values) => Math.sqrt(dot(values, values));
+const dot = (a, b) => sum(a.map((value, d) => value * b[d]));
 const largestOf = (values) => values.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
+const sumVectors = (vectors, D) => vectors.reduce((total, v) => total.map((value, d) => value + v[d]), new Float64Array(D));
 
-// The vector at a position of a head, from an array (H, T, D), in double precision.
-function vectorAt(array, head, position, D) {
-  const start = (head * view.T + position) * D;
-  return Float64Array.from(array.subarray(start, start + D));
+// The vectors (T, D) of one head, from an array (H, T, D), in double precision.
+function vectorsOf(array, head) {
+  const D = array.length / (run.heads * view.T);
+  return range(view.T).map((t) => Float64Array.from(array.subarray((head * view.T + t) * D, (head * view.T + t + 1) * D)));
 }
 
-// softmax(q · k / √D) of one query over keys 0 to i, and the values weighted by it.
-function computeAttention({ queries, keys, values, D }, head, i) {
-  const q = vectorAt(queries, head, i, D);
-  const allScores = range(view.T).map((j) => dot(q, vectorAt(keys, head, j, D)) / Math.sqrt(D));
-  const scores = allScores.slice(0, i + 1);
+// softmax(q · k / √D) of the selected query over keys 0 to i, and the values weighted by it.
+function computeAttention(head) {
+  const [queries, keys, values] = [view.queries, view.keys, view.values].map((array) => vectorsOf(array, head));
+  const q = queries[state.query];
+  const allScores = keys.map((k) => dot(q, k) / Math.sqrt(q.length));
+  const scores = allScores.slice(0, state.query + 1);
   const max = Math.max(...scores);
   const exps = scores.map((score) => Math.exp(score - max));
-  const total = exps.reduce((sum, value) => sum + value, 0);
+  const total = sum(exps);
   const pattern = exps.map((value) => value / total);
-  const weighted = pattern.map((weight, j) => vectorAt(values, head, j, D).map((value) => value * weight));
-  return { q, allScores, scores, max, exps, total, pattern, weighted };
+  const weighted = pattern.map((weight, j) => values[j].map((value) => value * weight));
+  return { q, keys, allScores, scores, max, exps, total, pattern, weighted, output: sumVectors(weighted, q.length) };
 }
-
-const sumVectors = (vectors, D) =>
-  vectors.reduce((sum, vector) => sum.map((value, d) => value + vector[d]), new Float64Array(D));
 
 // A vector as bars around zero. Options: scale (value of a full bar), marked [from, to], masked (first masked index),
 // note (text next to it). The value under the pointer replaces the note.
 function vectorBars(values, name, options = {}) {
   const n = values.length;
-  const { scale = largestOf(values), marked = null, masked = n, note = `norm ${compact(norm(values))}` } = options;
+  const norm = `norm ${compact(Math.sqrt(dot(values, values)))}`;
+  const { scale = largestOf(values), marked: [from, to] = [0, 0], masked = n, note = norm } = options;
   const width = n > 200 ? 1 : 0.85;
-  const bars = (select) => Array.from(values, (value, d) => {
-    const height = (value / (scale || 1)).toFixed(4);
-    return select(value, d) ? `M${d} 0v${-height}h${width}v${height}z` : "";
-  }).join("");
-  const band = ([from, to], type) => createSvg("rect", { x: from, y: -1, width: to - from, height: 2, class: type });
+  const kind = (value, d) => (d >= masked ? "masked" : value < 0 ? "less" : "more");
+  const bar = (value, d) => `M${d} 0v${(-value / (scale || 1)).toFixed(4)}h${width}V0z`;
+  const bars = (type) => Array.from(values, (value, d) => (kind(value, d) === type ? bar(value, d) : "")).join("");
   const svg = createSvg("svg", {
     class: "bars", viewBox: `0 -1 ${n} 2`, preserveAspectRatio: "none", role: "img",
-    "aria-label": `${name}: ${n} numbers, norm ${compact(norm(values))}`,
-  });
-  if (marked) svg.append(band(marked, "marked"));
-  svg.append(
-    createSvg("path", { d: bars((value, d) => d < masked && value >= 0), class: "more" }),
-    createSvg("path", { d: bars((value, d) => d < masked && value < 0), class: "less" }),
-    createSvg("path", { d: bars((_, d) => d >= masked), class: "masked" }),
-  );
+    "aria-label": `${name}: ${n} numbers, ${norm}`,
+  },
+  createSvg("rect", { x: from, y: -1, width: to - from, height: 2, class: "marked" }),
+  ...["more", "less", "masked"].map((type) => createSvg("path", { d: bars(type), class: type })));
   const out = create("span", { class: "number" }, note);
   svg.addEventListener("pointermove", (event) => {
     const d = clamp(Math.floor((event.offsetX / svg.clientWidth) * n), 0, n - 1);
@@ -58,36 +51,25 @@ function vectorBars(values, name, options = {}) {
   return create("div", { class: "bars-row" }, svg, out);
 }
 
-function numberList(values) {
-  const numbers = create("p", { class: "numbers" }, Array.from(values, compact).join("  "));
-  return create("details", {}, create("summary", {}, "numbers"), numbers);
-}
-
-const section = (number, title, ...children) =>
-  create("li", {}, create("h3", {}, create("span", { class: "step-number" }, number), title), ...children);
-
 const formula = (text, result, id = null) => create("p", { class: "formula" }, text, create("strong", { id }, result));
 
 // A card per dimension: query, key and their product.
-function dimensionCards(q, k) {
-  const products = q.map((value, d) => value * k[d]);
+function dimensionCards(q, k, products) {
   const cards = range(q.length).map((d) => {
-    const rows = [q, k, products].flatMap((values) => {
-      const bar = create("span", { class: values[d] < 0 ? "mini less" : "mini" });
-      bar.style.setProperty("--share", Math.abs(values[d]) / (largestOf(values) || 1));
-      return [bar, create("span", { class: "number" }, fixed(values[d]))];
-    });
+    const rows = [q, k, products].flatMap((values) => [
+      shareBar(values[d] / (largestOf(values) || 1), values[d] < 0 ? "var(--less)" : "var(--accent)"),
+      create("span", { class: "number" }, fixed(values[d])),
+    ]);
     const title = `dimension ${d}: ${compact(q[d])} × ${compact(k[d])} = ${compact(products[d])}`;
     return create("div", { class: "dimension", title }, ...rows);
   });
   return create("div", { class: "dimensions" }, ...cards);
 }
 
-function dotProduct(q, k) {
-  const terms = q.map((value, d) => value * k[d]);
-  const largest = topKeys(terms, 3).map((d) => `${fixed(q[d])} × ${fixed(k[d])}`).join(" + ");
-  const rest = terms.length > 3 ? ` + ${terms.length - 3} more` : "";
-  return formula(`q · k = ${largest}${rest} = `, fixed(dot(q, k), 4), "step-product");
+function dotProduct(q, k, products) {
+  const largest = topKeys(products, 3).map((d) => `${fixed(q[d])} × ${fixed(k[d])}`).join(" + ");
+  const rest = products.length > 3 ? ` + ${products.length - 3} more` : "";
+  return formula(`q · k = ${largest}${rest} = `, fixed(sum(products), 4), "step-product");
 }
 
 // Every key of the query: score, exponential, weight, and the weight that the model stored.
@@ -95,7 +77,7 @@ function softmaxTable({ scores, exps, pattern }, stored, key) {
   const row = (tag, cells, attributes = {}) => create("tr", attributes, ...cells.map((cell) => create(tag, {}, cell)));
   const rows = scores.map((score, j) => row("td", [
     tokenLabel(view.tokens[j]), fixed(score, 3), compact(exps[j]), fixed(pattern[j], 4), fixed(stored[j], 4),
-  ], { "data-key": j, class: j === key ? "selected" : null }));
+  ], { "data-key": j, "data-change": JSON.stringify({ key: j }), class: j === key ? "selected" : null }));
   const masked = view.T - scores.length;
   if (masked) rows.push(row("td", [`${masked} later`, "−∞", "0", "0", "masked"], { class: "masked" }));
   const header = row("th", ["key", "score", "exp(score − max)", "weight", "stored"]);
@@ -104,115 +86,94 @@ function softmaxTable({ scores, exps, pattern }, stored, key) {
 }
 
 function agreement(pattern, stored, key) {
-  const largest = stored.reduce((most, weight, j) => Math.max(most, Math.abs(weight - pattern[j])), 0);
-  const difference = compact(Math.abs(stored[key] - pattern[key]));
+  const differences = stored.map((weight, j) => Math.abs(weight - pattern[j]));
   const out = create("p", { id: "step-agreement" },
     `recomputed ${fixed(pattern[key], 5)}, stored ${fixed(stored[key], 5)}; `,
-    `difference ${difference}, at most ${compact(largest)} over all keys`);
-  Object.assign(out.dataset, { recomputed: pattern[key], stored: stored[key], largest });
+    `difference ${compact(differences[key])}, at most ${compact(largestOf(differences))} over all keys`);
+  Object.assign(out.dataset, { recomputed: pattern[key], stored: stored[key], largest: largestOf(differences) });
   return out;
 }
 
 // The three largest weighted values, the sum of the others, and the sum of all, on one scale.
-function weightedValues({ pattern, weighted }, D) {
-  const top = topKeys(Float64Array.from(pattern), 3);
+function weightedValues({ pattern, weighted, output }) {
+  const top = topKeys(pattern, 3);
   const others = weighted.filter((_, j) => !top.includes(j));
-  const sum = sumVectors(weighted, D);
-  const scale = Math.max(...[sum, ...top.map((j) => weighted[j])].map(largestOf));
+  const scale = Math.max(...[output, ...top.map((j) => weighted[j])].map(largestOf));
   const row = (label, values, name) =>
     create("div", { class: "term" }, create("span", {}, ...label), vectorBars(values, name, { scale }));
   const rows = top.map((j) =>
     row([`${fixed(pattern[j], 3)} × v of `, tokenLabel(view.tokens[j], 12)], weighted[j], "weighted value"));
-  if (others.length) rows.push(row([`${others.length} others`], sumVectors(others, D), "the other weighted values"));
-  return [...rows, row([create("strong", {}, "sum")], sum, "head output"), numberList(sum)];
+  const rest = sumVectors(others, output.length);
+  if (others.length) rows.push(row([`${others.length} others`], rest, "the other weighted values"));
+  return [...rows, row([create("strong", {}, "sum")], output, "head output")];
 }
 
-function outputProjection(qkv) {
-  const { D, C, output } = qkv;
-  const heads = range(run.heads).map((h) => sumVectors(computeAttention(qkv, h, state.query).weighted, D));
-  const marked = [state.head * D, (state.head + 1) * D];
+function outputProjection(D) {
+  const concatenated = range(run.heads).flatMap((head) => Array.from(computeAttention(head).output));
   const names = range(run.heads).map((h) =>
     create("span", { class: h === state.head ? "selected" : null }, run.heads <= 16 ? headName(view.layer, h) : ""));
-  const concatenated = heads.flatMap((vector) => Array.from(vector));
   const parts = [
     create("div", { class: "head-names" }, ...names),
-    vectorBars(concatenated, "outputs of all heads", { marked }),
+    vectorBars(concatenated, "outputs of all heads", { marked: [state.head * D, (state.head + 1) * D] }),
   ];
-  if (!C) return [...parts, create("p", { class: "absent" }, "The projected output is not stored in this file.")];
-  const projected = Float64Array.from(output.subarray(state.query * C, (state.query + 1) * C));
+  if (!view.attn_out) return [...parts, create("p", { class: "absent" }, "The projected output is not stored in this file.")];
+  const C = view.attn_out.length / view.T;
   const text = `times W_O: ${C} numbers that layer ${view.layer} adds to the residual stream at this position`;
-  return [...parts, create("p", {}, text), vectorBars(projected, "attention output"), numberList(projected)];
+  const projected = view.attn_out.slice(state.query * C, (state.query + 1) * C);
+  return [...parts, create("p", {}, text), vectorBars(projected, "attention output")];
 }
 
-// The stored queries and keys nearest to the selected text and step: {step, text}, or undefined.
-function nearestQkv() {
-  const places = run.steps.flatMap(({ texts }, step) =>
-    texts.map((stored, text) => ({ step, text, stored })).filter(({ stored }) => stored?.qkv));
-  const distance = ({ step, text }) => (text === state.text ? 0 : 1e6) + Math.abs(step - state.step);
-  return places.sort((a, b) => distance(a) - distance(b))[0];
-}
-
-function drawMissing() {
-  const place = nearestQkv();
-  if (!place) {
-    const text = "Queries, keys and values are not stored in these files, so the steps cannot be shown.";
-    byId("walkthrough").replaceChildren(create("li", { class: "absent" }, text));
-    return;
-  }
+// Where queries and keys are stored: the text and step nearest to the selected ones, as a button.
+function missingSteps() {
+  const absent = (...text) => [create("li", { class: "absent" }, ...text)];
+  const places = run.steps.flatMap(({ texts }, step) => page.texts.keys()
+    .filter((text) => texts[text]?.layers[0].queries).map((text) => ({ step, text })).toArray());
+  const place = nearest(places, ({ step, text }) => (text === state.text ? 0 : 1e6) + Math.abs(step - state.step));
+  if (!place) return absent("Queries, keys and values are not stored in these files, so the steps cannot be shown.");
   const { step, text } = place;
-  const where = `step ${stepNumber(step)}, text “${page.texts[text]}”`;
-  const button = create("button", { type: "button", id: "go-to-stored" }, `Go to ${where}`);
-  const query = text === state.text ? state.query : -1;
-  button.addEventListener("click", () => change({ step, text, query, key: -1 }));
-  const reason = "Queries and keys are not stored for this text and step. ";
-  byId("walkthrough").replaceChildren(create("li", { class: "absent" }, reason, button));
+  const change = JSON.stringify({ step, text, query: text === state.text ? state.query : -1, key: -1 });
+  const where = `Go to step ${stepNumber(step)}, text “${page.texts[text]}”`;
+  const button = create("button", { type: "button", id: "go-to-stored", "data-change": change }, where);
+  return absent("Queries and keys are not stored for this text and step. ", button);
 }
 
-function drawSteps(qkv) {
-  const { query, head } = state;
-  const { D } = qkv;
+function computedSteps(queryToken, keyToken) {
   const key = selectedKey();
-  const computed = computeAttention(qkv, head, query);
-  const { q, allScores, scores, max, exps, total, pattern } = computed;
-  const k = vectorAt(qkv.keys, head, key, D);
-  const stored = attentionRow(view, head, query, false);
-  const [queryToken, keyToken] = [query, key].map((position) => tokenLabel(view.tokens[position], 14));
-  const product = fixed(dot(q, k), 4);
-  const masked = view.T - query - 1;
+  const computed = computeAttention(state.head);
+  const { q, allScores, scores, max, total, pattern } = computed;
+  const k = computed.keys[key];
+  const products = q.map((value, d) => value * k[d]);
+  const stored = Float64Array.from(storedRow(state.query));
+  const product = fixed(sum(products), 4);
+  const root = fixed(Math.sqrt(q.length), 3);
+  const masked = view.T - state.query - 1;
   const maskText = masked
     ? `${masked} later ${masked === 1 ? "key is" : "keys are"} masked: the score becomes −∞, and exp(−∞) is 0.`
     : "This is the last token: no key is later, so nothing is masked.";
-  const bars = { marked: [key, key + 1], masked: query + 1, note: `score ${compact(allScores[key])}` };
-  byId("walkthrough").replaceChildren(
-    section("1", "Query and key", create("p", {}, "q of ", queryToken, ", k of ", keyToken, ", and their product ",
-      "in each dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k)),
-    section("2", "Dot product", dotProduct(q, k)),
-    section("3", "Scaled by √d_head", formula(
-      `${product} / √${D} = ${product} / ${fixed(Math.sqrt(D), 3)} = `, fixed(scores[key], 4), "step-score")),
-    section("4", "Causal mask", create("p", {}, maskText), vectorBars(allScores, "scores of all keys", bars)),
-    section("5", "Softmax over all keys",
+  const bars = { marked: [key, key + 1], masked: state.query + 1, note: `score ${compact(allScores[key])}` };
+  const steps = {
+    "Query and key": [create("p", {}, "q of ", queryToken, ", k of ", keyToken, ", and their product ",
+      "in each dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k, products)],
+    "Dot product": [dotProduct(q, k, products)],
+    "Scaled by √d_head": [formula(`${product} / √${q.length} = ${product} / ${root} = `, fixed(scores[key], 4), "step-score")],
+    "Causal mask": [create("p", {}, maskText), vectorBars(allScores, "scores of all keys", bars)],
+    "Softmax over all keys": [
       formula(`exp(${fixed(scores[key], 3)} − ${fixed(max, 3)}) / ${fixed(total, 4)} = `, fixed(pattern[key], 4)),
-      agreement(pattern, stored, key), softmaxTable(computed, stored, key)),
-    section("6", "Weighted sum of the values", ...weightedValues(computed, D)),
-    section("7", "All heads concatenated, then projected", ...outputProjection(qkv)),
-  );
+      agreement(pattern, stored, key), softmaxTable(computed, stored, key)],
+    "Weighted sum of the values": weightedValues(computed),
+    "All heads concatenated, then projected": outputProjection(q.length),
+  };
+  return Object.entries(steps).map(([title, content], n) =>
+    create("li", {}, create("h3", {}, create("span", { class: "step-number" }, n + 1), title), ...content));
 }
 
-// Draws soon, unless the selection changes before.
-function scheduleWalkthrough() {
-  clearTimeout(walkthrough.timer);
-  if (!walkthrough.visible) return;
-  walkthrough.timer = setTimeout(async () => {
-    const current = view;
-    const drawn = [view.key, view.step, state.head, state.query, selectedKey()].join(" ");
-    if (walkthrough.drawn === drawn) return;
-    const qkv = await loadQkv(view.step, view.text, view.layer);
-    if (current !== view) return;
-    walkthrough.drawn = drawn;
-    const [query, key] = [state.query, selectedKey()].map((position) => tokenLabel(view.tokens[position]));
-    const head = `${headName(state.layer, state.head)}, step ${stepNumber(view.step)}: `;
-    byId("walkthrough-head").replaceChildren(head, query, " attends to ", key);
-    if (qkv) drawSteps(qkv);
-    else drawMissing();
-  }, 40);
+function drawWalkthrough() {
+  const drawn = [view.key, view.step, state.head, state.query, selectedKey()].join(" ");
+  if (!walkthrough.visible || walkthrough.drawn === drawn) return;
+  walkthrough.drawn = drawn;
+  const labels = (length) => [state.query, selectedKey()].map((position) => tokenLabel(view.tokens[position], length));
+  const [query, key] = labels(18);
+  const head = `${headName(state.layer, state.head)}, step ${stepNumber(view.step)}: `;
+  byId("walkthrough-head").replaceChildren(head, query, " attends to ", key);
+  byId("walkthrough").replaceChildren(...(view.queries ? computedSteps(...labels(14)) : missingSteps()));
 }
