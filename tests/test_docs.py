@@ -1,6 +1,4 @@
-"""docs/guarantees.md and docs/running.md are true: every named test file exists, every command parses."""
-
-from __future__ import annotations
+"""The documents are true: commands parse, files and tests exist, the README's code lines are in the model."""
 
 import re
 
@@ -9,10 +7,24 @@ import pytest
 from tests.commands import check_command
 from tests.runs import ROOT
 
-GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
-RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-COMMANDS = sorted({line.split("#")[0].strip() for line in RUNNING.splitlines() if line.startswith("python ")})
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/guarantees.md", "docs/running.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README, CONTRIBUTING, GUARANTEES, RUNNING = TEXTS.values()
+LINES = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)).splitlines() + RUNNING.splitlines()
+PARTS = [part.strip() for line in LINES for part in line.split("#")[0].split("&&")]
+TORCHRUN = re.findall(r"^(?:srun )?torchrun .*?(train\.py [^\n]*)$", RUNNING.replace("\\\n", " "), re.M)
+COMMANDS = [part for part in PARTS if part.startswith(("python ", "pip "))] + [f"python {each}" for each in TORCHRUN]
+
+
+@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if "$" not in command}))
+def test_every_command_parses(command: str) -> None:
+    check_command(command)
+
+
+def test_commands_are_found() -> None:
+    assert "pip install -r requirements.txt && python train.py" in README
+    assert "pip install -r requirements-dev.txt && python -m pytest" in README
+    assert len(TORCHRUN) >= 4 and len(COMMANDS) > 20
 
 
 def test_every_guarantee_names_an_existing_test() -> None:
@@ -20,31 +32,42 @@ def test_every_guarantee_names_an_existing_test() -> None:
     assert len(rows) > 20
     for row in rows:
         files = re.findall(r"`(tests/[\w/]+\.py)`", row.split(" | ")[-1])
-        assert files, row
-        assert not [file for file in files if not (ROOT / file).is_file()], row
+        assert files and all((ROOT / file).is_file() for file in files), row
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "$" not in command])
-def test_every_command_parses(command: str) -> None:
-    check_command(command)
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_to_files(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", TEXTS[name])
+    assert not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
+    pictures = [(ROOT / name).parent / link for link in links if link.endswith((".png", ".svg", ".gif"))]
+    assert all(picture.stat().st_size < 400_000 for picture in pictures)
 
 
-def test_torchrun_commands_parse() -> None:
-    joined = RUNNING.replace("\\\n", " ")
-    started = re.findall(r"^(?:srun )?torchrun .*?(train\.py [^\n]*)$", joined, re.M)
-    assert len(started) >= 4
-    for command in started:
-        if "$" not in command:
-            check_command(f"python {command}")
-
-
-def test_links_lead_to_files() -> None:
-    for text in (GUARANTEES, RUNNING):
-        assert not [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (ROOT / "docs" / link).exists()]
-    assert not [link for link in re.findall(r"\]\(([^)#:]+)\)", CONTRIBUTING) if not (ROOT / link).exists()]
-
-
-def test_contributing_names_existing_files() -> None:
+def test_named_modules_exist() -> None:
     named = re.findall(r"`([\w/]+\.py)`", CONTRIBUTING)
-    assert len(named) > 8
-    assert not [name for name in named if not (ROOT / name).is_file()]
+    for line in README.split("## How it is built")[1].split("```")[1].splitlines()[2:]:
+        folder = line.split("/")[0].strip()
+        named += [folder, *(f"{folder}/{name}" for name in re.findall(r"\b(\w+\.py)\b", line))]
+    assert len(named) > 30
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).transpose(1, 2).split([H, G, G], dim=1)",
+        "scores = q @ k.transpose(-2, -1)",
+        "scores / math.sqrt(q.shape[-1])",
+        "(scores + bias).softmax(dim=-1)",
+        "F.dropout(self.pattern(q, k), dropout) @ v",
+    ],
+)
+def test_the_five_steps_are_in_the_code(step: str) -> None:
+    code = (ROOT / "model" / "functional.py").read_text() + (ROOT / "model" / "gpt.py").read_text()
+    assert step in code and step in README
+
+
+def test_every_requirement_is_pinned() -> None:
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            assert not line or line.startswith(("#", "-r ")) or re.fullmatch(r"[\w-]+==[\w.]+", line), line
