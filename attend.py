@@ -19,7 +19,6 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +27,11 @@ from tyro.conf import Positional
 from common.errors import CHECKPOINT, UserError, escape_control_chars, run_main
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, package_versions, write_attention_file
+from inspection.commands.outputs import Ablate, Page, Plot
+from inspection.commands.patterns import Compare, Token
+from inspection.commands.scores import Heads, Summary, Timeline
 from inspection.commands.shared import Context, LoadedModel, RunOptions, parse_head
+from inspection.commands.verify import Verify
 from inspection.plots import head_grid
 from training.cli import parse, split_options
 
@@ -38,10 +41,9 @@ if TYPE_CHECKING:
     from model.gpt import GPT
     from training.checkpoint import Checkpoint
 
-COMMANDS = ("summary", "heads", "token", "timeline", "compare", "ablate", "plot", "page", "verify")
-"""Each is a module of inspection/commands with a dataclass of options of the same name, and `run`."""
-MAX_PARTS = 6
-"""Parts of a logit that are listed; the others are added up."""
+CLASSES = Summary, Heads, Token, Timeline, Compare, Ablate, Plot, Page, Verify
+COMMANDS: dict[str, Any] = {command.__name__.lower(): command for command in CLASSES}
+MAX_PARTS = 6  # of a logit that are listed; the others are added up
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,10 @@ def terminal_width() -> int:
 
 
 def run_command(name: str, argv: list[str]) -> None:
-    """Run a command and print its result.
-
-    Raises:
-        UserError: for a mistake of the user; for a failed check, after everything is printed (exit code 4).
-    """
-    module = import_module(f"inspection.commands.{name}")
-    options_class = getattr(module, name.capitalize())
-    words = [value for option, value in split_options(argv, ("json", "value_weighted")) if not option]
-    if name == "compare" and len(words) == 2:
-        last = len(argv) - 1 - argv[::-1].index(str(words[1]))
-        argv = [*argv[:last], f"--other={words[1]}", *argv[last + 1 :]]
-    options: Any = parse(options_class, argv, f"{options_class.__doc__}  python attend.py {name} RUN", positional="run")
-    result = module.run(options, Context(terminal_width(), load_step))
+    """Run a command and print its result; a failed check is a `UserError` after everything is printed (exit code 4)."""
+    command = COMMANDS[name]
+    options = parse(command, argv, f"{command.__doc__}  python attend.py {name} RUN", positional="run")
+    result = options.result(Context(terminal_width(), load_step))
     if getattr(options, "json", False):
         print(terminal.to_json(result.data))
     else:
@@ -121,8 +114,7 @@ def run_command(name: str, argv: list[str]) -> None:
 def load_step(folder: Path, step: int) -> LoadedModel | None:
     """The model of a step of a run, or of the newest checkpoint if `step` is negative; None if it is not kept or damaged.
 
-    Args:
-        folder: a run folder, or an attention file, whose run is searched.
+    `folder` is the run's, or an attention file of the run.
     """
     from training.checkpoint import open_checkpoint, read_checkpoint
 

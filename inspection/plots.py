@@ -1,7 +1,7 @@
 """Attention and head scores as figures, PNG or SVG by the suffix of the path.
 
 `draw_figures` draws all figures of a run; `head_grid`, `one_head`, `score_timeline` and `phase_change` draw one each from
-arrays. They raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6). matplotlib is
+arrays: they raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6). matplotlib is
 imported when a figure is drawn, and used without pyplot: no display, no global state. The same input gives the same bytes.
 Every size is given in inches: a layout that matplotlib finds by itself takes longer than the drawing.
 """
@@ -30,21 +30,14 @@ from inspection.terminal import clearest_head, head_name, token_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_LAYERS = MAX_HEADS = 8
-"""A grid shows at most the first 8 layers and heads."""
-GRID_TOKENS, HEAD_TOKENS = 64, 96
-"""Tokens in a grid and in a plot of one head, at most: the last ones of a longer text."""
-ANNOTATED_TOKENS, MIN_ANNOTATED = 16, 0.01
-"""Up to so many tokens, a plot of one head shows each value of at least 0.01 as a number."""
-LABEL_LENGTH, LABEL_INCHES = 14, 0.1
-"""Characters of a token's label, at most, and inches from one label to the next, at least."""
-GAP_X, GAP_Y = 0.1, 0.3
-"""Inches between two patterns."""
-FUTURE = "#e3e3e3"
-"""Cells that causality excludes: gray, which is not a color of the scale."""
+MAX_LAYERS = MAX_HEADS = 8  # in a grid: the first ones
+GRID_TOKENS, HEAD_TOKENS = 64, 96  # in a grid, and in a plot of one head: the last ones
+ANNOTATED_TOKENS, MIN_ANNOTATED = 16, 0.01  # up to so many tokens, larger values are shown as numbers
+LABEL_LENGTH, LABEL_INCHES = 14, 0.1  # characters of a token's label, and inches between two
+GAP_X, GAP_Y = 0.1, 0.3  # inches between two patterns
+FUTURE = "#e3e3e3"  # cells that causality excludes: gray, which is not a color of the scale
 INK, ACCENT, GRAY, MUTED = "#222222", "#c8102e", "#c9c9c9", "#666666"
-SERIES_COLORS = ("#00467f", "#c8102e", "#8a6d00")
-"""Colors of the labeled lines, highest first; they differ in lightness too."""
+SERIES_COLORS = ("#00467f", "#c8102e", "#8a6d00")  # they differ in lightness too
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -52,7 +45,6 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": "#888888",
-    "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "legend.frameon": False,
     "savefig.dpi": 110,
@@ -70,13 +62,9 @@ def draw_figures(run: RunFiles, folder: Path, suffix: str, step: int, text: str 
     """Draw `attention`, `head`, `timeline` and `phase_change`, as far as the run has the data; return their paths.
 
     Args:
-        suffix: `png` or `svg`.
         step: of the patterns.
         text: a name; by default the sample for the grid, and for one head a text on which its score is measured.
         score: of the timeline, or `all`; by default the most informative one.
-
-    Raises:
-        UserError: for an unknown text or score (2), a damaged file (4) or a file that cannot be written (6).
     """
     paths = [folder / f"attention.{suffix}", folder / f"head.{suffix}"]
     _draw_patterns(paths, run, step, text)
@@ -117,11 +105,7 @@ def _draw_patterns(paths: Sequence[Path], run: RunFiles, step: int, name: str) -
 
 
 def most_informative(scores: Mapping[str, NDArray[np.float32]]) -> str:
-    """The first score of `FINDING_SCORES` on which some head reaches the threshold, else any; empty without scores.
-
-    Args:
-        scores: (L, H) by name.
-    """
+    """The first score of `FINDING_SCORES` on which some head reaches the threshold, else any; empty without scores."""
     reached = [name for name in FINDING_SCORES if name in scores and (scores[name] >= ATTENTION_THRESHOLD).any()]
     return next(iter([*reached, *scores]), "")
 
@@ -144,11 +128,7 @@ def head_grid(path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], tit
     """All heads: a row for each layer, a column for each head.
 
     At most 8 layers, 8 heads and the last 64 tokens are shown; the line below the title says what is left out.
-
-    Args:
-        path: ends in .png or .svg.
-        pattern: (L, H, T, T).
-        tokens: the bytes of the T tokens.
+    `pattern` is (L, H, T, T), `tokens` the bytes of T tokens.
     """
     pattern = np.asarray(pattern)
     L, H, T, _ = pattern.shape
@@ -166,13 +146,9 @@ def head_grid(path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], tit
 def one_head(
     path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], title: str, query: int | None = None
 ) -> None:
-    """One head, large: at most the last 96 tokens; up to 16 tokens with their values as numbers.
+    """One head (T, T), large: at most the last 96 tokens; up to 16 tokens with their values as numbers.
 
-    Args:
-        path: ends in .png or .svg.
-        pattern: (T, T).
-        tokens: the bytes of the T tokens.
-        query: a row to frame, 0 to T - 1.
+    The row `query`, 0 to T - 1, is framed.
     """
     T = len(np.asarray(pattern))
     pattern = np.asarray(pattern)[-HEAD_TOKENS:, -HEAD_TOKENS:]
@@ -243,14 +219,7 @@ def _pattern_figure(
 
 
 def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.float32], score: str, title: str) -> None:
-    """One score over the steps, a line for each head; the three heads that end highest are labeled, the others gray.
-
-    Args:
-        path: ends in .png or .svg.
-        steps: (S,), increasing.
-        values: (S, L, H); nan where missing.
-        score: its name.
-    """
+    """One score (S, L, H) over S steps, a line for each head; the three that end highest are labeled, the others gray."""
     values = np.asarray(values, dtype=np.float64)
     S, L, H = values.shape
     lines, last = values.reshape(S, L * H), values[-1].ravel()
@@ -271,11 +240,7 @@ def phase_change(path: Path | str, loss: Series, scores: Sequence[Series], title
     """The loss (left axis) with the scores of an induction head and a previous-token head (right axis, 0 to 1).
 
     As a model learns to continue repeated sequences, its loss falls while its induction head forms; a previous-token
-    head forms before or with it (Olsson et al. 2022, "Argument 1").
-
-    Args:
-        path: ends in .png or .svg.
-        loss: in nats/token; its steps may differ from those of the scores.
+    head forms before or with it (Olsson et al. 2022, "Argument 1"). The loss may have other steps than the scores.
     """
     highest = float(np.nanmax(np.asarray(loss[2], dtype=np.float64), initial=0.0)) or 1.0
     with _figure(Path(path), title=title) as axes:
@@ -318,16 +283,9 @@ def _figure(
     title: str = "",
     note: str = "",
 ) -> Iterator[Axes]:
-    """Axes below a heading, in our own style whatever matplotlibrc says; the figure is written after the body.
+    """Axes of `size` inches below a heading, in our own style whatever matplotlibrc says; written after the body.
 
-    Args:
-        size: of the axes, in inches.
-        margins: inches left, below, and right of them.
-        title: cut to the width.
-        note: smaller, below the title.
-
-    Raises:
-        UserError: for a suffix other than .png and .svg (exit code 2), or if the file cannot be written (6).
+    The margins are left, below and right of the axes; the note is smaller than the title and below it.
     """
     suffix = path.suffix.lower()
     if suffix not in (".png", ".svg"):

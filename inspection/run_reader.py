@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
 
 FOLDER = "attention"
-NEWEST = -1
-"""Stands for the newest step."""
+NEWEST = -1  # stands for the newest step
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,7 @@ class RunFiles:
         return list(self.paths)
 
     def step(self, step: int = NEWEST) -> int:
-        """`step`, or the one that was opened, or the newest.
-
-        Raises:
-            UserError: if there is no attention file of that step; names the nearest ones (exit code 2).
-        """
+        """`step`, or the one that was opened, or the newest; raises `UserError` if there is no file of it (exit code 2)."""
         if step == NEWEST:
             return self.steps[-1] if self.opened_step == NEWEST else self.opened_step
         if step in self.paths:
@@ -132,11 +127,7 @@ class RunFiles:
 
     @property
     def findings(self) -> dict[str, Any] | None:
-        """The contents of findings.json: `headline` and `findings`; None without the file.
-
-        Raises:
-            UserError: if the file is damaged (exit code 4).
-        """
+        """The contents of findings.json: `headline` and `findings`; None without the file."""
         path = self.folder / FOLDER / "findings.json"
         if not path.is_file():
             return None
@@ -196,11 +187,7 @@ def _not_a_run(path: Path) -> str:
 
 
 def match_name(name: str, names: Iterable[str], what: str, where: str) -> str:
-    """`name` if it is among `names`.
-
-    Raises:
-        UserError: if not; names the nearest and all of them (exit code 2).
-    """
+    """`name` if it is among `names`; else `UserError` with the nearest and all of them (exit code 2)."""
     known = list(names)
     if name in known:
         return name
@@ -211,11 +198,7 @@ def match_name(name: str, names: Iterable[str], what: str, where: str) -> str:
 
 
 def find_text(file: AttentionFile, name: str, where: str) -> AttentionRecord:
-    """The text of that name; without a name the model's sample, else the first text.
-
-    Raises:
-        UserError: if there is none (exit code 2, or 4 for a file without texts).
-    """
+    """The text of that name; without a name the model's sample, else the first text. `UserError` if there is none."""
     if not file.texts:
         raise UserError(f"{where} has no texts", CHECKPOINT)
     texts = {text.name: text for text in reversed(file.texts)}
@@ -225,11 +208,7 @@ def find_text(file: AttentionFile, name: str, where: str) -> AttentionRecord:
 
 
 def best_head(score: str, values: NDArray[np.float32]) -> tuple[int, int] | None:
-    """(layer, head) with the highest score, for `entropy` the lowest; None if all are nan.
-
-    Args:
-        values: (L, H).
-    """
+    """(layer, head) with the highest of the values (L, H), for `entropy` the lowest; None if all are nan."""
     if not np.isfinite(values).any():
         return None
     index = np.nanargmin(values) if score == "entropy" else np.nanargmax(values)

@@ -22,8 +22,7 @@ SHADES = "·░▒▓█"
 BLOCKS = "▁▂▃▄▅▆▇█"
 TO_ASCII = str.maketrans(SHADES + BLOCKS[:-1], "_:+*#" + "_.-=+*%")
 LABEL_WIDTH = 12
-MAX_WIDTH = 200
-"""Columns of a terminal that are used, at most."""
+MAX_WIDTH = 200  # columns of a terminal that are used
 DISCLAIMER = "An attention weight shows what a head attends to, not why."
 Cell = str | int | float | None
 
@@ -90,11 +89,7 @@ def strongest_attention(pattern: ArrayLike, tokens: Sequence[bytes], top: int = 
     """The strongest attention of each head, such as `L0H1  " She" attends to " Mia" 0.62 (5 back)`.
 
     Each query contributes its strongest key among earlier tokens other than the first; the `top` strongest of these
-    queries are listed for each head.
-
-    Args:
-        pattern: (L, H, T, T).
-        tokens: the bytes of the T tokens.
+    queries are listed for each head. `pattern` is (L, H, T, T), `tokens` the bytes of T tokens.
     """
     candidates, texts = _candidates(pattern), [quote_token(token) for token in tokens]
     lines = []
@@ -107,11 +102,7 @@ def strongest_attention(pattern: ArrayLike, tokens: Sequence[bytes], top: int = 
 
 
 def clearest_head(pattern: ArrayLike) -> tuple[int, int]:
-    """(layer, head) with the highest mean, over queries, of the largest attention to an earlier token but the first.
-
-    Args:
-        pattern: (L, H, T, T).
-    """
+    """(layer, head) with the highest mean, over queries, of the largest attention to an earlier token but the first."""
     strength = _candidates(pattern).max(axis=-1).mean(axis=-1)
     layer, head = np.unravel_index(strength.argmax(), strength.shape)
     return int(layer), int(head)
@@ -123,13 +114,9 @@ def display_width(text: str) -> int:
 
 
 def heat_map(pattern: ArrayLike, tokens: Sequence[bytes], width: int) -> list[str]:
-    """One head as rows of characters: row = query, column = key, darker = more attention.
+    """One head (T, T) as rows of characters: row = query, column = key, darker = more attention.
 
     Where not all columns fit into the width, of which at least 40 are used, only the last tokens are shown.
-
-    Args:
-        pattern: (T, T).
-        tokens: the bytes of the T tokens.
     """
     levels = np.rint(np.nan_to_num(pattern) * (len(SHADES) - 1)).astype(int)
     T = len(levels)
@@ -171,12 +158,8 @@ def interval(triple: Sequence[float] | None, digits: int = 2) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[Cell]], width: int = 100, fixed: int = 1) -> list[str]:
-    """Rows under their titles, numbers right-aligned. Columns that do not fit are continued in further blocks below.
-
-    Args:
-        width: of the terminal, in columns.
-        fixed: how many of the first columns each block repeats.
-    """
+    """Rows under their titles, numbers right-aligned. Columns that do not fit are continued in further blocks below,
+    each of which repeats the first `fixed` columns."""
     texts = [[number(v) if v is None or isinstance(v, float) else str(v) for v in row] for row in rows]
     columns = []
     for title, *cells in zip(titles, *texts, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from importlib import import_module
 
 import attend
 import sample
@@ -27,8 +26,7 @@ def check_command(command: str) -> None:
     elif script == "sample.py":
         parse(sample.SampleConfig, argv, "", positional="run")
     elif script == "attend.py" and argv[0] in attend.COMMANDS:
-        settings = getattr(import_module(f"inspection.commands.{argv[0]}"), argv[0].capitalize())
-        parse(settings, argv[1:], "", positional="run")
+        parse(attend.COMMANDS[argv[0]], argv[1:], "", positional="run")
     elif script == "attend.py":
         parse(attend.AttendOptions, argv, "", positional="run")
     elif argv[0].startswith("benchmarks."):

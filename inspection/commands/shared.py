@@ -1,4 +1,4 @@
-"""What the commands of `attend.py` share: options, results, and a head's score next to its ablation effects."""
+"""What the commands of `attend.py` share. A command is a dataclass of its options, with a method `result`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tyro.conf import Positional
 
-from common.errors import CHECKPOINT, CONFIG, UserError
-from inspection.ablation_results import TABLES, AblationResults
+from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionFile
-from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
-from inspection.head_scores import score_info
-from inspection.run_reader import RunFiles
-from inspection.terminal import DISCLAIMER, head_name, interval
+from inspection.terminal import head_name
 
 if TYPE_CHECKING:
     from model.gpt import GPT
 
-LEAST = {"step": -1, "against": -1, "position": -1, "seed": 0, "top": 1, "tokens": 1}
-"""The least value of an option; -1 is a default, such as the newest step."""
+LEAST = {"step": -1, "against": -1, "position": -1, "seed": 0, "top": 1, "tokens": 1}  # -1 is a default
 
 
 @dataclass(frozen=True)
@@ -53,12 +47,11 @@ class OutputOptions(RunOptions):
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a command, as text and as data."""
+    """What a command prints."""
 
     lines: list[str]
-    """Text."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What `--json` prints."""
+    """For `--json`."""
     ok: bool = True
     """False if a check failed: the result is printed, then the exit code is 4."""
 
@@ -84,11 +77,7 @@ class Context:
 
 
 def parse_head(name: str, shape: tuple[int, int]) -> tuple[int, int]:
-    """`L1H2` as (layer, head).
-
-    Raises:
-        UserError: if a model of that shape (layers, heads) has no such head (exit code 2).
-    """
+    """`L1H2` as (layer, head); `UserError` if a model of that shape (layers, heads) has no such head (exit code 2)."""
     layer, head = map(int, re.findall(r"\d+", name))
     if layer >= shape[0] or head >= shape[1]:
         raise UserError(f"--head is {name}; the model has L0H0 to {head_name(shape[0] - 1, shape[1] - 1)}", CONFIG)
@@ -99,51 +88,3 @@ def model_shape(file: AttentionFile) -> tuple[int, int]:
     """(layers, heads) of the model of an attention file; (0, 0) for an empty file."""
     shapes = [text.value_norms.shape[:2] for text in file.texts] + [values.shape for values in file.scores.values()]
     return (shapes[0][0], shapes[0][1]) if shapes else (0, 0)
-
-
-def require_scores(scores: Mapping[str, Any], run: RunFiles) -> None:
-    """Raise `UserError` (exit code 4) if there are no head scores."""
-    if not scores:
-        hint = f"look at single tokens with: python attend.py token {run.folder}"
-        raise UserError(f"{run.folder} has no head scores; {hint}", CHECKPOINT)
-
-
-def score_rows(file: AttentionFile, results: AblationResults | None, names: list[str]) -> list[dict[str, Any]]:
-    """A row for each score and head, in order: the score, and the effects of ablating the head as [value, low, high].
-
-    The effects have the names of `ablation_results.TABLES`.
-    """
-    rows = []
-    for name in names:
-        measure = measure_for_score(name)
-        effects = results.measures.get(measure) if results else None
-        if effects and effects.shape != file.scores[name].shape:
-            effects = None  # of another model
-        for (layer, head), value in np.ndenumerate(file.scores[name].astype(float)):
-            tables = effects.tables if effects else {}
-            label = ablation_label(effects, layer, head) if effects else None
-            high = score_info(name).is_share and value >= ATTENTION_THRESHOLD
-            row = {"head": head_name(layer, head), "score": name, "value": value}
-            row |= {"measure": measure if effects else None, "unit": effects.unit if effects else None}
-            row |= {key: tables[key][layer, head].tolist() if key in tables else None for key in TABLES}
-            rows.append({**row, "label": label, "note": LABEL_NOTES.get(label or "", "") if high else ""})
-    return rows
-
-
-def effect_texts(row: Mapping[str, Any], *keys: str) -> list[str]:
-    """The effects of those keys with their intervals, three decimal places for nats per token."""
-    return [interval(row[key], 3 if row["unit"] == "nats/token" else 2) for key in keys]
-
-
-def closing_notes(rows: list[dict[str, Any]], run: RunFiles, step: int, file: AttentionFile) -> list[str]:
-    """A line for each head of `score_rows` that attends strongly without a supported effect, which `!` marks; a warning
-    where ablation effects are missing, or belong to other weights than the scores."""
-    lines = [f"! {row['head']} {row['score']} {row['value']:.2f}: {row['note']}" for row in rows if row["note"]]
-    results = run.ablation
-    if results is None:
-        lines.append(f"no ablation effects were measured; measure them with: python attend.py ablate {run.folder}")
-    elif results.step != step:
-        lines.append(f"ablation effects are of step {results.step}, scores of step {step}")
-    elif file.metadata.get("weights_sha256") != results.weights_sha256:
-        lines.append(f"ablation effects are of other weights: step {step} was written again after they were measured")
-    return [*lines, DISCLAIMER]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from common.errors import UserError
-from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
+from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Context, LoadedModel, OutputOptions, Result
 from inspection.run_reader import NEWEST, RunFiles
 from inspection.terminal import paragraph, table
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 PATTERN_TOLERANCE = {2: 2.0**-11, 4: 1e-6}
 """By item size in bytes: rounding to f16, or the last bits of fp32, which depend on CPU and threads."""
-LOSS_TOLERANCE = 1e-4
-"""In nats."""
-SCORE_TOLERANCE = 1e-5
-"""Relative to the largest value of the score, if that is above 1."""
+LOSS_TOLERANCE = 1e-4  # nats
+SCORE_TOLERANCE = 1e-5  # relative to the largest value of the score, if that is above 1
 Check = dict[str, Any]
 """Columns `check`, `ok`, `difference`, `tolerance`, and `where`: the text or score, or what is wrong."""
 
@@ -34,56 +32,52 @@ Check = dict[str, Any]
 class Verify(OutputOptions):
     """Recompute attention files from their checkpoints and compare; the exit code is 4 if something differs."""
 
+    def result(self, context: Context) -> Result:
+        """Check the attention files of all steps, or of the step that was opened."""
+        run = RunFiles.open(self.run)
+        steps = run.steps if run.opened_step == NEWEST else [run.opened_step]
+        rows: list[Check] = []
+        without_checkpoint: list[int] = []
+        for step in steps:
+            loaded = context.load_model(run.folder, step)
+            if loaded is None:
+                without_checkpoint.append(step)
+            rows += [{"step": step, **row} for row in _check_file(run, step, loaded)]
+        ok = all(row["ok"] for row in rows)
+        data = {"run": str(run.folder), "ok": ok, "steps_without_checkpoint": without_checkpoint, "checks": rows}
+        lines = [f"{run.folder}: {len(steps)} attention files", "", *_table(rows, context.width), ""]
+        failed = [f"FAIL  step {row['step']}: {row['check']}: {row['where']}" for row in rows if not row["ok"]]
+        if without_checkpoint:
+            names = ", ".join(map(str, without_checkpoint))
+            lines += paragraph(f"not recomputed, as no checkpoint is kept: step {names}", context.width)
+        summary = f"{len(failed)} of {len(rows)} checks failed" if failed else "all checks passed"
+        return Result([*lines, *failed, summary], data, ok)
 
-def run(options: Verify, context: Context) -> Result:
-    """Check the attention files of all steps, or of the step that was opened."""
-    files = RunFiles.open(options.run)
-    steps = files.steps if files.opened_step == NEWEST else [files.opened_step]
-    rows: list[Check] = []
-    without_checkpoint: list[int] = []
-    for step in steps:
-        loaded = context.load_model(files.folder, step)
-        if loaded is None:
-            without_checkpoint.append(step)
-        rows += [{"step": step, **row} for row in _check_file(files, step, loaded)]
-    failed = [row for row in rows if not row["ok"]]
-    data = {"run": str(files.folder), "ok": not failed, "steps_without_checkpoint": without_checkpoint, "checks": rows}
-    lines = [f"{files.folder}: {len(steps)} attention files", "", *_table(rows, context.width), ""]
-    lines += [f"FAIL  step {row['step']}: {row['check']}: {row['where'] or 'differs'}" for row in failed]
-    if without_checkpoint:
-        names = ", ".join(map(str, without_checkpoint))
-        lines += paragraph(f"not recomputed, as no checkpoint is kept: step {names}", context.width)
-    lines.append(f"{len(failed)} of {len(rows)} checks failed" if failed else "all checks passed")
-    return Result(lines, data, ok=not failed)
 
-
-def _check_file(files: RunFiles, step: int, loaded: LoadedModel | None) -> list[Check]:
+def _check_file(run: RunFiles, step: int, loaded: LoadedModel | None) -> list[Check]:
     """The checks of one file; an unreadable file is a failed check."""
     try:
-        file = read_attention_file(files.paths[step])
+        file = run.read(step)
     except UserError as error:
         return [_check("readable", math.inf, where=str(error))]
-    checks = [_check("readable", 0.0)]
-    if loaded is not None:
-        texts = files.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
-        checks += verify_attention_file(file, loaded.model, loaded.metadata, texts)
-    return checks
+    if loaded is None:
+        return [_check("readable")]
+    texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
+    return [_check("readable"), *verify_attention_file(file, loaded.model, loaded.metadata, texts)]
 
 
 def verify_attention_file(
     file: AttentionFile, model: GPT, metadata: Mapping[str, str], texts: EvalTexts | None = None
 ) -> list[Check]:
-    """Compare what a file records of the checkpoint, its patterns, losses and scores with the model.
+    """Compare the hashes that a file records, its patterns, losses and scores with the model: one check of each name, that
+    with the largest difference.
 
     Args:
         metadata: the `weights_sha256` and `tokenizer_sha256` that the file should record.
         texts: on which the heads were scored; without it scores are not recomputed.
-
-    Returns:
-        One check of each name: that with the largest difference.
     """
-    hashes = "weights_sha256", "tokenizer_sha256"
-    checks = [_check(key, 0.0 if file.metadata.get(key) == metadata[key] else math.inf) for key in hashes]
+    equal = {key: file.metadata.get(key) == metadata[key] for key in ("weights_sha256", "tokenizer_sha256")}
+    checks = [_check(key, 0.0 if equal[key] else math.inf, where="" if equal[key] else "differs") for key in equal]
     shape = (model.config.n_layers, model.config.n_heads)
     for text in file.texts:
         fits = text.value_norms.shape[:2] == shape and len(text.tokens) <= model.config.context
@@ -91,10 +85,7 @@ def verify_attention_file(
             return [*checks, _check("shape", math.inf, where=f"{text.name} does not fit the model")]
     checks += [check for text in file.texts for check in _text_checks(text, model)]
     checks += _score_checks(file, model, texts) if texts is not None and file.scores else []
-    largest: dict[str, Check] = {}
-    for check in sorted(checks, key=lambda check: check["difference"]):
-        largest[check["check"]] = check
-    return list(largest.values())
+    return list({check["check"]: check for check in sorted(checks, key=lambda check: check["difference"])}.values())
 
 
 def _text_checks(text: AttentionRecord, model: GPT) -> Iterator[Check]:
@@ -121,7 +112,7 @@ def _score_checks(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator
         yield _check("scores", difference, SCORE_TOLERANCE, name)
 
 
-def _check(name: str, difference: float, tolerance: float = 0.0, where: str = "") -> Check:
+def _check(name: str, difference: float = 0.0, tolerance: float = 0.0, where: str = "") -> Check:
     ok = difference <= tolerance
     return {"check": name, "ok": ok, "difference": difference, "tolerance": tolerance, "where": where}
 
@@ -141,8 +132,6 @@ def _table(rows: list[Check], width: int) -> list[str]:
     for name in dict.fromkeys(row["check"] for row in rows):
         same = [row for row in rows if row["check"] == name]
         worst = max(same, key=lambda row: row["difference"])
-        numbers = [f"{worst[key]:.2g}" for key in ("difference", "tolerance")]
-        cells.append(
-            (name, len(same), sum(not row["ok"] for row in same), *numbers, worst["step"], worst["where"][:40])
-        )
+        numbers = f"{worst['difference']:.2g}", f"{worst['tolerance']:.2g}", worst["step"], worst["where"][:40]
+        cells.append((name, len(same), sum(not row["ok"] for row in same), *numbers))
     return table(titles, cells, max(width, 140))

@@ -1,0 +1,85 @@
+"""`attend.py page RUN`, `plot RUN` and `ablate RUN`: write the page, the figures, or new ablation effects of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.errors import CHECKPOINT, UserError
+from inspection.commands.shared import Context, Result, RunOptions
+from inspection.plots import draw_figures
+from inspection.run_reader import NEWEST, RunFiles
+from inspection.terminal import paragraph
+
+
+@dataclass(frozen=True)
+class Page(RunOptions):
+    """Build the page that shows a run's attention; it opens in a browser, offline."""
+
+    against: str = ""
+    """Another run to compare with."""
+    out: str = ""
+    """The file to write; by default attention.html in the run folder."""
+
+    def result(self, context: Context) -> Result:
+        """Build the page and list what it holds."""
+        from inspection.page_builder import PageRun, write_page
+
+        runs = [RunFiles.open(name) for name in (self.run, self.against) if name]
+        first = runs[0]
+        path = Path(self.out) if self.out else first.base_folder / "attention.html"
+        pages = [PageRun(str(run.folder), [run.read(step) for step in run.steps], run.evaluations()) for run in runs]
+        notes = write_page(path, pages, first.findings, first.ablation, str(first.folder))
+        return Result([f"page  {path}  {path.stat().st_size / 1e6:.1f} MB", *notes])
+
+
+@dataclass(frozen=True)
+class Plot(RunOptions):
+    """Draw all heads on a text, one head, the scores over the steps, and the loss next to them."""
+
+    format: Literal["png", "svg"] = "png"
+    """File format."""
+    out: str = ""
+    """Folder for the figures; by default figures/ in the run folder."""
+    text: str = ""
+    """Name of the text; by default the model's sample, and for one head a text on which its score is measured."""
+    score: str = ""
+    """Score of the timeline, or `all`; by default the most informative one."""
+    step: int = NEWEST
+    """The step whose patterns are drawn; -1 is the newest."""
+
+    def result(self, context: Context) -> Result:
+        """Draw the figures for which the run has data."""
+        run = RunFiles.open(self.run)
+        folder = Path(self.out) if self.out else run.base_folder / "figures"
+        paths = draw_figures(run, folder, self.format, run.step(self.step), self.text, self.score)
+        lines = [f"figure  {path}" for path in paths]
+        if not any(path.stem == "phase_change" for path in paths):
+            lines.append("no phase_change: it needs losses, induction and previous_token scores at two steps or more")
+        return Result(lines)
+
+
+@dataclass(frozen=True)
+class Ablate(RunOptions):
+    """Ablate each head of the newest checkpoint, as training does at its end; for a run that was stopped early."""
+
+    def result(self, context: Context) -> Result:
+        """Rewrite ablations, findings, figures and page; a step without an attention file gets one."""
+        from inspection.recorder import AttentionRecorder, report_heads
+
+        run = RunFiles.open(self.run)
+        folder = run.folder
+        loaded = context.load_model(folder, NEWEST) if folder.is_dir() else None
+        if loaded is None:
+            raise UserError(f"{folder} is an attention file; ablation needs a run folder with a checkpoint", CHECKPOINT)
+        texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
+        if texts is None:
+            raise UserError(f"{folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
+        if loaded.step not in run.steps:
+            recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
+            recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
+        report = report_heads(loaded.model, texts, folder, loaded.step, loaded.metadata["weights_sha256"])
+        lines = [part for line in report.lines for part in paragraph(line, context.width) or [""]]
+        written = [*report.figures, *([report.page] if report.page else [])]
+        return Result([*lines, "", *(f"written  {path}" for path in written)])
