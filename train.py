@@ -58,10 +58,9 @@ def train(config: RunConfig, started: float) -> None:
     data = prepare_once(config.data, ctx)
     callbacks: list[object] = []
     if config.train.minutes:
-        from training.time_budget import Corpus, Deadline, search
+        from training.time_budget import Deadline, search
 
-        corpus = Corpus(data.tokenizer.vocab_size, len(data.train), len(data.val))
-        config, end = search(config, ctx, corpus, time.perf_counter() - started)
+        config, end = search(config, ctx, data, time.perf_counter() - started)
         callbacks.append(Deadline(end))
     check_min_length(data, config.model.context)
     recorder = None

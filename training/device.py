@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import sys
@@ -23,19 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import deterministic
 
-from common.errors import CONFIG, DISK_OR_MEMORY, UserError
+from common.errors import DISK_OR_MEMORY, UserError
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import TrainConfig
 
-COMPILE_SECONDS = 300.0
-"""On a CPU, `compile = "auto"` compiles a run estimated to take longer than this: compiling takes up to a minute."""
+COMPILE_FLOPS = 4.5e13
+"""On a CPU, `compile = "auto"` compiles runs of five minutes and more: compiling takes up to a minute."""
 COMPILE_STEPS = 1000
 """The same on a GPU, in steps."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's `mallopt` (malloc.h)."""
-LARGEST_MMAP_THRESHOLD = 32 << 20
-"""Bytes: glibc accepts no higher value on 64-bit systems."""
 OOM_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
 
 
@@ -48,8 +43,7 @@ class DistContext:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    dtype_reason: str = ""
-    """Why `dtype` was chosen, in a word or two."""
+    dtype_reason: str = ""  # why `dtype` was chosen, in a word or two
 
     @property
     def is_main_process(self) -> bool:
@@ -88,33 +82,30 @@ class DistContext:
         """Return the text of rank `src` on every process."""
         if self.world_size == 1:
             return text
-        content = list(text.encode("utf-8", "surrogateescape"))
-        length = torch.tensor(len(content), device=self.device)
+        data = torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8, device=self.device)
+        length = torch.tensor(len(data), device=self.device)
         dist.broadcast(length, src)
-        if self.rank == src:
-            data = torch.tensor(content, dtype=torch.uint8, device=self.device)
-        else:
+        if self.rank != src:
             data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        if len(data):
+        if length:
             dist.broadcast(data, src)
         return bytes(data.tolist()).decode("utf-8", "surrogateescape")
 
-    def check_same_everywhere(self, values: dict[str, str]) -> None:
-        """Check that every process has the same `values`, given as {description: text}.
+    def check_same_everywhere(self, what: str, text: str) -> None:
+        """Raise `UserError` (2) on every process, with the first different line, unless all have the same text.
 
-        Raises:
-            UserError: on every process, naming the first value that differs and a rank where it does (exit code 2).
+        Args:
+            what: what the text is, for the message.
         """
-        expected = json.loads(self.broadcast_str(json.dumps(values)))
-        different = [key for key in [*expected, *values] if expected.get(key) != values.get(key)]
-        rank = self.all_reduce_max(self.rank if different else 0)  # rank 0 never differs from itself
+        expected = self.broadcast_str(text)
+        rank = self.all_reduce_max(self.rank if text != expected else 0)  # rank 0 never differs from itself
         if rank:
-            key = self.broadcast_str(different[0] if different else "", rank)
-            a, b = first_difference(*(self.broadcast_str(values.get(key, ""), src) for src in (0, rank)))
+            other = self.broadcast_str(text, rank)
+            lines = zip_longest(expected.splitlines(), other.splitlines(), fillvalue="")
+            a, b = next(((x[:80], y[:80]) for x, y in lines if x != y), ("", "other line breaks"))
             raise UserError(
-                f"{key} differs: {a!r} on process 0, {b!r} on process {rank}; "
-                "start every process with the same command, data and versions",
-                CONFIG,
+                f"{what} differs: {a!r} on process 0, {b!r} on process {rank}; "
+                "start every process with the same command, data and versions"
             )
 
     def describe(self) -> str:
@@ -124,13 +115,6 @@ class DistContext:
         processes = f", {self.world_size} processes" if self.world_size > 1 else ""
         reason = f" ({self.dtype_reason})" if self.dtype_reason else ""
         return f"{name}{threads}{processes}, {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}{reason}"
-
-
-def first_difference(a: str, b: str) -> tuple[str, str]:
-    """The first line in which two texts differ, from each text; at most 80 characters."""
-    pairs = zip_longest(a.splitlines(), b.splitlines(), fillvalue="")
-    line_a, line_b = next(((x, y) for x, y in pairs if x != y), (a, b))
-    return line_a[:80], line_b[:80]
 
 
 def get_dist_context(dtype: str = "auto", threads: int = 0) -> DistContext:
@@ -160,13 +144,8 @@ def native_bf16(device: torch.device) -> str:
     """The hardware feature that multiplies bf16 matrices, or "" where bf16 is emulated, which is slow."""
     if device.type == "cuda":
         return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        amx, avx512 = capabilities.get("amx_tile", False), capabilities.get("avx512_bf16", False)
-    else:  # older versions of torch have only private functions for it
-        tests = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16"))
-        amx, avx512 = (test() for test in tests)
-    return "AMX" if amx else "AVX512-BF16" if avx512 else ""
+    features = torch.cpu.get_capabilities()
+    return "AMX" if features.get("amx_tile") else "AVX512-BF16" if features.get("avx512_bf16") else ""
 
 
 def resolve_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
@@ -176,36 +155,36 @@ def resolve_attention(config: ModelConfig, device: torch.device, dtype: torch.dt
     return replace(config, attention="chunked" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa")
 
 
-def should_compile(train: TrainConfig, seconds: float, device: torch.device) -> bool:
+def should_compile(train: TrainConfig, flops: float, device: torch.device) -> bool:
     """Whether to compile the model; `auto` compiles a long run where a compiler is installed.
 
     Args:
-        seconds: estimated time of all steps without compiling.
+        flops: of all steps of this process.
     """
     if train.compile != "auto":
         return train.compile == "on"
     if device.type == "cuda":
         return train.steps >= COMPILE_STEPS
-    return seconds > COMPILE_SECONDS and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return flops > COMPILE_FLOPS and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[nn.Module, bool]:
     """The model through torch.compile, and whether that worked; if not, the model itself and a line on stderr.
 
     Each process first tries `example` (B, T) without communication; then all use the compiled model, or none does.
-    An FSDP model is compiled block by block, in place, because parameters are gathered between the blocks.
+    An FSDP model is compiled block by block, in place, because parameters are gathered between the blocks; a model of
+    one block is tried in its place.
     """
     from torch.distributed.fsdp import FSDPModule
 
     set_deterministic(ctx.device.type == "cpu")
-    is_fsdp, failed, compiled = isinstance(model, FSDPModule), False, model
+    is_fsdp, failed = isinstance(model, FSDPModule), False
     try:
         if is_fsdp:
             gpt = cast(GPT, model)
-            trial: nn.Module = GPT(replace(gpt.config, n_layers=1), gpt.vocab_size).to(ctx.device)
-            compile_blocks(trial)
+            trial = compile_blocks(GPT(replace(gpt.config, n_layers=1), gpt.vocab_size).to(ctx.device))
         else:
-            trial = compiled = torch.compile(model)  # type: ignore[assignment]
+            trial = cast(nn.Module, torch.compile(model))
         with getattr(model, "no_sync", contextlib.nullcontext)():
             with ctx.autocast():
                 logits = trial(example)
@@ -217,15 +196,14 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
     if ctx.all_reduce_max(int(failed)):
         set_deterministic(False)
         return model, False
-    if is_fsdp:
-        compile_blocks(model)
-    return compiled, True
+    return compile_blocks(model) if is_fsdp else trial, True
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module) -> nn.Module:
     """Compile each block of a GPT in place."""
     for block in cast(GPT, model).blocks:
         block.compile()
+    return model
 
 
 def set_deterministic(on: bool) -> None:
@@ -234,10 +212,11 @@ def set_deterministic(on: bool) -> None:
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only needed for debugging
 
 
-def synchronize(ctx: DistContext) -> None:
-    """Wait until a GPU has finished its queued work."""
+def clock(ctx: DistContext) -> float:
+    """The time in seconds, once a GPU has finished its queued work."""
     if ctx.device.type == "cuda":
         torch.cuda.synchronize(ctx.device)
+    return time.perf_counter()
 
 
 def measure_matmul_flops(ctx: DistContext) -> float:
@@ -246,11 +225,9 @@ def measure_matmul_flops(ctx: DistContext) -> float:
     a, b = torch.ones(2, size, size, device=ctx.device, dtype=ctx.dtype)
     times = []
     for _ in range(6):  # the first one loads libraries
-        synchronize(ctx)
-        start = time.perf_counter()
+        start = clock(ctx)
         a @ b
-        synchronize(ctx)
-        times.append(time.perf_counter() - start)
+        times.append(clock(ctx) - start)
     return 2 * size**3 / min(times)
 
 
@@ -258,15 +235,12 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory in the process instead of returning it to the system.
 
     Otherwise pages are returned and cleared again during every step, a ninth of its time (benchmarks/NOTES.md).
-    Settings made by the user in the environment take precedence.
+    `MALLOC_` variables of the environment take precedence.
     """
-    is_set = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if is_set or not sys.platform.startswith("linux"):
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, to the highest value that it accepts
 
 
 @contextlib.contextmanager

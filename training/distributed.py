@@ -8,6 +8,7 @@ and optimizer state sharded over them (FSDP2, `train.sharding = "fsdp"`). All th
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import math
 import os
@@ -31,22 +32,12 @@ from data.prepare import TokenizedCorpus, prepare
 from model.gpt import GPT
 from training.device import DistContext
 
-LOST_GLOO = re.compile(
-    r"gloo.*(closed by peer|reset by peer|timed out|timeout|Broken pipe|refused|unreachable|No route)", re.I | re.S
+LOST = re.compile(
+    "(gloo|nccl).*(closed|reset|aborted|timed out|timeout|broken pipe|refused|unreachable|no route|remoteerror|systemerror)",
+    re.IGNORECASE | re.DOTALL,
 )
-"""Messages of gloo when another process ended or froze (third_party/gloo/gloo/transport/tcp)."""
-LOST_NCCL = re.compile(r"ncclRemoteError|ncclSystemError|timed out|timeout|aborted|closed|reset|refused", re.I)
-"""The same of NCCL (torch/csrc/distributed/c10d/NCCLUtils.cpp and ProcessGroupNCCL.cpp)."""
-TORCHRUN_SECONDS = 1.0
-"""torchrun checks for processes that ended ten times a second."""
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether an error of torch.distributed means that another process ended or froze."""
-    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-        return True
-    pattern = LOST_NCCL if isinstance(error, dist.DistBackendError) else LOST_GLOO
-    return isinstance(error, RuntimeError) and bool(pattern.search(str(error)))
+"""Messages of gloo and NCCL when another process ended or froze (third_party/gloo/gloo/transport/tcp,
+torch/csrc/distributed/c10d/NCCLUtils.cpp and ProcessGroupNCCL.cpp)."""
 
 
 @contextlib.contextmanager
@@ -68,15 +59,17 @@ def process_group(timeout: float) -> Iterator[None]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        store = fresh_store(store, rank, world_size, timeout)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else the ended processes of a restarted job are found there
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         yield
     except Exception as error:
         if (group := dist.group.WORLD) is not None:
             group.abort()  # destroying it in order would wait for processes that may be gone
-        if not is_lost(error):
+        is_lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or LOST.search(str(error))
+        if not (is_lost and isinstance(error, RuntimeError)):
             raise
-        time.sleep(TORCHRUN_SECONDS)  # if the other process printed why it ended, torchrun now ends this one silently
+        time.sleep(1)  # if the other process printed why it ended, torchrun now ends this one silently
         raise UserError(
             f"process {os.environ['RANK']} lost another process, which ended or did not answer for {timeout:g} s "
             "(run.dist_timeout); checkpoints are safe: continue with --run.resume",
@@ -85,35 +78,6 @@ def process_group(timeout: float) -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
-    """A prefix of torchrun's store that no earlier start of this job has used.
-
-    torchrun keeps its store when it restarts a job, with the addresses of the ended processes in it, and a fast process
-    would connect to those (seen with torch 2.13). TORCHELASTIC_RESTART_COUNT cannot be the prefix, because nodes that
-    restart for different reasons count differently. So rank 0 names the start, and sends the name to every other
-    process under the number that it drew on arrival, until all have answered.
-
-    Raises:
-        torch.distributed.DistStoreError: if not all processes have come after `timeout` seconds.
-    """
-    number = str(store.add("arrivals", 1))
-    store.set(f"number/{rank}", number)
-    if rank:
-        store.wait([f"start/{number}"], timedelta(seconds=timeout))
-        start = store.get(f"start/{number}").decode()
-        store.add(f"answers/{start}", 1)
-        return dist.PrefixStore(start, store)
-    deadline = time.monotonic() + timeout
-    while store.add(f"answers/{number}", 0) < world_size - 1:
-        if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"after {timeout:g} s not all of {world_size} processes have come")
-        for key in (f"number/{other}" for other in range(1, world_size)):
-            if store.check([key]):  # it may be the number of an ended process; then it will change
-                store.set(f"start/{store.get(key).decode()}", number)
-        time.sleep(0.02)
-    return dist.PrefixStore(number, store)
 
 
 def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
@@ -150,53 +114,33 @@ def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:
     model.to(ctx.device)
     if ctx.world_size == 1:
         return model
-    device_ids = [ctx.device.index] if ctx.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def wrap_fsdp(model: GPT, ctx: DistContext) -> GPT:
-    """A copy of `model` sharded with FSDP2; `model` itself moves to the CPU of the main process, elsewhere to `meta`.
+    """A copy of `model` sharded with FSDP2; `model` itself stays on the CPU of the main process, elsewhere on `meta`.
 
     Each block is a unit, whose parameters are gathered while it computes; embeddings and the final norm are one more.
-    Weights are broadcast unit by unit, so that no device holds more than its shards and one unit. Each process needs
-    4 bytes of CPU memory per parameter until then.
+    Every process has the same weights and keeps its shards of them, so that no device holds more.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model.to("cpu" if ctx.is_main_process else "meta")
-    model.lm_head.weight = model.token_embedding.weight  # moving to `meta` unties them
-    with torch.device("meta"):
-        sharded = GPT(model.config, model.vocab_size)
+    sharded = copy.deepcopy(model)
     mesh = init_device_mesh(ctx.device.type, (ctx.world_size,))
-    for block, source in zip(sharded.blocks, model.blocks, strict=True):
-        block.to_empty(device=ctx.device)
-        broadcast_weights(block, source)
-        fully_shard(block, mesh=mesh)
-    for name, module in sharded.named_children():
-        if name != "blocks":
-            module.to_empty(device=ctx.device)
-    sharded.lm_head.weight = sharded.token_embedding.weight
-    broadcast_weights(sharded, model)
-    fully_shard(sharded, mesh=mesh)
+    for module in (*sharded.blocks, sharded):
+        fully_shard(module, mesh=mesh)
+    if not ctx.is_main_process:
+        model.to("meta")
+        model.lm_head.weight = model.token_embedding.weight  # moving to `meta` unties them
     return sharded
 
 
 @torch.no_grad()
-def broadcast_weights(module: nn.Module, source: nn.Module) -> None:
-    """Copy the main process's `source` into `module` on every process, except parameters that are sharded already."""
-    for parameter, value in zip(module.parameters(), source.parameters(), strict=True):
-        if not is_dtensor(parameter):
-            if not value.is_meta:
-                parameter.copy_(value)
-            dist.broadcast(parameter, 0)
-
-
-@torch.no_grad()
 def gather_weights(wrapped_model: nn.Module, model: GPT) -> None:
-    """Copy the full weights of an FSDP model into `model` on the main process; every process must call it.
+    """Copy the full weights of an FSDP model, one by one, into `model` on the main process; every process must call it.
 
-    One tensor at a time is gathered on the device. Without FSDP `model` shares its weights with `wrapped_model`.
+    Without FSDP `model` shares its weights with `wrapped_model`.
     """
     if not is_fsdp(wrapped_model):
         return
@@ -210,13 +154,13 @@ def gather_weights(wrapped_model: nn.Module, model: GPT) -> None:
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The module inside torch.compile and DDP, whose parameters have the names of a `GPT`."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model
+    model = uncompiled(model)
+    return uncompiled(model.module) if isinstance(model, DistributedDataParallel) else model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile."""
+    return cast(nn.Module, getattr(model, "_orig_mod", model))
 
 
 def is_fsdp(model: nn.Module) -> bool:
@@ -225,14 +169,10 @@ def is_fsdp(model: nn.Module) -> bool:
 
 
 def maybe_no_sync(model: nn.Module, sync: bool) -> contextlib.AbstractContextManager[object]:
-    """Synchronize gradients in the backward pass only if `sync`: in the last micro-batch of a step.
-
-    With FSDP a device holds the gradient of the full model until then.
-    """
-    while hasattr(model, "_orig_mod"):  # torch.compile
-        model = cast(nn.Module, model._orig_mod)
-    if isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext() if sync else model.no_sync()
+    """Synchronize gradients in the backward pass only if `sync`; with FSDP a device holds them whole until then."""
+    model = uncompiled(model)
+    if isinstance(model, DistributedDataParallel) and not sync:
+        return model.no_sync()
     if is_fsdp(model):
         model.set_requires_gradient_sync(sync)  # type: ignore[operator]
     return contextlib.nullcontext()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from common.errors import UserError, escape_control_chars
 
 PLAN = "--plan"
-MAX_GPUS = 65_536
 
 
 @dataclass(frozen=True)
@@ -17,12 +16,9 @@ class GPU:
     """Peaks from the maker's data sheet, without sparsity."""
 
     name: str
-    bf16: float
-    """FLOP/s of bf16 products summed in fp32; 0 without bf16 hardware."""
-    fp32: float
-    """FLOP/s in fp32 outside the tensor cores."""
-    memory: float
-    """Bytes; a GB is taken as 10⁹."""
+    bf16: float  # FLOP/s of bf16 products summed in fp32; 0 without bf16 hardware
+    fp32: float  # FLOP/s outside the tensor cores
+    memory: float  # bytes
 
 
 GPUS = {
@@ -54,35 +50,27 @@ def parse_plan_option(argv: list[str]) -> tuple[list[str], PlanTarget | None]:
     `--plan` alone means this machine; `--plan 8xh100` and `--plan=8xh100` name GPUs. A config file may follow.
 
     Raises:
-        UserError: for an unknown GPU (exit code 2).
+        UserError: for an unknown GPU, with the nearest name (exit code 2).
     """
     for i, word in enumerate(argv):
-        if word == PLAN:
-            name = argv[i + 1 : i + 2]
-            if not name or name[0].startswith("-") or name[0].endswith(".toml"):
-                name = []
-            return argv[:i] + argv[i + 1 + len(name) :], parse_target(*name)
-        if word.startswith(f"{PLAN}="):
-            return argv[:i] + argv[i + 1 :], parse_target(word.split("=", 1)[1])
+        option, _, name = word.partition("=")
+        if option == PLAN:
+            rest = argv[i + 1 :]
+            if not name and rest and not rest[0].startswith("-") and not rest[0].endswith(".toml"):
+                name = rest.pop(0)
+            return argv[:i] + rest, parse_target(name) if name else PlanTarget()
     return argv, None
 
 
-def parse_target(text: str = "") -> PlanTarget:
-    """Parse `8xh100`; no text means this machine.
-
-    Raises:
-        UserError: for an unknown GPU, with the nearest name (exit code 2).
-    """
-    if not text:
-        return PlanTarget()
-    match = re.fullmatch(r"(?:(\d{1,6})[x*])?(.+)", text.lower().strip(), re.S)
-    count, name = (int(match[1] or 1), re.sub(r"[\s_]", "", match[2])) if match else (1, text)
+def parse_target(text: str) -> PlanTarget:
+    """Parse `h100` or `8xh100`."""
+    word = re.sub(r"[\s_]", "", text.lower())
+    multiple = re.fullmatch(r"([1-9]\d{0,4})[x*](.+)", word)
+    count, name = (int(multiple[1]), multiple[2]) if multiple else (1, word)
     if name not in GPUS:
-        near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5) or [key for key in GPUS if name and name in key]
+        near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"--plan does not know GPU {escape_control_chars(text)!r}; {hint}known: {', '.join(GPUS)}; 8xh100 for eight"
         )
-    if not 1 <= count <= MAX_GPUS:
-        raise UserError(f"--plan {escape_control_chars(text)}: the number of GPUs must be between 1 and {MAX_GPUS:,}")
     return PlanTarget(GPUS[name], count)

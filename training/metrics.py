@@ -18,7 +18,7 @@ from common.errors import DISK_OR_MEMORY, UserError
 from common.files import read_metrics, write_atomic
 from training.checkpoint import TrainState
 from training.device import measure_matmul_flops
-from training.flops import flops_per_token
+from training.flops import step_flops
 from training.text_generation import escape_text
 from training.trainer import Callback, Trainer
 
@@ -50,11 +50,11 @@ class MetricsLogger(Callback):
             return
         step, config, device = trainer.state.step, trainer.config, trainer.ctx.device
         seconds = max(1e-9, trainer.train_seconds - self.last_seconds)
-        tokens_per_second = (step - self.last_step) * config.train.batch_size * config.model.context / seconds
+        steps_per_second = (step - self.last_step) / seconds
         self.last_step, self.last_seconds = step, trainer.train_seconds
-        flops = flops_per_token(trainer.model.config, trainer.model.vocab_size)
-        metrics["tokens_per_second"] = round(tokens_per_second)
-        metrics["mfu"] = round(tokens_per_second * (flops.forward + flops.backward) / self.peak_flops, 4)
+        flops = step_flops(config, trainer.model.vocab_size)
+        metrics["tokens_per_second"] = round(steps_per_second * config.train.batch_size * config.model.context)
+        metrics["mfu"] = round(steps_per_second * flops / self.peak_flops, 4)
         metrics["peak_memory_mb"] = round(peak_memory(device) / 1e6)
         append(self.path, json.dumps(metrics) + "\n")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.errors import CHECKPOINT, CONFIG, DATA, UserError, escape_control_chars
+from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
 from training.checkpoint import (
@@ -24,7 +24,7 @@ from training.checkpoint import (
 from training.config import RunConfig, to_toml
 from training.device import DistContext, advise_on_oom, compile_model, resolve_attention, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
-from training.flops import estimate_train_seconds
+from training.flops import step_flops
 from training.metrics import MetricsLogger, ProgressBar, print_line
 from training.optimizer import Optimizer
 from training.report import LossReport
@@ -97,7 +97,7 @@ def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
     """
     folder, resume = json.loads(ctx.broadcast_str(json.dumps([config.run.dir, config.run.resume])))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume))
-    ctx.check_same_everywhere({"the configuration": to_toml(config), "the version of torch": torch.__version__})
+    ctx.check_same_everywhere("the configuration", f"torch {torch.__version__}\n{to_toml(config)}")
     return config
 
 
@@ -108,15 +108,13 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
         UserError: if the batch cannot be divided among the processes (exit code 2), the checkpoint cannot be resumed
             with this config (2) or corpus (3), is damaged (4), or memory is full (6).
     """
-    size = config.train.batch_size
-    if size % ctx.world_size:
-        raise UserError(f"train.batch_size is {size}; it must be a multiple of the {ctx.world_size} processes", CONFIG)
-    ctx.check_same_everywhere({"the corpus": data.fingerprint})
+    rows = micro_batch_rows(config, ctx.world_size)
+    ctx.check_same_everywhere("the corpus", data.fingerprint)
     saved = open_checkpoint(Path(config.run.resume)) if config.run.resume else None
     if saved is not None:
         check_resumable(config, saved, data)
-        ctx.check_same_everywhere({"the checkpoint": str(saved.state)})
-    with advise_on_oom(micro_batch_rows(config, ctx.world_size), size):
+        ctx.check_same_everywhere("the checkpoint", str(saved.state))
+    with advise_on_oom(rows, config.train.batch_size):
         shape, vocab_size = resolve_attention(config.model, ctx.device, ctx.dtype), data.tokenizer.vocab_size
         model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.build_model(shape)
         wrapped = wrap_model(model, ctx, config.train.sharding)
@@ -139,8 +137,8 @@ def maybe_compile(
     model: nn.Module, config: RunConfig, ctx: DistContext, vocab_size: int, saved: Checkpoint | None
 ) -> tuple[nn.Module, bool]:
     """The model, compiled where that pays, and whether it is compiled; a resumed run keeps its choice."""
-    seconds = estimate_train_seconds(config, vocab_size, ctx.world_size)
-    wanted = should_compile(config.train, seconds, ctx.device)
+    flops = config.train.steps * step_flops(config, vocab_size) / ctx.world_size
+    wanted = should_compile(config.train, flops, ctx.device)
     if saved is not None and config.train.compile == "auto" and "compiled" in saved.environment.settings:
         wanted = saved.environment.settings["compiled"] == "yes"
     if not wanted:
