@@ -1,8 +1,7 @@
 """Attention as the model computes it: a hook for each layer, and a cache of what it gets.
 
-`run_with_hooks` runs the model with eager attention and hands what each layer's attention computes to a function;
-`run_with_cache` keeps it for one text. These are the tensors that the model itself uses. Afterwards the model is
-unchanged, and no random generator has advanced.
+`run_with_hooks` hands what each layer's attention computes to a function; `run_with_cache` keeps it. These are the tensors
+that the model itself uses. Afterwards the model is unchanged, and no random generator has advanced.
 
 Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size. A[l, h, i, j] is how much
 query i (row) attends to key j (column); it is exactly 0 for j > i, and each row sums to 1.
@@ -39,18 +38,16 @@ class ActivationCache:
 
     tokens: Int64[Tensor, " T"]
     pattern: Float32[Tensor, "L H T T"]
-    """Attention pattern A[l, h, i, j]."""
     value_norms: Float32[Tensor, "L H T"]
     """|v_j W_O|: how much a head can add to the residual stream by attending to j (Kobayashi et al. 2020, section 3)."""
-    loss: Float32[Tensor, " T-1"]
-    """-log p of each token after the first, in nats."""
+    loss: Float32[Tensor, " T-1"]  # -log p of each token after the first, in nats
     queries: Float32[Tensor, "L H T D"] | None = None
     """Queries, keys, values and `attn_out` as in `LayerHook`."""
     keys: Float32[Tensor, "L H T D"] | None = None
     values: Float32[Tensor, "L H T D"] | None = None
     attn_out: Float32[Tensor, "L T C"] | None = None
     top_ids: Int64[Tensor, "T N"] | None = None
-    """The most likely next tokens, most likely first; N is 5, or V if that is less."""
+    """The most likely next tokens, most likely first; N is `TOP_K`, or V if that is less."""
     top_probs: Float32[Tensor, "T N"] | None = None
 
 
@@ -67,20 +64,19 @@ def inference_mode(model: GPT) -> Iterator[GPT]:
     """
     if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
         model = copy.deepcopy(model).float()
-    attention = [block.attention for block in blocks_of(model)]
-    implementations = [module.attention_implementation for module in attention]
+    implementations = [(block.attention, block.attention.attention_implementation) for block in blocks_of(model)]
     training = [(module, module.training) for module in model.modules()]
     try:
-        for module in attention:
-            module.attention_implementation = "eager"
+        for attention, _ in implementations:
+            attention.attention_implementation = "eager"
         model.eval()
         with torch.no_grad(), torch.autocast(model.token_embedding.weight.device.type, enabled=False):
             yield model
     finally:
-        for module, implementation in zip(attention, implementations, strict=True):
-            module.attention_implementation = implementation
-        for part, mode in training:
-            part.training = mode  # one by one: model.train() would also switch modules that were in eval mode
+        for attention, implementation in implementations:
+            attention.attention_implementation = implementation
+        for module, mode in training:
+            module.training = mode  # one by one: model.train() would also switch modules that were in eval mode
 
 
 def check_tokens(model: GPT, tokens: Int[Tensor, "B T"]) -> None:
@@ -100,11 +96,8 @@ def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hook: LayerHook) -> F
     Args:
         tokens: B texts of one length; shorter ones padded on the right, which no earlier position attends to.
 
-    Returns:
-        Logits (B, T, V), on the model's device.
-
     Raises:
-        ValueError: if the texts are empty, longer than the context, or have an unknown token.
+        ValueError: like `check_tokens`.
     """
     check_tokens(model, tokens)
     with inference_mode(model) as model, ExitStack() as handles:
@@ -115,7 +108,6 @@ def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hook: LayerHook) -> F
 
 
 def _register(handles: ExitStack, layer: int, block: Block, hook: LayerHook) -> None:
-    """Register forward hooks on one block's attention; `handles` removes them."""
     attention, activations = block.attention, dict[str, Tensor]()
 
     def on_qkv(module: object, args: object, qkv: Tensor) -> None:
@@ -148,7 +140,10 @@ def value_norms(values: Float[Tensor, "B H T D"], out: Float[Tensor, "C HD"]) ->
 
 
 def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bool = False) -> list[ActivationCache]:
-    """`run_with_cache` for several texts of any lengths in one forward pass.
+    """Run the model on texts of any lengths and cache their attention patterns, value norms and losses.
+
+    Args:
+        details: cache queries, keys, values, attention outputs and the most likely next tokens too.
 
     Raises:
         ValueError: if there is no text, or one is empty, too long, or has an unknown token.
@@ -180,13 +175,5 @@ def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bo
 
 
 def run_with_cache(model: GPT, tokens: Int[Tensor, " T"], details: bool = False) -> ActivationCache:
-    """Run the model on one text and cache its attention patterns, value norms and loss.
-
-    Args:
-        tokens: 1 to `context` token ids, on any device.
-        details: cache queries, keys, values, attention outputs and the most likely next tokens too.
-
-    Raises:
-        ValueError: if the text is empty, longer than the context, or has an unknown token.
-    """
+    """`run_with_cache_batch` for one text."""
     return run_with_cache_batch(model, [tokens.tolist()], details)[0]

@@ -15,8 +15,8 @@ from statistics import fmean
 
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_items import score_pairs
-from inspection.findings import ATTENTION_THRESHOLD, ChosenHead
-from inspection.head_scores import ANTECEDENT, describe_antecedent
+from inspection.findings import ATTENTION_THRESHOLD, Head
+from inspection.head_scores import describe_antecedent
 from inspection.terminal import head_name
 from model.gpt import GPT
 
@@ -26,25 +26,18 @@ class AntecedentScore:
     """The result for one kind of contrast pair. Attention is a mean over the second half of the pairs, 0 to 1."""
 
     kind: str
-    count: int
-    """Number of pairs, in both halves."""
+    count: int  # of pairs, in both halves
     accuracy: float
     """Share of all pairs with log p(right) > log p(wrong), each summed over the answer's tokens."""
-    head: tuple[int, int]
-    """(layer, head) with the most attention on the antecedent in the first half."""
-    attention: float
-    """Its attention to the antecedent from the last position of the prompt."""
+    head: Head
+    """The head with the most attention on the antecedent in the first half."""
+    attention: float  # its attention to the antecedent from the last position of the prompt
     offset: int
     """The best fixed offset: this many tokens before the last position of the prompt."""
     offset_baseline: float
     """Share of pairs in which the token at that offset belongs to the antecedent."""
     nearest_noun_baseline: float | None
     """Share of the nearest noun's tokens that belong to the antecedent; None where no pair knows the nearest noun."""
-
-    @property
-    def qualifies(self) -> bool:
-        """Whether half of the head's attention, or more, is on the antecedent."""
-        return self.attention >= ATTENTION_THRESHOLD
 
     @property
     def baseline(self) -> float:
@@ -60,7 +53,7 @@ class AntecedentScore:
             values += f"; nearest noun {self.nearest_noun_baseline:.2f}"
         name = head_name(*self.head)
         result = f"no head puts 50% of its attention on the antecedent (best {name}, {values})"
-        if self.qualifies:
+        if self.attention >= ATTENTION_THRESHOLD:
             result = f"head {name} attends to {describe_antecedent(self.kind)} ({values})"
         return f"{self.kind}: right in {self.accuracy:.1%} of {self.count}; {result}"
 
@@ -85,23 +78,10 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
         offset = max(range(max(len(pair.tokens) for pair in chosen)), key=lambda d, pairs=chosen: _share_at(d, pairs))  # type: ignore[misc]
         nouns = [(set(pair.nearest_noun), set(pair.antecedent)) for pair in judged if pair.nearest_noun]
         nearest = [len(noun & antecedent) / len(noun) for noun, antecedent in nouns]
-        score = AntecedentScore(
-            kind=kind,
-            count=len(ours),
-            accuracy=float((logit_diffs[ours] > 0).mean()),
-            head=(layer, head),
-            attention=attention[judge, layer, head].mean().item(),
-            offset=offset,
-            offset_baseline=_share_at(offset, judged),
-            nearest_noun_baseline=fmean(nearest) if nearest else None,
-        )
-        scores.append(score)
+        accuracy, mean = float((logit_diffs[ours] > 0).mean()), attention[judge, layer, head].mean().item()
+        baselines = _share_at(offset, judged), fmean(nearest) if nearest else None
+        scores.append(AntecedentScore(kind, len(ours), accuracy, (layer, head), mean, offset, *baselines))
     return scores
-
-
-def chosen_heads(scores: Sequence[AntecedentScore]) -> dict[str, ChosenHead]:
-    """The head of each kind by the name of its head score, for `compute_findings`."""
-    return {ANTECEDENT + score.kind: ChosenHead(score.head, score.attention, score.baseline) for score in scores}
 
 
 def _share_at(offset: int, pairs: Sequence[ContrastPair]) -> float:

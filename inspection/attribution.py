@@ -24,16 +24,13 @@ from model.gpt import GPT, LayerNorm, Rope
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Input, intermediate results and output of one layer."""
+    """What one layer computes: the residual stream before and after it, and what it adds."""
 
     resid_pre: Float[Tensor, "B T C"]
-    """The residual stream before the layer."""
-    z: Float[Tensor, "B T HD"]
-    """The heads' outputs, concatenated, before `attention.out` projects them."""
+    z: Float[Tensor, "B T HD"]  # the heads' outputs, concatenated, before `attention.out` projects them
     mlp_out: Float[Tensor, "B T C"]
     resid_post: Float[Tensor, "B T C"]
-    rope: Rope | None
-    """The rotary angles, the same in every layer."""
+    rope: Rope | None  # the rotary angles, the same in every layer
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,8 @@ class Attribution:
 
     position: int
     token: int
-    labels: tuple[str, ...]
-    """Such as `token embedding`, `L0H1`, `L0 attention bias`, `L0 MLP`, `final norm bias`."""
-    parts: Float[Tensor, " N"]
-    """What each of them adds to the logit; on the CPU."""
+    labels: tuple[str, ...]  # such as `token embedding`, `L0H1`, `L0 attention bias`, `L0 MLP`, `final norm bias`
+    parts: Float[Tensor, " N"]  # what each of them adds to the logit; on the CPU
 
     @property
     def total(self) -> float:
@@ -54,11 +49,7 @@ class Attribution:
 
 
 def run_layers(model: GPT, tokens: Int[Tensor, "B T"]) -> Iterator[LayerActivations]:
-    """Run the blocks one by one; yields each layer's activations.
-
-    Raises:
-        ValueError: if the texts are empty, longer than the context, or have an unknown token.
-    """
+    """Run the blocks one by one; yields each layer's activations. Raises ValueError like `check_tokens`."""
     check_tokens(model, tokens)
     tokens, config, rope = tokens.to(model.token_embedding.weight.device), model.config, None
     if model.position_embedding is None:
@@ -107,8 +98,7 @@ def direct_logit_attribution(
     parts of their own.
 
     Args:
-        tokens: one text.
-        position: negative positions count from the end.
+        position: negative ones count from the end.
         token: `None` is the most likely one.
 
     Raises:
@@ -125,9 +115,8 @@ def direct_logit_attribution(
         final = layers[-1][2]
         chosen = int(model.lm_head(model.final_norm(final)).argmax()) if token is None else token
         direction, norm_bias = _direction(model, final, chosen)
-        parts = {
-            name: x[0, position] @ direction for name, x in _embeddings(model, tokens[None].to(final.device)).items()
-        }
+        embeddings = _embeddings(model, tokens[None].to(final.device))
+        parts = {name: x[0, position] @ direction for name, x in embeddings.items()}
         for number, (block, (z, mlp_out, _)) in enumerate(zip(blocks_of(model), layers, strict=True)):
             out = block.attention.out
             by_head = (z * (direction @ out.weight)).unflatten(-1, (block.attention.n_heads, -1)).sum(dim=-1)
@@ -144,9 +133,7 @@ def logit_lens(model: GPT, tokens: Int[Tensor, " T"]) -> Float[Tensor, "Lplus1 T
     """Logits from the residual stream after the embeddings (row 0) and after each layer, through final norm and LM head.
 
     From nostalgebraist 2020, "interpreting GPT: the logit lens". The last row is the model's logits, bit for bit.
-
-    Raises:
-        ValueError: if the text is empty, longer than the context, or has an unknown token.
+    Raises ValueError like `check_tokens`.
     """
     with inference_mode(model) as model:
         layers = list(run_layers(model, tokens[None]))

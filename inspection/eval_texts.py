@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
-from common.files import write_atomic
+from common.errors import CONFIG, UserError, escape_control_chars
+from common.files import reading, write_atomic
 from inspection.contrast_pairs import ContrastPair, Tokenizer, make_contrast_pair
 from model.config import ModelConfig
 
@@ -38,23 +37,16 @@ NamedText = tuple[str, tuple[int, ...]]
 HELD_OUT = "held-out"
 """Prefix of the names of held-out texts; the others are the user's."""
 HELD_OUT_TEXTS = 12
-MAX_TOKENS = 256
-"""Tokens of a recorded text, at most."""
-MAX_FILE_BYTES = 64_000_000
-"""Size of the patterns in an attention file, at most: models with very many heads get shorter texts."""
-RECORDED_HELD_OUT = 2
-"""Held-out texts in an attention file; the others are only used for scores."""
-N_REPEATS, REPEAT_LENGTH = 8, 50
-"""Number of repeated sequences, and length of each copy in tokens."""
+RECORDED_HELD_OUT = 2  # of these in an attention file; the others are only used for scores
 MAX_USER_TEXTS = 8
+N_REPEATS, REPEAT_LENGTH = 8, 50  # repeated sequences, and tokens of each copy
+MAX_TOKENS = 256  # of a recorded text
+MAX_FILE_BYTES = 64_000_000  # of the patterns in an attention file: models with very many heads get shorter texts
 
 
 def max_text_length(config: ModelConfig, n_texts: int) -> int:
-    """The number of tokens of each of so many texts, so that an attention file stays below `MAX_FILE_BYTES`.
-
-    The f16 patterns of T tokens take L H T (T + 1) bytes.
-    """
-    budget = MAX_FILE_BYTES / (config.n_layers * config.n_heads * max(1, n_texts))
+    """The number of tokens of each of so many texts, so that an attention file stays below `MAX_FILE_BYTES`."""
+    budget = MAX_FILE_BYTES / (config.n_layers * config.n_heads * max(1, n_texts))  # T (T + 1) bytes in f16
     return min(config.context, MAX_TOKENS, max(8, int(math.sqrt(budget))))
 
 
@@ -91,10 +83,8 @@ def repeated_sequences(tokens: Sequence[int], first: int, length: int, seed: int
 class EvalTexts:
     """Texts whose attention is recorded, repeated sequences, and contrast pairs."""
 
-    texts: tuple[NamedText, ...] = ()
-    """Held-out texts and the user's."""
-    repeats: tuple[tuple[int, ...], ...] = ()
-    """See `repeated_sequences`; all of one length."""
+    texts: tuple[NamedText, ...] = ()  # held-out texts and the user's
+    repeats: tuple[tuple[int, ...], ...] = ()  # see `repeated_sequences`; all of one length
     contrast_pairs: tuple[ContrastPair, ...] = ()
 
     def held_out(self) -> list[NamedText]:
@@ -116,11 +106,7 @@ class EvalTexts:
         return [*own, *self.held_out()[:RECORDED_HELD_OUT], *repeats, *prompts]
 
     def save(self, path: Path) -> None:
-        """Write the texts as JSON, atomically.
-
-        Raises:
-            UserError: if the file cannot be written (exit code 6).
-        """
+        """Write the texts as JSON, atomically; raises UserError (exit code 6) if that fails."""
         write_atomic(path, [json.dumps({"format": FORMAT, **dataclasses.asdict(self)}).encode()])
 
     @staticmethod
@@ -130,28 +116,20 @@ class EvalTexts:
         Raises:
             UserError: if the file is missing or damaged (exit code 4).
         """
-        try:
+        with reading(path, "file of evaluation texts"):
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             texts = tuple((str(name), tuple(map(int, tokens))) for name, tokens in data["texts"])
             repeats = tuple(tuple(map(int, tokens)) for tokens in data["repeats"])
-            pairs = tuple(ContrastPair(**{k: _tuple(v) for k, v in entry.items()}) for entry in data["contrast_pairs"])
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}", CHECKPOINT) from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            message = f"{path} is not a readable file of evaluation texts: {reason}"
-            raise UserError(message, CHECKPOINT) from error
-        for tokens in (*(tokens for _, tokens in texts), *repeats, *(pair.tokens for pair in pairs)):
-            if not 1 <= len(tokens) <= context or not all(0 <= token < vocab_size for token in tokens):
-                raise UserError(f"{path} has a text that does not fit the model", CHECKPOINT)
+            parts = ("tokens", "antecedent", "right", "wrong", "nearest_noun")
+            pairs = tuple(
+                ContrastPair(entry["kind"], *(tuple(entry[part]) for part in parts)) for entry in data["contrast_pairs"]
+            )
+            for tokens in (*(tokens for _, tokens in texts), *repeats, *(pair.tokens for pair in pairs)):
+                if not 1 <= len(tokens) <= context or not all(0 <= token < vocab_size for token in tokens):
+                    raise ValueError("it has a text that does not fit the model")
         return EvalTexts(texts, repeats, pairs)
-
-
-def _tuple(value: Any) -> Any:
-    """JSON has no tuples."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[list[NamedText], list[ContrastPair]]:

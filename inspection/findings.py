@@ -82,16 +82,6 @@ def ablation_label(effects: AblationEffects, layer: int, head: int) -> Label:
 
 
 @dataclass(frozen=True)
-class ChosenHead:
-    """A head that was chosen on other contrast pairs than those on which its score was measured."""
-
-    head: Head
-    value: float
-    baseline: float | None = None
-    """What the best fixed offset, or the nearest noun, would score; None where it was not measured."""
-
-
-@dataclass(frozen=True)
 class Finding:
     """A head that qualifies on a score, and the effect of ablating it."""
 
@@ -167,14 +157,14 @@ def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
 
 
 def compute_findings(
-    timeline: Timeline, ablations: AblationResults, chosen: Mapping[str, ChosenHead] | None = None
+    timeline: Timeline, ablations: AblationResults, chosen: Mapping[str, tuple[Head, float, float]] | None = None
 ) -> list[Finding]:
     """A finding for each score on which some head qualifies, in the order of `FINDING_SCORES`.
 
     Args:
         ablations: measured at the last step of the timeline.
-        chosen: by score, heads chosen on one half of the contrast pairs and measured on the other
-            (`antecedent_score.py`); other scores take their best head.
+        chosen: by score, a head that was chosen on one half of the contrast pairs, its score on the other half, and
+            that of a baseline (`antecedent_score.py`); other scores take their best head.
     """
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
     findings = []
@@ -182,26 +172,28 @@ def compute_findings(
         effects = ablations.measures.get(measure_for_score(score))
         if score not in last or effects is None or not np.isfinite(last[score]).any():
             continue
-        layer, head = divmod(int(np.nanargmax(last[score])), last[score].shape[1])
-        best = (chosen or {}).get(score) or ChosenHead((layer, head), float(last[score][layer, head]))
-        if best.value < ATTENTION_THRESHOLD:
+        best, baseline = divmod(int(np.nanargmax(last[score])), last[score].shape[1]), None
+        value = float(last[score][best])
+        if chosen and score in chosen:
+            best, value, baseline = chosen[score]
+        if value < ATTENTION_THRESHOLD:
             continue
-        layer, head = best.head
+        layer, head = best
         intervals = {name: tuple(table[layer, head].tolist()) for name, table in effects.tables.items()}
         similar = np.flatnonzero(last[score][layer] >= ATTENTION_THRESHOLD).tolist()
         findings.append(
             Finding(
-                head=best.head,
+                head=best,
                 score=score,
-                value=best.value,
-                since=first_step_above(timeline, score, best.head),
+                value=value,
+                since=first_step_above(timeline, score, best),
                 measure=measure_for_score(score),
                 unit=effects.unit,
                 zero=intervals["zero"],
                 mean=intervals["mean"],
                 control=intervals.get("control_zero"),
                 label=ablation_label(effects, layer, head),
-                baseline=best.baseline,
+                baseline=baseline,
                 others=tuple((layer, other) for other in similar if other != head),
             )
         )

@@ -8,23 +8,22 @@ figures and the page.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from common.errors import UserError, escape_control_chars
 from common.files import remove_temporary_files
 from inspection.ablation import run_ablations
 from inspection.activation_cache import run_with_cache_batch
-from inspection.antecedent_score import antecedent_scores, chosen_heads
+from inspection.antecedent_score import antecedent_scores
 from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
 from inspection.eval_texts import EvalTexts
 from inspection.findings import compute_findings, headline, save_findings
-from inspection.head_scores import compute_head_scores
+from inspection.head_scores import ANTECEDENT, compute_head_scores
 from inspection.page_builder import PageRun, write_page
 from inspection.plots import draw_figures
 from inspection.run_reader import RunFiles, find_attention_files
@@ -50,44 +49,31 @@ def keeps_attention(step: int, steps: int, eval_every: int) -> bool:
 
 
 def capture_texts(
-    model: GPT,
-    texts: Sequence[tuple[str, Sequence[int]]],
-    token_bytes: Callable[[int], bytes],
-    details: bool = False,
+    model: GPT, texts: Sequence[tuple[str, Sequence[int]]], token_bytes: Callable[[int], bytes], details: bool = False
 ) -> list[AttentionRecord]:
-    """The attention records of texts (name, tokens), captured in one forward pass.
-
-    Args:
-        details: record queries, keys, values, attention outputs and the most likely next tokens too.
-    """
+    """The attention records of texts (name, tokens), captured in one forward pass; see `run_with_cache_batch`."""
     if not texts:
         return []
     caches = run_with_cache_batch(model, [tokens for _, tokens in texts], details=details)
     return [AttentionRecord.from_cache(name, c, token_bytes) for (name, _), c in zip(texts, caches, strict=True)]
 
 
+@dataclass
 class AttentionRecorder:
     """A training callback that records the attention of fixed texts; reports on the heads at the end.
 
-    It needs no class of `training`: of the trainer it uses `model`, `state.step`, `sample_tokens`, `provenance()`,
-    `config.train.steps` and `config.train.eval_every`.
-
-    Args:
-        eval_texts: texts to record and measure; saved in the run folder, and loaded from there by a resumed run.
-        token_bytes: the bytes of a token id.
-        run_dir: attention files go into its folder `attention`, as `000400.safetensors`.
-        print_line: prints the report.
+    Attention files go into the run folder's `attention`, as `000400.safetensors`. Of the trainer it uses `model`,
+    `state.step`, `sample_tokens`, `provenance()`, `config.train.steps` and `config.train.eval_every`.
     """
 
-    def __init__(
-        self,
-        eval_texts: EvalTexts,
-        token_bytes: Callable[[int], bytes],
-        run_dir: Path,
-        print_line: Callable[[str], object] = print,
-    ) -> None:
-        self.eval_texts, self.token_bytes, self.run_dir, self.print_line = eval_texts, token_bytes, run_dir, print_line
-        self.folder = run_dir / "attention"
+    eval_texts: EvalTexts  # saved in the run folder, and loaded from there by a resumed run
+    token_bytes: Callable[[int], bytes]  # of a token id
+    run_dir: Path
+    print_line: Callable[[str], object] = print  # prints the report
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / "attention"
 
     def on_start(self, trainer: Any) -> None:
         """Record the untrained model, or continue: later attention files of an interrupted run are removed.
@@ -117,8 +103,12 @@ class AttentionRecorder:
 
     def on_eval(self, trainer: Any, metrics: dict[str, Any]) -> None:
         """Add the head scores to the metrics, and write an attention file if the step is one of those to keep."""
-        scores, step, plan = self.scores(trainer.model), trainer.state.step, trainer.config.train
-        metrics["head_scores"] = {name: _plain(table) for name, table in scores.items()}
+        step, plan = trainer.state.step, trainer.config.train
+        scores = compute_head_scores(trainer.model, self.eval_texts)
+        metrics["head_scores"] = {
+            name: [[float(str(value)) for value in row] for row in table.numpy()]  # the shortest decimals of a float32
+            for name, table in scores.items()
+        }
         if keeps_attention(step, plan.steps, plan.eval_every):
             self.write(trainer.model, step, trainer.provenance(), scores, trainer.sample_tokens or [])
 
@@ -127,23 +117,19 @@ class AttentionRecorder:
         step, metadata = trainer.state.step, trainer.provenance()
         if not self.path(step).is_file():  # the run ended before its planned last step
             self.write(trainer.model, step, metadata, sample=trainer.sample_tokens or [])
-        report = report_heads(trainer.model, self.eval_texts, self.run_dir, step, metadata["weights_sha256"])
-        self.print_line("\n" + "\n".join(report.lines))
+        lines, _ = report_heads(trainer.model, self.eval_texts, self.run_dir, step, metadata["weights_sha256"])
+        self.print_line("\n" + "\n".join(lines))
 
     def path(self, step: int) -> Path:
         """The attention file of a step."""
         return self.folder / f"{step:06d}.safetensors"
-
-    def scores(self, model: GPT) -> dict[str, NDArray[np.float32]]:
-        """The head scores (L, H) by name."""
-        return {name: table.numpy() for name, table in compute_head_scores(model, self.eval_texts).items()}
 
     def write(
         self,
         model: GPT,
         step: int,
         metadata: dict[str, str],
-        scores: dict[str, NDArray[np.float32]] | None = None,
+        scores: Mapping[str, ArrayLike] | None = None,
         sample: Sequence[int] = (),
     ) -> None:
         """Write the attention file of a step.
@@ -157,29 +143,19 @@ class AttentionRecorder:
         records = capture_texts(model, samples, self.token_bytes, details=True)
         records += capture_texts(model, self.eval_texts.recorded_texts(), self.token_bytes)
         metadata = {**metadata, "versions": package_versions()}
-        write_attention_file(self.path(step), records, metadata, self.scores(model) if scores is None else scores)
+        scores = compute_head_scores(model, self.eval_texts) if scores is None else scores
+        write_attention_file(self.path(step), records, metadata, scores)
 
 
-def _plain(table: NDArray[np.float32]) -> list[list[float]]:
-    """Lists of the shortest decimals that give the same float32 numbers."""
-    return [[float(str(value)) for value in row] for row in table]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is printed at the end of a run, and the files written."""
-
-    lines: list[str]
-    """The headline, and one line for each kind of contrast pair."""
-    figures: list[Path]
-    page: Path | None
-    """None where there is no text to show."""
-
-
-def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, weights_sha256: str) -> Report:
+def report_heads(
+    model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, weights_sha256: str
+) -> tuple[list[str], list[Path]]:
     """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.
 
     The attention file of `step` must exist.
+
+    Returns:
+        Lines to print: the headline, and one for each kind of contrast pair; and the figures and the page.
 
     Raises:
         UserError: if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
@@ -190,15 +166,16 @@ def report_heads(model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, we
     run = RunFiles.open(run_dir)
     last, evaluations = run.read(step), [line for line in run.evaluations() if line["step"] <= step]
     timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
-    findings = compute_findings(timeline, ablations, chosen_heads(antecedents))
+    chosen = {ANTECEDENT + score.kind: (score.head, score.attention, score.baseline) for score in antecedents}
+    findings = compute_findings(timeline, ablations, chosen)
     save_findings(run_dir / "attention" / "findings.json", findings)
     lines = [headline(findings)]
     if not last.texts:  # a context of one token, and no sample
-        return Report([*lines, DISCLAIMER], [], None)
+        return [*lines, DISCLAIMER], []
     if antecedents:
         lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
     figures = draw_figures(run, run_dir, "png", step)
     page = run_dir / "attention.html"
     page_run = PageRun(run_dir.name, [run.read(each) for each in run.steps], evaluations)
     write_page(page, [page_run], run.findings, ablations, run_dir.name)
-    return Report([*lines, DISCLAIMER], figures, page)
+    return [*lines, DISCLAIMER], [*figures, page]

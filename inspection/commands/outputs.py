@@ -79,7 +79,6 @@ class Ablate(RunOptions):
         if loaded.step not in run.steps:
             recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
             recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
-        report = report_heads(loaded.model, texts, folder, loaded.step, loaded.metadata["weights_sha256"])
-        lines = [part for line in report.lines for part in paragraph(line, context.width) or [""]]
-        written = [*report.figures, *([report.page] if report.page else [])]
+        report, written = report_heads(loaded.model, texts, folder, loaded.step, loaded.metadata["weights_sha256"])
+        lines = [part for line in report for part in paragraph(line, context.width) or [""]]
         return Result([*lines, "", *(f"written  {path}" for path in written)])

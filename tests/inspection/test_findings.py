@@ -12,7 +12,6 @@ import pytest
 from inspection.ablation_results import TABLES, AblationEffects, AblationResults
 from inspection.findings import (
     LABELS,
-    ChosenHead,
     ablation_label,
     compute_findings,
     first_step_above,
@@ -112,7 +111,7 @@ def test_headline_skips_unsupported_findings() -> None:
 def test_chosen_head_must_beat_its_baseline() -> None:
     scores = {10: {"antecedent.place": np.array([[0.9, LOW]]), "antecedent.cause": np.array([[0.8, 0.9]])}}
     ablations = results(logit_diff_place=effects(2.0, 2.0, 0.0), logit_diff_cause=effects(1.0, 1.0, 0.0))
-    chosen = {"antecedent.place": ChosenHead((0, 0), 0.9, 1.0), "antecedent.cause": ChosenHead((0, 0), 0.6, 0.5)}
+    chosen = {"antecedent.place": ((0, 0), 0.9, 1.0), "antecedent.cause": ((0, 0), 0.6, 0.5)}
     place, cause = compute_findings(scores, ablations, chosen)
     assert (place.is_supported, cause.is_supported) == (False, True)
     assert (cause.head, cause.value) == ((0, 0), 0.6)  # not the best head of all pairs
