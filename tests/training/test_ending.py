@@ -14,8 +14,6 @@ import pytest
 from common.errors import RANK_ZERO_SECONDS
 from tests.runs import ROOT, TINY
 
-BOTH = pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-
 
 def python(program: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *argv]
@@ -53,27 +51,34 @@ def test_exit_code_and_no_teardown_under_torchrun(last: str, code: int) -> None:
         assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
-@BOTH
+IMPORT = """
+import sys
+sys.path.append(sys.argv[1])
+from common.errors import run_main
+
+def main(argv):
+    try: import slow_module
+    except BaseException: print("lost")
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signal_during_an_import_exits_without_traceback(name: str, tmp_path: Path) -> None:
     """Also if the importing code catches every exception."""
     (tmp_path / "slow_module.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\nprint('lost')")
-    program = (
-        "import sys\nsys.path.append(sys.argv[1])\nfrom common.errors import run_main\n"
-        "def main(argv):\n    print('begin')\n    try: import slow_module\n    except BaseException: print('lost')\n"
-        "run_main(main)"
-    )
-    done = python(program, str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "begin\n", "")
+    done = python(IMPORT, str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "", "")
 
 
-def test_config_error_is_reported_once_across_ranks() -> None:
+@pytest.mark.parametrize(("rank", "least", "err"), [("1", RANK_ZERO_SECONDS, ""), ("0", 0.0, "error: no\n")])
+def test_config_error_is_reported_once_across_ranks(rank: str, least: float, err: str) -> None:
     """torchrun ends all processes once one has ended: the others wait for the first to report."""
-    program = "from common.errors import UserError, run_main\ndef main(argv):\n raise UserError('no')\nrun_main(main)"
-    for rank, least, err in (("1", RANK_ZERO_SECONDS, ""), ("0", 0.0, "error: no\n")):
-        start = time.monotonic()
-        done = python(program, RANK=rank, LOCAL_RANK=rank)
-        assert (done.returncode, done.stderr) == (2, err)
-        assert time.monotonic() - start >= least
+    start = time.monotonic()
+    done = python(ENDING.format("raise UserError('no')"), RANK=rank, LOCAL_RANK=rank)
+    assert (done.returncode, done.stderr) == (2, err)
+    assert time.monotonic() - start >= least
 
 
 FIRST_STEP = """
@@ -81,14 +86,12 @@ import sys
 import train
 from training.trainer import Trainer
 
-real = Trainer.train_step
-
 def train_step(self):
     real(self)
     print("loaded", *sorted(sys.modules))
-    raise SystemExit(0)
+    sys.exit()
 
-Trainer.train_step = train_step
+real, Trainer.train_step = Trainer.train_step, train_step
 train.main(sys.argv[1:])
 """
 

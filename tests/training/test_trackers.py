@@ -17,9 +17,25 @@ from training.trackers import WandbTracker
 from training.trainer import Trainer
 
 
-class FakeRun:
-    def __init__(self, fail_at: str) -> None:
-        self.fail_at, self.rows, self.exit_code = fail_at, list[Any](), -1
+class FakeWandb(types.ModuleType):
+    """wandb and its run, of which one function raises an error."""
+
+    Settings, setup, Image = SimpleNamespace, id, Path
+
+    def __init__(self, fail_at: str = "") -> None:
+        super().__init__("wandb")
+        self.fail_at, self.rows, self.exit_code = fail_at, list[tuple[int, dict[str, Any]]](), -1
+
+    def fail(self, moment: str) -> None:
+        if self.fail_at == moment:
+            raise ConnectionError("no\x1b[2J answer\nfrom the server")
+
+    def Html(self, text: str, inject: bool) -> str:
+        return text
+
+    def init(self, **options: Any) -> FakeWandb:
+        self.fail("init")
+        return self
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.fail("log")
@@ -29,45 +45,21 @@ class FakeRun:
         self.fail("finish")
         self.exit_code = exit_code
 
-    def fail(self, moment: str) -> None:
-        if self.fail_at == moment:
-            raise ConnectionError("no\x1b[2J answer\nfrom the server")
-
 
 @pytest.fixture
-def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that replaces wandb by a module that fails at a given moment."""
-
-    def install(fail_at: str = "") -> FakeRun:
-        run, module = FakeRun(fail_at), types.ModuleType("wandb")
-
-        def init(**options: Any) -> FakeRun:
-            run.fail("init")
-            return run
-
-        module.init, module.Settings, module.setup = init, SimpleNamespace, id  # type: ignore[attr-defined]
-        module.Html, module.Image = (lambda text, inject: text), Path  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "wandb", None if fail_at == "import" else module)  # type: ignore[arg-type]
-        return run
-
-    return install
-
-
-def trainer_in(folder: Path) -> Trainer:
+def trainer(tmp_path: Path) -> Trainer:
     trainer = make_trainer()
-    config = trainer.config
-    run, log = replace(config.run, dir=str(folder)), replace(config.log, wandb="offline", every=2)
-    trainer.config = replace(config, run=run, log=log)
+    config = replace(trainer.config, run=replace(trainer.config.run, dir=str(tmp_path)))
+    trainer.config = replace(config, log=replace(config.log, wandb="offline", every=2))
     trainer.callbacks = [WandbTracker()]
     return trainer
 
 
 @pytest.mark.parametrize("moment", ["import", "init", "log", "finish"])
 def test_failing_wandb_prints_one_line_and_training_continues(
-    moment: str, fake_wandb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moment: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_wandb(moment)
-    trainer = trainer_in(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None if moment == "import" else FakeWandb(moment))  # type: ignore[arg-type]
     trainer.run()
     error = capsys.readouterr().err
     assert trainer.state.step == 6
@@ -75,32 +67,29 @@ def test_failing_wandb_prints_one_line_and_training_continues(
     assert moment == "import" or "ConnectionError: no\\x1b[2J answer)" in error
 
 
-def test_keys_and_steps(fake_wandb: Any, tmp_path: Path) -> None:
-    run = fake_wandb()
-    trainer = trainer_in(tmp_path)
+def test_keys_and_steps(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     (tmp_path / "loss.png").write_bytes(b"")
-
-    def add(trainer: Trainer, metrics: dict[str, Any]) -> None:
-        metrics |= {"sample": "<b>", "head_scores": {"induction": [[0.1, 0.9], [0.2, 0.3]]}}
-
-    trainer.callbacks = [SimpleNamespace(on_eval=add), *trainer.callbacks]
+    more = {"sample": "<b>", "head_scores": {"induction": [[0.1, 0.9], [0.2, 0.3]]}}
+    trainer.callbacks = [SimpleNamespace(on_eval=lambda trainer, metrics: metrics.update(more)), *trainer.callbacks]
     trainer.final_metrics = {"final_val_loss": 1.5, "unigram": 2.0}
     trainer.run()
-    steps = {step: values for step, values in run.rows if "train/loss" in values}
+    steps = {step: values for step, values in wandb.rows if "train/loss" in values}
     assert list(steps) == [2, 4, 6] and set(steps[2]) == {"train/loss", "train/lr", "train/grad_norm"}
-    evals = [values for _, values in run.rows if "val/loss" in values]
+    evals = [values for _, values in wandb.rows if "val/loss" in values]
     assert len(evals) == 6 and evals[0]["heads/induction"] == 0.9 and evals[0]["sample"] == "<pre>&lt;b&gt;</pre>"
-    final = run.rows[-1][1]
+    final = wandb.rows[-1][1]
     assert final.keys() == {"val/final_loss", "baseline/unigram", "plots/loss"} and final["val/final_loss"] == 1.5
-    assert run.exit_code == 0
+    assert wandb.exit_code == 0
 
 
-def test_stopped_run_is_marked_as_failed(fake_wandb: Any, tmp_path: Path) -> None:
-    run, trainer = fake_wandb(), trainer_in(tmp_path)
+def test_stopped_run_is_marked_as_failed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
     trainer.stop.signum = 15
     with pytest.raises(SystemExit):
         trainer.run()
-    assert run.exit_code == 143
+    assert wandb.exit_code == 143
 
 
 @pytest.mark.slow
