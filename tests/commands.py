@@ -19,9 +19,7 @@ def check_command(command: str) -> None:
         assert (ROOT / argv[-1]).is_file()
     elif script == "train.py":
         argv, _ = parse_plan_option(argv)
-        if (
-            "--run.resume" not in argv and "--help" not in argv
-        ):  # a run to resume is made in tests/training/test_train.py
+        if not {"--run.resume", "--help"} & set(argv):  # a run to resume is made in tests/training/test_train.py
             parse_train([str(ROOT / word) if word.endswith(".toml") else word for word in argv])
     elif script == "sample.py":
         parse(sample.SampleConfig, argv, "", positional="run")

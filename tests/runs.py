@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import io
 import os
@@ -31,7 +30,6 @@ def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words, sys.argv = sys.argv, [name, *map(str, argv)]
     code: object = 0
-    gc.freeze()  # so that the collection below looks only at what the script made, not at all of torch
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run_main(importlib.import_module(name.removesuffix(".py")).main)
@@ -41,8 +39,6 @@ def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
         sys.argv = words
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    gc.collect()  # the run's lock goes with the run
-    gc.unfreeze()
     assert isinstance(code, int)
     texts = []
     for stream in (out, err):

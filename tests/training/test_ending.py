@@ -51,25 +51,13 @@ def test_exit_code_and_no_teardown_under_torchrun(last: str, code: int) -> None:
         assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
-IMPORT = """
-import sys
-sys.path.append(sys.argv[1])
-from common.errors import run_main
-
-def main(argv):
-    try: import slow_module
-    except BaseException: print("lost")
-
-run_main(main)
-"""
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signal_during_an_import_exits_without_traceback(name: str, tmp_path: Path) -> None:
     """Also if the importing code catches every exception."""
     (tmp_path / "slow_module.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\nprint('lost')")
-    done = python(IMPORT, str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "", "")
+    program = ENDING.format("try: import slow_module\n    except BaseException: print('lost')")
+    done = python(program, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "ran", "")
 
 
 @pytest.mark.parametrize(("rank", "least", "err"), [("1", RANK_ZERO_SECONDS, ""), ("0", 0.0, "error: no\n")])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.dataloader import IGNORE_INDEX
 from training import loss
@@ -40,23 +37,9 @@ def test_gradient_equals_torchs(dtype: torch.dtype, chunk: int, monkeypatch: pyt
     assert cross_entropy_sum(logits, torch.full_like(targets, IGNORE_INDEX)) == 0
 
 
-class LargestAllocation(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation allocates."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in inputs:
-            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
-        return result
-
-
-def test_no_second_copy_of_the_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1 << 16)
-    features, lm_head = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((2, 64, 2), (50_257, 2)))
-    logits = features.requires_grad_() @ lm_head.requires_grad_().T
-    with LargestAllocation() as largest:
-        cross_entropy_sum(logits, torch.zeros(2, 64, dtype=torch.long)).backward()
-    assert 0 < largest.bytes <= 8 * 50_257 < logits.nbytes / 10  # a row in fp32, or the gradient of lm_head
+def test_gradient_takes_the_memory_of_the_logits() -> None:
+    logits = torch.randn(2, 3, 5).requires_grad_() * 1
+    gradients = list[Tensor]()
+    logits.register_hook(gradients.append)
+    cross_entropy_sum(logits, torch.zeros(2, 3, dtype=torch.long)).backward()
+    assert gradients[0].data_ptr() == logits.data_ptr()

@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from data import dataloader
 from data.dataloader import IGNORE_INDEX, Batch, get_batch
 from model.gpt import GPT
 from tests.model.helpers import relative_difference
-from tests.training.helpers import OPTIM, TRAIN, Record, corpus, make_trainer
+from tests.training.helpers import OPTIM, TRAIN, corpus, make_trainer
 from training import trainer as loop
 from training.checkpoint import TrainState
 from training.optimizer import Optimizer, get_lr_scale
@@ -118,36 +116,6 @@ def check_dropout() -> None:
     assert not any(map(torch.equal, first, other)), "every step drops the same activations"
 
 
-def check_epochs() -> None:
-    """An epoch has every sequence once, the next one in another order."""
-    trainer = make_trainer()
-    n = len(trainer.train_sequences)
-    batches = [trainer.batches.get(step)[0] for step in range(-(-2 * n // trainer.config.train.batch_size))]
-    rows = [row for batch in batches for row in torch.cat((batch.tokens, batch.targets), dim=1).tolist()]
-    whole = dataloader.read_sequences(trainer.data.train, trainer.train_sequences, torch.arange(n).numpy())
-    every = sorted(torch.cat((whole.tokens, whole.targets), dim=1).tolist())
-    assert sorted(rows[:n]) == sorted(rows[n : 2 * n]) == every
-    assert rows[:n] != rows[n : 2 * n]
-
-
-def check_best() -> None:
-    """The best loss and its step; evaluations without improvement are counted; a best state is saved."""
-    trainer = make_trainer()
-    record, losses = Record(trainer), iter([3.0, 2.0, 2.0, 4.0, 1.5, 2.5])
-    trainer.validation_loss = lambda indices, stop=None: (next(losses), 100)  # type: ignore[method-assign]
-    history = []
-
-    def on_step(trainer: Trainer, metrics: dict[str, Any]) -> None:
-        state = trainer.state
-        history.append((state.best_loss, state.best_step, state.evals_without_improvement))
-
-    trainer.callbacks = [record, SimpleNamespace(on_step=on_step)]
-    trainer.run()
-    assert history[1:] == [(3.0, 1, 0), (2.0, 2, 0), (2.0, 2, 1), (2.0, 2, 2), (1.5, 5, 0)], history
-    assert trainer.state.evals_without_improvement == 1
-    assert {1, 2, 5, 6} <= set(record.saves) and not {3, 4} & set(record.saves), record.saves
-
-
 def check_evaluation() -> None:
     """The mean over all valid targets of the subset, without dropout; nothing is learned from it."""
     trainer = make_trainer(replace(TRAIN, micro_batch_size=3), dropout=0.5)
@@ -188,20 +156,9 @@ def all_groups_decay(real: Any, self: Optimizer, *args: Any) -> None:
         group["weight_decay"] = OPTIM.weight_decay
 
 
-def equal_is_better(real: Any, self: Trainer) -> Any:
-    if self.state.best_loss is not None:
-        self.state.best_loss += 1e-9
-    return real(self)
-
-
 def evaluation_with_dropout(real: Any, self: Trainer, *args: Any) -> Any:
     self.model.eval = lambda: self.model  # type: ignore[method-assign]
     return real(self, *args)
-
-
-def batches_with_repetition(real: Any, split: Any, sequences: Any, seed: int, step: int, size: int, *_: Any) -> Batch:
-    indices = np.random.default_rng((seed, step)).integers(len(sequences), size=size)
-    return dataloader.read_sequences(split, sequences, indices)
 
 
 def first_batch_twice(real: Any, split: Any, sequences: Any, seed: int, step: int, *rest: Any) -> Any:
@@ -219,10 +176,8 @@ MUTANTS: list[tuple[str, Check, object, str, Callable[..., Any]]] = [
     ("norms and biases decay", check_steps, Optimizer, "__init__", all_groups_decay),
     ("gradients not zeroed", check_steps, Optimizer, "zero_grad", lambda f, self: None),
     ("first batch twice", check_steps, dataloader, "get_batch", first_batch_twice),
-    ("batches with repetition", check_epochs, dataloader, "get_batch", batches_with_repetition),
     ("dropout seed without step", check_dropout, loop, "derive_seed", lambda f, seed, *rest: f(seed, "dropout")),
     ("dropout not seeded", check_dropout, torch, "manual_seed", lambda f, seed: torch.default_generator),
-    ("equal is better", check_best, Trainer, "evaluate", equal_is_better),
     ("evaluation with dropout", check_evaluation, Trainer, "validation_loss", evaluation_with_dropout),
     ("last batch left out", check_evaluation, Trainer, "validation_loss", lambda f, self, i, *a: f(self, i[:-2], *a)),
 ]

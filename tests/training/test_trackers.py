@@ -84,14 +84,6 @@ def test_keys_and_steps(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.Mo
     assert wandb.exit_code == 0
 
 
-def test_stopped_run_is_marked_as_failed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
-    trainer.stop.signum = 15
-    with pytest.raises(SystemExit):
-        trainer.run()
-    assert wandb.exit_code == 143
-
-
 @pytest.mark.slow
 def test_real_wandb_offline(tmp_path: Path) -> None:
     """A run and its resumption are one run of wandb: two folders with the same id."""

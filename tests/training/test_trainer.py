@@ -20,7 +20,6 @@ from common.errors import NON_FINITE, UserError
 from model.gpt import GPT
 from tests.training.helpers import TRAIN, Record, make_trainer
 from training.checkpoint import TrainState
-from training.device import DistContext
 from training.metrics import MetricsLogger
 from training.trainer import Prefetcher, Trainer, derive_seed
 
@@ -119,23 +118,6 @@ def test_signal_interrupts_an_evaluation_which_is_repeated() -> None:
     repeated = Record(again)
     again.run()
     assert [line["step"] for line in repeated.evals] == [4, 8]
-
-
-def test_signal_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(EIGHT)
-    record, calls = Record(trainer), 0
-
-    def all_reduce_max(self: DistContext, value: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            os.kill(os.getpid(), signal.SIGTERM)  # too late for this agreement; the next one must know
-        return value
-
-    monkeypatch.setattr(DistContext, "all_reduce_max", all_reduce_max)
-    with pytest.raises(SystemExit) as caught:
-        trainer.run()
-    assert caught.value.code == 143 and record.saves[-1] == trainer.state.step < 8
 
 
 def test_patience_ends_the_run_and_non_finite_losses_are_never_the_best() -> None:
