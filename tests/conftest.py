@@ -1,9 +1,7 @@
-"""What every test stands on: shape annotations are checked, nothing reaches the network or the user's cache.
+"""Set-up of every test: shape annotations are checked, nothing reaches the network or the user's cache.
 
 pytest reads this file before any test module: the import hook is there before `model` or `inspection` loads.
 """
-
-from __future__ import annotations
 
 import os
 import shutil

