@@ -82,22 +82,11 @@ def test_tokens_are_the_documents_between_ends_of_text(book: Path) -> None:
     assert trained.tokenizer.decode(tokens_of(trained.val)) == "".join(texts[-n_val:])
 
 
-def test_long_text_is_one_document_in_each_split(tmp_path: Path) -> None:
-    path = write(tmp_path / "long.txt", "to be or not to be, that is the question. " * 50_000)
-    corpus = prepared(path, val_fraction=0.25)
-    assert corpus.train.n_documents == corpus.val.n_documents == 1
-    text = bytes(tokens_of(corpus.train)[1:-1] + tokens_of(corpus.val)[1:-1])
-    assert text == path.read_bytes()
-    assert corpus.val.n_bytes / len(text) == pytest.approx(0.25, abs=1e-3)
-
-
 def test_second_run_encodes_nothing(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepared(book)
-    before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     monkeypatch.setattr(data.prepare, "encode_all", None)
-    second = prepared(book)
-    assert second.fingerprint == first.fingerprint and tokens_of(second.train) == tokens_of(first.train)
-    assert before == {path: path.stat().st_mtime_ns for path in second.folder.iterdir()}
+    second = prepared(book.rename(book.with_name("moved.txt")))
+    assert second.folder == first.folder and tokens_of(second.train) == tokens_of(first.train)
 
 
 def test_changed_file_is_prepared_again(book: Path) -> None:
@@ -105,7 +94,6 @@ def test_changed_file_is_prepared_again(book: Path) -> None:
     first, times = prepared(book), book.stat()
     book.write_text(book.read_text().replace("text 1", "TEXT 1"))
     os.utime(book, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert book.stat().st_size == times.st_size
     second = prepared(book)
     assert second.fingerprint != first.fingerprint
     assert bytes(second.train.tokens[1:7].tolist()) == b"TEXT 1"
@@ -115,12 +103,9 @@ def test_key_has_what_the_tokens_depend_on(book: Path) -> None:
     def key(**options: Any) -> str:
         return prepared(book, **options).fingerprint
 
-    assert key() != key(tokenizer="char")
-    assert key() != key(val_fraction=0.5)
+    assert len({key(), key(tokenizer="char"), key(val_fraction=0.5)}) == 3
     assert key(tokenizer="bpe", vocab_size=280) != key(tokenizer="bpe", vocab_size=300)
     assert key() == key(vocab_size=300, workers=2), "neither changes the bytes"
-    first = prepared(book)
-    assert prepared(book.rename(book.with_name("other.txt"))).folder == first.folder
 
 
 def test_lookup_finds_what_is_prepared_and_writes_nothing(book: Path, cache: Path) -> None:
@@ -168,16 +153,14 @@ def test_text_is_read_no_faster_than_results_are_used(tmp_path: Path, monkeypatc
     assert len(read) <= 6
 
 
-def test_sample_is_spread_over_the_text(tmp_path: Path) -> None:
-    line = "about sixty bytes of text, to fill a file of ten megabytes: {:08d}\n"
-    long = write_range(tmp_path / "long.txt", "".join(line.format(i) for i in range(150_000)))
-    text = "".join(sample_text([long], 3 << 20))
-    assert 2.9e6 < len(text) < 4.3e6
-    assert line.format(3) in text and any(line.format(i) in text for i in range(100_000, 150_000))
-    assert "".join(sample_text([long], 1 << 30)).encode() == long.path.read_bytes()
-    small = [write_range(tmp_path / f"{i}.txt", f"{i:05d} " * 100) for i in range(100)]
-    sampled = "".join(sample_text(small, 10_000))
-    assert 9_000 < len(sampled) < 12_000 and "00000" in sampled and "0009" in sampled
+@pytest.mark.parametrize("n_files", [1, 100])
+def test_sample_is_spread_over_the_text(tmp_path: Path, n_files: int) -> None:
+    lines = [f"fifty bytes of text, to fill a file of 5 MB: {i:06d}\n" for i in range(100_000)]
+    texts = [write_range(tmp_path / f"{i}", "".join(lines[i * 1000 :][: 100_000 // n_files])) for i in range(n_files)]
+    assert "".join(sample_text(texts, 1 << 30)) == "".join(lines)
+    sampled = "".join(sample_text(texts, 2_000_000))
+    assert len(sampled) == pytest.approx(2_000_000, rel=0.3)
+    assert all(any(line in sampled for line in lines[i:][:40_000]) for i in (0, 30_000, 60_000))
 
 
 def test_invalid_text_leaves_nothing(tmp_path: Path, cache: Path) -> None:
@@ -224,13 +207,10 @@ def test_damaged_folder_is_prepared_again(
     assert not capsys.readouterr().err
 
 
-def test_without_verification_hashes_are_not_compared(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = prepared(book).folder / "train.bin"
+def test_without_verification_hashes_are_not_compared(book: Path) -> None:
+    path, config = prepared(book).folder / "train.bin", DataConfig(source=str(book), tokenizer="byte")
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    config = DataConfig(source=str(book), tokenizer="byte")
     assert tokens_of(prepare(config, progress=False, verify=False).train)[-1] != EOT
-    assert tokens_of(prepare(config, progress=False).train)[-1] == EOT
-    assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["book.txt", "stories", "repeats"])
