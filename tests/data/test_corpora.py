@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data import corpora, stories
-from data.corpora import Corpus, open_corpus
+from data.corpora import open_corpus
 from tests.data.texts import data_error, documents, write
 
 
@@ -24,10 +24,6 @@ def texts(tmp_path: Path) -> Path:
     for i in range(40):
         write(tmp_path / "texts" / f"{'ab'[i % 2]}/part {i:02d}.txt", f"{i} " * (20 + i))
     return tmp_path / "texts"
-
-
-def paths(corpus: Corpus) -> list[Path]:
-    return sorted({text.path for text in corpus.train + corpus.val})
 
 
 def test_end_of_a_plain_file_is_held_out(tmp_path: Path, cache: Path) -> None:
@@ -72,7 +68,7 @@ def test_end_of_a_long_last_document_is_held_out(tmp_path: Path, cache: Path, st
 
 def test_whole_files_of_a_folder_are_held_out(texts: Path, cache: Path) -> None:
     corpus = open_corpus(str(texts), 0.2, cache)
-    assert len(paths(corpus)) == 40 and not set(corpus.train) & set(corpus.val)
+    assert len(corpus.train + corpus.val) == 40 and not set(corpus.train) & set(corpus.val)
     assert [text.path for text in corpus.train] == sorted(text.path for text in corpus.train)
     n_val, n_all = (sum(text.n_bytes for text in part) for part in (corpus.val, corpus.train + corpus.val))
     assert n_val == pytest.approx(0.2 * n_all, rel=0.1)
@@ -92,13 +88,13 @@ def test_held_out_files_depend_on_names_alone(texts: Path, cache: Path, monkeypa
     assert {name[0] for name in expected} == {"a", "b"}
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
-@pytest.mark.parametrize("sizes", [(10, 10), (1000, 1), (1, 1, 1000)])
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+@pytest.mark.parametrize("sizes", [(10, 10), (1, 1, 1000)])
 def test_no_split_is_empty(tmp_path: Path, cache: Path, fraction: float, sizes: tuple[int, ...]) -> None:
     for i, size in enumerate(sizes):
         write(tmp_path / "few" / f"{i}.txt", "x" * size)
     corpus = open_corpus(str(tmp_path / "few"), fraction, cache)
-    assert corpus.train and corpus.val and len(paths(corpus)) == len(sizes)
+    assert corpus.train and corpus.val and len(corpus.train + corpus.val) == len(sizes)
 
 
 def test_stories_are_written_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,18 +132,12 @@ def test_shakespeare_is_downloaded_once(cache: Path, play: bytes, monkeypatch: p
     assert open_corpus("shakespeare", 0.1, cache) == corpus
 
 
-@pytest.mark.parametrize("response", [b"<html>not found</html>", b"", b"x" * 10_000])
-def test_wrong_download_is_not_kept(cache: Path, play: bytes, response: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(response))
+def test_wrong_download_is_not_kept(cache: Path, play: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>not found</html>"))
     assert "its sha256 differs" in data_error("shakespeare", cache)
     assert not cache.exists()
-
-
-def test_shakespeare_without_a_network(cache: Path, play: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora.urllib.request, "urlopen", offline)
     message = data_error("shakespeare", cache)
     assert corpora.SHAKESPEARE_URL in message and str(cache / "tinyshakespeare.txt") in message
     write(cache / "tinyshakespeare.txt", play[:-1] + b"?")
     assert "its sha256 differs" in data_error("shakespeare", cache)
-    write(cache / "tinyshakespeare.txt", play)
-    assert open_corpus("shakespeare", 0.1, cache).val

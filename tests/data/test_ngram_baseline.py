@@ -97,13 +97,6 @@ def test_contexts_do_not_cross_documents() -> None:
     assert rows == [[5, 5, 0], [5, 0, 1], [0, 1, 5], [5, 5, 2], [5, 2, 3], [2, 3, 5]]
 
 
-def test_regular_text_has_a_low_trigram_loss() -> None:
-    """In 0 1 2 0 1 2 ... two tokens determine the third; the unigram loss is ln 3."""
-    losses_of = baselines(split_of([[0, 1, 2] * 400]), split_of([[0, 1, 2] * 100]), VOCABULARY)
-    assert losses_of["trigram"] < 0.05
-    assert losses_of["unigram"] == pytest.approx(math.log(3), abs=0.03)
-
-
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = baselines(split_of([[0, 1] * 50]), split_of([[0, 1] * 20]), VOCABULARY)
     monkeypatch.setattr(ngram_baseline, "TRAIN_LIMIT", 101)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
-import subprocess
-import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from data.token_dataset import TokenSplit, load_split, token_dtype, write_split
 from data.tokenizer import ByteTokenizer
 from tests.data.texts import write, write_range
 
-ROOT = Path(__file__).resolve().parents[2]
 EOT = 256
 FILES = ("train.bin", "train_documents.npy", "val.bin", "val_documents.npy", "vocabulary.json", "meta.json")
 
@@ -243,54 +240,29 @@ def test_too_short_text_says_how_much_is_needed(tmp_path: Path) -> None:
     assert caught.value.exit_code == DATA
 
 
-PROGRAM = """
-import sys, time
-import data.prepare
-from data.config import DataConfig
-data.prepare.JOB_CHARACTERS = 50_000
-encode = data.prepare.encode
+def test_two_at_once_agree(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    barrier = threading.Barrier(2)
 
-def slowly(*arguments):
-    time.sleep(float(sys.argv[2]))
-    return encode(*arguments)
+    def encode_together(*arguments: Any) -> Iterator[Any]:
+        barrier.wait(10)
+        return encode_all(*arguments)
 
-data.prepare.encode = slowly
-corpus = data.prepare.prepare(DataConfig(source=sys.argv[1], tokenizer="byte", workers=2))
-print(corpus.fingerprint, len(corpus.train), len(corpus.val))
-"""
+    monkeypatch.setattr(data.prepare, "encode_all", encode_together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(prepared, [book, book])
+    assert first.folder == second.folder and [*cache.iterdir()] == [first.folder]
+    assert tokens_of(first.train) == tokens_of(second.train)
 
 
-def start(source: Path, delay: float) -> subprocess.Popen[str]:
-    """Prepare in a process with two threads that take `delay` seconds for each job."""
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(source), str(delay)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def test_interruption_leaves_nothing(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode_and_stop(*arguments: Any) -> Iterator[Any]:
+        yield next(encode_all(*arguments))
+        raise KeyboardInterrupt
 
-
-def test_two_processes_at_once_agree(tmp_path: Path, cache: Path) -> None:
-    path = write(tmp_path / "long.txt", b"all is well. " * 100_000)
-    runs = [start(path, 0.05) for _ in range(2)]
-    outputs = [run.communicate(timeout=60) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert outputs[0] == outputs[1] and outputs[0][1] == ""
-    assert len([*cache.iterdir()]) == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interruption_leaves_no_folder(tmp_path: Path, cache: Path, number: signal.Signals) -> None:
-    run = start(write(tmp_path / "long.txt", b"all is well. " * 200_000), 0.1)
-    deadline = time.monotonic() + 30
-    while not any(path.stat().st_size > 200_000 for path in cache.glob("*.partial/tokens/train.bin")):
-        assert run.poll() is None and time.monotonic() < deadline, "nothing was written"
-        time.sleep(0.02)
-    run.send_signal(number)
-    _, err = run.communicate(timeout=30)
-    assert not [folder for folder in cache.glob("tokens-*") if folder.suffix != ".partial"]
-    if number == signal.SIGINT:
-        assert not [*cache.iterdir()]
-        assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt"), err
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.prepare, "encode_all", encode_and_stop)
+        prepared(book)
+    assert not [*cache.iterdir()]
 
 
 @settings(max_examples=25, deadline=None)

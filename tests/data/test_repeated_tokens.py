@@ -14,10 +14,8 @@ import pytest
 
 from data import repeated_tokens as repeats
 from data.config import DataConfig
-from data.corpora import open_corpus
 from data.dataloader import IGNORE_INDEX, pack_documents, read_sequences
 from data.prepare import TokenizedCorpus, prepare
-from tests.data.texts import documents
 from training.config import RunConfig, parse_train
 from training.report import baseline_losses
 
@@ -27,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 @cache
 def words(split: str) -> list[str]:
     """The words of a split: each document's first half."""
-    return [document[: len(document) // 2] for document in repeats.documents(split, repeats.WORDS_PER_LENGTH[split])]
+    return [document[: len(document) // 2] for document in repeats.documents(split)]
 
 
 @cache
@@ -43,7 +41,7 @@ def nats(n: int) -> float:
 
 @pytest.mark.parametrize("split", repeats.WORDS_PER_LENGTH)
 def test_a_document_is_a_word_of_distinct_letters_repeated(split: str) -> None:
-    texts = list(repeats.documents(split, repeats.WORDS_PER_LENGTH[split]))
+    texts = list(repeats.documents(split))
     for document in texts:
         word = document[: len(document) // 2]
         assert document == word + word and len(set(word)) == len(word) and set(word) <= set(repeats.LETTERS)
@@ -84,13 +82,11 @@ def data(config: RunConfig) -> TokenizedCorpus:
     return prepare(config.data, progress=False)
 
 
-def test_corpus_is_written_once(config: RunConfig, data: TokenizedCorpus, tmp_path: Path) -> None:
+def test_corpus(config: RunConfig, data: TokenizedCorpus) -> None:
     assert config.data == DataConfig(source="repeats", tokenizer="char")
     assert data.tokenizer.vocab_size == len(repeats.LETTERS) + 1
-    assert data.val.n_documents == len(repeats.LENGTHS) * repeats.WORDS_PER_LENGTH["val"]
-    corpus = open_corpus("repeats", 0.5, tmp_path / "cache")
-    assert documents(corpus.val) == list(repeats.documents("val", repeats.WORDS_PER_LENGTH["val"]))
-    assert open_corpus("repeats", 0.1, tmp_path / "cache") == corpus
+    text = data.tokenizer.decode(data.val.tokens)
+    assert text == "".join(repeats.documents("val")) and data.val.n_documents == len(words("val"))
 
 
 def test_reported_floor_is_the_loss_of_the_best_model(config: RunConfig, data: TokenizedCorpus) -> None:

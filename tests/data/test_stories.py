@@ -51,14 +51,6 @@ def test_entropy_of_a_small_grammar_against_brute_force() -> None:
     assert -math.fsum(math.exp(s.log_prob) * s.log_prob for s in generated) == pytest.approx(entropy(grammar, POOLS))
 
 
-def test_every_derivation_is_found() -> None:
-    def twice(w: Writer) -> None:
-        w.choose(Writer.write, ("a <x:size> cat",), ("a big <y:animal>",))
-
-    assert len(list(derivations(twice, POOLS, "a big cat"))) == 2
-    assert len(list(derivations(twice, POOLS, "a old cat"))) == 1
-
-
 def test_another_word_is_drawn_from_the_same_group() -> None:
     pools = {"name": Pool((("Ann", "she"), ("Ben", "he"), ("Eve", "she"), ("Leo", "he")), ("he",), "he")}
 
@@ -89,14 +81,11 @@ def test_every_story_has_one_derivation() -> None:
     [
         (r"(\w+) looked", "Mia", "Tom"),
         (r"near the \w+ (was|were)", "was", "were"),
-        (r"was in the (\w+)", "box", "bag"),
         (r"Soon \w+ (\w+)", "sang", "hid"),
         (r"felt (proud|better)", "proud", "better"),
         (r"put the \w+ (\w+)", "kite", "ball"),
         (r'asked \w+\. "The (\w+)', "dog", "road"),
         (r"because (he|she)", "he", "she"),
-        (r"put( )the", " then ", ""),
-        (r"(\.)$", ". ", ""),
     ],
 )
 def test_corrupted_stories_are_not_in_the_grammar(pattern: str, one: str, other: str) -> None:
