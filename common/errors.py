@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -28,7 +27,7 @@ INTERRUPTED = 130
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """A disk that is full, broken or read-only: reported as a user's problem wherever it occurs."""
 RANK_ZERO_SECONDS = 3.0
-"""How long the other processes wait under torchrun for rank 0 to report a mistake in the options."""
+"""How long the other processes wait under torchrun for rank 0 to report bad options or data."""
 
 
 class UserError(Exception):
@@ -47,41 +46,37 @@ def escape_control_chars(text: object) -> str:
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Run a script. A `UserError` becomes one line on stderr and its exit code; any other error is a bug.
 
-    `--debug` anywhere on the command line prints the traceback of a `UserError` too. SIGINT and SIGTERM exit with 130
-    and 143 and without a traceback; the training loop handles them itself (`training/signals.py`). A closed pipe
-    (`| head`) ends the program quietly.
+    SIGINT and SIGTERM exit with 130 and 143 and without a traceback; the training loop handles them itself
+    (`training/signals.py`). A closed pipe (`| head`) ends the program quietly.
     """
     # Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start.
     gc.set_threshold(100_000, 20, 100)
     atexit.register(gc.freeze)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without a character gets its code, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     for number in signals:  # those that are ignored (`nohup`, `&`) stay ignored
         signal.signal(number, exit_on_signal)
-    end: BaseException | None = None
     try:
         _run(main)
-    except BaseException as error:
-        if "RANK" not in os.environ:
-            raise
-        end = error
     finally:
         for number in signals:  # exit handlers of libraries cannot cope with an exception
             signal.signal(number, signal.SIG_DFL)
-    if "RANK" in os.environ:
-        exit_without_teardown(end)
+        if "RANK" in os.environ:
+            exit_without_teardown(sys.exception())
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """Exit with 128 + signal. During an import the process ends at once: importers often catch any exception, and one
     inside of torch's libraries aborts the process."""
-    importing = False
-    while frame is not None and not importing:
-        importing, frame = frame.f_code.co_filename == "<frozen importlib._bootstrap>", frame.f_back
-    if importing:
-        with contextlib.suppress(OSError, RuntimeError):
-            sys.stdout.flush()
-        os._exit(128 + number)
-    sys.exit(128 + number)
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    if frame is None:
+        sys.exit(128 + number)
+    with contextlib.suppress(OSError, RuntimeError):
+        sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def exit_without_teardown(error: BaseException | None) -> NoReturn:
@@ -100,37 +95,29 @@ def exit_without_teardown(error: BaseException | None) -> NoReturn:
 
 def _run(main: Callable[[list[str]], None]) -> None:
     """Call `main` and turn its errors into exit codes."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal without a character gets its code, not a traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    debug = "--debug" in sys.argv
     try:
-        main([word for word in sys.argv[1:] if word != "--debug"])
+        main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        _report(error, debug)
+        _report(str(error), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
         sys.exit(0)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _report(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}", DISK_OR_MEMORY), debug)
+        _report(f"cannot write {error.filename or 'a file'}: {error.strerror}", DISK_OR_MEMORY)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def _report(error: UserError, debug: bool) -> NoReturn:
-    """Print what is wrong and exit. Under torchrun, only local rank 0 reports a mistake in the options."""
-    if debug:
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            print(escape_control_chars(line), file=sys.stderr)
-    is_rank_zero = os.environ.get("LOCAL_RANK", "0") == "0"
-    if error.exit_code == CONFIG and not is_rank_zero:
-        time.sleep(RANK_ZERO_SECONDS)  # torchrun ends all processes once one has ended
-        sys.exit(error.exit_code)
-    # Bad data is usually bad everywhere, but the processes read different parts of it.
-    process = f" (process {os.environ.get('RANK')})" if error.exit_code == DATA and not is_rank_zero else ""
-    for line in str(error).splitlines():
+def _report(message: str, exit_code: int) -> NoReturn:
+    """Print what is wrong and exit. Bad options and data are usually bad in every process: local rank 0 reports first,
+    and torchrun ends the others once it has ended."""
+    is_late = exit_code in (CONFIG, DATA) and os.environ.get("LOCAL_RANK", "0") != "0"
+    if is_late:
+        time.sleep(RANK_ZERO_SECONDS)
+    process = f" (process {os.environ.get('RANK')})" if is_late else ""
+    for line in message.splitlines():
         print(f"error{process}: {escape_control_chars(line)}", file=sys.stderr)
-    sys.exit(error.exit_code)
+    sys.exit(exit_code)

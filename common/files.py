@@ -69,12 +69,11 @@ def remove_temporary_files(folder: Path) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` up to the first that is not a JSON object with a step; a crash may cut the last.
 
-    A file that is missing, unreadable or not a regular file has no lines.
+    A file that is missing or cannot be read has no lines.
     """
     lines: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        for text in texts:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             line = json.loads(text)
             if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 break

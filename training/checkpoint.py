@@ -4,11 +4,8 @@
     checkpoints/.writing-000400    is being written
     checkpoints/.removing-000100   is being removed, or replaced by another checkpoint of that step
 
-A checkpoint is written to a temporary folder; each file is fsynced, then `manifest.json`, which lists their sizes and
-sha256, then the folder, which is then renamed into place and read back from the disk. There is no pickle and no "latest"
-pointer: the newest folder that verifies is the latest. Reading accepts only JSON and safetensors of the model's shapes.
-
-Every change of the disk is announced as the audit event `glassgpt.disk` (operation, path); the fault tests use it.
+Each file is fsynced, then `manifest.json` with their sha256, then the folder, which is read back and renamed into
+place. There is no pickle and no "latest" pointer: the newest folder that verifies is the latest.
 """
 
 from __future__ import annotations
@@ -16,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -58,8 +55,7 @@ class TrainState:
     best_step: int = 0
     evals_without_improvement: int = 0
     last_eval_step: int = -1
-    skipped_steps: int = 0
-    """Steps skipped because their loss or gradient was not finite."""
+    skipped_steps: int = 0  # because their loss or gradient was not finite
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,7 @@ class RunEnvironment:
 
     starts_with_eot: bool
     """Whether a text begins with end-of-text: the corpus has several documents, or no line breaks to begin after."""
-    corpus: str = ""
-    """Fingerprint of the prepared corpus."""
+    corpus: str = ""  # fingerprint of the prepared corpus
     settings: Mapping[str, str] = field(default_factory=dict)
     """What else decides the last bits of the results: device, dtype, attention, threads, compiled, torch version."""
 
@@ -125,57 +120,44 @@ class Checkpoint:
         return self.build_model(config).to(ctx.device).eval()
 
 
-# ---- reading ----
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """The newest intact checkpoint of a run folder, or the one that `path` is. Damaged ones are reported and skipped.
 
     Raises:
-        UserError: if there is no such folder, or no intact checkpoint in it (exit code 4).
+        UserError: if there is none (exit code 4).
     """
     shown = escape_control_chars(path)
-    try:
-        if not path.is_dir():
-            message = f"{shown} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"
-            raise UserError(message, CHECKPOINT)
-        is_checkpoint = (path / MANIFEST).is_file() or (path / STATE).is_file()
-        candidates = [path] if is_checkpoint else list_checkpoints(path / "checkpoints")[::-1]
-    except OSError as error:
-        raise UserError(f"cannot read {shown}: {error.strerror}", CHECKPOINT) from error
+    if not os.path.isdir(path):  # not Path.is_dir, which raises for names that are too long
+        message = f"{shown} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"
+        raise UserError(message, CHECKPOINT)
+    is_checkpoint = os.path.isfile(path / MANIFEST) or os.path.isfile(path / STATE)
+    candidates = [path] if is_checkpoint else list_checkpoints(path / "checkpoints")[::-1]
     if not candidates:
         raise UserError(f"{shown} has no checkpoint; train one with: python train.py --run.dir {shown}", CHECKPOINT)
-    for folder in candidates:
+    for folder in candidates[:-1]:
         try:
             return read_checkpoint(folder)
         except UserError as error:
-            if len(candidates) == 1:
-                raise
             print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
-    raise UserError(f"no intact checkpoint in {shown}; restore one from a backup, or train again", CHECKPOINT)
+    return read_checkpoint(candidates[-1])
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoint folders, oldest step first."""
-    paths = root.iterdir() if root.is_dir() else ()
-    folders = [path for path in paths if step_of_folder(path) is not None and path.is_dir()]
+    folders = [path for path in root.glob("*") if step_of_folder(path) is not None and path.is_dir()]
     return sorted(folders, key=lambda path: int(path.name))
 
 
 def step_of_folder(folder: Path) -> int | None:
     """The step that a checkpoint folder is named after; None for any other name."""
-    name = folder.name
-    return int(name) if name.isdecimal() and len(name) < 19 and f"{int(name):06d}" == name else None
+    return int(folder.name) if re.fullmatch("[0-9]{6}|[1-9][0-9]{6,17}", folder.name) else None
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: each has the size and sha256 of the manifest."""
+    """What is wrong with a checkpoint's files, or None: each has the sha256 of the manifest."""
     try:
         listed = _read_json(folder / MANIFEST)["files"]
         for name in FILES:
-            size, expected = (folder / name).stat().st_size, listed[name]["bytes"]
-            if size != expected:
-                return f"{name} has {size} bytes instead of {escape_control_chars(expected)}"
             if sha256_of_file(folder / name) != listed[name]["sha256"]:
                 return f"{name} does not have the sha256 of its manifest"
     except OSError as error:
@@ -245,7 +227,7 @@ def _unusable(path: Path, reason: object) -> UserError:
     """The error of a checkpoint or one of its files that cannot be used."""
     text = (reason.strerror or "unreadable") if isinstance(reason, OSError) else " ".join(str(reason).split())
     shown = escape_control_chars(f"{path} cannot be used: {text[:300]}")
-    return UserError(f"{shown}; take another checkpoint", CHECKPOINT)
+    return UserError(f"{shown}; take another checkpoint, or one from a backup", CHECKPOINT)
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:
@@ -274,24 +256,10 @@ def provenance(model: GPT, tokenizer: Tokenizer, state: TrainState) -> dict[str,
     }
 
 
-def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with an infinity or NaN in it, or None.
-
-    A finite sum proves it for a hundredth of the cost; a sum that overflows needs the second look.
-    """
-    for name, value in tensors.items():
-        if not value.sum().isfinite() and not value.isfinite().all():
-            return name
-    return None
-
-
 def sha256_of_file(path: Path) -> str:
     """The sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- writing ----
 
 
 class CheckpointWriter:
@@ -304,8 +272,18 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, keep: int) -> None:
         self.root, self.keep = run / "checkpoints", keep
+        self.cleanup()
+
+    def cleanup(self) -> None:
+        """Remove what is under a temporary name; a complete checkpoint that lacks only its name gets it instead."""
         with contextlib.suppress(OSError):  # leftovers do no harm
-            self.cleanup_tmp()
+            for path in (*self.root.glob(f"{WRITING}*"), *self.root.glob(f"{REMOVING}*")):
+                final = self.root / path.name.removeprefix(WRITING).removeprefix(REMOVING)
+                if step_of_folder(final) is None or final.exists() or verify_checkpoint(path):
+                    _remove(path)
+                else:
+                    path.rename(final)
+                    _fsync(self.root)
 
     def save(
         self,
@@ -322,28 +300,25 @@ class CheckpointWriter:
             UserError: if a number is not finite: nothing is written (exit code 5); if the disk is full, cannot be
                 written or did not keep the data: earlier checkpoints are as they were (6).
         """
-        bad = first_nonfinite({**weights, **{f"the optimizer state {k}": v for k, v in optimizer_state.items()}})
-        if bad is not None or not math.isfinite(state.best_loss or 0.0):
-            raise UserError(
-                f"a number in {escape_control_chars(bad or 'the best loss')} is not finite: nothing was saved, earlier "
-                "checkpoints are unchanged; continue from them with --run.resume and a lower optim.lr",
-                NON_FINITE,
-            )
+        check_finite({**weights, **{f"the optimizer state {k}": v for k, v in optimizer_state.items()}}, state)
         final = self.root / f"{state.step:06d}"
+        temporary = self.root / f"{WRITING}{final.name}"
         saved: dict[str, Any] = {"format": FORMAT, "vocab_size": tokenizer.vocab_size}
         saved |= {"environment": asdict(environment), "state": asdict(state), "config": asdict(config)}
-        temporary = self.root / f"{WRITING}{final.name}"
         try:
             _make_folder(temporary)
             _write_tensors(temporary / MODEL, weights)
             _write_tensors(temporary / OPTIMIZER, optimizer_state)
-            _write(temporary / STATE, json.dumps(saved, indent=1).encode())
-            _write(temporary / VOCABULARY, tokenizer.to_json())
-            _finish(temporary)
-            self._rename_into_place(temporary, final)
+            (temporary / STATE).write_bytes(json.dumps(saved, indent=1).encode())
+            (temporary / VOCABULARY).write_bytes(tokenizer.to_json())
+            _write_manifest(temporary)
+            _read_back(temporary)
+            if final.is_symlink() or final.exists():
+                _set_aside(final)
+            temporary.rename(final)
+            _fsync(self.root)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                _remove(temporary)
+            self.cleanup()
             reason = escape_control_chars(f"{final}: {(isinstance(error, OSError) and error.strerror) or error}")
             raise UserError(
                 f"cannot write the checkpoint {reason}; earlier checkpoints are unchanged: free some space, then "
@@ -352,21 +327,6 @@ class CheckpointWriter:
             ) from error
         self.apply_retention(state.step, state.step if state.best_loss is None else state.best_step)
         return final
-
-    def _rename_into_place(self, temporary: Path, final: Path) -> None:
-        """Give a finished folder its name and read it back. What it replaces is kept until then; raises OSError."""
-        previous = _set_aside(final) if final.is_symlink() or final.exists() else None
-        try:
-            _rename(temporary, final)
-            _fsync(self.root)
-            if problem := _read_back(final):
-                raise OSError(f"the disk did not keep what was written: {problem}")
-        except OSError:
-            if final.exists():
-                _rename(final, temporary)
-            if previous is not None:
-                _rename(previous, final)
-            raise
 
     def apply_retention(self, step: int, best: int) -> None:
         """Remove all checkpoints up to `step` but the newest `keep`, `step` itself and `best`; a failure is a warning.
@@ -383,52 +343,41 @@ class CheckpointWriter:
             reason = escape_control_chars(f"{self.root}: {error.strerror or error}")
             print(f"cannot remove an old checkpoint from {reason}", file=sys.stderr, flush=True)
 
-    def cleanup_tmp(self) -> None:
-        """Remove what a killed process left under a temporary name; a complete checkpoint gets its name instead."""
-        for path in sorted(self.root.iterdir(), reverse=True) if self.root.is_dir() else ():
-            if path.name.startswith((WRITING, REMOVING)):
-                final = self.root / path.name.removeprefix(WRITING).removeprefix(REMOVING)
-                if not final.exists() and step_of_folder(final) is not None and verify_checkpoint(path) is None:
-                    _rename(path, final)
-                    _fsync(self.root)
-                else:
-                    _remove(path)
+
+def check_finite(tensors: Mapping[str, Tensor], state: TrainState) -> None:
+    """Raise UserError (5) for an infinity or NaN."""
+    for name, value in {**tensors, "the best loss": torch.tensor(state.best_loss or 0.0)}.items():
+        if (
+            not value.sum().isfinite() and not value.isfinite().all()
+        ):  # a finite sum proves it at a hundredth of the cost
+            raise UserError(
+                f"a number in {escape_control_chars(name)} is not finite: nothing was saved, earlier checkpoints are "
+                "unchanged; continue from them with --run.resume and a lower optim.lr",
+                NON_FINITE,
+            )
 
 
-def _finish(folder: Path) -> None:
+def _write_manifest(folder: Path) -> None:
     """Force the files to the disk, then a manifest of their sizes and sha256, then the folder."""
     files = {}
     for name in FILES:
         _fsync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
-    _write(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+    (folder / MANIFEST).write_bytes(json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
     _fsync(folder / MANIFEST)
     _fsync(folder)
 
 
-def _read_back(folder: Path) -> str | None:
-    """Verify a checkpoint from the disk rather than from the page cache, where the system allows it."""
+def _read_back(folder: Path) -> None:
+    """Raise OSError for a checkpoint that the disk did not keep: read from it, not from the page cache, if possible."""
     for name in FILES if hasattr(os, "posix_fadvise") else ():
-        handle = os.open(folder / name, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-    return verify_checkpoint(folder)
-
-
-# ---- operations on the disk, each announced ----
-
-
-def _announce(operation: str, path: Path) -> None:
-    sys.audit("glassgpt.disk", operation, str(path))
-
-
-def _write(path: Path, content: bytes) -> None:
-    _announce("write", path)
-    path.write_bytes(content)
+        with (folder / name).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if problem := verify_checkpoint(folder):
+        raise OSError(f"the disk did not keep what was written: {problem}")
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    _announce("write", path)
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     path.chmod(0o644)  # safetensors allows only the owner to read
 
@@ -439,12 +388,10 @@ def _make_folder(folder: Path) -> None:
         folder.parent.mkdir(parents=True)
         _fsync(folder.parent.parent)
     _remove(folder)
-    _announce("mkdir", folder)
     folder.mkdir()
 
 
 def _fsync(path: Path) -> None:
-    _announce("fsync", path)
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -452,25 +399,16 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _rename(old: Path, new: Path) -> None:
-    _announce("rename", old)
-    old.rename(new)
-
-
 def _set_aside(folder: Path) -> Path:
     """Rename a checkpoint that is to be removed; its new path."""
     path = folder.with_name(f"{REMOVING}{folder.name}")
     _remove(path)
-    _rename(folder, path)
-    return path
+    return folder.rename(path)
 
 
 def _remove(path: Path) -> None:
     """Remove a file or folder if it is there; links are not followed."""
-    if not (path.exists() or path.is_symlink()):
-        return
-    _announce("remove", path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """From a command line to a dataclass, or to one line for each mistake.
 
-Every option and value is checked, so that all problems are reported at once, with the nearest right name; tyro prints the
-help. Imports no torch: a mistake is answered within a fraction of a second.
+Every option and value is checked, so that all problems are reported at once, with the nearest right name; tyro prints
+the help. Imports no torch: a mistake is answered within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Collection, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -60,20 +60,14 @@ NO_EQUIVALENT = {
 }
 
 
-class Settings(Protocol):
-    """A dataclass that can check its own values."""
-
-    def problems(self) -> list[str]: ...
-
-
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S")
 
 
 def parse(settings: type[S], args: list[str], description: str, positional: str | None = None) -> S:
     """The settings that `args` describe.
 
     Args:
-        settings: a dataclass, perhaps of dataclasses, with a method `problems()`.
+        settings: a dataclass, perhaps of dataclasses, whose method `problems()` checks the values.
         positional: the one field that is given without an option name.
 
     Raises:
@@ -98,30 +92,23 @@ def parse(settings: type[S], args: list[str], description: str, positional: str 
     if positional and positional not in values:
         wrong.append(f"{positional} is missing; --help shows the usage")
         values[positional] = ""
-    parsed: S = _build(settings, values)
+    sections: dict[str, dict[str, Any]] = {"": {}}
+    for option, value in values.items():
+        section, _, name = option.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    own, kinds = sections.pop(""), typing.get_type_hints(settings)
+    parsed: Any = settings(**own, **{section: kinds[section](**chosen) for section, chosen in sections.items()})
     if wrong := wrong + parsed.problems():
         raise UserError("\n".join(wrong), CONFIG)
-    return parsed
+    return parsed  # type: ignore[no-any-return]
 
 
-def option_types(settings: type, prefix: str = "") -> dict[str, Any]:
+def option_types(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Every option of a (nested) dataclass, such as `model.n_layers`, with the type of its value."""
     types: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(settings).items():
-        is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        types |= option_types(kind, f"{prefix}{name}.") if is_section else {prefix + name: kind}
+        types |= option_types(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
     return types
-
-
-def _build(settings: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """A (nested) dataclass with these values by option name; the others have their defaults."""
-    chosen = {}
-    for name, kind in typing.get_type_hints(settings).items():
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            chosen[name] = _build(kind, values, f"{prefix}{name}.")
-        elif prefix + name in values:
-            chosen[name] = values[prefix + name]
-    return settings(**chosen)
 
 
 def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tuple[str, str | None]]:

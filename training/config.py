@@ -13,7 +13,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars
 from data.config import DataConfig
@@ -27,7 +27,6 @@ MINUTES_DECIDE = [
     *("optim.decay_fraction", "optim.min_lr_ratio"),
 ]
 """The options that `train.minutes` sets (`training/time_budget.py`)."""
-MAX_MINUTES = 100_000
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 DESCRIPTION = (
     "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With --run.resume "
@@ -36,13 +35,15 @@ DESCRIPTION = (
 )
 
 
-def at_least(section: str, settings: object, **limits: float) -> list[str]:
-    """A line for each named value that is below its limit (or NaN)."""
-    return [
-        f"{section}.{name} is {getattr(settings, name)}; it must be at least {limit}"
-        for name, limit in limits.items()
-        if not getattr(settings, name) >= limit
-    ]
+# Types of settings, each with its range: in words, and as a test that NaN fails.
+NonNegativeInt = Annotated[int, ("at least 0", lambda value: value >= 0)]
+PositiveInt = Annotated[int, ("at least 1", lambda value: value >= 1)]
+Seed = Annotated[int, ("at least 0 and below 2**63", lambda value: 0 <= value < 1 << 63)]
+NonNegativeFloat = Annotated[float, ("at least 0", lambda value: value >= 0)]
+Seconds = Annotated[float, ("at least 1", lambda value: value >= 1)]
+Minutes = Annotated[float, ("at least 0 and below 100,000", lambda value: 0 <= value < 100_000)]
+Momentum = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Fraction = Annotated[float, ("between 0 and 1", lambda value: 0 <= value <= 1)]
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,10 @@ class RunSettings:
 
     dir: str = ""  # Run folder; by default runs/ and the name of the config file or text, numbered if it exists.
     resume: str = ""  # A run folder to continue from its newest intact checkpoint.
-    seed: int = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
-    threads: int = 0  # CPU threads; 0: torch's default.
-    stop_at_step: int = 0  # Save and stop after this step, as after a signal; 0: train to the end.
-    dist_timeout: float = 600.0  # Seconds that a process of torchrun waits for the others before it exits.
-
-    def problems(self) -> list[str]:
-        found = at_least("run", self, seed=0, threads=0, stop_at_step=0, dist_timeout=1)
-        if self.seed >= 1 << 63:
-            found.append(f"run.seed is {self.seed}; it must be below 2**63")
-        return found
+    seed: Seed = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
+    threads: NonNegativeInt = 0  # CPU threads; 0: torch's default.
+    stop_at_step: NonNegativeInt = 0  # Save and stop after this step, as after a signal; 0: train to the end.
+    dist_timeout: Seconds = 600.0  # Seconds that a process of torchrun waits for the others before it exits.
 
 
 @dataclass(frozen=True)
@@ -69,81 +64,53 @@ class OptimConfig:
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon for the matrices inside the blocks, AdamW for the rest; `adamw`: AdamW for all."""
-    lr: float = 0.005  # Peak learning rate of AdamW.
-    muon_lr: float = 0.02  # Peak learning rate of Muon.
-    weight_decay: float = 0.1  # Weight decay of matrices and embeddings, not of norms and biases.
-    beta1: float = 0.9  # AdamW beta1.
-    beta2: float = 0.95  # AdamW beta2.
-    momentum: float = 0.95  # Muon momentum.
-    warmup_steps: int = 10  # Steps of linear warmup.
+    lr: NonNegativeFloat = 0.005  # Peak learning rate of AdamW.
+    muon_lr: NonNegativeFloat = 0.02  # Peak learning rate of Muon.
+    weight_decay: NonNegativeFloat = 0.1  # Weight decay of matrices and embeddings, not of norms and biases.
+    beta1: Momentum = 0.9  # AdamW beta1.
+    beta2: Momentum = 0.95  # AdamW beta2.
+    momentum: Momentum = 0.95  # Muon momentum.
+    warmup_steps: NonNegativeInt = 10  # Steps of linear warmup.
     schedule: Literal["linear", "cosine"] = "linear"  # `linear`: constant, then linear decay; `cosine`: cosine decay.
-    decay_fraction: float = 0.5  # Fraction of the steps over which `linear` decays.
-    min_lr_ratio: float = 0.0  # Final learning rate as a fraction of the peak.
-    grad_clip: float = 1.0  # Maximum norm of the gradient; 0: no clipping.
-
-    def problems(self) -> list[str]:
-        found = at_least("optim", self, lr=0, muon_lr=0, weight_decay=0, warmup_steps=0, grad_clip=0)
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        for name in ("decay_fraction", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"optim.{name} is {getattr(self, name)}; it must be between 0 and 1")
-        return found
+    decay_fraction: Fraction = 0.5  # Fraction of the steps over which `linear` decays.
+    min_lr_ratio: Fraction = 0.0  # Final learning rate as a fraction of the peak.
+    grad_clip: NonNegativeFloat = 1.0  # Maximum norm of the gradient; 0: no clipping.
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Training loop."""
 
-    minutes: float = (
-        0.0  # Minutes for the whole command; chooses model, batch, steps and learning rates; 0: as configured.
+    minutes: Minutes = 0.0  # For the whole command: chooses model, batch, steps and learning rates; 0: as configured.
+    steps: PositiveInt = 1000  # Optimizer steps.
+    batch_size: PositiveInt = 16  # Sequences in a step, over all processes.
+    micro_batch_size: NonNegativeInt = (
+        0  # Sequences of a process in one forward and backward pass; 0: its part of the batch.
     )
-    steps: int = 1000  # Optimizer steps.
-    batch_size: int = 16  # Sequences in a step, over all processes.
-    micro_batch_size: int = 0  # Sequences of a process in one forward and backward pass; 0: its part of the batch.
-    eval_every: int = 100  # Steps between evaluations.
-    eval_tokens: int = 65_536  # Validation tokens of an evaluation, the same every time.
-    save_every: int = 100  # Steps between checkpoints; the best evaluation and the last step are saved as well.
-    keep_checkpoints: int = 2  # How many of the newest checkpoints are kept, besides the best.
-    patience: int = 0  # Stop after this many evaluations without improvement; 0: never.
-    skip_nonfinite_steps: int = 0  # Steps with a non-finite loss or gradient that are skipped before the run stops.
+    eval_every: PositiveInt = 100  # Steps between evaluations.
+    eval_tokens: PositiveInt = 65_536  # Validation tokens of an evaluation, the same every time.
+    save_every: PositiveInt = 100  # Steps between checkpoints; the best evaluation and the last step are saved as well.
+    keep_checkpoints: PositiveInt = 2  # How many of the newest checkpoints are kept, besides the best.
+    patience: NonNegativeInt = 0  # Stop after this many evaluations without improvement; 0: never.
+    skip_nonfinite_steps: NonNegativeInt = 0  # Steps with a non-finite loss or gradient to skip before the run stops.
     sharding: Literal["none", "fsdp"] = "none"
     """`none`: DDP, every process has the whole model; `fsdp`: FSDP2, parameters and optimizer state are sharded."""
-    dtype: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # Of matrix products; `auto`: bf16 where the hardware supports it well.
-    )
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # torch.compile; `auto`: for long runs where a compiler is installed.
-    )
-
-    def problems(self) -> list[str]:
-        least_one = ("steps", "batch_size", "eval_every", "eval_tokens", "save_every", "keep_checkpoints")
-        least_zero = ("minutes", "micro_batch_size", "patience", "skip_nonfinite_steps")
-        found = at_least("train", self, **dict.fromkeys(least_one, 1), **dict.fromkeys(least_zero, 0))
-        if self.minutes >= MAX_MINUTES:
-            found.append(f"train.minutes is {self.minutes}; it must be below {MAX_MINUTES:,}")
-        return found
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # Of matrix products; `auto`: bf16 where it is well supported.
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; `auto`: for long runs if a compiler is installed.
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """Logging, samples and inspection."""
 
-    every: int = 10  # Steps between log lines.
-    sample_tokens: int = 100  # Tokens of the text sample at each evaluation; 0: none.
+    every: PositiveInt = 10  # Steps between log lines.
+    sample_tokens: NonNegativeInt = 100  # Tokens of the text sample at each evaluation; 0: none.
     prompts: str = ""  # A file of prompts to monitor: texts, or prompt, right and wrong answer separated by tabs.
     attention: Literal["on", "off"] = "on"
     """`on`: record attention and head scores at each evaluation and write the page; `off`: train without."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; `offline`: write to the run folder, for `wandb sync`."""
     wandb_project: str = "glassgpt"  # Weights & Biases project.
-
-    def problems(self) -> list[str]:
-        found = at_least("log", self, every=1, sample_tokens=0)
-        if self.prompts and not os.path.isfile(self.prompts):
-            found.append(f"log.prompts is {self.prompts!r}; there is no such file")
-        return found
 
 
 @dataclass(frozen=True)
@@ -159,16 +126,21 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """What is wrong, one line each."""
-        sections = (self.run, self.data, self.model, self.optim, self.train, self.log)
-        return [line for section in sections for line in section.problems()]
+        found = self.data.problems() + self.model.problems()
+        for section in ("run", "optim", "train", "log"):
+            settings = getattr(self, section)
+            for name, kind in get_type_hints(type(settings), include_extras=True).items():
+                for text, holds in getattr(kind, "__metadata__", ()):
+                    value = getattr(settings, name)
+                    if not holds(value):
+                        found.append(f"{section}.{name} is {value}; it must be {text}")
+        if self.log.prompts and not os.path.isfile(self.log.prompts):
+            found.append(f"log.prompts is {self.log.prompts!r}; there is no such file")
+        return found
 
 
 def as_arguments(table: dict[str, Any], where: str) -> list[str]:
-    """The entries of a TOML file or a checkpoint's config as `--section.key=value` arguments.
-
-    Raises:
-        UserError: for an entry that is neither a section nor a plain value.
-    """
+    """The entries of a TOML file or a checkpoint's config as `--section.key=value` arguments; raises UserError (2)."""
     arguments = []
     for section, entries in table.items():
         if not isinstance(entries, dict):
@@ -216,7 +188,7 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
     """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's.
 
     Raises:
-        UserError: with a line for each problem.
+        UserError: with a line for each problem (2), or for a folder that is not a run (4).
     """
     typed = list(argv)
     file = Path(typed.pop(0)) if typed and not typed[0].startswith("-") else None

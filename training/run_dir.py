@@ -1,7 +1,6 @@
 """The run folder: its name, the lock that keeps a second trainer out, and `config.toml`, which makes it a run.
 
-Imports no torch, so that a folder in use is reported at once. Of several processes only rank 0 opens the folder; the
-others receive its name.
+Imports no torch, so that a folder in use is reported at once.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ CONFIG_FILE = "config.toml"
 def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
     """The config with its folder decided, which is locked while the body runs; only rank 0 does this.
 
-    Args:
-        name: of the config file or text; the folder is named after it unless `run.dir` names one.
+    The folder is the resumed run's, `run.dir`, or the first free one of runs/NAME, runs/NAME-2, ...
 
     Raises:
         UserError: if the folder already holds a run (2) or checkpoints without a config (4), cannot be written (6), or
@@ -38,57 +36,38 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
     if os.environ.get("RANK", "0") != "0":
         yield config
         return
-    config, lock = claim_run_dir(config, name)
-    try:
-        yield config
-    finally:
-        lock.close()
-
-
-def claim_run_dir(config: RunConfig, name: str) -> tuple[RunConfig, IO[str]]:
-    """Choose and lock the folder: the resumed run's, `run.dir`, or the first free one of runs/NAME, runs/NAME-2, ..."""
-    if config.run.resume:
-        return config, lock_folder(Path(config.run.resume))
-    if config.run.dir:
-        folder = Path(config.run.dir)
-        shown = escape_control_chars(folder)
-        if _has_checkpoints(folder) and not _is_run(folder):
-            message = f"{shown} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
-            raise UserError(message, CHECKPOINT)
-        if _is_run(folder) and not _is_restart_of(folder):
-            message = f"{shown} already holds a run; continue it with --run.resume {shown}, or choose another --run.dir"
-            raise UserError(message, CONFIG)
-        return _with_folder(config, folder), lock_folder(folder)
-    for number in itertools.count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if (_is_run(folder) or _has_checkpoints(folder)) and not _is_restart_of(folder):
-            continue
+    given = config.run.resume or config.run.dir
+    numbered = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    for folder in [Path(given)] if given else numbered:
         try:
-            return _with_folder(config, folder), lock_folder(folder)
-        except UserError as error:  # another trainer has just started there
-            if error.exit_code != IN_USE:
+            resume = config.run.resume or (str(folder) if is_restart(folder) else "")
+            lock = lock_folder(folder)
+            break
+        except UserError as error:
+            if given or error.exit_code == DISK_OR_MEMORY:
                 raise
-    raise AssertionError("unreachable")
+    run = dataclasses.replace(config.run, dir=str(folder), resume=resume)
+    with lock:
+        yield dataclasses.replace(config, run=run)
 
 
-def _with_folder(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with its folder; a job that torchrun has restarted resumes the run that it had started."""
-    resume = str(folder) if _is_run(folder) and _is_restart_of(folder) else ""
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder), resume=resume))
+def is_restart(folder: Path) -> bool:
+    """Whether the folder holds the run of this same job, which torchrun has restarted; False if it is free.
 
-
-def _is_run(folder: Path) -> bool:
-    return (folder / CONFIG_FILE).exists()
-
-
-def _has_checkpoints(folder: Path) -> bool:
-    """Whether there is a checkpoint after step 0, which a new run writes before its `config.toml`."""
-    return any(path.name.isdecimal() and int(path.name) > 0 for path in (folder / "checkpoints").glob("*"))
-
-
-def _is_restart_of(folder: Path) -> bool:
-    """Whether torchrun has restarted this job, and the folder was last locked by this same job."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]
+    Raises:
+        UserError: if it holds another run (2), or checkpoints after step 0 without a config (4).
+    """
+    shown = escape_control_chars(folder)
+    if (folder / CONFIG_FILE).exists():
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]:
+            return True
+        raise UserError(
+            f"{shown} already holds a run; continue it with --run.resume {shown}, or choose another --run.dir", CONFIG
+        )
+    if any(path.name.isdecimal() and int(path.name) > 0 for path in (folder / "checkpoints").glob("*")):
+        message = f"{shown} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
+        raise UserError(message, CHECKPOINT)
+    return False
 
 
 def _job_name() -> str:
@@ -99,10 +78,9 @@ def _job_name() -> str:
 
 def _lock_owner(folder: Path) -> list[str]:
     """What the last owner of the folder wrote to its lock: process id and job."""
-    try:
+    with contextlib.suppress(OSError):
         return (folder / "lock").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+    return []
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -114,22 +92,18 @@ def lock_folder(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            process = (_lock_owner(folder) or ["unknown"])[0]
-            raise UserError(
-                f"{folder} is in use by process {process}; wait for it, or choose another --run.dir", IN_USE
-            ) from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n{_job_name()}\n")
         lock.flush()
         (folder / "attention").mkdir(exist_ok=True)
+    except BlockingIOError as error:
+        process = (_lock_owner(folder) or ["unknown"])[0]
+        message = f"{folder} is in use by process {process}; wait for it, or choose another --run.dir"
+        raise UserError(message, IN_USE) from error
     except OSError as error:
-        raise UserError(
-            f"cannot write the run folder {folder}: {error.strerror}; choose another with --run.dir", DISK_OR_MEMORY
-        ) from error
+        message = f"cannot write the run folder {folder}: {error.strerror}; choose another with --run.dir"
+        raise UserError(message, DISK_OR_MEMORY) from error
     return lock
 
 

@@ -33,15 +33,15 @@ class SignalHandler:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Handle the signals while the body runs. Signals that were ignored before (`nohup`) stay ignored."""
-        previous = {number: signal.getsignal(number) for number in SIGNALS}
-        handled = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
-        for number in handled:
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+        for number in previous:
             signal.signal(number, self._handle)
         try:
             yield
         finally:
-            for number in handled:
-                signal.signal(number, previous[number])
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

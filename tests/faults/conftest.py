@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def server(session_cache: None) -> Iterator[ForkServer]:
-    """Starts `train.main` in a fresh process within milliseconds; one server for each pytest worker."""
+    """Starts scripts in fresh processes within milliseconds; one server for each pytest worker."""
     with ForkServer() as started:
         yield started
 

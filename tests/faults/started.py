@@ -1,25 +1,23 @@
 """Programs as a user, a scheduler or torchrun starts them: real processes, observed through /proc and what they write.
 
-Everything that a `Started` starts has a word of its own in its environment, so that processes left behind are found
-also when their parent has gone.
+Everything that a `Started` starts inherits a random word in its environment, which finds also those whose parent has gone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-import termios
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from common.files import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 WORD = "GLASSGPT_STARTED"
@@ -35,7 +33,7 @@ class Running:
     err: Path
 
     def poll(self, within: float = 0) -> int | None:
-        """Its exit code as a shell reports it, or None if it runs on after so many seconds."""
+        """Its exit code as a shell reports it, or None if it is still running after so many seconds."""
         raise NotImplementedError
 
     def send(self, number: int) -> None:
@@ -68,11 +66,10 @@ class Running:
 
     def end(self, within: float = 120) -> subprocess.CompletedProcess[str]:
         """Wait for its end."""
-        within = allowed(within)
-        code = self.poll(within)
+        code = self.poll(allowed(within))
         if code is None:
             self.send(signal.SIGKILL)
-            raise AssertionError(f"still running after {within} s\n{self.output()}")
+            raise AssertionError(f"still running after {allowed(within)} s\n{self.output()}")
         return subprocess.CompletedProcess("", code, *self.texts())
 
 
@@ -80,41 +77,18 @@ class Started(Running):
     """A command in a session of its own. Use it in a `with`: nothing survives the body.
 
     Args:
-        quiet: signals that the command ignores from its start, as after `nohup` (SIGHUP) or `&` in a script (SIGINT).
-        terminal: a terminal that it is started in.
-        stdout: where it prints to, instead of a file.
+        env: in addition to the current environment.
+        how: further arguments of `Popen`.
     """
 
-    def __init__(
-        self,
-        *command: object,
-        cwd: Path = ROOT,
-        env: Mapping[str, str] | None = None,
-        quiet: Sequence[int] = (),
-        terminal: int | None = None,
-        stdout: int | None = None,
-    ) -> None:
+    def __init__(self, *command: object, env: Mapping[str, str] | None = None, **how: Any) -> None:
         self.word, self.folder = secrets.token_hex(8), tempfile.TemporaryDirectory()
         self.out, self.err = (Path(self.folder.name) / name for name in ("out", "err"))
         threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-
-        def prepare() -> None:
-            for number in quiet:
-                signal.signal(number, signal.SIG_IGN)
-            if terminal is not None:
-                fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-
         with self.out.open("wb") as out, self.err.open("wb") as err:
-            self.process = subprocess.Popen(
-                [*map(str, command)],
-                cwd=cwd,
-                stdin=subprocess.DEVNULL if terminal is None else terminal,
-                stdout=next(x for x in (stdout, terminal, out) if x is not None),
-                stderr=err if terminal is None else terminal,
-                start_new_session=True,
-                preexec_fn=prepare,
-                env={**os.environ, **threads, **(env or {}), WORD: self.word},
-            )
+            how = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **how}
+            variables = {**os.environ, **threads, **(env or {}), WORD: self.word}
+            self.process = subprocess.Popen([*map(str, command)], start_new_session=True, env=variables, **how)
         self.pid = self.process.pid
 
     def __enter__(self) -> Started:
@@ -138,14 +112,14 @@ class Started(Running):
 
     def ranks(self) -> dict[int, int]:
         """The processes of a torchrun, by rank."""
-        pairs = [(environment(pid).get("RANK"), pid) for pid in self.living()]
-        return {int(k): pid for k, pid in pairs if k is not None and "RANK" not in environment(parent(pid))}
+        children = [pid for pid in self.living() if stat(pid)[1:2] == [str(self.pid)]]
+        return {int(environment(pid)["RANK"]): pid for pid in children if "RANK" in environment(pid)}
 
     def nobody_left(self, within: float = 10) -> None:
         """Assert that every process it started has ended."""
         deadline = time.monotonic() + allowed(within)
         while left := self.living():
-            assert time.monotonic() < deadline, [(pid, line(pid)) for pid in left]
+            assert time.monotonic() < deadline, [(pid, proc(pid, "cmdline")) for pid in left]
             time.sleep(0.02)
 
 
@@ -159,9 +133,9 @@ def allowed(seconds: float) -> float:
     return seconds * max(1.0, 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def shell_code(code: int) -> int:
-    """A return code of `subprocess` as a shell reports it."""
-    return 128 - code if code < 0 else code
+def shell_code(code: Any) -> Any:
+    """A return code of `subprocess`, or None, as a shell reports it."""
+    return 128 - code if code is not None and code < 0 else code
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
@@ -182,42 +156,16 @@ def environment(pid: int) -> dict[str, str]:
     return dict(word.split("=", 1) for word in proc(pid, "environ").split("\0") if "=" in word)
 
 
-def line(pid: int) -> str:
-    """The command line of a process."""
-    return proc(pid, "cmdline").replace("\0", " ")
-
-
 def stat(pid: int) -> list[str]:
     """State (T: stopped), parent and so on, as in proc(5)."""
     return proc(pid, "stat").rpartition(")")[2].split()
 
 
-def parent(pid: int) -> int:
-    return int((stat(pid) or "00")[1])
-
-
-def catches(pid: int, number: int, kind: str = "SigCgt") -> bool:
-    """Whether a process has a handler of its own for a signal."""
-    masks = [int(row.split()[1], 16) for row in proc(pid, "status").splitlines() if row.startswith(kind)]
-    return any(mask >> (number - 1) & 1 for mask in masks)
-
-
-def loaded(pid: int, library: str) -> bool:
-    """Whether a process has begun to load a library of that name."""
-    return library in proc(pid, "maps")
-
-
 def steps_done(run: Path) -> int:
     """The last step of metrics.jsonl that has a loss; 0 before the first."""
-    with contextlib.suppress(OSError):
-        for text in reversed((run / "metrics.jsonl").read_text().splitlines()):
-            with contextlib.suppress(ValueError):
-                metrics = json.loads(text)
-                if "loss" in metrics:
-                    return int(metrics["step"])
-    return 0
+    return max((line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line), default=0)
 
 
 def error_lines(text: str) -> list[str]:
-    """The lines by which the program says what went wrong."""
+    """The lines by which the program reports what went wrong."""
     return [line for line in text.splitlines() if line.startswith("error: ")]

@@ -55,7 +55,7 @@ class Place:
 
     def paused(self) -> Child:
         """The run, paused as it writes its second sample, after step 8."""
-        hook = Hook(3, "SIGSTOP", "open", "samples.txt", under=str(self.run))
+        hook = Hook(3, "SIGSTOP", "open", "samples.txt")
         running = self.server.start(*self.argv, hook=hook, env=self.env)
         assert running.held(), running.output()
         return running

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from common.files import read_metrics
 from tests.faults.forkserver import ForkServer
-from tests.faults.harness import FAULTY, Reference, committed, numbers
+from tests.faults.harness import Reference, committed, numbers
 from tests.runs import error_line
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json")
@@ -29,23 +28,18 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def noise(path: Path) -> None:
-    path.write_bytes(bytes(range(256)) * (path.stat().st_size // 256 + 1))
-
-
-def zeros(path: Path) -> None:
-    """As after a power cut."""
-    path.write_bytes(b"\0" * path.stat().st_size)
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "missing": Path.unlink}
-GARBLED = {**DAMAGES, "noise": noise, "zeros": zeros}
+DAMAGES: dict[str, Callable[[Path], object]] = {"cut": cut, "flip": flip, "missing": Path.unlink}
+GARBLED = {
+    **DAMAGES,
+    "noise": lambda path: path.write_bytes(bytes(range(256)) * (path.stat().st_size // 256 + 1)),
+    "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),  # as after a power cut
+}
 
 
 @pytest.fixture(scope="module")
-def start(server: ForkServer, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run at step 6 with checkpoints of steps 4 and 6, and perhaps of the best."""
-    return reference.stopped_at(START, server, tmp_path_factory.mktemp("start") / "run")
+    return reference.stopped_at(START, tmp_path_factory.mktemp("start") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +63,14 @@ def resume(server: ForkServer, run: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("what", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_checkpoint_is_named_and_skipped(
-    name: str, what: str, server: ForkServer, whole: Reference, run: Path
-) -> None:
+def test_damaged_checkpoint_is_named_and_skipped(name: str, what: str, whole: Reference, run: Path) -> None:
     """By sample.py and attend.py, and by a resume from the one before it, which ends with the same weights."""
     newest = run / "checkpoints" / f"{START:06d}"
     DAMAGES[what](newest / name)
     for script, argv in (("sample.py", ["--tokens=2"]), ("attend.py", ["--prompt=box"])):
-        done = server.run(run, *argv, script=script)
+        done = whole.server.run(run, *argv, script=script)
         assert done.returncode == 0 and str(newest) in done.stderr, done.stderr
-        error_line(server.run(newest, *argv, script=script), 4)
-    done = resume(server, run)
+    done = resume(whole.server, run)
     assert done.returncode == 0 and str(newest) in done.stderr, done.stderr
     whole.check(run)
 
@@ -90,22 +81,28 @@ def test_without_a_good_checkpoint_nothing_is_started(server: ForkServer, run: P
         flip(folder / "model.safetensors")
     done = resume(server, run)
     assert str(run) in error_line(done, 4)
-    for folder in (run / "checkpoints").iterdir():
-        assert str(folder) in done.stderr
+    assert all(str(folder) in done.stderr for folder in (run / "checkpoints").iterdir())
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
-def test_run_without_checkpoints_is_reported(server: ForkServer, run: Path) -> None:
-    shutil.rmtree(run / "checkpoints")
-    for script, argv in (("train.py", [f"--run.resume={run}"]), ("sample.py", [run]), ("attend.py", [run])):
+@pytest.mark.parametrize("what", ["no checkpoints", "empty", "file", "nowhere"])
+def test_folder_without_a_run_is_reported(what: str, server: ForkServer, run: Path, tmp_path: Path) -> None:
+    path = run if what == "no checkpoints" else tmp_path / what
+    if what == "no checkpoints":
+        shutil.rmtree(run / "checkpoints")
+    elif what == "empty":
+        path.mkdir()
+    elif what == "file":
+        path.write_text("not a folder")
+    for script, argv in (("train.py", [f"--run.resume={path}"]), ("sample.py", [path]), ("attend.py", [path])):
         error_line(server.run(*argv, script=script), 4)
 
 
 @pytest.mark.parametrize("what", ["cut", "missing", "noise"])
-def test_damaged_config_never_trains_another_run(what: str, server: ForkServer, whole: Reference, run: Path) -> None:
+def test_damaged_config_never_trains_another_run(what: str, whole: Reference, run: Path) -> None:
     """Refused in one line, or resumed to the same weights: a shortened file must not bring back the defaults."""
     GARBLED[what](run / "config.toml")
-    done = resume(server, run)
+    done = resume(whole.server, run)
     if done.returncode:
         error_line(done, done.returncode)
         assert done.returncode in (2, 4) and committed(run) == START
@@ -113,47 +110,32 @@ def test_damaged_config_never_trains_another_run(what: str, server: ForkServer, 
         assert whole.same_weights(run) and numbers(run) == numbers(whole.run)
 
 
-def test_run_without_config_is_not_overwritten(server: ForkServer, corpus: Path, run: Path) -> None:
+def test_run_without_config_is_not_overwritten(reference: Reference, run: Path) -> None:
     (run / "config.toml").unlink()
     before = (run / "metrics.jsonl").read_bytes()
-    done = server.run(*FAULTY, f"--data.source={corpus}", "--run.seed=2", "--run.stop_at_step=2", f"--run.dir={run}")
+    done = reference.server.run(*reference.argv, "--run.seed=2", f"--run.dir={run}")
     assert str(run) in error_line(done, 4)
     assert committed(run) == START and (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("what", ["cut", "missing", "zeros"])
-def test_damaged_metrics_cost_no_step(what: str, server: ForkServer, whole: Reference, run: Path) -> None:
+def test_damaged_metrics_cost_no_step(what: str, whole: Reference, run: Path) -> None:
     """Lines that cannot be read are lost; those that follow are whole, in order, and none is there twice."""
     GARBLED[what](run / "metrics.jsonl")
-    assert resume(server, run).returncode == 0
+    assert resume(whole.server, run).returncode == 0
     assert whole.same_weights(run)
-
-    def steps(folder: Path, key: str) -> list[int]:
-        lines: list[Any] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [line["step"] for line in lines if key in line]
-
+    lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (run, whole.run))
     for key in ("loss", "val_loss"):
-        found, expected = steps(run, key), steps(whole.run, key)
-        assert found == sorted(set(found)) and set(found) <= set(expected)
-        assert [step for step in found if step > START] == [step for step in expected if step > START]
+        found, steps = ([line["step"] for line in table if key in line] for table in (lines, expected))
+        assert found == sorted(set(found)) and set(found) <= set(steps)
+        assert [step for step in found if step > START] == [step for step in steps if step > START]
 
 
 @pytest.mark.parametrize("what", ["missing", "noise"])
 @pytest.mark.parametrize("name", ["samples.txt", "attention/000004.safetensors", "attention/eval_texts.json"])
-def test_damage_to_other_files_costs_no_step(
-    name: str, what: str, server: ForkServer, reference: Reference, run: Path
-) -> None:
+def test_damage_to_other_files_costs_no_step(name: str, what: str, reference: Reference, run: Path) -> None:
     """The run ends well, up to the page."""
     GARBLED[what](run / name)
-    done = server.run(f"--run.resume={run}", "--run.stop_at_step=0")
+    done = reference.server.run(f"--run.resume={run}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert reference.same_weights(run)
-
-
-def test_folder_that_is_not_a_run_is_reported(server: ForkServer, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("not a folder")
-    for name in ("empty", "file", "nowhere"):
-        path = tmp_path / name
-        for script, argv in (("train.py", [f"--run.resume={path}"]), ("sample.py", [path]), ("attend.py", [path])):
-            error_line(server.run(*argv, script=script), 4)

@@ -167,7 +167,7 @@ def test_a_lost_process_ends_the_others(
 
 def test_rank_0_is_killed_while_saving(server: ForkServer, references: References, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    hooks = {0: Hook(1, "SIGKILL", "rename", "000010")}
+    hooks = {0: Hook(1, "SIGKILL", "rename", ".writing-000010")}
     with Ranks(server, 2, *options(references.corpus), f"--run.dir={run}", hooks=hooks) as running:
         (done,) = running.end(1, within=SOON + TIMEOUT)
     assert done.returncode == LOST_PROCESS, done.stderr

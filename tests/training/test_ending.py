@@ -60,7 +60,9 @@ def test_signal_during_an_import_exits_without_traceback(name: str, tmp_path: Pa
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "ran", "")
 
 
-@pytest.mark.parametrize(("rank", "least", "err"), [("1", RANK_ZERO_SECONDS, ""), ("0", 0.0, "error: no\n")])
+@pytest.mark.parametrize(
+    ("rank", "least", "err"), [("1", RANK_ZERO_SECONDS, "error (process 1): no\n"), ("0", 0.0, "error: no\n")]
+)
 def test_config_error_is_reported_once_across_ranks(rank: str, least: float, err: str) -> None:
     """torchrun ends all processes once one has ended: the others wait for the first to report."""
     start = time.monotonic()

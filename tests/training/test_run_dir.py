@@ -14,7 +14,7 @@ import pytest
 from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError
 from tests.runs import ROOT, TINY, error_line, script
 from training.config import RunConfig, RunSettings
-from training.run_dir import claim_run_dir, save_config
+from training.run_dir import open_run_dir, save_config
 
 HOLD = """
 import sys, time
@@ -51,10 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_default_folder_is_the_next_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/mine", "runs/mine-2", "runs/mine-3"):
-        config, lock = claim_run_dir(RunConfig(), "mine")
-        assert config.run.dir == expected
-        save_config(config)
-        lock.close()
+        with open_run_dir(RunConfig(), "mine") as config:
+            assert config.run.dir == expected
+            save_config(config)
 
 
 def test_folder_in_use_is_refused_before_torch_is_imported(holder: Holder) -> None:
@@ -75,9 +74,8 @@ def test_lock_ends_with_its_process(holder: Holder) -> None:
     folder, owner = holder
     owner.kill()
     owner.wait()
-    _, lock = claim_run_dir(RunConfig(run=RunSettings(dir=str(folder))), "x")
-    assert (folder / "lock").read_text().splitlines()[0] == str(os.getpid())
-    lock.close()
+    with open_run_dir(RunConfig(run=RunSettings(dir=str(folder))), "x"):
+        assert (folder / "lock").read_text().splitlines()[0] == str(os.getpid())
 
 
 def test_restarted_job_resumes_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,19 +85,17 @@ def test_restarted_job_resumes_its_own_run_only(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         if job == "two":  # its first start was refused: the folder holds another job's run
-            with pytest.raises(UserError) as caught:
-                claim_run_dir(given_dir, "mine")
+            with pytest.raises(UserError) as caught, open_run_dir(given_dir, "mine"):
+                pass
             assert caught.value.exit_code == CONFIG
-        config, lock = claim_run_dir(RunConfig(), "mine")
-        assert config.run.dir == ("runs/mine" if job == "one" else "runs/mine-2")
-        assert config.run.resume == (config.run.dir if (job, restarts) == ("one", "1") else "")
-        save_config(config)
-        lock.close()
-        if job == "one":
-            config, lock = claim_run_dir(given_dir, "mine")
-            assert config.run.resume == ("given" if restarts == "1" else "")
+        with open_run_dir(RunConfig(), "mine") as config:
+            assert config.run.dir == ("runs/mine" if job == "one" else "runs/mine-2")
+            assert config.run.resume == (config.run.dir if (job, restarts) == ("one", "1") else "")
             save_config(config)
-            lock.close()
+        if job == "one":
+            with open_run_dir(given_dir, "mine") as config:
+                assert config.run.resume == ("given" if restarts == "1" else "")
+                save_config(config)
 
 
 def test_checkpoints_may_be_a_link_to_another_disk(run: Path, tmp_path: Path) -> None:
