@@ -1,11 +1,10 @@
-"""A small trainer, and a callback that records what the loop does."""
+"""A small trainer."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from training.checkpoint import TrainState
 from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
 from training.device import DistContext
 from training.optimizer import Optimizer
-from training.trainer import Callback, Trainer
+from training.trainer import Trainer
 
 LINES = ("the fox runs", "a dog", "the lazy dog sleeps under the old tree", "one", "two more words for the end")
 """Documents of unequal length: sequences with unequal numbers of valid targets."""
@@ -42,26 +41,3 @@ def make_trainer(
     model = GPT(model_config, corpus().tokenizer.vocab_size, seed=3)
     ctx = DistContext(torch.device("cpu"), torch.float32)
     return Trainer(config, ctx, corpus(), model, model, Optimizer(model, OPTIM), state or TrainState())
-
-
-class Record(Callback):
-    """What the loop reported, and when it saved."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.steps: list[dict[str, Any]] = []
-        self.evals: list[dict[str, Any]] = []
-        self.saves: list[int] = []
-        self.exit_code: int | None = None
-        trainer.callbacks = [self]
-
-    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self.steps.append(metrics)
-
-    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self.evals.append(metrics)
-
-    def on_save(self, trainer: Trainer) -> None:
-        self.saves.append(trainer.state.step)
-
-    def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        self.exit_code = exit_code

@@ -25,11 +25,9 @@ SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (24, 8), (1, 8), (8, 1),
 @given(st.integers(1, 400), st.integers(0, 50), st.sampled_from(["linear", "cosine"]), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=200, deadline=None)
 def test_lr_rises_then_falls_within_its_bounds(
-    steps: int, warmup: int, schedule: Any, decay_fraction: float, min_lr_ratio: float
+    steps: int, warmup: int, schedule: Any, decay: float, ratio: float
 ) -> None:
-    config = OptimConfig(
-        warmup_steps=warmup, schedule=schedule, decay_fraction=decay_fraction, min_lr_ratio=min_lr_ratio
-    )
+    config = OptimConfig(warmup_steps=warmup, schedule=schedule, decay_fraction=decay, min_lr_ratio=ratio)
     scales = [get_lr_scale(step, steps, config) for step in range(steps)]
     assert all(0 < scale <= 1 for scale in scales)
     rising, falling = scales[: min(warmup, steps)], scales[warmup:]

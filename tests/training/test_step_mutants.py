@@ -58,44 +58,29 @@ def check_gradient() -> None:
 
 
 def check_steps() -> None:
-    """Weights after some steps: each step's batch, clipped gradient and learning rate, and AdamW by its formula."""
-    trainer, reference = make_trainer(), make_trainer()
-    moments: dict[str, tuple[Tensor, Tensor]] = {}
-    start = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
+    """Weights after some steps: each step's batch, clipped gradient (Pascanu et al. 2013), learning rate, and AdamW."""
+    trainer, model = make_trainer(), make_trainer().model
+    start = [p.detach().clone() for p in model.parameters()]
+    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == decays]} for decays in (True, False)]
+    groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]  # norms and biases
+    adamw = torch.optim.AdamW(groups, betas=(OPTIM.beta1, OPTIM.beta2), weight_decay=OPTIM.weight_decay, foreach=False)
     for step in range(STEPS):
-        metrics = trainer.train_step()
-        reference.model.zero_grad(set_to_none=True)
-        loss = mean_loss(reference.model, batch_of(reference, step))
+        metrics, lr = trainer.train_step(), OPTIM.lr * get_lr_scale(step, STEPS, OPTIM)
+        loss = mean_loss(model, batch_of(trainer, step))
         loss.backward()
-        assert math.isclose(metrics["loss"], float(loss.detach()), rel_tol=1e-5), f"the loss of step {step}"
-        norm = textbook_update(reference.model, step, moments)
-        assert math.isclose(metrics["grad_norm"], norm, rel_tol=1e-4), f"the gradient norm of step {step}"
-        assert math.isclose(metrics["lr"], OPTIM.lr * get_lr_scale(step, STEPS, OPTIM)), f"the lr of step {step}"
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip))
+        assert norm > OPTIM.grad_clip, "a gradient that is not clipped does not test clipping"
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        adamw.step()
+        adamw.zero_grad()
+        expected = {"loss": float(loss.detach()), "grad_norm": norm, "lr": lr}
+        for name, value in expected.items():
+            assert math.isclose(metrics[name], value, rel_tol=1e-4), f"{name} of step {step}"
     tokens_seen = sum(int((batch_of(trainer, step).targets != IGNORE_INDEX).sum()) for step in range(STEPS))
     assert (trainer.state.step, trainer.state.tokens_seen) == (STEPS, tokens_seen)
-    trained = dict(trainer.model.named_parameters())
-    for name, p in reference.model.named_parameters():
-        assert relative_difference(trained[name].detach() - start[name], p.detach() - start[name]) <= 1e-4, name
-
-
-@torch.no_grad()
-def textbook_update(model: GPT, step: int, moments: dict[str, tuple[Tensor, Tensor]]) -> float:
-    """Clip the norm (Pascanu et al. 2013), then AdamW (Loshchilov & Hutter 2019, algorithm 2); the norm before."""
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
-    assert norm > OPTIM.grad_clip, "a gradient that is not clipped does not test clipping"
-    lr = OPTIM.lr * get_lr_scale(step, STEPS, OPTIM)
-    for name, p in parameters.items():
-        gradient = p.grad * (OPTIM.grad_clip / norm)
-        first, second = moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
-        first = OPTIM.beta1 * first + (1 - OPTIM.beta1) * gradient
-        second = OPTIM.beta2 * second + (1 - OPTIM.beta2) * gradient.square()
-        moments[name] = first, second
-        if p.dim() > 1:  # matrices decay; norms and biases do not
-            p.mul_(1 - lr * OPTIM.weight_decay)
-        unbiased = first / (1 - OPTIM.beta1 ** (step + 1)), second / (1 - OPTIM.beta2 ** (step + 1))
-        p.sub_(lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8))
-    return norm
+    for trained, p, first in zip(trainer.model.parameters(), model.parameters(), start, strict=True):
+        assert relative_difference(trained.detach() - first, p.detach() - first) <= 1e-4
 
 
 def dropout_masks(step: int, seed: int) -> list[Tensor]:

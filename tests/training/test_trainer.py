@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -17,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import NON_FINITE, UserError
-from model.gpt import GPT
-from tests.training.helpers import TRAIN, Record, make_trainer
+from tests.training.helpers import TRAIN, make_trainer
 from training.checkpoint import TrainState
 from training.metrics import MetricsLogger
 from training.trainer import Prefetcher, Trainer, derive_seed
@@ -26,83 +26,88 @@ from training.trainer import Prefetcher, Trainer, derive_seed
 EIGHT = replace(TRAIN, steps=8, batch_size=4, eval_every=4, save_every=100)
 
 
-class NonFinite(nn.Module):
-    """A model whose logits are NaN at some calls."""
+def record(trainer: Trainer) -> Any:
+    """A callback that keeps what the loop reported, and when it saved."""
+    kept = SimpleNamespace(steps=[], evals=[], saves=[], exit_code=None)
+    kept.on_step = lambda trainer, metrics: kept.steps.append(metrics)
+    kept.on_eval = lambda trainer, metrics: kept.evals.append(metrics)
+    kept.on_save = lambda trainer: kept.saves.append(trainer.state.step)
+    kept.on_exit = lambda trainer, exit_code: setattr(kept, "exit_code", exit_code)
+    trainer.callbacks = [kept]
+    return kept
 
-    def __init__(self, model: GPT, calls: set[int]) -> None:
-        super().__init__()
-        self.model, self.bad_calls, self.calls = model, calls, 0
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        self.calls += 1
-        return self.model(tokens) * (math.nan if self.calls - 1 in self.bad_calls else 1.0)
+def break_steps(trainer: Trainer, steps: set[int]) -> None:
+    """Make the logits of these training steps NaN."""
+
+    def hook(model: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+        return logits * math.nan if model.training and trainer.state.step in steps else logits
+
+    trainer.model.register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 def test_non_finite_steps_are_skipped_or_end_the_run(allowed: int) -> None:
     trainer = make_trainer(replace(EIGHT, skip_nonfinite_steps=allowed))
-    trainer.wrapped_model = NonFinite(trainer.model, {2, 5})
-    record = Record(trainer)
+    break_steps(trainer, {2, 5})
+    kept = record(trainer)
     if allowed < 2:
         step = 5 if allowed else 2
         with pytest.raises(UserError, match=rf"step {step} \(seed 1, training documents \d") as caught:
             trainer.run()
-        assert caught.value.exit_code == record.exit_code == NON_FINITE
+        assert caught.value.exit_code == kept.exit_code == NON_FINITE
         assert trainer.state.step == step and trainer.state.skipped_steps == allowed
         return
     trainer.run()
-    assert trainer.state.step == 8 and trainer.state.skipped_steps == 2 and record.exit_code == 0
-    assert [line["step"] for line in record.steps if "skipped" in line] == [3, 6]
+    assert trainer.state.step == 8 and trainer.state.skipped_steps == 2 and kept.exit_code == 0
+    assert [line["step"] for line in kept.steps if "skipped" in line] == [3, 6]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
 def test_skipped_step_changes_neither_weights_nor_optimizer_state() -> None:
     trainer = make_trainer(replace(EIGHT, skip_nonfinite_steps=1))
+    break_steps(trainer, {1})
     trainer.train_step()
-    before = {name: value.clone() for name, value in state_of(trainer).items()}
-    trainer.wrapped_model, tokens = NonFinite(trainer.model, {0}), trainer.state.tokens_seen
+    states = (trainer.model.state_dict(), trainer.optimizer.state_dict())
+    before, tokens = copy.deepcopy(states), trainer.state.tokens_seen
     trainer.train_step()
     assert trainer.state.step == 2 and trainer.state.tokens_seen == tokens
-    assert all(torch.equal(value, before[name]) for name, value in state_of(trainer).items())
+    assert all(torch.equal(now[name], old[name]) for now, old in zip(states, before, strict=True) for name in old)
     assert all(p.grad is None for p in trainer.model.parameters())
-
-
-def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {**trainer.model.state_dict(), **trainer.optimizer.state_dict()}
 
 
 def test_evaluations_saves_and_hooks() -> None:
     trainer = make_trainer(EIGHT)
-    record, hooks = Record(trainer), list[str]()
+    kept, hooks = record(trainer), list[str]()
     partial = SimpleNamespace(on_end=lambda trainer: hooks.append("end"))  # hooks that are missing are not called
-    trainer.callbacks = [partial, record]
+    trainer.callbacks = [partial, kept]
     trainer.run()
-    assert hooks == ["end"] and record.exit_code == 0
-    assert [line["step"] for line in record.evals] == [4, 8]
-    assert record.saves[0] == 0 and record.saves[-1] == 8 and len(record.saves) == len(set(record.saves))
-    assert [line["step"] for line in record.steps] == list(range(1, 9))
-    assert record.steps[0].keys() == {"step", "loss", "lr", "grad_norm"}
+    assert hooks == ["end"] and kept.exit_code == 0
+    assert [line["step"] for line in kept.evals] == [4, 8]
+    assert kept.saves[0] == 0 and kept.saves[-1] == 8 and len(kept.saves) == len(set(kept.saves))
+    assert [line["step"] for line in kept.steps] == list(range(1, 9))
+    assert kept.steps[0].keys() == {"step", "loss", "lr", "grad_norm"}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, 0])
 def test_stopped_run_finishes_the_step_and_saves(signum: int) -> None:
     """By a signal, or by `run.stop_at_step`, which is no failure."""
     trainer = make_trainer(EIGHT, stop_at_step=0 if signum else 3)
-    record, handler = Record(trainer), signal.getsignal(signal.SIGINT)
+    kept, handler = record(trainer), signal.getsignal(signal.SIGINT)
     if signum:
         stopper = SimpleNamespace(on_step=lambda _, line: signal.raise_signal(signum) if line["step"] == 3 else None)
-        trainer.callbacks = [stopper, record]
+        trainer.callbacks = [stopper, kept]
     with pytest.raises(SystemExit) as caught:
         trainer.run()
-    assert caught.value.code == record.exit_code == (128 + signum if signum else 0) and trainer.is_stopped
-    assert trainer.state.step == 3 and record.saves == [0, 3]
+    assert caught.value.code == kept.exit_code == (128 + signum if signum else 0) and trainer.is_stopped
+    assert trainer.state.step == 3 and kept.saves == [0, 3]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_signal_interrupts_an_evaluation_which_is_repeated() -> None:
     train = replace(EIGHT, batch_size=2, eval_tokens=10_000)
     trainer = make_trainer(train)
-    record, calls = Record(trainer), 0
+    kept, calls = record(trainer), 0
 
     def count(module: nn.Module, *_: Any) -> None:
         nonlocal calls
@@ -113,9 +118,9 @@ def test_signal_interrupts_an_evaluation_which_is_repeated() -> None:
     trainer.model.register_forward_hook(count)
     with pytest.raises(SystemExit):
         trainer.run()
-    assert calls == 2 and record.evals == [] and record.saves == [0, 4]
+    assert calls == 2 and kept.evals == [] and kept.saves == [0, 4]
     again = make_trainer(train, state=trainer.state)
-    repeated = Record(again)
+    repeated = record(again)
     again.run()
     assert [line["step"] for line in repeated.evals] == [4, 8]
 
@@ -152,9 +157,8 @@ def test_derived_seeds_are_stable_and_distinct() -> None:
 
 def test_telemetry_in_metrics_jsonl(tmp_path: Path) -> None:
     trainer = make_trainer(EIGHT)
-    logger = MetricsLogger(tmp_path, TrainState())
     trainer.config = replace(trainer.config, log=replace(trainer.config.log, every=3))
-    trainer.callbacks = [logger]
+    trainer.callbacks = [MetricsLogger(tmp_path, TrainState())]
     trainer.run()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
