@@ -22,7 +22,7 @@ from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import write_atomic
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionRecord
-from inspection.page_data import PageRun, ablation_tables, describe_scores, file_scores, finding_tables, score_tables
+from inspection.page_data import PageRun, describe_scores, file_scores, finding_tables, score_tables
 from inspection.page_encoding import Encoder, PageTooLarge, as_json
 from inspection.terminal import DISCLAIMER
 
@@ -85,7 +85,6 @@ def write_page(
     table: dict[str, Any] = {
         "title": escape_control_chars(title),
         "texts": [escape_control_chars(name) for name in names],
-        "ablation": ablation_tables(ablations),
         "scores": describe_scores(runs, ablations),
     }
     table |= finding_tables(findings, runs[0], table["scores"], names)
@@ -153,7 +152,7 @@ def _run(run: PageRun, names: list[str], content: Content, encoder: Encoder) -> 
             texts = {name: texts[name] for name in names[:FULL_TEXTS] if name in texts}
         qkv = not content.tokens and (s == last or content.every == 1)
         entries = [_text(texts[name], content, qkv, encoder) if name in texts else None for name in names]
-        steps.append({"step": run.step(s), "scores": score_tables(file_scores(file)), "texts": entries})
+        steps.append({"step": run.steps[s], "scores": score_tables(file_scores(file)), "texts": entries})
     label = escape_control_chars(run.label)
     return {"label": label, "layers": layers, "heads": heads, "steps": steps, "timeline": run.timeline}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars
-from inspection.ablation_results import AblationEffects, AblationResults
+from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, LABELS, ablation_label, measure_for_score
 from inspection.head_scores import ANTECEDENT, HeadScore, score_info
@@ -24,8 +24,6 @@ MAX_ATTENTION = HeadScore(
     "max_attention",
     "attention to the most attended token",
     "mean over i ≥ 1 of the largest A[i, j]",
-    low=0.0,
-    high=1.0,
     source="computed from the patterns, because these files contain no scores",
     texts="the texts shown",
 )
@@ -58,10 +56,11 @@ class PageRun:
         layers, heads, _ = self.files[-1].texts[0].value_norms.shape
         return layers, heads
 
-    def step(self, index: int) -> int:
-        """The training step of a file; its index if the file does not say."""
-        text = self.files[index].metadata.get("step") or ""
-        return int(text) if re.fullmatch("[0-9]{1,15}", text) else index
+    @property
+    def steps(self) -> list[int]:
+        """The training step of each file; its index if the file does not say."""
+        steps = [file.metadata.get("step", "") for file in self.files]
+        return [int(step) if re.fullmatch("[0-9]{1,15}", step) else index for index, step in enumerate(steps)]
 
     @property
     def timeline(self) -> list[dict[str, Any]]:
@@ -69,11 +68,6 @@ class PageRun:
         lines = [line for line in self.evaluations if isinstance(line.get("head_scores"), dict)]
         every = math.ceil(len(lines) / TIMELINE_POINTS) or 1
         return [{"step": line["step"], "scores": score_tables(line["head_scores"])} for line in lines[::-every][::-1]]
-
-    def scores_at(self, step: int) -> Scores:
-        """The head scores at a step, or at the last step if there is no file of that step."""
-        indices = [index for index in range(len(self.files)) if self.step(index) == step]
-        return file_scores(self.files[indices[0] if indices else -1])
 
 
 def file_scores(file: AttentionFile) -> Scores:
@@ -84,47 +78,52 @@ def file_scores(file: AttentionFile) -> Scores:
     return {MAX_ATTENTION.name: every.mean(axis=-1) if every.size else np.full(every.shape[:2], np.nan)}
 
 
-def number(value: float, digits: int = 6) -> float | None:
-    """A number for JSON, rounded to significant digits; None if it is not finite."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+def numbers(values: Any, digits: int = 6) -> Any:
+    """A number, an array or nested lists, rounded to significant digits; None where not finite."""
+    if isinstance(values, np.ndarray | list):
+        return [numbers(value, digits) for value in values]
+    return float(f"{values:.{digits}g}") if math.isfinite(values) else None
 
 
-def score_tables(scores: Mapping[str, ArrayLike]) -> dict[str, list[list[float | None]]]:
+def score_tables(scores: Mapping[str, ArrayLike]) -> dict[str, Any]:
     """Head scores as JSON; None where a score was not measured."""
-    arrays = {name: np.asarray(table, dtype=np.float64) for name, table in scores.items()}
-    return {name: [[number(value, 7) for value in row] for row in table] for name, table in arrays.items()}
+    return {name: numbers(table, 7) for name, table in scores.items()}
 
 
 def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) -> dict[str, Any]:
-    """What each score means, its limits, and of each head whether ablation supports it."""
-    tables: dict[str, list[NDArray[np.floating[Any]]]] = {}
+    """What each score means, its limits, and what ablating each head does to the measure that fits it."""
+    largest: dict[str, float] = {}
     for run in runs:
         for scores in (*map(file_scores, run.files), *(point["scores"] for point in run.timeline)):
             for name, table in scores.items():
-                tables.setdefault(name, []).append(np.asarray(table, dtype=np.float64))
+                largest[name] = float(np.nanmax(np.asarray(table, np.float64), initial=largest.get(name, 0)))
     described = {}
-    for name, values in tables.items():
-        info, measure = MAX_ATTENTION if name == MAX_ATTENTION.name else score_info(name), measure_for_score(name)
-        high = info.high if info.high is not None else max(float(np.nanmax(table, initial=0)) for table in values)
-        effects = ablations.measures.get(measure) if ablations else None
-        attention = runs[0].scores_at(ablations.step).get(name) if ablations and info.is_share else None
+    for name in largest:
+        info = MAX_ATTENTION if name == MAX_ATTENTION.name else score_info(name)
+        high = largest[name] if info.high is None else info.high
         about = (info.formula, f"measured on {info.texts}" if info.texts else "", info.source)
         described[name] = {
             "title": escape_control_chars(info.title),
             "description": "; ".join(part for part in about if part),
             "low": info.low,
-            "high": number(high) if high > info.low else info.low + 1,
-            "measure": measure,
-            "labels": _labels(effects, attention) if effects else None,
+            "high": numbers(high) if high > info.low else info.low + 1,
+            "ablation": _ablation(ablations, info, runs[0]) if ablations else None,
         }
     return described
 
 
-def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) -> list[list[dict[str, str]]]:
-    """Of each head: whether ablation supports it, as text, and its kind: `supported`, `caution` or empty.
+def _ablation(ablations: AblationResults, info: HeadScore, run: PageRun) -> dict[str, Any] | None:
+    """The effects of ablating each head, and a label that says whether they support the score of the head.
 
-    `caution` marks high attention without support; `scores` is None if the score is not an attention weight.
+    Of each head and method: the 95% intervals of the effect, of the control and of the difference. The kind of a label
+    is `supported`, `caution` (much attention without support) or empty.
     """
+    measure = measure_for_score(info.name)
+    effects = ablations.measures.get(measure)
+    if effects is None:
+        return None
+    step = run.steps.index(ablations.step) if ablations.step in run.steps else -1
+    scores = file_scores(run.files[step]).get(info.name) if info.is_share else None
 
     def label(layer: int, head: int) -> dict[str, str]:
         name = ablation_label(effects, layer, head)
@@ -133,70 +132,58 @@ def _labels(effects: AblationEffects, scores: NDArray[np.floating[Any]] | None) 
         support = name if name in ("supported", "disputed") else "not supported"
         return {"text": f"{support}: {LABELS[name]}", "kind": "supported" if name == "supported" else ""}
 
+    def intervals(method: str) -> Any:
+        names = (method, f"control_{method}", f"difference_{method}")
+        not_measured = np.full((*effects.shape, 3), np.nan)
+        return numbers(np.stack([effects.tables.get(name, not_measured) for name in names], axis=2))
+
+    effect = EFFECTS.get(measure, "decrease of the logit difference")
     layers, heads = effects.shape
-    return [[label(layer, head) for head in range(heads)] for layer in range(layers)]
-
-
-def ablation_tables(results: AblationResults | None) -> dict[str, Any]:
-    """By measure: a caption, and the intervals of each head: [effect, control, difference] of both ablations."""
-
-    def all_heads(effects: AblationEffects, method: str) -> list[Any]:
-        tables = [effects.tables.get(name) for name in (method, f"control_{method}", f"difference_{method}")]
-        layers, heads = effects.shape
-
-        def intervals(layer: int, head: int) -> list[Any]:
-            return [None if table is None else list(map(number, table[layer, head])) for table in tables]
-
-        return [[intervals(layer, head) for head in range(heads)] for layer in range(layers)]
-
-    if results is None:
-        return {}
-    by_measure = {}
-    for name, effects in results.measures.items():
-        effect = EFFECTS.get(name, "decrease of the logit difference")
-        by_measure[name] = {
-            "caption": f"Ablation: {effect}, {effects.unit}; {effects.count} items, 95% intervals, step {results.step}",
-            "unit": effects.unit,
-            "largest": number(effects.tables["mean"][..., 0].max()),
-            "zero": all_heads(effects, "zero"),
-            "mean": all_heads(effects, "mean"),
-        }
-    return by_measure
+    return {
+        "caption": f"Ablation: {effect}, {effects.unit}; {effects.count} items, 95% intervals, step {ablations.step}",
+        "unit": effects.unit,
+        "largest": numbers(effects.tables["mean"][..., 0].max()),
+        "zero": intervals("zero"),
+        "mean": intervals("mean"),
+        "labels": [[label(layer, head) for head in range(heads)] for layer in range(layers)],
+    }
 
 
 def finding_tables(
     findings: Mapping[str, Any] | None, run: PageRun, scores: Mapping[str, Any], texts: Sequence[str]
 ) -> dict[str, Any]:
-    """The headline, the findings about heads that the run has, and the head and score that the page shows first.
+    """The headline, the findings about heads and scores that the run has, and the head and score that the page shows first.
 
     Raises:
         UserError: if the findings are malformed (exit code 4).
     """
-    findings = findings or NO_FINDINGS
     try:
-        entries = [_finding(entry, scores, texts) for entry in findings["findings"]]
+        findings = findings or NO_FINDINGS
+        entries = [_finding(entry, texts) for entry in findings["findings"]]
         headline = str(findings["headline"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the findings are malformed ({error!r}); delete findings.json", CHECKPOINT) from error
     layers, heads = run.shape
-    entries = [e for e in entries if 0 <= e["head"][0] < layers and 0 <= e["head"][1] < heads]
+    entries = [e for e in entries if 0 <= e["head"][0] < layers and 0 <= e["head"][1] < heads and e["score"] in scores]
     last = file_scores(run.files[-1])
-    first = next((entry for entry in entries if entry["supported"]), entries[0] if entries else None)
-    score = first["score"] if first and first["score"] in last else next(iter(last))
-    best = np.unravel_index(np.argmax(np.nan_to_num(last[score], nan=-np.inf)), run.shape)
-    layer, head = first["head"] if first else (int(best[0]), int(best[1]))
+    supported = [entry for entry in entries if entry["supported"]]
+    if first := (supported or entries)[:1]:
+        (layer, head), score = first[0]["head"], first[0]["score"]
+    else:
+        score = next(iter(last))
+        layer, head = divmod(int(np.argmax(np.nan_to_num(last[score], nan=-np.inf))), heads)
     return {"headline": headline, "findings": entries, "start": {"layer": layer, "head": head, "score": score}}
 
 
-def _finding(entry: Mapping[str, Any], scores: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+def _finding(entry: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     """A finding, with the text on which the page shows it."""
     score, (layer, head) = str(entry["score"]), entry["head"]
     text = f"{score.removeprefix(ANTECEDENT)} 1" if score.startswith(ANTECEDENT) else "repeat 1"
     return {
         "head": [int(layer), int(head)],
-        "score": score if score in scores else next(iter(scores)),
+        "score": score,
         "title": score.removeprefix(ANTECEDENT).replace("_", " "),
-        "attention": number(float(entry["value"])),
+        "attention": numbers(float(entry["value"])),
         "supported": bool(entry["is_supported"]),
         "summary": str(entry["summary"]),
         "text": texts.index(text) if text in texts else None,

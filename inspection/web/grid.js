@@ -2,7 +2,6 @@
 
 const grid = { drawn: "", cells: [] };
 
-const ablationOf = (score) => page.ablation[page.scores[score].measure];
 const scoreAt = (entry, layer, head) => entry.scores[state.score]?.[layer]?.[head] ?? null;
 const scoreText = (value, digits) => (state.compare ? signed : fixed)(value ?? NaN, digits);
 
@@ -28,7 +27,7 @@ function buildGrid() {
 }
 
 function drawCell(cell, { layer, head }) {
-  const { title, low, high, labels } = page.scores[state.score];
+  const { title, low, high, ablation } = page.scores[state.score];
   const value = shownScore(layer, head);
   const share = (value - (state.compare ? 0 : low)) / (high - low);
   const colour = value === null ? null : (state.compare ? divergingColour : sequentialColour)(share);
@@ -39,12 +38,10 @@ function drawCell(cell, { layer, head }) {
   number.textContent = run.heads > 8 ? text.replace(/^([+−]?)0\./, "$1.") : text;
   cell.dataset.value = value ?? "";
   cell.ariaLabel = `${headName(layer, head)}, ${title} ${value === null ? "not measured" : fixed(value)}`;
-  const ablation = ablationOf(state.score);
-  const label = labels?.[layer][head];
-  mark.className = `effect ${label?.kind ?? ""}`;
   mark.textContent = "";
   if (!ablation) return;
-  const effect = ablation.mean[layer][head][0][0];
+  const [effect, label] = [ablation.mean[layer][head][0][0], ablation.labels[layer][head]];
+  mark.className = `effect ${label.kind}`;
   mark.textContent = label.kind === "caution" ? "∅" : signed(effect);
   mark.style.setProperty("--share", ablation.largest > 0 ? Math.max(0, effect) / ablation.largest : 0);
   cell.ariaLabel += `, mean ablation ${signed(effect)} ${ablation.unit}, ${label.text}`;
@@ -65,19 +62,18 @@ function drawGrid() {
 }
 
 function drawScoreScale() {
-  const { description, low, high } = page.scores[state.score];
+  const { description, low, high, ablation } = page.scores[state.score];
   byId("score-description").textContent = byId("score").title = description;
   const [from, to] = state.compare ? [low - high, high - low] : [low, high];
   byId("grid-low").textContent = String(Number(from.toFixed(3))).replace("-", "−");
   byId("grid-high").textContent = String(Number(to.toFixed(3)));
   const scale = state.compare ? gradient(divergingColour, -1) : gradient(sequentialColour, 0);
   byId("grid-scale").style.background = scale;
-  byId("effect-key").hidden = !ablationOf(state.score);
+  byId("effect-key").hidden = !ablation;
 }
 
-function intervalCell(interval) {
-  if (!interval) return create("td", {}, "–");
-  const [value, low, high] = interval;
+function intervalCell([value, low, high]) {
+  if (value === null) return create("td", {}, "–");
   const bounds = create("span", { class: "interval" }, `${fixed(low)} to ${fixed(high)}`);
   return create("td", {}, create("b", {}, signed(value)), " ", bounds);
 }
@@ -85,12 +81,11 @@ function intervalCell(interval) {
 // The selected head's score, and what ablating it does, with 95% intervals.
 function drawAblation() {
   const { score, layer, head } = state;
-  const { title, labels } = page.scores[score];
+  const { title, ablation } = page.scores[score];
   const value = shownScore(layer, head);
   const text = value === null ? "not measured" : scoreText(value, 3);
   const strong = (part) => create("strong", {}, part);
   byId("head-score").replaceChildren(strong(headName(layer, head)), ` ${title} `, strong(text));
-  const ablation = ablationOf(score);
   if (!ablation) {
     byId("ablation").replaceChildren(create("p", { class: "absent" }, "Ablation was not measured for this score."));
     return;
@@ -98,7 +93,7 @@ function drawAblation() {
   const columns = ["", "this head", "another head", "difference"].map((name) => create("th", { scope: "col" }, name));
   const rows = ["zero", "mean"].map((method) =>
     create("tr", {}, create("th", { scope: "row" }, method), ...ablation[method][layer][head].map(intervalCell)));
-  const label = labels[layer][head];
+  const label = ablation.labels[layer][head];
   byId("ablation").replaceChildren(
     create("p", {}, ablation.caption),
     create("table", {}, create("thead", {}, create("tr", {}, ...columns)), create("tbody", {}, ...rows)),

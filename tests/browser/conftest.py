@@ -27,22 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-def skip(reason: str) -> None:
-    """Skip, except in continuous integration, which has a browser."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}, although CI is set")
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        skip("playwright is not installed")
+    """Chromium; without it or playwright the tests are skipped, except in continuous integration, which has both."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
-        skip("chromium was not found; set CHROMIUM to its path")
+    if not os.environ.get("CI"):
+        pytest.importorskip("playwright")
+        if not chromium:
+            pytest.skip("chromium was not found; set CHROMIUM to its path")
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         chrome = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield chrome
@@ -56,9 +50,6 @@ class View:
     page: Any
     errors: list[str] = field(default_factory=list)
 
-    def attribute(self, name: str) -> str:
-        return self.page.locator("html").get_attribute(name) or ""
-
     def wait_for(self, *parts: str) -> None:
         """Wait until the drawn view's hash contains all these parts."""
         wanted = "".join(f'[data-drawn*="{part}"]' for part in parts)
@@ -69,7 +60,7 @@ class View:
         self.wait_for(*parts)
 
     def text(self, selector: str) -> str:
-        return " ".join((self.page.locator(selector).inner_text() or "").split())
+        return " ".join(self.page.locator(selector).inner_text().split())
 
     def attention(self) -> dict[int, float]:
         """The list "attends to": key -> exact value."""
@@ -119,18 +110,10 @@ def open_page(browser: Any) -> Iterator[OpenPage]:
         view = View(context.new_page())
         views.append(view)
         allowed = ("data:", "blob:", path.as_uri())
-
-        def log_request(request: Any) -> None:
-            if not request.url.startswith(allowed):
-                view.errors.append(f"requested {request.url}")
-
-        def log_message(message: Any) -> None:
-            if message.type == "error":
-                view.errors.append(message.text)
-
-        view.page.on("request", log_request)
-        view.page.on("console", log_message)
-        view.page.on("pageerror", lambda error: view.errors.append(str(error)))
+        log = view.errors.append
+        view.page.on("request", lambda request: request.url.startswith(allowed) or log(f"requested {request.url}"))
+        view.page.on("console", lambda message: message.type == "error" and log(message.text))
+        view.page.on("pageerror", lambda error: log(str(error)))
         context.set_offline(True)
         view.page.goto(path.as_uri() + hash)
         view.page.wait_for_selector("html[data-ready]", timeout=20_000, state="attached")
@@ -145,16 +128,6 @@ def open_page(browser: Any) -> Iterator[OpenPage]:
 @pytest.fixture(scope="session")
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with everything in it."""
-    path = tmp_path_factory.mktemp("page") / "attention.html"
-    runs = [PageRun("first", example_run.files())]
+    path, runs = tmp_path_factory.mktemp("page") / "attention.html", [PageRun("first", example_run.files())]
     write_page(path, runs, example_run.FINDINGS, example_run.ablations(), "runs/example")
-    return path
-
-
-@pytest.fixture(scope="session")
-def two_runs_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of two runs with different attention."""
-    path = tmp_path_factory.mktemp("page") / "two.html"
-    runs = [PageRun("first", example_run.files()), PageRun("second", example_run.files(seed=50))]
-    write_page(path, runs, None, None, "two runs")
     return path

@@ -36,10 +36,8 @@ def record(name: str, words: Sequence[bytes], seed: int, qkv: bool, shape: tuple
     queries, keys, values = (rng.normal(size=(*shape, T, D)).astype(np.float32) * 1.7 for _ in range(3))
     rows, columns = np.tril_indices(T)
     probs = np.sort(rng.dirichlet(np.ones(5), size=T))[:, ::-1]
-    optional: dict[str, Any] = {}
-    if qkv:
-        attn_out = rng.normal(size=(shape[0], T, C)).astype(np.float32)
-        optional = {"queries": queries, "keys": keys, "values": values, "attn_out": attn_out}
+    attn_out = rng.normal(size=(shape[0], T, C)).astype(np.float32)
+    optional = {"queries": queries, "keys": keys, "values": values, "attn_out": attn_out} if qkv else {}
     return AttentionRecord(
         name,
         dict(enumerate(words)),
@@ -63,17 +61,16 @@ def scores(seed: int) -> dict[str, NDArray[np.float32]]:
     return tables
 
 
-def files(steps: Sequence[int] = STEPS, seed: int = 0) -> list[AttentionFile]:
+def files(seed: int = 0) -> list[AttentionFile]:
     """A run: a sample that differs at each step, a held-out text and a contrast pair; queries and keys at the end."""
     result = []
-    for k, step in enumerate(steps):
-        last = k == len(steps) - 1
+    for k, step in enumerate(STEPS):
         texts = [
-            record("sample", WORDS[: len(WORDS) - k], seed + 10 * k + 1, last),
-            record("held-out 1", WORDS + WORDS[1:4], seed + 10 * k + 2, last),
+            record("sample", WORDS[: len(WORDS) - k], seed + 10 * k + 1, step == STEPS[-1]),
+            record("held-out 1", WORDS + WORDS[1:4], seed + 10 * k + 2, step == STEPS[-1]),
             record("pronoun 1", WORDS[:8], seed + 10 * k + 3, False),
         ]
-        result.append(AttentionFile(texts, {"step": str(step), "tokens_seen": str(step * 10)}, scores(seed + k)))
+        result.append(AttentionFile(texts, {"step": str(step)}, scores(seed + k)))
     return result
 
 

@@ -1,4 +1,4 @@
-"""The numbers on the page are those of the arrays: attention, scores, losses, ablation, each step of the walk-through."""
+"""The numbers on the page are those of the arrays: attention, losses, ablation, each step of the walk-through."""
 
 from __future__ import annotations
 
@@ -10,40 +10,33 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.browser import example_run
-from tests.browser.conftest import OpenPage, View
+from tests.browser.conftest import OpenPage
 
 FILES = example_run.files()
-NAMES = ["sample", "held-out 1", "pronoun 1"]
 
 
 def pattern(step: int, text: int, layer: int, head: int) -> NDArray[np.float64]:
     return FILES[step].texts[text].pattern(layer)[0, head].astype(np.float64)
 
 
-def value_weighted(step: int, text: int, layer: int, head: int) -> NDArray[np.float64]:
-    """Kobayashi et al. 2020: attention times value norms, each row normalised to sum 1."""
-    product = pattern(step, text, layer, head) * FILES[step].texts[text].value_norms[layer, head]
-    return product / product.sum(axis=-1, keepdims=True)
-
-
 def view_hash(step: int, text: int, layer: int, head: int, query: int, more: str = "") -> str:
-    return f"#text={NAMES[text]}&step={example_run.STEPS[step]}&head=L{layer}H{head}&query={query}{more}"
+    name = FILES[step].texts[text].name
+    return f"#text={name}&step={example_run.STEPS[step]}&head=L{layer}H{head}&query={query}{more}"
 
 
-def number(view: View, selector: str) -> float:
-    return float(view.text(selector).replace("\N{MINUS SIGN}", "-"))
+SELECTIONS = [(2, 0, 0, 0, 7), (2, 1, 1, 2, 15), (0, 1, 0, 1, 4), (1, 2, 1, 0, 7), (2, 1, 1, 1, 0)]
 
 
-Selection = tuple[int, int, int, int, int]
-SELECTIONS: list[Selection] = [(2, 0, 0, 0, 7), (2, 1, 1, 2, 15), (0, 1, 0, 1, 4), (1, 2, 1, 0, 7), (2, 1, 1, 1, 0)]
-
-
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("step, text, layer, head, query", SELECTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_attends_to(selection: Selection, weighted: bool, page_path: Path, open_page: OpenPage) -> None:
-    step, text, layer, head, query = selection
-    view = open_page(page_path, view_hash(*selection, "&value_weighted=1" if weighted else ""))
-    row = (value_weighted if weighted else pattern)(step, text, layer, head)[query]
+def test_attends_to(
+    step: int, text: int, layer: int, head: int, query: int, weighted: bool, page_path: Path, open_page: OpenPage
+) -> None:
+    view = open_page(page_path, view_hash(step, text, layer, head, query, "&value_weighted=1" if weighted else ""))
+    row = pattern(step, text, layer, head)[query]
+    if weighted:  # Kobayashi et al. 2020: attention times value norms, normalised to sum 1
+        row *= FILES[step].texts[text].value_norms[layer, head]
+        row /= row.sum()
     shown = view.attention()
     assert set(shown) <= set(np.argsort(-row, kind="stable")[:5].tolist()) and int(row.argmax()) in shown
     assert shown == pytest.approx({key: row[key] for key in shown}, abs=1e-3 if weighted else 1e-6)
@@ -83,15 +76,6 @@ def test_loss_and_predictions(page_path: Path, open_page: OpenPage) -> None:
     assert "no loss" in view.text("#query-details")
 
 
-def test_scores(page_path: Path, open_page: OpenPage) -> None:
-    for step, score in ((0, "induction"), (1, "distance"), (2, "distance")):
-        view = open_page(page_path, view_hash(step, 1, 1, 1, 3, f"&score={score}"))
-        scores = FILES[step].scores[score]
-        assert view.grid() == pytest.approx(scores.ravel(), rel=1e-4)
-        assert f"{scores[1, 1]:.3f}" in view.text("#head-score")
-        assert f"step {example_run.STEPS[step]}: L1H1 {scores[1, 1]:.3f}" in view.text("#timeline-readout")
-
-
 def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:
     view = open_page(page_path, view_hash(2, 1, 1, 2, 3, "&score=antecedent.pronoun"))
     shown = view.text("#ablation")
@@ -100,30 +84,26 @@ def test_ablation_of_each_head(page_path: Path, open_page: OpenPage) -> None:
     assert "not why. Ablation shows" in view.text("#disclaimer")
     table = view.page.eval_on_selector_all("#grid td", "cells => cells.map(c => c.ariaLabel)")
     assert "supported" in table[5] and "disputed" in table[1] and "not supported" in table[0]
-    high = example_run.files()[2].scores["antecedent.pronoun"].ravel() >= 0.5
-    marks = view.page.eval_on_selector_all("#grid .effect", "marks => marks.map(m => m.textContent === '∅')")
-    assert marks == [bool(high[k]) and k != 5 for k in range(6)]
+    high = FILES[2].scores["antecedent.pronoun"].ravel() >= 0.5
+    marks = view.page.locator("#grid .effect").all_inner_texts()
+    assert [mark == "∅" for mark in marks] == [bool(high[k]) and k != 5 for k in range(6)]
     view.page.select_option("#score", "entropy")
     view.wait_for("score=entropy")
     assert "not measured" in view.text("#ablation")
 
 
 def test_walkthrough(page_path: Path, open_page: OpenPage) -> None:
-    step, text, layer, head, query, key = 2, 1, 1, 2, 12, 5
-    view = open_page(page_path, view_hash(step, text, layer, head, query, f"&key={key}"))
+    view = open_page(page_path, view_hash(2, 1, 1, 2, 12, "&key=5"))
     view.open_walkthrough()
-    record = FILES[step].texts[text]
+    record = FILES[2].texts[1]
     assert record.queries is not None and record.keys is not None
-    product = float(record.queries[layer, head, query].astype(np.float64) @ record.keys[layer, head, key])
-    assert number(view, "#step-product") == pytest.approx(product, abs=2e-4)
-    assert number(view, "#step-score") == pytest.approx(product / np.sqrt(example_run.D), abs=2e-4)
-    agreement = view.page.locator("#step-agreement")
-    recomputed, stored, largest = (
-        float(agreement.get_attribute(f"data-{name}")) for name in ("recomputed", "stored", "largest")
-    )
-    exact = example_run.softmax_pattern(record.queries, record.keys)[layer, head, query, key]
-    assert recomputed == pytest.approx(exact, abs=1e-6)
-    assert stored == pytest.approx(float(pattern(step, text, layer, head)[query, key]), abs=1e-9)
-    assert largest <= 2**-12
-    assert view.page.locator("#walkthrough tr[data-key]").count() == query + 1
+    product = float(record.queries[1, 2, 12].astype(np.float64) @ record.keys[1, 2, 5])
+    for selector, expected in (("#step-product", product), ("#step-score", product / np.sqrt(example_run.D))):
+        assert float(view.text(selector).replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=2e-4)
+    agreement = view.page.locator("#step-agreement").evaluate("element => ({ ...element.dataset })")
+    exact = example_run.softmax_pattern(record.queries, record.keys)[1, 2, 12, 5]
+    assert float(agreement["recomputed"]) == pytest.approx(exact, abs=1e-6)
+    assert float(agreement["stored"]) == pytest.approx(pattern(2, 1, 1, 2)[12, 5], abs=1e-9)
+    assert float(agreement["largest"]) <= 2**-12
+    assert view.page.locator("#walkthrough tr[data-key]").count() == 13
     assert view.text("#walkthrough tr.masked").startswith("3 later")
