@@ -27,12 +27,9 @@ of another head of the layer drawn at random (its mean over all of them); and of
 class AblationEffects:
     """The effect of ablating each head on one measure."""
 
-    unit: str
-    """`nats/token` (of loss) or `nats` (of the right answer's logit difference)."""
-    baseline: float
-    """The loss, or the logit difference, without ablation."""
-    count: int
-    """Number of items: texts or contrast pairs."""
+    unit: str  # nats/token (of loss) or nats (of the right answer's logit difference)
+    baseline: float  # the loss, or the logit difference, without ablation
+    count: int  # of items: texts or contrast pairs
     tables: dict[str, NDArray[np.float64]]
     """By name of `TABLES`, (L, H, 3): mean over items, and the bounds of its 95% confidence interval.
 
@@ -71,11 +68,7 @@ class AblationResults:
     measures: dict[str, AblationEffects]
 
     def save(self, path: Path | str) -> None:
-        """Write the results as JSON, atomically.
-
-        Raises:
-            UserError: if the file cannot be written (exit code 6).
-        """
+        """Write the results as JSON, atomically; raises UserError (exit code 6) if that fails."""
         measures = {name: effects.to_dict() for name, effects in self.measures.items()}
         data = {"format": FORMAT, **vars(self), "measures": measures}
         write_atomic(Path(path), [json.dumps(data, allow_nan=False).encode()])

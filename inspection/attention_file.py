@@ -66,11 +66,7 @@ class AttentionRecord:
 
     @staticmethod
     def from_cache(name: str, cache: Any, token_bytes: Callable[[int], bytes]) -> AttentionRecord:
-        """The record of an `ActivationCache`, or of anything with its fields.
-
-        Args:
-            token_bytes: the bytes of a token id.
-        """
+        """The record of an `ActivationCache`; `token_bytes` gives the bytes of a token id."""
         rows, columns = np.tril_indices(len(cache.tokens))
         arrays: dict[str, Any] = {"pattern_tril": np.asarray(cache.pattern, dtype=np.float32)[:, :, rows, columns]}
         for part in SHAPES:
@@ -92,12 +88,7 @@ class AttentionRecord:
         return [[(self.vocabulary[token], p) for token, p in zip(*row, strict=True)] for row in rows]
 
     def pattern(self, layer: int | None = None) -> NDArray[np.float32]:
-        """Attention pattern (L, H, T, T), 0 above the diagonal; with `layer`, of that layer alone, (1, H, T, T).
-
-        (1, H, T, T) is what transformers returns for each layer. bertviz's `head_view` takes
-        `[torch.tensor(text.pattern(l)) for l in range(L)]`, CircuitsVis's `attention_patterns` takes
-        `text.pattern(l)[0]`.
-        """
+        """Attention pattern (L, H, T, T), 0 above the diagonal; with `layer`, of that layer alone, (1, H, T, T)."""
         tril = self.pattern_tril if layer is None else self.pattern_tril[layer][None]
         T = len(self.tokens)
         pattern = np.zeros((*tril.shape[:2], T, T), dtype=np.float32)
@@ -108,9 +99,8 @@ class AttentionRecord:
 
 def _token_ids(arrays: Mapping[str, NDArray[Any]]) -> list[int]:
     """The token ids that a text's arrays name."""
-    return np.unique(
-        [token for part in ("tokens", "top_ids") if part in arrays for token in arrays[part].flat]
-    ).tolist()
+    ids = [arrays[part].ravel() for part in ("tokens", "top_ids") if part in arrays]
+    return np.unique(np.concatenate(ids)).tolist()
 
 
 @dataclass(frozen=True)
@@ -146,13 +136,8 @@ def write_attention_file(
         parts = {part: array for part in SHAPES if (array := getattr(text, part)) is not None}
         parts["pattern_tril"] = parts["pattern_tril"].astype(np.float16 if dtype == "f16" else np.float32)
         arrays |= {f"{k}.{part}": array for part, array in parts.items()}
-    vocabulary = {token: text for record in texts for token, text in record.vocabulary.items()}
-    about = {
-        **metadata,
-        "format": FORMAT,
-        "texts": [text.name for text in texts],
-        "token_bytes": {str(token): vocabulary[token].decode("latin-1") for token in sorted(vocabulary)},
-    }
+    vocabulary = {str(token): word.decode("latin-1") for text in texts for token, word in text.vocabulary.items()}
+    about = {**metadata, "format": FORMAT, "texts": [text.name for text in texts], "token_bytes": vocabulary}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # One metadata entry: safetensors writes several in an order that differs from run to run.
     write_atomic(Path(path), [save(contiguous, {"glassgpt": json.dumps(about, sort_keys=True)})])

@@ -27,12 +27,9 @@ Tokens = Sequence[int]
 
 PAIRS_PER_KIND = 128
 """Contrast pairs of each kind, at most. With 32 the intervals were too wide to tell a head from the others."""
-PAIR_ROWS = 16
-"""Texts in one forward pass of `score_pairs`."""
-BATCH_TOKENS = 2048
-"""Tokens in one forward pass of an ablation."""
-BATCH_LOGITS = 1 << 25
-"""With a large vocabulary, fewer: the logits are the largest tensor then (128 MiB in fp32)."""
+PAIR_ROWS = 16  # texts in one forward pass of `score_pairs`
+BATCH_TOKENS = 2048  # in one forward pass of an ablation
+BATCH_LOGITS = 1 << 25  # likewise; with a large vocabulary the logits are the largest tensor (128 MiB in fp32)
 
 
 class Query(NamedTuple):

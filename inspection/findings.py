@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,33 +24,23 @@ ATTENTION_THRESHOLD = 0.5
 """A head with at least this share of its attention on the tested tokens qualifies."""
 FINDING_SCORES = (
     "induction",
-    "antecedent.pronoun",
-    "antecedent.crossing",
-    "antecedent.induction",
-    "antecedent.place",
-    "antecedent.cause",
-    "antecedent.agreement",
-    "antecedent.own",
+    *(ANTECEDENT + kind for kind in ("pronoun", "crossing", "induction", "place", "cause", "agreement", "own")),
     "duplicate_token",
     "previous_token",
 )
 """The scores on which a head can qualify, the most informative ones first."""
 
-Head = tuple[int, int]
-"""(layer, head)."""
-Interval = tuple[float, float, float]
-"""A mean over items, and the bounds of its 95% confidence interval."""
-Timeline = Mapping[int, Mapping[str, ArrayLike]]
-"""Head scores (L, H) by step and name."""
-Label = Literal["supported", "disputed", "same as control", "no effect"]
-LABELS: dict[str, str] = {
+Head = tuple[int, int]  # (layer, head)
+Interval = tuple[float, float, float]  # a mean over items, and the bounds of its 95% confidence interval
+Timeline = Mapping[int, Mapping[str, ArrayLike]]  # head scores (L, H) by step and name
+LABELS = {
     "supported": "ablating it hurts more than ablating another head, by zero and by mean ablation",
     "disputed": "only one of zero and mean ablation hurts more than ablating another head",
     "same as control": "ablating it hurts no more than ablating another head",
     "no effect": "ablating it does not hurt",
 }
 """What each label means."""
-LABEL_NOTES: dict[str, str] = {
+LABEL_NOTES = {
     "disputed": "high attention, disputed effect",
     "same as control": "high attention, no effect beyond that of another head",
     "no effect": "high attention, no effect",
@@ -66,8 +55,8 @@ def measure_for_score(score: str) -> str:
     return "repeats" if score in SCORES and SCORES[score].texts == REPEATS else "corpus"
 
 
-def ablation_label(effects: AblationEffects, layer: int, head: int) -> Label:
-    """Whether ablating the head hurts more than ablating another head of its layer.
+def ablation_label(effects: AblationEffects, layer: int, head: int) -> str:
+    """Whether ablating the head hurts more than ablating another head of its layer: one of `LABELS`.
 
     `supported` if the intervals of both zero and mean ablation say so, `disputed` if one of them does. Otherwise
     `same as control` if both kinds of ablation hurt, and `no effect` if not.
@@ -87,21 +76,17 @@ class Finding:
 
     head: Head
     score: str
-    value: float
-    """The score at the last step."""
-    since: int
-    """The first step from which on it stayed at `ATTENTION_THRESHOLD` or above."""
+    value: float  # the score at the last step
+    since: int  # the first step from which on it stayed at ATTENTION_THRESHOLD or above
     measure: str
     unit: str
     zero: Interval
     mean: Interval
-    control: Interval | None
-    """Zero ablation of another head of the layer; None where there is no other."""
-    label: Label
+    control: Interval | None  # zero ablation of another head of the layer; None where there is no other
+    label: str
     baseline: float | None = None
     """What the best fixed offset, or the nearest noun, would score; None where it was not measured."""
-    others: tuple[Head, ...] = ()
-    """The other heads of its layer that score `ATTENTION_THRESHOLD` or more."""
+    others: tuple[Head, ...] = ()  # of its layer, which score ATTENTION_THRESHOLD or more too
 
     @property
     def is_supported(self) -> bool:
@@ -118,15 +103,15 @@ class Finding:
     @property
     def summary(self) -> str:
         """The finding in two sentences: the statement, and what ablating the head does."""
-        is_loss = self.measure == "repeats"
-        what = "the loss on repeated tokens" if is_loss else "the logit difference of the right answer"
+        what = (
+            "the loss on repeated tokens" if self.measure == "repeats" else "the logit difference of the right answer"
+        )
         interval = f"95% CI {self.zero[1]:.2f} to {self.zero[2]:.2f}; mean ablation {self.mean[0]:.2f}"
-        text = f"Ablating it {self._change(self.zero, what)} {self.unit} [{interval}]"
-        if self.control is None:
-            text += "; its layer has no other head to compare with"
-        else:
-            text += f"; ablating a random other head of its layer {self._change(self.control, 'it')}"
-        return f"{self.statement}. {text}{self.caveat}."
+        control = "its layer has no other head to compare with"
+        if self.control:
+            control = f"ablating a random other head of its layer {self._change(self.control, 'it')}"
+        effect = f"Ablating it {self._change(self.zero, what)} {self.unit} [{interval}]"
+        return f"{self.statement}. {effect}; {control}{self.caveat}."
 
     @property
     def caveat(self) -> str:
@@ -146,9 +131,8 @@ class Finding:
 
 def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
     """The first step from which on the head's score stayed at the threshold or above; the last step if it did not."""
-    steps = sorted(timeline)
-    first = steps[-1]
-    for step in reversed(steps):
+    first, *earlier = sorted(timeline, reverse=True)
+    for step in (first, *earlier):
         table = timeline[step].get(score)
         if table is None or not np.asarray(table)[head] >= ATTENTION_THRESHOLD:
             break

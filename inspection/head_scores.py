@@ -31,11 +31,8 @@ if TYPE_CHECKING:
     Tokens = Int[Tensor, "*texts T"]
     Score = Float[Tensor, "*batch"]
 
-REPEATS = "repeats"
-HELD_OUT = "held-out texts"
-PARAMETERS = "parameters"
-CONTRAST_PAIRS = "contrast pairs"
-
+REPEATS, HELD_OUT, PARAMETERS, CONTRAST_PAIRS = "repeats", "held-out texts", "parameters", "contrast pairs"
+PAIRS_PER_KIND = 16  # the first contrast pairs of each kind are measured
 ANTECEDENT = "antecedent."
 """Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`."""
 ANTECEDENTS: dict[str, str] = {
@@ -57,8 +54,7 @@ class HeadScore:
     title: str
     formula: str
     source: str
-    texts: str
-    """What it is measured on: REPEATS, HELD_OUT, PARAMETERS or CONTRAST_PAIRS."""
+    texts: str  # what it is measured on: REPEATS, HELD_OUT, PARAMETERS or CONTRAST_PAIRS
     low: float = 0.0
     high: float | None = 1.0  # None where it grows with the length of the text
     is_share: bool = True  # of a head's attention, so that 0.5 means half of it
@@ -172,11 +168,10 @@ def distance(pattern: Pattern, tokens: Tokens) -> Score:
     is_share=False,
 )
 def copying(model: GPT) -> Float[Tensor, "L H"]:
-    """Whether a head raises the logits of the tokens it attends to, -1 to 1.
+    """Whether a head raises the logits of the tokens it attends to, from W_U W_O W_V W_E (V x V), -1 to 1.
 
-    The sum of the eigenvalues of W_U W_O W_V W_E (V x V: how much attending to each token raises each logit) divided
-    by the sum of their absolute values: 1 if every token raises itself, -1 if every token lowers itself, 0 if neither
-    prevails or the head writes nothing that reaches the logits; nan if a parameter is not finite.
+    1 if every token raises itself, -1 if every token lowers itself, 0 if neither prevails or the head writes nothing
+    that reaches the logits; nan if a parameter is not finite.
 
     Computed from W_V W_E W_U W_O, which is D x D and has the same nonzero eigenvalues. Norm weights are folded in, as
     is layer norm's subtraction of the mean. Left out: the norms' division (the same for all eigenvalues if the stream
@@ -250,28 +245,20 @@ def score_info(name: str) -> HeadScore:
     )
 
 
-def compute_head_scores(
-    model: GPT, eval_texts: EvalTexts, pairs_per_kind: int = 16
-) -> dict[str, Float32[Tensor, "L H"]]:
+def compute_head_scores(model: GPT, eval_texts: EvalTexts) -> dict[str, Float32[Tensor, "L H"]]:
     """Every score of every head, on the CPU: means over the texts that have anything to measure.
 
     A score without texts, or that is not finite, is left out.
-
-    Args:
-        eval_texts: none of them longer than the context.
-        pairs_per_kind: at most this many contrast pairs of each kind, the first ones.
     """
     from inspection.eval_items import score_pairs
 
     scores = _mean_over_texts(model, eval_texts.repeats, REPEATS)
     scores |= _mean_over_texts(model, [tokens for _, tokens in eval_texts.texts], HELD_OUT)
     scores |= {s.name: s.compute(model) for s in SCORES.values() if s.texts == PARAMETERS and s.compute}
-    by_kind = {kind: pairs[:pairs_per_kind] for kind, pairs in eval_texts.pairs_by_kind().items()}
-    pairs = [pair for kind in by_kind.values() for pair in kind]
-    if pairs:
-        _, attention = score_pairs(model, pairs)
-        for kind in by_kind:
-            scores[ANTECEDENT + kind] = attention[[k for k, p in enumerate(pairs) if p.kind == kind]].mean(dim=0)
+    pairs = [pair for kind in eval_texts.pairs_by_kind().values() for pair in kind[:PAIRS_PER_KIND]]
+    _, attention = score_pairs(model, pairs)
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        scores[ANTECEDENT + kind] = attention[[k for k, pair in enumerate(pairs) if pair.kind == kind]].mean(dim=0)
     return {name: table for name, table in scores.items() if table.isfinite().all()}
 
 
