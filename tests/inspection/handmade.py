@@ -18,18 +18,12 @@ The residual stream is a concatenation of one-hot parts:
     balance    minus what the others add, so that the stream always sums to 0
     anchor     4096 and -4096 at every position
 
-* **The norms do nothing.** Layer norm subtracts the mean, which is 0, and divides by the standard deviation. The anchor
-  is nearly all of that (to 1 part in 10^7), so it is the same everywhere, whatever the heads write or a test ablates,
-  and the norm's weight multiplies it back.
-* **The logits are 60 (token + mirror).** The LM head is tied to the embedding, which is negative on `mirror`, and the
-  final norm's weight is negative there too. So the current token cancels, and what the induction head wrote remains.
-  Where nothing was written every token is equally likely, and the loss is exactly ln V.
-* **Softmax is exact.** The score of the matching key is 60 above all others, which get less than e^-60 = 10^-26.
-* **Without a match** the induction head attends to position 0 (Xiao et al. 2023); token 0, with which a text begins,
-  has a value of zero.
-
-All other heads have zero queries, so their attention is uniform, and zero values, so they write nothing; the MLPs are
-zero.
+The norms do nothing: the anchor is nearly all of a position's standard deviation, whatever the heads write or a test
+ablates, and the norm's weight multiplies it back. The logits are 60 (token + mirror), because the LM head is tied to
+the embedding and the final norm is negative on `mirror`: the current token cancels, and what the induction head wrote
+remains. Where nothing was written the loss is exactly ln V. The score of the matching key is 60 above all others,
+which get less than e^-60 = 10^-26. Without a match the induction head attends to position 0, whose token 0 has a value
+of zero. All other heads attend uniformly and write nothing; the MLPs are zero.
 """
 
 from __future__ import annotations
@@ -39,7 +33,7 @@ from itertools import accumulate
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import ModelConfig
 from model.gpt import GPT, CausalSelfAttention
@@ -141,11 +135,8 @@ def _head(attention: CausalSelfAttention, head: int) -> tuple[Tensor, Tensor, Te
     """Views of one head's matrices: query, key, value (D, C); output (C, D)."""
     per_head = attention.qkv.weight.view(3, attention.n_heads, attention.d_head, -1)
     query, key, value = per_head[:, head]
-    return query, key, value, _columns(attention.out, attention.n_heads)[:, head]
-
-
-def _columns(linear: nn.Linear, n_heads: int) -> Tensor:
-    return linear.weight.view(len(linear.weight), n_heads, -1)
+    out = attention.out.weight
+    return query, key, value, out.view(len(out), attention.n_heads, -1)[:, head]
 
 
 def _size(part: slice) -> int:

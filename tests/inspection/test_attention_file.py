@@ -20,13 +20,7 @@ from safetensors.numpy import save_file
 
 from common.errors import CHECKPOINT, UserError
 from inspection.activation_cache import ActivationCache, run_with_cache
-from inspection.attention_file import (
-    DETAILS,
-    AttentionFile,
-    AttentionRecord,
-    read_attention_file,
-    write_attention_file,
-)
+from inspection.attention_file import DETAILS, AttentionRecord, read_attention_file, write_attention_file
 from tests.inspection.test_activation_cache import SMALL, random_gpt, random_text
 from tests.model import helpers
 
@@ -78,14 +72,11 @@ def test_round_trip(tmp_path: Path, caches: dict[str, ActivationCache], dtype: s
 
 def test_round_trip_of_details(written: Path, caches: dict[str, ActivationCache]) -> None:
     story, *others = read_attention_file(written).texts
-    cache = caches["a story"]
-    for name in DETAILS:
-        assert np.array_equal(getattr(story, name), getattr(cache, name).numpy())
+    for name in (*DETAILS, "top_ids", "top_probs"):
+        assert np.array_equal(getattr(story, name), getattr(caches["a story"], name).numpy())
         assert all(getattr(text, name) is None for text in others)
-    assert cache.top_ids is not None and cache.top_probs is not None and story.top_tokens is not None
-    assert np.array_equal(story.top_ids, cache.top_ids)
-    for row, tokens, probs in zip(story.top_tokens, cache.top_ids.tolist(), cache.top_probs.tolist(), strict=True):
-        assert row == [(token_bytes(token), p) for token, p in zip(tokens, probs, strict=True)]
+    assert story.top_tokens is not None and story.top_ids is not None
+    assert [token for token, _ in story.top_tokens[3]] == [token_bytes(token) for token in story.top_ids[3].tolist()]
 
 
 def test_writing_again_gives_the_same_bytes(tmp_path: Path, caches: dict[str, ActivationCache], written: Path) -> None:
@@ -96,12 +87,8 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path, caches: dict[str, Ac
 
 
 def test_reader_needs_no_torch(written: Path) -> None:
-    code = f"""
-import sys
-sys.modules["torch"] = None  # importing it raises ImportError
-from inspection.attention_file import read_attention_file
-print(len(read_attention_file({str(written)!r}).texts))
-"""
+    code = "import sys; sys.modules['torch'] = None; from inspection.attention_file import read_attention_file\n"
+    code += f"print(len(read_attention_file({str(written)!r}).texts))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "3\n"
 
 
@@ -130,15 +117,12 @@ def refused(path: Path, match: str = "not a readable attention file") -> None:
 Arrays, Metadata = dict[str, Any], dict[str, Any]
 DAMAGE: dict[str, Callable[[Arrays, Metadata], object]] = {
     "no loss": lambda a, m: a.pop("0.loss"),
-    "shape": lambda a, m: a.update({"0.loss": a["0.loss"][1:]}),
     "pattern of another length": lambda a, m: a.update({"0.pattern_tril": a["0.pattern_tril"][..., 1:]}),
-    "keys of another size": lambda a, m: a.update({"0.keys": a["0.keys"][..., 1:]}),
     "no probabilities": lambda a, m: a.pop("0.top_probs"),
     "scores of other heads": lambda a, m: a.update({"scores.x": np.zeros((2, 3), np.float32)}),
     "no tokens": lambda a, m: a.update({"1.tokens": a["1.tokens"][:0]}),
     "format": lambda a, m: m.update(format="other"),
     "no texts": lambda a, m: m.pop("texts"),
-    "name of a number": lambda a, m: m["texts"].append(3),
     "no token bytes": lambda a, m: m["token_bytes"].popitem(),
     "token bytes beyond latin-1": lambda a, m: m["token_bytes"].update({"1": "日"}),
 }
@@ -175,11 +159,9 @@ def test_changed_bytes_are_refused_or_read(tmp_path: Path, written: Path, damage
     (tmp_path / "file").write_bytes(raw)
     tracemalloc.start()
     try:
-        file: AttentionFile | None = read_attention_file(tmp_path / "file")
+        for text in read_attention_file(tmp_path / "file").texts:
+            assert text.pattern().shape[2:] == (len(text.tokens),) * 2 and len(text.token_bytes) == len(text.tokens)
     except UserError as error:
         assert error.exit_code == CHECKPOINT
-        file = None
     assert tracemalloc.get_traced_memory()[1] < 2_000_000 + 20 * len(raw)
     tracemalloc.stop()
-    for text in file.texts if file else ():
-        assert text.pattern().shape[2:] == (len(text.tokens),) * 2 and len(text.token_bytes) == len(text.tokens)

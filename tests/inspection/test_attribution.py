@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +21,8 @@ def part(attribution: Attribution, label: str) -> float:
     return float(attribution.parts[attribution.labels.index(label)])
 
 
-def check_sum(preset: str, attention: AttentionImplementation) -> None:
+@pytest.mark.parametrize(("preset", "attention"), list(zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)))
+def test_parts_add_up_to_the_logit(preset: str, attention: AttentionImplementation) -> None:
     """Within 1e-4 in fp32, and within 1e-9 in double precision."""
     single = random_model(preset, attention)
     for model, tolerance in ((single, 1e-4), (copy.deepcopy(single).double(), 1e-9)):
@@ -36,25 +35,14 @@ def check_sum(preset: str, attention: AttentionImplementation) -> None:
             assert len(result.parts) == len(set(result.labels))
 
 
-def check_handmade_model() -> None:
-    """The induction head writes the whole logit of the next token; the embedding's parts cancel."""
+def test_induction_head_writes_the_whole_logit() -> None:
+    """The embedding's parts cancel."""
     model, (text,) = handmade(30), repeats(1, 12)
     for position in (14, 20, 23):
         result = direct_logit_attribution(model, torch.tensor(text), position)
         assert result.token == text[position + 1]
         for label, value in zip(result.labels, result.parts.tolist(), strict=True):
             assert value == pytest.approx(LEAD if label == "L1H1" else 0, abs=1e-3), label
-
-
-CHECKS: dict[str, Callable[[], None]] = {
-    "handmade": check_handmade_model,
-    **{f"sum, {p}": partial(check_sum, p, a) for p, a in zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)},
-}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_attribution_check(name: str) -> None:
-    CHECKS[name]()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

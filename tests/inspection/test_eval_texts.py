@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,7 @@ import pytest
 
 from common.errors import UserError
 from inspection.contrast_pairs import ContrastPair
-from inspection.eval_texts import (
-    N_REPEATS,
-    EvalTexts,
-    read_user_prompts,
-    repeated_sequences,
-)
+from inspection.eval_texts import N_REPEATS, EvalTexts, read_user_prompts, repeated_sequences
 
 END = 0
 PAIR = ContrastPair("pronoun", (END, 5, 6, 7), (1,), (5,), (6,), (2,))
@@ -47,30 +41,25 @@ def test_recorded_texts() -> None:
     assert names == ["line 1", "held-out 1", "held-out 2", "repeat 1", "pronoun 1", "place 1"]
 
 
-def damaged(change: Callable[[Any], Any]) -> str:
-    data = json.loads(json.dumps({"format": "glassgpt-eval-texts-1", **dataclasses.asdict(TEXTS)}))
-    change(data)
-    return json.dumps(data)
+DAMAGE: list[Callable[[Any], Any]] = [
+    lambda d: d.update(format="other"),
+    lambda d: d.pop("contrast_pairs"),
+    lambda d: d["texts"][0].append(1),
+    lambda d: d["texts"].append(["x", []]),
+    lambda d: d["texts"].append(["x", [100]]),
+    lambda d: d["texts"].append(["x", [1] * 65]),
+    lambda d: d["contrast_pairs"][0].pop("right"),
+    lambda d: d["contrast_pairs"].append("x"),
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" * 100_000,
-        '{"format": "other"}',
-        damaged(lambda d: d.pop("contrast_pairs")),
-        damaged(lambda d: d["texts"][0].append(1)),
-        damaged(lambda d: d["texts"].append(["x", []])),
-        damaged(lambda d: d["texts"].append(["x", [100]])),
-        damaged(lambda d: d["texts"].append(["x", [-1]])),
-        damaged(lambda d: d["texts"].append(["x", [1] * 65])),
-        damaged(lambda d: d["contrast_pairs"][0].pop("right")),
-        damaged(lambda d: d["contrast_pairs"].append("x")),
-    ],
-)
-def test_damaged_file_is_one_line(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("change", DAMAGE)
+def test_damaged_file_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     path = tmp_path / "eval_texts.json"
-    path.write_text(text)
+    TEXTS.save(path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
     with pytest.raises(UserError) as error:
         EvalTexts.load(path, 100, 64)
     assert error.value.exit_code == 4 and "\n" not in str(error.value) and str(path) in str(error.value)

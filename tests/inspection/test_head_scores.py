@@ -17,13 +17,7 @@ from inspection import head_scores
 from inspection.activation_cache import run_with_cache
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
-from inspection.head_scores import (
-    PARAMETERS,
-    REPEATS,
-    SCORES,
-    compute_head_scores,
-    value_weighted,
-)
+from inspection.head_scores import REPEATS, SCORES, compute_head_scores, value_weighted
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.model.helpers import random_model
@@ -98,12 +92,7 @@ def check_batch() -> None:
 
 
 def copying_by_hand(
-    model: GPT,
-    *,
-    fold: bool = True,
-    center: bool = True,
-    keys: bool = False,
-    signs: bool = True,
+    model: GPT, fold: bool = True, center: bool = True, keys: bool = False, signs: bool = True
 ) -> Tensor:
     """`copying` from the V x V matrix, one head at a time in double precision; the switches make it wrong."""
     config, p = model.config, {name: parameter.detach().double() for name, parameter in model.named_parameters()}
@@ -187,57 +176,38 @@ def test_score_has_its_known_value(name: str) -> None:
     CHECKS[name]()
 
 
-def match_keys(tokens: Tensor, shift: int, diagonal: int = -1) -> Tensor:
-    """Which keys j have tokens[j + shift] = tokens[i], by brute force."""
-    length = tokens.shape[-1]
-    keys = torch.zeros(*tokens.shape, length, dtype=torch.bool)
-    for j in range(max(0, -shift), min(length, length - shift)):
-        keys[..., j] = tokens == tokens[..., j + shift, None]
-    return keys.tril(diagonal)
-
-
 def attention_to(shift: int, diagonal: int = -1, all_queries: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean attention to matching keys, over queries that have any or over all."""
+    """Mean attention to the keys j with tokens[j + shift] = tokens[i], over queries that have any or over all."""
 
     def score(pattern: Tensor, tokens: Tensor) -> Tensor:
-        keys = match_keys(tokens, shift, diagonal)
+        length = tokens.shape[-1]
+        keys = torch.zeros(*tokens.shape, length, dtype=torch.bool)
+        for j in range(-shift, length):
+            keys[..., j] = tokens == tokens[..., j + shift, None]
+        keys = keys.tril(diagonal)
         attention, has_keys = (pattern * keys).sum(-1), keys.any(-1)
         return attention.mean(-1) if all_queries else (attention * has_keys).sum(-1) / has_keys.sum(-1)
 
     return score
 
 
-def entropies(pattern: Tensor) -> Tensor:
-    return torch.special.entr(pattern).sum(-1)
-
-
-def transposed(name: str) -> Callable[..., Tensor]:
-    function = SCORES[name].compute
-    assert function is not None
-    return lambda pattern, tokens: function(pattern.mT, tokens)
+def entropy_by_ln_T(pattern: Tensor, tokens: Tensor) -> Tensor:
+    return (torch.special.entr(pattern).sum(-1) / math.log(T))[..., 1:].mean(-1)
 
 
 MUTANTS: dict[str, tuple[str, Callable[..., Tensor], list[str]]] = {
-    "induction: query and key swapped": ("induction", transposed("induction"), ["induction"]),
-    "previous: itself": ("previous_token", lambda p, t: p.diagonal(0, -2, -1).mean(-1), ["previous_token"]),
-    "previous: over all T": (
-        "previous_token",
-        lambda p, t: p.diagonal(-1, -2, -1).sum(-1) / p.shape[-1],
-        ["previous_token"],
-    ),
-    "induction: all queries": (
-        "induction",
-        attention_to(-1, all_queries=True),
-        ["induction", "ambiguous"],
-    ),
-    "induction: own position": ("induction", attention_to(-1, diagonal=0), ["ambiguous"]),
-    "induction: the match itself": ("induction", attention_to(0), ["induction"]),
+    "query and key swapped": ("induction", lambda p, t: head_scores.induction(p.mT, t), ["induction"]),
+    "itself": ("previous_token", lambda p, t: p.diagonal(0, -2, -1).mean(-1), ["previous_token"]),
+    "over all T": ("previous_token", lambda p, t: p.diagonal(-1, -2, -1).sum(-1) / T, ["previous_token"]),
+    "all queries": ("induction", attention_to(-1, all_queries=True), ["induction", "ambiguous"]),
+    "own position": ("induction", attention_to(-1, diagonal=0), ["ambiguous"]),
+    "the match itself": ("induction", attention_to(0), ["induction"]),
     "duplicate: all queries": ("duplicate_token", attention_to(0, all_queries=True), ["ambiguous"]),
-    "entropy: by ln T": ("entropy", lambda p, t: (entropies(p) / math.log(T))[..., 1:].mean(-1), ["entropy"]),
-    "copying: norm weights": ("copying", partial(copying_by_hand, fold=False), ["copying, glass", "copying, qwen3"]),
-    "copying: mean": ("copying", partial(copying_by_hand, center=False), ["copying, gpt2"]),
-    "copying: keys": ("copying", partial(copying_by_hand, keys=True), ["copying, gpt2"]),
-    "copying: signs": ("copying", partial(copying_by_hand, signs=False), ["copying, known"]),
+    "by ln T": ("entropy", entropy_by_ln_T, ["entropy"]),
+    "norm weights": ("copying", partial(copying_by_hand, fold=False), ["copying, glass", "copying, qwen3"]),
+    "mean": ("copying", partial(copying_by_hand, center=False), ["copying, gpt2"]),
+    "keys": ("copying", partial(copying_by_hand, keys=True), ["copying, gpt2"]),
+    "signs": ("copying", partial(copying_by_hand, signs=False), ["copying, known"]),
 }
 CASES = [(name, check) for name, (_, _, checks) in MUTANTS.items() for check in checks]
 
@@ -273,7 +243,7 @@ def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
     def itself(pattern: Tensor, tokens: Tensor) -> Tensor:
         return pattern.diagonal(0, -2, -1).mean(-1)
 
-    assert scores["itself"].title == "attends to itself" and PARAMETERS not in scores["itself"].texts
+    assert scores["itself"].title == "attends to itself"
     found = compute_head_scores(handmade(), eval_texts())
     close(found["itself"], table((UNIFORM_ONE * (T - 1) + 1) / T, 1 / T, 1 / T))
 
