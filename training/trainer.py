@@ -305,11 +305,7 @@ def derive_seed(seed: int, purpose: str, step: int = 0, rank: int = 0) -> int:
 
 
 def micro_batch_rows(config: RunConfig, world_size: int) -> int:
-    """Sequences that each of `world_size` processes holds in memory at once.
-
-    Raises:
-        UserError: if the batch cannot be divided among the processes (exit code 2).
-    """
+    """Sequences that each process holds in memory at once. Raises UserError (2) if the batch cannot be divided evenly."""
     batch_size = config.train.batch_size
     if batch_size % world_size:
         raise UserError(f"train.batch_size is {batch_size}; it must be a multiple of the {world_size} processes")

@@ -73,16 +73,9 @@ def test_optimizer_state_is_saved_and_restored_but_not_into_another_model(name: 
             Optimizer(GPT(MODEL, 257), OptimConfig(optimizer=name)).load_state_dict(wrong)
 
 
-def set_gradients(step: int, pairs: list[tuple[nn.Parameter, nn.Parameter]], generator: torch.Generator) -> None:
-    """Gradients of every size, a zero one, a missing one; the same for both parameters of a pair."""
-    for i, (a, b) in enumerate(pairs):
-        gradient = torch.randn(a.shape, generator=generator) * 10.0 ** (i - 4) * (i != 3)
-        a.grad, b.grad = (None, None) if i == step else (gradient, gradient.clone())
-
-
 @pytest.mark.parametrize(("name", "max_stack"), [("adamw", 1), ("muon", 2 * 24 * 8), ("muon", 1 << 22)])
 def test_steps_equal_torchs(name: Any, max_stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters and state, bit for bit, at learning rates that change."""
+    """Parameters and state, bit for bit; with learning rates that change, gradients of every size, zero or missing."""
     monkeypatch.setattr(muon, "MAX_STACK", max_stack)
     generator = torch.Generator().manual_seed(1)
     shapes = SHAPES if name == "muon" else [*SHAPES, (8,), (5,)]
@@ -98,7 +91,9 @@ def test_steps_equal_torchs(name: Any, max_stack: int, monkeypatch: pytest.Monke
     else:
         reference = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), fused=True)
     for step in range(5):
-        set_gradients(step, list(zip(model.parameters(), copies, strict=True)), generator)
+        for i, (a, b) in enumerate(zip(model.parameters(), copies, strict=True)):
+            gradient = torch.randn(a.shape, generator=generator) * 10.0 ** (i - 4) * (i != 3)
+            a.grad, b.grad = (None, None) if i == step else (gradient, gradient.clone())
         ours.lr_scale = 1 / (step + 1)
         for group in reference.param_groups:
             group["lr"] = 0.01 * ours.lr_scale
