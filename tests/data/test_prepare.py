@@ -155,9 +155,9 @@ def test_sample_is_spread_over_the_text(tmp_path: Path, n_files: int) -> None:
     lines = [f"fifty bytes of text, to fill a file of 5 MB: {i:06d}\n" for i in range(100_000)]
     texts = [write_range(tmp_path / f"{i}", "".join(lines[i * 1000 :][: 100_000 // n_files])) for i in range(n_files)]
     assert "".join(sample_text(texts, 1 << 30)) == "".join(lines)
-    sampled = "".join(sample_text(texts, 2_000_000))
-    assert len(sampled) == pytest.approx(2_000_000, rel=0.3)
-    assert all(any(line in sampled for line in lines[i:][:40_000]) for i in (0, 30_000, 60_000))
+    sampled = "".join(sample_text(texts, 2_000_000)).splitlines(keepends=True)
+    assert len(sampled) == pytest.approx(40_000, rel=0.3)
+    assert all({*sampled} & {*lines[i:][:40_000]} for i in (0, 30_000, 60_000))
 
 
 def test_invalid_text_leaves_nothing(tmp_path: Path, cache: Path) -> None:
@@ -202,12 +202,6 @@ def test_damaged_folder_is_prepared_again(
         assert str(first.folder) in message and [*cache.iterdir()] == [first.folder]
     prepared(book, "bpe", vocab_size=300)
     assert not capsys.readouterr().err
-
-
-def test_without_verification_hashes_are_not_compared(book: Path) -> None:
-    path, config = prepared(book).folder / "train.bin", DataConfig(source=str(book), tokenizer="byte")
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    assert tokens_of(prepare(config, progress=False, verify=False).train)[-1] != EOT
 
 
 @pytest.mark.parametrize("source", ["book.txt", "stories", "repeats"])
@@ -280,7 +274,7 @@ def test_token_files_have_what_was_written(
     assert split.document_starts.tolist() == ends[:-1].tolist() and n_bytes == len(results)
 
 
-def test_dtype_and_byte_count() -> None:
-    assert token_dtype(65_536) == np.uint16 and token_dtype(65_537) == np.uint32
+def test_encoded_documents_and_their_bytes() -> None:
     tokens, n_bytes = encode(ByteTokenizer(), [Piece("é", True), Piece("a", False), Piece("b", True)])
     assert tokens.tolist() == [*"é".encode(), EOT, *b"ab", EOT] and n_bytes == 4
+    assert token_dtype(65_536) == np.uint16 and token_dtype(65_537) == np.uint32

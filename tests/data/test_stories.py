@@ -203,7 +203,6 @@ def test_splits_share_no_combination() -> None:
 
 def test_stories_of_a_seed_never_change() -> None:
     first = [story.text for split in SPLITS for story in corpus.stories(split, 100)]
-    assert first == [story.text for split in SPLITS for story in corpus.stories(split, 100)]
     assert first[:50] == [story.text for story in corpus.stories("train", 50)]
     assert first != [story.text for split in SPLITS for story in corpus.stories(split, 100, seed=2)]
     assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "14b00f6ffa1f2a94"

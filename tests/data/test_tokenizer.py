@@ -99,14 +99,9 @@ def test_invalid_text_and_bytes_become_replacement_characters(any_tokenizer: Tok
     assert bpe.decode(owl) == "🦉" and bpe.decode([*owl[:2], 65]) == "\ufffdA"
 
 
-def test_char_ids_follow_code_points() -> None:
-    char = train_tokenizer("char", 0, ["bé\n", "a😀b"])
-    assert [char.decode([i]) for i in range(char.vocab_size)] == ["\n", "a", "b", "é", "😀", ""]
-    assert char.encode("ab😀").tolist() == [1, 2, 4]
-
-
-def test_char_reports_unknown_characters() -> None:
-    char = train_tokenizer("char", 0, ["abc"])
+def test_char() -> None:
+    char = train_tokenizer("char", 0, ["bc", "ac"])
+    assert char.encode("abc").tolist() == [0, 1, 2], "ids follow code points"
     with pytest.raises(UserError, match=r"'é' at position 1, '\\x1b' at position 3, '\\U0010ffff' at") as caught:
         char.encode("aéb\x1b\U0010ffff")
     assert caught.value.exit_code == CONFIG
@@ -150,13 +145,10 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_changed_tiktoken_encoding_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
-    gpt2().save(path)
-    saved = json.loads(path.read_text())
-    for change in ({"vocab_size": 50258}, {"end_of_text": 5}):
-        path.write_text(json.dumps({**saved, **change}))
-        with pytest.raises(UserError, match="differs from what gpt2 is") as caught:
-            load_tokenizer(path)
-        assert caught.value.exit_code == CHECKPOINT
+    path.write_text(json.dumps({"format": 1, **gpt2().to_dict(), "vocab_size": 50258}))
+    with pytest.raises(UserError, match="differs from what gpt2 is") as caught:
+        load_tokenizer(path)
+    assert caught.value.exit_code == CHECKPOINT
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300, 700])
@@ -180,9 +172,7 @@ def test_bpe_agrees_with_the_tokenizers_library(vocab_size: int) -> None:
         assert [len(token) for token in tokens] == expected and b"".join(tokens) == text.encode()
 
 
-def test_bpe_merges_the_most_frequent_pairs_first() -> None:
-    bpe = train_tokenizer("bpe", 260, ["abab abab abab abab cdcd"])
-    assert [bpe.token_bytes(i) for i in range(256, 259)] == [b"ab", b"abab", b" abab"]
+def test_bpe_of_a_small_text_has_fewer_tokens() -> None:
     small = train_tokenizer("bpe", 5000, ["no two alike"])
     assert 257 <= small.vocab_size < 270 and small.end_of_text == small.vocab_size - 1
 
@@ -193,9 +183,7 @@ def test_a_million_blanks_are_encoded() -> None:
     assert bpe.decode(bpe.encode(text)) == text
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("gtp2", "gpt2"), ("bep", "bpe"), ("cl100k", "cl100k_base"), ("x\x1b", "char")]
-)
+@pytest.mark.parametrize(("name", "nearest"), [("gtp2", "gpt2"), ("cl100k", "cl100k_base"), ("x\x1b", "char")])
 def test_unknown_name_gets_suggestions(name: str, nearest: str) -> None:
     with pytest.raises(UserError, match=f"nearest are: .*{nearest}") as caught:
         train_tokenizer(name, 0, [])
