@@ -92,11 +92,6 @@ def test_distributions_sum_to_one(train: list[list[int]]) -> None:
     assert unigram(split, VOCABULARY).sum() == pytest.approx(1)
 
 
-def test_contexts_do_not_cross_documents() -> None:
-    rows = trigrams(split_of([[0, 1], [2, 3]]), 10**9).tolist()
-    assert rows == [[5, 5, 0], [5, 0, 1], [0, 1, 5], [5, 5, 2], [5, 2, 3], [2, 3, 5]]
-
-
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = baselines(split_of([[0, 1] * 50]), split_of([[0, 1] * 20]), VOCABULARY)
     monkeypatch.setattr(ngram_baseline, "TRAIN_LIMIT", 101)

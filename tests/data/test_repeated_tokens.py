@@ -22,12 +22,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @cache
-def words(split: str) -> list[str]:
-    """The words of a split: each document's first half."""
-    return [document[: len(document) // 2] for document in repeats.documents(split)]
-
-
-@cache
 def nats(n: int) -> float:
     """-log p of a document with a word of n letters under the best possible model."""
     total = 0.0
@@ -38,16 +32,16 @@ def nats(n: int) -> float:
     return total
 
 
-@pytest.mark.parametrize("split", repeats.WORDS_PER_LENGTH)
-def test_a_document_is_a_word_of_distinct_letters_repeated(split: str) -> None:
+@pytest.mark.parametrize(("split", "n_words"), repeats.WORDS_PER_LENGTH.items())
+def test_a_document_is_a_word_of_distinct_letters_repeated(split: str, n_words: int) -> None:
     texts = list(repeats.documents(split))
     for document in texts:
         word = document[: len(document) // 2]
         assert document == word + word and len(set(word)) == len(word) and set(word) <= set(repeats.LETTERS)
     assert len(set(texts)) == len(texts)
-    assert Counter(len(document) // 2 for document in texts) == dict.fromkeys(
-        range(16, 33), repeats.WORDS_PER_LENGTH[split]
-    )
+    assert Counter(len(document) // 2 for document in texts) == dict.fromkeys(range(16, 33), n_words)
+    surprise = [nats(len(document) // 2) for document in texts]
+    assert math.fsum(surprise) / len(surprise) == pytest.approx(repeats.entropy(), abs=1e-9)
 
 
 def test_text_of_a_seed_never_changes() -> None:
@@ -65,12 +59,6 @@ def test_entropy_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     assert repeats.entropy() == pytest.approx(-sum(p * math.log(p) for p in probability), abs=1e-12)
 
 
-@pytest.mark.parametrize("split", repeats.WORDS_PER_LENGTH)
-def test_mean_over_a_split_is_the_entropy(split: str) -> None:
-    surprise = [nats(len(word)) for word in words(split)]
-    assert math.fsum(surprise) / len(surprise) == pytest.approx(repeats.entropy(), abs=1e-9)
-
-
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
     return parse_train([str(ROOT / "configs" / "induction.toml")])[0]
@@ -85,13 +73,13 @@ def test_corpus(config: RunConfig, data: TokenizedCorpus) -> None:
     assert config.data == DataConfig(source="repeats", tokenizer="char")
     assert data.tokenizer.vocab_size == len(repeats.LETTERS) + 1
     text = data.tokenizer.decode(data.val.tokens)
-    assert text == "".join(repeats.documents("val")) and data.val.n_documents == len(words("val"))
+    assert text == "".join(repeats.documents("val")) and data.val.n_documents == 17 * 60
     assert len(pack_documents(data.val, config.model.context)) == data.val.n_documents, "a sequence of its own for each"
 
 
 def test_reported_floor_is_the_loss_of_the_best_model(config: RunConfig, data: TokenizedCorpus) -> None:
     references = baseline_losses(data)
-    best = math.fsum(nats(len(word)) for word in words("val")) / (len(data.val) - 1)
+    best = math.fsum(nats(len(document) // 2) for document in repeats.documents("val")) / (len(data.val) - 1)
     assert references["floor"] == pytest.approx(best, abs=1e-9)
     # Letter frequencies are no better than the uniform distribution.
     assert references["floor"] + 2 < references["unigram"] < references["uniform"] + 0.001

@@ -174,13 +174,11 @@ def test_nearest_noun_is_no_shortcut() -> None:
 
 
 def test_pronoun_is_resolved_by_meaning_alone() -> None:
-    she = {row[0]: row[2] for row in corpus.POOLS["name"].rows}
-    labels = [(s.text, label) for s in sample("val") for label in s.labels if label.kind == "pronoun"]
-    for text, label in labels:
-        between = text[text.rindex(" because ", 0, label.answer[0]) : label.answer[0]]
-        pronoun = re.findall(r"because (he|she) was", text[: label.answer[0]])[-1]
-        assert pronoun == she[text[slice(*label.answer)].strip()] == she[label.wrong.strip()]
-        assert text[: label.answer[0]].endswith((". Then", ". After that")) and between.count(".") == 1
+    pronoun_of = {row[0]: row[2] for row in corpus.POOLS["name"].rows}
+    for story in sample("val"):
+        for label in (label for label in story.labels if label.kind == "pronoun"):
+            pronoun = re.findall(r"because (he|she) was", story.text[: label.answer[0]])[-1]
+            assert pronoun == pronoun_of[story.text[slice(*label.answer)].strip()] == pronoun_of[label.wrong.strip()]
 
 
 @pytest.mark.parametrize("split", SPLITS)
