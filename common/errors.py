@@ -22,12 +22,9 @@ NON_FINITE = 5
 DISK_OR_MEMORY = 6
 IN_USE = 7
 LOST_PROCESS = 8
-INTERRUPTED = 130
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""A disk that is full, broken or read-only: reported as a user's problem wherever it occurs."""
-RANK_ZERO_SECONDS = 3.0
-"""How long the other processes wait under torchrun for rank 0 to report bad options or data."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a disk that is full or broken
+RANK_ZERO_SECONDS = 3.0  # the other processes of torchrun wait so long for rank 0 to report bad options or data
 
 
 class UserError(Exception):
@@ -107,8 +104,6 @@ def _run(main: Callable[[list[str]], None]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         _report(f"cannot write {error.filename or 'a file'}: {error.strerror}", DISK_OR_MEMORY)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
 
 
 def _report(message: str, exit_code: int) -> NoReturn:

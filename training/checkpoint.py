@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ FILES = (MODEL, OPTIMIZER, STATE, VOCABULARY)
 MANIFEST = "manifest.json"
 FORMAT = 1
 WRITING, REMOVING = ".writing-", ".removing-"
+DAMAGE = (OSError, SafetensorError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
+"""What reading a damaged or foreign file raises: torch, safetensors and Python itself refuse it in many ways."""
 MAX_JSON_BYTES = 1 << 22
-MAX_CACHE_BYTES = 1 << 32
-"""Keys and values of one text that any model may have; a larger model may have 16 times the bytes of its weights."""
+MAX_CACHE_BYTES = 1 << 32  # keys and values of one text; a large model may have 16 times the bytes of its weights
 
 
 @dataclass
@@ -89,28 +90,24 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
-        path = self.folder / VOCABULARY
-        tokenizer = load_tokenizer(path)
-        if tokenizer.vocab_size != self.vocab_size:
-            raise _unusable(path, f"it has {tokenizer.vocab_size} tokens, the model {self.vocab_size}")
+        with _reading(self.folder / VOCABULARY) as path:
+            tokenizer = load_tokenizer(path)
+            if tokenizer.vocab_size != self.vocab_size:
+                raise ValueError(f"it has {tokenizer.vocab_size} tokens, the model {self.vocab_size}")
         return tokenizer
 
     def build_model(self, config: ModelConfig) -> GPT:
         """The saved model on the CPU, with the attention implementation and dropout of `config`."""
-        path, weights = self.folder / MODEL, self.weights()
-        try:
+        weights = self.weights()
+        with _reading(self.folder / MODEL) as path:
             if config.n_layers > len(weights):
                 raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")
             cache_bytes = 8 * config.n_layers * config.n_kv_heads * config.d_head * config.context
             if cache_bytes > max(MAX_CACHE_BYTES, 16 * path.stat().st_size):  # with rotary positions no tensor shows it
-                raise ValueError(
-                    f"keys and values of its context of {config.context} tokens take {cache_bytes:,} bytes"
-                )
+                raise ValueError(f"keys and values of a context of {config.context} tokens take {cache_bytes:,} bytes")
             with torch.device("meta"), _SkipInit():  # shapes only: no memory before they are compared
                 model = GPT(config, self.vocab_size)
             model.load_state_dict({**weights, "lm_head.weight": weights["token_embedding.weight"]}, assign=True)
-        except (RuntimeError, TypeError, OverflowError, ValueError, KeyError) as error:
-            raise _unusable(path, error) from error
         model.lm_head.weight = model.token_embedding.weight
         return model
 
@@ -173,23 +170,32 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: if it is damaged, from another version, or its folder is named after another step (exit code 4).
     """
-    if problem := verify_checkpoint(folder):
-        raise _unusable(folder, problem)
-    path = folder / STATE
-    try:
+    with _reading(folder):
+        if problem := verify_checkpoint(folder):
+            raise ValueError(problem)
+    with _reading(folder / STATE) as path:
         saved = _read_json(path)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         state, environment = TrainState(**saved["state"]), RunEnvironment(**saved["environment"])
         counts = [saved["vocab_size"], *(value for name, value in vars(state).items() if name != "best_loss")]
         if any(type(count) is not int for count in counts) or not isinstance(state.best_loss, float | None):
-            raise TypeError("a count is not an integer, or the best loss is not a number")
+            raise ValueError("a count is not an integer, or the best loss is not a number")
         if step_of_folder(folder) not in (None, state.step):
             raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
         config = from_saved(saved["config"], escape_control_chars(path))
-        return Checkpoint(folder, config, saved["vocab_size"], state, environment)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise _unusable(path, error) from error
+    return Checkpoint(folder, config, saved["vocab_size"], state, environment)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Turn what a damaged or foreign file raises in the body, which reads it, into one line: UserError (4)."""
+    try:
+        yield path
+    except DAMAGE as error:
+        text = (error.strerror or "unreadable") if isinstance(error, OSError) else " ".join(str(error).split())
+        shown = escape_control_chars(f"{path} cannot be used: {text[:300]}")
+        raise UserError(f"{shown}; take another checkpoint, or one from a backup", CHECKPOINT) from error
 
 
 class _SkipInit(TorchFunctionMode):
@@ -213,21 +219,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     They are read, not mapped: a mapped file that shrinks, or is removed on a network disk, ends the process (SIGBUS).
     """
-    try:
+    with _reading(path):
         tensors = load_file(path, backend="pread")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unusable(path, error) from error
-    for name, value in tensors.items():
-        if value.dtype != torch.float32:
-            raise _unusable(path, f"{name} is {value.dtype} instead of float32")
+        for name, value in tensors.items():
+            if value.dtype != torch.float32:
+                raise ValueError(f"{name} is {value.dtype} instead of float32")
     return tensors
-
-
-def _unusable(path: Path, reason: object) -> UserError:
-    """The error of a checkpoint or one of its files that cannot be used."""
-    text = (reason.strerror or "unreadable") if isinstance(reason, OSError) else " ".join(str(reason).split())
-    shown = escape_control_chars(f"{path} cannot be used: {text[:300]}")
-    return UserError(f"{shown}; take another checkpoint, or one from a backup", CHECKPOINT)
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:

@@ -25,9 +25,6 @@ ALIASES = {
         "model.n_heads": "num_attention_heads",
         "model.d_head": "head_dim",
         "model.d_mlp": "intermediate_size n_inner",
-        "model.attention": "attn_implementation",
-        "model.preset": "model_type",
-        "data.source": "train_file",
         "run.dir": "output_dir",
         "run.resume": "init_from resume_from_checkpoint",
         "optim.optimizer": "optim",
@@ -43,7 +40,6 @@ ALIASES = {
         "train.dtype": "bf16 fp16",
         "log.every": "log_interval logging_steps",
         "log.wandb": "report_to",
-        "samples": "num_return_sequences",
         "prompt": "start",
     }.items()
     for alias in aliases.split()
@@ -51,7 +47,6 @@ ALIASES = {
 """Options of nanoGPT and Hugging Face, by their last part, whose counterpart here is not the most similar name."""
 NO_EQUIVALENT = {
     "device": "a CUDA GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= in the environment",
-    "backend": "it is nccl with CUDA and gloo without",
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
     "eval_only": "a run evaluates by itself; to look at a trained one use sample.py and attend.py",
     "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
@@ -112,11 +107,8 @@ def option_types(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tuple[str, str | None]]:
-    """(option, value) pairs: the option with its dashes, or '' for a word on its own; a missing value is None.
-
-    Args:
-        flags: options without a value: the word after one is not its value.
-    """
+    """(option, value) pairs: the option with its dashes, or '' for a word on its own; `flags` and options at the end of
+    `args` or before another option have no value, None."""
     rest = list(args)
     while rest:
         word = rest.pop(0)

@@ -62,8 +62,7 @@ class RunSettings:
 class OptimConfig:
     """Optimizer and learning rate schedule."""
 
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """`muon`: Muon for the matrices inside the blocks, AdamW for the rest; `adamw`: AdamW for all."""
+    optimizer: Literal["muon", "adamw"] = "muon"  # `muon`: for the matrices of the blocks, with AdamW for the rest.
     lr: NonNegativeFloat = 0.005  # Peak learning rate of AdamW.
     muon_lr: NonNegativeFloat = 0.02  # Peak learning rate of Muon.
     weight_decay: NonNegativeFloat = 0.1  # Weight decay of matrices and embeddings, not of norms and biases.
@@ -93,8 +92,7 @@ class TrainConfig:
     keep_checkpoints: PositiveInt = 2  # How many of the newest checkpoints are kept, besides the best.
     patience: NonNegativeInt = 0  # Stop after this many evaluations without improvement; 0: never.
     skip_nonfinite_steps: NonNegativeInt = 0  # Steps with a non-finite loss or gradient to skip before the run stops.
-    sharding: Literal["none", "fsdp"] = "none"
-    """`none`: DDP, every process has the whole model; `fsdp`: FSDP2, parameters and optimizer state are sharded."""
+    sharding: Literal["none", "fsdp"] = "none"  # `none`: DDP; `fsdp`: parameters and optimizer state are sharded.
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # Of matrix products; `auto`: bf16 where it is well supported.
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; `auto`: for long runs if a compiler is installed.
 
@@ -106,10 +104,8 @@ class LogConfig:
     every: PositiveInt = 10  # Steps between log lines.
     sample_tokens: NonNegativeInt = 100  # Tokens of the text sample at each evaluation; 0: none.
     prompts: str = ""  # A file of prompts to monitor: texts, or prompt, right and wrong answer separated by tabs.
-    attention: Literal["on", "off"] = "on"
-    """`on`: record attention and head scores at each evaluation and write the page; `off`: train without."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; `offline`: write to the run folder, for `wandb sync`."""
+    attention: Literal["on", "off"] = "on"  # Record attention and head scores at each evaluation and write the page.
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; `offline`: for `wandb sync`.
     wandb_project: str = "glassgpt"  # Weights & Biases project.
 
 

@@ -55,15 +55,14 @@ def is_restart(folder: Path) -> bool:
     """Whether the folder holds the run of this same job, which torchrun has restarted; False if it is free.
 
     Raises:
-        UserError: if it holds another run (2), or checkpoints after step 0 without a config (4).
+        UserError: if it holds another run (2), or checkpoints without a config (4), but for step 0's.
     """
     shown = escape_control_chars(folder)
     if (folder / CONFIG_FILE).exists():
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]:
             return True
-        raise UserError(
-            f"{shown} already holds a run; continue it with --run.resume {shown}, or choose another --run.dir", CONFIG
-        )
+        message = f"{shown} already holds a run; continue it with --run.resume {shown}, or choose another --run.dir"
+        raise UserError(message, CONFIG)
     if any(path.name.isdecimal() and int(path.name) > 0 for path in (folder / "checkpoints").glob("*")):
         message = f"{shown} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
         raise UserError(message, CHECKPOINT)
@@ -71,7 +70,7 @@ def is_restart(folder: Path) -> bool:
 
 
 def _job_name() -> str:
-    """torchrun's name for this job, the same after a restart; a job without a name is named by host and parent process."""
+    """torchrun's name for this job, the same after a restart; without one, its host and parent process."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{socket.gethostname()}-{os.getppid()}" if name == "none" else name
 
@@ -84,11 +83,7 @@ def _lock_owner(folder: Path) -> list[str]:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Create and lock the folder; the lock ends when it is closed, or with the process.
-
-    Raises:
-        UserError: if it cannot be written (6), or another process trains in it (7).
-    """
+    """Create and lock the folder until the lock is closed or the process ends. Raises UserError (6 or 7)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a+", encoding="utf-8")

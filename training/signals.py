@@ -1,7 +1,7 @@
 """Signals: a run that is asked to stop finishes the current step, saves a checkpoint and exits with 128 + signal.
 
-SIGINT (Ctrl-C), SIGTERM (`kill`, a scheduler's warning) and SIGHUP (a closed terminal) are handled alike. The loop checks
-for a request between steps; work that can be repeated later, such as recording attention, is interrupted at once.
+The loop checks for a request between steps; work that can be repeated later, such as recording attention, is
+interrupted at once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-DUPLICATE_SECONDS = 0.3
-"""A second SIGINT within this time is the same Ctrl-C, delivered by both the terminal and torchrun."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; `kill`, a scheduler's warning; a closed terminal
+DUPLICATE_SECONDS = 0.3  # a second SIGINT within it is the same Ctrl-C, which the terminal and torchrun both deliver
 
 
 class ShutdownRequested(BaseException):
@@ -55,13 +54,11 @@ class SignalHandler:
 
     def run_interruptible(self, action: Callable[[], None]) -> bool:
         """Run an action that can be repeated later; False if a signal interrupted it, or had come before."""
-        try:
+        with contextlib.suppress(ShutdownRequested):
             self._interruptible = True
-            if not self.signum:
-                action()
-            self._interruptible = False
-        except ShutdownRequested:
-            return False
-        finally:
-            self._interruptible = False
+            try:
+                if not self.signum:
+                    action()
+            finally:
+                self._interruptible = False
         return not self.signum

@@ -78,12 +78,12 @@ def test_killed_before_each_operation_of_a_save(damaged: bool, whole: Reference,
 def test_each_operation_of_a_save_fails(lasting: bool, whole: Reference, start: Path, tmp_path: Path) -> None:
     bench = Bench(whole, start, tmp_path)
     operations = bench.operations
-    removing = operations.index("rename", operations.index("rename") + 1)  # from here on step 8 is safe
+    safe = operations.index("rename") + 2  # after the rename and the fsync of its parent
     for at, operation in enumerate(operations, 1):
         error = "EIO" if operation in ("rename", "rmtree") else "ENOSPC"
         hook = Hook(operations[:at].count(operation), error, operation, f"{bench.run}/checkpoints", lasting)
         done = bench.save(hook)
-        if at <= removing:
+        if at <= safe:
             assert "cannot write the checkpoint" in error_line(done, 6), (at, operation)
             assert START in [int(path.name) for path in checkpoints(bench.run)], (at, operation)
         else:  # old checkpoints that cannot be removed are only a warning

@@ -356,25 +356,17 @@ def test_pickles_in_disguise_are_never_loaded(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
-    (folder / "vocabulary.json").write_bytes(CharTokenizer("abc").to_json())
-    update_manifest(folder)
-    assert "4 tokens" in refused(tmp_path)
-
-
-def test_folder_named_after_another_step_is_refused(tmp_path: Path) -> None:
-    """Later steps would be taken for newer; any other name is fine."""
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    """A vocabulary of another size; a folder named after another step, which would be taken for newer."""
     folder = saved(tmp_path, 3)
     shutil.copytree(folder, tmp_path / "the best")
     assert open_checkpoint(tmp_path / "the best").state.step == 3
     folder.rename(folder.with_name("000007"))
     assert "holds step 3" in refused(tmp_path)
-
-
-@pytest.mark.parametrize("path", ["x" * 5000, "nowhere\x1b[31m", "/dev/null"])
-def test_path_that_is_not_a_folder_is_refused(path: str) -> None:
-    refused(Path(path))
+    other = saved(tmp_path, 8)
+    (other / "vocabulary.json").write_bytes(CharTokenizer("abc").to_json())
+    update_manifest(other)
+    assert "4 tokens" in refused(tmp_path)
 
 
 def test_only_step_names_are_checkpoints(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -383,4 +375,5 @@ def test_only_step_names_are_checkpoints(tmp_path: Path, capfd: pytest.CaptureFi
         (root / name).mkdir()
     (root / "000009").write_text("a file")
     assert [path.name for path in list_checkpoints(root)] == ["000003"]
+    assert all("not a folder" in refused(Path(path)) for path in ("x" * 5000, "nowhere\x1b[31m", "/dev/null"))
     assert open_checkpoint(tmp_path).state.step == 3 and capfd.readouterr().err == ""
