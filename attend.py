@@ -112,10 +112,7 @@ def run_command(name: str, argv: list[str]) -> None:
 
 
 def load_step(folder: Path, step: int) -> LoadedModel | None:
-    """The model of a step of a run, or of the newest checkpoint if `step` is negative; None if it is not kept or damaged.
-
-    `folder` is the run's, or an attention file of the run.
-    """
+    """The model of a step of a run, or of the newest checkpoint for step -1; None if it is not kept or damaged."""
     from training.checkpoint import open_checkpoint, read_checkpoint
 
     if step < 0:

@@ -61,10 +61,8 @@ Series = tuple[str, Sequence[int], ArrayLike]
 def draw_figures(run: RunFiles, folder: Path, suffix: str, step: int, text: str = "", score: str = "") -> list[Path]:
     """Draw `attention`, `head`, `timeline` and `phase_change`, as far as the run has the data; return their paths.
 
-    Args:
-        step: of the patterns.
-        text: a name; by default the sample for the grid, and for one head a text on which its score is measured.
-        score: of the timeline, or `all`; by default the most informative one.
+    By default the score of the timeline is the most informative one, and the patterns are those of the model's sample,
+    but for one head those of a text on which its score is measured.
     """
     paths = [folder / f"attention.{suffix}", folder / f"head.{suffix}"]
     _draw_patterns(paths, run, step, text)

@@ -39,20 +39,14 @@ NEWEST = -1  # stands for the newest step
 class RunFiles:
     """The files of one run."""
 
-    folder: Path
-    """The run folder; the file itself where the attention file of a prompt was opened."""
-    paths: dict[int, Path]
-    """Attention files by step."""
-    opened_step: int = NEWEST
-    """The step that the opened path names, if it is a checkpoint or an attention file."""
+    folder: Path  # the file itself where the attention file of a prompt was opened
+    paths: dict[int, Path]  # attention files by step
+    opened_step: int = NEWEST  # the step that the opened path names, if it is a checkpoint or an attention file
 
     @staticmethod
     def open(path: Path | str) -> RunFiles:
-        """Open a run folder, or the run of a checkpoint, an attention folder or an attention file.
-
-        Raises:
-            UserError: if it is not a run, or has no attention files (exit code 4).
-        """
+        """Open a run folder, or the run of a checkpoint, an attention folder or an attention file. `UserError` if it has no
+        attention files (exit code 4)."""
         path = Path(path)
         folder, opened = path, NEWEST
         if not find_attention_files(path / FOLDER):
@@ -100,10 +94,8 @@ class RunFiles:
     def head_scores(self) -> tuple[list[int], dict[str, NDArray[np.float32]]]:
         """Steps (S,), and the scores (S, L, H) by name, nan at a step without the score.
 
-        They are those of metrics.jsonl, and of attention files for other steps, such as 0.
-
-        Raises:
-            UserError: if the scores are of models of different shape, or a file is damaged (exit code 4).
+        They are those of metrics.jsonl, and of attention files for other steps, such as 0. `UserError` if they are
+        malformed, or of models of different shape (exit code 4).
         """
         tables = {line["step"]: line["head_scores"] for line in self.evaluations()}
         tables |= {step: self.read(step).scores for step in self.steps if step not in tables}

@@ -29,9 +29,7 @@ Cell = str | int | float | None
 
 def printable(lines: Sequence[str], encoding: str | None) -> str:
     """Lines for a stream: control characters are escaped; shades and blocks become ASCII where the encoding lacks them.
-
-    `run_main` lets the streams escape all other characters that they cannot encode.
-    """
+    `run_main` lets the streams escape all other characters that they cannot encode."""
     text = "\n".join(escape_control_chars(line.rstrip()) for line in lines)
     try:
         (SHADES + BLOCKS).encode(encoding or "ascii")
@@ -183,10 +181,7 @@ def paragraph(text: str, width: int) -> list[str]:
 
 
 def sparkline(values: ArrayLike, low: float, high: float, width: int = 60) -> str:
-    """A series as a row of blocks from `low` to `high`, clipped to them; blank where a value is missing (nan).
-
-    A series longer than `width` is averaged over neighboring values.
-    """
+    """A series as a row of blocks from `low` to `high`, clipped to them, blank for nan; longer ones are averaged."""
     line = ""
     for part in np.array_split(np.asarray(values, dtype=np.float64), min(np.size(values), width)):
         finite = np.clip(part[np.isfinite(part)], low, high)

@@ -66,11 +66,6 @@ def test_all_commands_are_in_the_guide() -> None:
     assert named - {"RUN"} == set(attend.COMMANDS)
 
 
-def test_links_lead_to_files() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", GUIDE)
-    assert links and not [link for link in links if not (ROOT / "docs" / link).exists()]
-
-
 def test_reading_example_runs_without_torch(trained: Path) -> None:
     path = trained / "attention" / "000006.safetensors"
     file: AttentionFile = read_attention_file(path)

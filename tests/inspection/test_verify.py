@@ -84,12 +84,9 @@ def test_change_of_a_file_fails_its_check(file: AttentionFile, model: GPT, name:
     assert failed(change(file), model) == {check}
 
 
-def test_change_of_one_model_weight_fails(file: AttentionFile) -> None:
+def test_another_model_fails(file: AttentionFile) -> None:
     model = random_model("qwen3", context=24)
     with torch.no_grad():
         model.get_parameter("blocks.0.attention.out.weight")[0, 0] += 0.5
     assert failed(file, model) & {"pattern", "loss"}
-
-
-def test_model_of_another_shape_fails(file: AttentionFile) -> None:
     assert failed(file, random_model("qwen3", context=16)) == {"shape"}
