@@ -23,7 +23,7 @@ from common.files import write_atomic
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionRecord
 from inspection.page_data import PageRun, describe_scores, file_scores, finding_tables, score_tables
-from inspection.page_encoding import Encoder, PageTooLarge, as_json
+from inspection.page_encoding import Encoder, as_json
 from inspection.terminal import DISCLAIMER
 
 __all__ = ["PageRun", "write_page"]
@@ -101,7 +101,7 @@ def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> tuple[dict[str
         encoder.begin(limit - used)
         try:
             table: dict[str, Any] = {"runs": [_run(run, names, content, encoder) for run in runs]}
-        except PageTooLarge:
+        except OverflowError:
             continue
         table["vocabulary"] = encoder.vocabulary()
         if len(as_json(table)) <= limit - used:

@@ -35,9 +35,6 @@ EFFECTS = {
 TIMELINE_POINTS = 200
 NO_FINDINGS: Mapping[str, Any] = {"headline": "What each attention head attends to, token by token.", "findings": []}
 
-Scores = Mapping[str, NDArray[np.floating[Any]]]
-"""By name, a score of each head (L, H)."""
-
 
 @dataclass(frozen=True)
 class PageRun:
@@ -70,8 +67,8 @@ class PageRun:
         return [{"step": line["step"], "scores": score_tables(line["head_scores"])} for line in lines[::-every][::-1]]
 
 
-def file_scores(file: AttentionFile) -> Scores:
-    """The head scores of a file; if it has none, as that of a prompt, the mean attention to the most attended token."""
+def file_scores(file: AttentionFile) -> Mapping[str, NDArray[np.floating[Any]]]:
+    """The head scores (L, H) of a file by name; if it has none, the mean attention to the most attended token."""
     if file.scores:
         return file.scores
     every = np.concatenate([text.pattern()[:, :, 1:].max(axis=-1) for text in file.texts], axis=-1, dtype=np.float64)

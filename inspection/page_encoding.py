@@ -18,10 +18,6 @@ JOINERS = "\u200c\u200d"
 """Invisible characters that join letters or emoji."""
 
 
-class PageTooLarge(Exception):
-    """The page would exceed its size limit."""
-
-
 class Encoder:
     """Encodes the arrays and tokens of one page. What was compressed is kept while smaller contents are tried."""
 
@@ -37,7 +33,7 @@ class Encoder:
         """An array as its dtype and the base64 of its deflated bytes, in C order.
 
         Raises:
-            PageTooLarge: if the arrays of the page exceed the limit.
+            OverflowError: if the arrays of the page exceed the limit.
         """
         if dtype == "sqrt8":
             array = np.rint(255 * np.sqrt(np.clip(np.nan_to_num(np.asarray(array, np.float32)), 0, 1)))
@@ -46,7 +42,7 @@ class Encoder:
             self._compressed[data] = base64.b64encode(zlib.compress(data, 6)).decode("ascii")
         self._left -= len(self._compressed[data])
         if self._left < 0:
-            raise PageTooLarge
+            raise OverflowError("the page would exceed its size limit")
         return [dtype, self._compressed[data]]
 
     def tokens(self, tokens: Iterable[bytes]) -> list[str]:

@@ -63,17 +63,12 @@ function selectedKey() {
   return topKeys(attentionRow(view, state.query), 1)[0] ?? 0;
 }
 
-// An interesting query to start with: a word that attends strongly to an earlier word that is not its neighbour; among
-// those within 5% of the strongest, the one that attends farthest back.
+// An interesting query to start with: the word that attends most to an earlier word that is not its neighbour.
 function initialQuery() {
   const isWord = Array.from(view.tokens, (token) => /\p{L}/u.test(spokenToken(token)));
-  const pairs = [];
-  range(view.T).filter((i) => isWord[i]).forEach((i) => storedRow(i).forEach((weight, j) => {
-    if (weight > 0.01 && isWord[j] && j < i - 1 && view.first + j > 0) pairs.push({ i, distance: i - j, weight });
-  }));
-  const strongest = Math.max(...pairs.map(({ weight }) => weight));
-  const strong = pairs.filter(({ weight }) => weight >= 0.95 * strongest).sort((a, b) => b.distance - a.distance);
-  return strong.length ? strong[0].i : view.T - 1;
+  const isDistant = (i, j) => isWord[i] && isWord[j] && j < i - 1 && view.first + j > 0;
+  const largest = range(view.T).map((i) => Math.max(0, ...storedRow(i).filter((_, j) => isDistant(i, j))));
+  return nearest(range(view.T), (i) => -largest[i]);
 }
 
 // Attention in percent; a difference in signed percentage points.
@@ -91,5 +86,6 @@ function spokenSummary() {
   const row = shownRow(state.query);
   const keys = topKeys(row, 3).map((j) => `${spokenToken(view.tokens[j])} ${percent(row[j])}`).join(", ");
   const query = spokenToken(view.tokens[state.query]);
-  return comparing() ? `${query}, difference in attention: ${keys || "none"}.` : `${query} attends to ${keys || "nothing"}.`;
+  if (comparing()) return `${query}, difference in attention: ${keys || "none"}.`;
+  return `${query} attends to ${keys || "nothing"}.`;
 }

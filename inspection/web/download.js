@@ -4,10 +4,8 @@ const PICTURE = { side: 760, title: 54, scale: 640 }; // CSS pixels; `scale` is 
 
 function pictureTitle() {
   const other = state.compare === "run" ? secondRun.label : `step ${state.compare}`;
-  const minus = comparing() ? `, minus ${other}` : "";
-  const weighted = state.value_weighted ? ", value-weighted" : "";
-  const head = headName(state.layer, state.head);
-  return `${head}, step ${stepNumber(view.step)}${minus}${weighted}: ${page.texts[view.text]}`.slice(0, 85);
+  const shown = `step ${stepNumber(view.step)}${comparing() ? ` minus ${other}` : ""}`;
+  return `${headName(state.layer, state.head)}, ${shown}: ${page.texts[view.text]}`.slice(0, 85);
 }
 
 function scaleElements() {
@@ -32,7 +30,8 @@ function cellElements({ left, top, side, cell, T }) {
       if (fill !== zero) paths[fill] = `${paths[fill] ?? ""}M${corner}h${size}v${size}h-${size}z`;
     });
   }
-  const cells = Object.entries(paths).map(([fill, d]) => createSvg("path", { d, fill, "shape-rendering": "crispEdges" }));
+  const shape = { "shape-rendering": "crispEdges" };
+  const cells = Object.entries(paths).map(([fill, d]) => createSvg("path", { d, fill, ...shape }));
   return [createSvg("rect", { x: left, y: top, width: side, height: side, fill: zero }), ...cells];
 }
 
@@ -54,8 +53,6 @@ function save(blob, extension) {
   create("a", { download: `${name.replace(/[^\w-]+/g, "-")}.${extension}`, href }).click();
   setTimeout(() => URL.revokeObjectURL(href), 10000);
 }
-
-const downloadSvg = () => save(matrixSvg(), "svg");
 
 async function downloadPng() {
   const image = new Image();

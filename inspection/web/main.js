@@ -35,8 +35,8 @@ function drawControls() {
   byId("step-number").textContent = wanted.toLocaleString("en");
   byId("head-name").textContent = headName(state.layer, state.head);
   root.style.colorScheme = state.theme;
-  const other = state.compare && !comparing() ? "The other run has no such head." : "";
   const missing = shown === wanted ? "" : `This text is not stored at step ${wanted}; step ${shown} is shown. `;
+  const other = state.compare && !comparing() ? "The other run has no such head." : "";
   showMessage(missing + (view.notice || other));
 }
 
@@ -54,10 +54,7 @@ function nextHead(by) {
   return change({ ...allHeads[k % allHeads.length], key: -1 });
 }
 
-function toggleTheme() {
-  const dark = state.theme ? state.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  return change({ theme: dark ? "light" : "dark" });
-}
+const systemTheme = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
@@ -85,8 +82,8 @@ const KEYS = {
   v: () => change({ value_weighted: !state.value_weighted }),
   c: () => change({ compare: state.compare ? "" : secondRun ? "run" : String(stepNumber(0)) }),
   d: downloadPng,
-  s: downloadSvg,
-  t: toggleTheme,
+  s: () => save(matrixSvg(), "svg"),
+  t: () => change({ theme: (state.theme || systemTheme()) === "dark" ? "light" : "dark" }),
   "?": () => byId("help").showModal(),
 };
 const FIELD_KEYS = /^(Arrow.*|Enter|Home|End)$/;
@@ -154,10 +151,11 @@ function findingButton(finding) {
   const selected = { layer, head, score, key: -1 };
   const step = text === null ? -1 : nearestStep(0, run.steps.length - 1, text);
   if (step >= 0) Object.assign(selected, { text, query: atEnd ? storedText(0, step, text).length - 1 : -1 });
-  const kind = finding.supported ? "supported" : null;
-  return create("button",
-    { type: "button", class: kind, title: finding.summary, "data-change": JSON.stringify(selected) },
-    create("strong", {}, headName(layer, head)), ` ${title}`, create("span", { class: "number" }, ` ${fixed(attention)}`));
+  const type = { type: "button", class: finding.supported ? "supported" : null };
+  const name = create("strong", {}, headName(layer, head));
+  const value = create("span", { class: "number" }, ` ${fixed(attention)}`);
+  const change = JSON.stringify(selected);
+  return create("button", { ...type, title: finding.summary, "data-change": change }, name, ` ${title}`, value);
 }
 
 function fillPage() {
@@ -167,7 +165,7 @@ function fillPage() {
   byId("headline").textContent = page.headline;
   byId("findings").replaceChildren(...page.findings.map(findingButton));
   byId("notes").textContent = page.notes.join(" ");
-  const options = (id, entries) => byId(id).append(...entries.map(([value, text]) => create("option", { value }, text)));
+  const options = (id, entries) => byId(id).append(...entries.map(([value, name]) => new Option(name, value)));
   options("text-choice", [...page.texts.entries()].filter(([k]) => nearestStep(0, 0, k) >= 0));
   options("score", Object.entries(page.scores).map(([name, { title }]) => [name, title]));
   const otherRun = secondRun ? [["run", secondRun.label]] : [];

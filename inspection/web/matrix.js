@@ -10,19 +10,15 @@ function matrixLayout(size, T) {
   return { ...MARGIN, size, side, cell: side / T, T };
 }
 
-// N x N pixels for T x T cells; a pixel of several cells shows their largest value.
-function paintCells(N, T) {
-  const values = new Float32Array(N * N);
+// One pixel per cell; where there are more cells than pixels on the screen, the browser averages them.
+function paintCells({ T, side }) {
+  const image = new ImageData(T, T);
   for (const i of range(T)) {
-    shownRow(i).forEach((value, j) => {
-      const k = Math.floor((i * N) / T) * N + Math.floor((j * N) / T);
-      if (!(Math.abs(value) <= Math.abs(values[k]))) values[k] = value;
-    });
+    shownRow(i).forEach((value, j) => image.data.set([...valueColour(value), 255], 4 * (i * T + j)));
   }
-  const image = new ImageData(N, N);
-  values.forEach((value, k) => image.data.set([...valueColour(value), 255], 4 * k));
   const canvas = byId("matrix-cells");
-  canvas.width = canvas.height = N;
+  canvas.width = canvas.height = T;
+  canvas.style.imageRendering = T > side ? "auto" : "pixelated";
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
@@ -58,7 +54,8 @@ function axisLabels(layout, query, key) {
 
 // A frame around cells of row i, from column j, with a halo that sets it off from any colour.
 function frame({ left, top, cell }, i, j, columns, name = "frame") {
-  const box = { x: left + j * cell - 2, y: top + i * cell - 2, width: columns * cell + 4, height: cell + 4, fill: "none" };
+  const [x, y] = [left + j * cell - 2, top + i * cell - 2];
+  const box = { x, y, width: columns * cell + 4, height: cell + 4, fill: "none" };
   return [
     createSvg("rect", { ...box, class: "halo", stroke: "#fff", "stroke-width": 4 }),
     createSvg("rect", { ...box, class: name, stroke: "#1f5fae", "stroke-width": 1.8 }),
@@ -84,12 +81,10 @@ function matrixOverlay(layout, hover) {
 }
 
 function drawMatrix() {
-  const { T } = view;
-  const layout = matrixLayout(byId("matrix").clientWidth, T);
-  const N = clamp(Math.floor(layout.side * devicePixelRatio), 1, T);
-  const painted = [view.key, view.step, state.head, state.value_weighted, N].join(" ");
+  const layout = matrixLayout(byId("matrix").clientWidth, view.T);
+  const painted = [view.key, view.step, state.head, state.value_weighted, layout.side].join(" ");
   if (matrix.painted !== painted) {
-    paintCells(N, T);
+    paintCells(layout);
     matrix.hover = null;
   }
   Object.assign(matrix, { painted, layout });

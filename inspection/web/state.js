@@ -7,7 +7,7 @@ const stepIndex = (number) => run.steps.findIndex(({ step }) => String(step) ===
 const allHeads = range(run.layers).flatMap((layer) => range(run.heads).map((head) => ({ layer, head })));
 const integerBelow = (text, limit) => (/^\d{1,9}$/.test(text) && Number(text) < limit ? Number(text) : -1);
 
-// The state that a hash describes; what is absent or invalid is as in the first view: the last step, the head of the headline.
+// The state that a hash describes. What is absent or invalid is as in the first view: last step, head of the headline.
 function stateFromHash(hash) {
   const params = new URLSearchParams(hash.slice(1));
   const choose = (name, valid, otherwise) => (valid.includes(params.get(name)) ? params.get(name) : otherwise);
@@ -35,6 +35,6 @@ function stateToHash() {
   const { layer, head, text, step, query, key, ...others } = state;
   const named = { text: page.texts[text], step: stepNumber(step), head: headName(layer, head), query };
   if (key >= 0) named.key = key;
-  const set = Object.entries(others).filter(([, value]) => value).map(([name, value]) => [name, value === true ? 1 : value]);
-  return `#${new URLSearchParams([...Object.entries(named), ...set])}`;
+  const set = Object.entries(others).filter(([, value]) => value); // neither "" nor false
+  return `#${new URLSearchParams([...Object.entries(named), ...set])}`.replaceAll("=true", "=1");
 }

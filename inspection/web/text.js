@@ -13,22 +13,14 @@ function tokenSpan(token, query) {
   return create("span", { class: "tok", role: "option", id: `token-${query}`, "data-change": selects }, ...pieces);
 }
 
-// The largest values of a row, without neighbours, where labels would overlap.
-function labelledKeys(row) {
-  const labelled = [];
-  for (const j of topKeys(row, 3)) {
-    if (Math.abs(row[j]) >= 0.05 && !labelled.includes(j - 1) && !labelled.includes(j + 1)) labelled.push(j);
-  }
-  return labelled;
-}
-
 function drawText() {
   if (textPanel.tokens !== view.tokens) {
     Object.assign(textPanel, { tokens: view.tokens, spans: Array.from(view.tokens, tokenSpan) });
     byId("text").replaceChildren(...textPanel.spans);
   }
   const row = shownRow(state.query);
-  const labelled = labelledKeys(row);
+  const labelled = topKeys(row, 3).filter((j, n, keys) => // not next to a larger one, where labels would overlap
+    Math.abs(row[j]) >= 0.05 && keys.slice(0, n).every((k) => Math.abs(k - j) > 1));
   textPanel.spans.forEach((span, j) => {
     const value = Math.abs(row[j]) >= 0.01 ? row[j] : 0;
     const alpha = Math.min(1, Math.abs(value)); // translucent: the token stays readable

@@ -26,8 +26,8 @@ function ticks(low, high, count) {
 // The axes, and a line per head; `timeline.x` and `timeline.y` map steps and scores to the picture.
 function buildTimeline() {
   const { left, right, top, bottom } = PLOT;
-  const steps = page.runs.flatMap((run) => evaluationsOf(run).map(({ step }) => step));
-  const [first, last] = [Math.min(...steps), Math.max(...steps)];
+  const evaluated = page.runs.flatMap((run) => evaluationsOf(run).map(({ step }) => step));
+  const [first, last] = [Math.min(...evaluated), Math.max(...evaluated)];
   const { low, high } = page.scores[state.score];
   const x = (step) => left + ((step - first) / (last - first || 1)) * (right - left);
   const y = (value) => bottom - ((value - low) / (high - low)) * (bottom - top);
@@ -36,14 +36,15 @@ function buildTimeline() {
     const points = scorePoints(run, head);
     return { ...head, points, path: createSvg("path", { d: linePath(points), class: "other-head" }) };
   });
+  const tick = (x, y, anchor, text) => createSvg("text", { x, y, class: "tick", "text-anchor": anchor }, text);
   const scores = ticks(low, high, 3).flatMap((value) => [
     createSvg("line", { x1: left, x2: right, y1: y(value), y2: y(value), class: "border" }),
-    createSvg("text", { x: left - 5, y: y(value) + 3.5, class: "tick end" }, Number(value.toPrecision(3))),
+    tick(left - 5, y(value) + 3.5, "end", Number(value.toPrecision(3))),
   ]);
-  const stepTicks = (last > first ? ticks(first, last, 4) : [first]).map((step) =>
-    createSvg("text", { x: x(step), y: bottom + 14, class: "tick middle" }, step));
+  const round = last > first ? ticks(first, last, 4) : [first];
+  const steps = round.map((step) => tick(x(step), bottom + 14, "middle", step));
   const marks = createSvg("g", { id: "timeline-marks" });
-  byId("timeline").replaceChildren(...scores, ...stepTicks, ...timeline.lines.map(({ path }) => path), marks);
+  byId("timeline").replaceChildren(...scores, ...steps, ...timeline.lines.map(({ path }) => path), marks);
 }
 
 function drawTimeline() {

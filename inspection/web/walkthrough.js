@@ -5,12 +5,13 @@ const walkthrough = { visible: false, drawn: "" };
 
 const dot = (a, b) => sum(a.map((value, d) => value * b[d]));
 const largestOf = (values) => values.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
-const sumVectors = (vectors, D) => vectors.reduce((total, v) => total.map((value, d) => value + v[d]), new Float64Array(D));
+const sumVectors = (vectors, D) => Float64Array.from(range(D), (d) => sum(vectors.map((vector) => vector[d])));
 
 // The vectors (T, D) of one head, from an array (H, T, D), in double precision.
 function vectorsOf(array, head) {
   const D = array.length / (run.heads * view.T);
-  return range(view.T).map((t) => Float64Array.from(array.subarray((head * view.T + t) * D, (head * view.T + t + 1) * D)));
+  const start = (t) => (head * view.T + t) * D;
+  return range(view.T).map((t) => Float64Array.from(array.subarray(start(t), start(t + 1))));
 }
 
 // softmax(q · k / √D) of the selected query over keys 0 to i, and the values weighted by it.
@@ -66,12 +67,6 @@ function dimensionCards(q, k, products) {
   return create("div", { class: "dimensions" }, ...cards);
 }
 
-function dotProduct(q, k, products) {
-  const largest = topKeys(products, 3).map((d) => `${fixed(q[d])} × ${fixed(k[d])}`).join(" + ");
-  const rest = products.length > 3 ? ` + ${products.length - 3} more` : "";
-  return formula(`q · k = ${largest}${rest} = `, fixed(sum(products), 4), "step-product");
-}
-
 // Every key of the query: score, exponential, weight, and the weight that the model stored.
 function softmaxTable({ scores, exps, pattern }, stored, key) {
   const row = (tag, cells, attributes = {}) => create("tr", attributes, ...cells.map((cell) => create(tag, {}, cell)));
@@ -116,24 +111,21 @@ function outputProjection(D) {
     create("div", { class: "head-names" }, ...names),
     vectorBars(concatenated, "outputs of all heads", { marked: [state.head * D, (state.head + 1) * D] }),
   ];
-  if (!view.attn_out) return [...parts, create("p", { class: "absent" }, "The projected output is not stored in this file.")];
+  if (!view.attn_out) return parts;
   const C = view.attn_out.length / view.T;
   const text = `times W_O: ${C} numbers that layer ${view.layer} adds to the residual stream at this position`;
   const projected = view.attn_out.slice(state.query * C, (state.query + 1) * C);
   return [...parts, create("p", {}, text), vectorBars(projected, "attention output")];
 }
 
-// Where queries and keys are stored: the text and step nearest to the selected ones, as a button.
+// Where the last step has queries and keys, a button that goes there.
 function missingSteps() {
   const absent = (...text) => [create("li", { class: "absent" }, ...text)];
-  const places = run.steps.flatMap(({ texts }, step) => page.texts.keys()
-    .filter((text) => texts[text]?.layers[0].queries).map((text) => ({ step, text })).toArray());
-  const place = nearest(places, ({ step, text }) => (text === state.text ? 0 : 1e6) + Math.abs(step - state.step));
-  if (!place) return absent("Queries, keys and values are not stored in these files, so the steps cannot be shown.");
-  const { step, text } = place;
-  const change = JSON.stringify({ step, text, query: text === state.text ? state.query : -1, key: -1 });
-  const where = `Go to step ${stepNumber(step)}, text “${page.texts[text]}”`;
-  const button = create("button", { type: "button", id: "go-to-stored", "data-change": change }, where);
+  const text = run.steps.at(-1).texts.findIndex((stored) => stored?.layers[0].queries);
+  if (text < 0) return absent("Queries, keys and values are not stored in these files, so the steps cannot be shown.");
+  const change = JSON.stringify({ step: run.steps.length - 1, text, query: -1, key: -1 });
+  const where = `Go to step ${run.steps.at(-1).step}, text “${page.texts[text]}”`;
+  const button = create("button", { type: "button", "data-change": change }, where);
   return absent("Queries and keys are not stored for this text and step. ", button);
 }
 
@@ -145,7 +137,7 @@ function computedSteps(queryToken, keyToken) {
   const products = q.map((value, d) => value * k[d]);
   const stored = Float64Array.from(storedRow(state.query));
   const product = fixed(sum(products), 4);
-  const root = fixed(Math.sqrt(q.length), 3);
+  const scaled = `${product} / √${q.length} = ${product} / ${fixed(Math.sqrt(q.length), 3)} = `;
   const masked = view.T - state.query - 1;
   const maskText = masked
     ? `${masked} later ${masked === 1 ? "key is" : "keys are"} masked: the score becomes −∞, and exp(−∞) is 0.`
@@ -154,8 +146,8 @@ function computedSteps(queryToken, keyToken) {
   const steps = {
     "Query and key": [create("p", {}, "q of ", queryToken, ", k of ", keyToken, ", and their product ",
       "in each dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k, products)],
-    "Dot product": [dotProduct(q, k, products)],
-    "Scaled by √d_head": [formula(`${product} / √${q.length} = ${product} / ${root} = `, fixed(scores[key], 4), "step-score")],
+    "Dot product": [formula("q · k = the sum of the products = ", product, "step-product")],
+    "Scaled by √d_head": [formula(scaled, fixed(scores[key], 4), "step-score")],
     "Causal mask": [create("p", {}, maskText), vectorBars(allScores, "scores of all keys", bars)],
     "Softmax over all keys": [
       formula(`exp(${fixed(scores[key], 3)} − ${fixed(max, 3)}) / ${fixed(total, 4)} = `, fixed(pattern[key], 4)),
