@@ -25,7 +25,7 @@ from common.errors import NON_FINITE, UserError
 from inspection.ablation_results import AblationEffects, AblationResults, bootstrap
 from inspection.activation_cache import blocks_of, inference_mode, pad
 from inspection.attribution import LayerActivations, run_layers
-from inspection.eval_items import EvalTask, GatherIndex, Tokens, batches, eval_tasks
+from inspection.eval_items import EvalTask, GatherIndex, batches, eval_tasks
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
@@ -43,11 +43,10 @@ def ablate(
     return per_head.flatten(-2)
 
 
-def mean_head_outputs(model: GPT, texts: Sequence[Tokens]) -> Float[Tensor, "L H D"]:
+def mean_head_outputs(model: GPT, texts: Sequence[Sequence[int]]) -> Float[Tensor, "L H D"]:
     """Each head's mean output over all positions of all texts, in the model's precision, on the CPU.
 
-    Raises:
-        ValueError: if there is no text, or one that does not fit the model.
+    Raises ValueError if there is no text, or one that does not fit the model.
     """
     if not texts or not all(texts):
         raise ValueError("no tokens to take a mean over")
@@ -83,13 +82,9 @@ def ablation_effects(model: GPT, task: EvalTask, on_pass: Callable[[], object] =
     """The scores (N,) of a task's items, and how much each falls by zero and mean ablation of each head, (N, 2, L, H).
 
     The layers below an ablated head run once for all heads of a layer. Whole and ablated model take the same path from
-    there, so that a head that writes nothing has an effect of exactly 0.
+    there, so that a head that writes nothing has an effect of exactly 0. `on_pass` is called after each ablation.
 
-    Args:
-        on_pass: called after each ablation of each batch.
-
-    Raises:
-        UserError: if a score is not finite (exit code 5).
+    Raises UserError (exit code 5) if a score is not finite.
     """
     N, L, H, D = task.n_items, model.config.n_layers, model.config.n_heads, model.config.d_head
     scores, effects = np.zeros(N), np.zeros((N, 2, L, H))
@@ -121,14 +116,9 @@ def run_ablations(model: GPT, eval_texts: EvalTexts, step: int = 0, weights_sha2
     """Ablate every head, by zero and mean, and measure repeated tokens, held-out texts and each kind of contrast pair.
 
     A measure with fewer than two items is left out. Means are taken over the measure's own texts (over the prompts of
-    all contrast pairs for every kind of them).
+    all contrast pairs for every kind of them). `step` and `weights_sha256` identify the model in the results.
 
-    Args:
-        step, weights_sha256: kept in the results, to identify the model.
-
-    Raises:
-        UserError: if a prediction of the model is not finite (exit code 5).
-        ValueError: if a text does not fit the model.
+    Raises UserError (exit code 5) if a prediction of the model is not finite, ValueError if a text does not fit it.
     """
     tasks = eval_tasks(eval_texts, model.config.context)
     ablations = 2 * model.config.n_layers * model.config.n_heads

@@ -77,8 +77,7 @@ class AblationResults:
     def load(path: Path | str) -> AblationResults:
         """Read the results that `save` wrote.
 
-        Raises:
-            UserError: if the file is missing, damaged, or has no ablation results (exit code 4).
+        Raises UserError (exit code 4) if the file is missing, damaged, or has no ablation results.
         """
         with reading(path, "file of ablation results", "delete it and run attend.py ablate again"):
             data = json.loads(Path(path).read_text("utf-8"))

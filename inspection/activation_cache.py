@@ -96,8 +96,7 @@ def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hook: LayerHook) -> F
     Args:
         tokens: B texts of one length; shorter ones padded on the right, which no earlier position attends to.
 
-    Raises:
-        ValueError: like `check_tokens`.
+    Raises ValueError like `check_tokens`.
     """
     check_tokens(model, tokens)
     with inference_mode(model) as model, ExitStack() as handles:
@@ -145,8 +144,7 @@ def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bo
     Args:
         details: cache queries, keys, values, attention outputs and the most likely next tokens too.
 
-    Raises:
-        ValueError: if there is no text, or one is empty, too long, or has an unknown token.
+    Raises ValueError if there is no text, or one is empty, too long, or has an unknown token.
     """
     if not texts or not all(texts):
         raise ValueError("no tokens; the model takes at least 1")

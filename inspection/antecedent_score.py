@@ -1,9 +1,8 @@
 """Which head attends to the antecedent of an answer, and whether a baseline without any content would find it too.
 
-A head that attends to the antecedent may only attend "nine tokens back", if that is where it mostly is, or to the
-nearest noun. So each kind of contrast pair has two baselines: the best fixed offset (Clark et al. 2019, section 4.2) and
-the nearest noun. Head and offset are chosen on one half of the pairs and compared on the other, so that choosing among
-many does not bias the result.
+A head may only attend "nine tokens back", if the antecedent is mostly there, or to the nearest noun. So each kind of
+contrast pair has two baselines: the best fixed offset (Clark et al. 2019, section 4.2) and the nearest noun. Head and
+offset are chosen on one half of the pairs and compared on the other, so that choosing does not bias the result.
 """
 
 from __future__ import annotations
@@ -64,8 +63,6 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
     Pairs longer than the model's context are left out, and so are kinds with fewer than two pairs.
     """
     fitting = [pair for pair in pairs if pair.length <= model.config.context]
-    if not fitting:
-        return []
     logit_diffs, attention = score_pairs(model, fitting)
     scores = []
     for kind in dict.fromkeys(pair.kind for pair in fitting):

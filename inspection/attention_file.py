@@ -110,8 +110,7 @@ class AttentionFile:
     texts: list[AttentionRecord]
     metadata: dict[str, str]
     """Such as step, tokens_seen, config (JSON), vocab_size, weights_sha256, tokenizer_sha256, versions (JSON)."""
-    scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Head scores by name, (L, H) each."""
+    scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # by name, (L, H) each
 
 
 def write_attention_file(
@@ -121,15 +120,11 @@ def write_attention_file(
     scores: Mapping[str, ArrayLike] | None = None,
     dtype: str = "f16",
 ) -> None:
-    """Write an attention file atomically.
+    """Write an attention file atomically; `metadata` and `scores` as in `AttentionFile`.
 
-    Args:
-        metadata: see `AttentionFile.metadata`.
-        scores: head scores (L, H) by name.
-        dtype: of the patterns: `f16` (each value within 2^-12 of the fp32 one) or `f32`.
+    The patterns are stored as `dtype`: `f16` (each value within 2^-12 of the fp32 one) or `f32`.
 
-    Raises:
-        UserError: if the file cannot be written (exit code 6).
+    Raises UserError (exit code 6) if the file cannot be written.
     """
     arrays = {SCORES + name: np.asarray(table, dtype=np.float32) for name, table in (scores or {}).items()}
     for k, text in enumerate(texts):
@@ -146,8 +141,7 @@ def write_attention_file(
 def read_attention_file(path: Path | str) -> AttentionFile:
     """Read an attention file, and check that the shapes of its arrays fit together.
 
-    Raises:
-        UserError: if the file is missing, damaged, or not an attention file (exit code 4).
+    Raises UserError (exit code 4) if the file is missing, damaged, or not an attention file.
     """
     if not Path(path).is_file():  # a pipe or device may never end
         raise UserError(f"{path} is not a file", CHECKPOINT)

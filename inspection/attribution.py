@@ -97,12 +97,9 @@ def direct_logit_attribution(
     part of each head, those of the MLP part of the MLP; the biases of the attention output and of the final norm are
     parts of their own.
 
-    Args:
-        position: negative ones count from the end.
-        token: `None` is the most likely one.
+    A negative position counts from the end; `token` None is the most likely one.
 
-    Raises:
-        ValueError: if the text is empty or too long, or position or token are out of range.
+    Raises ValueError if the text is empty or too long, or position or token are out of range.
     """
     if not -len(tokens) <= position < len(tokens) or not 0 <= (token or 0) < model.vocab_size:
         raise ValueError(f"position {position} or token {token} out of range")

@@ -23,8 +23,6 @@ from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
-Tokens = Sequence[int]
-
 PAIRS_PER_KIND = 128
 """Contrast pairs of each kind, at most. With 32 the intervals were too wide to tell a head from the others."""
 PAIR_ROWS = 16  # texts in one forward pass of `score_pairs`
@@ -59,29 +57,26 @@ class EvalTask:
 
 def eval_tasks(eval_texts: EvalTexts, context: int) -> list[EvalTask]:
     """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`, without those that have no two items."""
-    repeats, held_out = eval_texts.repeats, [tokens for _, tokens in eval_texts.held_out()]
-    tasks = [
-        # In `first, r1 .. rn, r1 .. rn` the second copy of r2 .. rn can be predicted, the second r1 cannot.
-        _loss_task("repeats", repeats, [len(text) // 2 + 2 for text in repeats]),
-        _loss_task("corpus", held_out, [1] * len(held_out)),
-        _logit_diff_task(eval_texts, context),
-    ]
+    # In `first, r1 .. rn, r1 .. rn` the second copy of r2 .. rn can be predicted, the second r1 cannot.
+    repeats = [(text, len(text) // 2 + 2) for text in eval_texts.repeats]
+    held_out = [(text, 1) for _, text in eval_texts.held_out()]
+    tasks = [_loss_task("repeats", repeats), _loss_task("corpus", held_out), _logit_diff_task(eval_texts, context)]
     for task in tasks:
         for name in [name for name, items in task.measures.items() if len(items) < 2]:  # one would give no interval
             del task.measures[name]
     return [task for task in tasks if task.measures]
 
 
-def _loss_task(name: str, texts: Sequence[tuple[int, ...]], firsts: Sequence[int]) -> EvalTask:
-    """The negative mean loss of each text in nats/token, over its tokens from a first one on."""
-    kept, queries = list[tuple[int, ...]](), list[Query]()
-    for text, first in zip(texts, firsts, strict=True):
-        if first >= len(text):
-            continue
-        item, weight = len(kept), 1 / (len(text) - first)
-        queries += [Query(item, position - 1, text[position], item, weight) for position in range(first, len(text))]
-        kept.append(text)
-    return EvalTask("nats/token", kept, kept, queries, {name: list(range(len(kept)))})
+def _loss_task(name: str, texts: Sequence[tuple[tuple[int, ...], int]]) -> EvalTask:
+    """The negative mean loss of each text in nats/token, over its tokens from the given one on."""
+    kept = [(text, first) for text, first in texts if first < len(text)]
+    queries = [
+        Query(item, position - 1, text[position], item, 1 / (len(text) - first))
+        for item, (text, first) in enumerate(kept)
+        for position in range(first, len(text))
+    ]
+    only_texts = [text for text, _ in kept]
+    return EvalTask("nats/token", only_texts, only_texts, queries, {name: list(range(len(kept)))})
 
 
 def _logit_diff_task(eval_texts: EvalTexts, context: int) -> EvalTask:
@@ -122,7 +117,7 @@ def merge_prefixes(texts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ..
     return rows, {text: number[row] for text, row in longest_of.items()}
 
 
-def batches(model: GPT, texts: Sequence[Tokens]) -> Iterator[list[int]]:
+def batches(model: GPT, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indices of texts for one forward pass each, grouped by similar length, which needs little padding."""
     most = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size))
     batch: list[int] = []
@@ -170,12 +165,10 @@ class GatherIndex:
 def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.float64], Float[Tensor, "P L H"]]:
     """The logit difference (P,) and every head's attention to the antecedent, for P contrast pairs.
 
-    Returns:
-        log p(right) - log p(wrong) in nats, each summed over the answer's tokens; and each head's total attention to
-        the antecedent from the prompt's last position, where the answer is predicted. Both on the CPU.
+    The difference is log p(right) - log p(wrong) in nats, each summed over the answer's tokens; the attention is a head's
+    total to the antecedent from the prompt's last position, where the answer is predicted.
 
-    Raises:
-        ValueError: if a pair is longer than the model's context.
+    Raises ValueError if a pair is longer than the model's context.
     """
     task, device = _pair_task(pairs, {}), model.token_embedding.weight.device
     prompts = {query.item: query for query in reversed(task.queries)}

@@ -113,8 +113,7 @@ class EvalTexts:
     def load(path: Path, vocab_size: int, context: int) -> EvalTexts:
         """Read the texts that `save` wrote, and check that they fit the model.
 
-        Raises:
-            UserError: if the file is missing or damaged (exit code 4).
+        Raises UserError (exit code 4) if the file is missing or damaged.
         """
         with reading(path, "file of evaluation texts"):
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -138,8 +137,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
     Args:
         context: longer texts are cut, longer contrast pairs refused.
 
-    Raises:
-        UserError: naming the line that can't be used (exit code 2).
+    Raises UserError (exit code 2) naming the line that can't be used.
     """
     name = escape_control_chars(path)
     try:

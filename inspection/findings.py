@@ -201,8 +201,7 @@ def headline(findings: Sequence[Finding]) -> str:
 def save_findings(path: Path, findings: Sequence[Finding]) -> None:
     """Write the headline and all findings as JSON, atomically; an interval is [value, low, high].
 
-    Raises:
-        UserError: if the file cannot be written (exit code 6).
+    Raises UserError (exit code 6) if the file cannot be written.
     """
     entries = [asdict(f) | {"is_supported": f.is_supported, "summary": f.summary} for f in findings]
     data = {"headline": headline(findings), "findings": entries}

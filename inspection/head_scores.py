@@ -215,9 +215,6 @@ def value_weighted(
     """Attention weighted by value norms: |A_j v_j W_O|, divided by its sum (Kobayashi et al. 2020, section 3).
 
     Attending to a short value vector changes little. nan where all value vectors are zero.
-
-    Args:
-        attention: of one query, or of several with the value norms broadcast to them.
     """
     moved = attention.astype(np.float64) * value_norms
     total = moved.sum(axis=-1, keepdims=True)

@@ -40,10 +40,8 @@ def keeps_attention(step: int, steps: int, eval_every: int) -> bool:
     The first and the last do, and at most `KEPT_BETWEEN` evenly spaced ones in between. Depends on the plan alone, so
     that a resumed run keeps the same ones.
     """
-    if step == 0 or step >= steps:
-        return True
     between = range(eval_every, steps, eval_every)
-    if len(between) <= KEPT_BETWEEN:
+    if step == 0 or step >= steps or len(between) <= KEPT_BETWEEN:
         return True
     return step in {between[k * (len(between) - 1) // (KEPT_BETWEEN - 1)] for k in range(KEPT_BETWEEN)}
 
@@ -135,7 +133,7 @@ class AttentionRecorder:
         """Write the attention file of a step.
 
         Args:
-            metadata: identifies the model; see `AttentionFile.metadata`.
+            metadata: see `AttentionFile.metadata`.
             scores: computed if not given.
             sample: tokens of a text that the model wrote, recorded with all details.
         """
@@ -152,13 +150,10 @@ def report_heads(
 ) -> tuple[list[str], list[Path]]:
     """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.
 
-    The attention file of `step` must exist.
+    The attention file of `step` must exist. Returns the lines to print (the headline, and one for each kind of contrast
+    pair) and the paths of the figures and the page.
 
-    Returns:
-        Lines to print: the headline, and one for each kind of contrast pair; and the figures and the page.
-
-    Raises:
-        UserError: if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
+    Raises UserError if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
     """
     ablations = run_ablations(model, eval_texts, step, weights_sha256)
     ablations.save(run_dir / "attention" / "ablations.json")

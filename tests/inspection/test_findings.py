@@ -43,19 +43,21 @@ def timeline(*values: float) -> dict[int, dict[str, Any]]:
     return {10 * (k + 1): {"induction": np.array([[value, LOW]])} for k, value in enumerate(values)}
 
 
-def test_supported_finding_is_the_headline() -> None:
+def test_supported_finding_is_the_headline(tmp_path: Path) -> None:
     ablations = results(repeats=effects(1.8, 1.5, 0.02, "nats/token"))
     (finding,) = compute_findings(timeline(LOW, HIGH, HIGH), ablations)
     assert (finding.head, finding.score, finding.since, finding.label) == ((0, 0), "induction", 20, "supported")
-    assert (
-        headline([finding])
-        == finding.summary
-        == (
-            "Since step 20, head L0H0 attends to the token after an earlier match (0.90). Ablating it raises the loss on "
-            "repeated tokens by 1.80 nats/token [95% CI 1.70 to 1.90; mean ablation 1.50]; ablating a random other head of "
-            "its layer raises it by 0.02."
-        )
+    text = (
+        "Since step 20, head L0H0 attends to the token after an earlier match (0.90). Ablating it raises the loss on "
+        "repeated tokens by 1.80 nats/token [95% CI 1.70 to 1.90; mean ablation 1.50]; ablating a random other head of "
+        "its layer raises it by 0.02."
     )
+    assert headline([finding]) == finding.summary == text
+    save_findings(tmp_path / "findings.json", [finding])
+    data = json.loads((tmp_path / "findings.json").read_text())
+    (entry,) = data["findings"]
+    assert data["headline"] == entry["summary"] == text and entry["is_supported"]
+    assert entry["head"] == [0, 0] and entry["zero"] == list(finding.zero) and entry["label"] == "supported"
 
 
 @pytest.mark.parametrize(
@@ -117,16 +119,6 @@ def test_chosen_head_must_beat_its_baseline() -> None:
     assert (cause.head, cause.value) == ((0, 0), 0.6)  # not the best head of all pairs
     assert "the feeling" in headline([place, cause])
     assert headline([place]).endswith("but a fixed offset or the nearest noun scores 1.00.")
-
-
-def test_findings_are_saved_as_json(tmp_path: Path) -> None:
-    findings = compute_findings(timeline(HIGH), results(repeats=effects(1.8, 1.5, 0.02)))
-    save_findings(tmp_path / "findings.json", findings)
-    data = json.loads((tmp_path / "findings.json").read_text())
-    assert data["headline"] == headline(findings)
-    (entry,) = data["findings"]
-    assert entry["head"] == [0, 0] and entry["zero"][0] == 1.8 and entry["label"] == "supported"
-    assert entry["is_supported"] and entry["summary"] == findings[0].summary
 
 
 def test_heads_that_can_hide_an_effect_are_named() -> None:

@@ -221,7 +221,7 @@ def test_wrong_formula_fails_a_check(name: str, check: str, monkeypatch: Patch) 
 
 
 def test_copying_of_zero_or_broken_heads() -> None:
-    model = GPT(replace(random_model("glass").config), 61)  # initialized with outputs of zero
+    model = GPT(random_model("glass").config, 61)  # initialized with outputs of zero
     close(compute("copying", model), 0.0)
     with torch.no_grad():
         model.blocks[1].attention.qkv.weight.fill_(torch.nan)
@@ -255,8 +255,6 @@ def test_value_weighting() -> None:
     expected = [[j / (i * (i + 1) / 2) if j <= i else 0.0 for j in range(6)] for i in range(1, 6)]
     np.testing.assert_allclose(weighted[1:], expected)
     assert np.isnan(weighted[0]).all()  # its only value vector is zero
-    np.testing.assert_allclose(value_weighted(pattern, np.full((1, 6), 3.0)), pattern, atol=1e-7)
     cache = run_with_cache(handmade(), torch.tensor(repeats(1, N)[0]))
     weighted = value_weighted(cache.pattern.numpy(), cache.value_norms.numpy()[..., None, :])
     np.testing.assert_allclose(weighted[PREVIOUS][2:], cache.pattern[PREVIOUS][2:], atol=1e-6)  # equally long values
-    assert np.isnan(weighted[0, 1]).all()  # a head that writes nothing
