@@ -28,7 +28,7 @@ RANK_ZERO_SECONDS = 3.0  # the other processes of torchrun wait so long for rank
 
 
 class UserError(Exception):
-    """Something the user can fix. `message` says in one line (or one a problem) what is wrong, where, and what to do."""
+    """Something the user can fix. `message` says in one line (or one a problem) what is wrong, where, what to do."""
 
     def __init__(self, message: str, exit_code: int = CONFIG) -> None:
         super().__init__(message)

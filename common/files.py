@@ -67,10 +67,7 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` up to the first that is not a JSON object with a step; a crash may cut the last.
-
-    A file that is missing or cannot be read has no lines.
-    """
+    """The lines of a `metrics.jsonl`, if there is one, up to the first that is not a JSON object with a step."""
     lines: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError, RecursionError):
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():

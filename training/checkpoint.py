@@ -63,8 +63,7 @@ class TrainState:
 class RunEnvironment:
     """What a run was trained on and with."""
 
-    starts_with_eot: bool
-    """Whether a text begins with end-of-text: the corpus has several documents, or no line breaks to begin after."""
+    starts_with_eot: bool  # a text begins with end-of-text: of several documents, or without line breaks to begin after
     corpus: str = ""  # fingerprint of the prepared corpus
     settings: Mapping[str, str] = field(default_factory=dict)
     """What else decides the last bits of the results: device, dtype, attention, threads, compiled, torch version."""
@@ -118,10 +117,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The newest intact checkpoint of a run folder, or the one that `path` is. Damaged ones are reported and skipped.
+    """The newest intact checkpoint of a run folder, or the one that `path` is; raises UserError (4) without one.
 
-    Raises:
-        UserError: if there is none (exit code 4).
+    Damaged ones are reported and skipped.
     """
     shown = escape_control_chars(path)
     if not os.path.isdir(path):  # not Path.is_dir, which raises for names that are too long
@@ -165,11 +163,7 @@ def verify_checkpoint(folder: Path) -> str | None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, after its files are verified.
-
-    Raises:
-        UserError: if it is damaged, from another version, or its folder is named after another step (exit code 4).
-    """
+    """A verified checkpoint; raises UserError (4) if it is damaged, of another version, or named after another step."""
     with _reading(folder):
         if problem := verify_checkpoint(folder):
             raise ValueError(problem)

@@ -48,7 +48,6 @@ ALIASES = {
 NO_EQUIVALENT = {
     "device": "a CUDA GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= in the environment",
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
-    "eval_only": "a run evaluates by itself; to look at a trained one use sample.py and attend.py",
     "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
     "gradient_checkpointing": "lower --train.micro_batch_size, or take --model.attention chunked",
     "wandb_run_name": "it is the name of the run folder, --run.dir",

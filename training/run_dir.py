@@ -1,7 +1,4 @@
-"""The run folder: its name, the lock that keeps a second trainer out, and `config.toml`, which makes it a run.
-
-Imports no torch, so that a folder in use is reported at once.
-"""
+"""The run folder: its name, its lock, and `config.toml`, which makes it a run. Imports no torch: refuses at once."""
 
 from __future__ import annotations
 
@@ -19,8 +16,7 @@ from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError,
 from common.files import write_atomic
 from training.config import RunConfig, to_toml
 
-CONFIG_FILE = "config.toml"
-"""A folder with this file is a run that can be resumed; it is written after the first checkpoint."""
+CONFIG_FILE = "config.toml"  # makes a folder a run that can be resumed; written after the first checkpoint
 
 
 @contextlib.contextmanager

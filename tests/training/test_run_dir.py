@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError
-from tests.runs import ROOT, TINY, error_line, script
+from common.errors import CONFIG, IN_USE, UserError
+from tests.runs import ROOT, TINY, script
 from training.config import RunConfig, RunSettings
 from training.run_dir import open_run_dir, save_config
 
@@ -104,13 +104,3 @@ def test_checkpoints_may_be_a_link_to_another_disk(run: Path, tmp_path: Path) ->
     (folder / "checkpoints").symlink_to(tmp_path / "disk")
     done = script("train.py", f"--run.resume={folder}", "--train.steps=7")
     assert done.returncode == 0 and (tmp_path / "disk" / "000007").is_dir(), done.stderr
-
-
-def test_folder_in_place_of_a_file_is_reported(run: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(run, tmp_path / "run")
-    (folder / "metrics.jsonl").unlink()
-    (folder / "metrics.jsonl").mkdir()
-    for command in ("summary", "page"):
-        done = script("attend.py", command, folder)
-        assert done.returncode in (0, CHECKPOINT) and "Traceback" not in done.stderr, done.stderr
-    error_line(script("train.py", f"--run.resume={folder}", "--train.steps=7"), DISK_OR_MEMORY)
