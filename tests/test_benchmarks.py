@@ -22,39 +22,37 @@ def test_contestants_are_interleaved() -> None:
     assert order == list("abcbcacab") and results["a"] == [1, 6, 8]
 
 
+PYTHON = [sys.executable, "-c"]
+
+
 def test_time_and_memory_of_a_command_are_its_own() -> None:
     """Not those of this process, which has torch loaded; those of its children count."""
     block = "x = bytearray(200_000_000); import time; time.sleep(0.2)"
-    small = run_command([sys.executable, "-c", "print('here')"])
-    large = run_command(
-        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{block}'])"]
-    )
+    small = run_command([*PYTHON, "print('here')"])
+    large = run_command([*PYTHON, f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{block}'])"])
     assert small.output == "here\n" and small.megabytes < 60
     assert 200 < large.megabytes < 260 and large.seconds > 0.2
 
 
 def test_a_failing_command_ends_the_benchmark() -> None:
-    program = [sys.executable, "-c", "import sys; sys.exit('no such thing')"]
     with pytest.raises(SystemExit, match="no such thing"):
-        run_command(program)
-    assert run_command(program, exit_codes=(1,)).output == ""
+        run_command([*PYTHON, "import sys; sys.exit('no such thing')"])
     with pytest.raises(SystemExit, match=r"(?s)too soon:.*ZeroDivisionError"):
-        seconds_until([sys.executable, "-c", "1 / 0"], bool)
+        seconds_until([*PYTHON, "1 / 0"], bool)
 
 
 def test_lines_are_timed_when_they_are_printed() -> None:
     program = "import time; print('early', flush=True); time.sleep(0.5); print('late', flush=True); time.sleep(0.5)"
-    result = run_command([sys.executable, "-c", program])
-    assert result.seconds_until("late") - result.seconds_until("early") > 0.3
-    assert result.seconds > result.seconds_until("late")
+    result = run_command([*PYTHON, program])
+    assert result.seconds > result.seconds_until("late") > result.seconds_until("early") + 0.3
     endless = "import time; time.sleep(0.3); print('now', flush=True); time.sleep(60)"
-    assert 0.3 <= seconds_until([sys.executable, "-c", endless], lambda text: "now" in text) < 30
+    assert 0.3 <= seconds_until([*PYTHON, endless], lambda text: "now" in text) < 30
 
 
 def test_a_worker_answers_and_is_killed() -> None:
     program = "import sys\nprint('chatter')\nprint('{\"ready\": 1}', flush=True)\n"
     program += "for line in sys.stdin: print('{\"twice\": %d}' % (2 * int(line)), flush=True)"
-    with Worker([sys.executable, "-c", program]) as worker:
+    with Worker([*PYTHON, program]) as worker:
         assert worker.ready == {"ready": 1} and worker.ask(21) == {"twice": 42}
     assert worker.process.poll() is not None
 
@@ -65,16 +63,15 @@ def test_tables_are_markdown() -> None:
     assert [target("a", 1, 2, at_most=True)[3], target("b", 1, 2)[3], target("c", 2, 2)[3]] == ["yes", "NO", "yes"]
 
 
-def test_a_section_of_the_results_is_replaced(tmp_path: Path) -> None:
+def test_sections_of_the_results_are_replaced_and_commands_contain_no_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "RESULTS.md"
     for name, text in (("train", "old"), ("start", "kept\n\n| a |\n| - |"), ("train", "new")):
         common.write_section(path, name, text)
     text = path.read_text()
     assert text.startswith("# ") and "old" not in text and "| a |" in text
     assert re.findall(r"^## (\w+)\n\n(.+)", text, re.M) == [("start", "kept"), ("train", "new")]
-
-
-def test_recorded_commands_contain_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "train.py")])
     command = common.command_line(["loss", "--nanogpt", "/home/me/nanoGPT", "--run=~/x", "--rounds", "3"])
     assert command == "python -m benchmarks.train loss --nanogpt PATH --run=PATH --rounds 3"
@@ -99,15 +96,15 @@ def test_steps_are_taken_by_a_worker(tmp_path: Path) -> None:
 
 def test_ablation_reports_only_consistent_differences() -> None:
     base = [ablate.Result(1.90, 10.0), ablate.Result(1.88, 10.0), ablate.Result(1.89, 12.0)]
-    worse, mixed, small = (
-        [ablate.Result(one.loss + rise, 2 * one.seconds) for one, rise in zip(base, rises, strict=True)]
-        for rises in ((0.02, 0.01, 0.03), (0.09, -0.01, 0.05), (-0.001, -0.002, -0.003))
-    )
+    rises = ((0.02, 0.01, 0.03), (0.09, -0.01, 0.05), (-0.001, -0.002, -0.003))
+    others = [
+        [ablate.Result(one.loss + d, 2 * one.seconds) for one, d in zip(base, rise, strict=True)] for rise in rises
+    ]
     changes = [ablate.UNCHANGED, *ablate.CHANGES[:3]]
-    lines = ablate.result_table(dict(zip(changes, [base, worse, mixed, small], strict=True))).splitlines()[2:]
+    lines = ablate.result_table(dict(zip(changes, [base, *others], strict=True))).splitlines()[2:]
     assert "worse" in lines[1] and "+0.0200" in lines[1] and "2.00 x" in lines[1]
     assert not any(word in lines[i] for i in (0, 2, 3) for word in ("worse ", "better "))
-    assert "better" in ablate.result_table({changes[0]: worse, changes[1]: base})
+    assert "better" in ablate.result_table({changes[0]: others[0], changes[1]: base})
 
 
 @pytest.mark.slow

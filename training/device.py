@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import sys
 import time
@@ -31,7 +32,6 @@ COMPILE_FLOPS = 4.5e13
 """On a CPU, `compile = "auto"` compiles runs of five minutes and more: compiling takes up to a minute."""
 COMPILE_STEPS = 1000
 """The same on a GPU, in steps."""
-OOM_MESSAGES = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,7 @@ class DistContext:
 
 
 def get_dist_context(dtype: str = "auto", threads: int = 0) -> DistContext:
-    """Choose device and dtype for this process.
-
-    Under torchrun each process takes the GPU of its local rank; the process group must be initialised
-    (`distributed.process_group`).
+    """Choose device and dtype for this process; under torchrun it must be in `distributed.process_group`.
 
     Args:
         dtype: `auto` takes bf16 where the hardware multiplies it natively, else fp32.
@@ -156,11 +153,7 @@ def resolve_attention(config: ModelConfig, device: torch.device, dtype: torch.dt
 
 
 def should_compile(train: TrainConfig, flops: float, device: torch.device) -> bool:
-    """Whether to compile the model; `auto` compiles a long run where a compiler is installed.
-
-    Args:
-        flops: of all steps of this process.
-    """
+    """Whether to compile the model; `auto` compiles a run of many `flops` in this process if there is a compiler."""
     if train.compile != "auto":
         return train.compile == "on"
     if device.type == "cuda":
@@ -177,7 +170,9 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
     """
     from torch.distributed.fsdp import FSDPModule
 
-    set_deterministic(ctx.device.type == "cpu")
+    # Compiled code must sum the embedding's gradient in a fixed order; without compiling the order is fixed anyway.
+    torch.use_deterministic_algorithms(ctx.device.type == "cpu", warn_only=True)
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only needed for debugging
     is_fsdp, failed = isinstance(model, FSDPModule), False
     try:
         if is_fsdp:
@@ -194,7 +189,7 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
         print(f"torch.compile failed, training continues without it: {reason}", file=sys.stderr)
     model.zero_grad(set_to_none=True)
     if ctx.all_reduce_max(int(failed)):
-        set_deterministic(False)
+        torch.use_deterministic_algorithms(False)
         return model, False
     return compile_blocks(model) if is_fsdp else trial, True
 
@@ -204,12 +199,6 @@ def compile_blocks(model: nn.Module) -> nn.Module:
     for block in cast(GPT, model).blocks:
         block.compile()
     return model
-
-
-def set_deterministic(on: bool) -> None:
-    """Make compiled code sum the embedding's gradient in a fixed order; without compiling the order is fixed anyway."""
-    torch.use_deterministic_algorithms(on, warn_only=True)
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only needed for debugging
 
 
 def clock(ctx: DistContext) -> float:
@@ -253,8 +242,7 @@ def advise_on_oom(micro_batch_size: int, batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError where CPU memory ran out
-        is_oom = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_oom and not any(message in str(error) for message in OOM_MESSAGES):
+        if not isinstance(error, MemoryError) and not re.search("(allocate|out of|not enough) memory", str(error)):
             raise
         if micro_batch_size > 1:
             advice = f"try --train.micro_batch_size {micro_batch_size // 2}; the batch of {batch_size} stays the same"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from common.errors import UserError, escape_control_chars
 
-PLAN = "--plan"
-
 
 @dataclass(frozen=True)
 class GPU:
@@ -54,7 +52,7 @@ def parse_plan_option(argv: list[str]) -> tuple[list[str], PlanTarget | None]:
     """
     for i, word in enumerate(argv):
         option, _, name = word.partition("=")
-        if option == PLAN:
+        if option == "--plan":
             rest = argv[i + 1 :]
             if not name and rest and not rest[0].startswith("-") and not rest[0].endswith(".toml"):
                 name = rest.pop(0)

@@ -29,11 +29,7 @@ MEASURE_SECONDS = 4.0
 
 
 def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
-    """Print what a run would take.
-
-    Raises:
-        UserError: for what would keep the run from starting there (exit code 2).
-    """
+    """Print what a run would take; raises `UserError` (2) for what would keep it from starting there."""
     if "RANK" in os.environ:
         raise UserError("--plan is for one process: start without torchrun and name the GPUs: --plan 8xh100")
     if config.train.minutes:
@@ -112,11 +108,7 @@ def available_memory(target: PlanTarget, ctx: DistContext) -> float:
 def estimate_memory(
     config: RunConfig, vocab_size: int, dtype: torch.dtype, rows: int, world_size: int = 1
 ) -> dict[str, int]:
-    """Bytes of a process without sharding, by part, and their peak; `model.attention` must be resolved.
-
-    Args:
-        rows: sequences in a micro-batch.
-    """
+    """Bytes of a process with micro-batches of `rows`, by part, and their peak; `model.attention` must be resolved."""
     model, size = config.model, dtype.itemsize
     total = sum(count_parameters(model, vocab_size).values())
     matrices = model.n_layers * sum(m * n for m, n in block_matrices(model))
@@ -143,11 +135,8 @@ def estimate_memory(
 def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     """Bytes that one layer keeps per token for the backward pass, after Korthikanti et al. 2022, section 4.1.
 
-    A test compares it with the tensors that autograd keeps (within 10%). Not included: on a CPU, sdpa with dropout falls
-    back to a kernel that keeps the attention pattern.
-
-    Args:
-        size: bytes of an element in the dtype of the products (2 or 4).
+    Products are of elements of `size` bytes (2 or 4). A test compares it with the tensors that autograd keeps (within
+    10%). Not included: on a CPU, sdpa with dropout falls back to a kernel that keeps the attention pattern.
     """
     preset, context, d_model, d_mlp = config.architecture, config.context, config.d_model, config.d_mlp
     q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head

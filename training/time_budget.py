@@ -201,11 +201,9 @@ class Deadline(Callback):
         self.end, self.start = end, time.perf_counter()
 
     def on_start(self, trainer: Trainer) -> None:
-        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Adjust the config of the trainer after the last step before the decay, and save it."""
         config, step, now = trainer.config, trainer.state.step, time.perf_counter()
         if step == decay_start(config):
             trainer.config = adjust_steps(config, step, (self.end - now) * step / (now - self.start))

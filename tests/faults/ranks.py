@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from tests.faults.forkserver import Child, ForkServer
+from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY
-from tests.faults.hook import Hook
 from tests.faults.started import ROOT, Started, allowed
 
 SHARED = (
@@ -35,8 +32,8 @@ class Ranks:
     """The processes of one run without an agent; all are killed at the end of a `with` block.
 
     Args:
-        hooks: faults that a rank injects into itself.
-        own: options, or `cwd` and `env`, of single ranks.
+        own: `options` of a single rank, and its `hook`, `cwd` and `env`.
+        missing: how many of the last ranks never start.
     """
 
     def __init__(
@@ -44,17 +41,16 @@ class Ranks:
         server: ForkServer,
         world_size: int,
         *argv: object,
-        hooks: Mapping[int, Hook] | None = None,
-        own: Mapping[int, Sequence[str]] | None = None,
-        how: Mapping[int, Mapping[str, Any]] | None = None,
+        own: Mapping[int, Mapping[str, Any]] | None = None,
+        missing: int = 0,
     ) -> None:
-        self.rank: list[Child] = []
+        self.rank = []
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-        for rank in range(world_size):
-            settings = dict((how or {}).get(rank, {}))
-            env = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **settings.pop("env", {})}
-            words = (*argv, *(own or {}).get(rank, ()))
-            self.rank.append(server.start(*words, env=env, hook=(hooks or {}).get(rank), **settings))
+        for rank in range(world_size - missing):
+            settings = {"options": (), "env": {}, **(own or {}).get(rank, {})}
+            words = (*argv, *settings.pop("options"))
+            env = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **settings.pop("env")}
+            self.rank.append(server.start(*words, env=env, **settings))
 
     def __enter__(self) -> Ranks:
         return self
@@ -69,39 +65,23 @@ class Ranks:
         """Wait for a condition, named `what` in the error."""
         self.rank[0].until(condition, what)
 
-    def send(self, number: int, *ranks: int) -> None:
-        """Send a signal to some ranks, or to all."""
-        for rank in ranks or range(len(self.rank)):
-            self.rank[rank].send(number)
-
     def end(self, *ranks: int, within: float = 60) -> list[subprocess.CompletedProcess[str]]:
         """Wait for some ranks, or for all."""
         deadline = time.monotonic() + within
         return [self.rank[k].end(max(1.0, deadline - time.monotonic())) for k in ranks or range(len(self.rank))]
 
 
-def run_ranks(server: ForkServer, world_size: int, *argv: object) -> subprocess.CompletedProcess[str]:
-    """Train to the end with so many processes; rank 0's output."""
+def run_ranks(server: ForkServer, world_size: int, *argv: object) -> None:
+    """Train to the end with so many processes."""
     with Ranks(server, world_size, *argv) as running:
         done = running.end(within=120)
     assert [one.returncode for one in done] == [0] * world_size, "\n".join(one.stderr for one in done)
-    return done[0]
 
 
-def torchrun(processes: int, *argv: object, options: Sequence[str] = (), **how: Any) -> Started:
-    """`torchrun --standalone --nproc_per_node=N train.py ...`; `options` replace --standalone."""
-    agent = (sys.executable, "-m", "torch.distributed.run", *(options or ("--standalone",)))
-    return Started(*agent, f"--nproc_per_node={processes}", ROOT / "train.py", *argv, **how)
-
-
-def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made by the first pytest worker that needs it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            make(folder)
-    return folder
+def torchrun(processes: int, *argv: object, options: Sequence[str] = ("--standalone",), **how: Any) -> Started:
+    """`torchrun --standalone --nproc_per_node=N train.py ...`"""
+    agent = (sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}")
+    return Started(*agent, ROOT / "train.py", *argv, **how)
 
 
 def end_within(started: Started, seconds: float) -> subprocess.CompletedProcess[str]:

@@ -5,9 +5,12 @@ python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.paralle
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +22,15 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import OptimConfig
 from training.device import DistContext, compile_model, get_dist_context
-from training.distributed import clip_grad_norm, gather_weights, maybe_no_sync, process_group, unwrap_model, wrap_model
+from training.distributed import (
+    clip_grad_norm,
+    full_tensor,
+    gather_weights,
+    maybe_no_sync,
+    process_group,
+    unwrap_model,
+    wrap_model,
+)
 from training.optimizer import Optimizer
 
 SHAPE = ModelConfig(preset="qwen3", n_layers=2, n_heads=2, d_model=20, context=8, attention="eager")
@@ -41,18 +52,15 @@ def tiny_optimizer(model: nn.Module) -> Optimizer:
     return Optimizer(model, OptimConfig(optimizer="muon", lr=0.01, muon_lr=0.02))
 
 
-def micro_batches(ctx: DistContext, step: int, rows: int = 12) -> list[Tensor]:
-    """This process's part of a step's tokens, two sequences at a time."""
-    tokens = torch.randint(VOCAB, (rows, SHAPE.context), generator=torch.Generator().manual_seed(step))
-    return list(tokens[ctx.rank :: ctx.world_size].split(2))
-
-
-def backward(model: nn.Module, ctx: DistContext, step: int, rows: int = 12) -> None:
-    """Compute the gradient of the mean over the whole batch."""
-    parts = micro_batches(ctx, step, rows)
-    for i, tokens in enumerate(parts):
-        with maybe_no_sync(model, i == len(parts) - 1):
-            (model(tokens).square().mean(dim=(1, 2)).sum() / rows * ctx.world_size).backward()
+def backward(model: nn.Module, ctx: DistContext, step: int, watch: Any = contextlib.nullcontext) -> list[Any]:
+    """Compute the gradient of the mean over a batch, two sequences at a time, each within a context `watch()`."""
+    tokens = torch.randint(VOCAB, (12, SHAPE.context), generator=torch.Generator().manual_seed(step))
+    parts, watched = tokens[ctx.rank :: ctx.world_size].split(2), []
+    for i, part in enumerate(parts):
+        with watch() as seen, maybe_no_sync(model, i == len(parts) - 1):
+            (model(part).square().mean(dim=(1, 2)).sum() / len(tokens) * ctx.world_size).backward()
+        watched.append(seen)
+    return watched
 
 
 def train(model: nn.Module, ctx: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
@@ -111,39 +119,23 @@ def read(ctx: DistContext, folder: Path) -> None:
             save(folder / f"{name}-{ctx.world_size}-later.safetensors", model, {})
 
 
-def count_reductions(model: nn.Module, ctx: DistContext) -> list[int]:
-    """Collectives that reduce gradients, in each micro-batch of a step."""
-    counts, parts = [], micro_batches(ctx, 0)
-    for i, tokens in enumerate(parts):
-        with profile() as profiler, maybe_no_sync(model, i == len(parts) - 1):
-            model(tokens).sum().backward()
-        counts.append(sum(e.name.startswith("c10d::") and "reduce" in e.name for e in profiler.events()))
-    return counts
-
-
-def reductions(ctx: DistContext, folder: Path) -> None:
-    found = {sharding: count_reductions(wrap_model(tiny_model(), ctx, sharding), ctx) for sharding in ("none", "fsdp")}
-    if ctx.is_main_process:
-        (folder / "reductions.json").write_text(json.dumps(found))
-
-
-def compiled(ctx: DistContext, folder: Path) -> None:
-    """Reductions and gradients of a compiled model of one block, against a model that is not compiled."""
+def gradients(ctx: DistContext, folder: Path) -> None:
+    """Reductions and gradients of a model of one block, also compiled, against a model in one process."""
     found, shape = {}, replace(SHAPE, n_layers=1)
-    for sharding in ("none", "fsdp"):
-        wrapped = wrap_model(tiny_model(shape=shape), ctx, sharding)
-        fast, is_compiled = compile_model(wrapped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
-        counts = count_reductions(fast, ctx)
-        wrapped.zero_grad()
-        backward(fast, ctx, 0)
-        reference = tiny_model(shape=shape)
-        backward(reference, DistContext(ctx.device, ctx.dtype), 0)
-        pairs = zip(unwrap_model(fast).parameters(), reference.parameters(), strict=True)
-        grads = [(getattr(p.grad, "full_tensor", lambda p=p: p.grad)(), q.grad) for p, q in pairs]
-        error = max(float((a - b).norm() / b.norm()) for a, b in grads if b is not None)
-        found[sharding] = {"counts": counts, "error": error, "compiled": is_compiled}
+    reference = tiny_model(shape=shape)
+    backward(reference, DistContext(ctx.device, ctx.dtype), 0)
+    for sharding, compiling in itertools.product(("none", "fsdp"), (False, True)):
+        wrapped, is_compiled = wrap_model(tiny_model(shape=shape), ctx, sharding), False
+        if compiling:
+            wrapped, is_compiled = compile_model(wrapped, torch.zeros(2, SHAPE.context, dtype=torch.long), ctx)
+        events = [profiler.events() for profiler in backward(wrapped, ctx, 0, profile)]
+        counts = [sum(e.name.startswith("c10d::") and "reduce" in e.name for e in batch) for batch in events]
+        pairs = zip(unwrap_model(wrapped).parameters(), reference.parameters(), strict=True)
+        grads = [(full_tensor(p.grad), q.grad) for p, q in pairs if p.grad is not None and q.grad is not None]
+        error = max(float((a - b).norm() / b.norm()) for a, b in grads)
+        found[f"{sharding} {compiling}"] = {"counts": counts, "is_exact": error < 1e-5, "compiled": is_compiled}
     if ctx.is_main_process:
-        (folder / "compiled.json").write_text(json.dumps(found))
+        (folder / "gradients.json").write_text(json.dumps(found))
 
 
 def agree(ctx: DistContext, folder: Path) -> None:
@@ -164,7 +156,7 @@ def agree(ctx: DistContext, folder: Path) -> None:
     (folder / f"agree-{ctx.rank}.json").write_text(json.dumps(found))
 
 
-PROGRAMS = {f.__name__: f for f in (write, read, reductions, compiled, agree)}
+PROGRAMS = {f.__name__: f for f in (write, read, gradients, agree)}
 
 
 def main(argv: list[str]) -> None:

@@ -54,19 +54,15 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("error", LOST, ids=lambda error: str(error)[-40:])
-def test_lost_process_is_one_line(error: RuntimeError, torchrun: None) -> None:
-    with pytest.raises(UserError) as caught, process_group(60):
-        raise error
-    assert caught.value.exit_code == LOST_PROCESS and "--run.resume" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("error", OTHER, ids=lambda error: str(error)[-40:])
-def test_other_errors_are_not_changed(error: BaseException, torchrun: None) -> None:
+@pytest.mark.parametrize("error", [*LOST, *OTHER], ids=lambda error: str(error)[-40:])
+def test_lost_process_is_one_line_and_other_errors_are_not_changed(error: BaseException, torchrun: None) -> None:
     with pytest.raises(BaseException) as caught, process_group(60):
         raise error
-    assert caught.value is error
+    if error in OTHER:
+        assert caught.value is error
+    else:
+        assert isinstance(caught.value, UserError) and caught.value.exit_code == LOST_PROCESS
+        assert "--run.resume" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,19 +95,12 @@ def test_one_process_under_torchrun_trains_like_one_without(sharding: str, torch
             wrapped(torch.zeros(1, 4, dtype=torch.long))  # an evaluation
         gather_weights(wrapped, model)
         assert all(is_dtensor(p) == (sharding == "fsdp") for p in wrapped.parameters())
-        state = optimizer.state_dict()
         for module in (model, unwrap_model(wrapped)):
             assert cast(GPT, module).lm_head.weight is cast(GPT, module).token_embedding.weight
-        again = tiny_optimizer(wrapped)
-        again.load_state_dict(state)
-        assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
         with pytest.raises(ValueError):
-            again.load_state_dict({**state, "nobody/exp_avg": torch.zeros(2)})
+            optimizer.load_state_dict({**optimizer.state_dict(), "nobody/exp_avg": torch.zeros(2)})
     for first, a, b in zip(tiny_model().parameters(), plain.parameters(), model.parameters(), strict=True):
         assert (a - b).norm() <= 0.02 * (a - first).norm()  # Muon rounds to bf16
-    found = expected.state_dict()
-    assert state.keys() == found.keys()
-    assert all((state[key] - found[key]).norm() <= 0.02 * found[key].norm() for key in found)
 
 
 def test_gradient_is_clipped_or_left_alone() -> None:

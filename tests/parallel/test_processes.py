@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.parallel.programs import SHAPE, load, tiny_model, tiny_optimizer, train
+from tests.parallel.programs import load, tiny_model, tiny_optimizer, train
 from tests.runs import ROOT
 from training.device import DistContext
 
@@ -33,6 +35,11 @@ def result(folder: Path, name: str) -> Any:
     return json.loads((folder / f"{name}.json").read_text())
 
 
+def change(weights: dict[str, Tensor], before: dict[str, Tensor]) -> Tensor:
+    """What a run has added to all weights, as one vector."""
+    return torch.cat([(value - before[key]).flatten() for key, value in weights.items()])
+
+
 def test_ddp_and_fsdp_train_like_one_process(tmp_path: Path) -> None:
     """DDP and FSDP on 2 processes against one; then their checkpoints in FSDP on 4 and 1 processes, bit for bit."""
     torchrun(2, "write", tmp_path)
@@ -40,42 +47,36 @@ def test_ddp_and_fsdp_train_like_one_process(tmp_path: Path) -> None:
         torchrun(count, "read", tmp_path)
     ctx = DistContext(torch.device("cpu"), torch.float32)
     for name in ("none", "fsdp"):
-        saved, model = tmp_path / f"{name}.safetensors", tiny_model()
+        first, model = tiny_model().state_dict(), tiny_model()
         optimizer = tiny_optimizer(model)
         assert result(tmp_path, name) == pytest.approx(train(model, ctx, optimizer, range(3)), rel=1e-4)
-        for key, value in load(saved, "weights").items():  # Muon rounds to bf16
-            change = model.get_parameter(key) - tiny_model().get_parameter(key)
-            assert (value - model.get_parameter(key)).norm() <= 0.02 * change.norm()
-        state = load(saved, "state")
+        weights, state = (load(tmp_path / f"{name}.safetensors", kind) for kind in ("weights", "state"))
+        expected = change({key: model.get_parameter(key).detach() for key in weights}, first)
+        assert (change(weights, first) - expected).norm() <= 0.02 * expected.norm()  # Muon rounds to bf16
         assert {key: value.shape for key, value in state.items()} == {
             key: value.shape for key, value in optimizer.state_dict().items()
         }
-        for count in (4, 1):
-            for kind in ("weights", "state"):
-                a, b = load(saved, kind), load(tmp_path / f"{name}-{count}.safetensors", kind)
-                assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        resumed, before = tiny_model(seed=5), load(saved, "weights")
-        resumed.load_state_dict(before, strict=False)
+        for count, (kind, written) in itertools.product((4, 1), (("weights", weights), ("state", state))):
+            again = load(tmp_path / f"{name}-{count}.safetensors", kind)
+            assert again.keys() == written.keys() and all(torch.equal(again[key], written[key]) for key in again)
+        resumed = tiny_model(seed=5)
+        resumed.load_state_dict(weights, strict=False)
         optimizer = tiny_optimizer(resumed)
         optimizer.load_state_dict(state)
         train(resumed, ctx, optimizer, range(3, 4))
+        expected = change({key: resumed.get_parameter(key).detach() for key in weights}, weights)
         for count in (4, 1):
-            for key, value in load(tmp_path / f"{name}-{count}-later.safetensors", "weights").items():
-                change = resumed.get_parameter(key).detach() - before[key]
-                assert (value - before[key] - change).norm() < 0.02 * change.norm()
+            later = load(tmp_path / f"{name}-{count}-later.safetensors", "weights")
+            assert (change(later, weights) - expected).norm() < 0.02 * expected.norm()
 
 
-def test_gradients_are_reduced_in_the_last_micro_batch_only(tmp_path: Path) -> None:
-    torchrun(2, "reductions", tmp_path)
-    assert result(tmp_path, "reductions") == {"none": [0, 0, 1], "fsdp": [0, 0, SHAPE.n_layers + 1]}
-
-
-def test_compiled_models_reduce_and_train_the_same(tmp_path: Path) -> None:
-    torchrun(2, "compiled", tmp_path)
-    found = result(tmp_path, "compiled")
-    for sharding, last in (("none", 1), ("fsdp", 2)):
-        assert found[sharding]["counts"] == [0, 0, last]
-        assert found[sharding]["error"] < 1e-5 and found[sharding]["compiled"]
+def test_gradients_are_exact_and_reduced_in_the_last_micro_batch_only(tmp_path: Path) -> None:
+    torchrun(2, "gradients", tmp_path)
+    assert result(tmp_path, "gradients") == {
+        f"{sharding} {compiled}": {"counts": [0, 0, last], "is_exact": True, "compiled": compiled}
+        for sharding, last in (("none", 1), ("fsdp", 2))
+        for compiled in (False, True)
+    }
 
 
 def test_processes_agree(tmp_path: Path) -> None:
