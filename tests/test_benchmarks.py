@@ -10,17 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablate, common
-from benchmarks.common import Worker, interleave, run_command, seconds_until, spread, table, target
+from benchmarks.common import Worker, run_command, seconds_until, table
 from benchmarks.steps import load_corpus, write_random_tokens
 from model.config import PRESETS
 from tests.runs import ROOT, TINY
-
-
-def test_contestants_are_interleaved() -> None:
-    order: list[str] = []
-    results = interleave({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, 3)  # type: ignore[misc,func-returns-value]
-    assert order == list("abcbcacab") and results["a"] == [1, 6, 8]
-
 
 PYTHON = [sys.executable, "-c"]
 
@@ -57,15 +50,8 @@ def test_a_worker_answers_and_is_killed() -> None:
     assert worker.process.poll() is not None
 
 
-def test_tables_are_markdown() -> None:
+def test_results_are_markdown_and_contain_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table(("", "s"), [("ours", 1.5)]) == "|      |   s |\n| ---- | --: |\n| ours | 1.5 |"
-    assert spread([3.0, 1.0, 2.0]) == "2.00 (1.00-3.00)" and spread([1.0]) == "1.00"
-    assert [target("a", 1, 2, at_most=True)[3], target("b", 1, 2)[3], target("c", 2, 2)[3]] == ["yes", "NO", "yes"]
-
-
-def test_sections_of_the_results_are_replaced_and_commands_contain_no_paths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     path = tmp_path / "RESULTS.md"
     for name, text in (("train", "old"), ("start", "kept\n\n| a |\n| - |"), ("train", "new")):
         common.write_section(path, name, text)

@@ -33,20 +33,14 @@ class Ranks:
 
     Args:
         own: `options` of a single rank, and its `hook`, `cwd` and `env`.
-        missing: how many of the last ranks never start.
     """
 
     def __init__(
-        self,
-        server: ForkServer,
-        world_size: int,
-        *argv: object,
-        own: Mapping[int, Mapping[str, Any]] | None = None,
-        missing: int = 0,
+        self, server: ForkServer, world_size: int, *argv: object, own: Mapping[int, Mapping[str, Any]] | None = None
     ) -> None:
         self.rank = []
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-        for rank in range(world_size - missing):
+        for rank in range(world_size):
             settings = {"options": (), "env": {}, **(own or {}).get(rank, {})}
             words = (*argv, *settings.pop("options"))
             env = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **settings.pop("env")}

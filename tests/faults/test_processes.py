@@ -127,14 +127,6 @@ def test_rank_0_is_killed_while_saving(server: ForkServer, references: Reference
     resume_and_check(server, run, references("none"))
 
 
-def test_a_process_that_never_starts_is_lost(server: ForkServer, references: References, run: Path) -> None:
-    argv = (*references("none").argv, f"--run.dir={run}", "--run.dist_timeout=2")
-    with Ranks(server, 2, *argv, missing=1) as running:
-        (done,) = running.end(within=SOON)
-    assert done.returncode == LOST_PROCESS and one_error(done)
-    assert not (run / "config.toml").exists()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, KILLED, FROZEN], ids=["stopped", "killed", "frozen"])
 def test_torchrun_ends_with_its_processes(number: int, server: ForkServer, references: References, run: Path) -> None:
     """A scheduler's SIGTERM to every process and torchrun's own count as one; a lost process ends the job."""

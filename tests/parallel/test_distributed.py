@@ -14,7 +14,7 @@ from torch import nn
 from common.errors import LOST_PROCESS, UserError
 from model.gpt import GPT
 from tests.parallel.programs import tiny_model, tiny_optimizer, train
-from training.device import DistContext, compile_model, get_dist_context
+from training.device import DistContext, get_dist_context
 from training.distributed import (
     clip_grad_norm,
     gather_weights,
@@ -111,15 +111,3 @@ def test_gradient_is_clipped_or_left_alone() -> None:
         assert float(model.weight.grad.norm()) == pytest.approx(expected)
     model.weight.grad = torch.tensor([[torch.inf, 0.0, 0.0]])
     assert clip_grad_norm(model, 1.0) == torch.inf
-
-
-def test_nothing_is_compiled_where_another_process_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OtherFails(DistContext):
-        def all_reduce_max(self, value: int) -> int:
-            return max(value, 1)
-
-    monkeypatch.setattr(torch, "compile", nn.Sequential)
-    model, example = tiny_model(), torch.zeros(1, 4, dtype=torch.long)
-    assert compile_model(model, example, OtherFails(CPU.device, CPU.dtype)) == (model, False)
-    compiled, is_compiled = compile_model(model, example, CPU)
-    assert compiled is not model and is_compiled and all(p.grad is None for p in model.parameters())
