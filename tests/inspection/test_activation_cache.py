@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,24 +11,8 @@ from torch import Tensor
 
 from inspection.activation_cache import run_with_cache, run_with_cache_batch, run_with_hooks
 from model import functional
-from model.config import ModelConfig
 from model.gpt import GPT
-
-SMALL = ModelConfig(n_layers=2, n_heads=4, d_model=32, context=24, attention="eager")
-
-
-def random_gpt(config: ModelConfig, vocab_size: int = 50) -> GPT:
-    """A model with large random parameters, whose attention is far from uniform."""
-    model = GPT(config, vocab_size)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def random_text(T: int, vocab_size: int = 50) -> Tensor:
-    return torch.randint(vocab_size, (T,), generator=torch.Generator().manual_seed(T))
+from tests.model.helpers import VOCAB, random_model, random_tokens
 
 
 def by_hand(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,9 +43,7 @@ def by_hand(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("preset", "attention"), [("glass", "eager"), ("gpt2", "sdpa"), ("qwen3", "eager")])
 @torch.no_grad()
 def test_pattern_and_value_norms_equal_a_plain_loop(preset: str, attention: str) -> None:
-    shared = 2 if preset == "qwen3" else 0
-    model = random_gpt(replace(SMALL, preset=preset, attention=attention, n_kv_heads=shared))
-    tokens = random_text(11)
+    model, tokens = random_model(preset, attention), random_tokens(1, 11)[0]
     cache = run_with_cache(model, tokens)
     patterns, norms = by_hand(model, tokens)
     # sdpa, which the plain loop uses between layers, rounds differently
@@ -74,7 +55,7 @@ def test_pattern_and_value_norms_equal_a_plain_loop(preset: str, attention: str)
 @pytest.mark.parametrize("T", [1, 24])
 @torch.no_grad()
 def test_rows_are_causal_distributions_and_the_loss_is_the_models(T: int) -> None:
-    model, tokens = random_gpt(SMALL), random_text(T)
+    model, tokens = random_model("gpt2"), random_tokens(1, T)[0]
     cache = run_with_cache(model, tokens)
     assert cache.pattern.shape == (2, 4, T, T) and cache.value_norms.shape == (2, 4, T)
     assert torch.equal(cache.pattern, cache.pattern.tril())
@@ -83,15 +64,15 @@ def test_rows_are_causal_distributions_and_the_loss_is_the_models(T: int) -> Non
     torch.testing.assert_close(cache.loss, -log_probs[range(T - 1), tokens[1:]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tokens", [[], [0] * 25, [1, 50]])
+@pytest.mark.parametrize("tokens", [[], [0] * 25, [1, VOCAB]])
 def test_unusable_text_is_refused(tokens: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"24|at least 1|vocabulary of 50"):
-        run_with_cache(random_gpt(SMALL), torch.tensor(tokens, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"24|at least 1|vocabulary of 61"):
+        run_with_cache(random_model("gpt2"), torch.tensor(tokens, dtype=torch.long))
 
 
 def test_batch_equals_single_texts() -> None:
-    model = random_gpt(SMALL)
-    texts = [random_text(T).tolist() for T in (5, 24, 1, 13)]
+    model = random_model("gpt2")
+    texts = [random_tokens(1, T)[0].tolist() for T in (5, 24, 1, 13)]
     for text, cache in zip(texts, run_with_cache_batch(model, texts), strict=True):
         alone = run_with_cache(model, torch.tensor(text))
         assert torch.equal(cache.tokens, torch.tensor(text))
@@ -101,18 +82,17 @@ def test_batch_equals_single_texts() -> None:
 
 def snapshot(model: GPT) -> list[object]:
     """Flags, hooks, parameters, gradients and random generators (not Python's, which beartype uses)."""
-    parts = [(m.training, m.__dict__.get("sdpa"), len(m._forward_hooks)) for m in model.modules()]
+    parts = [(m.training, getattr(m, "attention_implementation", None), len(m._forward_hooks)) for m in model.modules()]
     weights = [(p.data_ptr(), p.dtype, p.requires_grad, p.grad is None, p.sum().item()) for p in model.parameters()]
     return [parts, weights, torch.get_rng_state().tolist(), str(np.random.get_state())]
 
 
 def test_model_is_unchanged() -> None:
     """Also after a hook that raises."""
-    model = random_gpt(replace(SMALL, attention="sdpa", dropout=0.5))
-    model.train()
+    model = random_model("gpt2", "sdpa", dropout=0.5).train()
     model.blocks[0].eval()  # in eval mode on purpose
     before = snapshot(model)
-    cache = run_with_cache(model, random_text(10))
+    cache = run_with_cache(model, random_tokens(1, 10)[0])
     assert snapshot(model) == before
     assert not any(t.requires_grad for t in (cache.pattern, cache.value_norms, cache.loss))
 
@@ -120,12 +100,12 @@ def test_model_is_unchanged() -> None:
         raise KeyError(layer)
 
     with pytest.raises(KeyError):
-        run_with_hooks(model, random_text(5)[None], fail)
+        run_with_hooks(model, random_tokens(1, 5), fail)
     assert snapshot(model) == before
 
 
 def test_pattern_is_computed_in_fp32() -> None:
-    model, tokens = random_gpt(SMALL), random_text(24)
+    model, tokens = random_model("gpt2"), random_tokens(1, 24)[0]
     plain = run_with_cache(model, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run_with_cache(model, tokens).pattern, plain.pattern)
@@ -139,8 +119,7 @@ def test_pattern_is_computed_in_fp32() -> None:
 @torch.no_grad()
 def test_details_add_up_to_the_models_attention(preset: str) -> None:
     """Queries, keys and values, combined by the formula, give the layer's attention output."""
-    shared = 2 if preset == "qwen3" else 0
-    model, tokens = random_gpt(replace(SMALL, preset=preset, n_kv_heads=shared)), random_text(11)
+    model, tokens = random_model(preset), random_tokens(1, 11)[0]
     outputs: list[Tensor] = []
     handles = [b.attention.register_forward_hook(lambda m, args, out: outputs.append(out[0])) for b in model.blocks]
     logits = model(tokens[None])[0]
@@ -149,7 +128,7 @@ def test_details_add_up_to_the_models_attention(preset: str) -> None:
     cache = run_with_cache(model, tokens, details=True)
     for layer, block in enumerate(model.blocks):
         q, k, v = cache.queries[layer], cache.keys[layer], cache.values[layer]
-        scores = (q @ k.mT / math.sqrt(8)).masked_fill(~torch.ones(11, 11).tril().bool(), -torch.inf)
+        scores = (q @ k.mT / math.sqrt(model.config.d_head)).masked_fill(~torch.ones(11, 11).tril().bool(), -torch.inf)
         torch.testing.assert_close(cache.pattern[layer], scores.softmax(-1), atol=1e-6, rtol=0)
         mixed = (cache.pattern[layer] @ v).transpose(0, 1).flatten(1)  # heads side by side
         torch.testing.assert_close(block.attention.out(mixed), cache.attn_out[layer], atol=1e-5, rtol=1e-5)

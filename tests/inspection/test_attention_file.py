@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 from common.errors import CHECKPOINT, UserError
 from inspection.activation_cache import ActivationCache, run_with_cache
 from inspection.attention_file import DETAILS, AttentionRecord, read_attention_file, write_attention_file
-from tests.inspection.test_activation_cache import SMALL, random_gpt, random_text
 from tests.model import helpers
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +36,9 @@ def token_bytes(token: int) -> bytes:
 @pytest.fixture(scope="module")
 def caches() -> dict[str, ActivationCache]:
     """Three texts, the first with all details."""
-    model = random_gpt(SMALL)
-    return {name: run_with_cache(model, random_text(T), details=name == "a story") for name, T in LENGTHS.items()}
+    model = helpers.random_model("gpt2")
+    texts = {name: helpers.random_tokens(1, T)[0] for name, T in LENGTHS.items()}
+    return {name: run_with_cache(model, tokens, details=name == "a story") for name, tokens in texts.items()}
 
 
 def write(path: Path, caches: dict[str, ActivationCache], dtype: str = "f16", scores: Any = SCORES) -> Path:

@@ -17,7 +17,7 @@ from inspection.contrast_pairs import ContrastPair, make_contrast_pair
 from inspection.eval_items import score_pairs
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
-from tests.inspection.test_activation_cache import SMALL, random_gpt
+from tests.model.helpers import random_model
 
 Patch = pytest.MonkeyPatch
 TEXT = "Mia gave the kite to Tom because he was sad. Then Tom smiled."
@@ -115,7 +115,7 @@ def score_alone(model: GPT, pair: ContrastPair) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batches_equal_single_pairs(batch_size: int, monkeypatch: Patch) -> None:
     monkeypatch.setattr(eval_items, "PAIR_ROWS", batch_size)
-    model = random_gpt(replace(SMALL, attention="sdpa"))
+    model = random_model("gpt2", "sdpa")
     pairs = random_pairs(8)  # and some that are prefixes of others
     pairs += [replace(pair, tokens=pair.tokens[:4], antecedent=(1, 2)) for pair in pairs[::4]]
     pairs += [replace(pair, tokens=(pair.tokens + pair.right + pair.wrong)[:20]) for pair in pairs[:6]]

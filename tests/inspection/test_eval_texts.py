@@ -12,6 +12,7 @@ import pytest
 from common.errors import UserError
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import N_REPEATS, EvalTexts, read_user_prompts, repeated_sequences
+from tests.inspection.test_contrast_pairs import Bytes
 
 END = 0
 PAIR = ContrastPair("pronoun", (END, 5, 6, 7), (1,), (5,), (6,), (2,))
@@ -65,18 +66,6 @@ def test_damaged_file_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) 
     assert error.value.exit_code == 4 and "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-class Bytes:
-    """A tokenizer of bytes: the id of a byte is its value plus 1."""
-
-    end_of_text = END
-
-    def encode(self, text: str) -> list[int]:
-        return [byte + 1 for byte in text.encode()]
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token - 1])
-
-
 def prompts(tmp_path: Path, text: str) -> tuple[list[tuple[str, tuple[int, ...]]], list[ContrastPair]]:
     (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
     return read_user_prompts(tmp_path / "prompts.txt", Bytes(), 64)
@@ -84,7 +73,7 @@ def prompts(tmp_path: Path, text: str) -> tuple[list[tuple[str, tuple[int, ...]]
 
 def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     texts, pairs = prompts(tmp_path, "Tom ran 🙂.\n\nAnn met Tom. Then\t Ann\t Tom\nIt rained\t wet\t dry\train\n")
-    assert texts == [("line 1", (END, *Bytes().encode("Tom ran 🙂.")))]
+    assert texts == [("line 1", (Bytes.end_of_text, *Bytes().encode("Tom ran 🙂.")))]
     mention, reason = pairs
     assert mention.kind == reason.kind == "own" and mention.right == tuple(Bytes().encode(" Ann"))
     assert mention.antecedent == (1, 2, 3) and reason.antecedent == (4, 5, 6, 7)
