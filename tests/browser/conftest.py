@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
 
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -38,7 +36,8 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chrome = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        chrome = playwright.chromium.launch(executable_path=chromium, args=options)
         yield chrome
         chrome.close()
 
@@ -71,8 +70,7 @@ class View:
 
     def grid(self) -> NDArray[np.float64]:
         """The scores in the grid of heads, flat."""
-        cells = self.page.eval_on_selector_all("#grid td", "cells => cells.map(c => c.dataset.value)")
-        return np.array([float(value) for value in cells])
+        return np.array(self.page.eval_on_selector_all("#grid td", "cells => cells.map(c => Number(c.dataset.value))"))
 
     def point(self, query: float, key: float) -> tuple[float, float]:
         """The middle of a matrix cell on the screen, in CSS pixels."""

@@ -53,11 +53,9 @@ def record(name: str, words: Sequence[bytes], seed: int, qkv: bool, shape: tuple
 
 def scores(seed: int) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
-    names = ("induction", "entropy", "antecedent.pronoun")
-    tables = {name: rng.uniform(size=(L, H)).astype(np.float32) for name in names}
-    tables["distance"] = rng.uniform(1, 8, size=(L, H)).astype(np.float32)
-    tables["antecedent.pronoun"][1, 2] = 0.9
-    tables["antecedent.pronoun"][0, 1] = 0.8
+    largest = {"induction": 1, "entropy": 1, "antecedent.pronoun": 1, "distance": 8}
+    tables = {name: rng.uniform(0, high, (L, H)).astype(np.float32) for name, high in largest.items()}
+    tables["antecedent.pronoun"][1, 2], tables["antecedent.pronoun"][0, 1] = 0.9, 0.8
     return tables
 
 

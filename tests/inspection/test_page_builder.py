@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError
+from common.errors import CHECKPOINT, UserError
 from inspection import page_builder
 from inspection.attention_file import AttentionFile
 from inspection.page_builder import PageRun, write_page
@@ -44,20 +44,12 @@ class Page:
 
 
 def decode(encoded: tuple[str, str]) -> NDArray[Any]:
-    return np.frombuffer(zlib.decompress(base64.b64decode(encoded[1])), DTYPES[encoded[0]])
+    array = np.frombuffer(zlib.decompress(base64.b64decode(encoded[1])), DTYPES[encoded[0]])
+    return (array / 255.0) ** 2 if encoded[0] == "sqrt8" else array
 
 
 def assert_equal(encoded: tuple[str, str], expected: ArrayLike, atol: float = 0) -> None:
-    """Check an array of the page; the first loss is nan."""
-    array = decode(encoded) if encoded[0] != "sqrt8" else (decode(encoded) / 255.0) ** 2
-    np.testing.assert_allclose(array, np.ravel(np.asarray(expected, np.float64)), rtol=0, atol=atol)
-
-
-def large_run(steps: int, texts: int) -> list[AttentionFile]:
-    def records(step: int) -> list[Any]:
-        return [example_run.record(f"text {k}", example_run.WORDS, 7 * step + k, True) for k in range(texts)]
-
-    return [AttentionFile(records(step), {"step": str(step)}, {}) for step in range(steps)]
+    np.testing.assert_allclose(decode(encoded), np.ravel(np.asarray(expected, np.float64)), rtol=0, atol=atol)
 
 
 def test_arrays_are_exact(tmp_path: Path) -> None:
@@ -102,36 +94,36 @@ def test_ablation_labels_come_from_python(tmp_path: Path) -> None:
     table = Page(tmp_path, files, **options).table
     ablation = table["scores"]["antecedent.pronoun"]["ablation"]
     assert ablation["zero"][1][2] == [[2.5, 2.0, 3.0], [0.1, -0.2, 0.3], [2.5, 2.0, 3.0]]
-    supported, disputed = ablation["labels"][1][2], ablation["labels"][0][1]
-    assert supported["kind"] == "supported" and supported["text"].startswith("supported")
-    assert disputed["kind"] == "caution" and "disputed" in disputed["text"]
+    (*_, disputed, _), (*_, supported) = ablation["labels"]
+    assert supported["kind"] == "supported" and disputed["kind"] == "caution" and "disputed" in disputed["text"]
     assert table["scores"]["entropy"]["ablation"] is None
-    assert table["headline"] == example_run.FINDINGS["headline"]
+    assert table["headline"] == example_run.FINDINGS["headline"] and table["findings"][1]["head"] == [1, 0]
     assert table["start"] == {"layer": 1, "head": 2, "score": "antecedent.pronoun"}
-    assert table["findings"][1]["head"] == [1, 0]
     files[2].scores["antecedent.pronoun"][...] = 0.1
-    labels = Page(tmp_path, files, **options).table["scores"]["antecedent.pronoun"]["ablation"]["labels"]
-    assert labels[0][1]["text"].startswith("disputed") and labels[0][0]["text"].startswith("not supported")
+    table = Page(tmp_path, files, **options).table
+    low, disputed, _ = table["scores"]["antecedent.pronoun"]["ablation"]["labels"][0]
+    assert disputed["text"].startswith("disputed") and low["text"].startswith("not supported")
 
 
 @pytest.mark.parametrize("share, expected", [(0.5, "for one step in 2"), (0.28, "only for the last step")])
 def test_size_budget(share: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = large_run(8, 4)
+    files = []
+    for step in range(8):
+        texts = [example_run.record(f"text {k}", example_run.WORDS, 7 * step + k, True) for k in range(4)]
+        files.append(AttentionFile(texts, {"step": str(step)}))
     source = len(page_builder._script()) + 20_000  # the page's own source does not shrink
-    budget = source + int((Page(tmp_path, files).bytes - source) * share)
-    monkeypatch.setattr(page_builder, "BUDGET", budget)
+    monkeypatch.setattr(page_builder, "BUDGET", source + int((Page(tmp_path, files).bytes - source) * share))
     page = Page(tmp_path, files)
     assert expected in " ".join(page.notes) and page.table["notes"] == page.notes
-    assert page.bytes <= budget
-    assert all(page.steps[7]["texts"]), "every text is stored at the last step"
-    assert all(all(step["texts"][:2]) for step in page.steps), "the first texts are stored at every step"
+    assert page.bytes <= page_builder.BUDGET
+    assert all(page.steps[7]["texts"]) and all(all(step["texts"][:2]) for step in page.steps)
     assert page.steps[7]["texts"][0]["layers"][0]["queries"][0] == "float16"
 
 
 def test_long_texts_are_cut_to_the_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [bytes([65 + k]) for k in np.random.default_rng(1).integers(0, 20, 150)]
     text = example_run.record("long", words, 1, True, (6, 5))
-    files = [AttentionFile([text], {"step": "1"}, {})]
+    files = [AttentionFile([text], {"step": "1"})]
     monkeypatch.setattr(page_builder, "BUDGET", 0)
     page = Page(tmp_path, files)
     assert page.notes == ["Attention is stored in 8 bits, within 0.004, and within 0.002 below 0.25."]
@@ -142,34 +134,25 @@ def test_long_texts_are_cut_to_the_maximum_size(tmp_path: Path, monkeypatch: pyt
     kept = entry["length"]
     assert page.bytes <= page_builder.MAX_BYTES and 1 < kept < 150 and entry["first"] == 150 - kept
     assert f"the last {kept} tokens" in " ".join(page.notes) and set(entry["layers"][0]) == {"pattern"}
-    rows, columns = np.tril_indices(kept)
-    expected = text.pattern(0)[0, :, -kept:, -kept:][:, rows, columns]
-    assert_equal(entry["layers"][0]["pattern"], expected, atol=0.004)
+    expected = text.pattern(0)[0, :, -kept:, -kept:]
+    assert_equal(entry["layers"][0]["pattern"], expected[:, *np.tril_indices(kept)], atol=0.004)
     monkeypatch.setattr(page_builder, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="larger than 1,000 bytes"):
         Page(tmp_path, files)
 
 
-def test_data_never_becomes_markup(tmp_path: Path) -> None:
+def test_only_our_own_code_runs(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><!-- {{script}} \u2028"
     record = example_run.record(evil, example_run.HOSTILE, 1, True)
     file = AttentionFile([record], {"step": evil}, {evil: np.ones((2, 3), np.float32)})
     page = Page(tmp_path, [file], title=evil, findings={"headline": evil, "findings": []})
-    ordinary = Page(tmp_path, example_run.files()[:1])
-    for tag in ("<script>", "<!--", "</title>"):
-        assert page.source.count(tag) == ordinary.source.count(tag), tag
-    assert page.table["headline"] == evil
+    assert [page.source.count(tag) for tag in ("<script>", "<style>", "<!--", "</title>")] == [1, 1, 0, 1]
     assert page.source[page.source.index('id="page-data"') : page.source.index("<script>")].isascii()
-
-
-def test_content_security_policy(tmp_path: Path) -> None:
-    page = Page(tmp_path, example_run.files())
     policy = page.between('http-equiv="Content-Security-Policy" content="', '"')
     assert "default-src 'none'" in policy and "unsafe" not in policy
     for tag in ("script", "style"):
         digest = hashlib.sha256(page.between(f"<{tag}>", f"</{tag}>").encode()).digest()
         assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
-        assert page.source.count(f"<{tag}>") == 1
     assert not re.search(r"\son\w+=|\sstyle=|javascript:|innerHTML|insertAdjacent|\beval\(", page.source)
     assert set(re.findall(r"https?://[^\s\"'<)`]+", page.source)) == {"http://www.w3.org/2000/svg"}
 
@@ -191,19 +174,6 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             Page(tmp_path, example_run.files()[:steps], findings=findings)
         assert caught.value.exit_code == CHECKPOINT and not list(tmp_path.iterdir())
-
-
-def test_write_error_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = Page(tmp_path, example_run.files()).source
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(UserError, match="No space left") as caught:
-        Page(tmp_path, example_run.files()[:1])
-    assert caught.value.exit_code == DISK_OR_MEMORY
-    assert [path.read_text("utf-8") for path in tmp_path.iterdir()] == [before]
 
 
 def test_page_needs_no_torch_and_all_scripts(tmp_path: Path) -> None:
