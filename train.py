@@ -27,7 +27,8 @@ CONTRAST_STORIES = 200
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
     argv, target = parse_plan_option(argv)
-    config, name = parse_train([word for word in argv if word != "--check"])
+    usage = (__doc__ or "").partition("\n\n")[0].replace("\n", "\n\n")
+    config, name = parse_train([word for word in argv if word != "--check"], usage)
     if "--check" in argv:
         from training.resume_check import check_resume
 

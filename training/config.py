@@ -28,11 +28,6 @@ MINUTES_DECIDE = [
 ]
 """The options that `train.minutes` sets (`training/time_budget.py`)."""
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
-DESCRIPTION = (
-    "Train a small GPT. The first argument may be a config file (default: configs/quickstart.toml). With --run.resume "
-    "RUN --check it only proves that RUN resumes exactly. --plan prints the memory and time that the run needs on this "
-    "machine, --plan 8xh100 on others."
-)
 
 
 # Types of settings, each with its range: in words, and as a test that NaN fails.
@@ -180,7 +175,7 @@ def from_saved(table: dict[str, Any], where: str) -> RunConfig:
         raise UserError(f"{where} has no usable config ({escape_control_chars(first)})", CHECKPOINT) from error
 
 
-def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
+def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]:
     """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's.
 
     Raises UserError with a line for each problem (2), or for a folder that is not a run (4).
@@ -198,7 +193,7 @@ def parse_train(argv: list[str]) -> tuple[RunConfig, str]:
         file, typed = saved, [*typed, f"--run.dir={resumed}"]
     file = file or QUICKSTART
     from_file = read_toml(file)
-    config = parse(RunConfig, from_file + typed, DESCRIPTION)
+    config = parse(RunConfig, from_file + typed, description)
     if config.train.minutes:
         check_minutes(typed, from_file, bool(resumed))
     if config.run.resume and not resumed:

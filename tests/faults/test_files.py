@@ -85,19 +85,6 @@ def test_without_a_good_checkpoint_nothing_is_started(server: ForkServer, run: P
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
-@pytest.mark.parametrize("what", ["no checkpoints", "empty", "file", "nowhere"])
-def test_folder_without_a_run_is_reported(what: str, server: ForkServer, run: Path, tmp_path: Path) -> None:
-    path = run if what == "no checkpoints" else tmp_path / what
-    if what == "no checkpoints":
-        shutil.rmtree(run / "checkpoints")
-    elif what == "empty":
-        path.mkdir()
-    elif what == "file":
-        path.write_text("not a folder")
-    for script, argv in (("train.py", [f"--run.resume={path}"]), ("sample.py", [path]), ("attend.py", [path])):
-        error_line(server.run(*argv, script=script), 4)
-
-
 @pytest.mark.parametrize("what", ["cut", "missing", "noise"])
 def test_damaged_config_never_trains_another_run(what: str, whole: Reference, run: Path) -> None:
     """Refused in one line, or resumed to the same weights: a shortened file must not bring back the defaults."""
