@@ -131,7 +131,7 @@ def measure_speed(out: common.Report, clone: Path | None, rounds: int) -> list[t
     out.add(common.table(("", *CASES), rows))
     n_bytes = 4 * sum(a * b for a, b in common.gpt_matrices(SHAPE.n_layers, SHAPE.d_model, VOCAB))
     out.add(
-        f"The limit of one text in fp32: {1 / limit:.1f} passes over the matrices per second, {n_bytes / limit / 1e9:.1f} GB/s."
+        f"The limit of one text in fp32: {1 / limit:.1f} reads of all matrices per second, {n_bytes / limit / 1e9:.1f} GB/s."
     )
     targets = [
         common.target("one text, fp32, of transformers", speed["ours, fp32"] / speed["transformers, fp32"], 1.35),

@@ -52,15 +52,15 @@ def tiny_optimizer(model: nn.Module) -> Optimizer:
     return Optimizer(model, OptimConfig(optimizer="muon", lr=0.01, muon_lr=0.02))
 
 
-def backward(model: nn.Module, ctx: DistContext, step: int, watch: Any = contextlib.nullcontext) -> list[Any]:
-    """Compute the gradient of the mean over a batch, two sequences at a time, each within a context `watch()`."""
+def backward(model: nn.Module, ctx: DistContext, step: int, context: Any = contextlib.nullcontext) -> list[Any]:
+    """Compute the gradient of the mean over a batch, two sequences at a time, each within a `context()`."""
     tokens = torch.randint(VOCAB, (12, SHAPE.context), generator=torch.Generator().manual_seed(step))
-    parts, watched = tokens[ctx.rank :: ctx.world_size].split(2), []
+    parts, entered = tokens[ctx.rank :: ctx.world_size].split(2), []
     for i, part in enumerate(parts):
-        with watch() as seen, maybe_no_sync(model, i == len(parts) - 1):
+        with context() as seen, maybe_no_sync(model, i == len(parts) - 1):
             (model(part).square().mean(dim=(1, 2)).sum() / len(tokens) * ctx.world_size).backward()
-        watched.append(seen)
-    return watched
+        entered.append(seen)
+    return entered
 
 
 def train(model: nn.Module, ctx: DistContext, optimizer: Optimizer, steps: range) -> list[float]:
