@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
 
 FOLDER = "attention"
-NEWEST = -1  # stands for the newest step
+NEWEST = -1  # as a step: the newest one
 
 
 @dataclass(frozen=True)
