@@ -107,8 +107,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
 
 
 def _report(message: str, exit_code: int) -> NoReturn:
-    """Print what is wrong and exit. Bad options and data are usually bad in every process: local rank 0 reports first,
-    and torchrun ends the others once it has ended."""
+    """Print what is wrong and exit. torchrun ends the other processes once rank 0 has reported bad options or data."""
     is_late = exit_code in (CONFIG, DATA) and os.environ.get("LOCAL_RANK", "0") != "0"
     if is_late:
         time.sleep(RANK_ZERO_SECONDS)

@@ -117,10 +117,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The newest intact checkpoint of a run folder, or the one that `path` is; raises UserError (4) without one.
-
-    Damaged ones are reported and skipped.
-    """
+    """The newest intact checkpoint of a run folder, or the one that `path` is. Damaged ones are reported and skipped;
+    raises UserError (4) if none is left."""
     shown = escape_control_chars(path)
     if not os.path.isdir(path):  # not Path.is_dir, which raises for names that are too long
         message = f"{shown} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"

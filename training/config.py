@@ -176,10 +176,8 @@ def from_saved(table: dict[str, Any], where: str) -> RunConfig:
 
 
 def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]:
-    """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's.
-
-    Raises UserError with a line for each problem (2), or for a folder that is not a run (4).
-    """
+    """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's. Raises
+    UserError with a line for each problem (2), or for a folder that is not a run (4)."""
     typed = list(argv)
     file = Path(typed.pop(0)) if typed and not typed[0].startswith("-") else None
     resumed = dict(split_options(typed)).get("--run.resume")
