@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         run_command(argv[0], argv[1:])
     else:
         check_command(argv)
-        show_prompt(parse(AttendOptions, argv, __doc__ or "", positional="run"))
+        show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
 
 
 def check_command(argv: list[str]) -> None:
@@ -101,7 +101,9 @@ def terminal_width() -> int:
 def run_command(name: str, argv: list[str]) -> None:
     """Run a command and print its result; a failed check is a `UserError` after everything is printed (exit code 4)."""
     command = COMMANDS[name]
-    options = parse(command, argv, f"{command.__doc__}  python attend.py {name} RUN", positional="run")
+    words = ["run", "other"] if command is Compare else ["run"]
+    usage = f"python attend.py {name} RUN" + " [OTHER]" * (command is Compare)
+    options = parse(command, argv, f"{command.__doc__}  {usage}", words)
     result = options.result(Context(terminal_width(), load_step))
     if getattr(options, "json", False):
         print(terminal.to_json(result.data))

@@ -69,7 +69,7 @@ class SampleConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = parse(SampleConfig, argv, "Generate text with a trained model.", positional="run")
+    config = parse(SampleConfig, argv, "Generate text with a trained model.", positional=["run"])
     from model.generate import SamplingParams
     from model.quantize import quantize_
     from training.checkpoint import open_checkpoint

@@ -22,11 +22,11 @@ def check_command(command: str) -> None:
         if not {"--run.resume", "--help"} & set(argv):  # a run to resume is made in tests/training/test_train.py
             parse_train([str(ROOT / word) if word.endswith(".toml") else word for word in argv])
     elif script == "sample.py":
-        parse(sample.SampleConfig, argv, "", positional="run")
+        parse(sample.SampleConfig, argv, "", positional=["run"])
     elif script == "attend.py" and argv[0] in attend.COMMANDS:
-        parse(attend.COMMANDS[argv[0]], argv[1:], "", positional="run")
+        parse(attend.COMMANDS[argv[0]], argv[1:], "", positional=["run"])
     elif script == "attend.py":
-        parse(attend.AttendOptions, argv, "", positional="run")
+        parse(attend.AttendOptions, argv, "", positional=["run"])
     elif argv[0].startswith("benchmarks."):
         assert all(f'"{word}"' in (ROOT / f"{argv[0].replace('.', '/')}.py").read_text() for word in argv[1:2])
     else:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -57,12 +57,12 @@ NO_EQUIVALENT = {
 S = TypeVar("S")
 
 
-def parse(settings: type[S], args: list[str], description: str, positional: str | None = None) -> S:
+def parse(settings: type[S], args: list[str], description: str, positional: Sequence[str] = ()) -> S:
     """The settings that `args` describe.
 
     Args:
         settings: a dataclass, perhaps of dataclasses, whose method `problems()` checks the values.
-        positional: the one field that is given without an option name.
+        positional: the fields that are given without an option name, in order; the first is required.
 
     Raises:
         UserError: with a line for each problem (exit code 2).
@@ -70,22 +70,23 @@ def parse(settings: type[S], args: list[str], description: str, positional: str 
     """
     if "--help" in args or "-h" in args:
         tyro.cli(settings, args=["--help"], description=description)
-    types = {name: kind for name, kind in option_types(settings).items() if name != positional}
+    types = {name: kind for name, kind in option_types(settings).items() if name not in positional[:1]}
     values: dict[str, Any] = {}
     wrong: list[str] = []
     for option, value in split_options(args, [name for name, kind in types.items() if kind is bool]):
         try:
             if option:
                 values[field_name(option)] = _convert(option, value, types)
-            elif positional and positional not in values:
-                values[positional] = value
+            elif free := [name for name in positional if name not in values]:
+                values[free[0]] = value
             else:
                 raise ValueError(f"unexpected {value!r}; options begin with two dashes")
         except ValueError as problem:
             wrong.append(str(problem))
-    if positional and positional not in values:
-        wrong.append(f"{positional} is missing; --help shows the usage")
-        values[positional] = ""
+    for name in positional[:1]:
+        if name not in values:
+            wrong.append(f"{name} is missing; --help shows the usage")
+            values[name] = ""
     sections: dict[str, dict[str, Any]] = {"": {}}
     for option, value in values.items():
         section, _, name = option.rpartition(".")

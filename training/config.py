@@ -78,9 +78,7 @@ class TrainConfig:
     minutes: Minutes = 0.0  # For the whole command: chooses model, batch, steps and learning rates; 0: as configured.
     steps: PositiveInt = 1000  # Optimizer steps.
     batch_size: PositiveInt = 16  # Sequences in a step, over all processes.
-    micro_batch_size: NonNegativeInt = (
-        0  # Sequences of a process in one forward and backward pass; 0: its part of the batch.
-    )
+    micro_batch_size: NonNegativeInt = 0  # Sequences of a process in a forward and backward pass; 0: all of its part.
     eval_every: PositiveInt = 100  # Steps between evaluations.
     eval_tokens: PositiveInt = 65_536  # Validation tokens of an evaluation, the same every time.
     save_every: PositiveInt = 100  # Steps between checkpoints; the best evaluation and the last step are saved as well.

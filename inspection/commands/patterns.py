@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tyro.conf import Positional
 
 from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionFile, AttentionRecord
@@ -143,7 +144,7 @@ def _token_lines(data: dict[str, Any], text: AttentionRecord, width: int) -> lis
 class Compare(OutputOptions):
     """Differences between two steps of a run, or two runs: the first minus the second."""
 
-    other: str = ""
+    other: Positional[str] = ""
     """The second run; by default the same run."""
     step: int = NEWEST
     """Step of the first run; -1 is the newest."""

@@ -227,12 +227,12 @@ def test_compare_subtracts_the_second_from_the_first(trained: Path) -> None:
 
 def test_compare_two_runs(trained: Path, run: Path) -> None:
     write_scores(run, 6, {"induction": np.zeros((2, 2)), "other": np.zeros((2, 2))})
-    found = data("compare", trained, "--other", run)
+    found = data("compare", trained, run)
     assert {row["name"] for row in found["differences"] if row["kind"] == "score"} == {"induction"}
     assert any("only one of the two has the scores" in note and "other" in note for note in found["notes"])
     wide = run.parent / "wide"
     write_attention_file(wide / "attention" / "000006.safetensors", [], {}, {"induction": np.zeros((1, 3))})
-    line = error_line(script("attend.py", "compare", trained, "--other", wide), 2)
+    line = error_line(script("attend.py", "compare", trained, wide), 2)
     assert "2 layers of 2 heads" in line and "1 layers of 3 heads: they cannot be compared" in line
 
 
