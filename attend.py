@@ -4,7 +4,7 @@ Without a command, `python attend.py RUN --prompt TEXT` shows a prompt: the stro
 token with its direct logit attribution and logit lens; it writes an attention file, a figure and a page. The commands
 show what a run recorded at its evaluations:
 
-    summary   the findings, and the best head for each score      ablate   ablate every head of the newest checkpoint
+    summary   the findings, and the best head for each score      ablate   ablate every head of the best checkpoint
     heads     every score of every head                           plot     figures, PNG or SVG
     token     what one token attends to in every head             page     build attention.html
     timeline  when in training each head learned what it does     verify   recompute attention files and compare
@@ -52,6 +52,8 @@ class AttendOptions(RunOptions):
 
     run: Positional[str]
     """A run folder, or one of its checkpoints."""
+    checkpoint: str = "best"
+    """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
     prompt: str = ""
     """The text to show; by default the model generates one."""
     head: str = ""
@@ -113,12 +115,12 @@ def run_command(name: str, argv: list[str]) -> None:
         raise UserError("some attention files differ from their checkpoints; restore or rewrite them", CHECKPOINT)
 
 
-def load_step(folder: Path, step: int) -> LoadedModel | None:
-    """The model of a step of a run, or of the newest checkpoint for step -1; None if it is not kept or damaged."""
+def load_step(folder: Path, step: int | str) -> LoadedModel | None:
+    """The model of a step of a run, None if it is not kept or damaged; or of what `open_checkpoint` takes as `which`."""
     from training.checkpoint import open_checkpoint, read_checkpoint
 
-    if step < 0:
-        return load(open_checkpoint(folder))
+    if isinstance(step, str):
+        return load(open_checkpoint(folder, step))
     path = (folder if folder.is_dir() else folder.parent.parent) / "checkpoints" / f"{step:06d}"
     if not path.is_dir():
         return None
@@ -148,7 +150,7 @@ def show_prompt(options: AttendOptions) -> None:
     from training.checkpoint import open_checkpoint
     from training.text_generation import encode_prompt, generate_tokens
 
-    checkpoint = open_checkpoint(Path(options.run))
+    checkpoint = open_checkpoint(Path(options.run), options.checkpoint)
     tokenizer = checkpoint.tokenizer()
     tokens = encode_prompt(tokenizer, options.prompt, checkpoint.environment.starts_with_eot)
     loaded = load(checkpoint)

@@ -1,6 +1,6 @@
 """Generate text with a trained model:  python sample.py RUN [--prompt TEXT] [--option value ...]
 
-RUN is a run folder (its newest intact checkpoint is used) or a checkpoint folder.
+RUN is a run folder or a checkpoint folder.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class SampleConfig:
 
     run: Positional[str]
     """Run folder or checkpoint folder."""
+    checkpoint: str = "best"
+    """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
     prompt: str = ""
     """Beginning of the text."""
     tokens: int = 200
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> None:
     from training.device import get_dist_context
     from training.text_generation import decode, encode_prompt, escape_text, generate_tokens
 
-    checkpoint = open_checkpoint(Path(config.run))
+    checkpoint = open_checkpoint(Path(config.run), config.checkpoint)
     tokenizer = checkpoint.tokenizer()
     prompt = encode_prompt(tokenizer, config.prompt, checkpoint.environment.starts_with_eot)
     model = checkpoint.load_model(get_dist_context("fp32"))

@@ -80,7 +80,9 @@ def train(config: RunConfig, started: float) -> None:
         page = f"  open {run / 'attention.html'}\n" if recorder and (run / "attention.html").is_file() else ""
         summary = f"  python attend.py summary {run}\n" if recorder else ""
         seconds = time.perf_counter() - started
-        print_line(f"\n{seconds:.0f} s in all; the run is in {run}\n{page}{summary}  python sample.py {run}")
+        step, last = trainer.state.step, trainer.saved[0] if trainer.saved else 0
+        which = f"   (the best checkpoint, of step {step}; --checkpoint last: step {last})" if step != last else ""
+        print_line(f"\n{seconds:.0f} s in all; the run is in {run}\n{page}{summary}  python sample.py {run}{which}")
 
 
 def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:

@@ -31,6 +31,8 @@ from data.text_files import SEPARATOR, TextRange, find_files, open_text, os_reas
 
 GENERATED = {"stories": stories, "repeats": repeated_tokens}
 """Generated corpora."""
+NAMED = (*GENERATED, "shakespeare")
+"""The values of `--data.source` that are no text of the user's own."""
 SHAKESPEARE_VAL_FRACTION = 0.1
 """The last tenth is the validation split, as in nanoGPT, so that losses are comparable."""
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -74,13 +74,15 @@ class AttentionRecorder:
         return self.run_dir / "attention"
 
     def on_start(self, trainer: Any) -> None:
-        """Record the untrained model, or continue: later attention files of an interrupted run are removed.
+        """Record the untrained model, or continue: later attention files, and what the last report said, are removed.
 
         A damaged file does not stop training: it is reported and renamed.
         """
         step, path = trainer.state.step, self.folder / "eval_texts.json"
         for folder in (self.folder, self.run_dir):
             remove_temporary_files(folder)
+        for name in ("ablations.json", "findings.json"):
+            (self.folder / name).unlink(missing_ok=True)
         if step and path.is_file():
             try:
                 self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
@@ -159,7 +161,8 @@ def report_heads(
     ablations.save(run_dir / "attention" / "ablations.json")
     antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
     run = RunFiles.open(run_dir)
-    last, evaluations = run.read(step), [line for line in run.evaluations() if line["step"] <= step]
+    files, evaluations = run.history(step)
+    last = files[-1]
     timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
     chosen = {ANTECEDENT + score.kind: (score.head, score.attention, score.baseline) for score in antecedents}
     findings = compute_findings(timeline, ablations, chosen)
@@ -171,6 +174,6 @@ def report_heads(
         lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
     figures = draw_figures(run, run_dir, "png", step)
     page = run_dir / "attention.html"
-    page_run = PageRun(run_dir.name, [run.read(each) for each in run.steps], evaluations)
+    page_run = PageRun(run_dir.name, files, evaluations)
     write_page(page, [page_run], run.findings, ablations, run_dir.name)
     return [*lines, DISCLAIMER], [*figures, page]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
 
 FOLDER = "attention"
-NEWEST = -1  # as a step: the newest one
+DEFAULT = -1  # as a step: the one of `RunFiles.reported_step`
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class RunFiles:
 
     folder: Path  # the file itself where the attention file of a prompt was opened
     paths: dict[int, Path]  # attention files by step
-    opened_step: int = NEWEST  # the step that the opened path names, if it is a checkpoint or an attention file
+    opened_step: int = DEFAULT  # the step that the opened path names, if it is a checkpoint or an attention file
 
     @staticmethod
     def open(path: Path | str) -> RunFiles:
         """Open a run folder, or the run of a checkpoint, an attention folder or an attention file. `UserError` if it has no
         attention files (exit code 4)."""
         path = Path(path)
-        folder, opened = path, NEWEST
+        folder, opened = path, DEFAULT
         if not find_attention_files(path / FOLDER):
             resolved = path.resolve()
             if resolved.name == FOLDER:
@@ -62,7 +62,7 @@ class RunFiles:
         paths = find_attention_files(folder / FOLDER)
         if not paths or not path.exists():
             raise UserError(_not_a_run(path if not path.exists() else folder), CHECKPOINT)
-        return RunFiles(folder, paths, opened if opened in paths else NEWEST)
+        return RunFiles(folder, paths, opened if opened in paths else DEFAULT)
 
     @property
     def base_folder(self) -> Path:
@@ -74,10 +74,21 @@ class RunFiles:
         """The steps that have an attention file, in order."""
         return list(self.paths)
 
-    def step(self, step: int = NEWEST) -> int:
-        """`step`, or the one that was opened, or the newest; raises `UserError` if there is no file of it (exit code 2)."""
-        if step == NEWEST:
-            return self.steps[-1] if self.opened_step == NEWEST else self.opened_step
+    @property
+    def reported_step(self) -> int:
+        """The step whose heads were ablated, which is the best one at the end of training; else the newest."""
+        results = self.ablation
+        return results.step if results and results.step in self.paths else self.steps[-1]
+
+    def history(self, step: int) -> tuple[list[AttentionFile], list[dict[str, Any]]]:
+        """Attention files and evaluations up to a step."""
+        files = [self.read(each) for each in self.steps if each <= step]
+        return files, [line for line in self.evaluations() if line["step"] <= step]
+
+    def step(self, step: int = DEFAULT) -> int:
+        """`step`, or the one that was opened, or `reported_step`; raises `UserError` without a file of it (exit code 2)."""
+        if step == DEFAULT:
+            return self.reported_step if self.opened_step == DEFAULT else self.opened_step
         if step in self.paths:
             return step
         nearest = sorted(sorted(self.steps, key=lambda other: abs(other - step))[:3])

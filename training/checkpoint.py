@@ -116,23 +116,41 @@ class Checkpoint:
         return self.build_model(config).to(ctx.device).eval()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The newest intact checkpoint of a run folder, or the one that `path` is. Damaged ones are reported and skipped;
-    raises UserError (4) if none is left."""
+def open_checkpoint(path: Path, which: str = "best") -> Checkpoint:
+    """The checkpoint that `path` is, or one of a run folder: `best` (of the lowest validation loss; without evaluations
+    the newest), `last` (the newest), or a step. Damaged ones are reported; instead of them the newest intact one is read.
+
+    Raises UserError if there is no such step (exit code 2), or no intact checkpoint (4).
+    """
     shown = escape_control_chars(path)
     if not os.path.isdir(path):  # not Path.is_dir, which raises for names that are too long
         message = f"{shown} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"
         raise UserError(message, CHECKPOINT)
     is_checkpoint = os.path.isfile(path / MANIFEST) or os.path.isfile(path / STATE)
-    candidates = [path] if is_checkpoint else list_checkpoints(path / "checkpoints")[::-1]
-    if not candidates:
+    folders = [path] if is_checkpoint else list_checkpoints(path / "checkpoints")[::-1]
+    if not folders:
         raise UserError(f"{shown} has no checkpoint; train one with: python train.py --run.dir {shown}", CHECKPOINT)
-    for folder in candidates[:-1]:
+    if which not in ("best", "last"):
+        steps = {folder.name: folder for folder in folders}
+        if which.zfill(6) not in steps:
+            names = ", ".join(name.lstrip("0") or "0" for name in reversed(steps))
+            raise UserError(f"--checkpoint is {escape_control_chars(which)!r}; {shown} has best, last, {names}")
+        return read_checkpoint(steps[which.zfill(6)])
+    for folder in folders[:-1]:
         try:
-            return read_checkpoint(folder)
+            newest = read_checkpoint(folder)
+            break
         except UserError as error:
             print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
-    return read_checkpoint(candidates[-1])
+    else:
+        newest = read_checkpoint(folders[-1])
+    step, best = newest.state.step, newest.state.best_step
+    if which == "best" and newest.state.best_loss is not None and best != step and not is_checkpoint:
+        try:
+            return read_checkpoint(path / "checkpoints" / f"{best:06d}")
+        except UserError as error:
+            print(f"step {step} is used, not the best: {error}", file=sys.stderr)
+    return newest
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import tomllib
@@ -34,8 +35,9 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 NonNegativeInt = Annotated[int, ("at least 0", lambda value: value >= 0)]
 PositiveInt = Annotated[int, ("at least 1", lambda value: value >= 1)]
 Seed = Annotated[int, ("at least 0 and below 2**63", lambda value: 0 <= value < 1 << 63)]
-NonNegativeFloat = Annotated[float, ("at least 0", lambda value: value >= 0)]
-Seconds = Annotated[float, ("at least 1", lambda value: value >= 1)]
+NonNegativeFloat = Annotated[float, ("at least 0 and finite", lambda value: 0 <= value < math.inf)]
+Seconds = Annotated[float, ("at least 1 and below 10**9", lambda value: 1 <= value < 1e9)]
+Patience = Annotated[int, ("at least 0, or -1", lambda value: value >= -1)]
 Minutes = Annotated[float, ("at least 0 and below 100,000", lambda value: 0 <= value < 100_000)]
 Momentum = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Fraction = Annotated[float, ("between 0 and 1", lambda value: 0 <= value <= 1)]
@@ -83,7 +85,9 @@ class TrainConfig:
     eval_tokens: PositiveInt = 65_536  # Validation tokens of an evaluation, the same every time.
     save_every: PositiveInt = 100  # Steps between checkpoints; the best evaluation and the last step are saved as well.
     keep_checkpoints: PositiveInt = 2  # How many of the newest checkpoints are kept, besides the best.
-    patience: NonNegativeInt = 0  # Stop after this many evaluations without improvement; 0: never.
+    patience: Patience = (
+        -1
+    )  # Stop after so many evaluations without improvement; 0: never; -1: 5 on a text of your own.
     skip_nonfinite_steps: NonNegativeInt = 0  # Steps with a non-finite loss or gradient to skip before the run stops.
     sharding: Literal["none", "fsdp"] = "none"  # `none`: DDP; `fsdp`: parameters and optimizer state are sharded.
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # Of matrix products; `auto`: bf16 where it is well supported.
@@ -158,8 +162,7 @@ def to_toml(config: RunConfig) -> str:
     lines = []
     for section, entries in dataclasses.asdict(config).items():
         lines.append(f"[{section}]")
-        # JSON strings and numbers are valid TOML, except for infinity.
-        lines += [f"{k} = {v!r}" if isinstance(v, float) else f"{k} = {json.dumps(v)}" for k, v in entries.items()]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in entries.items()]  # as in TOML for finite numbers
         lines.append("")
     return "\n".join(lines)
 

@@ -1,18 +1,24 @@
-"""The final loss compared with baselines: a table and `loss.png`."""
+"""The end of a run: the losses of its best step, compared with baselines, and what could be better."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.errors import escape_control_chars
+import numpy as np
+
+from common.errors import UserError, escape_control_chars
 from common.files import read_metrics
+from data.dataloader import eval_indices
 from data.ngram_baseline import baselines, bits_per_byte
 from data.prepare import TokenizedCorpus
-from training.distributed import gather_weights
+from training.checkpoint import read_checkpoint
+from training.config import RunConfig
+from training.distributed import gather_weights, is_fsdp
 from training.metrics import print_line
-from training.trainer import Callback, Trainer
+from training.text_generation import encode_prompt, generate_tokens
+from training.trainer import Callback, Trainer, derive_seed
 
 DESCRIPTIONS = {
     "uniform": "every token equally likely",
@@ -20,23 +26,77 @@ DESCRIPTIONS = {
     "trigram": "the two tokens before it",
     "floor": "entropy of the corpus: the lowest possible loss",
 }
+RISE = 0.02  # nats/token of the held-out loss after its best, that are worth a line
+FAR_BELOW = 0.75  # training loss / held-out loss
+COPY_TEXTS, COPY_TOKENS = 4, 100  # number and length of the sampled texts that are searched for in the training text
+COPY_LIMIT = 5_000_000  # training tokens that are searched, from the start of the split
+
+
+class Losses(NamedTuple):
+    """Mean losses of the model of one step, in nats/token: on held-out targets and on about as much training text."""
+
+    step: int
+    val: float
+    num_targets: int
+    train: float
 
 
 class LossReport(Callback):
-    """At the end of training: the loss on the whole validation split, and the baselines, as a table and a plot."""
+    """At the end of training: losses, baselines and what to try, as lines and a plot.
+
+    If the best evaluation is not the last one, its weights and state replace those of the trainer: all that is measured
+    afterwards is of that step.
+    """
 
     def on_end(self, trainer: Trainer) -> None:
         """Every process takes part."""
-        loss, num_targets = trainer.validation_loss(trainer.final_subset)
+        config, state = trainer.config, trainer.state
+        last = measure(trainer)
+        model = measure(trainer) if load_best(trainer) else last
         gather_weights(trainer.wrapped_model, trainer.model)
         if not trainer.ctx.is_main_process:
             return
         references = baseline_losses(trainer.data)
-        trainer.final_metrics = {"final_val_loss": loss, **references}
-        print_line("\n" + table(loss, num_targets, references, trainer.data))
-        folder = Path(trainer.config.run.dir)
+        trainer.final_metrics = {"final_val_loss": model.val, "final_train_loss": model.train, **references}
+        if state.step < config.train.steps:
+            waited = f"no improvement for {state.evals_without_improvement} evaluations"
+            print_line(f"stopped at step {state.step}: {waited} (--train.patience 0 trains on)")
+        print_line("\n" + table(model, last, references, trainer.data))
+        for line in advice(model, last, references, config, longest_copies(trainer)):
+            print_line(line)
+        folder = Path(config.run.dir)
         title = escape_control_chars(f"{trainer.data.name}: {folder}")
         plot_loss(folder / "loss.png", read_metrics(folder / "metrics.jsonl"), references, title)
+
+
+def measure(trainer: Trainer) -> Losses:
+    """The losses of the present weights; every process takes part."""
+    val, num_targets = trainer.validation_loss(trainer.final_subset)
+    subset = eval_indices(trainer.train_sequences, trainer.config.train.eval_tokens)
+    return Losses(trainer.state.step, val, num_targets, trainer.validation_loss(subset, split="train")[0])
+
+
+def load_best(trainer: Trainer) -> bool:
+    """Load weights and state of the best evaluation unless it is the last one; returns whether they were loaded.
+
+    Every process reads them. If one cannot, or the weights are sharded, all keep the last ones, and a line says so.
+    """
+    state, saved = trainer.state, None
+    if state.best_loss is None or state.best_step == state.last_eval_step:
+        return False
+    try:
+        if is_fsdp(trainer.wrapped_model):
+            raise UserError("the weights are sharded")
+        saved = read_checkpoint(Path(trainer.config.run.dir) / "checkpoints" / f"{state.best_step:06d}")
+        weights = saved.build_model(trainer.model.config).state_dict()
+    except UserError as error:
+        print_line(f"the report is of the last step, not of the best, {state.best_step}: {error}")
+        saved = None
+    if trainer.ctx.all_reduce_max(int(saved is None)) or saved is None:
+        return False
+    trainer.model.load_state_dict(weights)
+    trainer.state, trainer.sample_tokens = saved.state, None
+    return True
 
 
 def baseline_losses(data: TokenizedCorpus) -> dict[str, float]:
@@ -48,17 +108,74 @@ def baseline_losses(data: TokenizedCorpus) -> dict[str, float]:
     return losses
 
 
-def table(loss: float, num_targets: int, references: Mapping[str, float], data: TokenizedCorpus) -> str:
-    """The model's loss and the baselines, highest first, in nats/token and bits/byte."""
-    rows = sorted([*references.items(), ("this model", loss)], key=lambda row: (-row[1], row[0]))
-    lines = [f"loss on {num_targets:,} held-out tokens ({data.val.n_documents:,} documents)   nats/token   bits/byte"]
-    for name, nats in rows:
-        bits = bits_per_byte(nats, len(data.val) - 1, data.val.n_bytes)
-        lines.append(f"  {name:<12}{DESCRIPTIONS.get(name, ''):<48}{nats:>9.4f}   {bits:>9.4f}")
+def table(model: Losses, last: Losses, references: Mapping[str, float], data: TokenizedCorpus) -> str:
+    """The model's losses and the baselines, highest first, in nats/token and bits/byte."""
+    rows = [(name, DESCRIPTIONS[name], nats, data.val) for name, nats in references.items()]
+    rows.append(("this model", "best, at " * (model is not last) + f"step {model.step}", model.val, data.val))
+    rows.append(("training", "this model on its training text", model.train, data.train))
+    if model is not last:
+        rows.append(("last step", f"step {last.step}", last.val, data.val))
+    title = f"loss on {model.num_targets:,} held-out tokens ({data.val.n_documents:,} documents)"
+    lines = [f"{title:<62}nats/token   bits/byte"]
+    for name, description, nats, split in sorted(rows, key=lambda row: (-row[2], row[0])):
+        bits = bits_per_byte(nats, len(split) - 1, split.n_bytes)
+        lines.append(f"  {name:<12}{description:<48}{nats:>9.4f}   {bits:>9.4f}")
     if "floor" in references:
-        gap = loss - references["floor"]
+        gap = model.val - references["floor"]
         lines.append(f"  this model is {abs(gap):.4f} nats/token {'above' if gap > 0 else 'below'} the floor")
     return "\n".join(lines)
+
+
+def advice(
+    model: Losses, last: Losses, references: Mapping[str, float], config: RunConfig, copies: tuple[int, int]
+) -> list[str]:
+    """A line for each thing that is wrong with the model, and what to try; `copies` as by `longest_copies`."""
+    optim, lines = config.optim, []
+    lower = f"--optim.lr {optim.lr / 10:g} --optim.muon_lr {optim.muon_lr / 10:g}"
+    regular = f"--model.dropout {min(0.5, config.model.dropout + 0.2):g}, more text"
+    more = "more text" if model is not last else f"more text, more steps (--train.steps {2 * config.train.steps})"
+    for name, remedy in {"uniform": lower, "unigram": more, "trigram": more}.items():
+        if not model.val < references[name]:
+            losses = f"{model.val:.4f} against {references[name]:.4f} nats/token"
+            lines.append(f"worse than {name} ({DESCRIPTIONS[name]}): {losses}; try {remedy}")
+            break
+    if last.val > model.val + RISE:
+        rose = f"held-out loss is lowest at step {model.step} ({model.val:.4f}), and {last.val:.4f} at step {last.step}"
+        overfits = last.train < model.val
+        problem, remedy = ("overfitting", f"{regular}, --train.steps {model.step}") if overfits else ("unstable", lower)
+        lines.append(f"{problem}: {rose}, where training loss is {last.train:.4f}; try {remedy}")
+    elif model.train < FAR_BELOW * model.val:
+        losses = f"training loss {model.train:.4f} is far below held-out loss {model.val:.4f}"
+        lines.append(f"overfitting: {losses}; try {regular}")
+    if copies[0] >= max(10, 2 * copies[1]):
+        longest = f"{copies[0]} tokens of a sample are in the training text word for word"
+        lines.append(f"memorised: {longest}, of as much held-out text at most {copies[1]}; try {regular}, fewer steps")
+    return lines
+
+
+def longest_copies(trainer: Trainer) -> tuple[int, int]:
+    """The most consecutive tokens that occur in the training text: of sampled texts, and of as much held-out text."""
+    model, tokenizer, val = trainer.model, trainer.data.tokenizer, trainer.data.val
+    start = encode_prompt(tokenizer, "", trainer.environment.starts_with_eot)
+    seed = derive_seed(trainer.config.run.seed, "copies")
+    model.eval()
+    sampled = list(zip(*generate_tokens(model, tokenizer, start, COPY_TOKENS, seed, n_samples=COPY_TEXTS), strict=True))
+    model.train()
+    firsts = np.linspace(0, max(0, len(val) - COPY_TOKENS), COPY_TEXTS).astype(int)
+    corpus = trainer.data.train.tokens[:COPY_LIMIT]
+    return longest_run(sampled, corpus), longest_run([val.tokens[i : i + COPY_TOKENS] for i in firsts], corpus)
+
+
+def longest_run(texts: Iterable[Sequence[int] | np.ndarray], corpus: np.ndarray) -> int:
+    """The most consecutive tokens of one of the texts that are consecutive in the corpus."""
+    # A character for each token: Python's search in a string is fast.
+    found, *wanted = (np.asarray(t, "<u4").tobytes().decode("utf-32-le", "surrogatepass") for t in (corpus, *texts))
+    longest = 0
+    for text in wanted:
+        for i in range(len(text)):
+            while i + longest < len(text) and text[i : i + longest + 1] in found:
+                longest += 1
+    return longest
 
 
 def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str, float], title: str) -> None:

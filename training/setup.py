@@ -26,7 +26,7 @@ from training.device import DistContext, advise_on_oom, compile_model, resolve_a
 from training.distributed import gather_weights, is_fsdp, wrap_model
 from training.flops import step_flops
 from training.metrics import MetricsLogger, ProgressBar, print_line
-from training.optimizer import Optimizer
+from training.optimizer import Optimizer, get_lr_scale
 from training.report import LossReport
 from training.run_dir import save_config
 from training.text_generation import decode, encode_prompt, generate_tokens
@@ -78,6 +78,10 @@ class TextSample(Callback):
         model.train()
         trainer.sample_tokens, metrics["sample"] = start + tokens, decode(tokenizer, tokens)
 
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.sample_tokens is None:  # the best weights were loaded: the sample is that of their evaluation again
+            self.on_eval(trainer, {})
+
 
 def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object | None = None) -> list[object]:
     """The callbacks of a run, in order; `recorder` adds to the metrics of an evaluation (inspection's AttentionRecorder)."""
@@ -110,7 +114,7 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
     """
     rows = micro_batch_rows(config, ctx.world_size)
     ctx.check_same_everywhere("the corpus", data.fingerprint)
-    saved = open_checkpoint(Path(config.run.resume)) if config.run.resume else None
+    saved = open_checkpoint(Path(config.run.resume), "last") if config.run.resume else None
     if saved is not None:
         check_resumable(config, saved, data)
         ctx.check_same_everywhere("the checkpoint", str(saved.state))
@@ -185,6 +189,19 @@ def describe_environment(trainer: Trainer, is_compiled: bool) -> RunEnvironment:
     return RunEnvironment(data.train.n_documents > 1 or not has_lines, data.fingerprint, settings)
 
 
+def describe_resuming(trainer: Trainer, saved: Checkpoint) -> str:
+    """A line on what a resumed run does that its user may not expect: nothing, or a jump of the learning rate."""
+    step, (old, new) = trainer.state.step, (saved.config, trainer.config)
+    if step >= new.train.steps:
+        return f"the run has done its {step} steps; continue with --train.steps N"
+    times = ((step - 1, old), (step, old), (step, new))
+    before, planned, now = (get_lr_scale(at, each.train.steps, each.optim) * each.optim.lr for at, each in times)
+    if abs(now - planned) <= 0.01 * max(now, planned):
+        return ""
+    was = f", which was planned for {old.train.steps}" if new.train.steps != old.train.steps else ""
+    return f"the learning rate jumps from {before:.2g} to {now:.2g} at step {step} of {new.train.steps}{was}"
+
+
 def print_header(trainer: Trainer) -> None:
     """The first lines of output: what is trained, on what, where, and how."""
     if not trainer.ctx.is_main_process:
@@ -205,6 +222,8 @@ def print_header(trainer: Trainer) -> None:
     )
     if trainer.config.log.attention == "off":
         print_line("log.attention is off: no attention is recorded and no page is written")
+    if trainer.resumed_from and (line := describe_resuming(trainer, trainer.resumed_from)):
+        print_line(line)
     before = trainer.resumed_from.environment.settings if trainer.resumed_from else now
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed:

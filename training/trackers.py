@@ -92,9 +92,10 @@ class WandbTracker(Callback):
 
         values: dict[str, Any] = {f"baseline/{name}": loss for name, loss in trainer.final_metrics.items()}
         values["val/final_loss"] = values.pop("baseline/final_val_loss", None)
+        values["train/final_loss"] = values.pop("baseline/final_train_loss", None)
         plots = Path(trainer.config.run.dir).glob("*.png")
         values |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(plots)}
-        self.run.log(values, step=trainer.state.step)
+        self.run.log(values)  # without a step: wandb refuses those before the last one
 
     @guarded
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:

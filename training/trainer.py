@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.errors import NON_FINITE, UserError
 from data import dataloader
+from data.corpora import NAMED
 from data.dataloader import IGNORE_INDEX, Batch, eval_indices
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
@@ -33,6 +34,7 @@ from training.signals import SignalHandler
 
 FINAL_TARGETS = 500_000  # validation targets of the final evaluation, at most
 PREFETCH_STEPS = 2
+OWN_TEXT_PATIENCE = 5  # evaluations without improvement; named corpora are trained to the last step
 
 
 class Callback:
@@ -145,7 +147,7 @@ class Trainer:
             is_best = is_due and max(state.last_eval_step, 0) < state.step and self.evaluate()
             signum = self.ctx.all_reduce_max(self.stop.signum)
             self.is_stopped = signum > 0 or 0 < run.stop_at_step <= state.step
-            is_last = state.step >= train.steps or 0 < train.patience <= state.evals_without_improvement
+            is_last = self.is_done()
             if is_best or self.is_stopped or is_last or state.step % train.save_every == 0:
                 self.save()
             if self.is_stopped:
@@ -155,6 +157,13 @@ class Trainer:
                 return
             metrics = self.train_step()
             self.notify("on_step", metrics)
+
+    def is_done(self) -> bool:
+        """Whether the last step is done, or patience has run out."""
+        state, train = self.state, self.config.train
+        automatic = 0 if self.config.data.source in NAMED else OWN_TEXT_PATIENCE
+        patience = automatic if train.patience < 0 else train.patience
+        return state.step >= train.steps or 0 < patience <= state.evals_without_improvement
 
     def provenance(self) -> dict[str, str]:
         """Step, shape and hashes of the current model, for the metadata of an attention file."""
@@ -267,12 +276,15 @@ class Trainer:
         return is_best
 
     @torch.no_grad()
-    def validation_loss(self, indices: np.ndarray, stop: SignalHandler | None = None) -> tuple[float, int]:
-        """Mean loss in nats over every valid target of some validation sequences, and how many targets these are.
+    def validation_loss(
+        self, indices: np.ndarray, stop: SignalHandler | None = None, split: Literal["val", "train"] = "val"
+    ) -> tuple[float, int]:
+        """Mean loss in nats over every valid target of some sequences of a split, and how many targets these are.
 
         The sequences are divided among the processes. Each process runs the same number of forward passes, the last
         ones perhaps on a dummy batch: FSDP communicates in each of them. A signal recorded in `stop` ends it: (nan, 0).
         """
+        data, sequences = getattr(self.data, split), getattr(self, f"{split}_sequences")
         ctx, rows = self.ctx, self.micro_batch_size
         model = self.wrapped_model if is_fsdp(self.wrapped_model) else self.model
         totals = torch.zeros(2, dtype=torch.float64, device=ctx.device)  # sum of losses, number of targets
@@ -283,9 +295,7 @@ class Trainer:
                 if stop is not None and ctx.all_reduce_max(stop.signum):
                     return math.nan, 0
                 chosen = own[first : first + rows]
-                batch = dataloader.read_sequences(
-                    self.data.val, self.val_sequences, chosen if len(chosen) else indices[:1]
-                )
+                batch = dataloader.read_sequences(data, sequences, chosen if len(chosen) else indices[:1])
                 with ctx.autocast():
                     logits = model(ctx.to_device(batch.tokens))
                 if len(chosen):

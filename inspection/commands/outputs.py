@@ -9,7 +9,7 @@ from typing import Literal
 from common.errors import CHECKPOINT, UserError
 from inspection.commands.shared import Context, Result, RunOptions
 from inspection.plots import draw_figures
-from inspection.run_reader import NEWEST, RunFiles
+from inspection.run_reader import DEFAULT, RunFiles
 from inspection.terminal import paragraph
 
 
@@ -29,7 +29,7 @@ class Page(RunOptions):
         runs = [RunFiles.open(name) for name in (self.run, self.against) if name]
         first = runs[0]
         path = Path(self.out) if self.out else first.base_folder / "attention.html"
-        pages = [PageRun(str(run.folder), [run.read(step) for step in run.steps], run.evaluations()) for run in runs]
+        pages = [PageRun(str(run.folder), *run.history(run.reported_step)) for run in runs]
         notes = write_page(path, pages, first.findings, first.ablation, str(first.folder))
         return Result([f"page  {path}  {path.stat().st_size / 1e6:.1f} MB", *notes])
 
@@ -46,8 +46,8 @@ class Plot(RunOptions):
     """Name of the text; by default the model's sample, and for one head a text on which its score is measured."""
     score: str = ""
     """Score of the timeline, or `all`; by default the most informative one."""
-    step: int = NEWEST
-    """The step whose patterns are drawn; -1 is the newest."""
+    step: int = DEFAULT
+    """The step whose patterns are drawn; by default the one whose heads were ablated."""
 
     def result(self, context: Context) -> Result:
         """Draw the figures for which the run has data."""
@@ -62,7 +62,10 @@ class Plot(RunOptions):
 
 @dataclass(frozen=True)
 class Ablate(RunOptions):
-    """Ablate each head of the newest checkpoint, as training does at its end; for a run that was stopped early."""
+    """Ablate each head of a checkpoint, as training does at its end; for a run that was stopped early."""
+
+    checkpoint: str = "best"
+    """The checkpoint of the run: `best` (lowest validation loss), `last`, or a step."""
 
     def result(self, context: Context) -> Result:
         """Rewrite ablations, findings, figures and page; a step without an attention file gets one."""
@@ -70,7 +73,7 @@ class Ablate(RunOptions):
 
         run = RunFiles.open(self.run)
         folder = run.folder
-        loaded = context.load_model(folder, NEWEST) if folder.is_dir() else None
+        loaded = context.load_model(folder, self.checkpoint) if folder.is_dir() else None
         if loaded is None:
             raise UserError(f"{folder} is an attention file; ablation needs a run folder with a checkpoint", CHECKPOINT)
         texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)

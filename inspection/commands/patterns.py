@@ -13,7 +13,7 @@ from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Context, OutputOptions, Result, model_shape, parse_head
 from inspection.head_scores import value_weighted
-from inspection.run_reader import NEWEST, RunFiles, find_text, match_name
+from inspection.run_reader import DEFAULT, RunFiles, find_text, match_name
 from inspection.terminal import DISCLAIMER, head_name, number, paragraph, quote_token, table, token_text
 
 TOP, TOP_OF_ONE_HEAD = 3, 10  # keys listed for each head, and for the head of `--head`
@@ -33,8 +33,8 @@ class Token(OutputOptions):
     """The token at which this word ends; the last one if there are several."""
     position: int = -1
     """Position of the token, counted from 0; by default the last."""
-    step: int = NEWEST
-    """A training step with an attention file; -1 is the newest."""
+    step: int = DEFAULT
+    """A training step with an attention file; by default the one whose heads were ablated."""
     head: str = ""
     """One head such as L1H2, with its ten strongest keys."""
     value_weighted: bool = False
@@ -146,10 +146,10 @@ class Compare(OutputOptions):
 
     other: Positional[str] = ""
     """The second run; by default the same run."""
-    step: int = NEWEST
-    """Step of the first run; -1 is the newest."""
-    against: int = NEWEST
-    """Step of the second run; -1 is the newest of another run, the oldest of the same run."""
+    step: int = DEFAULT
+    """Step of the first run; by default the one whose heads were ablated."""
+    against: int = DEFAULT
+    """Step of the second run; by default as for the first, or the oldest of the same run."""
     text: str = ""
     """Compare the patterns of this text only."""
 
@@ -157,7 +157,7 @@ class Compare(OutputOptions):
         """Differences of scores and patterns, head by head."""
         runs = RunFiles.open(self.run), RunFiles.open(self.other or self.run)
         steps = runs[0].step(self.step), runs[1].step(self.against)
-        if not self.other and self.against == NEWEST:
+        if not self.other and self.against == DEFAULT:
             steps = steps[0], runs[0].steps[0]
         files = runs[0].read(steps[0]), runs[1].read(steps[1])
         sides = f"{runs[0].folder} step {steps[0]}", f"{runs[1].folder} step {steps[1]}"

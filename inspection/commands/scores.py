@@ -17,7 +17,7 @@ from inspection.commands.shared import Context, OutputOptions, Result, model_sha
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
 from inspection.head_scores import score_info
 from inspection.plots import score_range
-from inspection.run_reader import NEWEST, RunFiles, best_head, match_name
+from inspection.run_reader import DEFAULT, RunFiles, best_head, match_name
 from inspection.terminal import DISCLAIMER, head_name, interval, number, paragraph, sparkline, table
 
 Rows = list[dict[str, Any]]
@@ -36,7 +36,7 @@ class Summary(OutputOptions):
     """What the heads of a run attend to, and whether ablating them matters."""
 
     def result(self, context: Context) -> Result:
-        """The headline, what the run holds, and the best head for each score, at the newest step."""
+        """The headline, what the run holds, and the best head for each score, at one step."""
         run = RunFiles.open(self.run)
         step, steps, findings = run.step(), run.steps, run.findings
         file = run.read(step)
@@ -81,8 +81,8 @@ def _best_heads(rows: Rows, width: int) -> list[str]:
 class Heads(OutputOptions):
     """The scores of all heads at one step, and the effects of ablating them."""
 
-    step: int = NEWEST
-    """A training step with an attention file; -1 is the newest."""
+    step: int = DEFAULT
+    """A training step with an attention file; by default the one whose heads were ablated."""
     score: str = ""
     """One score: heads sorted, all effects; by default all scores."""
 

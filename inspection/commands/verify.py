@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from common.errors import UserError
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Context, LoadedModel, OutputOptions, Result
-from inspection.run_reader import NEWEST, RunFiles
+from inspection.run_reader import DEFAULT, RunFiles
 from inspection.terminal import paragraph, table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Verify(OutputOptions):
     def result(self, context: Context) -> Result:
         """Check the attention files of all steps, or of the step that was opened."""
         run = RunFiles.open(self.run)
-        steps = run.steps if run.opened_step == NEWEST else [run.opened_step]
+        steps = run.steps if run.opened_step == DEFAULT else [run.opened_step]
         rows: list[Check] = []
         without_checkpoint: list[int] = []
         for step in steps:

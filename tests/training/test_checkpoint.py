@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, UserError
+from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, NON_FINITE, UserError
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -142,6 +142,23 @@ def test_retention_keeps_best_and_newest(tmp_path: Path) -> None:
     for step in (0, 3, 5, 7, 9):
         write(writer, step, best=None if step < 3 else 3)
     assert names(tmp_path) == ["000003", "000007", "000009", "000900", "notes"]
+
+
+def test_checkpoint_is_chosen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    writer = CheckpointWriter(tmp_path, 9)
+    write(writer, 0)
+    assert open_checkpoint(tmp_path).state.step == 0  # no evaluation yet
+    for step in (3, 5, 7):
+        write(writer, step, best=min(step, 5))
+    chosen = {"best": 5, "last": 7, "3": 3, "000003": 3, "0": 0}
+    assert {which: open_checkpoint(tmp_path, which).state.step for which in chosen} == chosen
+    assert open_checkpoint(tmp_path / "checkpoints" / "000007").state.step == 7
+    for which in ("4", "bset", "-1", "9" * 5000, "\x1b"):
+        with pytest.raises(UserError, match=r"has best, last, 0, 3, 5, 7$") as caught:
+            open_checkpoint(tmp_path, which)
+        assert caught.value.exit_code == CONFIG and str(caught.value).isprintable()
+    shutil.rmtree(tmp_path / "checkpoints" / "000005")
+    assert open_checkpoint(tmp_path).state.step == 7 and "step 7 is used, not the best" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", MANIFEST])

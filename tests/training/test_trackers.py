@@ -37,7 +37,7 @@ class FakeWandb(types.ModuleType):
         self.fail("init")
         return self
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
         self.fail("log")
         self.rows.append((step, values))
 
@@ -73,14 +73,15 @@ def test_keys_and_steps(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "loss.png").write_bytes(b"")
     more = {"sample": "<b>", "head_scores": {"induction": [[0.1, 0.9], [0.2, 0.3]]}}
     trainer.callbacks = [SimpleNamespace(on_eval=lambda trainer, metrics: metrics.update(more)), *trainer.callbacks]
-    trainer.final_metrics = {"final_val_loss": 1.5, "unigram": 2.0}
+    trainer.final_metrics = {"final_val_loss": 1.5, "final_train_loss": 1.0, "unigram": 2.0}
     trainer.run()
     steps = {step: values for step, values in wandb.rows if "train/loss" in values}
     assert list(steps) == [2, 4, 6] and set(steps[2]) == {"train/loss", "train/lr", "train/grad_norm"}
     evals = [values for _, values in wandb.rows if "val/loss" in values]
     assert len(evals) == 6 and evals[0]["heads/induction"] == 0.9 and evals[0]["sample"] == "<pre>&lt;b&gt;</pre>"
     final = wandb.rows[-1][1]
-    assert final.keys() == {"val/final_loss", "baseline/unigram", "plots/loss"} and final["val/final_loss"] == 1.5
+    assert final.keys() == {"val/final_loss", "train/final_loss", "baseline/unigram", "plots/loss"}
+    assert final["val/final_loss"] == 1.5
     assert wandb.exit_code == 0
 
 

@@ -82,7 +82,7 @@ def assert_same(folder: Path, other: Path) -> None:
     lines = (read_metrics(path / "metrics.jsonl") for path in (folder, other))
     assert len({json.dumps([{k: v for k, v in line.items() if k not in TIMING} for line in ls]) for ls in lines}) == 1
     assert (folder / "samples.txt").read_text() == (other / "samples.txt").read_text()
-    assert open_checkpoint(folder).state == open_checkpoint(other).state
+    assert open_checkpoint(folder, "last").state == open_checkpoint(other, "last").state
 
 
 # ---- files and lines ----
@@ -139,11 +139,31 @@ def test_best_and_newest_checkpoints_are_kept(new: tuple[str, ...], tmp_path: Pa
     # The learning rate is far too high after the warmup: the loss is best early.
     options = ("--optim.lr=3", "--optim.muon_lr=3", "--train.steps=12", "--train.eval_every=2", "--train.save_every=2")
     train(*new, OFF, *options, f"--run.dir={tmp_path}")
-    state = open_checkpoint(tmp_path).state
+    state = open_checkpoint(tmp_path, "last").state
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted({state.best_step, 10, 12})
     losses = {line["step"]: line["val_loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in line}
     assert state.best_loss == min(losses.values()) == losses[state.best_step]
+
+
+def test_all_that_is_reported_is_of_the_best_step(new: tuple[str, ...], tmp_path: Path) -> None:
+    options = ("--optim.lr=3", "--optim.muon_lr=3", "--train.steps=40", "--train.eval_every=2", "--train.save_every=2")
+    output = train(*new, *options, f"--run.dir={tmp_path}")
+    last, best = (open_checkpoint(tmp_path, which).state for which in ("last", "best"))
+    assert best.step == last.best_step == last.step - 10  # 5 evaluations
+    stopped = f"stopped at step {last.step}: no improvement for 5 evaluations (--train.patience 0 trains on)"
+    rows = ("best, at", "unstable: held-out loss is lowest at")
+    assert all(text in output for text in (stopped, *(f"{row} step {best.step}" for row in rows)))
+    assert f"the best checkpoint, of step {best.step}" in output
+    final = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert final["step"] == best.step and final["final_val_loss"] == pytest.approx(last.best_loss, rel=1e-3)
+    ablated = json.loads((tmp_path / "attention" / "ablations.json").read_text())
+    assert ablated["step"] == best.step and ablated["weights_sha256"] == weights(tmp_path)
+    sampled = [script("sample.py", tmp_path, f"--checkpoint={each}").stdout for each in ("best", "last", best.step)]
+    assert sampled[0] == sampled[2] != sampled[1]
+    assert f"best, last, {best.step}, " in error_line(script("sample.py", tmp_path, "--checkpoint=999"), 2)
+    for command, which in (("summary", ()), ("heads", ()), ("ablate", ("--checkpoint=last",)), ("summary", ())):
+        assert script("attend.py", command, tmp_path, *which).returncode == 0
 
 
 # ---- mistakes ----
@@ -216,7 +236,7 @@ def test_evaluating_and_logging_change_nothing(new: tuple[str, ...], uninterrupt
 def test_what_may_change_on_resuming(uninterrupted: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(uninterrupted("dropout"), tmp_path / "longer")
     resume = partial(script, "train.py", f"--run.resume={folder}")
-    resume("--run.stop_at_step=12")  # nothing is left to do
+    assert "the run has done its 12 steps; continue with --train.steps N" in resume("--run.stop_at_step=12").stdout
     assert_same(folder, uninterrupted("dropout"))
     for name, text in (("moved.txt", TEXT), ("other.txt", TEXT[:-1] + "!")):
         (tmp_path / name).write_text(text)
@@ -228,7 +248,8 @@ def test_what_may_change_on_resuming(uninterrupted: Any, tmp_path: Path) -> None
     assert (
         done.returncode == 0 and "may differ in the last bits: attention " in done.stdout and "-> eager" in done.stdout
     )
-    assert open_checkpoint(folder).state.step == 13 and "steps = 14" in (folder / "config.toml").read_text()
+    assert "the learning rate jumps from 0.00093 to 0.00016 at step 12 of 14, which was planned for 12" in done.stdout
+    assert open_checkpoint(folder, "last").state.step == 13 and "steps = 14" in (folder / "config.toml").read_text()
 
 
 def test_damaged_metrics_end_at_the_damage(tmp_path: Path) -> None:
