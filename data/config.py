@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,12 @@ class DataConfig:
     vocab_size: int = 1024
     """Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text."""
     val_fraction: float = 0.1
-    """Fraction of the text that is held out for validation: whole files if there are several, else the last documents or
-    the end of a long one. Named corpora have a split of their own."""
+    """Fraction of the text that is held out for validation: whole files or the last documents of one, else the end of each
+    long text. Named corpora have a split of their own."""
+    val: str = ""
+    """Validation text: a file, a folder or a glob. Then all other text of data.source is for training."""
+    lines: Literal["auto", "on", "off"] = "auto"
+    """Whether each line is a document, and lines are held out; `auto`: in a list of short lines, such as names."""
     workers: int = 0
     """Threads that encode a corpus; 0: one for each CPU core."""
 

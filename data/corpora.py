@@ -4,6 +4,7 @@
     repeats        random letters, repeated, whose entropy is known too (`repeated_tokens.py`)
     shakespeare    Tiny Shakespeare, 1.1 MB, downloaded once
     book.txt       any one file of UTF-8 text
+    names.txt      a list of short lines: each line is a document
     texts/         the prose in a folder: .txt .text .md .markdown .rst .tex .org, nothing hidden
     'src/**/*.py'  all files that a glob matches, whatever their suffix
 
@@ -20,14 +21,15 @@ import mmap
 import os
 import re
 import urllib.request
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
 from data import repeated_tokens, stories, story_grammar
-from data.text_files import SEPARATOR, TextRange, find_files, open_text, os_reason
+from data.text_files import ALL_LINES, SEPARATOR, TextRange, find_files, line_hash, open_text, os_reason
 
 GENERATED = {"stories": stories, "repeats": repeated_tokens}
 """Generated corpora."""
@@ -45,6 +47,14 @@ _TIMEOUT_SECONDS = 20
 _DOCUMENT_START = re.compile(rb"\r?\n%b\r?\n\s*(?!%b)\S" % ((re.escape(SEPARATOR.encode()),) * 2))
 
 
+# An entry of a list of names, words or titles: one to four words, no verse, sentence, code, log or table.
+_WORD = r"[^\s,;:=<>{}|\u3000-\u303f\uff01-\uff1f]+"  # without the punctuation of Chinese, too
+_ENTRY = re.compile(rf"(?=.*[^\W\d_])\w(?:{_WORD})?(?: {_WORD}){{0,3}}(?<![.!?\u2026\u0964])")
+_SAMPLE_BLOCK = 16 * 1024
+LONG_BYTES = 20_000
+"""Files of this size have an end that is worth holding out."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Text for training and for validation."""
@@ -54,29 +64,58 @@ class Corpus:
     val: tuple[TextRange, ...]
     nats_per_document: float | None = None
     """Entropy of a document, if it is known: no model can reach a lower mean loss per document."""
+    how: str = ""
+    """What of the user's text is held out, in words."""
 
 
-def open_corpus(source: str, val_fraction: float, cache: Path) -> Corpus:
+def open_corpus(source: str, val_fraction: float, cache: Path, val: str = "", lines: str = "auto") -> Corpus:
     """Find the text of `--data.source` and hold out `val_fraction` (0 to 1) of its bytes for validation.
 
-    Several files: whole files are held out, selected by a hash of their names. One file: its last documents, or the end
-    of a long one. A named corpus has a split of its own. `cache` is the folder for what is generated or downloaded.
+    Several files: whole files are held out, selected by a hash of their names; if that comes to less than half or more
+    than twice of what is asked, the end of each long file. One file: its last documents, or the end of a long one. A list
+    (`lines`: auto, on or off): lines all over it. `val` names the validation text instead. A named corpus has a split of
+    its own. `cache` is the folder for what is generated or downloaded.
 
-    Raises `UserError`: no text, or text that cannot be read (3); a cache that cannot be written (6).
+    Raises `UserError`: no text, or text that cannot be read (3); a cache that cannot be written (6); `val` with a named
+    corpus (2).
     """
+    if val and source in NAMED:
+        raise UserError(f"--data.val is for text of your own; {source} has a validation text already")
     if source in GENERATED:
-        train, val = map(_whole_file, generated_files(source, cache))
-        return Corpus(source, (train,), (val,), GENERATED[source].entropy())
+        first, last = map(_whole_file, generated_files(source, cache))
+        return Corpus(source, (first,), (last,), GENERATED[source].entropy())
     if source == "shakespeare":
-        train, val = _split_file(download_shakespeare(cache), SHAKESPEARE_VAL_FRACTION)
-        return Corpus(source, (train,), (val,))
-    files = find_files(source)
-    if len(files) == 1:
-        train, val = _split_file(files[0], val_fraction)
-        return Corpus(source, (train,), (val,))
-    texts = [_whole_file(path) for path in files]
-    held_out = _select_files(texts, val_fraction)
-    return Corpus(source, tuple(t for t in texts if t not in held_out), tuple(t for t in texts if t in held_out))
+        first, last = _split_file(_whole_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
+        return Corpus(source, (first,), (last,))
+    texts = [_open_file(path, lines) for path in find_files(source)]
+    if not val:
+        return _hold_out(source, texts, val_fraction)
+    held_out = [_open_file(path, lines) for path in find_files(val)]
+    paths = {text.path.resolve() for text in held_out}
+    texts = [text for text in texts if text.path.resolve() not in paths]
+    if not texts:
+        raise UserError(f"--data.val {escape_control_chars(val)} is all of data.source: name another text", DATA)
+    return Corpus(source, tuple(texts), tuple(held_out), how="data.val")
+
+
+def _hold_out(source: str, texts: Sequence[TextRange], val_fraction: float) -> Corpus:
+    """Hold out whole files or else the end of each long one, and lines of each list."""
+    lists, others = {text for text in texts if text.lines}, [text for text in texts if not text.lines]
+    whole, total = _select_files(others, val_fraction), sum(text.n_bytes for text in others)
+    # Files shorter than half of the mean are less than half of the text.
+    long = {text for text in others if not whole and text.n_bytes >= min(LONG_BYTES, total / len(others) / 2)}
+    share = min(val_fraction * total / max(1, sum(text.n_bytes for text in long)), (1 + val_fraction) / 2)
+    train, val = list[TextRange](), list[TextRange]()
+    for text in texts:
+        if text in lists or text in long:
+            first, last = _split_list(text, val_fraction) if text in lists else _split_file(text, share)
+            train.append(first)
+            val.append(last)
+        else:
+            (val if text in whole else train).append(text)
+    parts = (("{}", whole), ("the end of {}", long), ("lines of {}, each a document", lists))
+    how = ", ".join(words.format(f"{len(part)} file{'s' * (len(part) != 1)}") for words, part in parts if part)
+    return Corpus(source, tuple(train), tuple(val), how=how)
 
 
 def is_in_cache(source: str, cache: Path) -> bool:
@@ -135,34 +174,74 @@ def _whole_file(path: Path) -> TextRange:
 
 
 def _select_files(texts: Sequence[TextRange], val_fraction: float) -> set[TextRange]:
-    """Some of several files, at least one and never all, with about `val_fraction` of the bytes.
+    """Some of several files, never all, with about `val_fraction` of the bytes; empty if no choice comes near.
 
     The choice depends on the names below the common folder alone, not on the file system or the folder's place.
     """
-    common = os.path.commonpath([text.path.parent for text in texts])
+    common = os.path.commonpath([text.path.parent for text in texts] or [Path()])
 
     def name_hash(text: TextRange) -> bytes:
         name = Path(os.path.relpath(text.path, common)).as_posix()
         return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
-    missing = val_fraction * sum(text.n_bytes for text in texts)
-    selected: list[TextRange] = []
+    total = sum(text.n_bytes for text in texts)
+    missing = val_fraction * total
+    selected: set[TextRange] = set()
     for text in sorted(texts, key=name_hash):
         # Selected if it brings the sum nearer to the target and leaves another file to train on.
         if text.n_bytes < 2 * missing and len(selected) < len(texts) - 1:
-            selected.append(text)
+            selected.add(text)
             missing -= text.n_bytes
-    return set(selected or [min(texts, key=lambda text: text.n_bytes)])
+    low, high = _limits(val_fraction)
+    near = low * total <= val_fraction * total - missing <= high * total
+    # Otherwise all short files might be held out, and one long one be trained on alone.
+    return selected if near and len(selected) <= high * len(texts) else set()
 
 
-def _split_file(path: Path, val_fraction: float) -> tuple[TextRange, TextRange]:
-    """Hold out the documents that start in the last `val_fraction` of a file; if none does, that part of the last."""
-    with open_text(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        size = len(data)
-        cut = min(int(size * (1 - val_fraction)), size - 1)
-        if start := _DOCUMENT_START.search(data, cut):
+def _limits(val_fraction: float) -> tuple[float, float]:
+    """The least and the most to hold out as whole documents: half and twice, also of what is left for training."""
+    return val_fraction / 2, min(2 * val_fraction, (1 + val_fraction) / 2)
+
+
+def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRange]:
+    """Hold out the last documents of a file if they are about `val_fraction` of it, else that part of the text."""
+    size = text.end
+    lowest, highest = (int(size * (1 - share)) for share in reversed(_limits(val_fraction)))
+    cut = min(int(size * (1 - val_fraction)), size - 1)
+    with open_text(text.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # Not in a separator: one that begins a little before the cut counts as after it.
+        start = _DOCUMENT_START.search(data, max(cut - len(SEPARATOR) - 4, 0), highest)
+        if start is None:
+            start = next(iter(deque(_DOCUMENT_START.finditer(data, lowest, cut), maxlen=1)), None)
+        if start is not None:
             cut = start.start()
         else:
             while cut and data[cut] & 0xC0 == 0x80:  # inside of a character
                 cut -= 1
-    return TextRange(path, 0, cut), TextRange(path, cut, size)
+    return replace(text, end=cut), replace(text, start=cut)
+
+
+def _open_file(path: Path, lines: str) -> TextRange:
+    """A whole file, as lines if `lines` is `on`, or `auto` and it is a list. Raises `UserError` (3)."""
+    text = _whole_file(path)
+    sample = _sample_lines(text) if lines == "auto" else []
+    entries = sum(len(line.encode()) <= 40 and bool(_ENTRY.fullmatch(line)) for line in sample)
+    is_list = len(sample) >= 100 and entries >= 0.95 * len(sample) and len(set(sample)) >= 0.8 * len(sample)
+    return replace(text, lines=ALL_LINES) if is_list or lines == "on" else text
+
+
+def _split_list(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRange]:
+    """Hold out lines all over a list: those whose hash is below that fraction of the hashes, counted on a sample."""
+    hashes = sorted({line_hash(line) for line in _sample_lines(text) if line.strip()}) or [0]
+    border = hashes[min(max(round(val_fraction * len(hashes)), 1), len(hashes) - 1)]
+    return replace(text, lines=(border, ALL_LINES[1])), replace(text, lines=(0, border))
+
+
+def _sample_lines(text: TextRange) -> list[str]:
+    """The whole lines in 16 blocks of a file, evenly spread; all but the last of a short one."""
+    lines: list[bytes] = []
+    with open_text(text.path) as file:
+        for start in range(0, text.end, max(text.end // 16, _SAMPLE_BLOCK)):
+            file.seek(start)
+            lines += file.read(_SAMPLE_BLOCK).split(b"\n")[start > 0 : -1]
+    return [line.removesuffix(b"\r").decode(errors="replace") for line in lines]

@@ -61,6 +61,8 @@ class TokenizedCorpus:
     """Equal for equal text, splits and tokenizer."""
     nats_per_document: float | None
     """Entropy of a document, if it is known (generated corpora)."""
+    how: str = ""
+    """What of the user's text is held out, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
     """
     cache = cache_folder().absolute()
     try:
-        corpus = open_corpus(config.source, config.val_fraction, cache)
+        corpus = open_corpus(config.source, config.val_fraction, cache, config.val, config.lines)
         key = _cache_key(corpus, config)
         folder = cache / f"tokens-{key}"
         if verify and folder.exists() and (damage := _find_damage(folder, key)):
@@ -125,7 +127,7 @@ def cache_lookup(config: DataConfig) -> CorpusInfo:
     cache = cache_folder().absolute()
     if is_in_cache(config.source, cache):
         with contextlib.suppress(UserError):
-            corpus = open_corpus(config.source, config.val_fraction, cache)
+            corpus = open_corpus(config.source, config.val_fraction, cache, config.val, config.lines)
             key = _cache_key(corpus, config)
             if not _find_damage(folder := cache / f"tokens-{key}", key):
                 data = _open(folder, key, corpus)
@@ -148,7 +150,7 @@ def _cache_key(corpus: Corpus, config: DataConfig) -> str:
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
     content: dict[str, Any] = {"format": FORMAT, "tokenizer": config.tokenizer, "vocab_size": vocab_size}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
-        content[split] = [(hashes[text.path], text.start, text.end) for text in texts]
+        content[split] = [(hashes[text.path], text.start, text.end, *(text.lines or ())) for text in texts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -175,7 +177,7 @@ def _open(folder: Path, key: str, corpus: Corpus) -> TokenizedCorpus:
     tokenizer = load_tokenizer(folder / VOCABULARY)
     dtype = token_dtype(tokenizer.vocab_size)
     train, val = (load_split(folder, split, dtype, text_bytes[split]) for split in ("train", "val"))
-    return TokenizedCorpus(corpus.name, folder, tokenizer, train, val, key, corpus.nats_per_document)
+    return TokenizedCorpus(corpus.name, folder, tokenizer, train, val, key, corpus.nats_per_document, corpus.how)
 
 
 def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress: bool) -> None:

@@ -1,13 +1,14 @@
 """Text files: which files a source names, and their documents, streamed in constant memory.
 
 A line that holds only `<|endoftext|>` separates documents. That line, the newline before it and the one after it
-belong to no document. Documents of white space alone are skipped.
+belong to no document. Documents of white space alone are skipped. In a list, each line is a document.
 """
 
 from __future__ import annotations
 
 import codecs
 import glob
+import hashlib
 import io
 import itertools
 import os
@@ -28,7 +29,9 @@ BLOCK_BYTES = 1024 * 1024
 
 # The newline after a separator is not consumed: it may be the one before the next separator.
 _SEPARATOR = re.compile(rf"\r?\n{re.escape(SEPARATOR)}(?=\r?\n)")
+_LINE_END = re.compile(rf"\r?\n(?:{re.escape(SEPARATOR)}(?=\r?\n))?")
 _LONGEST = len(SEPARATOR) + 4
+ALL_LINES = (0, 1 << 64)
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,18 @@ class TextRange:
     path: Path
     start: int
     end: int
+    lines: tuple[int, int] | None = None
+    """Of a list: its documents are the lines whose `line_hash` is at least the first number and below the second."""
 
     @property
     def n_bytes(self) -> int:
-        return self.end - self.start
+        """Expected, if it is a part of a list."""
+        low, high = self.lines or ALL_LINES
+        return (self.end - self.start) * (high - low) // ALL_LINES[1]
+
+    def contains(self, document: str) -> bool:
+        """Whether a document in these bytes belongs to this text."""
+        return self.lines is None or self.lines[0] <= line_hash(document) < self.lines[1]
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ def find_files(source: str) -> list[Path]:
             wanted = f"ends in {' '.join(PROSE)}; for others use a glob, such as '{name}/**/*.py'"
         else:
             candidates = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
-            wanted = "matches it; --data.source accepts stories, repeats, shakespeare, a text file, a folder, or a glob"
+            wanted = "matches it; name a text file, a folder, or a glob (or for --data.source: stories, repeats, shakespeare)"
         # Each file once, however many links lead to it.
         files = {file.resolve(): file for file in sorted(candidates, reverse=True) if file.is_file()}
         non_empty = sorted(file for file in files.values() if file.stat().st_size)
@@ -87,6 +98,11 @@ def _prose_below(folder: Path) -> Iterator[Path]:
         yield from (Path(inner, name) for name in names if name.lower().endswith(PROSE) and not name.startswith("."))
 
 
+def line_hash(line: str) -> int:
+    """A number below 2^64. It depends on the text alone, so equal lines are in the same split."""
+    return int.from_bytes(hashlib.sha256(line.encode()).digest()[:8], "big")
+
+
 def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[Piece]:
     """Yield the documents of a range, newlines unchanged; one longer than `block_bytes` comes in several pieces.
 
@@ -94,12 +110,15 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
     cannot be read or is not UTF-8 text.
     """
     # A newline before the text and a separator after it: so every document is between two separators.
-    rest, starts = "\n", True
+    rest, starts, selected = "\n", True, True
+    separator = _SEPARATOR if text.lines is None else _LINE_END
     for block in itertools.chain(_read_blocks(text, block_bytes), [f"\n{SEPARATOR}\n"]):
-        *ended, rest = _SEPARATOR.split(rest + block)
+        *ended, rest = separator.split(rest + block)
         for part in ended:
             document = _remove_first_newline(part) if starts else part
-            if document.strip() or not starts:
+            if starts:
+                selected = bool(document.strip()) and text.contains(document)
+            if selected:
                 yield Piece(document, True)
             starts = True
         # The last characters may be the beginning of a separator.
@@ -107,7 +126,11 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
             # A token rarely continues over a space, so the ids of the pieces are those of the document.
             cut = rest.rfind(" ", 1, block_bytes)
             cut = cut if cut > 0 else block_bytes
-            yield Piece(_remove_first_newline(rest[:cut]) if starts else rest[:cut], False)
+            part = _remove_first_newline(rest[:cut]) if starts else rest[:cut]
+            if starts:
+                selected = text.contains(part)
+            if selected:
+                yield Piece(part, False)
             rest, starts = rest[cut:], False
 
 

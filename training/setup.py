@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars
+from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
 from training.checkpoint import (
@@ -160,7 +161,7 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
     before, now = dataclasses.asdict(saved.config), dataclasses.asdict(config)
     fixed = [("model", key) for key in now["model"] if key != "attention"]
     fixed += [("run", "seed"), ("optim", "optimizer"), ("train", "batch_size")]
-    fixed += [("data", key) for key in now["data"] if key not in ("workers", "source")]  # a text may be moved
+    fixed += [("data", key) for key in now["data"] if key not in ("workers", "source", "val")]  # a text may move
     for section, key in fixed:
         if before[section][key] != now[section][key]:
             raise UserError(
@@ -211,15 +212,23 @@ def print_header(trainer: Trainer) -> None:
     now = trainer.environment.settings
     compiled = "compiled" if now["compiled"] == "yes" else "not compiled"
     start = f"from step {trainer.state.step} " if trainer.state.step else ""
+    n_documents, n_train, n_val = data.train.n_documents, len(data.train), len(data.val) - 1
     print_line(
-        f"data    {data.name}: {data.train.n_documents:,} documents, {len(data.train):,} training tokens; "
-        f"{data.tokenizer.name} vocabulary of {data.tokenizer.vocab_size:,}\n"
+        f"data    {data.name}: {n_documents:,} document{'s' * (n_documents != 1)}, {n_train:,} training tokens, {n_val:,} "
+        f"held out ({n_val / (n_train + n_val):.1%}){data.how and ': '}{data.how}; {data.tokenizer.name} vocabulary of "
+        f"{data.tokenizer.vocab_size:,}; {train.steps * train.batch_size * shape.context / n_train:.2f} epochs\n"
         f"model   {shape.preset}: {shape.n_layers} layers, {shape.n_heads} heads, d_model {shape.d_model}, "
         f"context {shape.context}; {parameters:,} parameters\n"
         f"device  {trainer.ctx.describe()}, {shape.attention} attention, {compiled}\n"
         f"run     {trainer.config.run.dir}: {start}to step {train.steps}, "
         f"{train.batch_size} x {shape.context} tokens per step"
     )
+    # A Bible has 0.04, a book that ends in a licence 0.13.
+    if not trainer.config.data.val and unlikeness(data.train, data.val, data.tokenizer.vocab_size) > 0.09:
+        print_line(
+            "the held-out text is unlike the training text, as a licence at the end or the end of a sorted list is, so its "
+            "loss says little about the rest: remove it, shuffle the list, or name other text with --data.val"
+        )
     if trainer.config.log.attention == "off":
         print_line("log.attention is off: no attention is recorded and no page is written")
     if trainer.resumed_from and (line := describe_resuming(trainer, trainer.resumed_from)):

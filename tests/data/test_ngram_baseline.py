@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import ngram_baseline
-from data.ngram_baseline import baselines, bits_per_byte, kneser_ney, trigrams, unigram
+from data.ngram_baseline import baselines, bits_per_byte, kneser_ney, trigrams, unigram, unlikeness
 from data.token_dataset import TokenSplit
 
 VOCABULARY = 6
@@ -97,6 +97,22 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ngram_baseline, "TRAIN_LIMIT", 101)
     monkeypatch.setattr(ngram_baseline, "VAL_LIMIT", 41)
     assert baselines(split_of([[0, 1] * 50, [2] * 50]), split_of([[0, 1] * 20, [3] * 50]), VOCABULARY) == expected
+
+
+@pytest.mark.parametrize("vocab_size", [50, 5000])
+def test_unlikeness(vocab_size: int) -> None:
+    """About 0 for more of the same, also if it is short; clear for another distribution or for tokens never seen."""
+    rng = np.random.default_rng(1)
+
+    def low(n: int) -> list[int]:
+        return np.minimum(rng.geometric(0.2, n), 20).tolist()
+
+    high = rng.integers(1, 20, 2000).tolist()
+    train = split_of([low(20_000)])
+    assert all(abs(unlikeness(train, split_of([low(n)]), vocab_size)) < 0.03 for n in (200, 2000))
+    assert all(
+        unlikeness(train, split_of([val]), vocab_size) > 0.1 for val in (high, [30] * 200, low(1000) + [25] * 999)
+    )
 
 
 def test_bits_per_byte() -> None:

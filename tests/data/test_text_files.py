@@ -112,7 +112,7 @@ def test_unusable_file_is_one_clear_line(tmp_path: Path, data: bytes, expected: 
 
 
 def test_source_without_files_says_what_is_accepted(tmp_path: Path) -> None:
-    accepted = "matches it; --data.source accepts stories"
+    accepted = "matches it; name a text file"
     assert accepted in data_error(tmp_path / "no\x07where", tmp_path)
     assert accepted in data_error(tmp_path / "*.md", tmp_path) and accepted in data_error("/dev/null", tmp_path)
     write(tmp_path / "code" / "main.py", "print()")

@@ -252,6 +252,25 @@ def test_what_may_change_on_resuming(uninterrupted: Any, tmp_path: Path) -> None
     assert open_checkpoint(folder, "last").state.step == 13 and "steps = 14" in (folder / "config.toml").read_text()
 
 
+def test_separate_validation_text_may_move_and_not_change(tmp_path: Path, new: tuple[str, ...]) -> None:
+    val, folder = tmp_path / "val.txt", tmp_path / "run"
+    val.write_text(TEXT[::-1][:500])
+    output = train(*new, f"--data.val={val}", f"--run.dir={folder}", "--log.attention=off")
+    shares = f"1 document, {len(TEXT) + 2:,} training tokens, 501 held out ({501 / (len(TEXT) + 503):.1%}): data.val; "
+    assert shares in output and f"; {6 * 4 * 16 / (len(TEXT) + 2):.2f} epochs" in output
+    moved = val.rename(tmp_path / "moved.txt")
+    assert train(f"--run.resume={folder}", f"--data.val={moved}", "--train.steps=7")
+    moved.write_text(TEXT[:500])
+    assert "has changed" in error_line(script("train.py", f"--run.resume={folder}", "--train.steps=8"), 3)
+
+
+@pytest.mark.parametrize("end", ["", "0123456789" * 120])
+def test_held_out_text_that_is_unlike_the_rest_is_reported(tmp_path: Path, end: str) -> None:
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog " * 200 + end)
+    output = train(*TINY, f"--data.source={tmp_path / 'book.txt'}", f"--run.dir={tmp_path}", "--log.attention=off")
+    assert ("the held-out text is unlike" in output and "--data.val" in output) == bool(end)
+
+
 def test_damaged_metrics_end_at_the_damage(tmp_path: Path) -> None:
     good = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     for bad in ("[1, 2]", '{"loss": 3}', '{"step": "x"}', "\x00", "[" * 100_000, '{"step": 1'):
