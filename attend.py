@@ -5,7 +5,7 @@ token with its direct logit attribution and logit lens; it writes an attention f
 show what a run recorded at its evaluations:
 
     summary   the findings, and the best head for each score      ablate   ablate every head of the best checkpoint
-    heads     every score of every head                           plot     figures, PNG or SVG
+    heads     every score of every head                           plot     figures: PNG, SVG, PDF
     token     what one token attends to in every head             page     build attention.html
     timeline  when in training each head learned what it does     verify   recompute attention files and compare
     compare   two steps, or two runs, head by head

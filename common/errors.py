@@ -47,6 +47,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     (`training/signals.py`). A closed pipe (`| head`) ends the program quietly.
     """
     # Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start.
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib cannot be imported with a backend that it does not know
     gc.set_threshold(100_000, 20, 100)
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):  # a terminal without a character gets its code, not a traceback

@@ -1,56 +1,39 @@
-"""Attention and head scores as figures, PNG or SVG by the suffix of the path.
+"""Attention and head scores as figures, PNG, SVG or PDF by the suffix of the path.
 
 `draw_figures` draws all figures of a run; `head_grid`, `one_head`, `score_timeline` and `phase_change` draw one each from
-arrays: they raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6). matplotlib is
-imported when a figure is drawn, and used without pyplot: no display, no global state. The same input gives the same bytes.
+arrays: they raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6).
 Every size is given in inches: a layout that matplotlib finds by itself takes longer than the drawing.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from common.errors import CONFIG, UserError
-from common.files import write_atomic
+from common.figures import ACCENT, GRAY, MUTED, drawable, figure
 from inspection.findings import ATTENTION_THRESHOLD, FINDING_SCORES
-from inspection.head_scores import ANTECEDENT, score_info
+from inspection.head_scores import ANTECEDENT, REPEATS, score_info
 from inspection.run_reader import RunFiles, best_head, find_text, match_name
-from inspection.terminal import clearest_head, head_name, token_text
+from inspection.terminal import clearest_head, display_width, head_name, token_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_LAYERS = MAX_HEADS = 8  # in a grid: the first ones
-GRID_TOKENS, HEAD_TOKENS = 64, 96  # in a grid, and in a plot of one head: the last ones
-ANNOTATED_TOKENS, MIN_ANNOTATED = 16, 0.01  # up to so many tokens, larger values are shown as numbers
+GRID_TOKENS, HEAD_TOKENS = 64, 60  # in a grid, and in a plot of one head: the last ones
 LABEL_LENGTH, LABEL_INCHES = 14, 0.1  # characters of a token's label, and inches between two
 GAP_X, GAP_Y = 0.1, 0.3  # inches between two patterns
 FUTURE = "#e3e3e3"  # cells that causality excludes: gray, which is not a color of the scale
-INK, ACCENT, GRAY, MUTED = "#222222", "#c8102e", "#c9c9c9", "#666666"
 SERIES_COLORS = ("#00467f", "#c8102e", "#8a6d00")  # they differ in lightness too
-STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.parse_math": False,  # a `$` in a token is a `$`
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#888888",
-    "axes.spines.top": False,
-    "legend.frameon": False,
-    "savefig.dpi": 110,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "glassgpt",
-}
+CLEAR_RISE = 0.2  # of a score that has at least doubled, for the plot of the phase change
+Guard = Callable[[Path], AbstractContextManager[object]]
 Series = tuple[str, Sequence[int], ArrayLike]
 """A line over the training steps: name, steps, values."""
 
@@ -58,48 +41,87 @@ Series = tuple[str, Sequence[int], ArrayLike]
 # All figures of a run
 
 
-def draw_figures(run: RunFiles, folder: Path, suffix: str, step: int, text: str = "", score: str = "") -> list[Path]:
+def draw_figures(
+    run: RunFiles, folder: Path, suffix: str, step: int, text: str = "", score: str = "", guard: Guard = nullcontext
+) -> list[Path]:
     """Draw `attention`, `head`, `timeline` and `phase_change`, as far as the run has the data; return their paths.
 
-    By default the score of the timeline is the most informative one, and the patterns are those of the model's sample,
-    but for one head those of a text on which its score is measured.
+    By default the score of the timeline is the most informative one, and all heads are shown on the model's sample.
+    Each figure is drawn within `guard`: after `report_failure` of one, the others are drawn.
     """
-    paths = [folder / f"attention.{suffix}", folder / f"head.{suffix}"]
-    _draw_patterns(paths, run, step, text)
+    drawings: dict[str, Callable[[Path], list[Path]]] = {
+        "attention": lambda path: _draw_grid(path, run, step, text),
+        "head": lambda path: _draw_head(path, run, step, text),
+        "timeline": lambda path: _draw_timelines(path, run, score),
+        "phase_change": lambda path: _draw_phase_change(path, run),
+    }
+    paths: list[Path] = []
+    for stem, draw in drawings.items():
+        with guard(folder / f"{stem}.{suffix}"):
+            paths += draw(folder / f"{stem}.{suffix}")
+    return paths
+
+
+def _draw_grid(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
+    """All heads on one text."""
+    text = find_text(run.read(step), name, f"step {step} of {run.folder}")
+    head_grid(path, text.pattern(), text.token_bytes, f"step {step}: {text.name}")
+    return [path]
+
+
+def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
+    """The head that the findings name, on a text where it matters; else the clearest head on a held-out text."""
+    file, results = run.read(step), run.findings or {"findings": []}
+    texts = {text.name: text for text in reversed(file.texts)}
+    held_out = name or next((text.name for text in file.texts if text.name.startswith("held-out")), "")
+    text, query, note = find_text(file, held_out, f"step {step} of {run.folder}"), None, ""
+    layer, head = clearest_head(text.pattern())
+    if results["findings"] and not name:
+        finding = next((each for each in results["findings"] if each["is_supported"]), results["findings"][0])
+        (layer, head), info = finding["head"], score_info(finding["score"])
+        note = "framed: where ablating it raises the loss of the next token most"
+        places = [(example["text"], example["position"] - 1, note) for example in results.get("examples", ())]
+        places += [(f"{info.name.removeprefix(ANTECEDENT)} 1", -1, info.title)] * info.name.startswith(ANTECEDENT)
+        places += [("repeat 1", None, info.title)] * (info.texts == REPEATS) + [(text.name, None, "")]
+        name, query, note = next(place for place in places if place[0] in texts)
+        text = texts[name]
+    query = None if query is None else query % len(text.tokens)
+    end = len(text.tokens) if query is None else query + 2  # with the token that it predicts, if there is one
+    pattern, title = text.pattern(layer)[0, head, :end, :end], f"{head_name(layer, head)} at step {step}: {text.name}"
+    one_head(path, pattern, text.token_bytes[:end], title, query, note)
+    return [path]
+
+
+def _draw_timelines(path: Path, run: RunFiles, score: str) -> list[Path]:
+    """A figure for the score, or for each of `all`."""
     steps, scores = run.head_scores
     names = [match_name(score, scores, "score", str(run.folder))] if score not in ("", "all") else list(scores)
     if names and not score:
         names = [most_informative({name: values[-1] for name, values in scores.items()})]
-    for name in names:
-        stem = "timeline" if len(names) == 1 else "timeline-" + re.sub("[^A-Za-z0-9]", "-", name)
-        paths.append(folder / f"{stem}.{suffix}")
-        score_timeline(paths[-1], steps, scores[name], name, f"{run.folder.name}: {name}")
-    lines = [] if (loss := repeats_loss(run)) is None else [loss]
-    for name in ("induction", "previous_token"):
-        if len(steps) > 1 and name in scores and (head := best_head(name, scores[name][-1])):
-            lines.append((f"{name} score of {head_name(*head)}", steps, scores[name][:, head[0], head[1]]))
-    if len(lines) == 3:
-        paths.append(folder / f"phase_change.{suffix}")
-        phase_change(paths[-1], lines[0], lines[1:], f"{run.folder.name}: loss and head scores")
+    paths = [path.with_stem("timeline-" + re.sub("[^A-Za-z0-9]", "-", name)) for name in names]
+    paths = [path] if len(names) == 1 else paths
+    for each, name in zip(paths, names, strict=True):
+        score_timeline(each, steps, scores[name], name, f"{run.folder.name}: {name}")
     return paths
 
 
-def _draw_patterns(paths: Sequence[Path], run: RunFiles, step: int, name: str) -> None:
-    """All heads on one text, and one head on a text that shows what it does."""
-    file, where = run.read(step), f"step {step} of {run.folder}"
-    text = find_text(file, name, where)
-    pattern = text.pattern()
-    head_grid(paths[0], pattern, text.token_bytes, f"step {step}: {text.name}")
-    (layer, head), query = clearest_head(pattern), None
-    score = most_informative(file.scores)
-    kind = score.removeprefix(ANTECEDENT)
-    example = "repeat 1" if kind == score else f"{kind} 1"
-    best = best_head(score, file.scores[score]) if score else None
-    if best and not name and any(other.name == example for other in file.texts):
-        text, (layer, head) = find_text(file, example, where), best
-        query = None if kind == score else len(text.tokens) - 1
-    title = f"{head_name(layer, head)} at step {step}: {text.name}"
-    one_head(paths[1], text.pattern(layer)[0, head], text.token_bytes, title, query)
+def _draw_phase_change(path: Path, run: RunFiles) -> list[Path]:
+    """Loss and scores if a score formed; else a figure of an earlier end of the run is removed."""
+    (steps, scores), loss, lines = run.head_scores, repeats_loss(run), []
+    for name in ("induction", "previous_token"):
+        if name in scores and (head := best_head(name, scores[name][-1])):
+            lines.append((f"{name} score of {head_name(*head)}", steps, scores[name][:, head[0], head[1]]))
+    if loss and len(lines) == 2 and any(has_formed(values) for *_, values in lines):
+        phase_change(path, loss, lines, f"{run.folder.name}: loss and head scores")
+        return [path]
+    path.unlink(missing_ok=True)
+    return []
+
+
+def has_formed(values: NDArray[np.float32]) -> bool:
+    """Whether a score rose to `ATTENTION_THRESHOLD`, or doubled and rose by `CLEAR_RISE`, from its first to its last step."""
+    first, last = values[np.isfinite(values)][[0, -1]]
+    return bool(first < ATTENTION_THRESHOLD <= last or last >= max(2 * first, first + CLEAR_RISE))
 
 
 def most_informative(scores: Mapping[str, NDArray[np.float32]]) -> str:
@@ -142,26 +164,19 @@ def head_grid(path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], tit
 
 
 def one_head(
-    path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], title: str, query: int | None = None
+    path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], title: str, query: int | None = None, note: str = ""
 ) -> None:
-    """One head (T, T), large: at most the last 96 tokens; up to 16 tokens with their values as numbers.
-
-    The row `query`, 0 to T - 1, is framed.
-    """
+    """One head (T, T), large: at most the last 60 tokens. The row `query`, 0 to T - 1, is framed."""
     T = len(np.asarray(pattern))
     pattern = np.asarray(pattern)[-HEAD_TOKENS:, -HEAD_TOKENS:]
     shown = len(pattern)
     row = -1 if query is None else query - (T - shown)
     side = float(np.clip(shown * 0.34, 2.4, 6.0))
     labels = _labels(tokens[-shown:], side, max(row, 0))
-    heading = title, [f"the last {shown} of {T} tokens"] * (shown < T)
+    heading = title, [note] * bool(note) + [f"the last {shown} of {T} tokens"] * (shown < T)
     with _pattern_figure(Path(path), pattern[None, None], side, labels, heading) as axes:
-        cell = side / shown
-        for i, j in np.argwhere(np.tril(pattern) >= MIN_ANNOTATED) if shown <= ANNOTATED_TOKENS else ():
-            value, color = f"{pattern[i, j]:.2f}".removeprefix("0"), INK if pattern[i, j] > 0.5 else "white"
-            axes.text((j + 0.5) * cell, (i + 0.5) * cell, value, ha="center", va="center", fontsize=6.5, color=color)
         if row >= 0:
-            x, y = np.array([0, row + 1, row + 1, 0, 0]) * cell, np.array([row, row, row + 1, row + 1, row]) * cell
+            x, y = np.array([[0, row + 1, row + 1, 0, 0], [row, row, row + 1, row + 1, row]]) * side / shown
             axes.plot(x, y, color=ACCENT, linewidth=1.6, clip_on=False)
             axes.texts[list(labels).index(row)].set(color=ACCENT, weight="bold")
 
@@ -169,7 +184,9 @@ def one_head(
 def _labels(tokens: Sequence[bytes], side: float, keep: int = 0) -> dict[int, str]:
     """A label for each position that has one on an axis of `side` inches: all, or every n-th, among them `keep`."""
     every = math.ceil(len(tokens) * LABEL_INCHES / side)
-    return {k: _drawable(token_text(tokens[k]), LABEL_LENGTH) for k in range(keep % every, len(tokens), every)}
+    texts = [token_text(token) for token in tokens]
+    drawable("".join(texts))  # one search for fonts instead of one for each token
+    return {k: drawable(texts[k], LABEL_LENGTH) for k in range(keep % every, len(tokens), every)}
 
 
 @contextmanager
@@ -177,18 +194,18 @@ def _pattern_figure(
     path: Path, pattern: NDArray[Any], side: float, labels: Mapping[int, str], heading: tuple[str, list[str]]
 ) -> Iterator[Axes]:
     """A figure of patterns (rows, columns, T, T), each `side` inches wide, on one pair of axes measured in inches."""
-    import matplotlib
-
-    colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
     rows, columns, T, _ = pattern.shape
     title, notes = heading
     if len(labels) > 1 and (every := sorted(labels)[1] - sorted(labels)[0]) > 1:
         notes = [*notes, f"one token in {every} is labeled"]
     note = "row: query, column: key; gray: later tokens, masked\n" + "; ".join(notes)
-    room = 0.45 + 0.07 * max(map(len, labels.values()))
+    room = 0.5 + 0.07 * max(map(display_width, labels.values()))
     width, height = columns * (side + GAP_X) - GAP_X, rows * (side + GAP_Y) - GAP_Y
     margins = room, room, max(1.0, 5.2 - width - room)
-    with _figure(path, (width, height), margins, title, note) as axes:
+    with figure(path, title, note, (width, height), margins) as axes:
+        import matplotlib
+
+        colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
         for row in range(rows):  # ticks of axes would take most of the time
             for k, label in labels.items():
                 y = row * (side + GAP_Y) + (k + 0.5) * side / T
@@ -224,7 +241,7 @@ def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.fl
     best = [int(k) for k in np.argsort(-last) if np.isfinite(last[k])][: len(SERIES_COLORS)]  # nan is last
     marker: dict[str, Any] = {"marker": "o" if S == 1 else None, "markersize": 5}
     others = f"; gray: the other {L * H - len(best)} heads" if len(best) < L * H else ""
-    with _figure(Path(path), note=score_info(score).title + others, title=title) as axes:
+    with figure(Path(path), title, score_info(score).title + others) as axes:
         axes.plot(steps, np.delete(lines, best, axis=1), color=GRAY, linewidth=1.0, **marker)
         for order, (k, color) in enumerate(zip(best, SERIES_COLORS, strict=False)):
             label = f"{head_name(*divmod(k, H))} {last[k]:.2f}"
@@ -241,7 +258,7 @@ def phase_change(path: Path | str, loss: Series, scores: Sequence[Series], title
     head forms before or with it (Olsson et al. 2022, "Argument 1"). The loss may have other steps than the scores.
     """
     highest = float(np.nanmax(np.asarray(loss[2], dtype=np.float64), initial=0.0)) or 1.0
-    with _figure(Path(path), title=title) as axes:
+    with figure(Path(path), title) as axes:
         right = axes.twinx()
         lines = axes.plot(*loss[1:], color=MUTED, linewidth=1.6, linestyle="--")
         for (_, steps, values), color in zip(scores, SERIES_COLORS, strict=False):
@@ -250,7 +267,7 @@ def phase_change(path: Path | str, loss: Series, scores: Sequence[Series], title
         _style_axes(axes, steps, (0.0, highest), f"{loss[0]} (nats/token)")
         _style_axes(right, steps, (0.0, 1.0), "score")
         right.spines["right"].set_visible(True)
-        names = [_drawable(name) for name, _, _ in (loss, *scores)]
+        names = [drawable(name) for name, _, _ in (loss, *scores)]
         axes.legend(lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handlelength=2)
 
 
@@ -265,65 +282,5 @@ def _style_axes(axes: Axes, steps: Sequence[int], limits: tuple[float, float], n
     low, high = limits
     room = 0.03 * (high - low)
     axes.set(xlim=(min(steps), max(*steps, min(steps) + 1)), ylim=(low - room, high + room))
-    axes.set(xlabel="step", ylabel=_drawable(name))
-    axes.spines["right"].set_visible(False)
+    axes.set(xlabel="step", ylabel=drawable(name))
     axes.axhline(0, color=GRAY, linewidth=0.6, zorder=0)
-
-
-# Every figure
-
-
-@contextmanager
-def _figure(
-    path: Path,
-    size: tuple[float, float] = (5.3, 2.9),
-    margins: tuple[float, float, float] = (0.7, 0.5, 1.2),
-    title: str = "",
-    note: str = "",
-) -> Iterator[Axes]:
-    """Axes of `size` inches below a heading, in our own style whatever matplotlibrc says; written after the body.
-
-    The margins are left, below and right of the axes; the note is smaller than the title and below it.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".svg"):
-        raise UserError(f"cannot draw {path}: the name must end in .png or .svg", CONFIG)
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    left, bottom, right = margins
-    lines = [_drawable(line) for line in note.split("\n") if line]
-    width, height = left + size[0] + right, bottom + size[1] + 0.75 + 0.16 * len(lines)
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
-        title = _drawable(title, int(9.5 * width))
-        figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=12, weight="bold", va="top")
-        figure.text(0.15 / width, 1 - 0.38 / height, "\n".join(lines), fontsize=8.5, color="#555555", va="top")
-        yield axes
-        data = io.BytesIO()
-        # Without a date and the library's version, equal figures have equal bytes.
-        metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-        figure.savefig(data, format=suffix[1:], metadata=metadata)
-    write_atomic(path, [data.getvalue()])
-
-
-@cache
-def _glyphs() -> frozenset[int]:
-    """The characters of DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
-
-    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return frozenset(FT2Font(str(font)).get_charmap())
-
-
-def _drawable(text: str, length: int = 200) -> str:
-    """At most `length` characters of `text`; those that the font lacks or that are invisible are escaped."""
-    text = "".join(
-        c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
-    )
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from common.errors import UserError, escape_control_chars
+from common.figures import report_failure
 from common.files import remove_temporary_files
 from inspection.ablation import run_ablations
 from inspection.activation_cache import run_with_cache_batch
@@ -172,7 +173,7 @@ def report_heads(
         return [*lines, DISCLAIMER], []
     if antecedents:
         lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
-    figures = draw_figures(run, run_dir, "png", step)
+    figures = draw_figures(run, run_dir, "png", step, guard=report_failure)
     page = run_dir / "attention.html"
     page_run = PageRun(run_dir.name, files, evaluations)
     write_page(page, [page_run], run.findings, ablations, run_dir.name)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError, escape_control_chars
+from common.figures import ACCENT, MUTED, figure, report_failure
 from common.files import read_metrics
 from data.dataloader import eval_indices
 from data.ngram_baseline import baselines, bits_per_byte
@@ -66,7 +67,8 @@ class LossReport(Callback):
             print_line(line)
         folder = Path(config.run.dir)
         title = escape_control_chars(f"{trainer.data.name}: {folder}")
-        plot_loss(folder / "loss.png", read_metrics(folder / "metrics.jsonl"), references, title)
+        with report_failure(folder / "loss.png"):
+            plot_loss(folder / "loss.png", read_metrics(folder / "metrics.jsonl"), references, title)
 
 
 def measure(trainer: Trainer) -> Losses:
@@ -179,28 +181,28 @@ def longest_run(texts: Iterable[Sequence[int] | np.ndarray], corpus: np.ndarray)
 
 
 def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str, float], title: str) -> None:
-    """`loss.png`: training and validation loss over the steps, baselines as horizontal lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
+    """`loss.png`: training and validation loss over the steps, baselines as horizontal lines; names and last values are
+    on the right."""
+    with figure(path, title, size=(6.2, 3.6), margins=(0.7, 0.5, 1.6)) as axes:
+        from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
-    axes.plot(*zip(*train, strict=True), color="#8aa4c8", linewidth=1, label="training batch")
-    axes.plot(*zip(*val, strict=True), color="#1f3b70", linewidth=2, marker="o", markersize=3, label="validation")
-    for name, nats in references.items():
-        color, style = ("#c0392b", "-") if name == "floor" else ("#888888", ":")
-        axes.axhline(nats, color=color, linestyle=style, linewidth=1.2)
-        place: Any = {"xytext": (-4, 3), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(f"{name} {nats:.3f}", (1, nats), **place, ha="right", fontsize=8, color=color)
-    axes.set(xlabel="step", ylabel="loss (nats/token)", title=title.replace("$", r"\$"), yscale="log")
-    axes.set_ylim(0.9 * min([*references.values(), *(loss for _, loss in train + val)]), None)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+        lines = [(nats, name, ACCENT if name == "floor" else MUTED) for name, nats in references.items()]
+        for nats, name, color in lines:
+            axes.axhline(nats, color=color, linestyle="-" if name == "floor" else ":", linewidth=1.2)
+        for key, name, color in (("loss", "training batch", "#8aa4c8"), ("val_loss", "validation", "#1f3b70")):
+            if points := [(m["step"], m[key]) for m in metrics if key in m]:
+                axes.plot(*zip(*points, strict=True), color=color)
+                lines.append((points[-1][1], name, color))
+        axes.set(xlabel="step", ylabel="loss (nats/token)", yscale="log", xmargin=0)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        lines.sort()
+        low, high = np.log(axes.get_ylim())
+        ends, gaps = (np.log([nats for nats, *_ in lines]) - low) / (high - low), 0.05 * np.arange(len(lines))
+        # Labels are moved apart, to 1 at most.
+        places = np.minimum(np.maximum.accumulate(ends - gaps) + gaps, 1 - gaps[::-1])
+        for (nats, name, color), end, place in zip(lines, ends, places, strict=True):
+            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
+            style: Any = {"xycoords": "axes fraction", "va": "center", "color": color, "arrowprops": leader}
+            axes.annotate(f"{name} {nats:.3f}", (1, end), (1.03, place), **style, annotation_clip=False)

@@ -36,14 +36,14 @@ class Page(RunOptions):
 
 @dataclass(frozen=True)
 class Plot(RunOptions):
-    """Draw all heads on a text, one head, the scores over the steps, and the loss next to them."""
+    """Draw all heads on a text, one head, a score over the steps, and the loss next to scores that formed."""
 
-    format: Literal["png", "svg"] = "png"
+    format: Literal["png", "svg", "pdf"] = "png"
     """File format."""
     out: str = ""
     """Folder for the figures; by default figures/ in the run folder."""
     text: str = ""
-    """Name of the text; by default the model's sample, and for one head a text on which its score is measured."""
+    """Name of the text; by default the model's sample, and for one head a text where it matters."""
     score: str = ""
     """Score of the timeline, or `all`; by default the most informative one."""
     step: int = DEFAULT
@@ -54,10 +54,7 @@ class Plot(RunOptions):
         run = RunFiles.open(self.run)
         folder = Path(self.out) if self.out else run.base_folder / "figures"
         paths = draw_figures(run, folder, self.format, run.step(self.step), self.text, self.score)
-        lines = [f"figure  {path}" for path in paths]
-        if not any(path.stem == "phase_change" for path in paths):
-            lines.append("no phase_change: it needs losses, induction and previous_token scores at two steps or more")
-        return Result(lines)
+        return Result([f"figure  {path}" for path in paths])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -250,13 +249,11 @@ def test_page(run: Path, tmp_path: Path) -> None:
 
 def test_plot(run: Path, tmp_path: Path) -> None:
     output = text("plot", run)
-    names = {"attention.png", "head.png", "timeline.png", "phase_change.png"}
-    assert {path.name for path in (run / "figures").iterdir()} == names and output.count("figure  ") == 4
+    names = {"attention.png", "head.png", "timeline.png"}  # no score has formed after six steps
+    assert {path.name for path in (run / "figures").iterdir()} == names and output.count("figure  ") == 3
     assert all((run / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
     text("plot", run, "--format=svg", f"--out={tmp_path / 'svg'}", "--score=all")
     assert len(list((tmp_path / "svg").glob("timeline-*.svg"))) == len(attention_file(run).scores)
-    words = ["".join(each.itertext()) for each in ElementTree.parse(tmp_path / "svg" / "phase_change.svg").iter()]
-    assert any("induction score of L" in word for word in words) and any("loss on repeats" in word for word in words)
     assert "cannot write" in error_line(script("attend.py", "plot", run, "--out=/proc/nowhere"), 6)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,11 +16,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.ttLib.tables._g_l_y_f import Glyph
 from matplotlib import image
 
 from common.errors import CONFIG, DISK_OR_MEMORY, UserError
 from inspection.plots import (
     FUTURE,
+    draw_figures,
+    has_formed,
     head_grid,
     most_informative,
     one_head,
@@ -61,10 +68,10 @@ def test_grid_labels_heads_tokens_and_axes(tmp_path: Path) -> None:
 
     one_head(tmp_path / "one.svg", random_pattern(120, 120), [b"t%d" % k for k in range(120)], "t", query=100)
     texts = texts_of(tmp_path / "one.svg")
-    assert "the last 96 of 120 tokens" in " ".join(texts) and "t100" in texts and "t23" not in texts
+    assert "the last 60 of 120 tokens" in " ".join(texts) and "t100" in texts and "t59" not in texts
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_any_token_and_title_can_be_drawn(tmp_path: Path, suffix: str) -> None:
     title = "$x_1$ <&> \x1b[31m \u202e \\frac{🦊"
     with warnings.catch_warnings():
@@ -73,8 +80,78 @@ def test_any_token_and_title_can_be_drawn(tmp_path: Path, suffix: str) -> None:
         head_grid(tmp_path / f"grid{suffix}", random_pattern(1, 2, 12, 12), TOKENS, "\n".join(AWKWARD))
         draw_phase_change(tmp_path / f"change{suffix}", title)
     if suffix == ".svg":
-        assert {"$x_1$", "$", "\\U0001f98a", "\\n", "<&>", "·"} <= set(texts_of(tmp_path / "one.svg"))
+        texts = set(texts_of(tmp_path / "one.svg"))
+        assert {"$x_1$", "$", "\\n", "<&>", "·"} <= texts and texts & {"🦊", "\\U0001f98a"}  # some font may have it
         assert any("$x_1$ <&> \\x1b[31m" in text for text in texts_of(tmp_path / "change.svg"))
+
+
+GLYPHS = """
+import sys
+from inspection.plots import one_head
+for suffix in ("svg", "png", "pdf"):
+    one_head(f"{sys.argv[1]}/one.{suffix}", [[1.0, 0.0], [0.5, 0.5]], ["\u65e5".encode(), "\U000f65e5".encode()], "$\u65e5_1$")
+"""
+
+
+def test_characters_are_drawn_in_a_font_of_the_system(tmp_path: Path) -> None:
+    """A font that matplotlib has not listed yet; what no font has is escaped, and nothing is printed."""
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "sun"])
+    font.setupCharacterMap({ord("日"): "sun"})
+    font.setupGlyf(dict.fromkeys((".notdef", "sun"), Glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys((".notdef", "sun"), (500, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "A Sans", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    (tmp_path / "fonts").mkdir()
+    font.save(tmp_path / "fonts" / "a.ttf")
+    done = subprocess.run(
+        [sys.executable, "-c", GLYPHS, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "XDG_DATA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {"日", "\\U000f65e5", "$日_1$"} <= set(texts_of(tmp_path / "one.svg"))
+    assert "A Sans" in (tmp_path / "one.svg").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("findings", "examples", "title"),
+    [
+        ([], [], "L.H. at step 6: held-out 1"),
+        ([{"head": [1, 0], "score": "induction", "is_supported": True}], [], "L1H0 at step 6: repeat 1"),
+        ([{"head": [1, 0], "score": "distance", "is_supported": False}], [], "L1H0 at step 6: held-out 1"),
+        (
+            [{"head": [0, 1], "score": "induction", "is_supported": True}],
+            [{"text": "held-out 9", "position": 2}, {"text": "held-out 2", "position": 4}],
+            "L0H1 at step 6: held-out 2",
+        ),
+    ],
+)
+def test_head_is_the_one_of_the_findings_where_it_matters(
+    findings: list[Any], examples: list[Any], title: str, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    data = {"headline": "", "findings": findings, "examples": examples}
+    (tmp_path / "run" / "attention" / "findings.json").write_text(json.dumps(data))
+    (tmp_path / "phase_change.svg").write_text("of an earlier end")
+    paths = draw_figures(RunFiles.open(tmp_path / "run"), tmp_path, "svg", 6)
+    assert [path.name for path in paths] == ["attention.svg", "head.svg", "timeline.svg"]  # no score formed
+    assert not (tmp_path / "phase_change.svg").exists()
+    texts = texts_of(tmp_path / "head.svg")
+    assert any(re.fullmatch(title, text) for text in texts)
+    assert any("framed" in text for text in texts) == bool(examples)
+
+
+@pytest.mark.parametrize(
+    ("values", "formed"),
+    [([0.1, 0.6], True), ([0.1, 0.2], False), ([0.6, 0.9], False), ([np.nan, 0.15, 0.4], True), ([0.3, 0.49], False)],
+)
+def test_phase_change_needs_a_score_that_formed(values: list[float], formed: bool) -> None:
+    assert has_formed(np.array(values, dtype=np.float32)) == formed
 
 
 def test_masked_cells_are_gray_and_zero_is_not(tmp_path: Path) -> None:
@@ -124,7 +201,7 @@ def test_loss_on_repeats_is_of_the_second_copy(trained: Path) -> None:
         assert value == pytest.approx(text.loss[n + 1 :].mean()) and len(text.loss[n + 1 :]) == n - 1
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_equal_input_gives_equal_bytes_whatever_the_users_style(tmp_path: Path, suffix: str) -> None:
     def draw(folder: Path) -> dict[str, bytes]:
         folder.mkdir()

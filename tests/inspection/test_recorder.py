@@ -74,7 +74,7 @@ def test_run_writes_files_metrics_and_report(tmp_path: Path) -> None:
         "its layer raises it by 0.00.",
         "An attention weight shows what a head attends to, not why.",
     ]
-    assert (tmp_path / "attention.html").is_file() and (tmp_path / "timeline.png").is_file()
+    assert (tmp_path / "attention.html").is_file() and (tmp_path / "phase_change.png").is_file()
     first, *_, last = (read_attention_file(tmp_path / "attention" / name) for name in names)
     assert [text.name for text in first.texts] == ["held-out 1", "held-out 2", "repeat 1"]
     assert last.texts[0].name == "sample" and last.texts[0].queries is not None

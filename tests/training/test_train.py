@@ -7,6 +7,7 @@ import shutil
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file
@@ -89,7 +90,7 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 def test_files_of_a_run(run: Path) -> None:
-    plots = ("loss.png", "attention.png", "head.png", "timeline.png", "phase_change.png")
+    plots = ("loss.png", "attention.png", "head.png", "timeline.png")
     files = ("model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json", "manifest.json")
     names = ["config.toml", "metrics.jsonl", "samples.txt", "attention.html", *plots]
     assert all((run / name).stat().st_size for name in [*names, *(f"checkpoints/000006/{name}" for name in files)])
@@ -100,6 +101,16 @@ def test_files_of_a_run(run: Path) -> None:
     texts = [[(text.name, text.tokens.tolist()) for text in file.texts[1:]] for file in (early, late)]
     assert texts[0] == texts[1]
     assert late.metadata["weights_sha256"] == weights(run) != early.metadata["weights_sha256"]
+
+
+def test_figures_that_cannot_be_drawn_are_named(
+    new: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.figures.write_atomic", Mock(side_effect=RuntimeError("no\nfont \x1b")))
+    done = script("train.py", *new, f"--run.dir={tmp_path}")
+    assert done.returncode == 0 and (tmp_path / "attention.html").is_file() and not list(tmp_path.glob("*.png"))
+    names = ("loss", "attention", "head", "timeline")
+    assert done.stderr.splitlines() == [f"cannot draw {name}.png: no font \\x1b" for name in names]
 
 
 def test_printed_lines(run: Path) -> None:
