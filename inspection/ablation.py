@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -104,6 +105,23 @@ def ablation_effects(model: GPT, task: EvalTask, on_pass: Callable[[], object] =
     if not (np.isfinite(scores).all() and np.isfinite(effects).all()):
         raise UserError("the model's predictions are not finite, so its heads can't be ablated", NON_FINITE)
     return scores, effects
+
+
+def loss_increases(model: GPT, texts: Sequence[Sequence[int]], layer: int, head: int) -> list[NDArray[np.float32]]:
+    """How much zero ablation of a head raises the loss of each token after the first, (T-1,) in nats, of each text."""
+
+    def zero(module: object, args: tuple[Tensor, ...]) -> Tensor:
+        return ablate(args[0], head, model.config.d_head)
+
+    def losses(model: GPT, text: Sequence[int]) -> NDArray[np.float32]:
+        tokens = torch.tensor([text], device=model.token_embedding.weight.device)
+        loss = F.cross_entropy(model(tokens)[0, :-1].float(), tokens[0, 1:], reduction="none")
+        return np.asarray(loss.cpu())
+
+    with inference_mode(model) as whole:
+        before = [losses(whole, text) for text in texts]
+        with blocks_of(whole)[layer].attention.out.register_forward_pre_hook(zero):
+            return [losses(whole, text) - old for text, old in zip(texts, before, strict=True)]
 
 
 def control_effects(effects: Scores) -> Scores | None:

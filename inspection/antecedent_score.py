@@ -7,13 +7,12 @@ offset are chosen on one half of the pairs and compared on the other, so that ch
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from inspection.contrast_pairs import ContrastPair
-from inspection.eval_items import score_pairs
+from inspection.eval_items import halves, score_pairs
 from inspection.findings import ATTENTION_THRESHOLD, Head
 from inspection.head_scores import describe_antecedent
 from inspection.terminal import head_name
@@ -28,8 +27,8 @@ class AntecedentScore:
     count: int  # of pairs, in both halves
     accuracy: float
     """Share of all pairs with log p(right) > log p(wrong), each summed over the answer's tokens."""
-    head: Head
-    """The head with the most attention on the antecedent in the first half."""
+    head: Head | None
+    """The head with the most attention on the antecedent in the first half; None without two known antecedents."""
     attention: float  # its attention to the antecedent from the last position of the prompt
     offset: int
     """The best fixed offset: this many tokens before the last position of the prompt."""
@@ -46,6 +45,9 @@ class AntecedentScore:
     @property
     def summary(self) -> str:
         """The result in one line."""
+        right = f"{self.kind}: right in {self.accuracy:.1%} of {self.count}"
+        if self.head is None:
+            return right
         back = f"{self.offset} token{'s' * (self.offset != 1)} back" if self.offset else "the last token"
         values = f"{self.attention:.2f}; {back} {self.offset_baseline:.2f}"
         if self.nearest_noun_baseline is not None:
@@ -54,7 +56,7 @@ class AntecedentScore:
         result = f"no head puts 50% of its attention on the antecedent (best {name}, {values})"
         if self.attention >= ATTENTION_THRESHOLD:
             result = f"head {name} attends to {describe_antecedent(self.kind)} ({values})"
-        return f"{self.kind}: right in {self.accuracy:.1%} of {self.count}; {result}"
+        return f"{right}; {result}"
 
 
 def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[AntecedentScore]:
@@ -69,13 +71,18 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
         ours = [k for k, pair in enumerate(fitting) if pair.kind == kind]
         if len(ours) < 2:
             continue
-        choose, judge = halves(ours)
+        accuracy = float((logit_diffs[ours] > 0).mean())
+        known = [k for k in ours if fitting[k].antecedent]
+        if len(known) < 2:
+            scores.append(AntecedentScore(kind, len(ours), accuracy, None, 0.0, 0, 0.0, None))
+            continue
+        choose, judge = halves(known)
         layer, head = divmod(int(attention[choose].mean(dim=0).argmax()), model.config.n_heads)
         chosen, judged = [fitting[k] for k in choose], [fitting[k] for k in judge]
         offset = max(range(max(len(pair.tokens) for pair in chosen)), key=lambda d, pairs=chosen: _share_at(d, pairs))  # type: ignore[misc]
         nouns = [(set(pair.nearest_noun), set(pair.antecedent)) for pair in judged if pair.nearest_noun]
         nearest = [len(noun & antecedent) / len(noun) for noun, antecedent in nouns]
-        accuracy, mean = float((logit_diffs[ours] > 0).mean()), attention[judge, layer, head].mean().item()
+        mean = attention[judge, layer, head].mean().item()
         baselines = _share_at(offset, judged), fmean(nearest) if nearest else None
         scores.append(AntecedentScore(kind, len(ours), accuracy, (layer, head), mean, offset, *baselines))
     return scores
@@ -84,14 +91,3 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
 def _share_at(offset: int, pairs: Sequence[ContrastPair]) -> float:
     """Share of the pairs in which the token `offset` before the last of the prompt belongs to the antecedent."""
     return fmean(len(pair.tokens) - 1 - offset in pair.antecedent for pair in pairs)
-
-
-def halves(indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Two random halves, the same for the same number of pairs; the first is the larger one if the number is odd.
-
-    Alternating pairs would not do: a story asks twice about its feelings, so all even pairs would be about one animal
-    and all odd ones about the other.
-    """
-    shuffled = random.Random(f"halves of {len(indices)}").sample(indices, len(indices))
-    middle = (len(shuffled) + 1) // 2
-    return shuffled[:middle], shuffled[middle:]

@@ -33,7 +33,7 @@ class ContrastPair:
     tokens: tuple[int, ...]
     """The prompt; begins with end_of_text."""
     antecedent: tuple[int, ...]
-    """Positions in `tokens` of the mention that decides the answer."""
+    """Positions in `tokens` of the mention that decides the answer; empty if unknown."""
     right: tuple[int, ...]
     wrong: tuple[int, ...]
     nearest_noun: tuple[int, ...] = ()
@@ -58,7 +58,7 @@ def make_contrast_pair(
 
     Args:
         answer: the right answer, leading space included; the prompt ends before it.
-        antecedent: the mentions that decide the answer, all before it.
+        antecedent: the mentions that decide the answer, all before it; empty if unknown.
         wrong: the wrong answer, as it would be written in place of the right one.
         nouns: those before the answer, if they are known.
 
@@ -67,7 +67,7 @@ def make_contrast_pair(
             answer or changes the bytes of the prompt.
     """
     start, end = answer
-    if not antecedent or not start < end <= len(text) or not all(0 <= a < b <= start for a, b in (*antecedent, *nouns)):
+    if not start < end <= len(text) or not all(0 <= a < b <= start for a, b in (*antecedent, *nouns)):
         where = f"antecedent {antecedent}, nouns {nouns} and answer {answer}"
         raise ValueError(f"{where} do not fit {len(text)} characters of text")
 

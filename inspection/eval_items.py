@@ -8,6 +8,7 @@ Shapes: B texts, T positions, V vocabulary, C model width, S positions where log
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,11 +57,16 @@ class EvalTask:
 
 
 def eval_tasks(eval_texts: EvalTexts, context: int) -> list[EvalTask]:
-    """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`, without those that have no two items."""
+    """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`, without those that have no two items.
+
+    `corpus.choose` and `corpus.judge` are halves of `corpus`: on one a head is chosen, on the other it is measured.
+    """
     # In `first, r1 .. rn, r1 .. rn` the second copy of r2 .. rn can be predicted, the second r1 cannot.
     repeats = [(text, len(text) // 2 + 2) for text in eval_texts.repeats]
     held_out = [(text, 1) for _, text in eval_texts.held_out()]
     tasks = [_loss_task("repeats", repeats), _loss_task("corpus", held_out), _logit_diff_task(eval_texts, context)]
+    choose, judge = halves(tasks[1].measures["corpus"])
+    tasks[1].measures.update({"corpus.choose": choose, "corpus.judge": judge})
     for task in tasks:
         for name in [name for name, items in task.measures.items() if len(items) < 2]:  # one would give no interval
             del task.measures[name]
@@ -100,6 +106,17 @@ def _pair_task(pairs: Sequence[ContrastPair], measures: dict[str, list[int]]) ->
         for k, token in enumerate(answer)
     ]
     return EvalTask("nats", [pair.tokens for pair in pairs], texts, queries, measures)
+
+
+def halves(indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Two random halves, the same for the same number of items; the first is the larger one if the number is odd.
+
+    Alternating items would not do: a story asks twice about its feelings, so all even pairs would be about one animal
+    and all odd ones about the other.
+    """
+    shuffled = random.Random(f"halves of {len(indices)}").sample(indices, len(indices))
+    middle = (len(shuffled) + 1) // 2
+    return shuffled[:middle], shuffled[middle:]
 
 
 def merge_prefixes(texts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...], int]]:

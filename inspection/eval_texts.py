@@ -8,7 +8,7 @@ The user can add prompts in a UTF-8 file. A line is a text, or a contrast pair o
     prompt <TAB> right answer <TAB> wrong answer [<TAB> antecedent]
 
 The prompt ends where the answer is due; spaces belong to the answers, as in ` he`. Without a fourth column, every
-earlier mention of the right answer is the antecedent.
+earlier mention of the right answer is the antecedent; without any, only the answers are scored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +33,13 @@ FORMAT = "glassgpt-eval-texts-1"
 NamedText = tuple[str, tuple[int, ...]]
 """(name, tokens)."""
 
+OWN = "own"
+"""The kind of the user's contrast pairs."""
 HELD_OUT = "held-out"
 """Prefix of the names of held-out texts; the others are the user's."""
-HELD_OUT_TEXTS = 12
-RECORDED_HELD_OUT = 2  # of these in an attention file; the others are only used for scores
+HELD_OUT_TEXTS, MIN_HELD_OUT = 64, 128  # texts at most; a short split is cut into more texts of at least 128 tokens
+SCORED_HELD_OUT = 12  # of these for head scores at each evaluation; heads are ablated on all
+RECORDED_HELD_OUT = 2  # of these in an attention file
 MAX_USER_TEXTS = 8
 N_REPEATS, REPEAT_LENGTH = 8, 50  # repeated sequences, and tokens of each copy
 MAX_TOKENS = 256  # of a recorded text
@@ -51,11 +53,19 @@ def max_text_length(config: ModelConfig, n_texts: int) -> int:
 
 
 def held_out_texts(tokens: np.ndarray, document_starts: np.ndarray, length: int) -> list[NamedText]:
-    """The first documents of the validation tokens, at most `length` tokens of each; pieces of them if they are few."""
-    bounds = [*document_starts[: HELD_OUT_TEXTS + 1].tolist(), len(tokens)][: HELD_OUT_TEXTS + 1]
-    apart = max(length, (bounds[-1] - bounds[0]) // HELD_OUT_TEXTS)
-    pieces = [(start, min(start + length, end)) for a, end in pairwise(bounds) for start in range(a, end, apart)]
-    texts = [tuple(tokens[start:end].tolist()) for start, end in pieces[:HELD_OUT_TEXTS] if end - start > 1]
+    """Evenly spaced parts of the validation tokens, at most `length` tokens of each.
+
+    Each begins with a document where one is near, and ends with it unless that is short.
+    """
+    length = min(length, max(MIN_HELD_OUT, len(tokens) // HELD_OUT_TEXTS))
+    bounds, texts, end = np.append(document_starts, len(tokens)), [], 0
+    for part in range(0, len(tokens), max(length, math.ceil(len(tokens) / HELD_OUT_TEXTS))):
+        first = max(part, end)
+        near = int(bounds[np.searchsorted(bounds, first)])
+        start = near if near < first + length else first
+        end = min(start + length, int(bounds[np.searchsorted(bounds[:-1], start + 1 + length // 4)]))
+        if end - start > 1:
+            texts.append(tuple(tokens[start:end].tolist()))
     return [(f"{HELD_OUT} {k}", text) for k, text in enumerate(texts, 1)]
 
 
@@ -90,6 +100,12 @@ class EvalTexts:
     def held_out(self) -> list[NamedText]:
         """The held-out texts."""
         return [text for text in self.texts if text[0].startswith(HELD_OUT)]
+
+    def scored_texts(self) -> list[tuple[int, ...]]:
+        """The texts on which heads are scored: the user's, and `SCORED_HELD_OUT` evenly spaced held-out ones."""
+        held_out, own = self.held_out(), [tokens for name, tokens in self.texts if not name.startswith(HELD_OUT)]
+        n = min(SCORED_HELD_OUT, len(held_out))
+        return own + [held_out[k * len(held_out) // n][1] for k in range(n)]
 
     def pairs_by_kind(self) -> dict[str, list[ContrastPair]]:
         """The contrast pairs of each kind."""
@@ -175,6 +191,6 @@ def _user_pair(columns: list[str], tokenizer: Tokenizer) -> ContrastPair:
     prompt, right, wrong, *word = columns
     antecedent = word[0] if word else right.strip()
     spans = [match.span() for match in re.finditer(re.escape(antecedent), prompt)] if antecedent else []
-    if not right or not spans:
-        raise ValueError(f"{antecedent!r} is not in the prompt; name the antecedent in a fourth column")
-    return make_contrast_pair(tokenizer, "own", prompt + right, (len(prompt), len(prompt + right)), spans, wrong)
+    if not right or (word and not spans):
+        raise ValueError(f"{antecedent!r} is not in the prompt" if right else "the right answer is empty")
+    return make_contrast_pair(tokenizer, OWN, prompt + right, (len(prompt), len(prompt + right)), spans, wrong)

@@ -3,6 +3,9 @@
 A head qualifies if half of its attention, or more, is on the tokens that a score tests. Whether that matters is a second
 question, answered by ablation: the effect of ablating the head, compared with ablating another head of its layer. This
 file has the only definition of whether ablations support a finding (`ablation_label`).
+
+On a corpus without contrast pairs it is the other way round: `text_finding` takes the head whose ablation hurts most,
+and says what it attends to.
 """
 
 from __future__ import annotations
@@ -11,17 +14,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from common.files import write_atomic
 from inspection.ablation_results import AblationEffects, AblationResults
-from inspection.head_scores import ANTECEDENT, REPEATS, SCORES, score_info
+from inspection.head_scores import ANTECEDENT, HELD_OUT, REPEATS, SCORES, score_info
 from inspection.terminal import head_name
 
 ATTENTION_THRESHOLD = 0.5
 """A head with at least this share of its attention on the tested tokens qualifies."""
+MIN_DISTINCT = 0.1  # a score this far above that of uniform attention describes a head
 FINDING_SCORES = (
     "induction",
     *(ANTECEDENT + kind for kind in ("pronoun", "crossing", "induction", "place", "cause", "agreement", "own")),
@@ -129,6 +134,33 @@ class Finding:
         return f"{'raises' if rises else 'lowers'} {what} by {abs(effect[0]):.2f}"
 
 
+@dataclass(frozen=True)
+class TextFinding(Finding):
+    """The head whose ablation raises the loss on held-out text most, and what it attends to most distinctly.
+
+    The head was chosen on one half of the texts; its effects and label are of the other half.
+    """
+
+    uniform: float = 0.0  # what uniform attention scores
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether ablations support that the head matters more than the others of its layer."""
+        return self.label == "supported"
+
+    @property
+    def summary(self) -> str:
+        """What ablating the head does, and what it attends to; or that no head stands out."""
+        name, effect = head_name(*self.head), "raises held-out loss by {:.2f} [{:.2f}, {:.2f}]".format(*self.zero)
+        effect += f", another head of its layer by {self.control[0]:.2f}" if self.control else ""
+        if not self.is_supported:
+            return f"No head stands out on this text: ablating {name} {effect}, the most in another half of it."
+        attends = f"it {score_info(self.score).title} ({self.value:.2f}; uniform attention {self.uniform:.2f})"
+        if self.value - self.uniform < MIN_DISTINCT:
+            attends = f"what it attends to fits no score (at best, {attends})"
+        return f"Head {name} matters most on this text: ablating it {effect}; {attends}."
+
+
 def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
     """The first step from which on the head's score stayed at the threshold or above; the last step if it did not."""
     first, *earlier = sorted(timeline, reverse=True)
@@ -163,7 +195,6 @@ def compute_findings(
         if value < ATTENTION_THRESHOLD:
             continue
         layer, head = best
-        intervals = {name: tuple(table[layer, head].tolist()) for name, table in effects.tables.items()}
         similar = np.flatnonzero(last[score][layer] >= ATTENTION_THRESHOLD).tolist()
         findings.append(
             Finding(
@@ -172,11 +203,7 @@ def compute_findings(
                 value=value,
                 since=first_step_above(timeline, score, best),
                 measure=measure_for_score(score),
-                unit=effects.unit,
-                zero=intervals["zero"],
-                mean=intervals["mean"],
-                control=intervals.get("control_zero"),
-                label=ablation_label(effects, layer, head),
+                **_effects(effects, best),
                 baseline=baseline,
                 others=tuple((layer, other) for other in similar if other != head),
             )
@@ -184,8 +211,36 @@ def compute_findings(
     return findings
 
 
+def text_finding(timeline: Timeline, ablations: AblationResults, uniform: Mapping[str, float]) -> TextFinding | None:
+    """The head that matters most on held-out text; None where there is too little text to choose and to measure it.
+
+    Args:
+        uniform: what uniform attention scores. The head is described by the score that exceeds this most.
+    """
+    choose, judge = (ablations.measures.get(f"corpus.{half}") for half in ("choose", "judge"))
+    last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
+    scores = [name for name in last if name in uniform and SCORES[name].is_share and SCORES[name].texts == HELD_OUT]
+    if choose is None or judge is None or not scores:
+        return None
+    heads: list[Head] = [(layer, head) for layer, head in np.ndindex(choose.shape)]
+    supported = [head for head in heads if ablation_label(choose, *head) == "supported"]
+    best = max(supported or heads, key=lambda head: float(choose.tables["zero"][head][0]))
+    score = max(scores, key=lambda name: float(last[name][best]) - uniform[name])
+    value, since = float(last[score][best]), max(timeline)
+    return TextFinding(best, score, value, since, "corpus", uniform=uniform[score], **_effects(judge, best))
+
+
+def _effects(effects: AblationEffects, head: Head) -> dict[str, Any]:
+    """The fields of a finding that the ablation of its head gives."""
+    intervals = {name: tuple(table[head].tolist()) for name, table in effects.tables.items()}
+    about = {"zero": intervals["zero"], "mean": intervals["mean"], "control": intervals.get("control_zero")}
+    return {"unit": effects.unit, **about, "label": ablation_label(effects, *head)}
+
+
 def headline(findings: Sequence[Finding]) -> str:
-    """The summary of the first supported finding; else that no head qualifies, and why."""
+    """The summary of the finding on held-out text or of the first supported one; else that no head qualifies, and why."""
+    if findings and isinstance(findings[0], TextFinding):
+        return findings[0].summary
     for finding in findings:
         if finding.is_supported:
             return finding.summary
@@ -198,11 +253,11 @@ def headline(findings: Sequence[Finding]) -> str:
     return f"No head qualifies: {finding.statement[0].lower()}{finding.statement[1:]}, {why}."
 
 
-def save_findings(path: Path, findings: Sequence[Finding]) -> None:
-    """Write the headline and all findings as JSON, atomically; an interval is [value, low, high].
+def save_findings(path: Path, findings: Sequence[Finding], **others: Any) -> None:
+    """Write the headline, all findings and `others` as JSON, atomically; an interval is [value, low, high].
 
     Raises UserError (exit code 6) if the file cannot be written.
     """
     entries = [asdict(f) | {"is_supported": f.is_supported, "summary": f.summary} for f in findings]
-    data = {"headline": headline(findings), "findings": entries}
+    data = {"headline": headline(findings), "findings": entries, **others}
     write_atomic(path, [json.dumps(data, indent=1).encode()])

@@ -11,8 +11,11 @@ targets. Such texts are left out of the mean. L layers, H heads, T positions, S 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import codecs
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,7 +23,6 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    import torch
     from jaxtyping import Bool, Float32, Int
     from torch import Tensor
 
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
     Tokens = Int[Tensor, "*texts T"]
     Score = Float[Tensor, "*batch"]
 
-REPEATS, HELD_OUT, PARAMETERS, CONTRAST_PAIRS = "repeats", "held-out texts", "parameters", "contrast pairs"
+REPEATS, HELD_OUT, PARAMETERS, CONTRAST_PAIRS = "random repeats", "held-out texts", "parameters", "contrast pairs"
 PAIRS_PER_KIND = 16  # the first contrast pairs of each kind are measured
+ON_TEXT = "text."
+"""Prefix of the scores on held-out texts that are measured on random repeats too: `text.induction`."""
 ANTECEDENT = "antecedent."
 """Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`."""
 ANTECEDENTS: dict[str, str] = {
@@ -44,6 +48,10 @@ ANTECEDENTS: dict[str, str] = {
     "crossing": 'the noun that "it" refers to',
 }
 """The tokens that decide the answer, for each kind of contrast pair of the built-in stories."""
+START = re.compile(r"""(?:\0\s*|\n\s*|[.!?…।؟]["'”’)\]»]*\s+|[。！？]["”’」』）]*\s*)(?=\S)""")  # noqa: RUF001
+"""What comes before a line or sentence; NUL is end-of-text."""
+CLOSES = dict(zip('([{"“„«‘「『（《【', [*')]}"', "”", "“”", *"»’」』）》】"], strict=True))  # noqa: RUF001
+"""What closes a bracket or quotation mark. Apostrophes have no pair."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +68,24 @@ class HeadScore:
     is_share: bool = True  # of a head's attention, so that 0.5 means half of it
     compute: Callable[..., Any] | None = None
     """From (pattern (H, T, T), tokens (T,)), or from the model for PARAMETERS, to the scores (H,) or (L, H)."""
+    uses_bytes: bool = False  # `compute` gets a tuple of the tokens' bytes in place of their ids
 
 
 SCORES: dict[str, HeadScore] = {}
 """All scores of this file by name, in order of definition."""
 
 
-def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the head score of its name; `fields` are those of `HeadScore`."""
+def head_score(title_on_text: str = "", **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the head score of its name; `fields` are those of `HeadScore`.
+
+    With `title_on_text`, it is a second score too, which has this title and is measured on held-out texts.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        SCORES[function.__name__] = HeadScore(function.__name__, **fields, compute=function)
+        score = SCORES[function.__name__] = HeadScore(function.__name__, **fields, compute=function)
+        if title_on_text:
+            on_text = replace(score, name=ON_TEXT + score.name, title=title_on_text, texts=HELD_OUT)
+            SCORES[on_text.name] = on_text
         return function
 
     return register
@@ -81,6 +96,7 @@ def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     formula="mean over i ≥ 1 of A[i, i-1]",
     source="Elhage et al. 2021, 'Induction Heads'; Voita et al. 2019, 'positional heads'",
     texts=REPEATS,
+    title_on_text="attends to the previous token",
 )
 def previous_token(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1. Uniform attention gives (1/2 + ... + 1/T) / (T - 1): 0.0704 at T = 51."""
@@ -92,6 +108,7 @@ def previous_token(pattern: Pattern, tokens: Tokens) -> Score:
     formula="mean over queries whose token occurred before of the sum of A[i, j] over j < i with token[j] = token[i]",
     source="Wang et al. 2023, 'duplicate token heads'",
     texts=REPEATS,
+    title_on_text="attends to earlier copies of the same token",
 )
 def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1; nan without repetitions. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T)."""
@@ -104,6 +121,7 @@ def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
     formula="mean over queries whose token occurred before, at j-1 < i-1, of the sum of A[i, j] over all such j",
     source="Olsson et al. 2022, 'prefix matching'",
     texts=REPEATS,
+    title_on_text="attends to what followed the same token earlier",
 )
 def induction(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1; nan without a match. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T).
@@ -125,6 +143,30 @@ def induction(pattern: Pattern, tokens: Tokens) -> Score:
 def first_token(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1. Query 0 is left out: it can attend to nothing else."""
     return pattern[..., 1:, 0].mean(dim=-1)
+
+
+@head_score(
+    title="attends to the start of its line or sentence",
+    formula="mean over i of A[i, j] summed over j < i: the line break or mark before the line or sentence, its first token",
+    source="attention to separators, as in Clark et al. 2019, section 3.2",
+    texts=HELD_OUT,
+    uses_bytes=True,
+)
+def line_start(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
+    """0 to 1; nan without a start. An abbreviation followed by a space counts as the end of a sentence."""
+    return _mean_attention_to(pattern, _start_keys(pieces))
+
+
+@head_score(
+    title="attends to the bracket or quotation mark that is open",
+    formula="mean over queries i inside brackets or quotes of A[i, j], j < i the innermost one that is open after i",
+    source="what a closing bracket depends on, as in Karpathy et al. 2015, section 4.2",
+    texts=HELD_OUT,
+    uses_bytes=True,
+)
+def open_bracket(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
+    """0 to 1; nan without brackets. A blank line closes all of them."""
+    return _mean_attention_to(pattern, _open_bracket_keys(pieces))
 
 
 @head_score(
@@ -205,8 +247,52 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
 
 def _mean_attention_to(pattern: Pattern, keys: Bool[Tensor, "*texts T T"]) -> Score:
     """Mean of each query's total attention to its `keys`, over the queries that have any; nan without any."""
+    keys = keys.to(pattern.device)
     has_keys = keys.any(dim=-1)
     return (pattern * keys).sum(dim=-1).sum(dim=-1) / has_keys.sum(dim=-1)
+
+
+@lru_cache(maxsize=64)
+def _start_keys(pieces: tuple[bytes, ...]) -> Bool[Tensor, "T T"]:
+    """For each query the keys at which its line or sentence starts: both ends of the latest match of `START`."""
+    import torch
+
+    text, positions = _characters(pieces)
+    keys = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
+    for match in START.finditer(text):
+        first = positions[match.end()]
+        keys[first:] = False
+        keys[first:, [positions[match.start()], first]] = True
+    return keys.tril(-1)
+
+
+@lru_cache(maxsize=64)
+def _open_bracket_keys(pieces: tuple[bytes, ...]) -> Bool[Tensor, "T T"]:
+    """For each query the key with the innermost bracket or quotation mark that is still open after the query."""
+    import torch
+
+    text, positions = _characters(pieces)
+    keys = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
+    opened: list[tuple[str, int]] = []
+    for before, c, k in zip(" " + text, text, positions, strict=False):
+        if c == "\0" or before == c == "\n":
+            opened.clear()
+        elif opened and c in CLOSES[opened[-1][0]]:
+            opened.pop()
+        elif c in CLOSES:
+            opened.append((c, k))
+        else:
+            continue
+        keys[k:] = False
+        keys[k:, [position for _, position in opened[-1:]]] = True
+    return keys.tril(-1)
+
+
+def _characters(pieces: Sequence[bytes]) -> tuple[str, list[int]]:
+    """The text of tokens, NUL for end-of-text, and for each character the position of the token that completes it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pairs = [(c, k) for k, piece in enumerate(pieces) for c in decoder.decode(piece or b"\0")]
+    return "".join(c for c, _ in pairs), [k for _, k in pairs]
 
 
 def value_weighted(
@@ -242,40 +328,58 @@ def score_info(name: str) -> HeadScore:
     )
 
 
-def compute_head_scores(model: GPT, eval_texts: EvalTexts) -> dict[str, Float32[Tensor, "L H"]]:
+def compute_head_scores(
+    model: GPT, eval_texts: EvalTexts, token_bytes: Callable[[int], bytes]
+) -> dict[str, Float32[Tensor, "L H"]]:
     """Every score of every head, on the CPU: means over the texts that have anything to measure.
 
-    A score without texts, or that is not finite, is left out.
+    A score without texts, or that is not finite, is left out. `token_bytes` gives the bytes of a token id.
     """
+    import torch
+
+    from inspection.activation_cache import pad, run_with_hooks
     from inspection.eval_items import score_pairs
 
-    scores = _mean_over_texts(model, eval_texts.repeats, REPEATS)
-    scores |= _mean_over_texts(model, [tokens for _, tokens in eval_texts.texts], HELD_OUT)
+    layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.n_layers)]
+    for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
+
+        def hook(layer: int, activations: dict[str, Tensor]) -> None:
+            layers[layer] |= _mean_over_texts(activations["pattern"], texts, token_bytes, measured_on)  # noqa: B023
+
+        if texts:
+            run_with_hooks(model, pad(texts), hook)
+    scores = {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
     scores |= {s.name: s.compute(model) for s in SCORES.values() if s.texts == PARAMETERS and s.compute}
-    pairs = [pair for kind in eval_texts.pairs_by_kind().values() for pair in kind[:PAIRS_PER_KIND]]
+    pairs = [p for kind in eval_texts.pairs_by_kind().values() for p in kind[:PAIRS_PER_KIND] if p.antecedent]
     _, attention = score_pairs(model, pairs)
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         scores[ANTECEDENT + kind] = attention[[k for k, pair in enumerate(pairs) if pair.kind == kind]].mean(dim=0)
     return {name: table for name, table in scores.items() if table.isfinite().all()}
 
 
-def _mean_over_texts(model: GPT, texts: Sequence[Sequence[int]], measured_on: str) -> dict[str, Float32[Tensor, "L H"]]:
-    """Each score's mean over the texts where it is not nan."""
+def uniform_scores(eval_texts: EvalTexts, token_bytes: Callable[[int], bytes]) -> dict[str, float]:
+    """What uniform attention, A[i, j] = 1 / (i + 1), scores on the same queries: the baseline of each score on texts."""
     import torch
 
-    from inspection.activation_cache import pad, run_with_hooks
+    scores: dict[str, Tensor] = {}
+    for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
+        ones = (torch.ones(1, len(text), len(text)).tril() for text in texts)
+        scores |= _mean_over_texts((one / one.sum(-1, keepdim=True) for one in ones), texts, token_bytes, measured_on)
+    return {name: table.item() for name, table in scores.items() if table.isfinite().all()}
 
-    if not texts:
-        return {}
-    tokens = [torch.tensor(text, device=model.token_embedding.weight.device) for text in texts]
-    scores = {s.name: s.compute for s in SCORES.values() if s.texts == measured_on and s.compute}
-    layers: dict[str, list[torch.Tensor]] = {name: [] for name in scores}
 
-    def hook(layer: int, activations: dict[str, Tensor]) -> None:
-        for name, compute in scores.items():
-            patterns = zip(activations["pattern"], tokens, strict=True)
-            per_text = [compute(A[:, : len(t), : len(t)], t) for A, t in patterns]
-            layers[name].append(torch.stack(per_text).nanmean(dim=0))
+def _mean_over_texts(
+    patterns: Iterable[Tensor], texts: Sequence[Sequence[int]], token_bytes: Callable[[int], bytes], measured_on: str
+) -> dict[str, Float[Tensor, " H"]]:
+    """Each score's mean over the texts where it is not nan, from their patterns (H, T, T), which can be padded."""
+    import torch
 
-    run_with_hooks(model, pad(texts), hook)
-    return {name: torch.stack(values).cpu() for name, values in layers.items()}
+    scores: dict[str, list[Tensor]] = {}
+    for pattern, text in zip(patterns, texts, strict=True):
+        pattern, tokens = pattern[:, : len(text), : len(text)], torch.tensor(text, device=pattern.device)
+        pieces = tuple(map(token_bytes, text))
+        for score in SCORES.values():
+            if score.texts == measured_on and score.compute:
+                value = score.compute(pattern, pieces if score.uses_bytes else tokens)
+                scores.setdefault(score.name, []).append(value)
+    return {name: torch.stack(values).nanmean(dim=0) for name, values in scores.items()}

@@ -18,7 +18,7 @@ from common.errors import CHECKPOINT, UserError, escape_control_chars
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, LABELS, ablation_label, measure_for_score
-from inspection.head_scores import ANTECEDENT, HeadScore, score_info
+from inspection.head_scores import ANTECEDENT, HELD_OUT, REPEATS, HeadScore, score_info
 
 MAX_ATTENTION = HeadScore(
     "max_attention",
@@ -100,7 +100,7 @@ def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) 
         high = largest[name] if info.high is None else info.high
         about = (info.formula, f"measured on {info.texts}" if info.texts else "", info.source)
         described[name] = {
-            "title": escape_control_chars(info.title),
+            "title": escape_control_chars(info.title) + (", on repeats" if info.texts == REPEATS else ""),
             "description": "; ".join(part for part in about if part),
             "low": info.low,
             "high": numbers(high) if high > info.low else info.low + 1,
@@ -156,7 +156,8 @@ def finding_tables(
     """
     try:
         findings = findings or NO_FINDINGS
-        entries = [_finding(entry, texts) for entry in findings["findings"]]
+        example = next(iter(findings.get("examples", [])), None)
+        entries = [_finding(entry, texts, example) for entry in findings["findings"]]
         headline = str(findings["headline"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the findings are malformed ({error!r}); delete findings.json", CHECKPOINT) from error
@@ -172,10 +173,15 @@ def finding_tables(
     return {"headline": headline, "findings": entries, "start": {"layer": layer, "head": head, "score": score}}
 
 
-def _finding(entry: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """A finding, with the text on which the page shows it."""
+def _finding(entry: Mapping[str, Any], texts: Sequence[str], example: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A finding, with the text on which the page shows it, and the query: null is the last token, -1 any."""
     score, (layer, head) = str(entry["score"]), entry["head"]
-    text = f"{score.removeprefix(ANTECEDENT)} 1" if score.startswith(ANTECEDENT) else "repeat 1"
+    text: str = "repeat 1"
+    query: int | None = -1
+    if score.startswith(ANTECEDENT):
+        text, query = f"{score.removeprefix(ANTECEDENT)} 1", None
+    elif example and score_info(score).texts == HELD_OUT:
+        text, query = str(example["text"]), int(example["position"]) - 1  # it predicts the token at `position`
     return {
         "head": [int(layer), int(head)],
         "score": score,
@@ -184,5 +190,5 @@ def _finding(entry: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
         "supported": bool(entry["is_supported"]),
         "summary": str(entry["summary"]),
         "text": texts.index(text) if text in texts else None,
-        "at_end": score.startswith(ANTECEDENT),  # the query of a contrast pair is its last token
+        "query": query,
     }

@@ -1,7 +1,7 @@
 """The training callback that records attention, and the report on heads at the end of a run.
 
 At each evaluation `AttentionRecorder` computes the head scores, which go into metrics.jsonl, and writes an attention file
-if the step is one of those to keep. `report_heads` ablates every head, decides which findings are supported, and writes
+if the step is one of those to keep. Its `report` ablates every head, decides which findings are supported, and writes
 figures and the page.
 """
 
@@ -18,21 +18,24 @@ from numpy.typing import ArrayLike
 from common.errors import UserError, escape_control_chars
 from common.figures import report_failure
 from common.files import remove_temporary_files
-from inspection.ablation import run_ablations
+from inspection.ablation import loss_increases, run_ablations
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores
 from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
-from inspection.eval_texts import EvalTexts
-from inspection.findings import compute_findings, headline, save_findings
-from inspection.head_scores import ANTECEDENT, compute_head_scores
+from inspection.eval_texts import OWN, EvalTexts
+from inspection.findings import compute_findings, headline, save_findings, text_finding
+from inspection.head_scores import ANTECEDENT, compute_head_scores, uniform_scores
 from inspection.page_builder import PageRun, write_page
 from inspection.plots import draw_figures
 from inspection.run_reader import RunFiles, find_attention_files
-from inspection.terminal import DISCLAIMER
+from inspection.terminal import DISCLAIMER, token_text
 from model.gpt import GPT
 
 KEPT_BETWEEN = 32
 """Attention files between the first and the last one, at most."""
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 60
+Example = dict[str, Any]
+"""A token of a held-out text: `text` (its name), `position`, and `loss_increase` by ablating a head, in nats."""
 
 
 def keeps_attention(step: int, steps: int, eval_every: int) -> bool:
@@ -105,7 +108,7 @@ class AttentionRecorder:
     def on_eval(self, trainer: Any, metrics: dict[str, Any]) -> None:
         """Add the head scores to the metrics, and write an attention file if the step is one of those to keep."""
         step, plan = trainer.state.step, trainer.config.train
-        scores = compute_head_scores(trainer.model, self.eval_texts)
+        scores = compute_head_scores(trainer.model, self.eval_texts, self.token_bytes)
         metrics["head_scores"] = {
             name: [[float(str(value)) for value in row] for row in table.numpy()]  # the shortest decimals of a float32
             for name, table in scores.items()
@@ -118,7 +121,7 @@ class AttentionRecorder:
         step, metadata = trainer.state.step, trainer.provenance()
         if not self.path(step).is_file():  # the run ended before its planned last step
             self.write(trainer.model, step, metadata, sample=trainer.sample_tokens or [])
-        lines, _ = report_heads(trainer.model, self.eval_texts, self.run_dir, step, metadata["weights_sha256"])
+        lines, _ = self.report(trainer.model, step, metadata["weights_sha256"])
         self.print_line("\n" + "\n".join(lines))
 
     def path(self, step: int) -> Path:
@@ -144,37 +147,65 @@ class AttentionRecorder:
         records = capture_texts(model, samples, self.token_bytes, details=True)
         records += capture_texts(model, self.eval_texts.recorded_texts(), self.token_bytes)
         metadata = {**metadata, "versions": package_versions()}
-        scores = compute_head_scores(model, self.eval_texts) if scores is None else scores
+        scores = compute_head_scores(model, self.eval_texts, self.token_bytes) if scores is None else scores
         write_attention_file(self.path(step), records, metadata, scores)
 
+    def report(self, model: GPT, step: int, weights_sha256: str) -> tuple[list[str], list[Path]]:
+        """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.
 
-def report_heads(
-    model: GPT, eval_texts: EvalTexts, run_dir: Path, step: int, weights_sha256: str
-) -> tuple[list[str], list[Path]]:
-    """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.
+        The attention file of `step` must exist; the texts of the examples are added to it. Returns the lines to print
+        (the headline, examples, and one for each kind of contrast pair) and the paths of the figures and the page.
 
-    The attention file of `step` must exist. Returns the lines to print (the headline, and one for each kind of contrast
-    pair) and the paths of the figures and the page.
+        Raises UserError if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
+        """
+        ablations = run_ablations(model, self.eval_texts, step, weights_sha256)
+        ablations.save(self.folder / "ablations.json")
+        antecedents = antecedent_scores(model, self.eval_texts.contrast_pairs)
+        run = RunFiles.open(self.run_dir)
+        files, evaluations = run.history(step)
+        last = files[-1]
+        timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
+        chosen = {ANTECEDENT + s.kind: (s.head, s.attention, s.baseline) for s in antecedents if s.head}
+        findings = compute_findings(timeline, ablations, chosen)
+        uniform, lines, examples = uniform_scores(self.eval_texts, self.token_bytes), [""], list[Example]()
+        if set(self.eval_texts.pairs_by_kind()) <= {OWN} and (best := text_finding(timeline, ablations, uniform)):
+            examples = self.find_examples(model, best.head) if best.is_supported else []
+            lines += [self.describe(example) for example in examples]
+            lines += [line for finding in findings if finding.is_supported for line in ("", finding.summary)]
+            findings.insert(0, best)
+            self.add_texts(model, step, [example["text"] for example in examples])
+            files[-1] = run.read(step)
+        lines[0] = headline(findings)
+        save_findings(self.folder / "findings.json", findings, uniform=uniform, examples=examples)
+        if not last.texts:  # a context of one token, and no sample
+            return [*lines, DISCLAIMER], []
+        if antecedents:
+            lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
+        figures = draw_figures(run, self.run_dir, "png", step, guard=report_failure)
+        page = self.run_dir / "attention.html"
+        page_run = PageRun(self.run_dir.name, files, evaluations)
+        write_page(page, [page_run], run.findings, ablations, self.run_dir.name)
+        return [*lines, DISCLAIMER], [*figures, page]
 
-    Raises UserError if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
-    """
-    ablations = run_ablations(model, eval_texts, step, weights_sha256)
-    ablations.save(run_dir / "attention" / "ablations.json")
-    antecedents = antecedent_scores(model, eval_texts.contrast_pairs)
-    run = RunFiles.open(run_dir)
-    files, evaluations = run.history(step)
-    last = files[-1]
-    timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
-    chosen = {ANTECEDENT + score.kind: (score.head, score.attention, score.baseline) for score in antecedents}
-    findings = compute_findings(timeline, ablations, chosen)
-    save_findings(run_dir / "attention" / "findings.json", findings)
-    lines = [headline(findings)]
-    if not last.texts:  # a context of one token, and no sample
-        return [*lines, DISCLAIMER], []
-    if antecedents:
-        lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
-    figures = draw_figures(run, run_dir, "png", step, guard=report_failure)
-    page = run_dir / "attention.html"
-    page_run = PageRun(run_dir.name, files, evaluations)
-    write_page(page, [page_run], run.findings, ablations, run_dir.name)
-    return [*lines, DISCLAIMER], [*figures, page]
+    def find_examples(self, model: GPT, head: tuple[int, int]) -> list[Example]:
+        """Where the head matters most: the token of each held-out text whose loss rises most when the head is ablated, and
+        of these the `EXAMPLES` with the largest increase."""
+        texts = [(name, tokens) for name, tokens in self.eval_texts.held_out() if len(tokens) > 1]
+        rises = loss_increases(model, [tokens for _, tokens in texts], *head)
+        best = [(float(rise.max()), int(rise.argmax()) + 1, name) for (name, _), rise in zip(texts, rises, strict=True)]
+        best = sorted(best, reverse=True)[:EXAMPLES]
+        return [{"text": name, "position": position, "loss_increase": rise} for rise, position, name in best]
+
+    def describe(self, example: Example) -> str:
+        """An example as `  the text before it[ token]  +1.23 nats (held-out 5)`, with control characters escaped."""
+        tokens = dict(self.eval_texts.texts)[example["text"]][: example["position"] + 1]
+        *before, token = map(self.token_bytes, tokens)
+        text = token_text(b"".join(before), " ")[-EXAMPLE_CHARACTERS:] if any(before) else ""
+        return f"  {text}[{token_text(token, ' ')}]  +{example['loss_increase']:.2f} nats ({example['text']})"
+
+    def add_texts(self, model: GPT, step: int, names: Sequence[str]) -> None:
+        """Add held-out texts to the attention file of a step, those that it does not have."""
+        file, texts = read_attention_file(self.path(step)), dict(self.eval_texts.texts)
+        missing = [(name, texts[name]) for name in names if name not in {text.name for text in file.texts}]
+        records = capture_texts(model, missing, self.token_bytes)
+        write_attention_file(self.path(step), [*file.texts, *records], file.metadata, file.scores)

@@ -66,7 +66,7 @@ class Ablate(RunOptions):
 
     def result(self, context: Context) -> Result:
         """Rewrite ablations, findings, figures and page; a step without an attention file gets one."""
-        from inspection.recorder import AttentionRecorder, report_heads
+        from inspection.recorder import AttentionRecorder
 
         run = RunFiles.open(self.run)
         folder = run.folder
@@ -76,9 +76,9 @@ class Ablate(RunOptions):
         texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
         if texts is None:
             raise UserError(f"{folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
+        recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
         if loaded.step not in run.steps:
-            recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
             recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
-        report, written = report_heads(loaded.model, texts, folder, loaded.step, loaded.metadata["weights_sha256"])
+        report, written = recorder.report(loaded.model, loaded.step, loaded.metadata["weights_sha256"])
         lines = [part for line in report for part in paragraph(line, context.width) or [""]]
         return Result([*lines, "", *(f"written  {path}" for path in written)])

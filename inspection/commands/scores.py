@@ -23,9 +23,9 @@ from inspection.terminal import DISCLAIMER, head_name, interval, number, paragra
 Rows = list[dict[str, Any]]
 EXPLANATION = """\
 Effects in nats with 95% intervals; positive: the model gets worse. Zero and mean ablation replace the head's output by 0
-or by its mean; the control is zero ablation of a random other head of the layer. Scores on repeats are followed by the
-loss on repeats, antecedent scores by the logit difference of right and wrong answer, all others by the loss on held-out
-texts."""
+or by its mean; the control is zero ablation of a random other head of the layer. `previous_token`, `duplicate_token` and
+`induction` are measured on random repeats and followed by the loss on them, antecedent scores by the logit difference
+of right and wrong answer, all others by the loss on held-out texts. `uniform`: what uniform attention would score."""
 
 
 # summary
@@ -42,6 +42,7 @@ class Summary(OutputOptions):
         file = run.read(step)
         best = {name: head_name(*head) for name, values in file.scores.items() if (head := best_head(name, values))}
         rows = [row for row in score_rows(file, run.ablation, list(best)) if row["head"] == best[row["score"]]]
+        rows = [{**row, "uniform": (findings or {}).get("uniform", {}).get(row["score"])} for row in rows]
         L, H = model_shape(file)
         data: dict[str, Any] = {
             "run": str(run.folder),
@@ -64,12 +65,12 @@ class Summary(OutputOptions):
 
 
 def _best_heads(rows: Rows, width: int) -> list[str]:
-    titles = ("score", "head", "value", "zero ablation", "mean ablation", "control")
+    titles = ("score", "head", "value", "uniform", "zero ablation", "mean ablation", "control")
     cells = []
     for row in rows:
         name = row["score"] + (" (lowest)" if row["score"] == "entropy" else "")
         effects = _effects(row, "zero", "mean", "control_zero")
-        cells.append((name, row["head"], number(row["value"]) + "!" * bool(row["note"]), *effects))
+        cells.append((name, row["head"], number(row["value"]) + "!" * bool(row["note"]), row["uniform"], *effects))
     explanation = ["", *paragraph(EXPLANATION, width)] if any(row["zero"] for row in rows) else []
     return [*table(titles, cells, max(width, 80), fixed=3), *explanation]
 
@@ -95,7 +96,8 @@ class Heads(OutputOptions):
         rows = score_rows(file, run.ablation, names)
         if self.score:
             rows.sort(key=lambda row: -row["value"] if math.isfinite(row["value"]) else math.inf)
-            title, body = f"{self.score}: {score_info(self.score).title}", _one_score(rows, context.width)
+            info, body = score_info(self.score), _one_score(rows, context.width)
+            title = f"{self.score}: {info.title}" + (f"; measured on {info.texts}" if info.texts else "")
         else:
             title = "every score of every head, each followed by the effect of zero ablation"
             body = _all_scores(rows, context.width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,19 +63,18 @@ def _check_file(run: RunFiles, step: int, loaded: LoadedModel | None) -> list[Ch
     if loaded is None:
         return [_check("readable")]
     texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
-    return [_check("readable"), *verify_attention_file(file, loaded.model, loaded.metadata, texts)]
+    return [_check("readable"), *verify_attention_file(file, loaded, texts)]
 
 
-def verify_attention_file(
-    file: AttentionFile, model: GPT, metadata: Mapping[str, str], texts: EvalTexts | None = None
-) -> list[Check]:
+def verify_attention_file(file: AttentionFile, loaded: LoadedModel, texts: EvalTexts | None = None) -> list[Check]:
     """Compare the hashes that a file records, its patterns, losses and scores with the model: one check of each name, that
     with the largest difference.
 
     Args:
-        metadata: the `weights_sha256` and `tokenizer_sha256` that the file should record.
+        loaded: the model, and the `weights_sha256` and `tokenizer_sha256` that the file should record.
         texts: on which the heads were scored; without it scores are not recomputed.
     """
+    model, metadata = loaded.model, loaded.metadata
     equal = {key: file.metadata.get(key) == metadata[key] for key in ("weights_sha256", "tokenizer_sha256")}
     checks = [_check(key, 0.0 if equal[key] else math.inf, where="" if equal[key] else "differs") for key in equal]
     shape = (model.config.n_layers, model.config.n_heads)
@@ -84,7 +83,7 @@ def verify_attention_file(
         if not fits or text.tokens.min() < 0 or text.tokens.max() >= model.vocab_size:
             return [*checks, _check("shape", math.inf, where=f"{text.name} does not fit the model")]
     checks += [check for text in file.texts for check in _text_checks(text, model)]
-    checks += _score_checks(file, model, texts) if texts is not None and file.scores else []
+    checks += _score_checks(file, loaded, texts) if texts is not None and file.scores else []
     return list({check["check"]: check for check in sorted(checks, key=lambda check: check["difference"])}.values())
 
 
@@ -100,10 +99,10 @@ def _text_checks(text: AttentionRecord, model: GPT) -> Iterator[Check]:
     yield _check("loss", _max_difference(text.loss, cache.loss), LOSS_TOLERANCE, text.name)
 
 
-def _score_checks(file: AttentionFile, model: GPT, texts: EvalTexts) -> Iterator[Check]:
+def _score_checks(file: AttentionFile, loaded: LoadedModel, texts: EvalTexts) -> Iterator[Check]:
     from inspection.head_scores import compute_head_scores
 
-    recomputed = compute_head_scores(model, texts)
+    recomputed = compute_head_scores(loaded.model, texts, loaded.token_bytes)
     for name in {**file.scores, **recomputed}:
         difference = math.inf
         if name in file.scores and name in recomputed:

@@ -147,10 +147,10 @@ function listen() {
 
 // A button for a finding: it selects the head, and a text on which the score is measured.
 function findingButton(finding) {
-  const { head: [layer, head], score, title, attention, text, at_end: atEnd } = finding;
+  const { head: [layer, head], score, title, attention, text, query } = finding;
   const selected = { layer, head, score, key: -1 };
   const step = text === null ? -1 : nearestStep(0, run.steps.length - 1, text);
-  if (step >= 0) Object.assign(selected, { text, query: atEnd ? storedText(0, step, text).length - 1 : -1 });
+  if (step >= 0) Object.assign(selected, { text, query: query ?? storedText(0, step, text).length - 1 });
   const type = { type: "button", class: finding.supported ? "supported" : null };
   const name = create("strong", {}, headName(layer, head));
   const value = create("span", { class: "number" }, ` ${fixed(attention)}`);

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from common.errors import NON_FINITE, UserError
 from inspection import ablation
-from inspection.ablation import run_ablations
+from inspection.ablation import loss_increases, run_ablations
 from inspection.contrast_pairs import ContrastPair
-from inspection.eval_items import EvalTask
+from inspection.eval_items import EvalTask, halves
 from inspection.eval_texts import EvalTexts
 from model.config import AttentionImplementation
 from model.gpt import GPT
@@ -102,11 +102,14 @@ def reference_texts(measure: str) -> list[tuple[int, ...]]:
     """The texts over which the means of a measure are taken."""
     texts = eval_texts()
     held_out = [text for name, text in texts.texts if name.startswith("held-out")]
-    return {"repeats": list(texts.repeats), "corpus": held_out}.get(measure, [p.tokens for p in texts.contrast_pairs])
+    texts_of_losses = {"repeats": list(texts.repeats), "corpus": held_out, "corpus.choose": held_out}
+    return texts_of_losses.get(measure, [p.tokens for p in texts.contrast_pairs])
 
 
 def item_scores(model: GPT, measure: str) -> list[float]:
     """The scores of a measure's items by definition, one text at a time; higher is better."""
+    if measure == "corpus.choose":
+        return [item_scores(model, "corpus")[k] for k in halves(range(3))[0]]
     if not measure.startswith("logit_diff"):
         return [-loss(model, text, 7 if measure == "repeats" else 1) for text in reference_texts(measure)]
 
@@ -121,7 +124,7 @@ def check_brute_force(preset: str, attention: AttentionImplementation) -> None:
     """Effects equal those of `ablated_copy` and the definition of each measure, text by text."""
     model = random_model(preset, attention)
     measures = run_ablations(model, eval_texts()).measures
-    assert list(measures) == ["repeats", "corpus", "logit_diff.one", "logit_diff.several"]
+    assert list(measures) == ["repeats", "corpus", "corpus.choose", "logit_diff.one", "logit_diff.several"]
     for name, effects in measures.items():
         before, means = item_scores(model, name), ablation.mean_head_outputs(model, reference_texts(name))
         sign = -1 if effects.unit == "nats/token" else 1
@@ -133,6 +136,15 @@ def check_brute_force(preset: str, attention: AttentionImplementation) -> None:
             assert effects.tables[kind][layer, head, 0] == pytest.approx(effect, abs=4e-5)
 
 
+def test_loss_increases_are_the_effect_token_by_token() -> None:
+    model, held_out = random_model("qwen3", "chunked"), reference_texts("corpus")
+    zero = run_ablations(model, eval_texts()).measures["corpus"].tables["zero"]
+    for layer, head in ((0, 2), (1, 1)):
+        found = loss_increases(model, held_out, layer, head)
+        assert [len(rise) + 1 for rise in found] == list(map(len, held_out)) and zero[layer, head, 0] != 0
+        assert np.mean([rise.mean() for rise in found]) == pytest.approx(zero[layer, head, 0], abs=4e-5)
+
+
 def check_no_trace() -> None:
     """No hook, flag, gradient or parameter changes."""
     model, tokens = random_model("gpt2", "sdpa", dropout=0.3).train(), random_tokens(1, 9)
@@ -141,6 +153,7 @@ def check_no_trace() -> None:
     parameters = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
     run_ablations(model, eval_texts())
+    loss_increases(model, reference_texts("corpus"), 0, 0)
     assert [module.training for module in model.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(p, parameters[name]) and p.grad is None for name, p in model.named_parameters())

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import UserError
 from inspection.contrast_pairs import ContrastPair
-from inspection.eval_texts import N_REPEATS, EvalTexts, read_user_prompts, repeated_sequences
+from inspection.eval_texts import (
+    HELD_OUT_TEXTS,
+    N_REPEATS,
+    SCORED_HELD_OUT,
+    EvalTexts,
+    held_out_texts,
+    read_user_prompts,
+    repeated_sequences,
+)
 from tests.inspection.test_contrast_pairs import Bytes
 
 END = 0
@@ -32,6 +44,20 @@ def test_saved_texts_are_loaded(tmp_path: Path) -> None:
     for texts in (TEXTS, EvalTexts()):
         texts.save(tmp_path / "attention" / "eval_texts.json")
         assert EvalTexts.load(tmp_path / "attention" / "eval_texts.json", 100, 64) == texts
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=300), st.integers(2, 256))
+def test_held_out_texts_are_spread_and_do_not_overlap(lengths: list[int], longest: int) -> None:
+    starts, n = np.cumsum([0, *lengths])[:-1], sum(lengths) + 1
+    texts = held_out_texts(np.arange(n), starts, longest)  # a token is its position
+    assert [name for name, _ in texts] == [f"held-out {k + 1}" for k in range(len(texts))]
+    spans = [(tokens[0], tokens[-1]) for _, tokens in texts]
+    assert all(tokens == tuple(range(tokens[0], tokens[-1] + 1)) and len(tokens) <= longest for _, tokens in texts)
+    assert all(end < start for (_, end), (start, _) in pairwise(spans))
+    assert len(texts) <= HELD_OUT_TEXTS and (n < 3 or spans[0][0] == 0)
+    assert n < 3 or spans[-1][1] >= n * 7 / 8 - 2 * longest
+    scored = EvalTexts((("line 1", (1,)), *texts)).scored_texts()
+    assert scored[0] == (1,) and len(scored) == 1 + min(SCORED_HELD_OUT, len(texts)) == len(set(scored))
 
 
 def test_recorded_texts() -> None:
@@ -78,6 +104,8 @@ def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     assert mention.kind == reason.kind == "own" and mention.right == tuple(Bytes().encode(" Ann"))
     assert mention.antecedent == (1, 2, 3) and reason.antecedent == (4, 5, 6, 7)
     assert len(prompts(tmp_path, "x" * 200)[0][0][1]) == 64
+    (unknown,) = prompts(tmp_path, "2 + 2 =\t 4\t 5\n")[1]  # the answer is not in the prompt
+    assert unknown.antecedent == () and unknown.right == tuple(Bytes().encode(" 4"))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +113,8 @@ def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     [
         ("", "no prompts"),
         ("a\tb", "line 1: 2 columns"),
-        ("one\nAnn ran\t he\t she", "line 2: 'he' is not in the prompt"),
+        ("one\nAnn ran\t he\t she\tTom", "line 2: 'Tom' is not in the prompt"),
+        ("Ann ran\t\t she", "line 1: the right answer is empty"),
         ("Ann ran\t Ann\t Ann", "line 1: both answers"),
         ("Ann " * 30 + "\t Ann\t Tom", "line 1: .*more than the context"),
         ("x\n" * 9, "at most 8"),

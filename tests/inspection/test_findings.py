@@ -17,6 +17,7 @@ from inspection.findings import (
     first_step_above,
     headline,
     save_findings,
+    text_finding,
 )
 
 LOW, HIGH = 0.1, 0.9
@@ -128,3 +129,45 @@ def test_heads_that_can_hide_an_effect_are_named() -> None:
     assert finding.summary.endswith(caveat) and headline([finding]).endswith(f"ablating it does not hurt; {caveat}")
     (supported,) = compute_findings(scores, results(repeats=effects(1.8, 1.5, 0.0)))
     assert finding.others == supported.others == ((0, 1),) and caveat not in supported.summary
+
+
+def on_text(choose: AblationEffects, judge: AblationEffects, *scores: list[float]) -> Any:
+    """The finding on held-out text of two heads, with these `text.induction` and `line_start` scores."""
+    measures = {"corpus.choose": choose, "corpus.judge": judge}
+    step = {n: np.array([s]) for n, s in zip(("text.induction", "line_start"), scores, strict=False)}
+    uniform = {"text.induction": 0.05, "line_start": 0.4, "previous_token": 0.01}
+    return text_finding({30: step | {"previous_token": np.array([[0.9, 0.9]])}}, results(**measures), uniform)
+
+
+def test_head_that_matters_most_on_text_is_the_headline() -> None:
+    """Chosen on one half, measured on the other, described by what exceeds uniform attention most."""
+    found = on_text(effects(1.0, 1.0, 0.1), effects(0.21, 0.2, 0.04), [0.63, 0.7], [0.8, 0.1])
+    assert (found.head, found.score, found.is_supported) == ((0, 0), "text.induction", True)
+    assert headline([found]) == (
+        "Head L0H0 matters most on this text: ablating it raises held-out loss by 0.21 [0.11, 0.31], another head of its "
+        "layer by 0.04; it attends to what followed the same token earlier (0.63; uniform attention 0.05)."
+    )
+    vague = on_text(effects(1.0, 1.0, 0.1), effects(1.0, 1.0, 0.1), [0.1, 0.7], [0.45, 0.1])
+    assert "what it attends to fits no score (at best, it attends to" in vague.summary
+
+
+@pytest.mark.parametrize(
+    ("choose", "judge", "head"),
+    [
+        (effects(1.0, 1.0, 0.1), effects(0.04, 0.04, 0.3), 0),  # on the other half another head is better
+        (effects(0.3, 0.3, 0.25), effects(0.3, 0.3, 0.25), 0),  # no head differs from another one
+        (effects(0.5, 0.0, 0.4), effects(0.5, 0.0, 0.4), 0),  # by zero ablation only
+        (effects(0.0, 0.0, 0.01), effects(0.01, 0.01, 0.0), 1),
+    ],
+)
+def test_no_head_stands_out_on_text(choose: AblationEffects, judge: AblationEffects, head: int) -> None:
+    found = on_text(choose, judge, [0.9, 0.9])
+    assert found.head == (0, head) and not found.is_supported
+    supported = compute_findings(timeline(HIGH), results(repeats=effects(1.8, 1.5, 0.0)))
+    start = f"No head stands out on this text: ablating L0H{head} raises held-out loss by {found.zero[0]:.2f} ["
+    assert headline([found, *supported]).startswith(start)
+
+
+def test_too_little_text_has_no_finding() -> None:
+    assert text_finding(timeline(HIGH), results(corpus=effects(1.0, 1.0, 0.1)), {"text.induction": 0.1}) is None
+    assert on_text(effects(1.0, 1.0, 0.1), effects(1.0, 1.0, 0.1)) is None  # no score on text

@@ -17,7 +17,7 @@ from inspection import head_scores
 from inspection.activation_cache import run_with_cache
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
-from inspection.head_scores import REPEATS, SCORES, compute_head_scores, value_weighted
+from inspection.head_scores import REPEATS, SCORES, compute_head_scores, uniform_scores, value_weighted
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.model.helpers import random_model
@@ -137,6 +137,10 @@ def check_copying_of_known_heads() -> None:
     close(compute("copying", model), expected)
 
 
+def token_bytes(token: int) -> bytes:
+    return b" %d." % token if token else b""
+
+
 def eval_texts() -> EvalTexts:
     """Texts of three lengths, the last with nothing to attend to; repeats; pairs that the two heads solve."""
     texts = (("long", tuple(repeats(1, N)[0])), ("short", tuple(repeats(1, 10, seed=5)[0])), ("one", (0,)))
@@ -148,9 +152,13 @@ def eval_texts() -> EvalTexts:
 
 
 def check_all_scores() -> None:
-    scores = compute_head_scores(handmade(), eval_texts())
+    scores = compute_head_scores(handmade(), eval_texts(), token_bytes)
     for name in ("previous_token", "duplicate_token", "induction"):
         close(scores[name], table(*EXPECTED[name]))
+    for name in ("previous_token", "induction"):  # on texts of N and of 10 tokens, repeated
+        close(scores["text." + name][dict(previous_token=PREVIOUS, induction=INDUCTION)[name]], 1.0)
+    for name, value in uniform_scores(eval_texts(), token_bytes).items():
+        close(scores[name][0, 1:], value, atol=1e-5)  # these heads attend uniformly
     short = sum(1 / (i + 1) for i in range(1, 21)) / 20
     close(scores["first_token"], table((UNIFORM_ONE + short) / 2, (1 / 50 + 1 / 20) / 2, 1 / 2))
     close(scores["entropy"], table(1.0, 0.0, 0.0))
@@ -225,15 +233,15 @@ def test_copying_of_zero_or_broken_heads() -> None:
     close(compute("copying", model), 0.0)
     with torch.no_grad():
         model.blocks[1].attention.qkv.weight.fill_(torch.nan)
-    assert "copying" not in compute_head_scores(model, EvalTexts())
+    assert "copying" not in compute_head_scores(model, EvalTexts(), token_bytes)
 
 
 def test_scores_without_texts_are_left_out() -> None:
     model = handmade()
     one_token, distinct = EvalTexts((("a", (0,)),)), EvalTexts((), ((0, 1, 2, 3, 4),))
-    assert set(compute_head_scores(model, EvalTexts())) == {"copying"}
-    assert set(compute_head_scores(model, one_token)) == {"copying", "distance"}
-    assert set(compute_head_scores(model, distinct)) == {"copying", "previous_token"}
+    assert set(compute_head_scores(model, EvalTexts(), token_bytes)) == {"copying"}
+    assert set(compute_head_scores(model, one_token, token_bytes)) == {"copying", "distance"}
+    assert set(compute_head_scores(model, distinct, token_bytes)) == {"copying", "previous_token"}
 
 
 def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
@@ -244,8 +252,53 @@ def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
         return pattern.diagonal(0, -2, -1).mean(-1)
 
     assert scores["itself"].title == "attends to itself"
-    found = compute_head_scores(handmade(), eval_texts())
+    found = compute_head_scores(handmade(), eval_texts(), token_bytes)
     close(found["itself"], table((UNIFORM_ONE * (T - 1) + 1) / T, 1 / T, 1 / T))
+
+
+# A text in one-byte tokens, and the keys of each query; `|` stands for end-of-text, which has no bytes.
+STARTS = {
+    "ab\n  cd\ne": ["", "", "", "", "", "2", "25", "25", "7"],  # the line break and the first letter
+    'a." B c': ["", "", "", "", "1", "14", "14"],
+    "|ab": ["", "0", "01"],
+    "3.14, a": [""] * 7,
+}
+OPEN_BRACKETS = {
+    'a(b[c]d)"e"': "..1.311..8.",  # the innermost one that is open after the query
+    "(a\n\nb": ".00..",
+    "(a|b)": ".0...",
+    "a) [b}": "....33",
+}
+
+
+def keys_of(function: Callable[..., Tensor], pieces: list[bytes]) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in function(tuple(pieces))]
+
+
+def test_targets_in_text() -> None:
+    for text, expected in STARTS.items():
+        pieces = [b"" if c == "|" else c.encode() for c in text]
+        assert keys_of(head_scores._start_keys, pieces) == [[int(key) for key in keys] for keys in expected], text
+    for text, each in OPEN_BRACKETS.items():
+        pieces = [b"" if c == "|" else c.encode() for c in text]
+        found = keys_of(head_scores._open_bracket_keys, pieces)
+        assert found == [[] if key == "." else [int(key)] for key in each], text
+    words = ["He (", "the “", "big", " one” said", "). ", "Yes"]
+    assert keys_of(head_scores._open_bracket_keys, [w.encode() for w in words]) == [[], [], [1], [0], [], []]
+    split = "你。「好」".encode()  # 3 bytes a character; the last byte completes it
+    assert keys_of(head_scores._start_keys, [bytes([b]) for b in split])[8:] == [[5], *[[5, 8]] * 6]
+    assert keys_of(head_scores._open_bracket_keys, [bytes([b]) for b in split])[8:] == [[], *[[8]] * 5, []]
+
+
+@pytest.mark.parametrize("name", ["line_start", "open_bracket"])
+def test_score_counts_only_queries_with_a_target(name: str) -> None:
+    pieces = tuple(c.encode() for c in 'It is.\n(We "saw") him. Yes')
+    pattern = torch.rand(3, len(pieces), len(pieces), generator=torch.Generator().manual_seed(1)).tril()
+    function = {"line_start": head_scores._start_keys, "open_bracket": head_scores._open_bracket_keys}[name]
+    keys = [(i, row) for i, row in enumerate(keys_of(function, list(pieces))) if row]
+    expected = [sum(float(A[i, row].sum()) for i, row in keys) / len(keys) for A in pattern]
+    close(compute(name, pattern, pieces), torch.tensor(expected))
+    assert 0 < len(keys) < len(pieces) and compute(name, pattern[:, :3, :3], pieces[:3]).isnan().all()
 
 
 def test_value_weighting() -> None:

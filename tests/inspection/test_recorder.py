@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from inspection.attention_file import read_attention_file
+from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
+from inspection.page_data import PageRun, finding_tables
 from inspection.recorder import KEPT_BETWEEN, AttentionRecorder, keeps_attention
 from model.gpt import GPT
 from tests.inspection.handmade import handmade, repeats
@@ -34,10 +36,12 @@ def fake_trainer(model: GPT, step: int, steps: int = 40, eval_every: int = 10) -
     )
 
 
-def run(folder: Path, steps: list[int], plan: tuple[int, int] = (40, 10), start: int = 0) -> list[str]:
+def run(
+    folder: Path, steps: list[int], plan: tuple[int, int] = (40, 10), start: int = 0, texts: EvalTexts = TEXTS
+) -> list[str]:
     """Evaluate at some steps, each time with another model, and write metrics.jsonl; returns the printed lines."""
     lines: list[str] = []
-    recorder = AttentionRecorder(TEXTS, lambda token: b"%d " % token, folder, lines.append)
+    recorder = AttentionRecorder(texts, lambda token: b"%d " % token, folder, lines.append)
     recorder.on_start(fake_trainer(model_of(start), start, *plan))
     for step in steps:
         trainer = fake_trainer(model_of(step), step, *plan)
@@ -104,3 +108,30 @@ def test_attention_files_are_thinned_evenly(steps: int, eval_every: int) -> None
     if len(kept) > 3:
         gaps = np.diff(kept[1:-1]) // eval_every
         assert gaps.max() - gaps.min() <= 1
+
+
+def test_report_on_own_text_names_a_head_and_where_it_matters(tmp_path: Path) -> None:
+    """Held-out texts that repeat themselves: the induction head matters, in their second copies."""
+    texts = tuple((f"held-out {k}", tuple(repeats(1, N, seed=k)[0])) for k in range(1, 13))
+    own = ContrastPair("own", texts[0][1][:5], (), (3,), (4,))  # without an antecedent
+    (report,) = run(tmp_path, [10, 20, 30, 40], texts=EvalTexts(texts, TEXTS.repeats, (own, own)))
+    headline, *examples, _, on_repeats, _, _, _, _, question, _ = report.strip().splitlines()
+    attends = {"L0H0": "the previous token (1.00", "L1H1": "what followed the same token earlier (1.00"}
+    head = headline.split()[1]  # the two need each other, so both cost the same
+    assert f"it attends to {attends[head]}; uniform attention 0." in headline
+    assert "matters most on this text: ablating it raises held-out loss by 1.56 [1.56, 1.56], another" in headline
+    assert on_repeats.startswith("Since step 20, head L1H1") and question.startswith("  own: right in ")
+    data = json.loads((tmp_path / "attention" / "findings.json").read_text())
+    assert data["headline"] == headline and data["findings"][0]["summary"] == headline
+    last = read_attention_file(tmp_path / "attention" / "000040.safetensors")
+    for example, line in zip(data["examples"], examples, strict=True):
+        tokens, k = dict(texts)[example["text"]], example["position"]
+        assert k >= N + 2 and example["loss_increase"] == pytest.approx(np.log(30), abs=0.01)
+        assert line.endswith(f"{tokens[k - 2]} {tokens[k - 1]} [{tokens[k]} ]  +3.40 nats ({example['text']})")
+        assert example["text"] in [text.name for text in last.texts]
+    finding = finding_tables(
+        data, PageRun("", [last]), {data["findings"][0]["score"]: {}}, [text.name for text in last.texts]
+    )
+    first = data["examples"][0]
+    shown = finding["findings"][0]
+    assert last.texts[shown["text"]].name == first["text"] and shown["query"] == first["position"] - 1

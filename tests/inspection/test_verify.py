@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from inspection.activation_cache import run_with_cache_batch
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
+from inspection.commands.shared import LoadedModel
 from inspection.commands.verify import verify_attention_file
 from inspection.eval_texts import EvalTexts
 from inspection.head_scores import compute_head_scores
@@ -24,11 +25,19 @@ TEXTS = EvalTexts(texts=(("held-out 1", tuple(random_tokens(1, 20, seed=9)[0].to
 METADATA = {"weights_sha256": "w" * 64, "tokenizer_sha256": "t" * 64}
 
 
+def token_bytes(token: int) -> bytes:
+    return b"%d " % token
+
+
+def loaded(model: GPT) -> LoadedModel:
+    return LoadedModel(model, 8, METADATA, token_bytes)
+
+
 def capture(model: GPT, path: Any, dtype: str = "f16") -> AttentionFile:
     tokens = [random_tokens(1, T, seed=T)[0].tolist() for T in LENGTHS.values()]
     caches = run_with_cache_batch(model, tokens)
-    records = [AttentionRecord.from_cache(n, c, lambda t: b"%d " % t) for n, c in zip(LENGTHS, caches, strict=True)]
-    scores = {name: table.numpy() for name, table in compute_head_scores(model, TEXTS).items()}
+    records = [AttentionRecord.from_cache(n, c, token_bytes) for n, c in zip(LENGTHS, caches, strict=True)]
+    scores = {name: table.numpy() for name, table in compute_head_scores(model, TEXTS, token_bytes).items()}
     write_attention_file(path, records, METADATA, scores, dtype)
     return read_attention_file(path)
 
@@ -44,13 +53,13 @@ def file(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> AttentionFile:
 
 
 def failed(file: AttentionFile, model: GPT) -> set[str]:
-    return {check["check"] for check in verify_attention_file(file, model, METADATA, TEXTS) if not check["ok"]}
+    return {check["check"] for check in verify_attention_file(file, loaded(model), TEXTS) if not check["ok"]}
 
 
 @pytest.mark.parametrize(("preset", "dtype"), [("gpt2", "f16"), ("qwen3", "f32")])
 def test_captured_file_passes(tmp_path: Any, preset: str, dtype: str) -> None:
     model = random_model(preset, context=24)
-    found = verify_attention_file(capture(model, tmp_path / "file", dtype), model, METADATA, TEXTS)
+    found = verify_attention_file(capture(model, tmp_path / "file", dtype), loaded(model), TEXTS)
     tolerance = {check["check"]: check["tolerance"] for check in found if check["ok"]}
     assert len(found) == 5 and set(tolerance) == {"weights_sha256", "tokenizer_sha256", "pattern", "loss", "scores"}
     assert tolerance["pattern"] == (2**-11 if dtype == "f16" else 1e-6)
