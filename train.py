@@ -8,13 +8,15 @@ line is known to be valid.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import run_main
-from training.config import RunConfig, parse_train
+from training.config import RunConfig, given_options, parse_train
 from training.hardware import parse_plan_option
+from training.recipe import describe, read_recipe
 from training.run_dir import open_run_dir
 
 if TYPE_CHECKING:
@@ -28,7 +30,11 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     argv, target = parse_plan_option(argv)
     usage = (__doc__ or "").partition("\n\n")[0].replace("\n", "\n\n")
-    config, name = parse_train([word for word in argv if word != "--check"], usage)
+    options = [word for word in argv if word != "--check"]
+    config, name = parse_train(options, usage)
+    defaults, max_epochs, size = read_recipe(config, options)
+    if defaults:
+        config, name = parse_train([*defaults, *options])
     if "--check" in argv:
         from training.resume_check import check_resume
 
@@ -39,15 +45,17 @@ def main(argv: list[str]) -> None:
 
         plan(config, target, name)
         return
+    if defaults and os.environ.get("RANK", "0") == "0":
+        print(describe(config, max_epochs, size), flush=True)
     with open_run_dir(config, name) as config:
         from training.distributed import process_group
 
         with process_group(config.run.dist_timeout):
-            train(config, started)
+            train(config, started, given_options(options), max_epochs)
 
 
-def train(config: RunConfig, started: float) -> None:
-    """One run, from text to a report of the loss and of the attention heads."""
+def train(config: RunConfig, started: float, given: set[str], max_epochs: float) -> None:
+    """One run, from text to a report of the loss and of the attention heads. `given` and `max_epochs`: of `search`."""
     from data.prepare import check_min_length
     from training.device import get_dist_context
     from training.distributed import prepare_once
@@ -59,10 +67,11 @@ def train(config: RunConfig, started: float) -> None:
     data = prepare_once(config.data, ctx)
     callbacks: list[object] = []
     if config.train.minutes:
-        from training.time_budget import Deadline, search
+        from training.time_budget import search
 
-        config, end = search(config, ctx, data, time.perf_counter() - started)
-        callbacks.append(Deadline(end))
+        elapsed = time.perf_counter() - started if "train.minutes" in given else 0.0  # the default is without preparing
+        config, deadline = search(config, ctx, data, elapsed, given, max_epochs)
+        callbacks.append(deadline)
     check_min_length(data, config.model.context)
     recorder = None
     if config.log.attention == "on":

@@ -21,13 +21,6 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from training.cli import field_name, parse, split_options
 
-MINUTES_DECIDE = [
-    *(f"model.{name}" for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "context")),
-    *("train.steps", "train.batch_size", "train.micro_batch_size", "train.eval_every", "train.eval_tokens"),
-    *("train.save_every", "optim.lr", "optim.muon_lr", "optim.momentum", "optim.warmup_steps", "optim.schedule"),
-    *("optim.decay_fraction", "optim.min_lr_ratio"),
-]
-"""The options that `train.minutes` sets (`training/time_budget.py`)."""
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 
 
@@ -41,6 +34,9 @@ Patience = Annotated[int, ("at least 0, or -1", lambda value: value >= -1)]
 Minutes = Annotated[float, ("at least 0 and below 100,000", lambda value: 0 <= value < 100_000)]
 Momentum = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Fraction = Annotated[float, ("between 0 and 1", lambda value: 0 <= value <= 1)]
+Lines = Annotated[
+    str, ("such as '300-600 450' or empty", re.compile(r"((\d{1,9}-\d{1,9} )*\d{1,9})?", re.ASCII).fullmatch)
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,7 @@ class OptimConfig:
     warmup_steps: NonNegativeInt = 10  # Steps of linear warmup.
     schedule: Literal["linear", "cosine"] = "linear"  # `linear`: constant, then linear decay; `cosine`: cosine decay.
     decay_fraction: Fraction = 0.5  # Fraction of the steps over which `linear` decays.
+    decay_lines: Lines = ""  # train.minutes writes it, in place of `decay_fraction`: see docs/running.md.
     min_lr_ratio: Fraction = 0.0  # Final learning rate as a fraction of the peak.
     grad_clip: NonNegativeFloat = 1.0  # Maximum norm of the gradient; 0: no clipping.
 
@@ -77,7 +74,7 @@ class OptimConfig:
 class TrainConfig:
     """Training loop."""
 
-    minutes: Minutes = 0.0  # For the whole command: chooses model, batch, steps and learning rates; 0: as configured.
+    minutes: Minutes = 0.0  # Time of the whole command, for which all that is not given is chosen; 0: `steps` decides.
     steps: PositiveInt = 1000  # Optimizer steps.
     batch_size: PositiveInt = 16  # Sequences in a step, over all processes.
     micro_batch_size: NonNegativeInt = 0  # Sequences of a process in a forward and backward pass; 0: all of its part.
@@ -126,7 +123,7 @@ class RunConfig:
                 for text, holds in getattr(kind, "__metadata__", ()):
                     value = getattr(settings, name)
                     if not holds(value):
-                        found.append(f"{section}.{name} is {value}; it must be {text}")
+                        found.append(f"{section}.{name} is {value!r}; it must be {text}")
         if self.log.prompts and not os.path.isfile(self.log.prompts):
             found.append(f"log.prompts is {self.log.prompts!r}; there is no such file")
         return found
@@ -204,10 +201,28 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
 
 
 def check_minutes(typed: list[str], from_file: list[str], resuming: bool) -> None:
-    """Raise UserError for `train.minutes` with an option that it sets itself, unless a config file without it does."""
+    """Raise UserError for `train.minutes` with `train.steps`, unless typed minutes replace a file's steps."""
     if resuming:
         raise UserError("train.minutes is for a new run; to resume, give --train.steps instead")
-    options = typed + (from_file if any(word.startswith("--train.minutes=") for word in from_file) else [])
-    named = {field_name(option) for option, _ in split_options(options)}
-    if both := [option for option in MINUTES_DECIDE if option in named]:
-        raise UserError(f"train.minutes sets {both[0]} itself; leave out one of them")
+    if "train.steps" in option_names(typed if "train.minutes" in option_names(typed) else from_file + typed):
+        raise UserError("train.minutes and train.steps both say how long to train; leave out one of them")
+
+
+def option_names(words: list[str]) -> set[str]:
+    """The options in a list of arguments, such as `train.steps`."""
+    return {field_name(option) for option, _ in split_options(words) if option}
+
+
+def given_options(argv: list[str]) -> set[str]:
+    """The options that `train.py`'s command line decides: those that are typed, and those of its config file."""
+    has_file = bool(argv) and not argv[0].startswith("-")
+    return option_names([*read_toml(Path(argv[0])), *argv[1:]] if has_file else argv)
+
+
+def replace_options(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """The config with some options replaced, such as `{"model.d_model": 64}`."""
+    sections: dict[str, dict[str, Any]] = {}
+    for option, value in values.items():
+        section, _, name = option.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in sections.items()})

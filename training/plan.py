@@ -33,7 +33,7 @@ def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
     if "RANK" in os.environ:
         raise UserError("--plan is for one process: start without torchrun and name the GPUs: --plan 8xh100")
     if config.train.minutes:
-        raise UserError("--plan needs a given model: leave out train.minutes, with which a run prints its own plan")
+        raise UserError("--plan needs --train.steps: with train.minutes a run chooses its model, and prints it")
     micro_batch_rows(config, target.count)  # refuses a batch that cannot be divided
     ctx = get_dist_context(config.train.dtype, config.run.threads)
     where = f"this machine: {ctx.describe()}"

@@ -1,8 +1,8 @@
 """`--train.minutes M`: choose the model size, batch and number of steps that are expected to learn most in M minutes.
 
 `search` measures the steps of a few sizes and estimates each size's loss from a fitted formula. The result is an
-ordinary config, which is saved with the run and reproduces it without the clock. `Deadline` adjusts the number of steps
-once more, just before the learning rate starts to decay.
+ordinary config, which is saved with the run and reproduces it without the clock. `Deadline` looks at the clock during the
+run and adjusts how many steps are still to come.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from common.errors import DATA, UserError
-from data.prepare import TokenizedCorpus
+from common.errors import UserError
+from data.prepare import TokenizedCorpus, check_min_length
 from model.gpt import GPT
-from training.config import RunConfig
+from training.config import RunConfig, replace_options
 from training.device import DistContext, clock, measure_matmul_flops, resolve_attention, should_compile
 from training.distributed import clip_grad_norm
 from training.flops import step_flops
@@ -40,9 +40,10 @@ SIZES = (
 """Layers, heads, d_model, context and batch size. The loss formula was fitted to runs of the first five."""
 LOSS_FIT = (1.32828, 102.276, 0.52, 1164.24, 0.63)
 """E, A, alpha, B, beta of `expected_loss`, fitted to Tiny Shakespeare by character; error 0.4% median, 2.8% at most."""
-RECIPE: dict[str, Any] = dict(
-    lr=0.006, muon_lr=0.025, momentum=0.8, warmup_steps=10, schedule="linear", decay_fraction=0.5, min_lr_ratio=0.0
-)
+OPTIM: dict[str, Any] = {
+    **{"optim.lr": 0.006, "optim.muon_lr": 0.025, "optim.momentum": 0.8, "optim.warmup_steps": 10},
+    **{"optim.schedule": "linear", "optim.decay_fraction": 0.5, "optim.decay_lines": "", "optim.min_lr_ratio": 0.0},
+}
 """Optimizer settings with which the formula was fitted."""
 REPEAT_VALUE = 15.4
 """R* of Muennighoff et al. 2023, section 6.1: the number of repetitions after which repeating a text teaches little."""
@@ -52,77 +53,93 @@ EVAL_SECONDS = 0.3  # of an evaluation besides its forward passes: a sample, an 
 FIXED_SECONDS = 2.0  # of the start and the end besides forward passes: baselines, plots, the page
 ABLATION_PASSES = 49  # forward passes of a sequence for the ablation of one head, about
 MIN_STEPS = 50
-MIN_DECAY_FRACTION = 0.2  # of the steps, over which the learning rate decays even if that takes too long
+ROUNDS = 6  # of measuring, for 0.5% of the time each
 
 
-def search(config: RunConfig, ctx: DistContext, data: TokenizedCorpus, elapsed: float) -> tuple[RunConfig, float]:
-    """Choose model, batch and steps for `train.minutes`, and print what each size could do.
+def search(
+    config: RunConfig, ctx: DistContext, data: TokenizedCorpus, elapsed: float, given: set[str], max_epochs: float
+) -> tuple[RunConfig, Deadline]:
+    """Choose model, batch and steps for `train.minutes`, and print it.
 
     Args:
-        elapsed: seconds that the command has taken so far.
+        elapsed: seconds of the time that have passed so far.
+        given: options that keep their value, such as `model.d_model`.
+        max_epochs: of the text, unless these are fewer than `MIN_STEPS` steps.
 
     Returns:
-        The config with everything chosen, and the time (`time.perf_counter`) at which the last step should be over.
+        The config with everything chosen, and the callback that ends the run in time.
 
     Raises:
-        UserError: if the time is too short or there are several processes (exit code 2), or the text is too short (3).
+        UserError: if the time is too short, no size goes with `given`, there are several processes (2), the text is short (3).
     """
     if ctx.world_size > 1:
         raise UserError("train.minutes is for one process: start without torchrun, or set train.steps")
     minutes, end = config.train.minutes, time.perf_counter() + 60 * config.train.minutes - elapsed
     vocab_size, n_train, n_val = data.tokenizer.vocab_size, len(data.train), len(data.val)
-    sizes = [with_size(config, *size) for size in SIZES if size[3] < n_train]
-    if not sizes:
-        raise UserError(f"the training text has {n_train} tokens, too few for train.minutes: give it more text", DATA)
+    all_sizes = dict.fromkeys(with_size(config, given, *size) for size in SIZES)
+    sizes = [size for size in all_sizes if not size.model.problems()]  # some are valid: one has the default's head size
+    check_min_length(data, min(size.model.context for size in sizes))
+    sizes = [size for size in sizes if size.model.context < n_train]
     flops = [step_flops(size, vocab_size) for size in sizes]
-    assumed, speeds = ASSUMED_MFU * measure_matmul_flops(ctx), dict[int, float]()  # FLOP/s of the sizes measured so far
-    while True:  # measure the best size; stop once the best is a measured one
+    assumed, speeds = ASSUMED_MFU * measure_matmul_flops(ctx), dict[int, list[float]]()  # FLOP/s of measured sizes
+    while True:  # measure the best size until it is a measured one, then these in turn
         seconds = [flops[i] / estimate_speed(speeds, i, assumed) for i in range(len(sizes))]
-        left = end - time.perf_counter()
-        runs = [fit_steps(size, step, left, n_val) for size, step in zip(sizes, seconds, strict=True)]
+        runs = [
+            fit_steps(*of_size, end, max_epochs * n_train, n_val, given) for of_size in zip(sizes, seconds, strict=True)
+        ]
         best = min(range(len(sizes)), key=lambda i: expected_loss(runs[i][0], n_train))
-        if best in speeds:
+        if best in speeds and sum(map(len, speeds.values())) >= ROUNDS:
             break
-        # For a hundredth of the time, but at least a second: other programs on the machine come and go in seconds.
-        speeds[best] = flops[best] / measure_step(sizes[best], vocab_size, ctx, max(1.0, 0.6 * minutes))
-    chosen, final_seconds = runs[best]
+        i = min(speeds, key=lambda k: len(speeds[k])) if best in speeds else best
+        speeds.setdefault(i, []).append(flops[i] / measure_step(sizes[i], vocab_size, ctx, 0.3 * minutes))
+    chosen, deadline = runs[best]
     if (missing := MIN_STEPS - chosen.train.steps) > 0:
         least = math.ceil(10 * minutes + missing * seconds[best] / 6) / 10
         raise UserError(f"train.minutes is {minutes:g}, too short for {MIN_STEPS} steps: give at least {least}")
-    print_line(f"plan    {minutes:g} min on {ctx.describe()}; what each model size could do:")
-    print_line(table([run for run, _ in runs], best, n_train))
+    shape = f"{chosen.model.n_layers} layers and d_model {chosen.model.d_model}"
+    print_line(f"plan    {minutes:g} min (--train.minutes for more or less): the best model has {shape}")
     compiled = should_compile(chosen.train, chosen.train.steps * flops[best], ctx.device)
     train = replace(chosen.train, compile="on" if compiled else "off")  # `Deadline` uses the time that compiling saves
-    return replace(chosen, train=train), end - final_seconds
+    return replace(chosen, train=train), deadline
 
 
-def with_size(config: RunConfig, n_layers: int, n_heads: int, d_model: int, context: int, batch_size: int) -> RunConfig:
-    """The config with one of `SIZES`, and what the loss formula assumes."""
-    shape = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "context": context}
-    model = replace(config.model, **shape, n_kv_heads=0, d_head=0, d_mlp=0)  # type: ignore[arg-type]
-    train = replace(config.train, minutes=0.0, batch_size=batch_size, micro_batch_size=0, eval_tokens=EVAL_TOKENS)
-    return replace(config, model=model, train=train, optim=replace(config.optim, **RECIPE))
+def with_size(
+    config: RunConfig, given: set[str], n_layers: int, n_heads: int, d_model: int, context: int, batch_size: int
+) -> RunConfig:
+    """The config with one of `SIZES`, and what the loss formula assumes; options that are given keep their value."""
+    chosen = {
+        **{"model.n_layers": n_layers, "model.n_heads": n_heads, "model.d_model": d_model, "model.context": context},
+        **{"model.n_kv_heads": 0, "model.d_head": 0, "model.d_mlp": 0, "train.batch_size": batch_size},
+        **{"train.micro_batch_size": 0, "train.eval_tokens": EVAL_TOKENS, **OPTIM},
+    }
+    config = replace_options(config, {option: value for option, value in chosen.items() if option not in given})
+    return replace_options(config, {"train.minutes": 0.0})
 
 
-def estimate_speed(speeds: dict[int, float], i: int, assumed: float) -> float:
-    """FLOP/s of the i-th size: measured, or a little more than those of the nearest size, so that it may get measured."""
+def estimate_speed(speeds: dict[int, list[float]], i: int, assumed: float) -> float:
+    """FLOP/s of the i-th size: the median of its rounds, or a little more than that of the nearest size, so that it may
+    get measured."""
     if not speeds:
         return assumed
-    return speeds.get(i, 1.25 * speeds[min(speeds, key=lambda k: abs(k - i))])
+    nearest = min(speeds, key=lambda k: abs(k - i))
+    return statistics.median(speeds[nearest]) * (1 if nearest == i else 1.25)
 
 
-def fit_steps(size: RunConfig, step_seconds: float, seconds: float, n_val: int) -> tuple[RunConfig, float]:
-    """As many steps as fit into `seconds` (negative if not even the rest fits), and the seconds after the last step."""
-    model, batch_size = size.model, size.train.batch_size
-    token_seconds = step_seconds / (3 * batch_size * model.context)  # the forward pass is a third of a step
-    evals = min(20, max(4, round(seconds / 30)))
+def fit_steps(
+    size: RunConfig, step_seconds: float, end: float, max_tokens: float, n_val: int, given: set[str]
+) -> tuple[RunConfig, Deadline]:
+    """As many steps as fit before `end` (negative if not even the rest fits), with `max_tokens`, and when to end them."""
+    model, step_tokens, seconds = size.model, size.train.batch_size * size.model.context, end - time.perf_counter()
+    token_seconds = step_seconds / (3 * step_tokens)  # the forward pass is a third of a step
+    evals = min(20, max(4, round(seconds / 12)))
     eval_seconds = EVAL_SECONDS + min(EVAL_TOKENS, n_val) * token_seconds
     ablations = ABLATION_PASSES * model.n_layers * model.n_heads * model.context
     final_seconds = FIXED_SECONDS + (min(FINAL_TARGETS, n_val) + ablations) * token_seconds
-    steps = math.floor((seconds - evals * eval_seconds - final_seconds) / step_seconds)
-    every = max(1, math.ceil(steps / evals))
-    train = replace(size.train, steps=steps, eval_every=every, save_every=every)
-    return replace(size, train=train), final_seconds + 2 * eval_seconds
+    most = max(MIN_STEPS, max_tokens / step_tokens)
+    steps = math.floor(min(most, (seconds - evals * eval_seconds - final_seconds) / step_seconds))
+    every = {option: max(1, math.ceil(steps / evals)) for option in {"train.eval_every", "train.save_every"} - given}
+    deadline = Deadline(end - final_seconds - 2 * eval_seconds, most)
+    return replace_options(size, {"train.steps": steps, **every}), deadline
 
 
 def expected_loss(run: RunConfig, n_train: int) -> float:
@@ -145,19 +162,6 @@ def effective_tokens(tokens: float, n_train: int) -> float:
     if tokens <= n_train:
         return tokens
     return n_train * (1 + REPEAT_VALUE * -math.expm1(-(tokens / n_train - 1) / REPEAT_VALUE))
-
-
-def table(runs: list[RunConfig], best: int, n_train: int) -> str:
-    """What each size could do in the time; the best one is marked."""
-    lines = ["          layers  heads  d_model  context  batch    steps  epochs   loss (as on Tiny Shakespeare)"]
-    for i, run in enumerate(runs):
-        model, train, steps = run.model, run.train, max(0, run.train.steps)
-        shape = f"{model.n_layers:>6}{model.n_heads:>7}{model.d_model:>9}{model.context:>9}{train.batch_size:>7}"
-        epochs, loss = steps * train.batch_size * model.context / n_train, expected_loss(run, n_train)
-        lines.append(f"        {'>' if i == best else ' '} {shape}{steps:>9,}{epochs:>8.2f}{loss:>7.2f}")
-        if i == best and epochs > 10:
-            lines[-1] += "  may overfit: use more text, or --train.patience 2, --model.dropout 0.2"
-    return "\n".join(lines)
 
 
 def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> float:
@@ -188,25 +192,38 @@ def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: 
 
 
 class Deadline(Callback):
-    """Adjusts the number of steps once, when the learning rate is about to decay, to the time that steps really take.
+    """Ends the run by the clock: sets when the learning rate starts to decay, and then where the decay ends.
 
-    Other processes on the machine change its speed from minute to minute. Before the decay no step depends on the
-    number of steps (`optimizer.get_lr_scale`), so the run is still reproducible from its adjusted config.
+    Other programs change the speed of a machine from minute to minute. It looks at the clock when the decay is due, by
+    time or by steps, and then whenever half of the time left is used. No look changes the learning rate of a step that
+    is done (`optimizer.decay_along`), so the saved config reproduces the run. A cosine is left as planned.
 
     Args:
         end: when the last step should be over, by `time.perf_counter`.
+        most: the largest number of steps.
     """
 
-    def __init__(self, end: float) -> None:
-        self.end, self.start = end, time.perf_counter()
+    def __init__(self, end: float, most: float) -> None:
+        self.end, self.most = end, most
+        self.step, self.time = 0, time.perf_counter()  # of the last look
 
     def on_start(self, trainer: Trainer) -> None:
-        self.start = time.perf_counter()
+        self.step, self.time = trainer.state.step, time.perf_counter()
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         config, step, now = trainer.config, trainer.state.step, time.perf_counter()
-        if step == decay_start(config):
-            trainer.config = adjust_steps(config, step, (self.end - now) * step / (now - self.start))
+        optim, total = config.optim, config.train.steps
+        if optim.schedule != "linear" or step >= total:
+            return
+        used = (now - self.time) / (self.end - self.time)  # share of the time that was left at the last look
+        if used < 0.5 if optim.decay_lines else used < 1 - optim.decay_fraction and step < decay_start(config):
+            return
+        more = (self.end - now) * (step - self.step) / (now - self.time)
+        trainer.config = adjust_steps(config, step, min(more, self.most - step))
+        self.step, self.time = step, now
+        if now >= self.end:
+            self.end = math.inf  # this was the last look
+        if trainer.config != config:
             save_config(trainer.config)
             print_line(f"plan    {trainer.config.train.steps:,} steps, from the time that {step:,} have taken")
 
@@ -217,7 +234,13 @@ def decay_start(config: RunConfig) -> int:
 
 
 def adjust_steps(config: RunConfig, step: int, more: float) -> RunConfig:
-    """The config with about `more` steps after step `step`; the first `step` steps keep their learning rates."""
-    steps = max(step + int(more), round(step / (1 - MIN_DECAY_FRACTION)), step + 1)
-    optim = replace(config.optim, decay_fraction=min(config.optim.decay_fraction, (steps - step) / steps))
-    return replace(config, train=replace(config.train, steps=steps), optim=optim)
+    """The config with about `more` steps after step `step`, in which the learning rate decays (if time is over, with a few).
+
+    The first `step` steps keep their learning rates. A change of less than a tenth is left for the next look.
+    """
+    lines, left = config.optim.decay_lines, config.train.steps - step
+    more = max(1, int(max(more, min(step, left) / 4)))
+    if lines and abs(more - left) <= max(1, left / 10):
+        return config
+    lines = f"{lines}-{config.train.steps} {step}" if lines else str(step)
+    return replace_options(config, {"train.steps": step + more, "optim.decay_lines": lines})

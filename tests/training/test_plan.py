@@ -185,7 +185,7 @@ def test_what_would_fit_is_named(folder: Path) -> None:
         (("--plan", "8xh10"), "did you mean h"),
         (("--plan", "8xa10080"), "did you mean a100-80?"),
         (("--plan", "0x\x1b[31m"), "does not know GPU '0x\\\\x1b[31m'"),
-        (("--plan", "--train.minutes=2"), "leave out train.minutes"),
+        (("--plan", "--train.minutes=2"), "--plan needs --train.steps"),
     ],
 )
 def test_mistakes_are_reported_in_a_line(folder: Path, argv: tuple[str, ...], message: str) -> None:

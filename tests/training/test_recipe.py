@@ -1,0 +1,71 @@
+"""An own text gets defaults by its size; what is typed, a config file and named corpora keep theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from data.prepare import prepare
+from tests.runs import ROOT, TINY, script
+from training import time_budget
+from training.config import parse_train, read_toml
+from training.recipe import read_recipe, recipe
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**9))
+def test_larger_texts_get_larger_vocabularies_and_less_regularisation(one: int, other: int) -> None:
+    small, large = recipe(min(one, other)), recipe(max(one, other))
+    assert small[0] <= large[0] and all(a >= b for a, b in zip(small[1:], large[1:], strict=True))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "book.txt").write_text("".join(f"{i * i % 311} foxes met {i % 97} hens. " for i in range(100)))
+    return tmp_path / "book.txt"
+
+
+def test_own_text_is_trained_by_its_recipe(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_budget, "measure_step", lambda *args: 0.01)
+    typed = (
+        "--log.attention=off",
+        "--model.n_layers=1",
+        "--model.d_model=16",
+        "--model.context=32",
+        "--train.batch_size=8",
+        "--model.dropout=0.4",
+    )
+    done = script("train.py", *typed, f"--data.source={text}", f"--run.dir={text.parent / 'run'}")
+    assert done.returncode == 0, done.stderr
+    line = "recipe  3 kB of text: vocabulary 512, dropout 0.4, weight decay 2, at most 30 epochs"
+    assert done.stdout.startswith(f"{line}\nplan    2 min")
+    config = parse_train([str(text.parent / "run" / "config.toml")])[0]
+    assert (config.data.vocab_size, config.model.dropout, config.optim.weight_decay) == (512, 0.4, 2.0)
+    assert (config.model.d_model, config.model.context, config.train.batch_size, config.train.minutes) == (16, 32, 8, 0)
+    assert config.train.steps == max(time_budget.MIN_STEPS, 30 * len(prepare(config.data).train) // (8 * 32))
+
+
+def test_steps_replace_the_minutes(text: Path) -> None:
+    done = script("train.py", *TINY, f"--data.source={text}", f"--run.dir={text.parent / 'run'}")
+    assert done.returncode == 0 and done.stdout.startswith("recipe  3 kB of text: dropout 0.2, weight decay 2\n")
+    assert "plan  " not in done.stdout
+
+
+def test_config_files_and_named_corpora_have_no_recipe(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def options(*argv: str) -> list[str]:
+        return read_recipe(parse_train(list(argv))[0], list(argv))[0]
+
+    source = f"--data.source={text}"
+    assert (
+        options(source)[-1] == "--train.minutes=2" and options(source, "--train.steps", "5")[-1] != "--train.minutes=2"
+    )
+    assert not options() and not options("--data.source=shakespeare")
+    assert not any(options(str(file), source) for file in (ROOT / "configs").glob("*.toml"))
+    with pytest.raises(UserError, match="no text found for nowhere"):
+        options("--data.source=nowhere")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert options(source)[-1] == "--optim.weight_decay=2.0"
+    assert "--train.minutes=2" not in read_toml(ROOT / "configs" / "quickstart.toml")
