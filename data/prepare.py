@@ -30,9 +30,9 @@ from tqdm import tqdm
 from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from data.config import DataConfig, cache_folder
 from data.corpora import Corpus, is_in_cache, open_corpus
-from data.text_files import Piece, TextRange, open_text, os_reason, read_documents
+from data.text_files import BLOCK_BYTES, Piece, TextRange, open_text, os_reason, read_documents
 from data.token_dataset import TokenSplit, load_split, token_dtype, write_split
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, progress_bar, train_tokenizer
 
 FORMAT = 4
 """Version of the folder, the tokens and the splitting into documents; folders of another one are ignored."""
@@ -88,9 +88,9 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
     cache = cache_folder().absolute()
     try:
         corpus = open_corpus(config.source, config.val_fraction, cache, config.val, config.lines)
-        key = _cache_key(corpus, config)
+        key = _cache_key(corpus, config, progress)
         folder = cache / f"tokens-{key}"
-        if verify and folder.exists() and (damage := _find_damage(folder, key)):
+        if verify and folder.exists() and (damage := _find_damage(folder, key, progress)):
             print(escape_control_chars(f"{folder} is damaged ({damage}); preparing it again"), file=sys.stderr)
             shutil.rmtree(folder)
         if not folder.exists():
@@ -144,9 +144,11 @@ def cache_lookup(config: DataConfig) -> CorpusInfo:
             return CorpusInfo(size, "as in tiktoken")
 
 
-def _cache_key(corpus: Corpus, config: DataConfig) -> str:
+def _cache_key(corpus: Corpus, config: DataConfig, progress: bool = False) -> str:
     """A hash of everything that the tokens depend on. Raises `UserError` (3) if a text cannot be read."""
-    hashes = {path: _sha256(path) for path in {text.path for text in corpus.train + corpus.val}}
+    texts = corpus.train + corpus.val
+    with progress_bar("reading the text", sum(text.n_bytes for text in texts), progress) as bar:
+        hashes = {path: _sha256(path, bar) for path in {text.path for text in texts}}
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
     content: dict[str, Any] = {"format": FORMAT, "tokenizer": config.tokenizer, "vocab_size": vocab_size}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
@@ -154,16 +156,21 @@ def _cache_key(corpus: Corpus, config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, bar: tqdm) -> str:
+    digest = hashlib.sha256()
     with open_text(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
-def _find_damage(folder: Path, key: str) -> str:
+def _find_damage(folder: Path, key: str, progress: bool = False) -> str:
     """What is wrong with a prepared folder; empty if nothing is."""
     try:
         meta = json.loads((folder / META).read_bytes())
-        wrong = [name for name, sha256 in meta["sha256"].items() if _sha256(folder / name) != sha256]
+        with progress_bar("checking the prepared tokens", None, progress) as bar:
+            wrong = [name for name, sha256 in meta["sha256"].items() if _sha256(folder / name, bar) != sha256]
         wrong += [META] if meta["key"] != key else []
         return f"{wrong[0]} has changed" if wrong else ""
     except UserError as error:
@@ -186,12 +193,13 @@ def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress:
     with tempfile.TemporaryDirectory(".partial", f"{folder.name}.", folder.parent, ignore_cleanup_errors=True) as name:
         partial = Path(name) / "tokens"
         partial.mkdir()
-        tokenizer = _train_tokenizer(corpus, config)
+        tokenizer = _train_tokenizer(corpus, config, progress)
         tokenizer.save(partial / VOCABULARY)
         text_bytes = _write_splits(corpus, tokenizer, partial, config.workers, progress)
-        if _cache_key(corpus, config) != key:
+        if _cache_key(corpus, config, progress) != key:
             raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
-        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        with progress_bar("checking the prepared tokens", None, progress) as bar:
+            hashes = {path.name: _sha256(path, bar) for path in sorted(partial.iterdir())}
         meta = {"key": key, "text_bytes": text_bytes, "sha256": hashes}
         (partial / META).write_text(json.dumps(meta, indent=1))
         try:
@@ -202,13 +210,13 @@ def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress:
                 raise
 
 
-def _train_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
+def _train_tokenizer(corpus: Corpus, config: DataConfig, progress: bool) -> Tokenizer:
     """`char` needs all characters; for `bpe` a sample of the training text is enough."""
     if config.tokenizer == "char":
         texts: Iterable[str] = (piece.text for text in corpus.train + corpus.val for piece in read_documents(text))
     else:
         texts = sample_text(corpus.train, SAMPLE_BYTES)
-    return train_tokenizer(config.tokenizer, config.vocab_size, texts)
+    return train_tokenizer(config.tokenizer, config.vocab_size, texts, progress)
 
 
 def sample_text(texts: Sequence[TextRange], n_bytes: int) -> Iterator[str]:
@@ -228,8 +236,7 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: i
     text_bytes = {}
     dtype = token_dtype(tokenizer.vocab_size)
     total = sum(text.n_bytes for text in corpus.train + corpus.val)
-    disable = None if progress else True  # with None, tqdm prints nothing if stderr is not a terminal
-    with tqdm(None, "preparing tokens", total, leave=False, disable=disable, unit="B", unit_scale=True) as bar:
+    with progress_bar("preparing tokens", total, progress) as bar:
 
         def advance(result: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
             bar.update(result[1])
@@ -252,11 +259,14 @@ def encode_all(texts: Iterable[TextRange], tokenizer: Tokenizer, workers: int) -
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[tuple[np.ndarray, int]]] = deque()
-        for job in _jobs(texts):
-            pending.append(pool.submit(encode, tokenizer, job))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+        try:
+            for job in _jobs(texts):
+                pending.append(pool.submit(encode, tokenizer, job))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            yield from (future.result() for future in pending)
+        finally:  # after a signal, wait for the running jobs alone
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _jobs(texts: Iterable[TextRange]) -> Iterator[list[Piece]]:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from common.errors import CHECKPOINT, CONFIG, DATA, UserError, escape_control_chars
 
@@ -31,6 +33,9 @@ FORMAT = 1
 """Version of the saved JSON."""
 MAX_TOKEN_BYTES = 256
 """Maximum length of a trained token; keeps long runs of dashes out of the vocabulary."""
+MAX_PRETOKEN_BYTES = 252
+"""A vocabulary is trained on parts of longer words and runs: its time grows with the square of their length. A multiple
+of 2, 3 and 4, so that a run of characters of one length in UTF-8 is cut between them."""
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """GPT-2's pre-tokenization pattern, with possessive quantifiers as in tiktoken: same matches, faster."""
 
@@ -202,7 +207,7 @@ class BPETokenizer(Tokenizer):
         return self._saved
 
 
-def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: bool = False) -> Tokenizer:
     """The tokenizer of that name, trained on `texts` if it is `char` or `bpe`; the same texts give the same tokenizer.
 
     `char` takes all characters of the texts: give it the validation text too, or text with an unknown character could
@@ -220,9 +225,9 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokeniz
         if not characters:
             raise UserError("there is no text to take characters from", DATA)
         return CharTokenizer("".join(sorted(characters)))
-    return (
-        BPETokenizer.from_merged(_train_bpe(texts, vocab_size)) if name == "bpe" else BPETokenizer.from_tiktoken(name)
-    )
+    if name == "bpe":
+        return BPETokenizer.from_merged(_train_bpe(texts, vocab_size, progress))
+    return BPETokenizer.from_tiktoken(name)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -267,18 +272,20 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
+def _train_bpe(texts: Iterable[str], vocab_size: int, progress: bool) -> list[bytes]:
     """The merged tokens in the order learned, by `tokenizers`.
 
     The pairs need not be kept: a token's bytes are always merged in the same order, so each token has one pair of
     parts, and merging by token rank (tiktoken) equals merging by listed pair (`tokenizers`).
     """
+    from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import models, pre_tokenizers, trainers
 
     byte_of = _gpt2_byte_decoder()
     trained = HFTokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    parts = pre_tokenizers.Split(Regex(f".{{{MAX_PRETOKEN_BYTES}}}"), "isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
@@ -286,11 +293,29 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
         max_token_length=MAX_TOKEN_BYTES,
         show_progress=False,
     )
-    trained.train_from_iterator(texts, trainer)
+    sample = []
+    with progress_bar("training the vocabulary", None, progress) as bar:
+        for text in texts:
+            sample.append(text)
+            bar.update(0)
+        # In a thread, because a signal is handled when a call returns; a daemon, so that the program can end before it.
+        thread = threading.Thread(target=trained.train_from_iterator, args=(sample, trainer), daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+            bar.update(0)
     ids = trained.get_vocab(with_added_tokens=False)
     tokens = [bytes(byte_of[character] for character in token) for token in sorted(ids, key=ids.__getitem__)]
     assert all(len(token) == 1 for token in tokens[:256]), "the bytes come first"
     return tokens[256:]
+
+
+def progress_bar(description: str, n_bytes: int | None, progress: bool) -> tqdm:
+    """A bar on the terminal for what takes more than two seconds; without `n_bytes` it shows the time."""
+    disable = None if progress else True  # with None, tqdm prints nothing if stderr is not a terminal
+    shown = None if n_bytes else "{desc}: {elapsed}"
+    options: dict[str, Any] = {"leave": False, "delay": 2, "miniters": 0, "unit": "B", "unit_scale": True}
+    return tqdm(None, description, n_bytes, disable=disable, bar_format=shown, **options)
 
 
 def _gpt2_byte_decoder() -> dict[str, int]:

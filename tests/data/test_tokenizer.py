@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ TEXTS = st.one_of(
     st.text(),
     st.text(alphabet=st.sampled_from("theca. \n\r\t'sDé😀ש1-")),
     st.lists(st.sampled_from(FRAGMENTS)).map("".join),
+    st.lists(st.builds(str.__mul__, st.sampled_from("A1-\n 你é😀"), st.integers(80, 600)), max_size=4).map("".join),
 )
 
 
@@ -181,6 +184,15 @@ def test_a_million_blanks_are_encoded() -> None:
     text = " " * 1_000_000 + "end"
     bpe = train_tokenizer("bpe", 300, [PROSE])
     assert bpe.decode(bpe.encode(text)) == text
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", "-", " ", "\n ", "天地玄黄宇宙洪荒"])
+def test_vocabulary_of_text_without_breaks_takes_seconds(alphabet: str) -> None:
+    text = "".join(random.Random(0).choices(alphabet, k=500_000))
+    started = time.monotonic()
+    bpe = train_tokenizer("bpe", 400, [text])
+    assert time.monotonic() - started < 20  # a minute or more if time grew with the square
+    assert bpe.decode(bpe.encode(text)) == text and bpe.vocab_size > 261
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("gtp2", "gpt2"), ("cl100k", "cl100k_base"), ("x\x1b", "char")])

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import os
 import pty
+import random
 import signal
 import sys
 import termios
@@ -95,6 +96,19 @@ def test_signal_while_the_corpus_is_prepared(
     done = server.run(*reference.argv, f"--run.dir={run}", env=env)
     assert done.returncode == 0, done.stderr
     reference.check(run)
+
+
+@BOTH
+def test_signal_while_a_vocabulary_is_trained(number: int, tmp_path: Path) -> None:
+    text, run = tmp_path / "base.txt", tmp_path / "run"
+    text.write_text("".join(random.Random(0).choices("ACGT", k=8_000_000)))
+    with train(f"--data.source={text}", f"--run.dir={run}", env={"GLASSGPT_CACHE": str(tmp_path / "cache")}) as started:
+        started.until(lambda: any(tmp_path.glob("cache/*.partial/tokens")), "training of the vocabulary")
+        time.sleep(1)
+        started.send(number)
+        done = started.end(SOON / 2)
+    check_stopped(run, done.returncode, number, done.stderr)
+    assert not done.stderr and not any((tmp_path / "cache").iterdir())
 
 
 @BOTH
