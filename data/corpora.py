@@ -21,7 +21,6 @@ import mmap
 import os
 import re
 import urllib.request
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,13 +45,8 @@ _TIMEOUT_SECONDS = 20
 # A separator before a document with text: white space follows, then anything but another separator.
 _DOCUMENT_START = re.compile(rb"\r?\n%b\r?\n\s*(?!%b)\S" % ((re.escape(SEPARATOR.encode()),) * 2))
 
-
-# An entry of a list of names, words or titles: one to four words, no verse, sentence, code, log or table.
-_WORD = r"[^\s,;:=<>{}|\u3000-\u303f\uff01-\uff1f]+"  # without the punctuation of Chinese, too
-_ENTRY = re.compile(rf"(?=.*[^\W\d_])\w(?:{_WORD})?(?: {_WORD}){{0,3}}(?<![.!?\u2026\u0964])")
-_SAMPLE_BLOCK = 16 * 1024
-LONG_BYTES = 20_000
-"""Files of this size have an end that is worth holding out."""
+# A name, a word or a title of a list (of up to four words): not a verse, a sentence, code, a log or a table.
+_ENTRY = re.compile(r"(?=.*[^\W\d_])\w[^\t,;:=<>{}|\u3000-\u303f\uff01-\uff1f]*(?<![.!?\u2026\u0964])")
 
 
 @dataclass(frozen=True)
@@ -73,19 +67,18 @@ def open_corpus(source: str, val_fraction: float, cache: Path, val: str = "", li
 
     Several files: whole files are held out, selected by a hash of their names; if that comes to less than half or more
     than twice of what is asked, the end of each long file. One file: its last documents, or the end of a long one. A list
-    (`lines`: auto, on or off): lines all over it. `val` names the validation text instead. A named corpus has a split of
-    its own. `cache` is the folder for what is generated or downloaded.
+    (`lines`: auto, on, off): lines all over it. `val` names another text for validation. A named corpus has a split of its
+    own. `cache` is the folder for what is generated or downloaded.
 
-    Raises `UserError`: no text, or text that cannot be read (3); a cache that cannot be written (6); `val` with a named
-    corpus (2).
+    Raises `UserError`: no text or unreadable (3); a cache that cannot be written (6); `val` with a named corpus (2).
     """
     if val and source in NAMED:
         raise UserError(f"--data.val is for text of your own; {source} has a validation text already")
     if source in GENERATED:
-        first, last = map(_whole_file, generated_files(source, cache))
+        first, last = map(_open_file, generated_files(source, cache))
         return Corpus(source, (first,), (last,), GENERATED[source].entropy())
     if source == "shakespeare":
-        first, last = _split_file(_whole_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
+        first, last = _split_file(_open_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
         return Corpus(source, (first,), (last,))
     texts = [_open_file(path, lines) for path in find_files(source)]
     if not val:
@@ -102,8 +95,8 @@ def _hold_out(source: str, texts: Sequence[TextRange], val_fraction: float) -> C
     """Hold out whole files or else the end of each long one, and lines of each list."""
     lists, others = {text for text in texts if text.lines}, [text for text in texts if not text.lines]
     whole, total = _select_files(others, val_fraction), sum(text.n_bytes for text in others)
-    # Files shorter than half of the mean are less than half of the text.
-    long = {text for text in others if not whole and text.n_bytes >= min(LONG_BYTES, total / len(others) / 2)}
+    # Long: 20 kB, or half of the mean, since all files shorter than that are less than half of the text.
+    long = {text for text in others if not whole and text.n_bytes >= min(20_000, total / len(others) / 2)}
     share = min(val_fraction * total / max(1, sum(text.n_bytes for text in long)), (1 + val_fraction) / 2)
     train, val = list[TextRange](), list[TextRange]()
     for text in texts:
@@ -168,11 +161,6 @@ def download_shakespeare(cache: Path) -> Path:
     )
 
 
-def _whole_file(path: Path) -> TextRange:
-    with open_text(path) as file:
-        return TextRange(path, 0, os.fstat(file.fileno()).st_size)
-
-
 def _select_files(texts: Sequence[TextRange], val_fraction: float) -> set[TextRange]:
     """Some of several files, never all, with about `val_fraction` of the bytes; empty if no choice comes near.
 
@@ -192,40 +180,37 @@ def _select_files(texts: Sequence[TextRange], val_fraction: float) -> set[TextRa
         if text.n_bytes < 2 * missing and len(selected) < len(texts) - 1:
             selected.add(text)
             missing -= text.n_bytes
-    low, high = _limits(val_fraction)
-    near = low * total <= val_fraction * total - missing <= high * total
-    # Otherwise all short files might be held out, and one long one be trained on alone.
-    return selected if near and len(selected) <= high * len(texts) else set()
-
-
-def _limits(val_fraction: float) -> tuple[float, float]:
-    """The least and the most to hold out as whole documents: half and twice, also of what is left for training."""
-    return val_fraction / 2, min(2 * val_fraction, (1 + val_fraction) / 2)
+    share = sum(text.n_bytes for text in selected) / max(1, total)
+    # Not all the short files, with one long file left for training.
+    is_near = val_fraction / 2 <= share <= 2 * val_fraction and len(selected) <= 2 * val_fraction * len(texts)
+    return selected if is_near else set()
 
 
 def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRange]:
     """Hold out the last documents of a file if they are about `val_fraction` of it, else that part of the text."""
     size = text.end
-    lowest, highest = (int(size * (1 - share)) for share in reversed(_limits(val_fraction)))
+    low, high = int(size * max(1 - 2 * val_fraction, (1 - val_fraction) / 2)), int(size * (1 - val_fraction / 2))
     cut = min(int(size * (1 - val_fraction)), size - 1)
     with open_text(text.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         # Not in a separator: one that begins a little before the cut counts as after it.
-        start = _DOCUMENT_START.search(data, max(cut - len(SEPARATOR) - 4, 0), highest)
-        if start is None:
-            start = next(iter(deque(_DOCUMENT_START.finditer(data, lowest, cut), maxlen=1)), None)
-        if start is not None:
-            cut = start.start()
+        after = _DOCUMENT_START.search(data, max(cut - len(SEPARATOR) - 4, 0), high)
+        start = (
+            after.start() if after else max((m.start() for m in _DOCUMENT_START.finditer(data, low, cut)), default=0)
+        )
+        if start:
+            cut = start
         else:
             while cut and data[cut] & 0xC0 == 0x80:  # inside of a character
                 cut -= 1
     return replace(text, end=cut), replace(text, start=cut)
 
 
-def _open_file(path: Path, lines: str) -> TextRange:
+def _open_file(path: Path, lines: str = "off") -> TextRange:
     """A whole file, as lines if `lines` is `on`, or `auto` and it is a list. Raises `UserError` (3)."""
-    text = _whole_file(path)
+    with open_text(path) as file:
+        text = TextRange(path, 0, os.fstat(file.fileno()).st_size)
     sample = _sample_lines(text) if lines == "auto" else []
-    entries = sum(len(line.encode()) <= 40 and bool(_ENTRY.fullmatch(line)) for line in sample)
+    entries = sum(len(x.encode()) <= 40 and x.count(" ") < 4 and bool(_ENTRY.fullmatch(x)) for x in sample)
     is_list = len(sample) >= 100 and entries >= 0.95 * len(sample) and len(set(sample)) >= 0.8 * len(sample)
     return replace(text, lines=ALL_LINES) if is_list or lines == "on" else text
 
@@ -237,11 +222,11 @@ def _split_list(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRa
     return replace(text, lines=(border, ALL_LINES[1])), replace(text, lines=(0, border))
 
 
-def _sample_lines(text: TextRange) -> list[str]:
-    """The whole lines in 16 blocks of a file, evenly spread; all but the last of a short one."""
-    lines: list[bytes] = []
+def _sample_lines(text: TextRange, block_bytes: int = 16 * 1024) -> list[str]:
+    """The whole lines in 16 blocks of a file, evenly spread; of a short file nearly all."""
+    lines: list[str] = []
     with open_text(text.path) as file:
-        for start in range(0, text.end, max(text.end // 16, _SAMPLE_BLOCK)):
+        for start in range(0, text.end, max(text.end // 16, block_bytes)):
             file.seek(start)
-            lines += file.read(_SAMPLE_BLOCK).split(b"\n")[start > 0 : -1]
-    return [line.removesuffix(b"\r").decode(errors="replace") for line in lines]
+            lines += file.read(block_bytes).decode(errors="replace").splitlines()[start > 0 : -1]
+    return lines

@@ -66,12 +66,11 @@ def unlikeness(train: TokenSplit, val: TokenSplit, vocab_size: int) -> float:
     KL(validation || training) in nats, less that of as many tokens spread evenly over the training split, which are left
     out of the training counts; as a fraction of the unigram loss. 0: no further than chance.
     """
-    targets = val.tokens[1 : VAL_LIMIT + 1]
-    pool = train.tokens[1 : TRAIN_LIMIT + 1]
-    spread = np.bincount(pool[:: max(1, len(pool) // len(targets))][: len(targets)], minlength=vocab_size)
-    counts = np.bincount(pool, minlength=vocab_size)
+    targets, pool = val.tokens[1 : VAL_LIMIT + 1], train.tokens[1 : TRAIN_LIMIT + 1]
+    sample = pool[:: max(1, len(pool) // len(targets))][: len(targets)]
+    counts, spread, held_out = (np.bincount(tokens, minlength=vocab_size) for tokens in (pool, sample, targets))
     divergences = []
-    for q, n in ((np.bincount(targets, minlength=vocab_size), counts), (spread, counts - spread)):
+    for q, n in ((held_out, counts), (spread, counts - spread)):
         frequency, log_p = q / q.sum(), np.log((n + 1) / (n.sum() + vocab_size))
         divergences.append(frequency @ (np.log(np.where(q, frequency, 1)) - log_p))
     return float((divergences[0] - divergences[1]) / -(frequency @ log_p))

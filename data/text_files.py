@@ -116,9 +116,8 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
         *ended, rest = separator.split(rest + block)
         for part in ended:
             document = _remove_first_newline(part) if starts else part
-            if starts:
-                selected = bool(document.strip()) and text.contains(document)
-            if selected:
+            selected = text.contains(document) if starts else selected
+            if selected and (document.strip() or not starts):
                 yield Piece(document, True)
             starts = True
         # The last characters may be the beginning of a separator.
@@ -127,8 +126,7 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
             cut = rest.rfind(" ", 1, block_bytes)
             cut = cut if cut > 0 else block_bytes
             part = _remove_first_newline(rest[:cut]) if starts else rest[:cut]
-            if starts:
-                selected = text.contains(part)
+            selected = text.contains(part) if starts else selected
             if selected:
                 yield Piece(part, False)
             rest, starts = rest[cut:], False

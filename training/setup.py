@@ -225,10 +225,8 @@ def print_header(trainer: Trainer) -> None:
     )
     # A Bible has 0.04, a book that ends in a licence 0.13.
     if not trainer.config.data.val and unlikeness(data.train, data.val, data.tokenizer.vocab_size) > 0.09:
-        print_line(
-            "the held-out text is unlike the training text, as a licence at the end or the end of a sorted list is, so its "
-            "loss says little about the rest: remove it, shuffle the list, or name other text with --data.val"
-        )
+        unlike = "the held-out text is unlike the rest (a licence at the end? a sorted list?), so its loss says little"
+        print_line(f"{unlike}: remove it, shuffle the list, or name other text with --data.val")
     if trainer.config.log.attention == "off":
         print_line("log.attention is off: no attention is recorded and no page is written")
     if trainer.resumed_from and (line := describe_resuming(trainer, trainer.resumed_from)):
