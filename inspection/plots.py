@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.figures import ACCENT, GRAY, MUTED, drawable, figure
-from inspection.findings import ATTENTION_THRESHOLD, FINDING_SCORES
+from inspection.findings import ATTENTION_THRESHOLD
 from inspection.head_scores import ANTECEDENT, REPEATS, score_info
 from inspection.run_reader import RunFiles, best_head, find_text, match_name
 from inspection.terminal import clearest_head, display_width, head_name, token_text
@@ -46,7 +46,7 @@ def draw_figures(
 ) -> list[Path]:
     """Draw `attention`, `head`, `timeline` and `phase_change`, as far as the run has the data; return their paths.
 
-    By default the score of the timeline is the most informative one, and all heads are shown on the model's sample.
+    By default the timeline is that of the finding's score, and all heads are shown on the model's sample.
     Each figure is drawn within `guard`: after `report_failure` of one, the others are drawn.
     """
     drawings: dict[str, Callable[[Path], list[Path]]] = {
@@ -71,16 +71,15 @@ def _draw_grid(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
 
 def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
     """The head that the findings name, on a text where it matters; else the clearest head on a held-out text."""
-    file, results = run.read(step), run.findings or {"findings": []}
+    file, finding = run.read(step), named_finding(run)
     texts = {text.name: text for text in reversed(file.texts)}
     held_out = name or next((text.name for text in file.texts if text.name.startswith("held-out")), "")
     text, query, note = find_text(file, held_out, f"step {step} of {run.folder}"), None, ""
     layer, head = clearest_head(text.pattern())
-    if results["findings"] and not name:
-        finding = next((each for each in results["findings"] if each["is_supported"]), results["findings"][0])
+    if finding and not name:
         (layer, head), info = finding["head"], score_info(finding["score"])
         note = "framed: where ablating it raises the loss of the next token most"
-        places = [(example["text"], example["position"] - 1, note) for example in results.get("examples", ())]
+        places = [(example["text"], example["position"] - 1, note) for example in finding["examples"]]
         places += [(f"{info.name.removeprefix(ANTECEDENT)} 1", -1, info.title)] * info.name.startswith(ANTECEDENT)
         places += [("repeat 1", None, info.title)] * (info.texts == REPEATS) + [(text.name, None, "")]
         name, query, note = next(place for place in places if place[0] in texts)
@@ -95,9 +94,11 @@ def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
 def _draw_timelines(path: Path, run: RunFiles, score: str) -> list[Path]:
     """A figure for the score, or for each of `all`."""
     steps, scores = run.head_scores
-    names = [match_name(score, scores, "score", str(run.folder))] if score not in ("", "all") else list(scores)
-    if names and not score:
-        names = [most_informative({name: values[-1] for name, values in scores.items()})]
+    names, finding = list(scores), named_finding(run)
+    if score not in ("", "all"):
+        names = [match_name(score, names, "score", str(run.folder))]
+    elif not score:
+        names = [finding["score"]] if finding and finding["score"] in names else names[:1]
     paths = [path.with_stem("timeline-" + re.sub("[^A-Za-z0-9]", "-", name)) for name in names]
     paths = [path] if len(names) == 1 else paths
     for each, name in zip(paths, names, strict=True):
@@ -124,10 +125,11 @@ def has_formed(values: NDArray[np.float32]) -> bool:
     return bool(first < ATTENTION_THRESHOLD <= last or last >= max(2 * first, first + CLEAR_RISE))
 
 
-def most_informative(scores: Mapping[str, NDArray[np.float32]]) -> str:
-    """The first score of `FINDING_SCORES` on which some head reaches the threshold, else any; empty without scores."""
-    reached = [name for name in FINDING_SCORES if name in scores and (scores[name] >= ATTENTION_THRESHOLD).any()]
-    return next(iter([*reached, *scores]), "")
+def named_finding(run: RunFiles) -> dict[str, Any] | None:
+    """The first finding that is supported, else the first, with the `examples` of the run."""
+    results = run.findings or {"findings": []}
+    findings = sorted(results["findings"], key=lambda finding: not finding["is_supported"])
+    return findings[0] | {"examples": results.get("examples", [])} if findings else None
 
 
 def repeats_loss(run: RunFiles) -> Series | None:

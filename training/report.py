@@ -183,7 +183,9 @@ def longest_run(texts: Iterable[Sequence[int] | np.ndarray], corpus: np.ndarray)
 def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str, float], title: str) -> None:
     """`loss.png`: training and validation loss over the steps, baselines as horizontal lines; names and last values are
     on the right."""
-    with figure(path, title, size=(6.2, 3.6), margins=(0.7, 0.5, 1.6)) as axes:
+    best, step = min(((m["val_loss"], m["step"]) for m in metrics if "val_loss" in m), default=(0.0, 0))
+    note = f"lowest validation loss: {best:.3f}, at step {step}" if best else ""
+    with figure(path, title, note, size=(6.2, 3.6), margins=(0.7, 0.5, 1.6)) as axes:
         from matplotlib.ticker import LogLocator, NullLocator
 
         lines = [(nats, name, ACCENT if name == "floor" else MUTED) for name, nats in references.items()]
@@ -193,6 +195,7 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str
             if points := [(m["step"], m[key]) for m in metrics if key in m]:
                 axes.plot(*zip(*points, strict=True), color=color)
                 lines.append((points[-1][1], name, color))
+        axes.plot([step] * bool(best), [best] * bool(best), "o", color="#1f3b70", clip_on=False)
         axes.set(xlabel="step", ylabel="loss (nats/token)", yscale="log", xmargin=0)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -200,9 +203,8 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str
         lines.sort()
         low, high = np.log(axes.get_ylim())
         ends, gaps = (np.log([nats for nats, *_ in lines]) - low) / (high - low), 0.05 * np.arange(len(lines))
-        # Labels are moved apart, to 1 at most.
         places = np.minimum(np.maximum.accumulate(ends - gaps) + gaps, 1 - gaps[::-1])
-        for (nats, name, color), end, place in zip(lines, ends, places, strict=True):
+        for (nats, name, color), end, place in zip(lines, ends, places, strict=True):  # no label on another
             leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
             style: Any = {"xycoords": "axes fraction", "va": "center", "color": color, "arrowprops": leader}
             axes.annotate(f"{name} {nats:.3f}", (1, end), (1.03, place), **style, annotation_clip=False)
