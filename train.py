@@ -1,4 +1,4 @@
-"""Train a small GPT:                  python train.py [CONFIG.toml] [--section.key value ...]
+"""Train a small GPT:                  python train.py [CONFIG.toml or TEXT] [--section.key value ...]
 Verify that a run resumes exactly:  python train.py --run.resume RUN --check
 Print what a run would need:        python train.py [CONFIG.toml] --plan [8xh100]
 
@@ -9,6 +9,7 @@ line is known to be valid.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,13 +86,15 @@ def train(config: RunConfig, started: float, given: set[str], max_epochs: float)
     print_header(trainer)
     trainer.run()
     if ctx.is_main_process:
-        run = Path(config.run.dir)
-        page = f"  open {run / 'attention.html'}\n" if recorder and (run / "attention.html").is_file() else ""
+        run, html = shlex.quote(config.run.dir), Path(config.run.dir) / "attention.html"
+        page = f"  open {shlex.quote(str(html))}\n" if recorder and html.is_file() else ""
         summary = f"  python attend.py summary {run}\n" if recorder else ""
         seconds = time.perf_counter() - started
         step, last = trainer.state.step, trainer.saved[0] if trainer.saved else 0
         which = f"   (the best checkpoint, of step {step}; --checkpoint last: step {last})" if step != last else ""
-        print_line(f"\n{seconds:.0f} s in all; the run is in {run}\n{page}{summary}  python sample.py {run}{which}")
+        print_line(
+            f"\n{seconds:.0f} s in all; the run is in {config.run.dir}\n{page}{summary}  python sample.py {run}{which}"
+        )
 
 
 def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.errors import DISK_OR_MEMORY, UserError
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -45,8 +47,11 @@ class DataConfig:
 def cache_folder() -> Path:
     """The folder for downloads and token files.
 
-    `$GLASSGPT_CACHE`, else `$XDG_CACHE_HOME/glassgpt`, else `~/.cache/glassgpt`.
+    `$GLASSGPT_CACHE`, else `$XDG_CACHE_HOME/glassgpt`, else `~/.cache/glassgpt`. Raises UserError (6) without a home.
     """
     if folder := os.environ.get("GLASSGPT_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glassgpt"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder == "~/.cache":
+        raise UserError("there is no home folder to cache tokens in; set GLASSGPT_CACHE to a folder", DISK_OR_MEMORY)
+    return Path(folder) / "glassgpt"

@@ -68,7 +68,7 @@ def find_files(source: str) -> list[Path]:
 
     Raises `UserError` (3) if there are none.
     """
-    path, name = Path(source).expanduser(), escape_control_chars(source)
+    path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
     try:
         if path.is_dir():
             candidates: Iterable[Path] = _prose_below(path)
@@ -76,6 +76,7 @@ def find_files(source: str) -> list[Path]:
         else:
             candidates = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
             wanted = "matches it; name a text file, a folder, or a glob (or for --data.source: stories, repeats, shakespeare)"
+            wanted += ", at its new place if it was moved"
         # Each file once, however many links lead to it.
         files = {file.resolve(): file for file in sorted(candidates, reverse=True) if file.is_file()}
         non_empty = sorted(file for file in files.values() if file.stat().st_size)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -181,7 +182,7 @@ def _not_a_run(path: Path) -> str:
     if inside := _runs_in(path):
         return f"{path} is not a run but contains {len(inside)}; give one of them, such as {inside[0]}"
     if (path / "config.toml").is_file():
-        hint = f"look at a prompt with: python attend.py {path} --prompt TEXT"
+        hint = f"look at a prompt with: python attend.py {shlex.quote(str(path))} --prompt TEXT"
         return f"{path} has no attention files (it was trained with --log.attention off); {hint}"
     return f"{path} is not a run folder; python train.py makes a run folder"
 

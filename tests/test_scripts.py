@@ -62,6 +62,8 @@ def test_sample_refuses_in_one_line(run: Path, argv: list[str], words: str) -> N
 @pytest.mark.parametrize("name", ["sample.py", "attend.py"])
 def test_folder_without_a_run_is_named(name: str, tmp_path: Path) -> None:
     assert "has no checkpoint" in error_line(script(name, tmp_path), 4)
+    (tmp_path / "one" / "checkpoints" / "000006").mkdir(parents=True)
+    assert f"it contains {tmp_path / 'one'}" in error_line(script(name, tmp_path), 4)
     assert "is not a folder" in error_line(script(name, tmp_path / "nothing"), 4)
     assert "is not a run folder" in error_line(script("train.py", f"--run.resume={tmp_path}"), 4)
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -67,6 +68,11 @@ class RunEnvironment:
     corpus: str = ""  # fingerprint of the prepared corpus
     settings: Mapping[str, str] = field(default_factory=dict)
     """What else decides the last bits of the results: device, dtype, attention, threads, compiled, torch version."""
+    seen_tokens: str = ""  # which tokens the training text has: a bit each, in hexadecimal; empty if it is not known
+
+    def has_token(self, token: int) -> bool:
+        """Whether the training text has a token; True if it is not known."""
+        return bool(int(self.seen_tokens[token // 4 : token // 4 + 1] or "f", 16) >> (3 - token % 4) & 1)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,9 @@ def open_checkpoint(path: Path, which: str = "best") -> Checkpoint:
     is_checkpoint = os.path.isfile(path / MANIFEST) or os.path.isfile(path / STATE)
     folders = [path] if is_checkpoint else list_checkpoints(path / "checkpoints")[::-1]
     if not folders:
-        raise UserError(f"{shown} has no checkpoint; train one with: python train.py --run.dir {shown}", CHECKPOINT)
+        runs = sorted({str(inner.parent.parent) for inner in path.glob("*/checkpoints/*")})
+        hint = f"it contains {', '.join(runs[:9])}" if runs else f"train one: train.py --run.dir {shlex.quote(shown)}"
+        raise UserError(escape_control_chars(f"{path} has no checkpoint; {hint}"), CHECKPOINT)
     if which not in ("best", "last"):
         steps = {folder.name: folder for folder in folders}
         if which.zfill(6) not in steps:
@@ -189,6 +197,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         state, environment = TrainState(**saved["state"]), RunEnvironment(**saved["environment"])
         counts = [saved["vocab_size"], *(value for name, value in vars(state).items() if name != "best_loss")]
+        bytes.fromhex(environment.seen_tokens)
         if any(type(count) is not int for count in counts) or not isinstance(state.best_loss, float | None):
             raise ValueError("a count is not an integer, or the best loss is not a number")
         if step_of_folder(folder) not in (None, state.step):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
@@ -53,7 +54,9 @@ NO_EQUIVALENT = {
     "wandb_run_name": "it is the name of the run folder, --run.dir",
 }
 
-
+PATHS = ("run.dir", "run.resume", "data.source", "log.prompts", "out", "against", "attend")
+OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")
+"""Unlike `-- said the bird`, which is a value."""
 S = TypeVar("S")
 
 
@@ -73,16 +76,24 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
     types = {name: kind for name, kind in option_types(settings).items() if name not in positional[:1]}
     values: dict[str, Any] = {}
     wrong: list[str] = []
+    words: list[str] = []
     for option, value in split_options(args, [name for name, kind in types.items() if kind is bool]):
         try:
             if option:
                 values[field_name(option)] = _convert(option, value, types)
+                if field_name(option) in PATHS and re.match(r"\w[\w+.-]+://", value or ""):
+                    raise ValueError(f"{option} is {value}; give a local path")
             elif free := [name for name in positional if name not in values]:
                 values[free[0]] = value
             else:
-                raise ValueError(f"unexpected {value!r}; options begin with two dashes")
+                words.append(value or "")
         except ValueError as problem:
             wrong.append(str(problem))
+    if words:
+        hint = f"did you mean --{words[0]}? " if field_name(words[0].partition("=")[0]) in types else ""
+        more = f" and {len(words) - 1} more" if len(words) > 1 else ""
+        hint += "options begin with two dashes, a config file comes first, patterns and texts with spaces need quotes"
+        wrong.append(f"unexpected {words[0]!r}{more}; {hint}")
     for name in positional[:1]:
         if name not in values:
             wrong.append(f"{name} is missing; --help shows the usage")
@@ -112,13 +123,13 @@ def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tupl
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
+        if not OPTION.match(word):
             yield "", word
         elif "=" in word:
             option, value = word.split("=", 1)
             yield option, value
         else:
-            alone = field_name(word) in flags or not rest or rest[0].startswith("--")
+            alone = field_name(word) in flags or not rest or bool(OPTION.match(rest[0]))
             yield word, None if alone else rest.pop(0)
 
 
@@ -129,13 +140,14 @@ def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
         raise ValueError(f"unknown option {escape_control_chars(option)}; {_suggestion(name, types)}")
     kind, choices = types[name], typing.get_args(types[name])
     numbers = {int: "a whole number", float: "a number"}
-    expected = f"one of {', '.join(choices)}" if choices else numbers.get(kind, "a value")
+    expected = f"one of {', '.join(choices)}" if choices else numbers.get(kind, "text")
     if kind is bool:
         if value is None:
             return True
         expected = "no value"
     if value is None:
-        raise ValueError(f"{option} needs a value: {expected}")
+        dashes = f"; if it begins with dashes, write {option}=--..." if kind is str else ""
+        raise ValueError(f"{option} needs a value: {expected}{dashes}")
     if kind is str or value in choices:
         return value
     if kind in numbers:

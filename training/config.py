@@ -7,6 +7,8 @@ before them: defaults < file < command line. Imports no torch, so that a mistype
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import glob
 import json
 import math
 import os
@@ -43,7 +45,7 @@ Lines = Annotated[
 class RunSettings:
     """Run folder, seed and processes."""
 
-    dir: str = ""  # Run folder; by default runs/ and the name of the config file or text, numbered if it exists.
+    dir: str = ""  # Run folder, new or empty; by default runs/ and the name of the config or text, perhaps numbered.
     resume: str = ""  # A run folder to continue from its newest intact checkpoint.
     seed: Seed = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
     threads: NonNegativeInt = 0  # CPU threads; 0: torch's default.
@@ -147,21 +149,23 @@ def read_toml(path: Path) -> list[str]:
     """The arguments of a config file; raises UserError (2) if it cannot be read or is not valid TOML."""
     where = escape_control_chars(path)
     try:
-        return as_arguments(tomllib.loads(path.read_text(encoding="utf-8")), where)
+        return as_arguments(tomllib.loads(path.read_text("utf-8-sig", "surrogateescape")), where)
     except OSError as error:
-        raise UserError(f"cannot read the config file {where}: {error.strerror}") from error
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "a text is given as --data.source TEXT"
+        raise UserError(f"cannot read the config file {where}: {error.strerror}; {hint}") from error
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits, nested too deeply
         raise UserError(f"{where} is not valid TOML: {escape_control_chars(error)}") from error
 
 
 def to_toml(config: RunConfig) -> str:
-    """The config as a file that `read_toml` reads back."""
+    """The config as a file that `read_toml` reads back; encode it with `surrogateescape`, for names that are not UTF-8."""
     lines = []
     for section, entries in dataclasses.asdict(config).items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in entries.items()]  # as in TOML for finite numbers
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\x7f", "\\u007f")  # else JSON's finite numbers and texts are TOML's
 
 
 def from_saved(table: dict[str, Any], where: str) -> RunConfig:
@@ -177,7 +181,10 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's. Raises
     UserError with a line for each problem (2), or for a folder that is not a run (4)."""
     typed = list(argv)
-    file = Path(typed.pop(0)) if typed and not typed[0].startswith("-") else None
+    word = typed[0] if typed and not re.match(r"-|\w+\.\w+=", typed[0]) else ""
+    if word and not word.endswith(".toml") and (os.path.exists(word) or glob.has_magic(word)):
+        typed[0], word = f"--data.source={word}", ""
+    file = Path(typed.pop(0)) if word else None
     resumed = dict(split_options(typed)).get("--run.resume")
     if resumed:
         saved = Path(resumed) / "config.toml"
@@ -196,8 +203,16 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         name = escape_control_chars(file)
         raise UserError(f"{name} sets run.resume, which belongs on the command line: --run.resume RUN")
     is_own_text = file == QUICKSTART and config.data.source != DataConfig().source
-    name = re.sub(r"[^\w-]+", "-", Path(config.data.source).stem).strip("-") if is_own_text else file.stem
-    return config, name or "run"
+    return config, (text_name(config.data.source) if is_own_text else file.stem) or "run"
+
+
+def text_name(source: str) -> str:
+    """A name for the run of a text: the file's, or that of the folder, also of a pattern's."""
+    path = Path(os.path.expanduser(source))
+    while glob.has_magic(str(path)) and not os.path.exists(path):
+        path = path.parent
+    name = os.path.basename(os.path.realpath(path)) if os.path.isdir(path) else path.stem
+    return re.sub(r"[\0-,./:-@\[-^`{-\x9f\s\ud800-\udfff]+", "-", name)[:60].strip("-")
 
 
 def check_minutes(typed: list[str], from_file: list[str], resuming: bool) -> None:

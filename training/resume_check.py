@@ -60,8 +60,8 @@ def train(folder: Path, config: RunConfig, start: Path | None, stops: list[int])
     folder.mkdir()
     run = dataclasses.replace(config.run, dir=str(folder), resume="", stop_at_step=0)
     log = dataclasses.replace(config.log, wandb="disabled")
-    file = folder / ("config.toml" if start else "start.toml")
-    file.write_text(to_toml(dataclasses.replace(config, run=run, log=log)), encoding="utf-8")
+    file = folder / "config.toml" if start else folder.with_suffix(".toml")
+    file.write_text(to_toml(dataclasses.replace(config, run=run, log=log)), encoding="utf-8", errors="surrogateescape")
     if start is not None:
         shutil.copytree(start, folder / "checkpoints" / start.name)
     for stop in stops:

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import itertools
 import os
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
     The folder is the resumed run's, `run.dir`, or the first free one of runs/NAME, runs/NAME-2, ...
 
     Raises:
-        UserError: if the folder already holds a run (2) or checkpoints without a config (4), cannot be written (6), or
-            is in use by another process (7).
+        UserError: if the folder already holds a run or other files (2) or checkpoints without a config (4), cannot be
+            written (6), or is in use by another process (7).
     """
     if os.environ.get("RANK", "0") != "0":
         yield config
@@ -37,6 +38,7 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
     for folder in [Path(given)] if given else numbered:
         try:
             resume = config.run.resume or (str(folder) if is_restart(folder) else "")
+            made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
             lock = lock_folder(folder)
             break
         except UserError as error:
@@ -44,7 +46,32 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
                 raise
     run = dataclasses.replace(config.run, dir=str(folder), resume=resume)
     with lock:
-        yield dataclasses.replace(config, run=run)
+        try:
+            yield dataclasses.replace(config, run=run)
+        except BaseException:  # a start that failed leaves no folder
+            with contextlib.suppress(OSError):
+                if made and {path.name for path in folder.iterdir()} == {"attention", "lock"}:
+                    (folder / "attention").rmdir()
+                    (folder / "lock").unlink()
+                    for path in made:
+                        path.rmdir()
+            raise
+
+
+class FolderCheck:
+    """A callback that stops the run, with exit code 6, once its folder was moved or removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.opened = folder, os.stat(folder)
+
+    def check(self, trainer: object, metrics: object = None) -> None:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.folder), self.opened):
+                return
+        message = f"the run folder {self.folder} was moved or removed: put it back, then continue with --run.resume"
+        raise UserError(message, DISK_OR_MEMORY)
+
+    on_step = on_eval = on_save = on_end = check
 
 
 def is_restart(folder: Path) -> bool:
@@ -53,11 +80,11 @@ def is_restart(folder: Path) -> bool:
     Raises:
         UserError: if it holds another run (2), or checkpoints without a config (4), but for step 0's.
     """
-    shown = escape_control_chars(folder)
-    if (folder / CONFIG_FILE).exists():
+    shown, quoted = escape_control_chars(folder), escape_control_chars(shlex.quote(str(folder)))
+    if os.path.exists(folder / CONFIG_FILE):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]:
             return True
-        message = f"{shown} already holds a run; continue it with --run.resume {shown}, or choose another --run.dir"
+        message = f"{shown} already holds a run; continue it with --run.resume {quoted}, or choose another --run.dir"
         raise UserError(message, CONFIG)
     if any(path.name.isdecimal() and int(path.name) > 0 for path in (folder / "checkpoints").glob("*")):
         message = f"{shown} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
@@ -79,9 +106,13 @@ def _lock_owner(folder: Path) -> list[str]:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Create and lock the folder until the lock is closed or the process ends. Raises UserError (6 or 7)."""
+    """Create and lock the folder until the lock is closed or the process ends. Raises UserError (2, 6 or 7)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if names and not {"lock", CONFIG_FILE} & {*names}:  # a start that was killed has left a lock
+            message = f"{folder} holds other files, such as {names[0]}; choose a new or empty folder with --run.dir"
+            raise UserError(message, CONFIG)
         lock = (folder / "lock").open("a+", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)
@@ -100,5 +131,5 @@ def lock_folder(folder: Path) -> IO[str]:
 
 def save_config(config: RunConfig) -> None:
     """Write `config.toml`, which marks the folder as resumable. Raises UserError (6)."""
-    run = dataclasses.replace(config.run, resume="", stop_at_step=0)
-    write_atomic(Path(config.run.dir) / CONFIG_FILE, [to_toml(dataclasses.replace(config, run=run)).encode()])
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="", stop_at_step=0))
+    write_atomic(Path(config.run.dir) / CONFIG_FILE, [to_toml(config).encode(errors="surrogateescape")])

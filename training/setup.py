@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars
+from data.corpora import GENERATED
 from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
@@ -29,7 +33,7 @@ from training.flops import step_flops
 from training.metrics import MetricsLogger, ProgressBar, print_line
 from training.optimizer import Optimizer, get_lr_scale
 from training.report import LossReport
-from training.run_dir import save_config
+from training.run_dir import FolderCheck, save_config
 from training.text_generation import decode, encode_prompt, generate_tokens
 from training.trackers import WandbTracker
 from training.trainer import Callback, Trainer, derive_seed, micro_batch_rows
@@ -61,7 +65,7 @@ class Checkpointer(Callback):
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
         if self.saver is not None and trainer.is_stopped:
-            print_line(f"stopped; resume with: python train.py --run.resume {trainer.config.run.dir}")
+            print_line(f"stopped; resume with: python train.py --run.resume {shlex.quote(trainer.config.run.dir)}")
 
 
 class TextSample(Callback):
@@ -91,7 +95,8 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
     config, state = trainer.config, trainer.state
     loggers = [MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps)]
     wandb = [WandbTracker()] if config.log.wandb != "disabled" else []
-    return [LossReport(), TextSample(), *([recorder] if recorder else []), *loggers, checkpointer, *wandb]
+    check = FolderCheck(Path(config.run.dir))
+    return [check, LossReport(), TextSample(), *([recorder] if recorder else []), *loggers, checkpointer, *wandb]
 
 
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
@@ -177,7 +182,10 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
 def describe_environment(trainer: Trainer, is_compiled: bool) -> RunEnvironment:
     """Besides the config, what decides the last bits of the results, and how a text begins."""
     data, ctx = trainer.data, trainer.ctx
-    has_lines = any(b"\n" in data.tokenizer.token_bytes(token) for token in set(data.train.tokens[:100_000].tolist()))
+    seen = np.zeros(data.tokenizer.vocab_size, dtype=bool)
+    for first in range(0, len(data.train), 1 << 20):
+        seen[data.train.tokens[first : first + (1 << 20)]] = True
+    has_lines = any(b"\n" in data.tokenizer.token_bytes(token) for token in np.flatnonzero(seen).tolist())
     settings = {
         "device": ctx.device.type,
         "dtype": str(ctx.dtype).removeprefix("torch."),
@@ -187,7 +195,8 @@ def describe_environment(trainer: Trainer, is_compiled: bool) -> RunEnvironment:
         "processes": str(ctx.world_size),
         "torch": torch.__version__,
     }
-    return RunEnvironment(data.train.n_documents > 1 or not has_lines, data.fingerprint, settings)
+    starts_with_eot = data.train.n_documents > 1 or not has_lines
+    return RunEnvironment(starts_with_eot, data.fingerprint, settings, np.packbits(seen).tobytes().hex())
 
 
 def describe_resuming(trainer: Trainer, saved: Checkpoint) -> str:
@@ -213,6 +222,8 @@ def print_header(trainer: Trainer) -> None:
     compiled = "compiled" if now["compiled"] == "yes" else "not compiled"
     start = f"from step {trainer.state.step} " if trainer.state.step else ""
     n_documents, n_train, n_val = data.train.n_documents, len(data.train), len(data.val) - 1
+    if data.name in (*GENERATED, "shakespeare") and os.path.exists(data.name):
+        print_line(f"{data.name} is a built-in corpus; for your own text of that name: --data.source ./{data.name}")
     print_line(
         f"data    {data.name}: {n_documents:,} document{'s' * (n_documents != 1)}, {n_train:,} training tokens, {n_val:,} "
         f"held out ({n_val / (n_train + n_val):.1%}){data.how and ': '}{data.how}; {data.tokenizer.name} vocabulary of "

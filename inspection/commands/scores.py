@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,7 +185,7 @@ def _timeline(name: str, head: tuple[int, ...], steps: list[int], scores: NDArra
 def _choose_scores(name: str, scores: Mapping[str, Any], run: RunFiles, where: str) -> list[str]:
     """The score of that name, or all; raises `UserError` if there are none (exit code 4) or not that one (2)."""
     if not scores:
-        hint = f"look at single tokens with: python attend.py token {run.folder}"
+        hint = f"look at single tokens with: python attend.py token {shlex.quote(str(run.folder))}"
         raise UserError(f"{run.folder} has no head scores; {hint}", CHECKPOINT)
     return [match_name(name, scores, "score", where)] if name else list(scores)
 
@@ -222,7 +223,9 @@ def _notes(rows: Rows, run: RunFiles, step: int, file: AttentionFile) -> list[st
     lines = [f"! {row['head']} {row['score']} {row['value']:.2f}: {row['note']}" for row in rows if row["note"]]
     results = run.ablation
     if results is None:
-        lines.append(f"no ablation effects were measured; measure them with: python attend.py ablate {run.folder}")
+        lines.append(
+            f"no ablation effects were measured; measure them with: python attend.py ablate {shlex.quote(str(run.folder))}"
+        )
     elif results.step != step:
         lines.append(f"ablation effects are of step {results.step}, scores of step {step}")
     elif file.metadata.get("weights_sha256") != results.weights_sha256:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, CONFIG, UserError
+from data.config import DataConfig
 from tests.runs import ROOT
 from training.cli import option_types
-from training.config import RunConfig, from_saved, parse_train, read_toml, to_toml
+from training.config import LogConfig, OptimConfig, RunConfig, RunSettings, from_saved, parse_train, read_toml, to_toml
+from training.run_dir import save_config
 
 OPTIONS = sorted(option_types(RunConfig))
 
@@ -56,6 +60,48 @@ def test_nearest_option_is_named(typed: str, answer: str) -> None:
     assert "there is none like it: " in problems("--device=cuda")[0]
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--data.source", "t/1.txt", "t/2.txt", "t/3.txt"], "unexpected 't/2.txt' and 1 more; options"),
+        (["data.source=x"], "did you mean --data.source=x?"),
+        (["--train.steps=3", "x.toml"], "a config file comes first"),
+        (["--data.source"], "--data.source needs a value: text; if it begins with dashes, write --data.source=--..."),
+        (["--run.dir=s3://bucket/run"], "give a local path"),
+    ],
+)
+def test_misplaced_words_are_one_line(argv: list[str], words: str) -> None:
+    (line,) = problems(*argv)
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("texts/my book.txt", "my-book"),
+        ("texts/*.txt", "texts"),
+        ("texts/**/*.py", "texts"),
+        ("texts/v1.5/", "v1-5"),
+        ("b[1].txt", "b-1"),
+        ("हिन्दी 📚.txt", "हिन्दी-📚"),
+        ("*.txt", "corpus"),
+        (".", "corpus"),
+        ("texts/" + "x" * 200 + ".txt", "x" * 60),
+    ],
+)
+def test_run_is_named_after_the_text(source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus" / "texts" / "v1.5").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "corpus")
+    Path("b[1].txt").write_text("text")
+    assert parse_train([f"--data.source={source}"])[1] == name
+    if os.path.exists(source) or "*" in source:  # the option may be left out
+        assert parse_train([source]) == parse_train([f"--data.source={source}"])
+
+
+def test_value_may_begin_with_dashes() -> None:
+    assert parse_train(["--data.source", "-- said the bird"])[0].data.source == "-- said the bird"
+
+
 def test_dashes_equal_underscores() -> None:
     dashes, _ = parse_train(["--model.n-layers", "3", "--train.batch-size=6"])
     underscores, _ = parse_train(["--model.n_layers=3", "--train.batch_size", "6"])
@@ -85,13 +131,21 @@ def test_bad_config_file_is_one_line(tmp_path: Path, text: str) -> None:
     file.write_bytes(text.encode("latin-1"))
     (line,) = problems(str(file))
     assert len(line) < 400
-    assert problems("no.toml") == ["cannot read the config file no.toml: No such file or directory"]
+    (line,) = problems(str(tmp_path / "brokn.toml"))
+    assert line.endswith(f"No such file or directory; did you mean {file}?")
 
 
-@pytest.mark.parametrize("argv", [['--data.source=a "b" \\ c/*.txt', "--optim.lr=3e-05"], ["--train.patience=-1"]])
-def test_config_file_roundtrip(argv: list[str], tmp_path: Path) -> None:
-    config, _ = parse_train(argv)
-    (tmp_path / "config.toml").write_text(to_toml(config))
+TEXT = st.text().map(lambda text: text.encode("utf-8", "replace")) | st.binary(max_size=20)  # names in bytes
+
+
+@given(TEXT, TEXT, st.floats(0, 1e300))
+@example('a "b" \\ c/\x7f\r\n\u2028\x85*.txt'.encode(), "\U0001f4da\U00020bb7".encode(), 1.0)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_config_file_roundtrip(tmp_path: Path, source: bytes, project: bytes, number: float) -> None:
+    names = [os.fsdecode(name.replace(b"\0", b"") or b"x") for name in (source, project)]
+    config = RunConfig(RunSettings(str(tmp_path)), DataConfig(names[0]), log=LogConfig(wandb_project=names[1]))
+    config = replace(config, optim=OptimConfig(grad_clip=number))
+    save_config(config)
     assert parse_train([str(tmp_path / "config.toml")])[0] == config
 
 

@@ -95,6 +95,7 @@ def test_real_wandb_offline(tmp_path: Path) -> None:
     assert done.returncode == 0 and "wandb" not in done.stderr, done.stderr
     done = script("train.py", f"--run.resume={folder}")
     assert done.returncode == 0 and "wandb" not in done.stderr, done.stderr
+    assert script("sample.py", folder, "--tokens=5").returncode == 0
     paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(paths) == 2 and len({path.name for path in paths}) == 1
     content = b"".join(path.read_bytes() for path in paths)

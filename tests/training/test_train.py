@@ -141,9 +141,11 @@ def test_smallest_models_run_to_the_end(new: tuple[str, ...], tmp_path: Path) ->
     train(*new, "--model.context=1", "--log.sample_tokens=0", f"--run.dir={tmp_path / 'short'}")
     assert not (tmp_path / "short" / "attention.html").exists()
     (tmp_path / "lines.txt").write_text("the lazy dog\nthe fox\t fox\t dog\n")
-    train(*new, "--model.n_heads=1", f"--log.prompts={tmp_path / 'lines.txt'}", f"--run.dir={tmp_path}")
-    recorded = read_attention_file(tmp_path / "attention" / "000006.safetensors")
-    assert {"line 1", "own 1"} <= {text.name for text in recorded.texts} and (tmp_path / "attention.html").is_file()
+    train(*new, "--model.n_heads=1", f"--log.prompts={tmp_path / 'lines.txt'}", f"--run.dir={tmp_path / 'run'}")
+    recorded = read_attention_file(tmp_path / "run" / "attention" / "000006.safetensors")
+    assert {"line 1", "own 1"} <= {text.name for text in recorded.texts} and (
+        tmp_path / "run" / "attention.html"
+    ).is_file()
 
 
 def test_best_and_newest_checkpoints_are_kept(new: tuple[str, ...], tmp_path: Path) -> None:
