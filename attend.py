@@ -16,15 +16,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from common.errors import CHECKPOINT, UserError, escape_control_chars, run_main
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars, run_main
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, package_versions, write_attention_file
 from inspection.commands.outputs import Ablate, Page, Plot
@@ -71,11 +72,16 @@ class AttendOptions(RunOptions):
 
 
 def main(argv: list[str]) -> None:
-    if argv and argv[0] in COMMANDS:
-        run_command(argv[0], argv[1:])
-    else:
-        check_command(argv)
-        show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
+    try:
+        if argv and argv[0] in COMMANDS:
+            run_command(argv[0], argv[1:])
+        else:
+            check_command(argv)
+            show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
+    except UserError as error:
+        if error.exit_code != DISK_OR_MEMORY or argv[0] == "ablate":
+            raise
+        raise UserError(f"{error}; --out writes to another place", DISK_OR_MEMORY) from error
 
 
 def check_command(argv: list[str]) -> None:
@@ -86,7 +92,7 @@ def check_command(argv: list[str]) -> None:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
     if len(words) > 1 and words[1] in COMMANDS:
-        raise UserError(f"the command comes first: python attend.py {words[1]} {escape_control_chars(words[0])}")
+        raise UserError(f"the command comes first: python attend.py {words[1]} {shlex.quote(words[0])}")
 
 
 def print_lines(*lines: str) -> None:
@@ -148,15 +154,15 @@ def show_prompt(options: AttendOptions) -> None:
     """Print the attention on one text and write an attention file, a figure and a page."""
     from inspection.activation_cache import run_with_cache_batch
     from training.checkpoint import open_checkpoint
-    from training.text_generation import encode_prompt, generate_tokens
+    from training.text_generation import generate_tokens, read_prompt
 
     checkpoint = open_checkpoint(Path(options.run), options.checkpoint)
     tokenizer = checkpoint.tokenizer()
-    tokens = encode_prompt(tokenizer, options.prompt, checkpoint.environment.starts_with_eot)
+    text, tokens = read_prompt(tokenizer, options.prompt, checkpoint.environment)
     loaded = load(checkpoint)
     model, config = loaded.model, loaded.model.config
     head = parse_head(options.head, (config.n_layers, config.n_heads)) if options.head else None
-    if not options.prompt:
+    if not text:
         tokens += [token for (token,) in generate_tokens(model, tokenizer, tokens, options.tokens, options.seed)]
     if len(tokens) > config.context:
         print(f"the text has {len(tokens)} tokens; showing the last {config.context} (the context)", file=sys.stderr)
@@ -164,7 +170,7 @@ def show_prompt(options: AttendOptions) -> None:
     cache = run_with_cache_batch(model, [tokens], details=True)[0]
     print_attention(cache, [tokenizer.token_bytes(token) for token in tokens], head, options.top)
     print_next_token(model, tokenizer, tokens)
-    write_files(options, checkpoint, loaded, cache)
+    write_files(replace(options, prompt=text), checkpoint, loaded, cache)
 
 
 def print_attention(cache: ActivationCache, tokens: list[bytes], head: tuple[int, int] | None, top: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,8 @@ from training.cli import parse
 if TYPE_CHECKING:
     from model.gpt import GPT
     from training.checkpoint import Checkpoint
+
+BATCH_BYTES = 1 << 29  # of keys, values and probabilities of the texts that are generated at once
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class SampleConfig:
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
         for name, minimum in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
-            if getattr(self, name) < minimum:
-                problems.append(f"--{name} is {getattr(self, name)}; it must be at least {minimum}")
+            if not minimum <= getattr(self, name) < 1 << 63:
+                problems.append(f"--{name} is {getattr(self, name)}; it must be at least {minimum} and below 2**63")
         if self.attend and (self.samples > 1 or self.dtype != "fp32"):
             problems.append(f"--attend needs --samples 1 and --dtype fp32; they are {self.samples} and {self.dtype}")
         if self.attend and self.attend_path.exists():
@@ -76,28 +79,35 @@ def main(argv: list[str]) -> None:
     from model.quantize import quantize_
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
-    from training.text_generation import decode, encode_prompt, escape_text, generate_tokens
+    from training.text_generation import decode, escape_text, generate_tokens, read_prompt
 
     checkpoint = open_checkpoint(Path(config.run), config.checkpoint)
     tokenizer = checkpoint.tokenizer()
-    prompt = encode_prompt(tokenizer, config.prompt, checkpoint.environment.starts_with_eot)
+    text, prompt = read_prompt(tokenizer, config.prompt, checkpoint.environment)
+    shown: Callable[[str], str] = escape_text if sys.stdout.isatty() else str  # a file gets the text as it is
     model = checkpoint.load_model(get_dist_context("fp32"))
     if len(prompt) > (context := model.config.context):
         print(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used", file=sys.stderr)
     quantize_(model, config.dtype)
     params = SamplingParams(config.temperature, config.top_k, config.top_p)
-    steps = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params, config.samples)
     if config.samples > 1:
-        for number, sample in enumerate(list(zip(*steps, strict=True)) or [()] * config.samples, 1):
-            print(f"--- {number} ---\n{escape_text(config.prompt + decode(tokenizer, sample))}")
+        shape = model.config
+        text_bytes = 8 * shape.n_layers * shape.n_kv_heads * shape.d_head * context + 40 * model.vocab_size
+        rows = max(1, BATCH_BYTES // text_bytes)
+        for first in range(0, config.samples, rows):
+            n, seed = min(rows, config.samples - first), (config.seed + first * 0x9E3779B97F4A7C15) % (1 << 63)
+            steps = generate_tokens(model, tokenizer, prompt, config.tokens, seed, params, n)
+            for number, sample in enumerate(list(zip(*steps, strict=True)) or [()] * n, first + 1):
+                print(f"--- {number} ---\n{shown(text + decode(tokenizer, sample))}")
         return
-    print(escape_text(config.prompt), end="", flush=True)
+    steps = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
+    print(shown(text), end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
     tokens = list(prompt)
     for (token,) in steps:
-        print(escape_text(decoder.decode(tokenizer.token_bytes(token))), end="", flush=True)
+        print(shown(decoder.decode(tokenizer.token_bytes(token))), end="", flush=True)
         tokens.append(token)
-    print(escape_text(decoder.decode(b"", final=True)))
+    print(shown(decoder.decode(b"", final=True)))
     if config.attend:
         write_attention(config.attend_path, model, checkpoint, tokens)
 

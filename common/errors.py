@@ -8,6 +8,7 @@ import errno
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ IN_USE = 7
 LOST_PROCESS = 8
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a disk that is full or broken
+STEERS_TERMINAL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # C0, C1, bidi, surrogates
 RANK_ZERO_SECONDS = 3.0  # the other processes of torchrun wait so long for rank 0 to report bad options or data
 
 
@@ -35,9 +37,14 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-def escape_control_chars(text: object) -> str:
-    """`text` with control characters and lone surrogates escaped: file names and tokens must not drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+def escape_control_chars(text: object, keep: str = "") -> str:
+    """`text` with escapes for what could steer a terminal or end a line, but for the characters in `keep`."""
+    return STEERS_TERMINAL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], str(text))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Also for torch's RuntimeError where CPU memory ran out."""
+    return isinstance(error, MemoryError) or bool(re.search("(allocate|out of|not enough) memory", str(error)))
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -101,6 +108,10 @@ def _run(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
         sys.exit(0)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _report("out of memory; ask for less at once, or free some memory", DISK_OR_MEMORY)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -23,10 +23,17 @@ TINY = (
 """Options of a run that takes a fraction of a second."""
 
 
-def script(name: str, *argv: object) -> subprocess.CompletedProcess[str]:
+class Terminal(io.TextIOWrapper):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def script(name: str, *argv: object, terminal: bool = False) -> subprocess.CompletedProcess[str]:
     """Run one of the three scripts to its end, in this process: the same `main`, without the seconds that torch takes
     to load."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    out, err = ((Terminal if terminal else io.TextIOWrapper)(io.BytesIO(), encoding="utf-8") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words, sys.argv = sys.argv, [name, *map(str, argv)]
     code: object = 0

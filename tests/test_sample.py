@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.tokenizer import ByteTokenizer
 from inspection.activation_cache import run_with_cache
@@ -14,9 +17,9 @@ from inspection.attention_file import read_attention_file
 from model.generate import SamplingParams
 from tests.model.helpers import normal, random_model
 from tests.runs import TINY, error_line, script
-from training.checkpoint import open_checkpoint
+from training.checkpoint import RunEnvironment, open_checkpoint
 from training.device import get_dist_context
-from training.text_generation import decode, encode_prompt, escape_text, generate_tokens
+from training.text_generation import decode, encode_prompt, escape_text, generate_tokens, read_prompt
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = (f"--data.source={folder / 'text.txt'}", f"--run.dir={folder / 'run'}", "--data.tokenizer=byte")
     done = script("train.py", *TINY, *options)
     assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a vocabulary of words."""
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "text.txt").write_text("The fox met the hen.\nThe hen saw the fox.\n" * 40)
+    options = (f"--data.source={folder / 'text.txt'}", f"--run.dir={folder / 'run'}", "--data.tokenizer=bpe")
+    assert script("train.py", *TINY, "--log.attention=off", *options).returncode == 0
     return folder / "run"
 
 
@@ -61,6 +74,44 @@ def test_sample_errors(run: Path, options: list[str], code: int, words: str) -> 
     assert words in error_line(script("sample.py", run, *options), code)
 
 
+@given(st.text() | st.sampled_from(["\u3000\xa0\u200c\u200d\ufe0f\U0001f426", "a\r\nb\x1b[2J\u202e\x9b"]))
+def test_terminal_gets_the_text_but_for_what_steers_it(text: str) -> None:
+    shown = escape_text(text)
+    steers = "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    assert not re.search(steers, shown) and (re.search(steers, text) or shown == text)
+    assert re.sub(steers, "", text) == re.sub(r"\\(x..|r|u20..)", "", shown) or "\\" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant", "note"),
+    [
+        ("The fox ", "The fox", "spaces at the end"),
+        ("<|endoftext|>", "", ""),
+        ("<|endoftext|>The fox", "The fox", ""),
+        (r"The hen.\nThe hen", "The hen.\nThe hen", r"\n and \t"),
+        ("-- said the fox", "-- said the fox", 'never had these tokens of the prompt: "-"'),
+    ],
+)
+def test_prompt_means_what_the_user_meant(
+    typed: str, meant: str, note: str, words: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = open_checkpoint(words)
+    tokenizer, environment = checkpoint.tokenizer(), checkpoint.environment
+    text, tokens = read_prompt(tokenizer, typed, environment)
+    assert (text, tokens) == (meant, encode_prompt(tokenizer, meant, environment.starts_with_eot))
+    error = capsys.readouterr().err
+    assert note in error and error.count("\n") == bool(note)
+    outs = [script("sample.py", words, "--prompt", p, "--tokens=9", "--seed=2").stdout for p in (typed, meant)]
+    assert outs[0] == outs[1] and outs[0].startswith(meant)
+    assert read_prompt(tokenizer, "The fox \\n", RunEnvironment(True))[0] == "The fox \\n"  # it is not known
+
+
+def test_many_samples_come_in_batches(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sample.BATCH_BYTES", 40_000)  # of two texts
+    texts = re.split(r"--- \d ---\n", script("sample.py", run, "--samples=5", "--tokens=8", "--temperature=3").stdout)
+    assert len(texts) == len(set(texts)) == 6
+
+
 def test_encode_prompt() -> None:
     cases = ((True, "a", [256, 97]), (False, "a", [97]), (False, "", [10]))
     assert all(encode_prompt(ByteTokenizer(), prompt, documents) == tokens for documents, prompt, tokens in cases)
@@ -73,7 +124,7 @@ def test_streamed_text_is_the_decoded_tokens(run: Path) -> None:
     prompt, params = encode_prompt(tokenizer, "é", checkpoint.environment.starts_with_eot), SamplingParams(9.0)
     tokens = [token for (token,) in generate_tokens(model, tokenizer, prompt, 60, 1, params)]
     done = script("sample.py", run, "--prompt=é", "--tokens=60", "--temperature=9")
-    assert done.stdout == f"é{escape_text(decode(tokenizer, tokens))}\n" and "\ufffd" in done.stdout
+    assert done.stdout == f"é{decode(tokenizer, tokens)}\n" and "\ufffd" in done.stdout
 
 
 def test_generation_ends_with_every_texts_end_of_text() -> None:

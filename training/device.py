@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import deterministic
 
-from common.errors import DISK_OR_MEMORY, UserError
+from common.errors import DISK_OR_MEMORY, UserError, is_out_of_memory
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import TrainConfig
@@ -125,7 +124,7 @@ def get_dist_context(dtype: str = "auto", threads: int = 0) -> DistContext:
         threads: CPU threads; 0 leaves torch's default.
     """
     if threads:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
@@ -241,8 +240,8 @@ def advise_on_oom(micro_batch_size: int, batch_size: int) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError where CPU memory ran out
-        if not isinstance(error, MemoryError) and not re.search("(allocate|out of|not enough) memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         if micro_batch_size > 1:
             advice = f"try --train.micro_batch_size {micro_batch_size // 2}; the batch of {batch_size} stays the same"

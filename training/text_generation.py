@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from common.errors import UserError, escape_control_chars
+from data.text_files import SEPARATOR
 from data.tokenizer import Tokenizer
 from model.generate import SamplingParams, generate
 from model.gpt import GPT
+from training.checkpoint import RunEnvironment
 
 DEFAULT_PARAMS = SamplingParams(temperature=0.8)
+
+
+def read_prompt(tokenizer: Tokenizer, prompt: str, trained: RunEnvironment) -> tuple[str, list[int]]:
+    r"""The text that a prompt means, and the tokens that generation starts from; stderr says what differs.
+
+    `<|endoftext|>` at the beginning is the start of a document. `\n` and `\t` are a line break and a tab unless the
+    training text has backslashes. Spaces at the end, which belong to the next word's token, are dropped unless it has
+    them alone. Tokens that it never had are named. Raises `UserError` as `encode_prompt` does.
+    """
+    text, notes = prompt.removeprefix(SEPARATOR), []
+    seen = [token for token in range(tokenizer.vocab_size) if trained.has_token(token)]
+    if re.search(r"\\[nt]", text) and not any(b"\\" in tokenizer.token_bytes(token) for token in seen):
+        text = text.replace("\\n", "\n").replace("\\t", "\t")
+        notes.append(r"\n and \t in the prompt are read as a line break and a tab")
+    if text.endswith(" ") and tokenizer.encode(text)[-1] not in seen:
+        text = text.rstrip(" ")
+        notes.append("spaces at the end of the prompt are dropped; in the training text they belong to the next word")
+    tokens = encode_prompt(tokenizer, text, trained.starts_with_eot)
+    if unseen := set(tokens) - {*seen, tokenizer.end_of_text}:
+        words = [
+            tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in tokens if token in unseen
+        ]
+        shown = ", ".join(f'"{escape_control_chars(word)}"' for word in dict.fromkeys(words[:8]))
+        notes.append(f"the training text never had these tokens of the prompt: {shown}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return text, tokens
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[int]:
@@ -68,5 +99,5 @@ def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
 
 
 def escape_text(text: str) -> str:
-    """`text` with control characters escaped for the terminal, except line breaks and tabs."""
-    return "".join(c if c in "\n\t" else escape_control_chars(c) for c in text)
+    """`text` for a terminal: without the CR of CRLF, and with escapes for what could steer it but line breaks and tabs."""
+    return escape_control_chars(re.sub(r"\r+(?=\n|\Z)", "", text), keep="\n\t")
