@@ -91,9 +91,8 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
             wrong.append(str(problem))
     if words:
         hint = f"did you mean --{words[0]}? " if field_name(words[0].partition("=")[0]) in types else ""
-        more = f" and {len(words) - 1} more" if len(words) > 1 else ""
         hint += "options begin with two dashes, a config file comes first, patterns and texts with spaces need quotes"
-        wrong.append(f"unexpected {words[0]!r}{more}; {hint}")
+        wrong.append(f"unexpected {' '.join(words[:3])!r}; {hint}")
     for name in positional[:1]:
         if name not in values:
             wrong.append(f"{name} is missing; --help shows the usage")

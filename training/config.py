@@ -152,8 +152,8 @@ def read_toml(path: Path) -> list[str]:
         return as_arguments(tomllib.loads(path.read_text("utf-8-sig", "surrogateescape")), where)
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "a text is given as --data.source TEXT"
-        raise UserError(f"cannot read the config file {where}: {error.strerror}; {hint}") from error
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"cannot read the config file {where}: {error.strerror}{hint}") from error
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits, nested too deeply
         raise UserError(f"{where} is not valid TOML: {escape_control_chars(error)}") from error
 
@@ -181,10 +181,11 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's. Raises
     UserError with a line for each problem (2), or for a folder that is not a run (4)."""
     typed = list(argv)
-    word = typed[0] if typed and not re.match(r"-|\w+\.\w+=", typed[0]) else ""
-    if word and not word.endswith(".toml") and (os.path.exists(word) or glob.has_magic(word)):
-        typed[0], word = f"--data.source={word}", ""
-    file = Path(typed.pop(0)) if word else None
+    file = None
+    if typed and not re.match(r"-|\w+\.\w+=", typed[0]):
+        word = typed.pop(0)
+        file = Path(word) if word.endswith(".toml") else None
+        typed = typed if file else [f"--data.source={word}", *typed]
     resumed = dict(split_options(typed)).get("--run.resume")
     if resumed:
         saved = Path(resumed) / "config.toml"
