@@ -81,8 +81,6 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
         try:
             if option:
                 values[field_name(option)] = _convert(option, value, types)
-                if field_name(option) in PATHS and re.match(r"\w[\w+.-]+://", value or ""):
-                    raise ValueError(f"{option} is {value}; give a local path")
             elif free := [name for name in positional if name not in values]:
                 values[free[0]] = value
             else:
@@ -147,6 +145,8 @@ def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
     if value is None:
         dashes = f"; if it begins with dashes, write {option}=--..." if kind is str else ""
         raise ValueError(f"{option} needs a value: {expected}{dashes}")
+    if name in PATHS and re.match(r"\w[\w+.-]+://", value):
+        raise ValueError(f"{option} is {value}; give a local path")
     if kind is str or value in choices:
         return value
     if kind in numbers:

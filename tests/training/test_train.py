@@ -280,7 +280,7 @@ def test_separate_validation_text_may_move_and_not_change(tmp_path: Path, new: t
 @pytest.mark.parametrize("end", ["", "0123456789" * 120])
 def test_held_out_text_that_is_unlike_the_rest_is_reported(tmp_path: Path, end: str) -> None:
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog " * 200 + end)
-    output = train(*TINY, f"--data.source={tmp_path / 'book.txt'}", f"--run.dir={tmp_path}", "--log.attention=off")
+    output = train(*TINY, f"--data.source={tmp_path / 'book.txt'}", f"--run.dir={tmp_path / 'run'}", OFF)
     assert ("the held-out text is unlike" in output and "--data.val" in output) == bool(end)
 
 
