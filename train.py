@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import run_main
-from training.config import RunConfig, given_options, parse_train
+from training.config import RunConfig, given_options, name_source, parse_train
 from training.hardware import parse_plan_option
 from training.recipe import describe, read_recipe
 from training.run_dir import open_run_dir
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     argv, target = parse_plan_option(argv)
     usage = (__doc__ or "").partition("\n\n")[0].replace("\n", "\n\n")
-    options = [word for word in argv if word != "--check"]
+    options = name_source([word for word in argv if word != "--check"])
     config, name = parse_train(options, usage)
     defaults, max_epochs, size = read_recipe(config, options)
     if defaults:

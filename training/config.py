@@ -180,12 +180,8 @@ def from_saved(table: dict[str, Any], where: str) -> RunConfig:
 def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]:
     """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's. Raises
     UserError with a line for each problem (2), or for a folder that is not a run (4)."""
-    typed = list(argv)
-    file = None
-    if typed and not re.match(r"-|\w+\.\w+=", typed[0]):
-        word = typed.pop(0)
-        file = Path(word) if word.endswith(".toml") else None
-        typed = typed if file else [f"--data.source={word}", *typed]
+    typed = name_source(argv)
+    file = Path(typed.pop(0)) if typed and typed[0].endswith(".toml") and not typed[0].startswith("-") else None
     resumed = dict(split_options(typed)).get("--run.resume")
     if resumed:
         saved = Path(resumed) / "config.toml"
@@ -205,6 +201,13 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         raise UserError(f"{name} sets run.resume, which belongs on the command line: --run.resume RUN")
     is_own_text = file == QUICKSTART and config.data.source != DataConfig().source
     return config, (text_name(config.data.source) if is_own_text else file.stem) or "run"
+
+
+def name_source(argv: list[str]) -> list[str]:
+    """The command line with a first word that is not a config file as `--data.source`."""
+    if argv and not re.match(r"-|\w+\.\w+=|.*\.toml\Z", argv[0], re.DOTALL):
+        return [f"--data.source={argv[0]}", *argv[1:]]
+    return list(argv)
 
 
 def text_name(source: str) -> str:
