@@ -104,22 +104,24 @@ def test_no_split_is_empty(tmp_path: Path, cache: Path, fraction: float, sizes: 
 @example([[2000], [2000]], 0.1)
 @example([[1, 2000]], 0.1)  # a title page, then a book
 @example([[2000, 30]], 0.1)
+@example([[4000], [4000], [10]], 0.2)
+@example([[722, 40], [238]], 0.1)
 def test_about_the_fraction_is_held_out(files: list[list[int]], fraction: float) -> None:
-    """Between half and twice, also of the training text, whole files or not; nothing is lost and nothing in both."""
+    """Between half and twice; nothing is lost, and training text comes from enough files."""
     with TemporaryDirectory() as name:
-        texts = {
-            Path(name, f"{i}.txt"): "\n<|endoftext|>\n".join("word " * 9 * n for n in f) for i, f in enumerate(files)
-        }
-        for path, text in texts.items():
-            write(path, text)
+        for i, sizes in enumerate(files):
+            write(Path(name, f"{i}.txt"), "\n<|endoftext|>\n".join("word " * 9 * n for n in sizes))
         corpus = open_corpus(name, fraction, Path(name))
-        train, val = (sum(map(len, documents(part))) for part in (corpus.train, corpus.val))
-        assert train + val == sum(9 * 5 * n for sizes in files for n in sizes)
-        assert (
-            fraction / 2 - 0.02 <= val / (train + val) <= 2 * fraction + 0.02
-            and train / (train + val) > (1 - fraction) / 3
-        )
-        assert len(files) == 1 or len({text.path for text in corpus.train}) >= len(files) / 2 - fraction * len(files)
+        train, val = (sum(text.n_bytes for text in part) for part in (corpus.train, corpus.val))
+        assert fraction / 2 - 20 / (train + val) <= val / (train + val) <= 2 * fraction + 20 / (train + val)
+        assert sum(map(len, documents(corpus.train + corpus.val))) == sum(9 * 5 * n for sizes in files for n in sizes)
+        assert len({text.path for text in corpus.train}) >= (1 - 2 * fraction) * len(files)
+
+
+def test_last_document_may_begin_before_the_fraction(tmp_path: Path, cache: Path) -> None:
+    parts = ["a" * 400, "b" * 450, "c" * 150]
+    corpus = open_corpus(str(write(tmp_path / "book.txt", "\n<|endoftext|>\n".join(parts))), 0.1, cache)
+    assert documents(corpus.train) == parts[:2] and documents(corpus.val) == parts[2:]
 
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprstz" for b in ("a", "é", "io") for c in ("n", "ra", "ldo", "str")]

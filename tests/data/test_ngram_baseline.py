@@ -108,6 +108,8 @@ def test_unlikeness(vocab_size: int) -> None:
         return np.minimum(rng.geometric(0.2, n), 20).tolist()
 
     high = rng.integers(1, 20, 2000).tolist()
+    rare, short = (split_of([rng.integers(1, 1000, n).tolist()]) for n in (3000, 1000))
+    assert abs(unlikeness(rare, short, 5000)) < 0.03
     train = split_of([low(20_000)])
     assert all(abs(unlikeness(train, split_of([low(n)]), vocab_size)) < 0.03 for n in (200, 2000))
     assert all(
