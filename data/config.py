@@ -16,6 +16,8 @@ class DataConfig:
 
     source: str = "stories"
     """Training text: `stories`, `repeats`, `shakespeare`, a text file, a folder, or a glob such as 'texts/*.txt'."""
+    encoding: str = "utf-8"
+    """Encoding of text of your own, such as `cp1252`, `gbk`, `shift_jis`, `koi8_r`; a byte-order mark goes before it."""
     tokenizer: str = "bpe"
     """`char`, `byte`, `bpe` (trained on the corpus), or a tiktoken encoding such as `gpt2` or `cl100k_base`."""
     vocab_size: int = 1024
@@ -35,6 +37,10 @@ class DataConfig:
         problems = []
         if not self.source:
             problems.append("data.source is empty; name a corpus, a file, a folder or a glob")
+        try:
+            b"".decode(self.encoding)
+        except (LookupError, ValueError):
+            problems.append(f"data.encoding is {self.encoding!r}; it must be a text encoding of Python, such as cp1252")
         if not 257 <= self.vocab_size <= 1_000_000:
             problems.append(f"data.vocab_size is {self.vocab_size}; it must be between 257 and 1,000,000")
         if not 0 < self.val_fraction < 1:

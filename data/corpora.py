@@ -3,9 +3,10 @@
     stories        generated stories whose entropy is known, written to the cache once
     repeats        random letters, repeated, whose entropy is known too (`repeated_tokens.py`)
     shakespeare    Tiny Shakespeare, 1.1 MB, downloaded once
-    book.txt       any one file of UTF-8 text
+    book.txt       any one file of text: UTF-8, or `--data.encoding`
+    rows.jsonl     rows of JSON: the text in each is a document
     names.txt      a list of short lines: each line is a document
-    texts/         the prose in a folder: .txt .text .md .markdown .rst .tex .org, nothing hidden
+    texts/         the prose in a folder: .txt .text .md .markdown .rst .tex .org, else its other texts; nothing hidden
     'src/**/*.py'  all files that a glob matches, whatever their suffix
 
 A file or folder that has the name of a corpus is given as `./stories`. To add a generated corpus: a module with
@@ -29,6 +30,7 @@ from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
 from data import repeated_tokens, stories, story_grammar
 from data.text_files import ALL_LINES, SEPARATOR, TextRange, find_files, line_hash, open_text, os_reason
+from data.utf8_copy import utf8_file
 
 GENERATED = {"stories": stories, "repeats": repeated_tokens}
 """Generated corpora."""
@@ -62,7 +64,15 @@ class Corpus:
     """What of the user's text is held out, in words."""
 
 
-def open_corpus(source: str, val_fraction: float, cache: Path, val: str = "", lines: str = "auto") -> Corpus:
+def open_corpus(
+    source: str,
+    val_fraction: float,
+    cache: Path,
+    val: str = "",
+    lines: str = "auto",
+    encoding: str = "utf-8",
+    write: bool = True,
+) -> Corpus:
     """Find the text of `--data.source` and hold out `val_fraction` (0 to 1) of its bytes for validation.
 
     Several files: whole files are held out, selected by a hash of their names; if that comes to less than half or more
@@ -80,10 +90,10 @@ def open_corpus(source: str, val_fraction: float, cache: Path, val: str = "", li
     if source == "shakespeare":
         first, last = _split_file(_open_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
         return Corpus(source, (first,), (last,))
-    texts = [_open_file(path, lines) for path in find_files(source)]
+    texts = [_open_file(utf8_file(path, encoding, cache, write), lines) for path in find_files(source)]
     if not val:
         return _hold_out(source, texts, val_fraction)
-    held_out = [_open_file(path, lines) for path in find_files(val)]
+    held_out = [_open_file(utf8_file(path, encoding, cache, write), lines) for path in find_files(val)]
     paths = {text.path.resolve() for text in held_out}
     texts = [text for text in texts if text.path.resolve() not in paths]
     if not texts:
@@ -166,7 +176,7 @@ def _select_files(texts: Sequence[TextRange], val_fraction: float) -> set[TextRa
 
     The choice depends on the names below the common folder alone, not on the file system or the folder's place.
     """
-    common = os.path.commonpath([text.path.parent for text in texts] or [Path()])
+    common = os.path.commonpath([text.path.parent.absolute() for text in texts] or [Path()])
 
     def name_hash(text: TextRange) -> bytes:
         name = Path(os.path.relpath(text.path, common)).as_posix()

@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from data.config import DataConfig, cache_folder
-from data.corpora import Corpus, is_in_cache, open_corpus
-from data.text_files import BLOCK_BYTES, Piece, TextRange, open_text, os_reason, read_documents
+from data.corpora import NAMED, Corpus, is_in_cache, open_corpus
+from data.text_files import BLOCK_BYTES, Piece, TextRange, folder_note, open_text, os_reason, read_documents
 from data.token_dataset import TokenSplit, load_split, token_dtype, write_split
 from data.tokenizer import Tokenizer, load_tokenizer, progress_bar, train_tokenizer
 
-FORMAT = 4
+FORMAT = 5
 """Version of the folder, the tokens and the splitting into documents; folders of another one are ignored."""
 META, VOCABULARY = "meta.json", "vocabulary.json"
 
@@ -87,12 +87,14 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
     """
     cache = cache_folder().absolute()
     try:
-        corpus = open_corpus(config.source, config.val_fraction, cache, config.val, config.lines)
+        corpus = open_corpus(config.source, config.val_fraction, cache, config.val, config.lines, config.encoding)
         key = _cache_key(corpus, config, progress)
         folder = cache / f"tokens-{key}"
         if verify and folder.exists() and (damage := _find_damage(folder, key, progress)):
             print(escape_control_chars(f"{folder} is damaged ({damage}); preparing it again"), file=sys.stderr)
             shutil.rmtree(folder)
+        if progress and config.source not in NAMED and (note := folder_note(config.source)):
+            print(note, file=sys.stderr)
         if not folder.exists():
             _build(folder, key, corpus, config, progress)
         return _open(folder, key, corpus)
@@ -127,7 +129,8 @@ def cache_lookup(config: DataConfig) -> CorpusInfo:
     cache = cache_folder().absolute()
     if is_in_cache(config.source, cache):
         with contextlib.suppress(UserError):
-            corpus = open_corpus(config.source, config.val_fraction, cache, config.val, config.lines)
+            own = config.val, config.lines, config.encoding
+            corpus = open_corpus(config.source, config.val_fraction, cache, *own, write=False)
             key = _cache_key(corpus, config)
             if not _find_damage(folder := cache / f"tokens-{key}", key):
                 data = _open(folder, key, corpus)

@@ -7,6 +7,7 @@ belong to no document. Documents of white space alone are skipped. In a list, ea
 from __future__ import annotations
 
 import codecs
+import contextlib
 import glob
 import hashlib
 import io
@@ -14,7 +15,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +28,15 @@ BLOCK_BYTES = 1024 * 1024
 """Text that is read at a time."""
 
 # The newline after a separator is not consumed: it may be the one before the next separator.
-_SEPARATOR = re.compile(rf"\r?\n{re.escape(SEPARATOR)}(?=\r?\n)")
-_LINE_END = re.compile(rf"\r?\n(?:{re.escape(SEPARATOR)}(?=\r?\n))?")
-_LONGEST = len(SEPARATOR) + 4
+_SEPARATOR = re.compile(rf"\n{re.escape(SEPARATOR)}(?=\n)")
+_LINE_END = re.compile(rf"\n(?:{re.escape(SEPARATOR)}(?=\n))?")
+_LONGEST = len(SEPARATOR) + 2
 ALL_LINES = (0, 1 << 64)
+# Without Latin-1: its text is cp1252 too, where bytes 0x80 to 0x9f are quotes and dashes.
+_ENCODINGS = [
+    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "cp866", "cp437", "koi8_r",
+    "mac_roman", "iso8859_2", "iso8859_5", "gb18030", "big5", "cp932", "euc_jp", "cp949", "utf_16_le", "utf_16_be",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,9 @@ def find_files(source: str) -> list[Path]:
     path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
     try:
         if path.is_dir():
-            candidates: Iterable[Path] = _prose_below(path)
-            wanted = f"ends in {' '.join(PROSE)}; for others use a glob, such as '{name}/**/*.py'"
+            prose, others = _texts_below(path)
+            candidates: Iterable[Path] = prose or itertools.chain.from_iterable(others.values())
+            wanted = f"ends in {' '.join(PROSE)} or another suffix of UTF-8 text"
         else:
             candidates = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
             wanted = "matches it; name a text file, a folder, or a glob (or for --data.source: stories, repeats, shakespeare)"
@@ -88,15 +94,39 @@ def find_files(source: str) -> list[Path]:
     return non_empty
 
 
-def _prose_below(folder: Path) -> Iterator[Path]:
-    """The files of prose in a folder that are not hidden. Raises OSError if an inner folder cannot be read."""
+def _texts_below(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files of prose in a folder and its other texts by suffix, none hidden. A suffix is one of texts if its first
+    file begins with UTF-8. Raises OSError if an inner folder cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error
 
+    found: dict[str, list[Path]] = {}
     for inner, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(inner, name) for name in names if name.lower().endswith(PROSE) and not name.startswith("."))
+        for path in (Path(inner, name) for name in names if not name.startswith(".")):
+            if path.is_file():
+                found.setdefault(path.suffix.lower(), []).append(path)
+    prose = [path for suffix in PROSE for path in found.pop(suffix, [])]
+    return prose, {suffix: paths for suffix, paths in found.items() if suffix and _begins_with_utf8(min(paths))}
+
+
+def _begins_with_utf8(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(file.read(4096))
+    return False
+
+
+def folder_note(source: str) -> str:
+    """Which files of a folder are read or left out, if it has other texts than prose; else empty."""
+    folder = Path(source).expanduser()
+    prose, others = _texts_below(folder) if folder.is_dir() else ([], {})
+    if not others:
+        return ""
+    suffixes, most = " ".join(sorted(others)), max(others, key=lambda suffix: len(others[suffix]))
+    left_out = f"left out; --data.source '{source.rstrip('/')}/**/*{most}' reads those of one suffix"
+    how = left_out if prose else "read, because there is no prose"
+    return escape_control_chars(f"{source}: files that end in {suffixes} are {how}")
 
 
 def line_hash(line: str) -> int:
@@ -105,7 +135,7 @@ def line_hash(line: str) -> int:
 
 
 def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[Piece]:
-    """Yield the documents of a range, newlines unchanged; one longer than `block_bytes` comes in several pieces.
+    """Yield the documents of a range, CR LF and CR as newlines; one longer than `block_bytes` comes in several pieces.
 
     Holds about two blocks in memory, however long the file and its documents are. Raises `UserError` (3) if the file
     cannot be read or is not UTF-8 text.
@@ -113,10 +143,10 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
     # A newline before the text and a separator after it: so every document is between two separators.
     rest, starts, selected = "\n", True, True
     separator = _SEPARATOR if text.lines is None else _LINE_END
-    for block in itertools.chain(_read_blocks(text, block_bytes), [f"\n{SEPARATOR}\n"]):
+    for block in itertools.chain(read_blocks(text, block_bytes), [f"\n{SEPARATOR}\n"]):
         *ended, rest = separator.split(rest + block)
         for part in ended:
-            document = _remove_first_newline(part) if starts else part
+            document = part.removeprefix("\n") if starts else part
             selected = text.contains(document) if starts else selected
             if selected and (document.strip() or not starts):
                 yield Piece(document, True)
@@ -126,40 +156,49 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
             # A token rarely continues over a space, so the ids of the pieces are those of the document.
             cut = rest.rfind(" ", 1, block_bytes)
             cut = cut if cut > 0 else block_bytes
-            part = _remove_first_newline(rest[:cut]) if starts else rest[:cut]
+            part = rest[:cut].removeprefix("\n") if starts else rest[:cut]
             selected = text.contains(part) if starts else selected
             if selected:
                 yield Piece(part, False)
             rest, starts = rest[cut:], False
 
 
-def _remove_first_newline(text: str) -> str:
-    return text.removeprefix("\r").removeprefix("\n")
-
-
-def _read_blocks(text: TextRange, block_bytes: int) -> Iterator[str]:
-    """The text of a range without a byte-order mark, about `block_bytes` at a time."""
-    name, decoder = escape_control_chars(text.path), codecs.getincrementaldecoder("utf-8")()
+def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> Iterator[str]:
+    """The text of a range, about `block_bytes` at a time, without a byte-order mark; CR LF and CR become newlines."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
     with open_text(text.path) as file:
         position = file.seek(text.start)
         while data := file.read(min(block_bytes, text.end - position)):
             at_start, position = position == 0, position + len(data)
             try:
                 block = decoder.decode(data, final=position == text.end)
-            except UnicodeDecodeError as error:
-                offset = position - len(error.object) + error.start
-                encoding = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and at_start else "LATIN1"
-                raise UserError(
-                    f"{name} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {offset}): convert text in "
-                    f"another encoding with `iconv -f {encoding} -t UTF-8 OLD > NEW`; export other files as text",
-                    DATA,
-                ) from None
-            if "\0" in block:
-                raise UserError(f"{name} is a binary file (it has a NUL byte): give a file of UTF-8 text", DATA)
+                where = "a NUL byte" if "\0" in block else ""
+            except UnicodeError as error:
+                data, at = getattr(error, "object", data), getattr(error, "start", 0)
+                where = f"byte 0x{data[at]:02x} at offset {position - len(data) + at}"
+                data = data[data.rfind(b"\n", 0, at) + 1 :]
+            if where:
+                guess = guess_encoding(data)
+                advice = f"it looks like {guess}: give" if guess else "if it is text, name its encoding:"
+                option = f"--data.encoding {guess or 'NAME'} (others: cp1252, gbk, shift_jis, koi8_r, utf-16-le, ...)"
+                name = escape_control_chars(text.path)
+                raise UserError(f"{name} is not {encoding.upper()} ({where}); {advice} {option}", DATA)
             yield block.removeprefix("\ufeff") if at_start else block
 
 
-@contextmanager
+def guess_encoding(data: bytes) -> str:
+    """The most likely encoding by the frequencies of letters; empty if the bytes are no text."""
+    from charset_normalizer import from_bytes
+
+    matches = from_bytes(data[:65536], cp_isolation=_ENCODINGS, preemptive_behaviour=False)
+    if not (best := matches.best()):
+        return ""
+    equal = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
+    # Western text is often as likely in the encodings of other regions.
+    return "cp1252" if any("cp1252" in match.could_be_from_charset for match in equal) else best.encoding
+
+
+@contextlib.contextmanager
 def open_text(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file for its bytes. Raises `UserError` (3) if it cannot be read."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tracemalloc
@@ -12,12 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DATA, UserError
-from data.text_files import SEPARATOR, find_files, read_documents
+from data.text_files import SEPARATOR, TextRange, find_files, folder_note, read_documents
+from data.utf8_copy import utf8_file
 from tests.data.texts import data_error, documents, write, write_range
 
 FRAGMENTS = [
     SEPARATOR, f"\n{SEPARATOR}\n", f"\r\n{SEPARATOR}\r\n", "<|endof", f"x{SEPARATOR}", "\n", "\r\n", " ", "   ",
-    "\t", "a", "word", "123456", "é", "שלום", "你好", "😀", "\u00a0", "\u2028",
+    "\t", "a", "word", "123456", "\r", "é", "שלום", "你好", "😀", "\u00a0", "\u2028",
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join)
 INVALID = [b"\xff", b"\xe9", b"\x80", b"\xe2\x82", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\x80" * 9]
@@ -25,11 +27,11 @@ INVALID = [b"\xff", b"\xe9", b"\x80", b"\xe2\x82", b"\xf0\x9f\x98", b"\xed\xa0\x
 
 def reference(text: str) -> list[str]:
     """The documents of a text, line by line and without streaming."""
-    split, lines = [], text.split("\n")
+    split: list[str] = []
     current: list[str] = []
-    for number, line in enumerate(lines):
-        if line == SEPARATOR or (line == SEPARATOR + "\r" and number < len(lines) - 1):
-            split.append("\n".join(current).removesuffix("\r"))
+    for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+        if line == SEPARATOR:
+            split.append("\n".join(current))
             current = []
         else:
             current.append(line)
@@ -47,7 +49,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("one\n<|endoftext|>\ntwo", ["one", "two"]),
         ("one\n<|endoftext|>\n<|endoftext|>\n\n<|endoftext|>\ntwo\n<|endoftext|>\n", ["one", "two"]),
         ("<|endoftext|>\n one \n\n<|endoftext|>", [" one \n"]),
-        ("one\r\ntwo\r\n<|endoftext|>\r\nthree\r\n", ["one\r\ntwo", "three\r\n"]),
+        ("one\r\ntwo\r\n<|endoftext|>\r\nthree\r\r\n", ["one\ntwo", "three\n\n"]),
         ("one <|endoftext|>\ntwo<|endoftext|>", ["one <|endoftext|>\ntwo<|endoftext|>"]),
         ("one\n<|endoftext|> \ntwo", ["one\n<|endoftext|> \ntwo"]),
         ("\n\none\n<|endoftext|>\n\n two", ["\n\none", "\n two"]),
@@ -99,10 +101,8 @@ def test_invalid_utf8_is_reported_with_its_offset(
         (b"", "no text found.*a text file, a folder, or a glob"),
         (b" \n\n\t", "contains no text"),
         (b"x", "contains no text"),
-        (b"GIF89a\x01\0\x01\0\0", "binary file"),
-        ("text".encode("utf-16"), "is not UTF-8.*iconv -f UTF-16 -t UTF-8"),
-        ("\ufefftext".encode("utf-16-be"), "is not UTF-8.*iconv -f UTF-16 -t UTF-8"),
-        ("café au lait".encode("latin-1"), r"is not UTF-8 \(byte 0xe9 at offset 3\): .*iconv -f LATIN1"),
+        (b"GIF89a\x01\0\x01\0\0", "a NUL byte.*if it is text, name its encoding"),
+        ("café au lait".encode("latin-1"), r"is not UTF-8 \(byte 0xe9 at offset 3\); .* --data.encoding cp1252"),
         (b"cut at the end \xf0\x9f\x98", r"\(byte 0xf0 at offset 15\)"),
     ],
 )
@@ -115,10 +115,10 @@ def test_source_without_files_says_what_is_accepted(tmp_path: Path) -> None:
     accepted = "matches it; name a text file"
     assert accepted in data_error(tmp_path / "no\x07where", tmp_path)
     assert accepted in data_error(tmp_path / "*.md", tmp_path) and accepted in data_error("/dev/null", tmp_path)
-    write(tmp_path / "code" / "main.py", "print()")
+    write(tmp_path / "code" / "main.pyc", b"\xff\0")
     write(tmp_path / "code" / "empty.txt", "")
     message = data_error(tmp_path / "code", tmp_path)
-    assert "no file that has text ends in .txt .text .md" in message and "**/*.py" in message
+    assert "no file that has text ends in .txt .text .md" in message
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
@@ -163,3 +163,91 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_files_of_a_folder_or_a_glob(folder: Path, pattern: str, expected: list[str]) -> None:
     assert find_files(f"{folder}/{pattern}".rstrip("/")) == [folder / name for name in expected]
+
+
+SAMPLES = {
+    "cp1252": "« Été » — l’œuvre d’un garçon naïf, où çà ? Les élèves étaient “déjà” là.\n",  # noqa: RUF001
+    "cp1250": "Zażółć gęślą jaźń. Wszyscy ludzie rodzą się wolni i równi pod względem swej godności.\n",
+    "koi8_r": "Все счастливые семьи похожи друг на друга, каждая несчастливая несчастлива по-своему.\n",  # noqa: RUF001
+    "cp1251": "Все счастливые семьи похожи друг на друга, каждая несчастливая несчастлива по-своему.\n",  # noqa: RUF001
+    "gb18030": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心。\n",
+    "big5": "人人生而自由,在尊嚴和權利上一律平等。他們賦有理性和良心。\n",
+    "cp932": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "cp949": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.\n",
+    "utf_16_le": "Plain English text.\n",
+}
+
+
+@pytest.mark.parametrize("encoding", SAMPLES)
+def test_encoding_is_guessed_and_decoded(tmp_path: Path, encoding: str) -> None:
+    text = SAMPLES[encoding] * 20
+    path = write(tmp_path / "book.txt", text.encode(encoding))
+    assert f"it looks like {encoding}: give --data.encoding {encoding} " in data_error(path, tmp_path / "cache")
+    assert documents([text_range(utf8_file(path, encoding, tmp_path / "cache"))]) == [text]
+
+
+def text_range(path: Path) -> TextRange:
+    return TextRange(path, 0, path.stat().st_size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXTS, st.sampled_from(["utf-8-sig", "utf-16", "utf-32", "gb18030", "utf-7"]), st.integers(4, 64))
+def test_text_of_any_encoding_is_read(path: Path, text: str, encoding: str, block_bytes: int) -> None:
+    """A byte-order mark decides, whatever encoding is asked for."""
+    marked = encoding in ("utf-8-sig", "utf-16", "utf-32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.utf8_copy.BLOCK_BYTES", block_bytes)
+        copy = utf8_file(write(path, text.encode(encoding)), "utf-8" if marked else encoding, path.parent)
+    assert [d for d in documents([text_range(copy)]) if d.strip()] == reference(text)
+
+
+@pytest.mark.parametrize(
+    ("rows", "field"),
+    [
+        ([{"id": "much longer than the text", "text": "a\r\nb"}, {}, {"text": "é 😀"}], "text"),
+        ([{"content": "a", "body": "bbbb"}, {"content": "c"}], "content"),
+        ([{"id": "1", "body": "the longest"}, {"id": "a longer one", "body": "c"}], "body"),
+    ],
+)
+def test_rows_of_json_are_documents(
+    tmp_path: Path, rows: list[dict[str, str]], field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.jsonl", "\r\n".join(json.dumps(row) if row else "" for row in rows))
+    copy = utf8_file(path, "utf-8", tmp_path / "cache")
+    assert documents([text_range(copy)]) == [row[field].replace("\r\n", "\n") for row in rows if row]
+    assert capsys.readouterr().err == f"{path}: each row is a document, its '{field}'\n"
+    assert utf8_file(path, "utf-8", tmp_path / "cache", write=False) == copy and copy.name == path.name
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "{",
+        '{"text": 1}',
+        '{"other": "text"}',
+        "[]",
+        '"text"',
+        '{"text": "\\ud800"}',
+        '{"text": "\\u0000"}',
+        "[" * 99999,
+    ],
+)
+def test_bad_row_is_one_clear_line(tmp_path: Path, row: str) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "good"}\n\n' + row + "\n")
+    assert "rows.jsonl, line 3 is not a row of JSON with text in 'text'" in data_error(path, tmp_path / "cache")
+    assert not [*tmp_path.glob("cache/*/*")]
+    path = write(tmp_path / "rows.jsonl", '{"n": 1}')
+    assert "rows.jsonl, line 1 is not a row of JSON with a field of text" in data_error(path, tmp_path / "cache")
+
+
+def test_folder_without_prose_is_read_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    for name in ("main.py", "inner/a.py", "lib.C", "Makefile", ".hidden.py"):
+        write(tmp_path / "src" / name, "text")
+    write(tmp_path / "src" / "picture.png", b"\x89PNG\0")
+    expected = [tmp_path / "src" / name for name in ("inner/a.py", "lib.C", "main.py")]
+    assert find_files(str(tmp_path / "src")) == expected
+    assert folder_note(str(tmp_path / "src")).endswith("that end in .c .py are read, because there is no prose")
+    write(tmp_path / "src" / "notes.md", "text")
+    assert find_files(str(tmp_path / "src")) == [tmp_path / "src" / "notes.md"]
+    assert f".c .py are left out; --data.source '{tmp_path}/src/**/*.py'" in folder_note(str(tmp_path / "src"))
+    assert not folder_note(str(tmp_path / "src" / "notes.md")) and not folder_note(str(tmp_path / "nowhere"))
