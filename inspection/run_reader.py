@@ -107,16 +107,13 @@ class RunFiles:
         """Steps (S,), and the scores (S, L, H) by name, nan at a step without the score.
 
         They are those of metrics.jsonl, and of attention files for other steps, such as 0. `UserError` if they are
-        malformed, or of models of different shape (exit code 4).
+        of models of different shape (exit code 4).
         """
         tables = {line["step"]: line["head_scores"] for line in self.evaluations()}
         tables |= {step: self.read(step).scores for step in self.steps if step not in tables}
-        try:
-            arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / 'metrics.jsonl'} has malformed head scores", CHECKPOINT) from error
+        arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
         shapes = {array.shape for scores in arrays.values() for array in scores.values()}
-        if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+        if len(shapes) > 1:
             raise UserError(f"the head scores of {self.folder} are of models of different shape", CHECKPOINT)
         missing = np.full(next(iter(shapes), (0, 0)), np.nan, dtype=np.float32)
         names = dict.fromkeys(name for scores in reversed(arrays.values()) for name in scores)
@@ -149,9 +146,15 @@ class RunFiles:
         return EvalTexts.load(path, vocab_size, context) if path.is_file() else None
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that have head scores."""
-        lines = read_metrics(self.folder / "metrics.jsonl")
-        return [line for line in lines if isinstance(line.get("head_scores"), dict)]
+        """The lines of metrics.jsonl that have head scores, each a table of numbers."""
+        return [line for line in read_metrics(self.folder / "metrics.jsonl") if _has_tables(line.get("head_scores"))]
+
+
+def _has_tables(scores: Any) -> bool:
+    try:
+        return all(np.asarray(table, np.float32).ndim == 2 for table in scores.values())
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def find_attention_files(folder: Path) -> dict[int, Path]:
