@@ -83,7 +83,7 @@ def load_best(trainer: Trainer) -> bool:
 
     Every process reads them. If one cannot, or the weights are sharded, all keep the last ones, and a line says so.
     """
-    state, saved = trainer.state, None
+    state, problem = trainer.state, ""
     if state.best_loss is None or state.best_step == state.last_eval_step:
         return False
     try:
@@ -92,9 +92,11 @@ def load_best(trainer: Trainer) -> bool:
         saved = read_checkpoint(Path(trainer.config.run.dir) / "checkpoints" / f"{state.best_step:06d}")
         weights = saved.build_model(trainer.model.config).state_dict()
     except UserError as error:
-        print_line(f"the report is of the last step, not of the best, {state.best_step}: {error}")
-        saved = None
-    if trainer.ctx.all_reduce_max(int(saved is None)) or saved is None:
+        problem = str(error)
+    if trainer.ctx.all_reduce_max(bool(problem)):
+        if trainer.ctx.is_main_process:
+            why = problem or "another process cannot read it"
+            print_line(f"the report is of the last step, not of the best, {state.best_step}: {why}")
         return False
     trainer.model.load_state_dict(weights)
     trainer.state, trainer.sample_tokens = saved.state, None
@@ -135,18 +137,21 @@ def advice(
     optim, lines = config.optim, []
     lower = f"--optim.lr {optim.lr / 10:g} --optim.muon_lr {optim.muon_lr / 10:g}"
     regular = f"--model.dropout {min(0.5, config.model.dropout + 0.2):g}, more text"
-    more = "more text" if model is not last else f"more text, more steps (--train.steps {2 * config.train.steps})"
-    for name, remedy in {"uniform": lower, "unigram": more, "trigram": more}.items():
+    overfits = model.train < FAR_BELOW * model.val
+    more_steps = "" if overfits or model is not last else f", more steps (--train.steps {2 * config.train.steps})"
+    more = f"more text{more_steps}"
+    for name, remedy in {"uniform": more if overfits else lower, "unigram": more, "trigram": more}.items():
         if not model.val < references[name]:
             losses = f"{model.val:.4f} against {references[name]:.4f} nats/token"
             lines.append(f"worse than {name} ({DESCRIPTIONS[name]}): {losses}; try {remedy}")
             break
     if last.val > model.val + RISE:
         rose = f"held-out loss is lowest at step {model.step} ({model.val:.4f}), and {last.val:.4f} at step {last.step}"
-        overfits = last.train < model.val
-        problem, remedy = ("overfitting", f"{regular}, --train.steps {model.step}") if overfits else ("unstable", lower)
+        problem, remedy = "unstable", lower
+        if last.train < model.val:
+            problem, remedy = "overfitting", f"{regular}, --train.steps {model.step}"
         lines.append(f"{problem}: {rose}, where training loss is {last.train:.4f}; try {remedy}")
-    elif model.train < FAR_BELOW * model.val:
+    elif overfits:
         losses = f"training loss {model.train:.4f} is far below held-out loss {model.val:.4f}"
         lines.append(f"overfitting: {losses}; try {regular}")
     if copies[0] >= max(10, 2 * copies[1]):
