@@ -363,9 +363,7 @@ class CheckpointWriter:
 def check_finite(tensors: Mapping[str, Tensor], state: TrainState) -> None:
     """Raise UserError (5) for an infinity or NaN."""
     for name, value in {**tensors, "the best loss": torch.tensor(state.best_loss or 0.0)}.items():
-        if (
-            not value.sum().isfinite() and not value.isfinite().all()
-        ):  # a finite sum proves it at a hundredth of the cost
+        if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone costs a hundredth
             raise UserError(
                 f"a number in {escape_control_chars(name)} is not finite: nothing was saved, earlier checkpoints are "
                 "unchanged; continue from them with --run.resume and a lower optim.lr",

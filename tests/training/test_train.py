@@ -67,8 +67,8 @@ def uninterrupted(new: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-def weights(folder: Path) -> str:
-    return sha256_of_weights(open_checkpoint(folder).load_model(get_dist_context("fp32")))
+def weights(folder: Path, which: str = "best") -> str:
+    return sha256_of_weights(open_checkpoint(folder, which).load_model(get_dist_context("fp32")))
 
 
 def hashes(folder: Path) -> list[str]:
@@ -175,8 +175,14 @@ def test_all_that_is_reported_is_of_the_best_step(new: tuple[str, ...], tmp_path
     sampled = [script("sample.py", tmp_path, f"--checkpoint={each}").stdout for each in ("best", "last", best.step)]
     assert sampled[0] == sampled[2] != sampled[1]
     assert f"best, last, {best.step}, " in error_line(script("sample.py", tmp_path, "--checkpoint=999"), 2)
-    for command, which in (("summary", ()), ("heads", ()), ("ablate", ("--checkpoint=last",)), ("summary", ())):
-        assert script("attend.py", command, tmp_path, *which).returncode == 0
+    for which, step in (("last", last.step), ("best", best.step)):
+        assert script("attend.py", "ablate", tmp_path, f"--checkpoint={which}").returncode == 0
+        assert script("attend.py", "heads", tmp_path).stdout.startswith(f"{tmp_path}, step {step}\n")
+        done = script("attend.py", tmp_path, "--prompt=fox", f"--checkpoint={which}")
+        assert f"attention/{step:06d}-fox-" in done.stdout
+    newest, again = weights(tmp_path, "last"), train(f"--run.resume={tmp_path}")
+    assert output[output.index("loss on ") : output.index(" s in all")][:-4] in again
+    assert weights(tmp_path, "last") == newest and read_metrics(tmp_path / "metrics.jsonl")[-1] == final
 
 
 # ---- mistakes ----
