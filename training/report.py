@@ -119,14 +119,12 @@ def table(model: Losses, last: Losses, references: Mapping[str, float], data: To
     rows.append(("training", "this model on its training text", model.train, data.train))
     if model is not last:
         rows.append(("last step", f"step {last.step}", last.val, data.val))
-    title = f"loss on {model.num_targets:,} held-out tokens ({data.val.n_documents:,} documents)"
+    n = data.val.n_documents
+    title = f"loss on {model.num_targets:,} held-out tokens ({n:,} document{'s' * (n != 1)})"
     lines = [f"{title:<62}nats/token   bits/byte"]
     for name, description, nats, split in sorted(rows, key=lambda row: (-row[2], row[0])):
         bits = bits_per_byte(nats, len(split) - 1, split.n_bytes)
         lines.append(f"  {name:<12}{description:<48}{nats:>9.4f}   {bits:>9.4f}")
-    if "floor" in references:
-        gap = model.val - references["floor"]
-        lines.append(f"  this model is {abs(gap):.4f} nats/token {'above' if gap > 0 else 'below'} the floor")
     return "\n".join(lines)
 
 

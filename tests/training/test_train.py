@@ -116,7 +116,7 @@ def test_figures_that_cannot_be_drawn_are_named(
 def test_printed_lines(run: Path) -> None:
     text = (run / "output.txt").read_text()
     lines = text.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["data", "model", "device", "run"]
+    assert [line.split()[0] for line in lines[:5]] == ["recipe", "data", "model", "device", "run"]
     (evaluation,) = (line for line in lines if line.startswith("step 3/6 | "))
     names = [part.split()[0] for part in evaluation.split(" | ")[1:5]]
     assert names == ["loss", "val", "lr", "grad"] and "tok/s | mfu " in evaluation and evaluation.endswith(" left")
