@@ -79,9 +79,9 @@ def main(argv: list[str]) -> None:
             check_command(argv)
             show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
     except UserError as error:
-        if error.exit_code != DISK_OR_MEMORY or argv[0] == "ablate":
-            raise
-        raise UserError(f"{error}; --out writes to another place", DISK_OR_MEMORY) from error
+        if error.exit_code == DISK_OR_MEMORY and argv[0] != "ablate":
+            error.args = (f"{error}; --out writes to another place",)
+        raise
 
 
 def check_command(argv: list[str]) -> None:

@@ -42,8 +42,7 @@ def escape_control_chars(text: object, keep: str = "") -> str:
     return STEERS_TERMINAL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], str(text))
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Also for torch's RuntimeError where CPU memory ran out."""
+def is_out_of_memory(error: Exception) -> bool:  # torch raises a RuntimeError where CPU memory ran out
     return isinstance(error, MemoryError) or bool(re.search("(allocate|out of|not enough) memory", str(error)))
 
 

@@ -25,23 +25,21 @@ def read_prompt(tokenizer: Tokenizer, prompt: str, trained: RunEnvironment) -> t
     training text has backslashes. Spaces at the end, which belong to the next word's token, are dropped unless it has
     them alone. Tokens that it never had are named. Raises `UserError` as `encode_prompt` does.
     """
-    text, notes = prompt.removeprefix(SEPARATOR), []
-    seen = [token for token in range(tokenizer.vocab_size) if trained.has_token(token)]
+    text = prompt.removeprefix(SEPARATOR)
+    seen = {tokenizer.end_of_text, *filter(trained.has_token, range(tokenizer.vocab_size))}
     if re.search(r"\\[nt]", text) and not any(b"\\" in tokenizer.token_bytes(token) for token in seen):
         text = text.replace("\\n", "\n").replace("\\t", "\t")
-        notes.append(r"\n and \t in the prompt are read as a line break and a tab")
-    if text.endswith(" ") and tokenizer.encode(text)[-1] not in seen:
+        print(r"note: \n and \t in the prompt are read as a line break and a tab", file=sys.stderr)
+    if text.endswith(" ") and int(tokenizer.encode(text)[-1]) not in seen:
         text = text.rstrip(" ")
-        notes.append("spaces at the end of the prompt are dropped; in the training text they belong to the next word")
+        print(
+            "note: spaces at the end of the prompt are dropped; they belong to the next word's token", file=sys.stderr
+        )
     tokens = encode_prompt(tokenizer, text, trained.starts_with_eot)
-    if unseen := set(tokens) - {*seen, tokenizer.end_of_text}:
-        words = [
-            tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in tokens if token in unseen
-        ]
-        shown = ", ".join(f'"{escape_control_chars(word)}"' for word in dict.fromkeys(words[:8]))
-        notes.append(f"the training text never had these tokens of the prompt: {shown}")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    if unseen := [token for token in dict.fromkeys(tokens) if token not in seen]:
+        words = [tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in unseen[:8]]
+        shown = ", ".join(f'"{escape_control_chars(word)}"' for word in words)
+        print(f"note: the training text never had these tokens of the prompt: {shown}", file=sys.stderr)
     return text, tokens
 
 
