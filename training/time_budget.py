@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,48 +58,45 @@ ROUNDS = 6  # of measuring, for 0.5% of the time each
 def search(
     config: RunConfig, ctx: DistContext, data: TokenizedCorpus, elapsed: float, given: set[str], max_epochs: float
 ) -> tuple[RunConfig, Deadline]:
-    """Choose model, batch and steps for `train.minutes`, and print it.
+    """Choose model, batch and steps for `train.minutes`; also returns the callback that ends the run in time.
 
     Args:
         elapsed: seconds of the time that have passed so far.
         given: options that keep their value, such as `model.d_model`.
         max_epochs: of the text, unless these are fewer than `MIN_STEPS` steps.
 
-    Returns:
-        The config with everything chosen, and the callback that ends the run in time.
-
     Raises:
-        UserError: if the time is too short, no size goes with `given`, there are several processes (2), the text is short (3).
+        UserError: if the time that was given is too short, there are several processes (2), or the text is too short (3).
     """
     if ctx.world_size > 1:
         raise UserError("train.minutes is for one process: start without torchrun, or set train.steps")
-    minutes, end = config.train.minutes, time.perf_counter() + 60 * config.train.minutes - elapsed
+    minutes, start = config.train.minutes, time.perf_counter()
+    end = start + 60 * minutes - elapsed
     vocab_size, n_train, n_val = data.tokenizer.vocab_size, len(data.train), len(data.val)
     all_sizes = dict.fromkeys(with_size(config, given, *size) for size in SIZES)
     sizes = [size for size in all_sizes if not size.model.problems()]  # some are valid: one has the default's head size
     check_min_length(data, min(size.model.context for size in sizes))
     sizes = [size for size in sizes if size.model.context < n_train]
-    flops = [step_flops(size, vocab_size) for size in sizes]
+    flops, tokens = [step_flops(size, vocab_size) for size in sizes], max_epochs * n_train
     assumed, speeds = ASSUMED_MFU * measure_matmul_flops(ctx), dict[int, list[float]]()  # FLOP/s of measured sizes
     while True:  # measure the best size until it is a measured one, then these in turn
         seconds = [flops[i] / estimate_speed(speeds, i, assumed) for i in range(len(sizes))]
-        runs = [
-            fit_steps(*of_size, end, max_epochs * n_train, n_val, given) for of_size in zip(sizes, seconds, strict=True)
-        ]
+        runs = [fit_steps(*each, end, tokens, n_val, given) for each in zip(sizes, seconds, strict=True)]
         best = min(range(len(sizes)), key=lambda i: expected_loss(runs[i][0], n_train))
-        if best in speeds and sum(map(len, speeds.values())) >= ROUNDS:
+        is_over = time.perf_counter() > start + 1.8 * minutes  # 3% of the time
+        if best in speeds and (is_over or sum(map(len, speeds.values())) >= ROUNDS):
             break
         i = min(speeds, key=lambda k: len(speeds[k])) if best in speeds else best
         speeds.setdefault(i, []).append(flops[i] / measure_step(sizes[i], vocab_size, ctx, 0.3 * minutes))
     chosen, deadline = runs[best]
-    if (missing := MIN_STEPS - chosen.train.steps) > 0:
-        least = math.ceil(10 * minutes + missing * seconds[best] / 6) / 10
+    model, steps = chosen.model, max(MIN_STEPS, chosen.train.steps)
+    if steps > chosen.train.steps and "train.minutes" in given:
+        least = math.ceil(10 * minutes + (steps - chosen.train.steps) * seconds[best] / 6) / 10
         raise UserError(f"train.minutes is {minutes:g}, too short for {MIN_STEPS} steps: give at least {least}")
-    shape = f"{chosen.model.n_layers} layers and d_model {chosen.model.d_model}"
+    shape = f"{model.n_layers} layers and d_model {model.d_model}"
     print_line(f"plan    {minutes:g} min (--train.minutes for more or less): the best model has {shape}")
-    compiled = should_compile(chosen.train, chosen.train.steps * flops[best], ctx.device)
-    train = replace(chosen.train, compile="on" if compiled else "off")  # `Deadline` uses the time that compiling saves
-    return replace(chosen, train=train), deadline
+    compiled = should_compile(chosen.train, steps * flops[best], ctx.device)  # `Deadline` uses the time that it saves
+    return replace_options(chosen, {"train.steps": steps, "train.compile": "on" if compiled else "off"}), deadline
 
 
 def with_size(
@@ -137,9 +133,12 @@ def fit_steps(
     final_seconds = FIXED_SECONDS + (min(FINAL_TARGETS, n_val) + ablations) * token_seconds
     most = max(MIN_STEPS, max_tokens / step_tokens)
     steps = math.floor(min(most, (seconds - evals * eval_seconds - final_seconds) / step_seconds))
-    every = {option: max(1, math.ceil(steps / evals)) for option in {"train.eval_every", "train.save_every"} - given}
+    every = math.ceil(max(MIN_STEPS, steps) / evals)
+    chosen = {"train.steps": steps} | {
+        name: every for name in ("train.eval_every", "train.save_every") if name not in given
+    }
     deadline = Deadline(end - final_seconds - 2 * eval_seconds, most)
-    return replace_options(size, {"train.steps": steps, **every}), deadline
+    return replace_options(size, chosen), deadline
 
 
 def expected_loss(run: RunConfig, n_train: int) -> float:
@@ -225,7 +224,8 @@ class Deadline(Callback):
             self.end = math.inf  # this was the last look
         if trainer.config != config:
             save_config(trainer.config)
-            print_line(f"plan    {trainer.config.train.steps:,} steps, from the time that {step:,} have taken")
+            if abs(trainer.config.train.steps / total - 1) > 0.05:
+                print_line(f"plan    {trainer.config.train.steps:,} steps, from the time that {step:,} have taken")
 
 
 def decay_start(config: RunConfig) -> int:

@@ -87,7 +87,7 @@ def test_repeating_a_text_teaches_less_and_less(n_train: int, epochs: float) -> 
 
 def choose(config: RunConfig, data: Any, *given: str, ctx: DistContext = CPU, epochs: float = math.inf) -> Any:
     """The config and the deadline."""
-    return search(config, ctx, data, 3.0, set(given), epochs)
+    return search(config, ctx, data, 3.0, {"train.minutes", *given}, epochs)
 
 
 def test_time_is_filled_and_more_of_it_takes_larger_models(
@@ -142,6 +142,7 @@ def test_too_little_time_names_the_least(monkeypatch: pytest.MonkeyPatch) -> Non
         UserError, match=r"train.minutes is 0.05, too short for 50 steps: give at least 0\.\d$"
     ) as error:
         choose(minutes(0.05), corpus())
+    assert search(minutes(0.05), CPU, corpus(), 3.0, set(), math.inf)[0].train.steps == MIN_STEPS  # by default
     enough = float(str(error.value).split()[-1])
     assert choose(minutes(enough), corpus())[0].train.steps >= MIN_STEPS
 
