@@ -108,17 +108,14 @@ def _hold_out(source: str, texts: Sequence[TextRange], val_fraction: float) -> C
     # Long: 20 kB, or half of the mean, since all files shorter than that are less than half of the text.
     long = {text for text in others if not whole and text.n_bytes >= min(20_000, total / len(others) / 2)}
     share = min(val_fraction * total / max(1, sum(text.n_bytes for text in long)), (1 + val_fraction) / 2)
-    train, val = list[TextRange](), list[TextRange]()
-    for text in texts:
-        if text in lists or text in long:
-            first, last = _split_list(text, val_fraction) if text in lists else _split_file(text, share)
-            train.append(first)
-            val.append(last)
-        else:
-            (val if text in whole else train).append(text)
+    split = {
+        text: _split_list(text, val_fraction) if text in lists else _split_file(text, share) for text in long | lists
+    }
+    train = tuple(split.get(text, (text,))[0] for text in texts if text not in whole)
+    val = tuple(split.get(text, (text,))[-1] for text in texts if text in whole or text in split)
     parts = (("{}", whole), ("the end of {}", long), ("lines of {}, each a document", lists))
     how = ", ".join(words.format(f"{len(part)} file{'s' * (len(part) != 1)}") for words, part in parts if part)
-    return Corpus(source, tuple(train), tuple(val), how=how)
+    return Corpus(source, train, val, how=how)
 
 
 def is_in_cache(source: str, cache: Path) -> bool:

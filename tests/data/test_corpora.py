@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,7 +133,6 @@ NO_LISTS = {
     "verses": "\n".join(f"the {a} and the {b} are {a}" for a, b in pairwise(WORDS)),
     "Chinese verses": "\n".join(f"{word}\uff0c兰叶春" for word in WORDS),
     "chat": "\n".join(f"ann: {word}" for word in WORDS),
-    "irc": "\n".join(f"<bob> {word}" for word in WORDS),
     "code": "\n".join(f"def {word}():\n    return {word}" for word in WORDS),
     "csv": "\n".join(f"{word},{i}" for i, word in enumerate(WORDS)),
     "numbers": "\n".join(str(i**2) for i in range(200)),
@@ -165,16 +163,14 @@ def test_long_list_is_held_out_in_part(tmp_path: Path, cache: Path) -> None:
     write(tmp_path / "texts" / "book.txt", "It was a dark and stormy night. " * 2000)
     corpus = open_corpus(str(tmp_path / "texts"), 0.1, cache)
     assert corpus.how == "the end of 1 file, lines of 1 file, each a document"
-    assert 0.08 < len(documents(corpus.val)) / len(documents(corpus.train)) < 0.14
+    assert 0.09 < len(documents(corpus.val)) / len(documents(corpus.train)) < 0.13
 
 
-def test_separate_validation_text(texts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_separate_validation_text(texts: Path, cache: Path) -> None:
     """A file inside the source is not trained on; every other byte is."""
     corpus = open_corpus(str(texts), 0.2, cache, val=str(texts / "a" / "*.txt"))
     assert [text.path.parent.name for text in corpus.val] == ["a"] * 20
     assert [text.path.parent.name for text in corpus.train] == ["b"] * 20 and corpus.how == "data.val"
-    shutil.copy(texts / "a" / "part 00.txt", texts.parent / "other.txt")
-    assert len(open_corpus(str(texts), 0.2, cache, val=str(texts.parent / "other.txt")).train) == 40
     for source, val, code, words in (
         (texts, texts, 3, "all of data.source"),
         ("stories", texts, 2, "text of your own"),
