@@ -113,15 +113,12 @@ def loss_increases(model: GPT, texts: Sequence[Sequence[int]], layer: int, head:
     def zero(module: object, args: tuple[Tensor, ...]) -> Tensor:
         return ablate(args[0], head, model.config.d_head)
 
-    def losses(model: GPT, text: Sequence[int]) -> NDArray[np.float32]:
-        tokens = torch.tensor([text], device=model.token_embedding.weight.device)
-        loss = F.cross_entropy(model(tokens)[0, :-1].float(), tokens[0, 1:], reduction="none")
-        return np.asarray(loss.cpu())
-
-    with inference_mode(model) as whole:
-        before = [losses(whole, text) for text in texts]
-        with blocks_of(whole)[layer].attention.out.register_forward_pre_hook(zero):
-            return [losses(whole, text) - old for text, old in zip(texts, before, strict=True)]
+    rows = [torch.tensor([text], device=model.token_embedding.weight.device) for text in texts]
+    with inference_mode(model) as model:
+        before = [F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in rows]
+        with blocks_of(model)[layer].attention.out.register_forward_pre_hook(zero):
+            after = [F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in rows]
+    return [np.asarray((b - a).cpu()) for a, b in zip(before, after, strict=True)]
 
 
 def control_effects(effects: Scores) -> Scores | None:

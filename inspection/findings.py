@@ -154,7 +154,8 @@ class TextFinding(Finding):
         name, effect = head_name(*self.head), "raises held-out loss by {:.2f} [{:.2f}, {:.2f}]".format(*self.zero)
         effect += f", another head of its layer by {self.control[0]:.2f}" if self.control else ""
         if not self.is_supported:
-            return f"No head stands out on this text: ablating {name} {effect}, the most in another half of it."
+            start = f"No head stands out on this text: on half of it ablating {name} hurts most"
+            return f"{start}, but on the other half it {effect}."
         attends = f"it {score_info(self.score).title} ({self.value:.2f}; uniform attention {self.uniform:.2f})"
         if self.value - self.uniform < MIN_DISTINCT:
             attends = f"what it attends to fits no score (at best, {attends})"
@@ -235,6 +236,13 @@ def _effects(effects: AblationEffects, head: Head) -> dict[str, Any]:
     intervals = {name: tuple(table[head].tolist()) for name, table in effects.tables.items()}
     about = {"zero": intervals["zero"], "mean": intervals["mean"], "control": intervals.get("control_zero")}
     return {"unit": effects.unit, **about, "label": ablation_label(effects, *head)}
+
+
+def describe_largest(effects: AblationEffects) -> str:
+    """The head whose ablation costs most, for contrast pairs without a known antecedent."""
+    layer, head = divmod(int(effects.tables["zero"][..., 0].argmax()), effects.shape[1])
+    interval = "{:.2f} [{:.2f}, {:.2f}]".format(*effects.tables["zero"][layer, head])
+    return f"ablating {head_name(layer, head)} lowers the logit difference most, by {interval} nats"
 
 
 def headline(findings: Sequence[Finding]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float32, Int
+    from jaxtyping import Bool, Int
     from torch import Tensor
 
     from inspection.eval_texts import EvalTexts
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     Pattern = Float[Tensor, "*batch T T"]
     Tokens = Int[Tensor, "*texts T"]
     Score = Float[Tensor, "*batch"]
+    TokenBytes = Callable[[int], bytes]  # the bytes of a token id
 
 REPEATS, HELD_OUT, PARAMETERS, CONTRAST_PAIRS = "random repeats", "held-out texts", "parameters", "contrast pairs"
 PAIRS_PER_KIND = 16  # the first contrast pairs of each kind are measured
-ON_TEXT = "text."
-"""Prefix of the scores on held-out texts that are measured on random repeats too: `text.induction`."""
 ANTECEDENT = "antecedent."
 """Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`."""
 ANTECEDENTS: dict[str, str] = {
@@ -84,8 +83,8 @@ def head_score(title_on_text: str = "", **fields: Any) -> Callable[[Callable[...
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         score = SCORES[function.__name__] = HeadScore(function.__name__, **fields, compute=function)
         if title_on_text:
-            on_text = replace(score, name=ON_TEXT + score.name, title=title_on_text, texts=HELD_OUT)
-            SCORES[on_text.name] = on_text
+            name = f"text.{score.name}"
+            SCORES[name] = replace(score, name=name, title=title_on_text, texts=HELD_OUT)
         return function
 
     return register
@@ -154,7 +153,7 @@ def first_token(pattern: Pattern, tokens: Tokens) -> Score:
 )
 def line_start(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
     """0 to 1; nan without a start. An abbreviation followed by a space counts as the end of a sentence."""
-    return _mean_attention_to(pattern, _start_keys(pieces))
+    return _mean_attention_to(pattern, _targets(pieces, _starts))
 
 
 @head_score(
@@ -166,7 +165,7 @@ def line_start(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
 )
 def open_bracket(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
     """0 to 1; nan without brackets. A blank line closes all of them."""
-    return _mean_attention_to(pattern, _open_bracket_keys(pieces))
+    return _mean_attention_to(pattern, _targets(pieces, _open_brackets))
 
 
 @head_score(
@@ -247,52 +246,45 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
 
 def _mean_attention_to(pattern: Pattern, keys: Bool[Tensor, "*texts T T"]) -> Score:
     """Mean of each query's total attention to its `keys`, over the queries that have any; nan without any."""
-    keys = keys.to(pattern.device)
-    has_keys = keys.any(dim=-1)
+    has_keys = (keys := keys.to(pattern.device)).any(dim=-1)
     return (pattern * keys).sum(dim=-1).sum(dim=-1) / has_keys.sum(dim=-1)
 
 
-@lru_cache(maxsize=64)
-def _start_keys(pieces: tuple[bytes, ...]) -> Bool[Tensor, "T T"]:
-    """For each query the keys at which its line or sentence starts: both ends of the latest match of `START`."""
+@lru_cache(maxsize=128)
+def _targets(pieces: tuple[bytes, ...], find: Callable[[str], Iterator[tuple[int, list[int]]]]) -> Bool[Tensor, "T T"]:
+    """For each query the earlier keys that `find` gives it: characters, each with its targets until the next one.
+
+    A character belongs to the token that completes it; end-of-text, which has no bytes, is NUL.
+    """
     import torch
 
-    text, positions = _characters(pieces)
-    keys = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
-    for match in START.finditer(text):
-        first = positions[match.end()]
-        keys[first:] = False
-        keys[first:, [positions[match.start()], first]] = True
-    return keys.tril(-1)
-
-
-@lru_cache(maxsize=64)
-def _open_bracket_keys(pieces: tuple[bytes, ...]) -> Bool[Tensor, "T T"]:
-    """For each query the key with the innermost bracket or quotation mark that is still open after the query."""
-    import torch
-
-    text, positions = _characters(pieces)
-    keys = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
-    opened: list[tuple[str, int]] = []
-    for before, c, k in zip(" " + text, text, positions, strict=False):
-        if c == "\0" or before == c == "\n":
-            opened.clear()
-        elif opened and c in CLOSES[opened[-1][0]]:
-            opened.pop()
-        elif c in CLOSES:
-            opened.append((c, k))
-        else:
-            continue
-        keys[k:] = False
-        keys[k:, [position for _, position in opened[-1:]]] = True
-    return keys.tril(-1)
-
-
-def _characters(pieces: Sequence[bytes]) -> tuple[str, list[int]]:
-    """The text of tokens, NUL for end-of-text, and for each character the position of the token that completes it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pairs = [(c, k) for k, piece in enumerate(pieces) for c in decoder.decode(piece or b"\0")]
-    return "".join(c for c, _ in pairs), [k for _, k in pairs]
+    keys = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
+    for character, targets in find("".join(c for c, _ in pairs)):
+        keys[pairs[character][1] :] = False
+        keys[pairs[character][1] :, [pairs[target][1] for target in targets]] = True
+    return keys.tril(-1)
+
+
+def _starts(text: str) -> Iterator[tuple[int, list[int]]]:
+    """From its first character on, the two ends of the match of `START` before a line or sentence."""
+    return ((match.end(), [match.start(), match.end()]) for match in START.finditer(text))
+
+
+def _open_brackets(text: str) -> Iterator[tuple[int, list[int]]]:
+    """The innermost bracket or quotation mark that is open after each character that changes it."""
+    opened: list[int] = []
+    for k, c in enumerate(text):
+        if c == "\0" or text[k - 1 : k + 1] == "\n\n":
+            opened.clear()
+        elif opened and c in CLOSES[text[opened[-1]]]:
+            opened.pop()
+        elif c in CLOSES:
+            opened.append(k)
+        else:
+            continue
+        yield k, opened[-1:]
 
 
 def value_weighted(
@@ -328,12 +320,10 @@ def score_info(name: str) -> HeadScore:
     )
 
 
-def compute_head_scores(
-    model: GPT, eval_texts: EvalTexts, token_bytes: Callable[[int], bytes]
-) -> dict[str, Float32[Tensor, "L H"]]:
-    """Every score of every head, on the CPU: means over the texts that have anything to measure.
+def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, Tensor]:
+    """Every score of every head, f32 (L, H) on the CPU: means over the texts that have anything to measure.
 
-    A score without texts, or that is not finite, is left out. `token_bytes` gives the bytes of a token id.
+    A score without texts, or that is not finite, is left out.
     """
     import torch
 
@@ -357,7 +347,7 @@ def compute_head_scores(
     return {name: table for name, table in scores.items() if table.isfinite().all()}
 
 
-def uniform_scores(eval_texts: EvalTexts, token_bytes: Callable[[int], bytes]) -> dict[str, float]:
+def uniform_scores(eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, float]:
     """What uniform attention, A[i, j] = 1 / (i + 1), scores on the same queries: the baseline of each score on texts."""
     import torch
 
@@ -369,7 +359,7 @@ def uniform_scores(eval_texts: EvalTexts, token_bytes: Callable[[int], bytes]) -
 
 
 def _mean_over_texts(
-    patterns: Iterable[Tensor], texts: Sequence[Sequence[int]], token_bytes: Callable[[int], bytes], measured_on: str
+    patterns: Iterable[Tensor], texts: Sequence[Sequence[int]], token_bytes: TokenBytes, measured_on: str
 ) -> dict[str, Float[Tensor, " H"]]:
     """Each score's mean over the texts where it is not nan, from their patterns (H, T, T), which can be padded."""
     import torch

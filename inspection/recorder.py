@@ -23,7 +23,7 @@ from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores
 from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
 from inspection.eval_texts import OWN, EvalTexts
-from inspection.findings import compute_findings, headline, save_findings, text_finding
+from inspection.findings import compute_findings, describe_largest, headline, save_findings, text_finding
 from inspection.head_scores import ANTECEDENT, compute_head_scores, uniform_scores
 from inspection.page_builder import PageRun, write_page
 from inspection.plots import draw_figures
@@ -180,7 +180,10 @@ class AttentionRecorder:
         if not last.texts:  # a context of one token, and no sample
             return [*lines, DISCLAIMER], []
         if antecedents:
-            lines += ["", "contrast pairs", *(f"  {score.summary}" for score in antecedents)]
+            lines += ["", "contrast pairs"]
+        for score in antecedents:
+            effects = ablations.measures[f"logit_diff.{score.kind}"]
+            lines.append(f"  {score.summary}" + ("" if score.head else f"; {describe_largest(effects)}"))
         figures = draw_figures(run, self.run_dir, "png", step, guard=report_failure)
         page = self.run_dir / "attention.html"
         page_run = PageRun(self.run_dir.name, files, evaluations)

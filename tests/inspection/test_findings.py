@@ -164,7 +164,9 @@ def test_no_head_stands_out_on_text(choose: AblationEffects, judge: AblationEffe
     found = on_text(choose, judge, [0.9, 0.9])
     assert found.head == (0, head) and not found.is_supported
     supported = compute_findings(timeline(HIGH), results(repeats=effects(1.8, 1.5, 0.0)))
-    start = f"No head stands out on this text: ablating L0H{head} raises held-out loss by {found.zero[0]:.2f} ["
+    start = (
+        f"No head stands out on this text: on half of it ablating L0H{head} hurts most, but on the other half it raises"
+    )
     assert headline([found, *supported]).startswith(start)
 
 

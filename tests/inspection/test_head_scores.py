@@ -271,30 +271,30 @@ OPEN_BRACKETS = {
 }
 
 
-def keys_of(function: Callable[..., Tensor], pieces: list[bytes]) -> list[list[int]]:
-    return [row.nonzero().flatten().tolist() for row in function(tuple(pieces))]
+def keys_of(function: Callable[..., Any], pieces: list[bytes]) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in head_scores._targets(tuple(pieces), function)]
 
 
 def test_targets_in_text() -> None:
     for text, expected in STARTS.items():
         pieces = [b"" if c == "|" else c.encode() for c in text]
-        assert keys_of(head_scores._start_keys, pieces) == [[int(key) for key in keys] for keys in expected], text
+        assert keys_of(head_scores._starts, pieces) == [[int(key) for key in keys] for keys in expected], text
     for text, each in OPEN_BRACKETS.items():
         pieces = [b"" if c == "|" else c.encode() for c in text]
-        found = keys_of(head_scores._open_bracket_keys, pieces)
+        found = keys_of(head_scores._open_brackets, pieces)
         assert found == [[] if key == "." else [int(key)] for key in each], text
     words = ["He (", "the “", "big", " one” said", "). ", "Yes"]
-    assert keys_of(head_scores._open_bracket_keys, [w.encode() for w in words]) == [[], [], [1], [0], [], []]
+    assert keys_of(head_scores._open_brackets, [w.encode() for w in words]) == [[], [], [1], [0], [], []]
     split = "你。「好」".encode()  # 3 bytes a character; the last byte completes it
-    assert keys_of(head_scores._start_keys, [bytes([b]) for b in split])[8:] == [[5], *[[5, 8]] * 6]
-    assert keys_of(head_scores._open_bracket_keys, [bytes([b]) for b in split])[8:] == [[], *[[8]] * 5, []]
+    assert keys_of(head_scores._starts, [bytes([b]) for b in split])[8:] == [[5], *[[5, 8]] * 6]
+    assert keys_of(head_scores._open_brackets, [bytes([b]) for b in split])[8:] == [[], *[[8]] * 5, []]
 
 
 @pytest.mark.parametrize("name", ["line_start", "open_bracket"])
 def test_score_counts_only_queries_with_a_target(name: str) -> None:
     pieces = tuple(c.encode() for c in 'It is.\n(We "saw") him. Yes')
     pattern = torch.rand(3, len(pieces), len(pieces), generator=torch.Generator().manual_seed(1)).tril()
-    function = {"line_start": head_scores._start_keys, "open_bracket": head_scores._open_bracket_keys}[name]
+    function = {"line_start": head_scores._starts, "open_bracket": head_scores._open_brackets}[name]
     keys = [(i, row) for i, row in enumerate(keys_of(function, list(pieces))) if row]
     expected = [sum(float(A[i, row].sum()) for i, row in keys) / len(keys) for A in pattern]
     close(compute(name, pattern, pieces), torch.tensor(expected))

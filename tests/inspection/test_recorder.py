@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +121,9 @@ def test_report_on_own_text_names_a_head_and_where_it_matters(tmp_path: Path) ->
     head = headline.split()[1]  # the two need each other, so both cost the same
     assert f"it attends to {attends[head]}; uniform attention 0." in headline
     assert "matters most on this text: ablating it raises held-out loss by 1.56 [1.56, 1.56], another" in headline
-    assert on_repeats.startswith("Since step 20, head L1H1") and question.startswith("  own: right in ")
+    assert on_repeats.startswith("Since step 20, head L1H1") and re.match(
+        r"  own: right in [\d.]+% of 2; ablating L\dH\d lowers the logit difference most, by -?\d", question
+    )
     data = json.loads((tmp_path / "attention" / "findings.json").read_text())
     assert data["headline"] == headline and data["findings"][0]["summary"] == headline
     last = read_attention_file(tmp_path / "attention" / "000040.safetensors")
