@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DATA, UserError
+from data.config import DataConfig
 from data.text_files import SEPARATOR, TextRange, find_files, folder_note, read_documents
 from data.utf8_copy import utf8_file
 from tests.data.texts import data_error, documents, write, write_range
@@ -184,6 +185,11 @@ def test_encoding_is_guessed_and_decoded(tmp_path: Path, encoding: str) -> None:
     path = write(tmp_path / "book.txt", text.encode(encoding))
     assert f"it looks like {encoding}: give --data.encoding {encoding} " in data_error(path, tmp_path / "cache")
     assert documents([text_range(utf8_file(path, encoding, tmp_path / "cache"))]) == [text]
+
+
+@pytest.mark.parametrize("name", ["foo", "hex", "rot13", "", "a\0", "undefined"])
+def test_unknown_encoding_is_refused(name: str) -> None:
+    assert "must be a text encoding of Python" in DataConfig(encoding=name).problems()[0]
 
 
 def text_range(path: Path) -> TextRange:
