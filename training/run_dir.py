@@ -86,7 +86,8 @@ def is_restart(folder: Path) -> bool:
             return True
         message = f"{shown} already holds a run; continue it with --run.resume {quoted}, or choose another --run.dir"
         raise UserError(message, CONFIG)
-    if any(path.name.isdecimal() and int(path.name) > 0 for path in (folder / "checkpoints").glob("*")):
+    steps = (folder / "checkpoints").glob("*") if os.access(folder, os.X_OK) else ()
+    if any(path.name.isdecimal() and int(path.name) > 0 for path in steps):
         message = f"{shown} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
         raise UserError(message, CHECKPOINT)
     return False
