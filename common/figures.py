@@ -13,22 +13,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import CONFIG, UserError, escape_control_chars
 from common.files import write_atomic
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-INK, ACCENT, GRAY, MUTED = "#222222", "#c8102e", "#c9c9c9", "#666666"
+ACCENT, GRAY, MUTED = "#c8102e", "#c9c9c9", "#666666"
 FONT = "DejaVu Sans"  # comes with matplotlib
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # a `$` in a token is a `$`
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#888888",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -49,8 +43,8 @@ def figure(
     note: str = "",
     size: Sequence[float] = (5.3, 2.9),
     margins: Sequence[float] = (0.7, 0.5, 1.2),
-) -> Iterator[Axes]:
-    """Axes of `size` inches below a heading; the file is written after the body.
+) -> Iterator[Any]:
+    """matplotlib's Axes, of `size` inches, below a heading; the file is written after the body.
 
     The margins are left, below and right of the axes; the note is smaller than the title and below it. `UserError` for
     another suffix (exit code 2) and if the file cannot be written (6).
@@ -59,7 +53,6 @@ def figure(
     if suffix not in LEFT_OUT:
         raise UserError(f"cannot draw {path}: the name must end in .png, .svg or .pdf", CONFIG)
     import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     left, bottom, right = margins
@@ -70,7 +63,6 @@ def figure(
     with matplotlib.style.context(["default", STYLE, fonts]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a bold font may lack a glyph
         figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(figure)
         axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
         figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=12, weight="bold", va="top")
         figure.text(0.15 / width, 1 - 0.38 / height, "\n".join(lines), fontsize=8.5, color="#555555", va="top")

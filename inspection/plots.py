@@ -8,7 +8,6 @@ Every size is given in inches: a layout that matplotlib finds by itself takes lo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -49,27 +48,28 @@ def draw_figures(
     By default the timeline is that of the finding's score, and all heads are shown on the model's sample.
     Each figure is drawn within `guard`: after `report_failure` of one, the others are drawn.
     """
-    drawings: dict[str, Callable[[Path], list[Path]]] = {
+    drawings: dict[str, Callable[[Path], None]] = {
         "attention": lambda path: _draw_grid(path, run, step, text),
         "head": lambda path: _draw_head(path, run, step, text),
-        "timeline": lambda path: _draw_timelines(path, run, score),
+        "timeline": lambda path: _draw_timeline(path, run, score),
         "phase_change": lambda path: _draw_phase_change(path, run),
     }
     paths: list[Path] = []
     for stem, draw in drawings.items():
-        with guard(folder / f"{stem}.{suffix}"):
-            paths += draw(folder / f"{stem}.{suffix}")
+        path = folder / f"{stem}.{suffix}"
+        with guard(path):
+            draw(path)
+            paths += [path] * path.is_file()
     return paths
 
 
-def _draw_grid(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
+def _draw_grid(path: Path, run: RunFiles, step: int, name: str) -> None:
     """All heads on one text."""
     text = find_text(run.read(step), name, f"step {step} of {run.folder}")
     head_grid(path, text.pattern(), text.token_bytes, f"step {step}: {text.name}")
-    return [path]
 
 
-def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
+def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> None:
     """The head that the findings name, on a text where it matters; else the clearest head on a held-out text."""
     file, finding = run.read(step), named_finding(run)
     texts = {text.name: text for text in reversed(file.texts)}
@@ -88,25 +88,19 @@ def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> list[Path]:
     end = len(text.tokens) if query is None else query + 2  # with the token that it predicts, if there is one
     pattern, title = text.pattern(layer)[0, head, :end, :end], f"{head_name(layer, head)} at step {step}: {text.name}"
     one_head(path, pattern, text.token_bytes[:end], title, query, note)
-    return [path]
 
 
-def _draw_timelines(path: Path, run: RunFiles, score: str) -> list[Path]:
-    """A figure for the score, or for each of `all`."""
-    steps, scores = run.head_scores
-    names, finding = list(scores), named_finding(run)
-    if score not in ("", "all"):
-        names = [match_name(score, names, "score", str(run.folder))]
-    elif not score:
-        names = [finding["score"]] if finding and finding["score"] in names else names[:1]
-    paths = [path.with_stem("timeline-" + re.sub("[^A-Za-z0-9]", "-", name)) for name in names]
-    paths = [path] if len(names) == 1 else paths
-    for each, name in zip(paths, names, strict=True):
-        score_timeline(each, steps, scores[name], name, f"{run.folder.name}: {name}")
-    return paths
+def _draw_timeline(path: Path, run: RunFiles, score: str) -> None:
+    """The score, by default that of the finding."""
+    (steps, scores), finding = run.head_scores, named_finding(run)
+    name = match_name(score, scores, "score", str(run.folder)) if score else next(iter(scores), "")
+    if finding and not score and finding["score"] in scores:
+        name = finding["score"]
+    if name:
+        score_timeline(path, steps, scores[name], name, f"{run.folder.name}: {name}")
 
 
-def _draw_phase_change(path: Path, run: RunFiles) -> list[Path]:
+def _draw_phase_change(path: Path, run: RunFiles) -> None:
     """Loss and scores if a score formed; else a figure of an earlier end of the run is removed."""
     (steps, scores), loss, lines = run.head_scores, repeats_loss(run), []
     for name in ("induction", "previous_token"):
@@ -114,9 +108,8 @@ def _draw_phase_change(path: Path, run: RunFiles) -> list[Path]:
             lines.append((f"{name} score of {head_name(*head)}", steps, scores[name][:, head[0], head[1]]))
     if loss and len(lines) == 2 and any(has_formed(values) for *_, values in lines):
         phase_change(path, loss, lines, f"{run.folder.name}: loss and head scores")
-        return [path]
-    path.unlink(missing_ok=True)
-    return []
+    else:
+        path.unlink(missing_ok=True)
 
 
 def has_formed(values: NDArray[np.float32]) -> bool:
@@ -269,8 +262,14 @@ def phase_change(path: Path | str, loss: Series, scores: Sequence[Series], title
         _style_axes(axes, steps, (0.0, highest), f"{loss[0]} (nats/token)")
         _style_axes(right, steps, (0.0, 1.0), "score")
         right.spines["right"].set_visible(True)
-        names = [drawable(name) for name, _, _ in (loss, *scores)]
-        axes.legend(lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handlelength=2)
+        axes.legend(
+            lines,
+            [name for name, _, _ in (loss, *scores)],
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=3,
+            handlelength=2,
+        )
 
 
 def score_range(name: str, values: ArrayLike) -> tuple[float, float]:

@@ -45,7 +45,7 @@ class Plot(RunOptions):
     text: str = ""
     """Name of the text; by default the model's sample, and for one head a text where it matters."""
     score: str = ""
-    """Score of the timeline, or `all`; by default that of the finding."""
+    """Score of the timeline; by default that of the finding."""
     step: int = DEFAULT
     """The step whose patterns are drawn; by default the one whose heads were ablated."""
 

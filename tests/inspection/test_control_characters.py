@@ -101,7 +101,7 @@ def test_pages_and_figures_have_no_markup_of_texts(
 ) -> None:
     run = tmp_path / NAME
     shutil.copytree(training[0], run)
-    check(script("attend.py", "plot", run, "--format=svg", "--score=all", "--out", run / "svg"))
+    check(script("attend.py", "plot", run, "--format=svg", f"--score={HOSTILE}", "--out", run / "svg"))
     check(script("attend.py", "page", run))
     verified = script("attend.py", "verify", run)
     assert verified.returncode == 4 and not FORBIDDEN.search(verified.stdout + verified.stderr)  # a renamed score

@@ -16,8 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from fontTools.fontBuilder import FontBuilder
-from fontTools.ttLib.tables._g_l_y_f import Glyph
+from fontTools.ttLib import TTFont
 from matplotlib import image
 
 from common.errors import CONFIG, DISK_OR_MEMORY, UserError
@@ -94,53 +93,44 @@ for suffix in ("svg", "png", "pdf"):
 
 def test_characters_are_drawn_in_a_font_of_the_system(tmp_path: Path) -> None:
     """A font that matplotlib has not listed yet; what no font has is escaped, and nothing is printed."""
-    font = FontBuilder(1000)
-    font.setupGlyphOrder([".notdef", "sun"])
-    font.setupCharacterMap({ord("日"): "sun"})
-    font.setupGlyf(dict.fromkeys((".notdef", "sun"), Glyph()))
-    font.setupHorizontalMetrics(dict.fromkeys((".notdef", "sun"), (500, 0)))
-    font.setupHorizontalHeader(ascent=800, descent=-200)
-    font.setupNameTable({"familyName": "A Sans", "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
+    font = TTFont(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    for table in font["cmap"].tables:
+        table.cmap = {ord("日"): "A"}
+    for record in font["name"].names:
+        record.string = str(record).replace("DejaVu", "A")
     (tmp_path / "fonts").mkdir()
     font.save(tmp_path / "fonts" / "a.ttf")
-    done = subprocess.run(
-        [sys.executable, "-c", GLYPHS, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "XDG_DATA_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    command, env = [sys.executable, "-c", GLYPHS, str(tmp_path)], {**os.environ, "XDG_DATA_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert {"日", "\\U00030000", "$日_1$"} <= set(texts_of(tmp_path / "one.svg"))
     assert "A Sans" in (tmp_path / "one.svg").read_text("utf-8")
 
 
+EXAMPLES = [{"text": "held-out 9", "position": 2}, {"text": "held-out 2", "position": 4}]
+
+
 @pytest.mark.parametrize(
-    ("findings", "examples", "title"),
+    ("score", "examples", "title"),
     [
-        ([], [], "L.H. at step 6: held-out 1"),
-        ([{"head": [1, 0], "score": "induction", "is_supported": True}], [], "L1H0 at step 6: repeat 1"),
-        ([{"head": [1, 0], "score": "distance", "is_supported": False}], [], "L1H0 at step 6: held-out 1"),
-        (
-            [{"head": [0, 1], "score": "induction", "is_supported": True}],
-            [{"text": "held-out 9", "position": 2}, {"text": "held-out 2", "position": 4}],
-            "L0H1 at step 6: held-out 2",
-        ),
+        ("", [], "L.H. at step 6: held-out 1"),
+        ("induction", [], "L1H0 at step 6: repeat 1"),
+        ("distance", [], "L1H0 at step 6: held-out 1"),
+        ("induction", EXAMPLES, "L1H0 at step 6: held-out 2"),
     ],
 )
 def test_head_is_the_one_of_the_findings_where_it_matters(
-    findings: list[Any], examples: list[Any], title: str, trained: Path, tmp_path: Path
+    score: str, examples: list[Any], title: str, trained: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(trained, tmp_path / "run")
+    findings = [{"head": [1, 0], "score": score, "is_supported": True}] if score else []
     data = {"headline": "", "findings": findings, "examples": examples}
     (tmp_path / "run" / "attention" / "findings.json").write_text(json.dumps(data))
     (tmp_path / "phase_change.svg").write_text("of an earlier end")
     paths = draw_figures(RunFiles.open(tmp_path / "run"), tmp_path, "svg", 6)
     assert [path.name for path in paths] == ["attention.svg", "head.svg", "timeline.svg"]  # no score formed
     assert not (tmp_path / "phase_change.svg").exists()
-    assert f"run: {findings[0]['score'] if findings else 'previous_token'}" in texts_of(tmp_path / "timeline.svg")
+    assert f"run: {score or 'previous_token'}" in texts_of(tmp_path / "timeline.svg")
     texts = texts_of(tmp_path / "head.svg")
     assert any(re.fullmatch(title, text) for text in texts)
     assert any("framed" in text for text in texts) == bool(examples)
