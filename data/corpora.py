@@ -22,7 +22,7 @@ import mmap
 import os
 import re
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,20 +90,20 @@ def open_corpus(
     if source == "shakespeare":
         first, last = _split_file(_open_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
         return Corpus(source, (first,), (last,))
-    texts = [_open_file(utf8_file(path, encoding, cache, write), lines) for path in find_files(source)]
+    files = {_open_file(utf8_file(path, encoding, cache, write), lines): path for path in find_files(source)}
     if not val:
-        return _hold_out(source, texts, val_fraction)
+        return _hold_out(source, files, val_fraction)
     held_out = [_open_file(utf8_file(path, encoding, cache, write), lines) for path in find_files(val)]
     paths = {text.path.resolve() for text in held_out}
-    texts = [text for text in texts if text.path.resolve() not in paths]
+    texts = [text for text in files if text.path.resolve() not in paths]
     if not texts:
         raise UserError(f"--data.val {escape_control_chars(val)} is all of data.source: name another text", DATA)
     return Corpus(source, tuple(texts), tuple(held_out), how="data.val")
 
 
-def _hold_out(source: str, texts: Sequence[TextRange], val_fraction: float) -> Corpus:
-    """Hold out whole files or else the end of each long one, and lines of each list."""
-    lists, others = {text for text in texts if text.lines}, [text for text in texts if not text.lines]
+def _hold_out(source: str, texts: Mapping[TextRange, Path], val_fraction: float) -> Corpus:
+    """Hold out whole files or else the end of each long one, and lines of each list, given the user's files of the texts."""
+    lists, others = {text for text in texts if text.lines}, {text: texts[text] for text in texts if not text.lines}
     whole, total = _select_files(others, val_fraction), sum(text.n_bytes for text in others)
     # Long: 20 kB, or half of the mean, since all files shorter than that are less than half of the text.
     long = {text for text in others if not whole and text.n_bytes >= min(20_000, total / len(others) / 2)}
@@ -168,15 +168,15 @@ def download_shakespeare(cache: Path) -> Path:
     )
 
 
-def _select_files(texts: Sequence[TextRange], val_fraction: float) -> set[TextRange]:
+def _select_files(texts: Mapping[TextRange, Path], val_fraction: float) -> set[TextRange]:
     """Some of several files, never all, with about `val_fraction` of the bytes; empty if no choice comes near.
 
     The choice depends on the names below the common folder alone, not on the file system or the folder's place.
     """
-    common = os.path.commonpath([text.path.parent.absolute() for text in texts] or [Path()])
+    common = os.path.commonpath([path.parent.absolute() for path in texts.values()] or [Path()])
 
     def name_hash(text: TextRange) -> bytes:
-        name = Path(os.path.relpath(text.path, common)).as_posix()
+        name = Path(os.path.relpath(texts[text], common)).as_posix()
         return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
     total = sum(text.n_bytes for text in texts)
