@@ -256,7 +256,7 @@ def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
     close(found["itself"], table((UNIFORM_ONE * (T - 1) + 1) / T, 1 / T, 1 / T))
 
 
-# A text in one-byte tokens, and the keys of each query; `|` stands for end-of-text, which has no bytes.
+# A text in one-byte tokens, and the keys of each query; `|` is end-of-text, which has no bytes.
 STARTS = {
     "ab\n  cd\ne": ["", "", "", "", "", "2", "25", "25", "7"],  # the line break and the first letter
     'a." B c': ["", "", "", "", "1", "14", "14"],
