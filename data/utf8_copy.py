@@ -13,6 +13,7 @@ from pathlib import Path
 from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
 from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, open_text, read_blocks
+from data.tokenizer import progress_bar
 
 MAX_ROW_CHARACTERS = 64 * 1024 * 1024
 _MARKS = (  # the mark of UTF-32 starts with that of UTF-16
@@ -40,9 +41,16 @@ def utf8_file(path: Path, encoding: str, cache: Path, write: bool = True) -> Pat
     if not copy.exists():
         if not write:
             raise UserError(f"{escape_control_chars(path)} is not prepared yet", DATA)
-        blocks = read_blocks(TextRange(path, 0, size), BLOCK_BYTES, codec)
+        blocks = _read(TextRange(path, 0, size), codec)
         write_atomic(copy, _documents(blocks, path) if has_rows else (block.encode() for block in blocks))
     return copy
+
+
+def _read(text: TextRange, codec: str) -> Iterator[str]:
+    with progress_bar("copying the text", text.n_bytes, True) as bar:
+        for block in read_blocks(text, BLOCK_BYTES, codec):
+            yield block
+            bar.update(BLOCK_BYTES)
 
 
 def _documents(blocks: Iterable[str], path: Path) -> Iterator[bytes]:

@@ -101,7 +101,7 @@ def test_signal_while_the_corpus_is_prepared(
 @BOTH
 def test_signal_while_a_vocabulary_is_trained(number: int, tmp_path: Path) -> None:
     text, run = tmp_path / "base.txt", tmp_path / "run"
-    text.write_text("".join(random.Random(0).choices("ACGT", k=8_000_000)))
+    text.write_text("".join(random.Random(0).choices([chr(0x4E00 + i) for i in range(1000)], k=6_000_000)))
     with train(f"--data.source={text}", f"--run.dir={run}", env={"GLASSGPT_CACHE": str(tmp_path / "cache")}) as started:
         started.until(lambda: any(tmp_path.glob("cache/*.partial/tokens")), "training of the vocabulary")
         time.sleep(1)
