@@ -37,7 +37,7 @@ OWN = "own"
 """The kind of the user's contrast pairs."""
 HELD_OUT = "held-out"
 """Prefix of the names of held-out texts; the others are the user's."""
-HELD_OUT_TEXTS, MIN_HELD_OUT = 64, 128  # texts at most; a short split is cut into more texts of at least 128 tokens
+HELD_OUT_TEXTS, MIN_HELD_OUT = 32, 128  # texts at most; a short split is cut into more texts of at least 128 tokens
 SCORED_HELD_OUT = 12  # of these for head scores at each evaluation; heads are ablated on all
 RECORDED_HELD_OUT = 2  # of these in an attention file
 MAX_USER_TEXTS = 8

@@ -84,9 +84,7 @@ class TrainConfig:
     eval_tokens: PositiveInt = 65_536  # Validation tokens of an evaluation, the same every time.
     save_every: PositiveInt = 100  # Steps between checkpoints; the best evaluation and the last step are saved as well.
     keep_checkpoints: PositiveInt = 2  # How many of the newest checkpoints are kept, besides the best.
-    patience: Patience = (
-        -1
-    )  # Stop after so many evaluations without improvement; 0: never; -1: 5 on a text of your own.
+    patience: Patience = -1  # Evaluations without improvement until the end; 0: any number; -1: 5 on your own text.
     skip_nonfinite_steps: NonNegativeInt = 0  # Steps with a non-finite loss or gradient to skip before the run stops.
     sharding: Literal["none", "fsdp"] = "none"  # `none`: DDP; `fsdp`: parameters and optimizer state are sharded.
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # Of matrix products; `auto`: bf16 where it is well supported.
@@ -190,6 +188,8 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         if file is not None:
             name = escape_control_chars(file)
             raise UserError(f"--run.resume uses the config of that run; leave out {name}, or give single options")
+        if "train.steps" in option_names(typed):  # another end: `decay_lines` lead to the old one
+            typed = ["--optim.decay_lines=", *typed]
         file, typed = saved, [*typed, f"--run.dir={resumed}"]
     file = file or QUICKSTART
     from_file = read_toml(file)

@@ -29,12 +29,13 @@ DESCRIPTIONS = {
 }
 RISE = 0.02  # nats/token of the held-out loss after its best, that are worth a line
 FAR_BELOW = 0.75  # training loss / held-out loss
+TRAIN_TARGETS = 20_000  # training targets whose loss is compared with the held-out loss
 COPY_TEXTS, COPY_TOKENS = 4, 100  # number and length of the sampled texts that are searched for in the training text
 COPY_LIMIT = 5_000_000  # training tokens that are searched, from the start of the split
 
 
 class Losses(NamedTuple):
-    """Mean losses of the model of one step, in nats/token: on held-out targets and on about as much training text."""
+    """Mean losses of the model of one step, in nats/token: on held-out targets and on `TRAIN_TARGETS` of training."""
 
     step: int
     val: float
@@ -74,7 +75,7 @@ class LossReport(Callback):
 def measure(trainer: Trainer) -> Losses:
     """The losses of the present weights; every process takes part."""
     val, num_targets = trainer.validation_loss(trainer.final_subset)
-    subset = eval_indices(trainer.train_sequences, trainer.config.train.eval_tokens)
+    subset = eval_indices(trainer.train_sequences, TRAIN_TARGETS)
     return Losses(trainer.state.step, val, num_targets, trainer.validation_loss(subset, split="train")[0])
 
 
@@ -159,7 +160,12 @@ def advice(
 
 
 def longest_copies(trainer: Trainer) -> tuple[int, int]:
-    """The most consecutive tokens that occur in the training text: of sampled texts, and of as much held-out text."""
+    """The most consecutive tokens that occur in the training text: of sampled texts, and of as much held-out text.
+
+    (0, 0) for a text that was not read twice, which is not memorised.
+    """
+    if trainer.state.tokens_seen < 2 * len(trainer.data.train):
+        return 0, 0
     model, tokenizer, val = trainer.model, trainer.data.tokenizer, trainer.data.val
     start = encode_prompt(tokenizer, "", trainer.environment.starts_with_eot)
     seed = derive_seed(trainer.config.run.seed, "copies")

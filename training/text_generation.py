@@ -25,7 +25,7 @@ def read_prompt(tokenizer: Tokenizer, prompt: str, trained: RunEnvironment) -> t
     training text has backslashes. Spaces at the end, which belong to the next word's token, are dropped unless it has
     them alone. Tokens that it never had are named. Raises `UserError` as `encode_prompt` does.
     """
-    text = prompt.removeprefix(SEPARATOR)
+    text = prompt.removeprefix(SEPARATOR).replace("\r\n", "\n").replace("\r", "\n")  # as the training text was read
     seen = {tokenizer.end_of_text, *filter(trained.has_token, range(tokenizer.vocab_size))}
     if re.search(r"\\[nt]", text) and not any(b"\\" in tokenizer.token_bytes(token) for token in seen):
         text = text.replace("\\n", "\n").replace("\\t", "\t")

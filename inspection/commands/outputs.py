@@ -70,7 +70,9 @@ class Ablate(RunOptions):
 
         run = RunFiles.open(self.run)
         folder = run.folder
-        loaded = context.load_model(folder, self.checkpoint) if folder.is_dir() else None
+        is_checkpoint = (Path(self.run) / "manifest.json").is_file()
+        opened = Path(self.run) if is_checkpoint else folder
+        loaded = context.load_model(opened, self.checkpoint) if folder.is_dir() else None
         if loaded is None:
             raise UserError(f"{folder} is an attention file; ablation needs a run folder with a checkpoint", CHECKPOINT)
         texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)

@@ -263,6 +263,9 @@ def test_ablate_rewrites_findings_and_page(run: Path) -> None:
         (run / name).unlink()
     output = text("ablate", run)
     assert (run / "attention" / "ablations.json").read_bytes() == before
+    earliest = min((run / "checkpoints").iterdir())
+    text("ablate", earliest)
+    assert json.loads((run / "attention" / "ablations.json").read_text())["step"] == int(earliest.name) < 6
     assert f"written  {run / 'attention.html'}" in output and DISCLAIMER in output
     single = run / "prompt.safetensors"
     shutil.copy(run / "attention" / "000006.safetensors", single)

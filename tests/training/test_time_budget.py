@@ -21,7 +21,7 @@ from common.files import read_metrics
 from tests.runs import script
 from training import time_budget as budget
 from training.checkpoint import open_checkpoint
-from training.config import RunConfig, TrainConfig, parse_train, read_toml, replace_options
+from training.config import RunConfig, TrainConfig, parse_train, read_toml, replace_options, to_toml
 from training.device import DistContext
 from training.flops import step_flops
 from training.optimizer import get_lr_scale
@@ -167,6 +167,14 @@ def test_short_texts_and_several_processes_are_refused(monkeypatch: pytest.Monke
 def test_contradicting_options_are_named(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_train(words)
+
+
+def test_more_steps_on_resuming_make_a_new_schedule(tmp_path: Path) -> None:
+    config = replace_options(RunConfig(), {"train.steps": 600, "optim.decay_lines": "300-500 400"})
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    resumed = [f"--run.resume={tmp_path}"]
+    assert parse_train(resumed)[0].optim.decay_lines == "300-500 400"
+    assert parse_train([*resumed, "--train.steps=900"])[0].optim.decay_lines == ""
 
 
 def planned(steps: int) -> RunConfig:
