@@ -52,8 +52,10 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     SIGINT and SIGTERM exit with 130 and 143 and without a traceback; the training loop handles them itself
     (`training/signals.py`). A closed pipe (`| head`) ends the program quietly.
     """
-    # Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start.
     os.environ["MPLBACKEND"] = "agg"  # matplotlib cannot be imported with a backend that it does not know
+    if not os.environ.get("OMP_WAIT_POLICY"):  # threads that wait for each other take the cores that others need
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spins before a thread sleeps: benchmarks/NOTES.md
+    # Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start.
     gc.set_threshold(100_000, 20, 100)
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):  # a terminal without a character gets its code, not a traceback

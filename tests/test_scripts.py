@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -95,3 +96,15 @@ def test_corpus_without_lines_or_documents(tmp_path: Path) -> None:
     done = script("train.py", *TINY, *options, f"--data.source={tmp_path / 'one.txt'}", f"--run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "abcd abcd" in script("sample.py", tmp_path / "run", "--tokens=20", "--temperature=0").stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_waiting_threads_sleep_soon_unless_the_user_decides(given: dict[str, str], expected: str) -> None:
+    program = "import os, common.errors as e; e.run_main(lambda argv: print(os.environ.get('GOMP_SPINCOUNT')))"
+    others = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={**others, **given}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == expected, done.stderr
