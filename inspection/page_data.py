@@ -185,7 +185,7 @@ def _finding(entry: Mapping[str, Any], texts: Sequence[str], example: Mapping[st
     return {
         "head": [int(layer), int(head)],
         "score": score,
-        "title": score.removeprefix(ANTECEDENT).replace("_", " "),
+        "title": score.removeprefix(ANTECEDENT).removeprefix("text.").replace("_", " "),
         "attention": numbers(float(entry["value"])),
         "supported": bool(entry["is_supported"]),
         "summary": str(entry["summary"]),
