@@ -46,7 +46,7 @@ def test_saved_texts_are_loaded(tmp_path: Path) -> None:
         assert EvalTexts.load(tmp_path / "attention" / "eval_texts.json", 100, 64) == texts
 
 
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=300), st.integers(2, 256))
+@given(st.lists(st.integers(2, 900), min_size=1, max_size=300), st.integers(2, 256))  # end-of-text and a token or more
 def test_held_out_texts_are_spread_and_do_not_overlap(lengths: list[int], longest: int) -> None:
     starts, n = np.cumsum([0, *lengths])[:-1], sum(lengths) + 1
     texts = held_out_texts(np.arange(n), starts, longest)  # a token is its position
