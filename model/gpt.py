@@ -65,7 +65,10 @@ class AttentionPattern(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with grouped keys and values."""
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with grouped keys and values.
+
+    The causal mask is added in `functional.attention_pattern`, in parts in `chunked_attention`, and by the kernel in sdpa.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -59,7 +59,8 @@ class Optimizer:
 
     Muon orthogonalizes the update of a matrix, which makes sense where a matrix maps one hidden space to another.
     torch.optim's classes are not used because each of them imports torch's compiler, about a second; the arithmetic
-    is torch.optim's own, through `torch.optim.adamw.adamw`. FSDP-sharded parameters have sharded optimizer state.
+    is torch.optim's own, through `torch.optim.adamw.adamw`. `step` also clears the gradients; set `lr_scale` for the schedule.
+    FSDP-sharded parameters have sharded optimizer state.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:

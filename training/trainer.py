@@ -55,7 +55,7 @@ class Callback:
         weights. If a signal interrupts it, the evaluation is repeated when the run is resumed."""
 
     def on_save(self, trainer: Trainer) -> None:
-        """When a checkpoint is due."""
+        """When a checkpoint is due: `Checkpointer` writes it here."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step and its checkpoint; not if the run is stopped or fails."""
