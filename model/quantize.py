@@ -94,7 +94,7 @@ def quantize_(model: GPT, dtype: WeightDtype) -> None:
     if not has_kernel:
         raise UserError(f"--dtype {dtype} needs an x86 CPU; use fp32, or hide the GPU with CUDA_VISIBLE_DEVICES=")
     replacement: Any = {"fp32": PrepackedLinear, "fp16": HalfLinear, "int8": Int8Linear}[dtype]
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear):
-                setattr(parent, name, replacement(linear))
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]  # keeps no weights alive
+    for parent in parents:
+        for name in [name for name, child in parent.named_children() if isinstance(child, nn.Linear)]:
+            setattr(parent, name, replacement(getattr(parent, name)))
