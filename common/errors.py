@@ -53,8 +53,6 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     (`training/signals.py`). A closed pipe (`| head`) ends the program quietly.
     """
     os.environ["MPLBACKEND"] = "agg"  # matplotlib cannot be imported with a backend that it does not know
-    if not os.environ.get("OMP_WAIT_POLICY"):  # threads that wait for each other take the cores that others need
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spins before a thread sleeps: benchmarks/NOTES.md
     # Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start.
     gc.set_threshold(100_000, 20, 100)
     atexit.register(gc.freeze)

@@ -103,7 +103,7 @@ def test_corpus_without_lines_or_documents(tmp_path: Path) -> None:
     ("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
 )
 def test_waiting_threads_sleep_soon_unless_the_user_decides(given: dict[str, str], expected: str) -> None:
-    program = "import os, common.errors as e; e.run_main(lambda argv: print(os.environ.get('GOMP_SPINCOUNT')))"
+    program = "import os, train; train.limit_spinning(); print(os.environ.get('GOMP_SPINCOUNT'))"
     others = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env={**others, **given}, capture_output=True, text=True
