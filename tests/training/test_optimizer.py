@@ -52,7 +52,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_optimizer_state_is_saved_and_restored_but_not_into_another_model(name: Any) -> None:
+def test_saved_state_is_restored_and_must_fit_the_model(name: Any) -> None:
     def train(model: GPT, optimizer: Optimizer) -> None:
         for _ in range(2):
             model(torch.arange(8)[None]).square().mean().backward()

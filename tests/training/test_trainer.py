@@ -125,7 +125,7 @@ def test_signal_interrupts_an_evaluation_which_is_repeated() -> None:
     assert [line["step"] for line in repeated.evals] == [4, 8]
 
 
-def test_patience_ends_the_run_and_non_finite_losses_are_never_the_best() -> None:
+def test_patience_ends_the_run_and_nan_is_never_best() -> None:
     trainer = make_trainer(replace(EIGHT, eval_every=1, patience=2))
     losses = iter([math.nan, 3.0, -math.inf, 2.5, 2.5, math.inf, 1.0])
     trainer.validation_loss = lambda indices, stop=None: (next(losses), 1)  # type: ignore[method-assign]
