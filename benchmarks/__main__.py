@@ -1,7 +1,5 @@
 """List the benchmarks:  python -m benchmarks"""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -8,8 +8,6 @@ A part pays if the loss rises without it, or if steps take longer. Learning rate
 of optimizer gets its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import sys

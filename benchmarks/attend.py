@@ -4,8 +4,6 @@ python -m benchmarks.attend recording        # a whole quickstart: the share of 
 python -m benchmarks.attend quadratic        # eager attention from 128 to 4096 tokens: time and memory
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """nanoGPT as a contestant: run by its own code in a copy of the user's clone; it is never imported or changed."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import tempfile

@@ -8,8 +8,6 @@ encodes it and appends it to a file, in one process; ours also hashes, splits an
 whose clock includes its start. It takes about twice the text's size on disk.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections.abc import Callable

@@ -7,8 +7,6 @@ Speed is measured with random weights of GPT-2's shape (124 M parameters) and co
 every matrix times one vector.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import tempfile

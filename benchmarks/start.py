@@ -4,8 +4,6 @@ python -m benchmarks.start
 python -m benchmarks.start --run runs/quickstart      # sample from this run; otherwise a small one is trained first
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -5,8 +5,6 @@ python -m benchmarks.steps TOKENS.npy VOCABULARY [--section.key value ...]
 The options are train.py's, and `training.setup.build_trainer` builds the trainer as for any run.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -10,8 +10,6 @@ covers the whole command up to its loss; losses are over the whole validation sp
 `speed` measures steps on random tokens: of 10.65 M parameters on a CPU, of GPT-2's 124 M in bf16 on a GPU.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

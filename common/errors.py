@@ -1,7 +1,5 @@
 """`UserError`, the exit codes, and `run_main`, which every script runs in. Imports no other module of the project."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import errno

@@ -4,8 +4,6 @@ matplotlib is imported when a figure is drawn, and used without pyplot: no displ
 Sans lacks are drawn in fonts of the system. On one machine, the same figures have the same bytes.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Files that are written atomically, and the reader of `metrics.jsonl`."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

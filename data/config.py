@@ -1,7 +1,5 @@
 """Data settings. Imports no torch, so that a mistyped option is reported at once."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,8 +13,6 @@ A file or folder that has the name of a corpus is given as `./stories`. To add a
 `documents(split)` and `entropy()`, and a line in `GENERATED`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import inspect

@@ -10,8 +10,6 @@ document is read from its start wherever possible:
                                             |-------------->   because c is read from its start
 """
 
-from __future__ import annotations
-
 from array import array
 from dataclasses import dataclass
 from functools import lru_cache

@@ -5,8 +5,6 @@ than the two previous tokens. All losses are nats per token over the targets of 
 the leading end-of-text.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

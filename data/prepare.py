@@ -8,8 +8,6 @@ changed file is prepared again, and a moved one is not. `meta.json` has the sha2
 every start, and a damaged folder is prepared again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

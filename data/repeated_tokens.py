@@ -17,8 +17,6 @@ The entropy has a closed form. A word of n letters is one of 52! / (52 - n)! equ
 equally likely. Each length occurs equally often in either split, so the mean over a split is exactly `entropy()`.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterator

@@ -28,8 +28,6 @@ later choice has the same probabilities whatever the combination, the expected -
 same given any combination: it is `entropy()` on both splits, and the validation loss can be compared with it.
 """
 
-from __future__ import annotations
-
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator

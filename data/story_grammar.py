@@ -6,8 +6,6 @@ entropy is exact by the chain rule, H(X, Y) = H(X) + H(Y | X). If every text has
 the text is the product of the probabilities of its choices.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence

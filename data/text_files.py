@@ -4,8 +4,6 @@ A line that holds only `<|endoftext|>` separates documents. That line, the newli
 belong to no document. Documents of white space alone are skipped. In a list, each line is a document.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import glob

@@ -4,8 +4,6 @@ The tokens of a split are `EOT d1 EOT d2 EOT ... dn EOT`, with EOT the end-of-te
 before it, so that its first token is predicted from something; the EOT after it is its last target.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Text in other encodings and rows of JSON are copied into the cache as UTF-8 text, once: `text-<key>/rows.jsonl`."""
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import itertools

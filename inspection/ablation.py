@@ -10,8 +10,6 @@ does nothing: another one may do the same (Wang et al. 2022, "backup" heads).
 Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size, S positions scored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

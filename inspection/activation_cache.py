@@ -7,8 +7,6 @@ Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D 
 query i (row) attends to key j (column); it is exactly 0 for j > i, and each row sums to 1.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

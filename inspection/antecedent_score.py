@@ -5,8 +5,6 @@ contrast pair has two baselines: the best fixed offset (Clark et al. 2019, secti
 offset are chosen on one half of the pairs and compared on the other, so that choosing does not bias the result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean

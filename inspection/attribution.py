@@ -7,8 +7,6 @@ written directly: the effect of a head through later layers counts as theirs. `a
 Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce

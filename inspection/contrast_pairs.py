@@ -4,8 +4,6 @@ Such pairs show whether the model knows the answer, and which head attends to th
 character (`data/stories.py`); `make_contrast_pair` finds the token positions. `eval_items.py` scores them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate

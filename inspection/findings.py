@@ -8,8 +8,6 @@ On a corpus without contrast pairs it is the other way round: `text_finding` tak
 and says what it attends to.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -5,8 +5,6 @@ with `<`, `>` and `&` escaped. A content security policy lets only our own scrip
 Needs NumPy, not torch.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

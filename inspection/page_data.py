@@ -3,8 +3,6 @@
 Everything that the page says about a head is decided here or in `findings.py`; its JavaScript only shows it.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """How the numbers of a page are written: compressed arrays, tokens as safe text, tables as JSON. `web/data.js` reads them."""
 
-from __future__ import annotations
-
 import base64
 import json
 import unicodedata

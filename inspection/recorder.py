@@ -5,8 +5,6 @@ if the step is one of those to keep. Its `report` ablates every head, decides wh
 figures and the page.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

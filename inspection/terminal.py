@@ -3,8 +3,6 @@
 Needs NumPy only. The text holds no colors and no control characters; its numbers are rounded, those of JSON are not.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Commands as the documents write them: each must be one that the program understands."""
 
-from __future__ import annotations
-
 import shlex
 
 import attend

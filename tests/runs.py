@@ -1,7 +1,5 @@
 """Small runs that several tests look at, through the scripts as a user starts them."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

@@ -1,7 +1,5 @@
 """The benchmarks' helpers, their list, and the shortest of their programs."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

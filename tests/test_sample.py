@@ -1,7 +1,5 @@
 """sample.py: weight dtypes and the attention of the generated text (more of it is in test_scripts.py)."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

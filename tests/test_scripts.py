@@ -1,7 +1,5 @@
 """sample.py and the scripts as a user meets them: what they print and what they refuse."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -8,8 +8,6 @@ Each file is fsynced, then `manifest.json` with their sha256, then the folder, w
 place. There is no pickle and no "latest" pointer: the newest folder that verifies is the latest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

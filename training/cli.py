@@ -4,8 +4,6 @@ Every option and value is checked, so that all problems are reported at once, wi
 the help. Imports no torch: a mistake is answered within a fraction of a second.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

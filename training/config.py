@@ -4,8 +4,6 @@ The entries of a config file become the same `--section.key=value` arguments as 
 before them: defaults < file < command line. Imports no torch, so that a mistyped option is answered at once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import glob

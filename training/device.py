@@ -4,8 +4,6 @@ Every decision is a rule, so that the same command computes the same bits on the
 several processes is in `training/distributed.py`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -5,8 +5,6 @@ and optimizer state sharded over them (FSDP2, `train.sharding = "fsdp"`). All th
 `training/device.py` knows rank and device.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import fcntl

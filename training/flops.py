@@ -4,8 +4,6 @@ A multiplication and an addition count as two FLOPs, as on data sheets. Norms, a
 mille of the FLOPs (though not of the time) and are left out.
 """
 
-from __future__ import annotations
-
 import torch
 
 from model.config import ModelConfig

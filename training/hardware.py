@@ -1,7 +1,5 @@
 """GPUs by name for `train.py --plan 8xh100`, and the parsing of that option, which needs no torch."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ in bf16 and 3.3 GB in fp32, and F.cross_entropy makes several such tensors. Here
 backward, and their gradient overwrites the logits.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

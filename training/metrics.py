@@ -1,7 +1,5 @@
 """Metrics of a run: `metrics.jsonl`, `samples.txt`, and the progress bar or plain lines."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

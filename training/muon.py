@@ -4,8 +4,6 @@ torch.optim.Muon computes the same, one matrix at a time, and takes about as lon
 here all matrices of one shape go through each product together. The results are bit-identical.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The optimizer: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest; and the learning rate."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from typing import Any, cast

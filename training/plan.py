@@ -4,8 +4,6 @@ It reads the config and a corpus that is prepared already, writes nothing and pr
 is measured here (`time_budget.measure_step`), or assumes a share of a GPU's peak.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 

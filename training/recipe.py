@@ -1,7 +1,5 @@
 """The recipe of an own text: what its size decides unless the user does. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 import os
 

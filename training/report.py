@@ -1,7 +1,5 @@
 """The end of a run: the losses of its best step, compared with baselines, and what could be better."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

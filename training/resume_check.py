@@ -4,8 +4,6 @@ From the same checkpoint one process trains some steps, and two others the same 
 Weights and optimizer state must have the same sha256. Everything happens in a temporary folder inside RUN.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The run folder: its name, its lock, and `config.toml`, which makes it a run. Imports no torch: refuses at once."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

@@ -1,7 +1,5 @@
 """Build a trainer from a config, and the callbacks that a run of `train.py` has."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

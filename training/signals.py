@@ -4,8 +4,6 @@ The loop checks for a request between steps; work that can be repeated later, su
 interrupted at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """From a prompt to text: the generation that `sample.py`, `attend.py` and the samples during training share."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterable, Iterator

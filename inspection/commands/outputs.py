@@ -1,7 +1,5 @@
 """`attend.py page RUN`, `plot RUN` and `ablate RUN`: write the page, the figures, or new ablation effects of a run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

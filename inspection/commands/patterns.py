@@ -1,7 +1,5 @@
 """`attend.py token RUN` and `compare RUN`: what one token attends to, and how two steps or runs differ."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """`attend.py summary RUN`, `heads RUN` and `timeline RUN`: head scores, next to the effects of ablating the heads."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Mapping

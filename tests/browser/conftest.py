@@ -1,7 +1,5 @@
 """A headless browser. A test fails on any error, any breach of the content security policy and any other request."""
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

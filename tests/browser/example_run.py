@@ -1,7 +1,5 @@
 """A small example run whose patterns are exactly the softmax of its queries and keys. Needs neither model nor torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Keys, pointer, slider, lists, downloads and links."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from xml.etree import ElementTree
 

@@ -1,7 +1,5 @@
 """The numbers on the page are those of the arrays: attention, losses, ablation, each step of the walk-through."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The page is safe, accessible, and readable in light and dark and in narrow windows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from xml.etree import ElementTree
 

@@ -1,7 +1,5 @@
 """Every derivation of a grammar, or of one text, found by following all choices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 
 from data.story_grammar import Pool, Story, Writer

@@ -1,7 +1,5 @@
 """Corpora: how text is split into training and validation, and the named corpora."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Batches: every target once an epoch, a pure function of seed and step, the same for any number of processes."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

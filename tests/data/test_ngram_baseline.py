@@ -1,7 +1,5 @@
 """N-gram baselines: equal to a slow dictionary version, and probability distributions."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from typing import Any

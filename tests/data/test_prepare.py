@@ -1,7 +1,5 @@
 """Preparing: the token files are the text, whole and once, whatever happens on the way."""
 
-from __future__ import annotations
-
 import os
 import resource
 import threading

@@ -1,7 +1,5 @@
 """Repeated tokens: exact entropy, and nothing but the repetition predicts the second copy."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Stories: exact entropy, one derivation for each text, right labels, disjoint splits."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

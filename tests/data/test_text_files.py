@@ -1,7 +1,5 @@
 """Text files: documents are the same however a file is read in blocks; unusable files are one clear line."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Tokenizers: round trips, saved files, damaged files, agreement with the library that trains them."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

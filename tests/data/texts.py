@@ -1,7 +1,5 @@
 """Texts and helpers for the tests of corpora and tokenizers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

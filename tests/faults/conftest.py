@@ -1,7 +1,5 @@
 """The fault tests: `pytest -m faults -n 2`. Every test in this folder does harm to a run, its files or its disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A fault that a process injects into itself at its N-th file operation, by CPython's audit hooks."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os

@@ -3,8 +3,6 @@
 A run never trains on another text than the one it started with, and continues when the text is restored.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -3,8 +3,6 @@
 A small tmpfs is a disk that can be filled to the last page; those tests need the right to mount.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Cut, flipped, missing and garbled files of a run: damage is named and skipped, and never becomes a silent new start."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Callable

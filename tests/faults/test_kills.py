@@ -4,8 +4,6 @@ Each run (start, SIGKILL, resume, SIGKILL, ... until it is complete) has a cache
 interrupted too.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import signal

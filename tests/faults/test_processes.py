@@ -3,8 +3,6 @@
 Most tests start the processes one by one (`Ranks`), as SLURM does; the rest start torchrun.
 """
 
-from __future__ import annotations
-
 import functools
 import signal
 import subprocess

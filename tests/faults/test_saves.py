@@ -4,8 +4,6 @@ A run at step 6 continues and saves step 8 with only one checkpoint kept, so tha
 It is killed, or the disk fails, at each file operation of the save in turn.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

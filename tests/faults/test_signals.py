@@ -3,8 +3,6 @@
 A phase is recognised by what the run has written, or by a file operation (`hook.py`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import os

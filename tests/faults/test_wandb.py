@@ -1,7 +1,5 @@
 """The real wandb: training ends with the same weights, and in time, whatever happens to it."""
 
-from __future__ import annotations
-
 import signal
 import time
 from pathlib import Path

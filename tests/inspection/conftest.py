@@ -1,7 +1,5 @@
 """A small trained run, which the tests of the commands look at."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

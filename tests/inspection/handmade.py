@@ -26,8 +26,6 @@ which get less than e^-60 = 10^-26. Without a match the induction head attends t
 of zero. All other heads attend uniformly and write nothing; the MLPs are zero.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import accumulate
 from typing import Literal

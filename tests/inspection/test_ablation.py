@@ -1,7 +1,5 @@
 """Head ablation: known effects on the handmade model, the definition by brute force, and mutants that must be noticed."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

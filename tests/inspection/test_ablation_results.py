@@ -1,7 +1,5 @@
 """Ablation results: bootstrap intervals, and a JSON file that is checked when it is read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

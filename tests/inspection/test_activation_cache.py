@@ -1,7 +1,5 @@
 """Hooks and cache show what the model computes, and leave the model unchanged."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

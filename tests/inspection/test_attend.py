@@ -1,7 +1,5 @@
 """attend.py: every command prints what the files of a run hold, as text and JSON, and one line for a mistake."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

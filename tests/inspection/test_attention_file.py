@@ -1,7 +1,5 @@
 """Attention files: the round trip, agreement with transformers, and one line of error for damaged files."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Direct logit attribution and the logit lens: the parts are the model's own and add up to its logit."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Contrast pairs and antecedent scores: spans find their tokens, batches equal single runs, baselines are honest."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Evaluation texts: drawn once, saved, checked when they are loaded; and the user's prompts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import pairwise

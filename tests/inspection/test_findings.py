@@ -1,7 +1,5 @@
 """Findings follow from head scores and ablations by one table of labels."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

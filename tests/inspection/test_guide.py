@@ -1,7 +1,5 @@
 """docs/attention.md: quoted lines are in the code, numbers are recomputed, commands and examples work."""
 
-from __future__ import annotations
-
 import math
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Head scores: closed forms on a model with known heads, brute force, and mutants that the checks must notice."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -4,8 +4,6 @@ The training is that of `configs/induction.toml`, without a run folder. One laye
 a position by the token before it, which only an earlier layer can have written there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path

@@ -3,8 +3,6 @@
 `tests/browser/` tests what it does in a browser.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Plots: the numbers they were given, readable labels for any token, and the same bytes for the same input."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The training callback that records attention: thinning, metrics, resume, and the report."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Terminal text: tokens are printable in any encoding, strongest attention and tables show the numbers they were given."""
 
-from __future__ import annotations
-
 import json
 import math
 

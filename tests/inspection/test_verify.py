@@ -1,7 +1,5 @@
 """Verify: a file captured from the model passes; changed weights, patterns, losses, scores or hashes fail their check."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -3,8 +3,6 @@
 python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.parallel.programs NAME FOLDER
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

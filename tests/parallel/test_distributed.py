@@ -1,7 +1,5 @@
 """The distributed code in a single process, and the rules of `training/device.py` that it shares."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from typing import cast

@@ -1,7 +1,5 @@
 """Several processes started by torchrun: they agree, they train the same model as one, and lost ones are reported."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """A small trainer."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, retention, and what is refused when one is read."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Options: every mistake is reported at once, with the right name, before torch is imported."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Attention implementation, compilation, memory: what is chosen, and what is printed when memory runs out."""
 
-from __future__ import annotations
-
 import resource
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """How a script starts and ends: exit codes, signals, exit handlers, and what it imports."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Chunked cross-entropy: torch's gradient, without a second copy of the logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

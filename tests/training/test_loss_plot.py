@@ -1,7 +1,5 @@
 """loss.png: its labels never overlap."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Learning rates, parameter groups, optimizer state; AdamW and Muon equal torch's bit for bit."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`train.py --plan`: parameters, FLOPs and memory against the real model, optimizer and autograd; the printed page."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

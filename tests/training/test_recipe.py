@@ -1,7 +1,5 @@
 """An own text gets defaults by its size; what is typed, a config file and named corpora keep theirs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The lines at the end of a run: what is wrong with the model, and what it copies."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The run folder: its name, its lock, and what it refuses to write through."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -4,8 +4,6 @@ None of the mutants raises an error: each trains a little worse, or reports some
 its own trainer, so that it sees what a test has patched.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`train.minutes`: what is chosen, how the time is filled, and that the saved config reproduces the run."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """train.py: what a run leaves behind and prints, what it refuses, and that an interrupted run ends with the same bits."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from functools import cache, partial

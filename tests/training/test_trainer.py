@@ -1,7 +1,5 @@
 """The training loop: what is saved and logged, non-finite steps, signals, patience, prefetching."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
