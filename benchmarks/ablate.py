@@ -8,21 +8,20 @@ A part pays if the loss rises without it, or if steps take longer. Learning rate
 of optimizer gets its own.
 """
 
-import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from benchmarks.common import parser, report, table
 from model.config import PRESETS
 from training.config import parse_train
 
 RECIPE = "configs/shakespeare_char.toml"
-MIN_DIFFERENCE = 0.005
-"""Nats/token below which a difference of means is not reported; and it must have the same sign for every seed."""
+MIN_DIFFERENCE = 0.005  # nats/token; a smaller difference, or one without the same sign for every seed, is not named
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +29,11 @@ class Change:
     """One changed part of the recipe."""
 
     name: str
-    options: Sequence[str] = ()
-    """Of `train.py`."""
-    architecture: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the preset `glass`."""
+    options: Sequence[str] = ()  # of train.py
+    architecture: Mapping[str, Any] = field(default_factory=dict)  # fields of the preset `glass`
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """Loss on the whole validation split, and seconds of the steps."""
 
     loss: float
@@ -66,24 +62,13 @@ CHANGES = (
 )
 
 
-@contextlib.contextmanager
-def changed_preset(architecture: Mapping[str, Any]) -> Iterator[None]:
-    """The preset `glass` with some fields changed."""
-    before = PRESETS["glass"]
-    PRESETS["glass"] = replace(before, **architecture)
-    try:
-        yield
-    finally:
-        PRESETS["glass"] = before
-
-
 def train(change: Change, recipe: Sequence[str], seed: int) -> Result:
     """Train the changed recipe in this process and keep nothing."""
     from data.prepare import prepare
     from training.device import get_dist_context
     from training.setup import build_trainer
 
-    with changed_preset(change.architecture):
+    with patch.dict(PRESETS, glass=replace(PRESETS["glass"], **change.architecture)):
         config, _ = parse_train([*recipe, *change.options, f"--run.seed={seed}"])
         data, ctx = prepare(config.data), get_dist_context(config.train.dtype, config.run.threads)
         trainer = build_trainer(config, ctx, data)
@@ -113,9 +98,7 @@ def result_table(results: Mapping[Change, Sequence[Result]]) -> str:
 
 def main() -> None:
     options = parser(__doc__, rounds=3)
-    options.add_argument(
-        "--only", nargs="+", default=[], metavar="WORD", help="changes whose names contain one of these"
-    )
+    options.add_argument("--only", nargs="+", default=[], metavar="WORD", help="changes with one of these in the name")
     options.add_argument("--config", default=RECIPE, help="the recipe that is changed")
     options.add_argument("--option", action="append", default=[], help="an option of train.py for all, repeatable")
     args = options.parse_args()

@@ -43,12 +43,9 @@ def measure_recording(out: Report) -> None:
         start = time.perf_counter()
         train.main([f"--run.dir={folder}/run"])
         whole = time.perf_counter() - start
-    parts = {
-        "whole run": whole,
-        f"recording, {len(times['on_eval'])} evaluations": sum(times["on_eval"]),
-        "ablation, plots and page at the end": sum(times["on_end"]),
-    }
-    rows = [(name, f"{seconds:.2f}", f"{seconds / whole:.1%}") for name, seconds in parts.items()]
+    evals, end = sum(times["on_eval"]), sum(times["on_end"])
+    names = ("whole run", f"recording, {len(times['on_eval'])} evaluations", "ablation, plots and page at the end")
+    rows = [(n, f"{s:.2f}", f"{s / whole:.1%}") for n, s in zip(names, (whole, evals, end), strict=True)]
     out.add(table(("a quickstart", "seconds", "share"), rows))
 
 

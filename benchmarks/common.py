@@ -52,11 +52,9 @@ class CommandResult:
     """Time, memory and output of a command."""
 
     seconds: float
-    megabytes: float
-    """Peak resident memory of its largest process."""
+    megabytes: float  # peak resident memory of its largest process
     output: str
-    line_times: Sequence[float]
-    """Seconds after the start at which each line of the output was printed."""
+    line_times: Sequence[float]  # seconds after the start at which each line of the output was printed
 
     def seconds_until(self, text: str) -> float:
         """When the first line with `text` was printed."""

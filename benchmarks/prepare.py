@@ -53,10 +53,8 @@ def write_text(path: Path, n_bytes: int) -> None:
     """Write about `n_bytes` of random words."""
     rng, letters = np.random.default_rng(0), np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     probabilities = 1 / np.arange(2, 28)
-    words = [
-        "".join(rng.choice(letters, length, p=probabilities / probabilities.sum()))
-        for length in rng.integers(2, 10, 20_000)
-    ]
+    probabilities /= probabilities.sum()
+    words = ["".join(rng.choice(letters, length, p=probabilities)) for length in rng.integers(2, 10, 20_000)]
     words[10::200] = [f"{word}," for word in words[10::200]]
     words[500::501] = [f"{word}é" for word in words[500::501]]
     frequencies = np.cumsum(1 / np.arange(1, len(words) + 1))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +30,7 @@ from model.quantize import PREPACK_ROWS, WeightDtype, quantize_
 DTYPES: tuple[WeightDtype, ...] = ("fp32", "fp16", "int8")
 SHAPE = ModelConfig(preset="gpt2", n_layers=12, n_heads=12, d_model=768, context=1024, attention="sdpa")
 VOCAB = 50257
-CASES = {"1 text": (1, 8, 256), "16 texts": (16, 8, 32), "prompt of 768": (1, 768, 1)}
-"""Texts in a batch, tokens of the prompt, tokens to sample."""
+CASES = {"1 text": (1, 8, 256), "16 texts": (16, 8, 32), "prompt of 768": (1, 768, 1)}  # texts, prompt, to sample
 Generate = Callable[[int, int, int], float]
 NANOGPT_WORKER = """
 import json, sys, time
@@ -91,10 +91,8 @@ def matrix_vector_seconds() -> float:
         pairs = [(torch.randn(1, matrix.shape[1]), matrix) for matrix in matrices]
         plain = common.best_seconds(lambda: [F.linear(x, w) for x, w in pairs], 1.0)
         packed = [(x, mkldnn._reorder_linear_weight(w, PREPACK_ROWS)) for x, w in pairs]
-        return min(
-            plain,
-            common.best_seconds(lambda: [mkldnn._linear_pointwise(x, w, None, "none", [], "") for x, w in packed]),
-        )
+        products = lambda: [mkldnn._linear_pointwise(x, w, None, "none", [], "") for x, w in packed]  # noqa: E731
+        return min(plain, common.best_seconds(products))
 
 
 def measure_speed(out: common.Report, clone: Path | None, rounds: int) -> list[tuple[str, ...]]:
@@ -118,19 +116,12 @@ def measure_speed(out: common.Report, clone: Path | None, rounds: int) -> list[t
     for who in contestants:
         one, many = ([CASES[name][0] * CASES[name][2] / s for s in times[name][who]] for name in list(CASES)[:2])
         speed[who] = statistics.median(one)
-        rows.append(
-            (
-                who,
-                common.spread(one, ".1f"),
-                common.spread(many, ".1f"),
-                common.spread(times["prompt of 768"][who], ".3f"),
-            )
-        )
+        first = common.spread(times["prompt of 768"][who], ".3f")
+        rows.append((who, common.spread(one, ".1f"), common.spread(many, ".1f"), first))
     out.add(common.table(("", *CASES), rows))
     n_bytes = 4 * sum(a * b for a, b in common.gpt_matrices(SHAPE.n_layers, SHAPE.d_model, VOCAB))
-    out.add(
-        f"The limit of one text in fp32: {1 / limit:.1f} reads of all matrices per second, {n_bytes / limit / 1e9:.1f} GB/s."
-    )
+    reads = f"{1 / limit:.1f} reads of all matrices per second, {n_bytes / limit / 1e9:.1f} GB/s"
+    out.add(f"The limit of one text in fp32: {reads}.")
     targets = [
         common.target("one text, fp32, of transformers", speed["ours, fp32"] / speed["transformers, fp32"], 1.35),
         common.target("one text, fp32, share of the limit", speed["ours, fp32"] * limit, 0.9),
@@ -181,13 +172,13 @@ def main() -> None:
             if run is None:
                 runs[name] = Path(folder) / name
                 common.run_command([sys.executable, "train.py", f"configs/{name}.toml", f"--run.dir={runs[name]}"])
-        targets: list[tuple[str, ...]] = []
-        if args.nanogpt:
-            with nanogpt.copied(args.nanogpt, cache_folder() / "tinyshakespeare.txt") as clone:
+        with ExitStack() as stack:
+            clone = None
+            if args.nanogpt:
+                text = cache_folder() / "tinyshakespeare.txt"
+                clone = stack.enter_context(nanogpt.copied(args.nanogpt, text))
                 nanogpt.train(clone, "--max_iters=40", "--eval_interval=20", "--eval_iters=1")
-                targets += measure_commands(out, runs, clone, args.rounds) + measure_speed(out, clone, args.rounds)
-        else:
-            targets += measure_commands(out, runs, None, args.rounds) + measure_speed(out, None, args.rounds)
+            targets = measure_commands(out, runs, clone, args.rounds) + measure_speed(out, clone, args.rounds)
         out.add(common.table(common.TARGET_HEAD, targets))
 
 

@@ -4,28 +4,16 @@ python -m benchmarks.start
 python -m benchmarks.start --run runs/quickstart      # sample from this run; otherwise a small one is trained first
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import (
-    TARGET_HEAD,
-    interleave,
-    parser,
-    report,
-    run_command,
-    seconds_until,
-    spread,
-    table,
-    target,
-)
+from benchmarks import common
 
 PYTHON = sys.executable
-MAX_SECONDS = 0.4
-"""For help or a mistake."""
+MAX_SECONDS = 0.4  # for help or a mistake
 ANSWERS: dict[str, tuple[str, ...]] = {
     "train.py --help": ("train.py", "--help"),
     "sample.py --help": ("sample.py", "--help"),
@@ -36,50 +24,42 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def logged(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a run's metrics.jsonl so far."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def first_step() -> float:
     """Seconds until the first step of a quickstart is logged."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run" / "metrics.jsonl"
-        command = [PYTHON, "train.py", f"--run.dir={folder}/run", "--log.every=1"]
-        return seconds_until(command, lambda _: any("loss" in line for line in logged(path)))
+        command = [PYTHON, "train.py", f"--run.dir={folder}/run", "--log.every=1", "--train.steps=1"]
+        return common.seconds_until(command, lambda output: "step 1/1 |" in output)
 
 
 def answer(words: Sequence[str]) -> float:
     """Seconds until a command has printed help or an error."""
-    return run_command([PYTHON, *words], exit_codes=(0, 2)).seconds
+    return common.run_command([PYTHON, *words], exit_codes=(0, 2)).seconds
 
 
 def main() -> None:
-    options = parser(__doc__, rounds=5)
+    options = common.parser(__doc__, rounds=5)
     options.add_argument("--run", type=Path, metavar="PATH", help="a run to sample from")
     args = options.parse_args()
-    with report("start", args.record) as out, tempfile.TemporaryDirectory() as folder:
+    with common.report("start", args.record) as out, tempfile.TemporaryDirectory() as folder:
         run = args.run.resolve() if args.run else Path(folder) / "run"
         if not args.run:
-            run_command([PYTHON, "train.py", f"--run.dir={run}", "--train.steps=1"])
+            common.run_command([PYTHON, "train.py", f"--run.dir={run}", "--train.steps=1"])
         first_step()  # fills the cache
         contestants: dict[str, Callable[[], float]] = {
             "python -c pass": lambda: answer(("-c", "pass")),
             "import torch": lambda: answer(("-c", "import torch")),
             **{name: lambda words=words: answer(words) for name, words in ANSWERS.items()},  # type: ignore[misc]
             "train.py, first step": first_step,
-            "sample.py, first token": lambda: seconds_until([PYTHON, "sample.py", str(run), "--tokens=50"], bool),
+            "sample.py, first token": lambda: common.seconds_until(
+                [PYTHON, "sample.py", str(run), "--tokens=50"], bool
+            ),
         }
-        results = interleave(contestants, args.rounds)
+        results = common.interleave(contestants, args.rounds)
         out.add(f"Seconds from a command's start; medians of {args.rounds} interleaved rounds, and the range.")
-        out.add(table(("", "seconds"), [(name, spread(times)) for name, times in results.items()]))
+        out.add(common.table(("", "seconds"), [(name, common.spread(times)) for name, times in results.items()]))
         slowest = max(ANSWERS, key=lambda name: median(results[name]))
-        out.add(
-            table(
-                TARGET_HEAD, [target(f"slowest answer, {slowest}", median(results[slowest]), MAX_SECONDS, at_most=True)]
-            )
-        )
+        row = common.target(f"slowest answer, {slowest}", median(results[slowest]), MAX_SECONDS, at_most=True)
+        out.add(common.table(common.TARGET_HEAD, [row]))
 
 
 if __name__ == "__main__":

@@ -23,15 +23,12 @@ from typing import Any
 from benchmarks import common, nanogpt
 
 RECIPE = ("configs/shakespeare_char.toml", "--model.d_mlp=384", "--log.sample_tokens=0")
-OURS = (*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_every=196")
-"""Our recipe for nanoGPT's loss."""
+OURS = (*RECIPE, "--train.steps=196", "--train.eval_every=196", "--train.save_every=196")  # nanoGPT's loss
 LONGER = (
     *(*RECIPE, "--model.context=128", "--train.steps=1200", "--train.batch_size=12"),
     *("--optim.decay_fraction=0.5", "--optim.weight_decay=0", "--train.eval_every=1200", "--train.save_every=1200"),
-)
-"""Our recipe for nanoGPT's time."""
-LOSS = 1.898
-"""What nanoGPT's README recipe for a CPU reaches on the whole validation split."""
+)  # in nanoGPT's time
+LOSS = 1.898  # of nanoGPT's README recipe for a CPU on the whole validation split
 
 
 @dataclass(frozen=True)
@@ -151,10 +148,8 @@ def measure_speed(clone: Path | None, rounds: int, compiled: bool, out: common.R
         results: dict[str, list[dict[str, Any]]] = common.interleave(asks, rounds)
     sizes = (4096, 8192) if shape.device == "cuda" else (1024, 2048, 3072)
     peak = max(common.matmul_flops((n, n, n), torch.bfloat16, shape.device) for n in sizes)
-    out.add(
-        f"Large bf16 matrix products: {peak / 1e9:,.0f} GFLOP/s. {shape}: medians of {rounds} interleaved rounds of "
-        f"{STEPS} steps."
-    )
+    out.add(f"Large bf16 matrix products: {peak / 1e9:,.0f} GFLOP/s.")
+    out.add(f"{shape}: medians of {rounds} interleaved rounds of {STEPS} steps.")
     tokens_per_round = STEPS * shape.batch_size * shape.context
     speed = {name: tokens_per_round / middle(all_of, "seconds") for name, all_of in results.items()}
     memory = {name: max(r["megabytes"] for r in all_of) for name, all_of in results.items()}
@@ -174,11 +169,9 @@ def speed_targets(speed: dict[str, float], mfu: dict[str, float], memory: dict[s
     best = max((name for name in ("ours, eager", "ours, compiled") if name in speed), key=lambda name: speed[name])
     targets = []
     for name in dict.fromkeys(["ours, eager", best]):
-        targets.append(
-            common.target(f"tokens/s, {name}, of nanoGPT's eager", speed[name] / speed["nanoGPT, eager"], 3.0)
-        )
+        faster, share = (of[name] / of["nanoGPT, eager"] for of in (speed, memory))
+        targets.append(common.target(f"tokens/s, {name}, of nanoGPT's eager", faster, 3.0))
         targets.append(common.target(f"MFU, {name}", mfu[name], 0.6))
-        share = memory[name] / memory["nanoGPT, eager"]
         targets.append(common.target(f"peak memory, {name}, of nanoGPT's eager", share, 0.7, at_most=True))
     if "nanoGPT, compiled" in speed:
         ratio = speed[best] / speed["nanoGPT, compiled"]
