@@ -10,16 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
-from common.errors import escape_control_chars, run_main
+from common.errors import run_main
 from training.cli import parse
-
-if TYPE_CHECKING:
-    from model.gpt import GPT
-    from training.checkpoint import Checkpoint
 
 BATCH_BYTES = 1 << 29  # of keys, values and probabilities of the texts that are generated at once
 
@@ -49,8 +45,6 @@ class SampleConfig:
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
     """Storage of the weights. fp16 halves the time per token of a large model and changes its loss by less than
     0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
-    attend: str = ""
-    """Write the attention of the finished text to this new .safetensors file."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
@@ -62,15 +56,7 @@ class SampleConfig:
         for name, minimum in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
             if not minimum <= getattr(self, name) < 1 << 63:
                 problems.append(f"--{name} is {getattr(self, name)}; it must be at least {minimum} and below 2**63")
-        if self.attend and (self.samples > 1 or self.dtype != "fp32"):
-            problems.append(f"--attend needs --samples 1 and --dtype fp32; they are {self.samples} and {self.dtype}")
-        if self.attend and self.attend_path.exists():
-            problems.append(f"--attend: {self.attend_path} exists; give another name")
         return problems
-
-    @property
-    def attend_path(self) -> Path:
-        return Path(self.attend.removesuffix(".safetensors") + ".safetensors")
 
 
 def main(argv: list[str]) -> None:
@@ -103,28 +89,9 @@ def main(argv: list[str]) -> None:
     steps = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
     print(shown(text), end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    tokens = list(prompt)
     for (token,) in steps:
         print(shown(decoder.decode(tokenizer.token_bytes(token))), end="", flush=True)
-        tokens.append(token)
     print(shown(decoder.decode(b"", final=True)))
-    if config.attend:
-        write_attention(config.attend_path, model, checkpoint, tokens)
-
-
-def write_attention(path: Path, model: GPT, checkpoint: Checkpoint, tokens: list[int]) -> None:
-    """Write the attention of the finished text, of at most the last `context` tokens, as an attention file."""
-    from inspection.attention_file import package_versions, write_attention_file
-    from inspection.recorder import capture_texts
-    from training.checkpoint import provenance
-
-    context, tokenizer = model.config.context, checkpoint.tokenizer()
-    if len(tokens) > context:
-        print(f"the text has {len(tokens)} tokens; the attention of the last {context} is written", file=sys.stderr)
-    records = capture_texts(model, [("sample", tokens[-context:])], tokenizer.token_bytes)
-    metadata = {**provenance(model, tokenizer, checkpoint.state), "versions": package_versions()}
-    write_attention_file(path, records, metadata)
-    print(f"attention  {escape_control_chars(path)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
-"""sample.py: weight dtypes and the attention of the generated text (more of it is in test_scripts.py)."""
+"""sample.py: weight dtypes, prompts and batches (more of it is in test_scripts.py)."""
 
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.tokenizer import ByteTokenizer
-from inspection.activation_cache import run_with_cache
-from inspection.attention_file import read_attention_file
 from model.generate import SamplingParams
 from tests.model.helpers import normal, random_model
 from tests.runs import TINY, error_line, script
@@ -46,30 +42,11 @@ def test_sample_dtype(run: Path, dtype: str) -> None:
     assert texts[0] == texts[1] and texts[0].startswith("The fox")
 
 
-def test_attend_writes_attention_of_finished_text(run: Path, tmp_path: Path) -> None:
-    """The file holds what the model computes for the last `context` tokens of the printed text."""
-    argv = (run, "--prompt=The fox", "--tokens=30", "--seed=3", f"--attend={tmp_path / 'new' / 'file'}")
-    done = script("sample.py", *argv)
-    assert "the attention of the last 16 is written" in done.stderr
-    (text,) = read_attention_file(tmp_path / "new" / "file.safetensors").texts
-    model = open_checkpoint(run).load_model(get_dist_context("fp32"))
-    cache = run_with_cache(model, torch.tensor(text.tokens.tolist()))
-    assert len(text.tokens) == 16 and np.abs(text.pattern() - cache.pattern.numpy()).max() < 1e-3  # f16
-    assert "exists; give another name" in error_line(script("sample.py", *argv), 2)
-
-
 @pytest.mark.parametrize(
-    ("options", "code", "words"),
-    [
-        (["--dtype=int4"], 2, "--dtype"),
-        (["--dtype=int8", "--attend=x"], 2, "--attend needs --samples 1 and --dtype fp32"),
-        (["--samples=3", "--attend=x"], 2, "--attend needs --samples 1 and --dtype fp32"),
-        (["--prompt=\udcff"], 2, "the prompt is not valid UTF-8"),
-        (["--tokens=2", "--attend=/proc/nowhere/x"], 6, "cannot write /proc/nowhere/x"),
-    ],
+    ("option", "words"), [("--dtype=int4", "--dtype"), ("--prompt=\udcff", "the prompt is not valid UTF-8")]
 )
-def test_sample_errors(run: Path, options: list[str], code: int, words: str) -> None:
-    assert words in error_line(script("sample.py", run, *options), code)
+def test_sample_errors(run: Path, option: str, words: str) -> None:
+    assert words in error_line(script("sample.py", run, option), 2)
 
 
 @given(st.text() | st.sampled_from(["\u3000\xa0\u200c\u200d\ufe0f\U0001f426", "a\r\nb\x1b[2J\u202e\x9b"]))
