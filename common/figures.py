@@ -30,8 +30,6 @@ STYLE: dict[Any, Any] = {
 }
 # Without date and version, equal figures have equal bytes.
 LEFT_OUT = {".png": ["Software"], ".svg": ["Date"], ".pdf": ["CreationDate", "Creator", "Producer"]}
-_families: dict[str, str] = {}
-"""The font family that has a character, or the empty string; of the characters that were looked up."""
 
 
 @contextmanager
@@ -52,19 +50,23 @@ def figure(
         raise UserError(f"cannot draw {path}: the name must end in .png, .svg or .pdf", CONFIG)
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     left, bottom, right = margins
     lines = [drawable(line) for line in note.split("\n") if line]
     width, height = left + size[0] + right, bottom + size[1] + 0.75 + 0.16 * len(lines)
     title = drawable(title, int(9.5 * width))
-    fonts = {"font.family": [FONT, *sorted({*_families.values()} - {FONT, ""})]}
-    with matplotlib.style.context(["default", STYLE, fonts]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a bold font may lack a glyph
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that no font has is drawn as a box
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
         figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=12, weight="bold", va="top")
         figure.text(0.15 / width, 1 - 0.38 / height, "\n".join(lines), fontsize=8.5, color="#555555", va="top")
         yield axes
+        texts = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
+        families = _find_families({c for text in texts for c in text.get_text() if not c.isspace()})
+        for text in texts:
+            text.set_fontfamily(families)
         data = io.BytesIO()
         figure.savefig(data, format=suffix[1:], metadata=dict.fromkeys(LEFT_OUT[suffix]))
     write_atomic(path, [data.getvalue()])
@@ -81,36 +83,23 @@ def report_failure(path: Path) -> Iterator[None]:
 
 
 def drawable(text: str, length: int = 200) -> str:
-    """At most `length` characters of `text`; those that no font has or that are invisible are escaped."""
-    if new := {c for c in text if not c.isascii() and c.isprintable()} - _families.keys():
-        _find_families(new)
-    missing = {ord(c): c.encode("unicode_escape").decode() for c in set(text) if _families.get(c) == ""}
-    text = escape_control_chars(text.translate(missing))
+    """At most `length` characters of `text`; those that are invisible are escaped."""
+    text = escape_control_chars(text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _find_families(characters: set[str]) -> None:
-    """Look characters up in one font after another, until all are found."""
+def _find_families(characters: set[str]) -> list[str]:
+    """`FONT`, then the families of system fonts with characters that no earlier one has, plain sans-serif ones first."""
+    from matplotlib.font_manager import findfont, findSystemFonts, fontManager
     from matplotlib.ft2font import FT2Font
 
-    for family, file in _fonts():
-        with suppress(OSError, RuntimeError):  # removed since it was listed, or damaged
-            font = FT2Font(file)
-            _families.update({c: family for c in characters - _families.keys() if font.get_char_index(ord(c))})
-        if characters <= _families.keys():
-            return
-    _families.update(dict.fromkeys(characters - _families.keys(), ""))
-
-
-def _fonts() -> Iterator[tuple[str, str]]:
-    """Family and file of `FONT`, then of the fonts of the system, plain sans-serif ones first."""
-    from matplotlib.font_manager import findSystemFonts, fontManager
-
-    yield FONT, fontManager.findfont(FONT)
+    families, missing = [FONT], characters - {*map(chr, FT2Font(findfont(FONT)).get_charmap())}
+    files = sorted(findSystemFonts(), key=lambda f: ("Sans" not in f, "Regular" not in f, f)) if missing else []
+    for file in files:
+        with suppress(Exception):  # a font of bitmaps, or damaged
+            if missing and (found := missing & {*map(chr, FT2Font(file).get_charmap())}):
+                fontManager.addfont(file)  # it may have been installed after matplotlib looked for fonts
+                families.append(fontManager.ttflist[-1].name)
+                missing -= found
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it tells of families without the exact weight
-    for path in sorted({*findSystemFonts()} - {entry.fname for entry in fontManager.ttflist}):
-        with suppress(Exception):  # a font of bitmaps, or damaged; the others were installed since matplotlib looked
-            fontManager.addfont(path)
-    fonts = [entry for entry in fontManager.ttflist if "LastResort" not in entry.fname]  # it has boxes only
-    fonts.sort(key=lambda e: (e.style != "normal", e.weight != 400, "Sans" not in e.name, e.name, e.fname))
-    yield from ((entry.name, entry.fname) for entry in fonts)
+    return families

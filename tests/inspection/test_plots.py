@@ -77,7 +77,7 @@ def test_any_token_and_title_can_be_drawn(tmp_path: Path, suffix: str) -> None:
         draw_phase_change(tmp_path / f"change{suffix}", title)
     if suffix == ".svg":
         texts = set(texts_of(tmp_path / "one.svg"))
-        assert {"$x_1$", "$", "\\n", "<&>", "·"} <= texts and texts & {"🦊", "\\U0001f98a"}  # some font may have it
+        assert {"$x_1$", "$", "\\n", "<&>", "·", "🦊"} <= texts
         assert any("$x_1$ <&> \\x1b[31m" in text for text in texts_of(tmp_path / "change.svg"))
 
 
@@ -90,7 +90,7 @@ for suffix in ("svg", "png", "pdf"):
 
 
 def test_characters_are_drawn_in_a_font_of_the_system(tmp_path: Path) -> None:
-    """A font that matplotlib has not listed yet; what no font has is escaped, and nothing is printed."""
+    """A font that matplotlib has not listed yet; where no font has a character, nothing is printed."""
     font = TTFont(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
     for table in font["cmap"].tables:
         table.cmap = {ord("日"): "A"}
@@ -101,7 +101,7 @@ def test_characters_are_drawn_in_a_font_of_the_system(tmp_path: Path) -> None:
     command, env = [sys.executable, "-c", GLYPHS, str(tmp_path)], {**os.environ, "XDG_DATA_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert {"日", "\\U00030000", "$日_1$"} <= set(texts_of(tmp_path / "one.svg"))
+    assert {"日", "$日_1$"} <= set(texts_of(tmp_path / "one.svg"))
     assert "A Sans" in (tmp_path / "one.svg").read_text("utf-8")
 
 
