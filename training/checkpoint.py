@@ -1,11 +1,7 @@
 """Checkpoints: written whole or not at all, verified before older ones are removed, checked when they are read.
 
-    checkpoints/000400/            model.safetensors optimizer.safetensors state.json vocabulary.json manifest.json
-    checkpoints/.writing-000400    is being written
-    checkpoints/.removing-000100   is being removed, or replaced by another checkpoint of that step
-
-Each file is fsynced, then `manifest.json` with their sha256, then the folder, which is read back and renamed into
-place. There is no pickle and no "latest" pointer: the newest folder that verifies is the latest.
+A folder such as `checkpoints/000400` holds `FILES` and a manifest of their sha256. It is written as `.writing-000400`,
+synced, read back and renamed; `.removing-000100` is being removed. The newest folder that verifies is the latest.
 """
 
 import contextlib
@@ -13,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -42,7 +37,6 @@ WRITING, REMOVING = ".writing-", ".removing-"
 DAMAGE = (OSError, SafetensorError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
 """What reading a damaged or foreign file raises: torch, safetensors and Python itself refuse it in many ways."""
 MAX_JSON_BYTES = 1 << 22
-MAX_CACHE_BYTES = 1 << 32  # keys and values of one text; a large model may have 16 times the bytes of its weights
 
 
 @dataclass
@@ -85,11 +79,11 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name."""
-        return read_tensors(self.folder / MODEL)
+        return _read_tensors(self.folder / MODEL)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer state, named as by `Optimizer.state_dict`: `parameter/entry`."""
-        return read_tensors(self.folder / OPTIMIZER)
+        return _read_tensors(self.folder / OPTIMIZER)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
@@ -102,12 +96,9 @@ class Checkpoint:
     def build_model(self, config: ModelConfig) -> GPT:
         """The saved model on the CPU, with the attention implementation and dropout of `config`."""
         weights = self.weights()
-        with _reading(self.folder / MODEL) as path:
+        with _reading(self.folder / MODEL):
             if config.n_layers > len(weights):
                 raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")
-            cache_bytes = 8 * config.n_layers * config.n_kv_heads * config.d_head * config.context
-            if cache_bytes > max(MAX_CACHE_BYTES, 16 * path.stat().st_size):  # with rotary positions no tensor shows it
-                raise ValueError(f"keys and values of a context of {config.context} tokens take {cache_bytes:,} bytes")
             with torch.device("meta"), _SkipInit():  # shapes only: no memory before they are compared
                 model = GPT(config, self.vocab_size)
             model.load_state_dict({**weights, "lm_head.weight": weights["token_embedding.weight"]}, assign=True)
@@ -126,37 +117,39 @@ def open_checkpoint(path: Path, which: str = "best") -> Checkpoint:
 
     Raises UserError if there is no such step (exit code 2), or no intact checkpoint (4).
     """
-    shown = escape_control_chars(path)
     if not os.path.isdir(path):  # not Path.is_dir, which raises for names that are too long
-        message = f"{shown} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"
+        message = f"{path} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"
         raise UserError(message, CHECKPOINT)
     is_checkpoint = os.path.isfile(path / MANIFEST) or os.path.isfile(path / STATE)
     folders = [path] if is_checkpoint else list_checkpoints(path / "checkpoints")[::-1]
     if not folders:
         runs = sorted({str(inner.parent.parent) for inner in path.glob("*/checkpoints/*")})
-        hint = f"it contains {', '.join(runs[:9])}" if runs else f"train one: train.py --run.dir {shlex.quote(shown)}"
-        raise UserError(escape_control_chars(f"{path} has no checkpoint; {hint}"), CHECKPOINT)
+        hint = f"it contains {', '.join(runs[:9])}" if runs else "train one: python train.py"
+        raise UserError(f"{path} has no checkpoint; {hint}", CHECKPOINT)
     if which not in ("best", "last"):
         steps = {folder.name: folder for folder in folders}
         if which.zfill(6) not in steps:
             names = ", ".join(name.lstrip("0") or "0" for name in reversed(steps))
-            raise UserError(f"--checkpoint is {escape_control_chars(which)!r}; {shown} has best, last, {names}")
+            raise UserError(f"--checkpoint is {which!r}; {path} has best, last, {names}")
         return read_checkpoint(steps[which.zfill(6)])
-    for folder in folders[:-1]:
-        try:
-            newest = read_checkpoint(folder)
-            break
-        except UserError as error:
-            print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
-    else:
-        newest = read_checkpoint(folders[-1])
+    newest = _read_newest(folders)
     step, best = newest.state.step, newest.state.best_step
     if which == "best" and newest.state.best_loss is not None and best != step and not is_checkpoint:
         try:
             return read_checkpoint(path / "checkpoints" / f"{best:06d}")
         except UserError as error:
-            print(f"step {step} is used, not the best: {error}", file=sys.stderr)
+            print(escape_control_chars(f"step {step} is used, not the best: {error}"), file=sys.stderr)
     return newest
+
+
+def _read_newest(folders: list[Path]) -> Checkpoint:
+    """The first of these checkpoints that is intact; raises the last one's UserError if none is."""
+    for folder in folders[:-1]:
+        try:
+            return read_checkpoint(folder)
+        except UserError as error:
+            print(escape_control_chars(f"skipping a damaged checkpoint: {error}"), file=sys.stderr)
+    return read_checkpoint(folders[-1])
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -178,8 +171,8 @@ def verify_checkpoint(folder: Path) -> str | None:
             if sha256_of_file(folder / name) != listed[name]["sha256"]:
                 return f"{name} does not have the sha256 of its manifest"
     except OSError as error:
-        return f"{escape_control_chars(Path(error.filename or MANIFEST).name)}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
+    except DAMAGE as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 
@@ -200,7 +193,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ValueError("a count is not an integer, or the best loss is not a number")
         if step_of_folder(folder) not in (None, state.step):
             raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
-        config = from_saved(saved["config"], escape_control_chars(path))
+        config = from_saved(saved["config"], str(path))
     return Checkpoint(folder, config, saved["vocab_size"], state, environment)
 
 
@@ -231,11 +224,8 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The fp32 tensors of a safetensors file; raises UserError (4).
-
-    They are read, not mapped: a mapped file that shrinks, or is removed on a network disk, ends the process (SIGBUS).
-    """
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The fp32 tensors of a safetensors file: read, not mapped, for a mapped file that shrinks ends the process (SIGBUS)."""
     with _reading(path):
         tensors = load_file(path, backend="pread")
         for name, value in tensors.items():
@@ -320,25 +310,26 @@ class CheckpointWriter:
         saved: dict[str, Any] = {"format": FORMAT, "vocab_size": tokenizer.vocab_size}
         saved |= {"environment": asdict(environment), "state": asdict(state), "config": asdict(config)}
         try:
-            _make_folder(temporary)
+            self.root.mkdir(parents=True, exist_ok=True)
+            _fsync(self.root.parent)
+            _remove(temporary)
+            temporary.mkdir()
             _write_tensors(temporary / MODEL, weights)
             _write_tensors(temporary / OPTIMIZER, optimizer_state)
             (temporary / STATE).write_bytes(json.dumps(saved, indent=1).encode())
             (temporary / VOCABULARY).write_bytes(tokenizer.to_json())
             _write_manifest(temporary)
-            _read_back(temporary)
+            if problem := verify_checkpoint(temporary):
+                raise OSError(f"the disk did not keep what was written: {problem}")
             if final.is_symlink() or final.exists():
                 _set_aside(final)
             temporary.rename(final)
             _fsync(self.root)
         except (OSError, SafetensorError) as error:
             self.cleanup()
-            reason = escape_control_chars(f"{final}: {(isinstance(error, OSError) and error.strerror) or error}")
-            raise UserError(
-                f"cannot write the checkpoint {reason}; earlier checkpoints are unchanged: free some space, then "
-                "continue with --run.resume",
-                DISK_OR_MEMORY,
-            ) from error
+            reason = getattr(error, "strerror", None) or error
+            advice = "earlier checkpoints are unchanged: free some space, then continue with --run.resume"
+            raise UserError(f"cannot write the checkpoint {final}: {reason}; {advice}", DISK_OR_MEMORY) from error
         self.apply_retention(state.step, state.step if state.best_loss is None else state.best_step)
         return final
 
@@ -362,31 +353,19 @@ def check_finite(tensors: Mapping[str, Tensor], state: TrainState) -> None:
     """Raise UserError (5) for an infinity or NaN."""
     for name, value in {**tensors, "the best loss": torch.tensor(state.best_loss or 0.0)}.items():
         if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone costs a hundredth
-            raise UserError(
-                f"a number in {escape_control_chars(name)} is not finite: nothing was saved, earlier checkpoints are "
-                "unchanged; continue from them with --run.resume and a lower optim.lr",
-                NON_FINITE,
-            )
+            message = f"a number in {name} is not finite: nothing was saved, earlier checkpoints are unchanged"
+            raise UserError(f"{message}; continue from them with --run.resume and a lower optim.lr", NON_FINITE)
 
 
 def _write_manifest(folder: Path) -> None:
-    """Force the files to the disk, then a manifest of their sizes and sha256, then the folder."""
+    """Write a manifest of the files' sizes and sha256; force them to the disk, then the manifest, then the folder."""
     files = {}
     for name in FILES:
-        _fsync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
+        _fsync(folder / name)
     (folder / MANIFEST).write_bytes(json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
     _fsync(folder / MANIFEST)
     _fsync(folder)
-
-
-def _read_back(folder: Path) -> None:
-    """Raise OSError for a checkpoint that the disk did not keep: read from it, not from the page cache, if possible."""
-    for name in FILES if hasattr(os, "posix_fadvise") else ():
-        with (folder / name).open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if problem := verify_checkpoint(folder):
-        raise OSError(f"the disk did not keep what was written: {problem}")
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -394,19 +373,13 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(0o644)  # safetensors allows only the owner to read
 
 
-def _make_folder(folder: Path) -> None:
-    """An empty folder, and its parent."""
-    if not folder.parent.is_dir():
-        folder.parent.mkdir(parents=True)
-        _fsync(folder.parent.parent)
-    _remove(folder)
-    folder.mkdir()
-
-
 def _fsync(path: Path) -> None:
+    """Force a file or folder to the disk, and out of the page cache, so that reading it back reads the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        if sys.platform == "linux":
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
 

@@ -139,9 +139,10 @@ def print_line(text: str) -> None:
 
 
 def append(path: Path, text: str, sync: bool = False) -> None:
-    """Append to a file, and wait for the disk if `sync`. Raises UserError (6) if it cannot be written."""
+    """Append to a file, and wait for the disk if `sync`. Raises UserError (6) if it is gone or cannot be written."""
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("r+", encoding="utf-8") as file:
+            file.seek(0, os.SEEK_END)
             file.write(text)
             if sync:
                 os.fsync(file.fileno())

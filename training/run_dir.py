@@ -48,28 +48,11 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
             yield dataclasses.replace(config, run=run)
         except BaseException:  # a start that failed leaves no folder
             with contextlib.suppress(OSError):
-                if made and {path.name for path in folder.iterdir()} == {"attention", "lock"}:
-                    (folder / "attention").rmdir()
+                if made and os.listdir(folder) == ["lock"]:
                     (folder / "lock").unlink()
                     for path in made:
                         path.rmdir()
             raise
-
-
-class FolderCheck:
-    """A callback that stops the run, with exit code 6, once its folder was moved or removed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.opened = folder, os.stat(folder)
-
-    def check(self, trainer: object, metrics: object = None) -> None:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self.folder), self.opened):
-                return
-        message = f"the run folder {self.folder} was moved or removed: put it back, then continue with --run.resume"
-        raise UserError(message, DISK_OR_MEMORY)
-
-    on_step = on_eval = on_save = on_end = check
 
 
 def is_restart(folder: Path) -> bool:
@@ -117,7 +100,6 @@ def lock_folder(folder: Path) -> IO[str]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n{_job_name()}\n")
         lock.flush()
-        (folder / "attention").mkdir(exist_ok=True)
     except BlockingIOError as error:
         process = (_lock_owner(folder) or ["unknown"])[0]
         message = f"{folder} is in use by process {process}; wait for it, or choose another --run.dir"

@@ -31,7 +31,7 @@ from training.flops import step_flops
 from training.metrics import MetricsLogger, ProgressBar, print_line
 from training.optimizer import Optimizer, get_lr_scale
 from training.report import LossReport
-from training.run_dir import FolderCheck, save_config
+from training.run_dir import save_config
 from training.text_generation import decode, encode_prompt, generate_tokens
 from training.trackers import WandbTracker
 from training.trainer import Callback, Trainer, derive_seed, micro_batch_rows
@@ -93,8 +93,7 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
     config, state = trainer.config, trainer.state
     loggers = [MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps)]
     wandb = [WandbTracker()] if config.log.wandb != "disabled" else []
-    check = FolderCheck(Path(config.run.dir))
-    return [check, LossReport(), TextSample(), *([recorder] if recorder else []), *loggers, checkpointer, *wandb]
+    return [LossReport(), TextSample(), *([recorder] if recorder else []), *loggers, checkpointer, *wandb]
 
 
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from common.errors import CONFIG, DATA, DISK_OR_MEMORY, IN_USE, UserError
+from common.errors import CONFIG, DATA, IN_USE, UserError
 from tests.runs import ROOT, TINY, error_line, script
 from training.config import RunConfig, RunSettings
-from training.run_dir import FolderCheck, open_run_dir, save_config
+from training.run_dir import open_run_dir, save_config
 
 HOLD = """
 import sys, time
@@ -68,25 +67,6 @@ def test_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monke
     for options in ((), ("--run.dir=a/b",)):
         error_line(script("train.py", *TINY, "--data.source=nowhere.txt", *options), DATA)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("by", [Path.rename, shutil.rmtree])
-@pytest.mark.parametrize("hook", ["on_step", "on_eval", "on_end"])
-def test_run_stops_once_its_folder_is_gone(
-    by: Any, hook: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "run"
-    original = getattr(FolderCheck, hook)
-
-    def disturb(check: FolderCheck, *args: Any) -> None:
-        if folder.is_dir():
-            by(folder, *([tmp_path / "moved"] if by is Path.rename else []))
-        original(check, *args)
-
-    monkeypatch.setattr(FolderCheck, hook, disturb)
-    options = (f"--data.source={run.parent / 'fox.txt'}", f"--run.dir={folder}")
-    line = error_line(script("train.py", *TINY, *options), DISK_OR_MEMORY)
-    assert f"the run folder {folder} was moved or removed" in line and not folder.exists()
 
 
 def test_commands_to_copy_are_quoted(run: Path, tmp_path: Path) -> None:

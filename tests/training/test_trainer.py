@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.errors import NON_FINITE, UserError
+from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
 from tests.training.helpers import TRAIN, make_trainer
 from training.checkpoint import TrainState
 from training.metrics import MetricsLogger
@@ -165,3 +165,14 @@ def test_telemetry_in_metrics_jsonl(tmp_path: Path) -> None:
         assert list(line) == ["step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_mb"]
         assert line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1.5 and line["peak_memory_mb"] > 50
     assert [list(line) for line in lines if "val_loss" in line] == [["step", "val_loss", "tokens_seen"]] * 2
+
+
+def test_run_stops_once_its_folder_is_gone(tmp_path: Path) -> None:
+    trainer = make_trainer(EIGHT)
+    trainer.config = replace(trainer.config, log=replace(trainer.config.log, every=1))
+    folder = tmp_path / "run"
+    mover = SimpleNamespace(on_step=lambda _, line: line["step"] == 3 and folder.rename(tmp_path / "moved"))
+    trainer.callbacks = [mover, MetricsLogger(folder, TrainState())]
+    with pytest.raises(UserError, match="cannot write") as caught:
+        trainer.run()
+    assert caught.value.exit_code == DISK_OR_MEMORY and trainer.state.step == 3 and not folder.exists()
