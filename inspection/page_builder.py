@@ -10,7 +10,6 @@ import hashlib
 import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import write_atomic
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionRecord
-from inspection.page_data import PageRun, describe_scores, file_scores, finding_tables, score_tables
+from inspection.page_data import PageRun, describe_scores, file_scores, finding_tables, numbers
 from inspection.page_encoding import Encoder, as_json
 from inspection.terminal import DISCLAIMER
 
@@ -35,23 +34,8 @@ NOTES_BYTES = 2_000
 FULL_TEXTS = 2
 """The first texts keep every step when steps of the other texts are left out."""
 WEB = Path(__file__).parent / "web"
-SCRIPTS = (
-    "dom", "colours", "data", "state", "attention", "text", "matrix", "download", "grid", "timeline", "walkthrough", "main"
-)  # fmt: skip
+SCRIPTS = ["dom", "colours", "data", "state", "attention", "text", "matrix", "grid", "timeline", "walkthrough", "main"]
 """The JavaScript files in the order in which they run."""
-
-
-@dataclass(frozen=True)
-class Content:
-    """How much of the attention files a page holds."""
-
-    every: int = 1
-    """Texts after the first keep every n-th step; 0: only the last. Unless 1, queries, keys and values are those of the last
-    step, in float16."""
-    sqrt8: bool = False
-    """Store patterns as 8-bit square roots instead of float16."""
-    tokens: int = 0
-    """Keep only the last tokens of each text, without queries, keys and values; 0: all."""
 
 
 def write_page(
@@ -86,92 +70,91 @@ def write_page(
         "scores": describe_scores(runs, ablations),
     }
     table |= finding_tables(findings, runs[0], table["scores"], names)
-    encoded, content = _fit(runs, names, len(_assemble(table)) + NOTES_BYTES)
-    notes = _notes(content, runs, names)
-    write_atomic(Path(path), [_assemble(table | encoded | {"notes": notes}).encode("utf-8", "replace")])
-    return notes
+    table |= _fit(runs, names, len(_assemble(table)) + NOTES_BYTES)
+    write_atomic(Path(path), [_assemble(table).encode("utf-8", "replace")])
+    return list(table["notes"])
 
 
-def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> tuple[dict[str, Any], Content]:
-    """The fullest content that fits, `used` bytes being taken: the runs and the vocabulary as tables, and what they hold."""
-    encoder = Encoder()
-    for content, limit in _contents(runs):
-        encoder.begin(limit - used)
+def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> dict[str, Any]:
+    """The fullest tables of the runs that fit when `used` bytes are taken, with the vocabulary and notes on what is left out."""
+    for every, tokens, limit in _contents(runs):
+        encoder = Encoder(limit - used)
         try:
-            table: dict[str, Any] = {"runs": [_run(run, names, content, encoder) for run in runs]}
+            table: dict[str, Any] = {"runs": [_run(run, names, every, tokens, encoder) for run in runs]}
         except OverflowError:
             continue
         table["vocabulary"] = encoder.vocabulary()
         if len(as_json(table)) <= limit - used:
-            return table, content
+            return table | {"notes": _notes(runs, names, every, tokens)}
     raise UserError(
         f"a page of this model would be larger than {MAX_BYTES:,} bytes; use fewer steps or texts", CHECKPOINT
     )
 
 
-def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[Content, int]]:
-    """Contents, fullest first, each with the bytes that the page may take."""
-    for every in (1, 2, 3, 4, 8):
-        yield Content(every), BUDGET
-    yield Content(0, sqrt8=True), BUDGET
+def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[int, int, int]]:
+    """What a page may hold, fullest first: (every, tokens, bytes that it may take).
+
+    Texts after the first keep every n-th step, or with 0 only the last; unless 1, queries, keys and values are those of
+    the last step, in float16. Each text keeps its last `tokens` tokens without queries, keys and values, or with 0 all.
+    """
+    for every in (1, 2, 3, 4, 8, 0):
+        yield every, 0, BUDGET
     tokens = 0
     longest = max(len(text.tokens) for run in runs for file in run.files for text in file.texts)
     while tokens != 1:
-        yield Content(0, True, tokens), MAX_BYTES
+        yield 0, tokens, MAX_BYTES
         tokens = ((tokens or longest) + 1) // 2
 
 
-def _notes(content: Content, runs: Sequence[PageRun], names: Sequence[str]) -> list[str]:
+def _notes(runs: Sequence[PageRun], names: Sequence[str], every: int, tokens: int) -> list[str]:
     """What was left out, a sentence each."""
     texts = [text for run in runs for file in run.files for text in file.texts]
     notes = []
-    if content.every != 1 and any(len(run.files) > 1 for run in runs):
+    if every != 1 and any(len(run.files) > 1 for run in runs):
         if any(text.queries is not None for text in texts):
             notes.append("Queries, keys and values are stored only for the last step.")
         if len(names) > FULL_TEXTS:
-            steps = f"for one step in {content.every}" if content.every else "only for the last step"
+            steps = f"for one step in {every}" if every else "only for the last step"
             notes.append(f"Texts after {' and '.join(names[:FULL_TEXTS])} are stored {steps}.")
-    if content.sqrt8:
-        notes.append("Attention is stored in 8 bits, within 0.004, and within 0.002 below 0.25.")
-    elif any(text.pattern_tril.dtype.itemsize > 2 for text in texts):
+    if any(text.pattern_tril.dtype.itemsize > 2 for text in texts):
         notes.append("Attention is stored in 16 bits, within 0.00025.")
-    if content.tokens:
-        notes.append(f"Only the last {content.tokens} tokens of longer texts are stored; earlier keys are not shown.")
+    if tokens:
+        notes.append(f"Only the last {tokens} tokens of longer texts are stored; earlier keys are not shown.")
     return notes
 
 
-def _run(run: PageRun, names: list[str], content: Content, encoder: Encoder) -> dict[str, Any]:
+def _run(run: PageRun, names: list[str], every: int, tokens: int, encoder: Encoder) -> dict[str, Any]:
     """One run: its shape and its steps, each with the heads' scores and its texts."""
     layers, heads = run.shape
     steps, last = [], len(run.files) - 1
     for s, file in enumerate(run.files):
         texts = {text.name: text for text in reversed(file.texts)}  # of two with the same name, the first counts
-        if s != last and (not content.every or (last - s) % content.every):
+        if s != last and (not every or (last - s) % every):
             texts = {name: texts[name] for name in names[:FULL_TEXTS] if name in texts}
-        qkv = not content.tokens and (s == last or content.every == 1)
-        entries = [_text(texts[name], content, qkv, encoder) if name in texts else None for name in names]
-        steps.append({"step": run.steps[s], "scores": score_tables(file_scores(file)), "texts": entries})
+        qkv = "" if tokens or (s != last and every != 1) else "float32" if every == 1 else "float16"
+        entries = [_text(texts[name], tokens, qkv, encoder) if name in texts else None for name in names]
+        steps.append({"step": run.steps[s], "scores": numbers(file_scores(file)), "texts": entries})
     label = escape_control_chars(run.label)
     return {"label": label, "layers": layers, "heads": heads, "steps": steps, "timeline": run.timeline}
 
 
-def _text(text: AttentionRecord, content: Content, qkv: bool, encoder: Encoder) -> dict[str, Any]:
+def _text(text: AttentionRecord, tokens: int, qkv: str, encoder: Encoder) -> dict[str, Any]:
     """One text of one step: tokens (T), loss (T), value norms (L, H, T), most likely next tokens (T, N); and for each layer
-    the pattern (H, T (T + 1) / 2), queries, keys, values (H, T, D) and attention output (T, C).
+    the pattern (H, T (T + 1) / 2), and with dtype `qkv` queries, keys, values (H, T, D) and attention output (T, C).
 
     Only ratios of value norms matter: they are divided by each head's largest to fit into float16.
     """
     T = len(text.tokens)
-    first = max(0, T - content.tokens) if content.tokens else 0
+    first = max(0, T - tokens) if tokens else 0
     norms = np.nan_to_num(np.asarray(text.value_norms, np.float64)[..., first:], posinf=0, neginf=0)
     norms /= np.maximum(norms.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     top = [pair for row in (text.top_tokens or [])[first:] for pair in row]
     pattern = text.pattern_tril[..., np.tril_indices(T)[1] >= first]
-    layers = [{"pattern": encoder.array(layer, "sqrt8" if content.sqrt8 else "float16")} for layer in pattern]
+    layers = [{"pattern": encoder.array(layer, "float16")} for layer in pattern]
     for name in ("queries", "keys", "values", "attn_out"):
         array = getattr(text, name) if qkv else None
         if array is not None:
-            dtype = "float32" if content.every == 1 and array.dtype.itemsize > 2 else "float16"
+            dtype = qkv if array.dtype.itemsize > 2 else "float16"
             for layer, values in zip(layers, array, strict=True):
                 layer[name] = encoder.array(values, dtype)
     arrays = {
@@ -187,7 +170,7 @@ def _text(text: AttentionRecord, content: Content, qkv: bool, encoder: Encoder) 
 def _assemble(table: Mapping[str, Any]) -> str:
     """The whole file. The template is filled in one pass, so that data cannot act as a placeholder."""
     style, script = (WEB / "page.css").read_text("utf-8"), _script()
-    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: blob:"
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
     for name, source in (("script", script), ("style", style)):
         policy += f"; {name}-src 'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
     values = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars
 from inspection.ablation_results import AblationResults
@@ -62,7 +62,7 @@ class PageRun:
         """Step and scores of at most `TIMELINE_POINTS` evaluations, including the last."""
         lines = [line for line in self.evaluations if isinstance(line.get("head_scores"), dict)]
         every = math.ceil(len(lines) / TIMELINE_POINTS) or 1
-        return [{"step": line["step"], "scores": score_tables(line["head_scores"])} for line in lines[::-every][::-1]]
+        return [{"step": line["step"], "scores": numbers(line["head_scores"])} for line in lines[::-every][::-1]]
 
 
 def file_scores(file: AttentionFile) -> Mapping[str, NDArray[np.floating[Any]]]:
@@ -73,16 +73,13 @@ def file_scores(file: AttentionFile) -> Mapping[str, NDArray[np.floating[Any]]]:
     return {MAX_ATTENTION.name: every.mean(axis=-1) if every.size else np.full(every.shape[:2], np.nan)}
 
 
-def numbers(values: Any, digits: int = 6) -> Any:
-    """A number, an array or nested lists, rounded to significant digits; None where not finite."""
+def numbers(values: Any) -> Any:
+    """Numbers as JSON, in tables, arrays or lists too: 7 significant digits; None where not finite (not measured)."""
+    if isinstance(values, Mapping):
+        return {name: numbers(value) for name, value in values.items()}
     if isinstance(values, np.ndarray | list):
-        return [numbers(value, digits) for value in values]
-    return float(f"{values:.{digits}g}") if math.isfinite(values) else None
-
-
-def score_tables(scores: Mapping[str, ArrayLike]) -> dict[str, Any]:
-    """Head scores as JSON; None where a score was not measured."""
-    return {name: numbers(table, 7) for name, table in scores.items()}
+        return [numbers(value) for value in values]
+    return float(f"{values:.7g}") if math.isfinite(values) else None
 
 
 def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) -> dict[str, Any]:

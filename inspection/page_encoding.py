@@ -10,20 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-DTYPES = {"float16": "<f2", "float32": "<f4", "uint32": "<u4", "sqrt8": "|u1"}
-"""`sqrt8` is round(255 √a) for a in [0, 1], off by at most 1/255."""
+DTYPES = {"float16": "<f2", "float32": "<f4", "uint32": "<u4"}
 JOINERS = "\u200c\u200d"
 """Invisible characters that join letters or emoji."""
 
 
 class Encoder:
-    """Encodes the arrays and tokens of one page. What was compressed is kept while smaller contents are tried."""
+    """Encodes the arrays and tokens of one page, whose arrays take at most `limit` characters."""
 
-    def __init__(self) -> None:
-        self._compressed: dict[bytes, str] = {}
-
-    def begin(self, limit: int) -> None:
-        """Start a page whose arrays take at most `limit` characters."""
+    def __init__(self, limit: int) -> None:
         self._token_ids: dict[bytes, int] = {}
         self._left = limit
 
@@ -33,15 +28,12 @@ class Encoder:
         Raises:
             OverflowError: if the arrays of the page exceed the limit.
         """
-        if dtype == "sqrt8":
-            array = np.rint(255 * np.sqrt(np.clip(np.nan_to_num(np.asarray(array, np.float32)), 0, 1)))
-        data = np.asarray(array).astype(DTYPES[dtype]).tobytes()
-        if data not in self._compressed:
-            self._compressed[data] = base64.b64encode(zlib.compress(data, 6)).decode("ascii")
-        self._left -= len(self._compressed[data])
+        data = zlib.compress(np.asarray(array).astype(DTYPES[dtype]).tobytes(), 6)
+        text = base64.b64encode(data).decode("ascii")
+        self._left -= len(text)
         if self._left < 0:
             raise OverflowError("the page would exceed its size limit")
-        return [dtype, self._compressed[data]]
+        return [dtype, text]
 
     def tokens(self, tokens: Iterable[bytes]) -> list[str]:
         """Tokens as an array of their numbers in the vocabulary of the page."""

@@ -17,14 +17,10 @@ const viewKey = () => [state.text, state.step, state.layer, state.compare].join(
 async function loadView() {
   const { text, layer, step } = state;
   const [key, compared] = [viewKey(), comparedWith()];
-  const loaded = { key, other: null, notice: "", ...(await loadText(0, step, text, layer)) };
-  if (!compared) return loaded;
-  const { label, layers } = page.runs[compared[0]];
-  if (layer >= layers) return { ...loaded, notice: `${label} has no layer ${layer} to compare with.` };
-  const other = await loadText(...compared, text, layer);
-  if (!other) return { ...loaded, notice: "The other run does not have this text." };
-  if (String(other.tokens) === String(loaded.tokens)) return { ...loaded, other };
-  return { ...loaded, notice: "The tokens of this text differ, so attention cannot be compared. Choose another text." };
+  const loaded = await loadText(0, step, text, layer);
+  const other = compared && await loadText(...compared, text, layer);
+  const comparable = other?.pattern && String(other.tokens) === String(loaded.tokens);
+  return { key, ...loaded, other: comparable ? other : null };
 }
 
 // Whether differences are shown: a comparison is selected and possible for this head.

@@ -8,7 +8,6 @@ const DECODERS = {
   float32: (buffer) => new Float32Array(buffer),
   uint32: (buffer) => new Uint32Array(buffer),
   float16: (buffer) => Float32Array.from(new Float16Array(buffer)),
-  sqrt8: (buffer) => Float32Array.from(new Uint8Array(buffer), (value) => (value / 255) ** 2),
 };
 
 async function decode([dtype, base64]) {

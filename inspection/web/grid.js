@@ -63,7 +63,7 @@ function drawGrid() {
 
 function drawScoreScale() {
   const { description, low, high, ablation } = page.scores[state.score];
-  byId("score-description").textContent = byId("score").title = description;
+  byId("score-description").textContent = description;
   const [from, to] = state.compare ? [low - high, high - low] : [low, high];
   byId("grid-low").textContent = String(Number(from.toFixed(3))).replace("-", "−");
   byId("grid-high").textContent = String(Number(to.toFixed(3)));

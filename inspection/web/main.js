@@ -34,10 +34,9 @@ function drawControls() {
   byId("step").setAttribute("aria-valuetext", `step ${wanted}`);
   byId("step-number").textContent = wanted.toLocaleString("en");
   byId("head-name").textContent = headName(state.layer, state.head);
-  root.style.colorScheme = state.theme;
   const missing = shown === wanted ? "" : `This text is not stored at step ${wanted}; step ${shown} is shown. `;
-  const other = state.compare && !comparing() ? "The other run has no such head." : "";
-  showMessage(missing + (view.notice || other));
+  const cannot = "Attention cannot be compared: the other step or run lacks this head or text, or has other tokens.";
+  showMessage(missing + (state.compare && !comparing() ? `${cannot} Choose another text.` : ""));
 }
 
 function showMessage(text) {
@@ -53,8 +52,6 @@ function nextHead(by) {
   const k = state.layer * run.heads + state.head + by + allHeads.length;
   return change({ ...allHeads[k % allHeads.length], key: -1 });
 }
-
-const systemTheme = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
@@ -81,9 +78,7 @@ const KEYS = {
   l: () => nextHead(1),
   v: () => change({ value_weighted: !state.value_weighted }),
   c: () => change({ compare: state.compare ? "" : secondRun ? "run" : String(stepNumber(0)) }),
-  d: downloadPng,
-  s: () => save(matrixSvg(), "svg"),
-  t: () => change({ theme: (state.theme || systemTheme()) === "dark" ? "light" : "dark" }),
+  d: downloadMatrix,
   "?": () => byId("help").showModal(),
 };
 const FIELD_KEYS = /^(Arrow.*|Enter|Home|End)$/;

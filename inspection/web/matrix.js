@@ -1,14 +1,9 @@
 // The attention pattern of one head as a matrix: a canvas with one pixel per cell, scaled up by CSS, and an SVG with
-// axes, frames and the causal mask on top. The same SVG goes into downloads (download.js).
+// axes, frames and the causal mask on top. Both go into the download.
 
 const MARGIN = { left: 76, top: 6 }; // below as on the left, on the right as at the top
 const LABEL_HEIGHT = 11;
 const matrix = { painted: "", layout: null, hover: null }; // hover: [query, key] under the pointer, or null
-
-function matrixLayout(size, T) {
-  const side = size - MARGIN.left - MARGIN.top;
-  return { ...MARGIN, size, side, cell: side / T, T };
-}
 
 // One pixel per cell; where there are more cells than pixels on the screen, the browser averages them.
 function paintCells({ T, side }) {
@@ -81,7 +76,9 @@ function matrixOverlay(layout, hover) {
 }
 
 function drawMatrix() {
-  const layout = matrixLayout(byId("matrix").clientWidth, view.T);
+  const { clientWidth: size } = byId("matrix");
+  const side = size - MARGIN.left - MARGIN.top;
+  const layout = { ...MARGIN, size, side, cell: side / view.T, T: view.T };
   const painted = [view.key, view.step, state.head, state.value_weighted, layout.side].join(" ");
   if (matrix.painted !== painted) {
     paintCells(layout);
@@ -94,10 +91,9 @@ function drawMatrix() {
   const low = comparing() ? -1 : 0;
   byId("scale").style.background = gradient(valueColour, low);
   byId("scale-low").textContent = fixed(low, 0);
-  byId("scale-name").textContent = scaleName();
+  const kind = state.value_weighted ? "value-weighted attention" : "attention";
+  byId("scale-name").textContent = comparing() ? "difference" : kind;
 }
-
-const scaleName = () => (comparing() ? "difference" : state.value_weighted ? "value-weighted attention" : "attention");
 
 function drawMatrixReadout() {
   const [i, j] = matrix.hover || [state.query, selectedKey()];
@@ -119,4 +115,16 @@ function hoverMatrix(cell) {
   if (String(cell) === String(matrix.hover)) return;
   matrix.hover = cell;
   drawMatrix();
+}
+
+// Downloads the matrix as it is shown, in the colours of the light theme.
+function downloadMatrix() {
+  const { left: x, top: y, side, size } = matrix.layout;
+  const href = byId("matrix-cells").toDataURL();
+  const cells = createSvg("image", { href, x, y, width: side, height: side, "image-rendering": "pixelated" });
+  const font = { "font-family": "system-ui, sans-serif", "font-size": 10.5 };
+  const svg = createSvg("svg", { width: size, height: size, ...font }, cells, ...matrixOverlay(matrix.layout, null));
+  const name = `${headName(state.layer, state.head)}-${stepNumber(view.step)}-${page.texts[view.text]}`;
+  const file = new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" });
+  create("a", { download: `${name.replace(/[^\w-]+/g, "-")}.svg`, href: URL.createObjectURL(file) }).click();
 }

@@ -1,6 +1,6 @@
 // What is selected: one object, mirrored in the address's hash so that a view can be shared as a link.
 
-const state = { theme: "" };
+const state = {};
 
 const stepNumber = (k) => run.steps[k].step;
 const stepIndex = (number) => run.steps.findIndex(({ step }) => String(step) === number);
@@ -27,7 +27,6 @@ function stateFromHash(hash) {
     value_weighted: params.get("value_weighted") === "1",
     compare: choose("compare", secondRun ? ["run", ...steps] : steps, ""), // a step, the second run, or ""
     pinned: params.get("pinned") === "1",
-    theme: choose("theme", ["light", "dark"], state.theme), // "": as the system has it
   };
 }
 

@@ -2,21 +2,25 @@
 
 const textPanel = { tokens: null, spans: [] };
 
-// A token as in the text, with spaces and line breaks faintly marked.
-function tokenSpan(token, query) {
-  const pieces = page.vocabulary[token].flatMap(([kind, ...letters]) => {
+// A token as in the text, with spaces and line breaks faintly marked. It stays on one line: the line may end before a
+// space, and ends after a line break.
+function tokenNodes(token, query) {
+  const pieces = page.vocabulary[token].map(([kind, ...letters]) => {
     if (kind === "t") return letters.join("");
-    if (kind === "s") return create("span", { class: "space" }, " ");
-    return [create("span", { class: "escaped" }, letters.join("")), kind === "n" ? "\n" : ""];
+    return kind === "s" ? create("span", { class: "space" }, " ") : create("span", { class: "escaped" }, ...letters);
   });
   const selects = JSON.stringify({ query, key: -1, pinned: true });
-  return create("span", { class: "tok", role: "option", id: `token-${query}`, "data-change": selects }, ...pieces);
+  const attributes = { class: "tok", role: "option", id: `token-${query}`, "data-change": selects };
+  const kinds = page.vocabulary[token].map(([kind]) => kind);
+  const breaks = "\n".repeat(kinds.filter((kind) => kind === "n").length);
+  return [kinds[0] === "s" ? create("wbr") : "", create("span", attributes, ...pieces), breaks];
 }
 
 function drawText() {
   if (textPanel.tokens !== view.tokens) {
-    Object.assign(textPanel, { tokens: view.tokens, spans: Array.from(view.tokens, tokenSpan) });
-    byId("text").replaceChildren(...textPanel.spans);
+    const nodes = Array.from(view.tokens, tokenNodes);
+    Object.assign(textPanel, { tokens: view.tokens, spans: nodes.map(([, span]) => span) });
+    byId("text").replaceChildren(...nodes.flat());
   }
   const row = shownRow(state.query);
   const labelled = topKeys(row, 3).filter((j, n, keys) => // not next to a larger one, where labels would overlap

@@ -98,26 +98,23 @@ OpenPage = Callable[..., View]
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[OpenPage]:
     """Opens a file with a hash."""
-    contexts, views = [], []
+    views: list[View] = []
 
     def open_file(path: Path, hash: str = "", width: int = 1280, height: int = 800, **options: Any) -> View:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        view = View(context.new_page())
+        view = View(browser.new_page(viewport={"width": width, "height": height}, offline=True, **options))
         views.append(view)
         allowed = ("data:", "blob:", path.as_uri())
         log = view.errors.append
         view.page.on("request", lambda request: request.url.startswith(allowed) or log(f"requested {request.url}"))
         view.page.on("console", lambda message: message.type == "error" and log(message.text))
         view.page.on("pageerror", lambda error: log(str(error)))
-        context.set_offline(True)
         view.page.goto(path.as_uri() + hash)
         view.page.wait_for_selector("html[data-ready]", timeout=20_000, state="attached")
         return view
 
     yield open_file
-    for context in contexts:
-        context.close()
+    for view in views:
+        view.page.close()
     assert [view.errors for view in views] == [[] for _ in views]
 
 

@@ -29,10 +29,9 @@ from tests.browser import example_run
 class Page:
     """A page of one run, written and read back."""
 
-    def __init__(self, tmp_path: Path, files: Sequence[AttentionFile], **options: Any) -> None:
-        path = tmp_path / "attention.html"
-        run = PageRun("run", files, options.pop("evaluations", ()))
-        self.notes = write_page(path, [run], **{"findings": None, "ablations": None, "title": "a run", **options})
+    def __init__(self, tmp_path: Path, files: Sequence[AttentionFile], evaluations: Any = (), **options: Any) -> None:
+        path, defaults = tmp_path / "attention.html", {"findings": None, "ablations": None, "title": "a run"}
+        self.notes = write_page(path, [PageRun("run", files, evaluations)], **(defaults | options))
         self.bytes, self.source = path.stat().st_size, path.read_text("utf-8")
         self.table: Any = json.loads(self.between('<script type="application/json" id="page-data">', "</script>"))
         self.steps = self.table["runs"][0]["steps"]
@@ -42,8 +41,7 @@ class Page:
 
 
 def decode(encoded: tuple[str, str]) -> NDArray[Any]:
-    array = np.frombuffer(zlib.decompress(base64.b64decode(encoded[1])), DTYPES[encoded[0]])
-    return (array / 255.0) ** 2 if encoded[0] == "sqrt8" else array
+    return np.frombuffer(zlib.decompress(base64.b64decode(encoded[1])), DTYPES[encoded[0]])
 
 
 def assert_equal(encoded: tuple[str, str], expected: ArrayLike, atol: float = 0) -> None:
@@ -76,7 +74,7 @@ def test_scores_and_timeline(tmp_path: Path) -> None:
     files = example_run.files()
     files[1].scores["induction"][0, 0] = np.nan
     scored = {"step": 50, "head_scores": {"entropy": [[0.5] * 3] * 2}}
-    page = Page(tmp_path, files, evaluations=[{"step": 0, "val_loss": 3.0}, scored])
+    page = Page(tmp_path, files, [{"step": 0, "val_loss": 3.0}, scored])
     assert [step["step"] for step in page.steps] == list(example_run.STEPS)
     assert page.steps[1]["scores"]["induction"][0][0] is None
     assert np.allclose(page.steps[2]["scores"]["entropy"], files[2].scores["entropy"], rtol=1e-6)
@@ -103,14 +101,11 @@ def test_ablation_labels_come_from_python(tmp_path: Path) -> None:
     assert disputed["text"].startswith("disputed") and low["text"].startswith("not supported")
 
 
-@pytest.mark.parametrize("share, expected", [(0.5, "for one step in 2"), (0.28, "only for the last step")])
+@pytest.mark.parametrize("share, expected", [(0.6, "for one step in 2"), (0.45, "only for the last step")])
 def test_size_budget(share: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = []
-    for step in range(8):
-        texts = [example_run.record(f"text {k}", example_run.WORDS, 7 * step + k, True) for k in range(4)]
-        files.append(AttentionFile(texts, {"step": str(step)}))
-    source = len(page_builder._script()) + 20_000  # the page's own source does not shrink
-    monkeypatch.setattr(page_builder, "BUDGET", source + int((Page(tmp_path, files).bytes - source) * share))
+    texts = [[example_run.record(f"text {k}", example_run.WORDS, 7 * s + k, True) for k in range(4)] for s in range(8)]
+    files = [AttentionFile(texts[step], {"step": str(step)}) for step in range(8)]
+    monkeypatch.setattr(page_builder, "BUDGET", int(Page(tmp_path, files).bytes * share))
     page = Page(tmp_path, files)
     assert expected in " ".join(page.notes) and page.table["notes"] == page.notes
     assert page.bytes <= page_builder.BUDGET
@@ -119,21 +114,17 @@ def test_size_budget(share: float, expected: str, tmp_path: Path, monkeypatch: p
 
 
 def test_long_texts_are_cut_to_the_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [bytes([65 + k]) for k in np.random.default_rng(1).integers(0, 20, 150)]
-    text = example_run.record("long", words, 1, True, (6, 5))
+    text = example_run.record("long", [bytes([65 + k % 20]) for k in range(150)], 1, True, (6, 5))
     files = [AttentionFile([text], {"step": "1"})]
     monkeypatch.setattr(page_builder, "BUDGET", 0)
-    page = Page(tmp_path, files)
-    assert page.notes == ["Attention is stored in 8 bits, within 0.004, and within 0.002 below 0.25."]
-    assert_equal(page.steps[0]["texts"][0]["layers"][1]["pattern"], text.pattern_tril[1], atol=0.004)
-    monkeypatch.setattr(page_builder, "MAX_BYTES", len(page_builder._script()) + 60_000)
+    monkeypatch.setattr(page_builder, "MAX_BYTES", Page(tmp_path, files).bytes // 4)
     page = Page(tmp_path, files)
     entry = page.steps[0]["texts"][0]
     kept = entry["length"]
     assert page.bytes <= page_builder.MAX_BYTES and 1 < kept < 150 and entry["first"] == 150 - kept
     assert f"the last {kept} tokens" in " ".join(page.notes) and set(entry["layers"][0]) == {"pattern"}
     expected = text.pattern(0)[0, :, -kept:, -kept:]
-    assert_equal(entry["layers"][0]["pattern"], expected[:, *np.tril_indices(kept)], atol=0.004)
+    assert_equal(entry["layers"][0]["pattern"], expected[:, *np.tril_indices(kept)])
     monkeypatch.setattr(page_builder, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="larger than 1,000 bytes"):
         Page(tmp_path, files)
@@ -174,9 +165,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         assert caught.value.exit_code == CHECKPOINT and not list(tmp_path.iterdir())
 
 
-def test_page_needs_no_torch_and_all_scripts(tmp_path: Path) -> None:
+def test_page_needs_no_torch_and_all_scripts() -> None:
     program = "import sys; sys.modules['torch'] = None; import inspection.page_builder"
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=60)
     assert {path.stem for path in page_builder.WEB.glob("*.js")} == set(page_builder.SCRIPTS)
-    first, second = (Page(tmp_path, example_run.files()).source for _ in range(2))
-    assert first == second, "the same files give the same page"
