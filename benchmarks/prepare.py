@@ -26,7 +26,8 @@ from data.config import DataConfig
 from data.prepare import prepare
 source, tokenizer, workers, os.environ["GLASSGPT_CACHE"] = sys.argv[1:]
 if __name__ == "__main__":
-    corpus = prepare(DataConfig(source=source, tokenizer=tokenizer, workers=int(workers)), progress=False)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(workers)])
+    corpus = prepare(DataConfig(source=source, tokenizer=tokenizer), progress=False)
     print(len(corpus.train) + len(corpus.val))
 """
 LOOP = """

@@ -27,8 +27,6 @@ class DataConfig:
     """Validation text: a file, a folder or a glob. Then all other text of data.source is for training."""
     lines: Literal["auto", "on", "off"] = "auto"
     """Whether each line is a document, and lines are held out; `auto`: in a list of short lines, such as names."""
-    workers: int = 0
-    """Threads that encode a corpus; 0: one for each CPU core."""
 
     def problems(self) -> list[str]:
         """One line for each invalid value."""
@@ -43,8 +41,6 @@ class DataConfig:
             problems.append(f"data.vocab_size is {self.vocab_size}; it must be between 257 and 1,000,000")
         if not 0 < self.val_fraction < 1:
             problems.append(f"data.val_fraction is {self.val_fraction}; it must be between 0 and 1, such as 0.1")
-        if self.workers < 0:
-            problems.append(f"data.workers is {self.workers}; it must be 0 (one for each CPU core) or more")
         return problems
 
 

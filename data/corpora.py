@@ -1,16 +1,7 @@
 """Corpora: which text is for training and which for validation.
 
-    stories        generated stories whose entropy is known, written to the cache once
-    repeats        random letters, repeated, whose entropy is known too (`repeated_tokens.py`)
-    shakespeare    Tiny Shakespeare, 1.1 MB, downloaded once
-    book.txt       any one file of text: UTF-8, or `--data.encoding`
-    rows.jsonl     rows of JSON: the text in each is a document
-    names.txt      a list of short lines: each line is a document
-    texts/         the prose in a folder: .txt .text .md .markdown .rst .tex .org, else its other texts; nothing hidden
-    'src/**/*.py'  all files that a glob matches, whatever their suffix
-
-A file or folder that has the name of a corpus is given as `./stories`. To add a generated corpus: a module with
-`documents(split)` and `entropy()`, and a line in `GENERATED`.
+`docs/running.md` says what is read and what is held out. To add a generated corpus: a module with `documents(split)` and
+`entropy()`, and a line in `GENERATED`.
 """
 
 import hashlib
@@ -20,15 +11,16 @@ import mmap
 import os
 import re
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
 from data import repeated_tokens, stories, story_grammar
-from data.text_files import ALL_LINES, SEPARATOR, TextRange, find_files, line_hash, open_text, os_reason
-from data.utf8_copy import utf8_file
+from data.config import DataConfig
+from data.text_copy import plain_text
+from data.text_files import SEPARATOR, TextRange, find_files, open_text, os_reason
 
 GENERATED = {"stories": stories, "repeats": repeated_tokens}
 """Generated corpora."""
@@ -45,9 +37,6 @@ _TIMEOUT_SECONDS = 20
 # A separator before a document with text: white space follows, then anything but another separator.
 _DOCUMENT_START = re.compile(rb"\r?\n%b\r?\n\s*(?!%b)\S" % ((re.escape(SEPARATOR.encode()),) * 2))
 
-# A name, a word or a title of a list (of up to four words): not a verse, a sentence, code, a log or a table.
-_ENTRY = re.compile(r"(?=.*[^\W\d_])\w[^\t,;:=<>{}|\u3000-\u303f\uff01-\uff1f]*(?<![.!?\u2026\u0964])")
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -62,25 +51,15 @@ class Corpus:
     """What of the user's text is held out, in words."""
 
 
-def open_corpus(
-    source: str,
-    val_fraction: float,
-    cache: Path,
-    val: str = "",
-    lines: str = "auto",
-    encoding: str = "utf-8",
-    write: bool = True,
-) -> Corpus:
-    """Find the text of `--data.source` and hold out `val_fraction` (0 to 1) of its bytes for validation.
+def open_corpus(config: DataConfig, cache: Path) -> Corpus:
+    """Find the text of `data.source`, and hold out `data.val_fraction` of its bytes or take `data.val` for validation.
 
-    Several files: whole files are held out, selected by a hash of their names; if that comes to less than half or more
-    than twice of what is asked, the end of each long file. One file: its last documents, or the end of a long one. A list
-    (`lines`: auto, on, off): lines all over it. `val` names another text for validation. A named corpus has a split of its
-    own. `cache` is the folder for what is generated or downloaded.
+    A named corpus has a split of its own. `cache` is the folder for what is generated, downloaded or copied.
 
     Raises `UserError`: no text or unreadable (3); a cache that cannot be written (6); `val` with a named corpus (2).
     """
-    if val and source in NAMED:
+    source = config.source
+    if config.val and source in NAMED:
         raise UserError(f"--data.val is for text of your own; {source} has a validation text already")
     if source in GENERATED:
         first, last = map(_open_file, generated_files(source, cache))
@@ -88,39 +67,53 @@ def open_corpus(
     if source == "shakespeare":
         first, last = _split_file(_open_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
         return Corpus(source, (first,), (last,))
-    files = {_open_file(utf8_file(path, encoding, cache, write), lines): path for path in find_files(source)}
-    if not val:
-        return _hold_out(source, files, val_fraction)
-    held_out = [_open_file(utf8_file(path, encoding, cache, write), lines) for path in find_files(val)]
-    paths = {text.path.resolve() for text in held_out}
-    texts = [text for text in files if text.path.resolve() not in paths]
-    if not texts:
-        raise UserError(f"--data.val {escape_control_chars(val)} is all of data.source: name another text", DATA)
-    return Corpus(source, tuple(texts), tuple(held_out), how="data.val")
+    texts = _open_texts(source, config, cache)
+    if not config.val:
+        return _hold_out(source, texts, config.val_fraction)
+    val = _open_texts(config.val, config, cache)
+    paths = {text.path.resolve() for text in val}
+    train = tuple(text for text in texts if text.path.resolve() not in paths)
+    if not train:
+        raise UserError(f"--data.val {escape_control_chars(config.val)} is all of data.source: name another text", DATA)
+    return Corpus(source, train, tuple(val), how="data.val")
 
 
-def _hold_out(source: str, texts: Mapping[TextRange, Path], val_fraction: float) -> Corpus:
-    """Hold out whole files or else the end of each long one, and lines of each list, given the user's files of the texts."""
-    lists, others = {text for text in texts if text.lines}, {text: texts[text] for text in texts if not text.lines}
-    whole, total = _select_files(others, val_fraction), sum(text.n_bytes for text in others)
+def _open_texts(source: str, config: DataConfig, cache: Path) -> list[TextRange]:
+    return [_open_file(plain_text(path, config.encoding, config.lines, cache)) for path in find_files(source)]
+
+
+def _hold_out(source: str, texts: Sequence[TextRange], val_fraction: float) -> Corpus:
+    """Hold out whole files if that comes to between half and twice of `val_fraction`, else the end of each long file."""
+    total = sum(text.n_bytes for text in texts)
+    suffixes = " ".join(sorted({text.path.suffix or text.path.name for text in texts}))
+    files = f"{len(texts)} files ({suffixes})" if len(texts) > 1 else texts[0].path.name
+    files = escape_control_chars(files)
+    if whole := _select_files(texts, val_fraction, total):
+        train = tuple(text for text in texts if text not in whole)
+        return Corpus(source, train, tuple(whole), how=f"{len(whole)} of {files}")
     # Long: 20 kB, or half of the mean, since all files shorter than that are less than half of the text.
-    long = {text for text in others if not whole and text.n_bytes >= min(20_000, total / len(others) / 2)}
-    share = min(val_fraction * total / max(1, sum(text.n_bytes for text in long)), (1 + val_fraction) / 2)
-    split = {
-        text: _split_list(text, val_fraction) if text in lists else _split_file(text, share) for text in long | lists
-    }
-    train = tuple(split.get(text, (text,))[0] for text in texts if text not in whole)
-    val = tuple(split.get(text, (text,))[-1] for text in texts if text in whole or text in split)
-    parts = (("{}", whole), ("the end of {}", long), ("lines of {}, each a document", lists))
-    how = ", ".join(words.format(f"{len(part)} file{'s' * (len(part) != 1)}") for words, part in parts if part)
-    return Corpus(source, train, val, how=how)
+    long = [text for text in texts if text.n_bytes >= min(20_000, total / len(texts) / 2)]
+    share = min(val_fraction * total / sum(text.n_bytes for text in long), (1 + val_fraction) / 2)
+    split = {text: _split_file(text, share) for text in long}
+    train = tuple(split[text][0] if text in split else text for text in texts)
+    number = f"{len(long)} of " if len(texts) > 1 else ""
+    return Corpus(source, train, tuple(end for _, end in split.values()), how=f"the end of {number}{files}")
 
 
-def is_in_cache(source: str, cache: Path) -> bool:
-    """Whether `open_corpus` has nothing to generate and nothing to download."""
-    if source in GENERATED:
-        return (_generated_folder(source, cache) / "val.txt").exists()  # written last
-    return source != "shakespeare" or (cache / SHAKESPEARE_FILE).exists()
+def _select_files(texts: Sequence[TextRange], val_fraction: float, total: int) -> list[TextRange]:
+    """Whole files spread evenly over the list, with about `val_fraction` of the bytes; empty if no choice comes near."""
+    missing = 0.0
+    selected: list[TextRange] = []
+    for text in texts:
+        missing += val_fraction * text.n_bytes
+        # Selected if it brings the sum nearer to the fraction of the files so far and leaves one to train on.
+        if text.n_bytes < 2 * missing and len(selected) < len(texts) - 1:
+            selected.append(text)
+            missing -= text.n_bytes
+    share = sum(text.n_bytes for text in selected) / total
+    # Not all the short files, with one long file left for training.
+    is_near = val_fraction / 2 <= share <= 2 * val_fraction and len(selected) <= 2 * val_fraction * len(texts)
+    return selected if is_near else []
 
 
 def _generated_folder(name: str, cache: Path) -> Path:
@@ -166,31 +159,6 @@ def download_shakespeare(cache: Path) -> Path:
     )
 
 
-def _select_files(texts: Mapping[TextRange, Path], val_fraction: float) -> set[TextRange]:
-    """Some of several files, never all, with about `val_fraction` of the bytes; empty if no choice comes near.
-
-    The choice depends on the names below the common folder alone, not on the file system or the folder's place.
-    """
-    common = os.path.commonpath([path.parent.absolute() for path in texts.values()] or [Path()])
-
-    def name_hash(text: TextRange) -> bytes:
-        name = Path(os.path.relpath(texts[text], common)).as_posix()
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-
-    total = sum(text.n_bytes for text in texts)
-    missing = val_fraction * total
-    selected: set[TextRange] = set()
-    for text in sorted(texts, key=name_hash):
-        # Selected if it brings the sum nearer to the target and leaves another file to train on.
-        if text.n_bytes < 2 * missing and len(selected) < len(texts) - 1:
-            selected.add(text)
-            missing -= text.n_bytes
-    share = sum(text.n_bytes for text in selected) / max(1, total)
-    # Not all the short files, with one long file left for training.
-    is_near = val_fraction / 2 <= share <= 2 * val_fraction and len(selected) <= 2 * val_fraction * len(texts)
-    return selected if is_near else set()
-
-
 def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRange]:
     """Hold out the last documents of a file if they are about `val_fraction` of it, else that part of the text."""
     size = text.end
@@ -210,28 +178,7 @@ def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRa
     return replace(text, end=cut), replace(text, start=cut)
 
 
-def _open_file(path: Path, lines: str = "off") -> TextRange:
-    """A whole file, as lines if `lines` is `on`, or `auto` and it is a list. Raises `UserError` (3)."""
+def _open_file(path: Path) -> TextRange:
+    """A whole file. Raises `UserError` (3)."""
     with open_text(path) as file:
-        text = TextRange(path, 0, os.fstat(file.fileno()).st_size)
-    sample = _sample_lines(text) if lines == "auto" else []
-    entries = sum(len(x.encode()) <= 40 and x.count(" ") < 4 and bool(_ENTRY.fullmatch(x)) for x in sample)
-    is_list = len(sample) >= 100 and entries >= 0.95 * len(sample) and len(set(sample)) >= 0.8 * len(sample)
-    return replace(text, lines=ALL_LINES) if is_list or lines == "on" else text
-
-
-def _split_list(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRange]:
-    """Hold out lines all over a list: those whose hash is below that fraction of the hashes, counted on a sample."""
-    hashes = sorted({line_hash(line) for line in _sample_lines(text) if line.strip()}) or [0]
-    border = hashes[min(max(round(val_fraction * len(hashes)), 1), len(hashes) - 1)]
-    return replace(text, lines=(border, ALL_LINES[1])), replace(text, lines=(0, border))
-
-
-def _sample_lines(text: TextRange, block_bytes: int = 16 * 1024) -> list[str]:
-    """The whole lines in 16 blocks of a file, evenly spread; of a short file nearly all."""
-    lines: list[str] = []
-    with open_text(text.path) as file:
-        for start in range(0, text.end, max(text.end // 16, block_bytes)):
-            file.seek(start)
-            lines += file.read(block_bytes).decode(errors="replace").splitlines()[start > 0 : -1]
-    return lines
+        return TextRange(path, 0, os.fstat(file.fileno()).st_size)

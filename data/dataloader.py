@@ -2,12 +2,7 @@
 
 A training sequence is `context + 1` tokens: the first `context` are the input, the last `context` the targets. The
 sequences of a split are chosen so that every token but the very first is a target exactly once an epoch, and a
-document is read from its start wherever possible:
-
-    one long document     |--------|--------|--------|---      each starts where the last one's targets end
-    several, context 9    EOT a a a EOT b b EOT c c c c c EOT
-                          |--------------->. . .               the truncated part of c is not a target here,
-                                            |-------------->   because c is read from its start
+document is read from its start wherever possible.
 """
 
 from array import array
@@ -54,7 +49,11 @@ def pack_documents(split: TokenSplit, context: int) -> PackedSequences:
 
     A sequence that starts in document i continues through the following documents. If it ends inside document i, the
     next sequence starts where its targets end. If it truncates a later document, that part is ignored and the next
-    sequence starts at that document's start.
+    sequence starts at that document's start. For a context of 9:
+
+        EOT a a a EOT b b EOT c c c c c EOT
+        |--------------->. . .               the truncated part of c is not a target here,
+                          |-------------->   because c is read from its start
     """
     last = len(split) - 1
     if last < 1:

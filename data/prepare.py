@@ -1,11 +1,8 @@
 """Text to token files, once; later runs find them in the cache.
 
-    cache/
-      tokens-<key>/    meta.json vocabulary.json train.bin train_documents.npy val.bin val_documents.npy
-
-The key is a hash of the content: the sha256 of every text file, the byte ranges of the splits, and the tokenizer. So a
-changed file is prepared again, and a moved one is not. `meta.json` has the sha256 of every file; they are checked at
-every start, and a damaged folder is prepared again.
+`tokens-<key>/` holds meta.json, vocabulary.json, and train.bin, train_documents.npy, val.bin, val_documents.npy. The key is a
+hash of what the tokens depend on: the sha256 of every text, the byte ranges of the splits, and the tokenizer. The sha256 of
+every file is in meta.json and checked at every start; a damaged folder is prepared again.
 """
 
 import contextlib
@@ -27,8 +24,8 @@ from tqdm import tqdm
 
 from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
 from data.config import DataConfig, cache_folder
-from data.corpora import NAMED, Corpus, is_in_cache, open_corpus
-from data.text_files import BLOCK_BYTES, Piece, TextRange, folder_note, open_text, os_reason, read_documents
+from data.corpora import Corpus, open_corpus
+from data.text_files import BLOCK_BYTES, Piece, TextRange, open_text, os_reason, read_documents
 from data.token_dataset import TokenSplit, load_split, token_dtype, write_split
 from data.tokenizer import Tokenizer, load_tokenizer, progress_bar, train_tokenizer
 
@@ -40,10 +37,6 @@ SAMPLE_BYTES = 16_000_000
 """Training text, evenly spread, that a `bpe` vocabulary is trained on. More takes longer and changes little."""
 JOB_CHARACTERS = 1024 * 1024
 """Text that a thread encodes at a time."""
-ENCODING_SIZES = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
-"""Vocabulary sizes that are known without downloading the encoding."""
-TYPICAL_CHARACTERS = 97
-"""Assumed size of a `char` vocabulary: an English keyboard, a newline, end-of-text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +56,6 @@ class TokenizedCorpus:
     """What of the user's text is held out, in words."""
 
 
-@dataclass(frozen=True, eq=False)
-class CorpusInfo:
-    """What is known of a corpus without preparing it."""
-
-    vocab_size: int
-    how: str = ""
-    """Where the vocabulary's size comes from, if the corpus is not prepared yet."""
-    train: TokenSplit | None = None
-    val: TokenSplit | None = None
-
-
 def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> TokenizedCorpus:
     """The tokens of a corpus, from the cache or made now. The same text always gives the same tokens.
 
@@ -85,14 +67,12 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
     """
     cache = cache_folder().absolute()
     try:
-        corpus = open_corpus(config.source, config.val_fraction, cache, config.val, config.lines, config.encoding)
+        corpus = open_corpus(config, cache)
         key = _cache_key(corpus, config, progress)
         folder = cache / f"tokens-{key}"
         if verify and folder.exists() and (damage := _find_damage(folder, key, progress)):
             print(escape_control_chars(f"{folder} is damaged ({damage}); preparing it again"), file=sys.stderr)
             shutil.rmtree(folder)
-        if progress and config.source not in NAMED and (note := folder_note(config.source)):
-            print(note, file=sys.stderr)
         if not folder.exists():
             _build(folder, key, corpus, config, progress)
         return _open(folder, key, corpus)
@@ -119,30 +99,29 @@ def check_min_length(data: TokenizedCorpus, context: int) -> None:
         )
 
 
-def cache_lookup(config: DataConfig) -> CorpusInfo:
-    """What is known of a corpus without preparing, downloading or writing anything; for `train.py --plan`.
-
-    Raises `UserError` (2) if there is no such tokenizer.
-    """
+def find_prepared(config: DataConfig) -> TokenizedCorpus | None:
+    """The tokens of a corpus if they are in the cache and undamaged; encodes nothing."""
     cache = cache_folder().absolute()
-    if is_in_cache(config.source, cache):
-        with contextlib.suppress(UserError):
-            own = config.val, config.lines, config.encoding
-            corpus = open_corpus(config.source, config.val_fraction, cache, *own, write=False)
-            key = _cache_key(corpus, config)
-            if not _find_damage(folder := cache / f"tokens-{key}", key):
-                data = _open(folder, key, corpus)
-                return CorpusInfo(data.tokenizer.vocab_size, "", data.train, data.val)
+    with contextlib.suppress(UserError):
+        corpus = open_corpus(config, cache)
+        key = _cache_key(corpus, config)
+        if not _find_damage(folder := cache / f"tokens-{key}", key):
+            return _open(folder, key, corpus)
+    return None
+
+
+def expected_vocab_size(config: DataConfig) -> tuple[int, str]:
+    """Vocabulary size of a corpus that is not prepared yet, and where it comes from. Raises `UserError` (2)."""
+    encodings = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}  # known without a download
     match config.tokenizer:
         case "byte":
-            return CorpusInfo(257, "256 bytes and end-of-text")
+            return 257, "256 bytes and end-of-text"
         case "bpe":
-            return CorpusInfo(config.vocab_size, "as requested; a small text gives fewer")
+            return config.vocab_size, "as requested; a small text gives fewer"
         case "char":
-            return CorpusInfo(TYPICAL_CHARACTERS, "assumed: the text's characters are not counted yet")
+            return 97, "assumed: an English keyboard, a newline, end-of-text"
         case name:
-            size = ENCODING_SIZES.get(name) or train_tokenizer(name, 0, ()).vocab_size
-            return CorpusInfo(size, "as in tiktoken")
+            return encodings.get(name) or train_tokenizer(name, 0, ()).vocab_size, "as in tiktoken"
 
 
 def _cache_key(corpus: Corpus, config: DataConfig, progress: bool = False) -> str:
@@ -153,7 +132,7 @@ def _cache_key(corpus: Corpus, config: DataConfig, progress: bool = False) -> st
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
     content: dict[str, Any] = {"format": FORMAT, "tokenizer": config.tokenizer, "vocab_size": vocab_size}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
-        content[split] = [(hashes[text.path], text.start, text.end, *(text.lines or ())) for text in texts]
+        content[split] = [(hashes[text.path], text.start, text.end) for text in texts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -196,7 +175,7 @@ def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress:
         partial.mkdir()
         tokenizer = _train_tokenizer(corpus, config, progress)
         tokenizer.save(partial / VOCABULARY)
-        text_bytes = _write_splits(corpus, tokenizer, partial, config.workers, progress)
+        text_bytes = _write_splits(corpus, tokenizer, partial, progress)
         if _cache_key(corpus, config, progress) != key:
             raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
         with progress_bar("checking the prepared tokens", None, progress) as bar:
@@ -232,7 +211,7 @@ def sample_text(texts: Sequence[TextRange], n_bytes: int) -> Iterator[str]:
             read += len(piece.text)
 
 
-def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, progress: bool) -> dict[str, int]:
+def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool) -> dict[str, int]:
     """Encode both splits into token files; the bytes of text of each."""
     text_bytes = {}
     dtype = token_dtype(tokenizer.vocab_size)
@@ -244,7 +223,7 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: i
             return result
 
         for split, texts in (("train", corpus.train), ("val", corpus.val)):
-            results = map(advance, encode_all(texts, tokenizer, workers))
+            results = map(advance, encode_all(texts, tokenizer))
             n_documents, text_bytes[split] = write_split(folder, split, results, dtype, tokenizer.end_of_text)
             if not n_documents:
                 name = escape_control_chars(corpus.name)
@@ -252,12 +231,12 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: i
     return text_bytes
 
 
-def encode_all(texts: Iterable[TextRange], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[np.ndarray, int]]:
+def encode_all(texts: Iterable[TextRange], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """The tokens of texts in order, a megabyte at a time, and the bytes of UTF-8 text that they encode.
 
-    Threads are enough to use `workers` cores (0: all), because tiktoken releases Python's lock.
+    Threads are enough to use all cores, because tiktoken releases Python's lock.
     """
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[tuple[np.ndarray, int]]] = deque()
         try:

@@ -1,31 +1,7 @@
 """Generated corpus "stories": short stories with known regularities and an exactly computed entropy.
 
-In a story two animals find a thing, one puts it away, the other looks for it in the wrong place, two of four episodes
-follow, and it ends. The grammar is the function `story`, below; `story_grammar.py` generates from it and computes its
-entropy.
-
-A is the animal that is named first, B the other. They always share their pronoun, so that meaning alone determines
-who `she` is; and A is always the one who finds, puts and gives. (With free roles and mixed pronouns a tiny model stayed
-at chance on half of the families.)
-
-Six families of regularities, each labelled where it occurs. The text before the `answer` leaves one possibility for
-it, and the antecedent determines which.
-
-* induction: `found a red kite. Mia put the red kite`: what was red is found where red was mentioned before.
-* place: `put the red kite into the basket. Tom looked in the box, but the kite was in the basket`: not the place that
-  was named last.
-* pronoun: `Ben gave a pie to Tom because he was hungry. Then Tom felt`: hunger is the receiver's, wealth the giver's.
-* cause: `Mia was happy and Ann was scared. Soon Mia sang and Ann hid`: a reaction follows from a feeling. They come in
-  the same order, so that position alone can predict them too; in any order they were not learned in 720 steps.
-* agreement: `The trees near the house were`: the verb agrees with the first noun, not the nearest one.
-* crossing: `The dog did not cross the road because it was too wide. "What was too wide?" ... "The road,"`.
-
-Held-out combinations: a story's combination is who puts which thing where. Number the names, the things and the
-containers from 0 to 9: a combination is held out if its three numbers add up to a multiple of 10. The validation split
-has the stories with held-out combinations, the training split all others. Any two of the three have exactly one
-held-out third (a Latin square), so in either split each of the three, and each pair of them, stays uniform. As every
-later choice has the same probabilities whatever the combination, the expected -log p under the full grammar is the
-same given any combination: it is `entropy()` on both splits, and the validation loss can be compared with it.
+The grammar is the function `story`, below. It has six families of regularities (`KINDS`), each labelled where it occurs:
+the text before the answer leaves one possibility for it. `story_grammar.py` generates and computes the entropy.
 """
 
 import random
@@ -90,11 +66,16 @@ POOLS = {
 
 
 def story(w: Writer) -> None:
-    """A whole story: opening, a thing put away and looked for, two episodes in any order, ending."""
+    """A whole story: opening, a thing put away and looked for, two episodes in any order, ending.
+
+    A and B share their pronoun, so that meaning alone determines who `she` is, and A is always the one who finds, puts and
+    gives. (With free roles and mixed pronouns a tiny model stayed at chance on half of the families.)
+    """
     w.write(
         "<time:time> <A:name> the <A.kind> and <B:name!A> the <B.kind> <found:found> a <colour:colour> <thing:thing>."
     )
-    # A puts the thing somewhere: the combination that may be held out.
+    # Who puts which thing where: the combination that may be held out (`Writer.draw`). One in ten is, the same share for
+    # every name and thing, and no later probability depends on it: `entropy()` is the mean of -log p on both splits.
     w.write(" <A> put the <colour> <thing>")
     w.note("induction", "thing", "thing", "thing.other")
     w.draw("box", "box", partners=("A", "thing"))
@@ -126,7 +107,7 @@ def _because(w: Writer, who: str, why: str, other: str, feels: str) -> None:
 
 
 def _feelings(w: Writer) -> None:
-    """Two feelings, then what each of the two does about it."""
+    """Two feelings, then what each of the two does about it, in the same order: in any order a tiny model did not learn it."""
     w.write(" <A> was <A.mood:mood> and <B> was <B.mood:mood!A.mood>")
     for link, who, other in ((". Soon", "A", "B"), (" and", "B", "A")):
         w.write(f"{link} <{who}> <{who}.mood.does>")

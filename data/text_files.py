@@ -1,13 +1,12 @@
 """Text files: which files a source names, and their documents, streamed in constant memory.
 
 A line that holds only `<|endoftext|>` separates documents. That line, the newline before it and the one after it
-belong to no document. Documents of white space alone are skipped. In a list, each line is a document.
+belong to no document. Documents of white space alone are skipped.
 """
 
 import codecs
 import contextlib
 import glob
-import hashlib
 import io
 import itertools
 import os
@@ -27,9 +26,7 @@ BLOCK_BYTES = 1024 * 1024
 
 # The newline after a separator is not consumed: it may be the one before the next separator.
 _SEPARATOR = re.compile(rf"\n{re.escape(SEPARATOR)}(?=\n)")
-_LINE_END = re.compile(rf"\n(?:{re.escape(SEPARATOR)}(?=\n))?")
 _LONGEST = len(SEPARATOR) + 2
-ALL_LINES = (0, 1 << 64)
 # Without Latin-1: its text is cp1252 too, where bytes 0x80 to 0x9f are quotes and dashes.
 _ENCODINGS = [
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "cp866", "cp437", "koi8_r",
@@ -44,18 +41,10 @@ class TextRange:
     path: Path
     start: int
     end: int
-    lines: tuple[int, int] | None = None
-    """Of a list: its documents are the lines whose `line_hash` is at least the first number and below the second."""
 
     @property
     def n_bytes(self) -> int:
-        """Expected, if it is a part of a list."""
-        low, high = self.lines or ALL_LINES
-        return (self.end - self.start) * (high - low) // ALL_LINES[1]
-
-    def contains(self, document: str) -> bool:
-        """Whether a document in these bytes belongs to this text."""
-        return self.lines is None or self.lines[0] <= line_hash(document) < self.lines[1]
+        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,7 @@ def find_files(source: str) -> list[Path]:
     path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
     try:
         if path.is_dir():
-            prose, others = _texts_below(path)
-            candidates: Iterable[Path] = prose or itertools.chain.from_iterable(others.values())
+            candidates: Iterable[Path] = _texts_below(path)
             wanted = f"ends in {' '.join(PROSE)} or another suffix of UTF-8 text"
         else:
             candidates = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
@@ -92,44 +80,24 @@ def find_files(source: str) -> list[Path]:
     return non_empty
 
 
-def _texts_below(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The files of prose in a folder and its other texts by suffix, none hidden. A suffix is one of texts if its first
-    file begins with UTF-8. Raises OSError if an inner folder cannot be read."""
+def _texts_below(folder: Path) -> list[Path]:
+    """The files of prose in a folder, else its other texts; none hidden. Raises OSError if an inner folder cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    found: dict[str, list[Path]] = {}
+    files: list[Path] = []
     for inner, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(inner, name) for name in names if not name.startswith(".")):
-            if path.is_file():
-                found.setdefault(path.suffix.lower(), []).append(path)
-    prose = [path for suffix in PROSE for path in found.pop(suffix, [])]
-    return prose, {suffix: paths for suffix, paths in found.items() if suffix and _begins_with_utf8(min(paths))}
+        files += (Path(inner, name) for name in names if not name.startswith("."))
+    prose = [path for path in files if path.suffix.lower() in PROSE and path.is_file()]
+    return prose or [path for path in files if path.is_file() and _begins_with_utf8(path)]
 
 
 def _begins_with_utf8(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
         return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(file.read(4096))
     return False
-
-
-def folder_note(source: str) -> str:
-    """Which files of a folder are read or left out, if it has other texts than prose; else empty."""
-    folder = Path(source).expanduser()
-    prose, others = _texts_below(folder) if folder.is_dir() else ([], {})
-    if not others:
-        return ""
-    suffixes, most = " ".join(sorted(others)), max(others, key=lambda suffix: len(others[suffix]))
-    left_out = f"left out; --data.source '{source.rstrip('/')}/**/*{most}' reads those of one suffix"
-    how = left_out if prose else "read, because there is no prose"
-    return escape_control_chars(f"{source}: files that end in {suffixes} are {how}")
-
-
-def line_hash(line: str) -> int:
-    """A number below 2^64. It depends on the text alone, so equal lines are in the same split."""
-    return int.from_bytes(hashlib.sha256(line.encode()).digest()[:8], "big")
 
 
 def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[Piece]:
@@ -139,14 +107,12 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
     cannot be read or is not UTF-8 text.
     """
     # A newline before the text and a separator after it: so every document is between two separators.
-    rest, starts, selected = "\n", True, True
-    separator = _SEPARATOR if text.lines is None else _LINE_END
+    rest, starts = "\n", True
     for block in itertools.chain(read_blocks(text, block_bytes), [f"\n{SEPARATOR}\n"]):
-        *ended, rest = separator.split(rest + block)
+        *ended, rest = _SEPARATOR.split(rest + block)
         for part in ended:
             document = part.removeprefix("\n") if starts else part
-            selected = text.contains(document) if starts else selected
-            if selected and (document.strip() or not starts):
+            if document.strip() or not starts:
                 yield Piece(document, True)
             starts = True
         # The last characters may be the beginning of a separator.
@@ -154,10 +120,7 @@ def read_documents(text: TextRange, block_bytes: int = BLOCK_BYTES) -> Iterator[
             # A token rarely continues over a space, so the ids of the pieces are those of the document.
             cut = rest.rfind(" ", 1, block_bytes)
             cut = cut if cut > 0 else block_bytes
-            part = rest[:cut].removeprefix("\n") if starts else rest[:cut]
-            selected = text.contains(part) if starts else selected
-            if selected:
-                yield Piece(part, False)
+            yield Piece(rest[:cut].removeprefix("\n") if starts else rest[:cut], False)
             rest, starts = rest[cut:], False
 
 

@@ -1,13 +1,7 @@
 """Tokenizers: text to token ids and back.
 
-    char    one id for each character of the corpus
-    byte    one id for each of the 256 bytes of UTF-8
-    bpe     byte-pair encoding, trained on the corpus
-    gpt2, cl100k_base, o200k_base, ...   the encodings of tiktoken
-
-Ids are 0 to `vocab_size - 1`. `end_of_text` separates documents; text never encodes to it: the characters
-`<|endoftext|>` in a text are encoded like any others. A tokenizer is saved as JSON (`vocabulary.json`) with every
-checkpoint. To add one: subclass `Tokenizer`, then extend `train_tokenizer` and `from_dict`.
+Ids are 0 to `vocab_size - 1`. `end_of_text` separates documents; text never encodes to it, also not the characters
+`<|endoftext|>`. To add one: subclass `Tokenizer`, then extend `train_tokenizer` and `from_dict`.
 """
 
 from __future__ import annotations

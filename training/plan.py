@@ -1,6 +1,6 @@
 """`train.py --plan`: parameters, FLOPs, memory and time of a run on this machine or on GPUs by name, without training.
 
-It reads the config and a corpus that is prepared already, writes nothing and prints one page. Memory is a formula; time
+It reads the config and a corpus that is prepared already, and prints one page. Memory is a formula; time
 is measured here (`time_budget.measure_step`), or assumes a share of a GPU's peak.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from common.errors import UserError, escape_control_chars
-from data.prepare import CorpusInfo, cache_lookup
+from data.prepare import TokenizedCorpus, expected_vocab_size, find_prepared
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
 from model.config import ModelConfig
 from training.config import RunConfig
@@ -40,28 +40,29 @@ def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
         ctx = replace(ctx, device=torch.device("cuda"), dtype=torch.bfloat16 if use_bf16 else torch.float32)
         where = f"{target.count} x {gpu.name}, {'bf16' if use_bf16 else 'fp32'}"
     config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
-    corpus = cache_lookup(config.data)
+    corpus = find_prepared(config.data)
+    vocab_size, source = (corpus.tokenizer.vocab_size, "") if corpus else expected_vocab_size(config.data)
     print(f"plan       {escape_control_chars(name)} on {where}, {config.model.attention} attention")
-    print(heading(config, corpus))
-    parts = count_parameters(config.model, corpus.vocab_size)
+    print(heading(config, corpus, f"{vocab_size:,}" + (f" ({source})" if source else "")))
+    parts = count_parameters(config.model, vocab_size)
     print_table("parameters", {part: f"{n:,}" for part, n in {**parts, "total": sum(parts.values())}.items()})
-    step, tokens = step_flops(config, corpus.vocab_size), config.train.batch_size * config.model.context
+    step, tokens = step_flops(config, vocab_size), config.train.batch_size * config.model.context
     rows = {"a token": step / tokens, "a step": step, "the run": step * config.train.steps}
     print_table("FLOPs of matrix products, forward and backward", {key: scaled(n) for key, n in rows.items()})
-    if print_memory(config, target, ctx, corpus.vocab_size) or gpu is not None:
-        print_time(config, target, ctx, corpus.vocab_size)
+    if print_memory(config, target, ctx, vocab_size) or gpu is not None:
+        print_time(config, target, ctx, vocab_size)
 
 
-def heading(config: RunConfig, corpus: CorpusInfo) -> str:
+def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) -> str:
     """Corpus, model and steps."""
     train, model = config.train, config.model
     tokens = train.steps * train.batch_size * model.context
-    epochs, known = "", f"not prepared yet; vocabulary of {corpus.vocab_size:,} ({corpus.how})"
-    if corpus.train is not None:
-        known = f"{len(corpus.train):,} training tokens; vocabulary of {corpus.vocab_size:,}"
+    epochs, known = "", "not prepared yet"
+    if corpus is not None:
+        known = f"{len(corpus.train):,} training tokens"
         epochs = f", {tokens / max(1, len(corpus.train)):.2f} epochs"
     return (
-        f"data       {escape_control_chars(config.data.source)}: {known}\n"
+        f"data       {escape_control_chars(config.data.source)}: {known}; vocabulary of {vocabulary}\n"
         f"model      {model.preset}: {model.n_layers} layers, {model.n_heads} heads, d_model {model.d_model}, "
         f"context {model.context}\n"
         f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: {tokens:,} tokens{epochs}"

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 import data.prepare
 from common.errors import DATA, DISK_OR_MEMORY, UserError
 from data.config import DataConfig
-from data.prepare import TokenizedCorpus, cache_lookup, check_min_length, encode, encode_all, prepare, sample_text
+from data.prepare import (
+    TokenizedCorpus,
+    check_min_length,
+    encode,
+    encode_all,
+    expected_vocab_size,
+    find_prepared,
+    prepare,
+    sample_text,
+)
 from data.text_files import Piece
 from data.token_dataset import TokenSplit, load_split, token_dtype, write_split
 from data.tokenizer import ByteTokenizer
@@ -100,24 +109,21 @@ def test_key_has_what_the_tokens_depend_on(book: Path) -> None:
 
     assert len({key(), key(tokenizer="char"), key(val_fraction=0.5)}) == 3
     assert key(tokenizer="bpe", vocab_size=280) != key(tokenizer="bpe", vocab_size=300)
-    assert key() == key(vocab_size=300, workers=2), "neither changes the bytes"
+    assert key() == key(vocab_size=300), "only of bpe"
 
 
 def test_lookup_finds_what_is_prepared_and_writes_nothing(book: Path, cache: Path) -> None:
     config = DataConfig(source=str(book), tokenizer="bpe", vocab_size=300)
-    info = cache_lookup(config)
-    assert info.vocab_size == 300 and info.how and info.train is None and not cache.exists()
+    assert find_prepared(config) is None and not cache.exists()
     corpus = prepare(config, progress=False)
-    before = sorted(cache.rglob("*"))
-    info = cache_lookup(config)
-    assert info.vocab_size == corpus.tokenizer.vocab_size and not info.how
-    assert info.train is not None and tokens_of(info.train) == tokens_of(corpus.train)
-    assert sorted(cache.rglob("*")) == before
-    sizes = {"byte": 257, "char": 97, "gpt2": 50_257}
-    for tokenizer, size in sizes.items():
-        assert cache_lookup(DataConfig(source="nowhere.txt", tokenizer=tokenizer)).vocab_size == size
+    found = find_prepared(config)
+    assert found is not None and found.folder == corpus.folder and tokens_of(found.train) == tokens_of(corpus.train)
+    flip_a_bit(corpus.folder / "val.bin")
+    assert find_prepared(config) is None and find_prepared(DataConfig(source="nowhere.txt")) is None
+    for tokenizer, size in {"byte": 257, "char": 97, "gpt2": 50_257, "bpe": 1024}.items():
+        assert expected_vocab_size(DataConfig(tokenizer=tokenizer))[0] == size
     with pytest.raises(UserError, match="nearest are: gpt2"):
-        cache_lookup(DataConfig(source="nowhere.txt", tokenizer="gtp2"))
+        expected_vocab_size(DataConfig(tokenizer="gtp2"))
 
 
 def test_number_of_threads_does_not_change_the_files(
@@ -128,11 +134,12 @@ def test_number_of_threads_does_not_change_the_files(
     words = ["sun", "moon", "über", "naïve", "🙂", "日本"]
     texts = [" ".join(rng.choice(words, size)) for size in [3, 20_000, 1, 50, 9_000] * 2]
     path = write(tmp_path / "mixed.txt", "\n<|endoftext|>\n".join(texts))
-    parallel = prepared(path, "bpe", vocab_size=280, workers=3)
+    monkeypatch.setattr(data.prepare.os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    parallel = prepared(path, "bpe", vocab_size=280)
+    monkeypatch.setattr(data.prepare.os, "sched_getaffinity", lambda process: {0}, raising=False)
     monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path / "other"))
-    serial = prepared(path, "bpe", vocab_size=280, workers=1)
+    serial = prepared(path, "bpe", vocab_size=280)
     assert parallel.folder != serial.folder and files_of(parallel.folder) == files_of(serial.folder)
-    assert parallel.train.tokens[0] == parallel.tokenizer.end_of_text
 
 
 def test_text_is_read_no_faster_than_results_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +151,8 @@ def test_text_is_read_no_faster_than_results_are_used(tmp_path: Path, monkeypatc
             read.append(i)
             yield write_range(tmp_path / "text.txt", "text")
 
-    next(encode_all(texts(), ByteTokenizer(), 2))
+    monkeypatch.setattr(data.prepare.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    next(encode_all(texts(), ByteTokenizer()))
     assert len(read) <= 6
 
 
@@ -242,17 +250,6 @@ def test_two_at_once_agree(book: Path, cache: Path, monkeypatch: pytest.MonkeyPa
         first, second = pool.map(prepared, [book, book])
     assert first.folder == second.folder and [*cache.iterdir()] == [first.folder]
     assert tokens_of(first.train) == tokens_of(second.train)
-
-
-def test_interruption_leaves_nothing(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode_and_stop(*arguments: Any) -> Iterator[Any]:
-        yield next(encode_all(*arguments))
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data.prepare, "encode_all", encode_and_stop)
-        prepared(book)
-    assert not [*cache.iterdir()]
 
 
 @settings(max_examples=25, deadline=None)

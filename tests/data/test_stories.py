@@ -74,30 +74,6 @@ def test_every_story_has_one_derivation() -> None:
         assert list(derivations(corpus.story, corpus.POOLS, story.text)) == [story]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "one", "other"),
-    [
-        (r"(\w+) looked", "Mia", "Tom"),
-        (r"near the \w+ (was|were)", "was", "were"),
-        (r"Soon \w+ (\w+)", "sang", "hid"),
-        (r"felt (proud|better)", "proud", "better"),
-        (r"put the \w+ (\w+)", "kite", "ball"),
-        (r'asked \w+\. "The (\w+)', "dog", "road"),
-        (r"because (he|she)", "he", "she"),
-    ],
-)
-def test_corrupted_stories_are_not_in_the_grammar(pattern: str, one: str, other: str) -> None:
-    """The group of the pattern is replaced by `one`, or by `other` if it is `one`."""
-    corrupted = 0
-    for story in sample("train")[:60]:
-        if found := re.search(pattern, story.text):
-            start, end = found.span(1)
-            text = story.text[:start] + (other if found.group(1) == one else one) + story.text[end:]
-            assert not list(derivations(corpus.story, corpus.POOLS, text))
-            corrupted += 1
-    assert corrupted >= 10
-
-
 def expected_answer(kind: str, before: str) -> str:
     """The answer from the text before it, by independent rules."""
 

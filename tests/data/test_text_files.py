@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from common.errors import DATA, UserError
 from data.config import DataConfig
-from data.text_files import SEPARATOR, TextRange, find_files, folder_note, read_documents
-from data.utf8_copy import utf8_file
+from data.text_copy import plain_text
+from data.text_files import SEPARATOR, TextRange, find_files, read_documents
 from tests.data.texts import data_error, documents, write, write_range
 
 FRAGMENTS = [
@@ -182,7 +182,7 @@ def test_encoding_is_guessed_and_decoded(tmp_path: Path, encoding: str) -> None:
     text = SAMPLES[encoding] * 20
     path = write(tmp_path / "book.txt", text.encode(encoding))
     assert f"it looks like {encoding}: give --data.encoding {encoding} " in data_error(path, tmp_path / "cache")
-    assert documents([text_range(utf8_file(path, encoding, tmp_path / "cache"))]) == [text]
+    assert documents([text_range(plain_text(path, encoding, "off", tmp_path / "cache"))]) == [text]
 
 
 @pytest.mark.parametrize("name", ["foo", "hex", "rot13", "", "a\0", "undefined"])
@@ -200,8 +200,8 @@ def test_text_of_any_encoding_is_read(path: Path, text: str, encoding: str, bloc
     """A byte-order mark decides, whatever encoding is asked for."""
     marked = encoding in ("utf-8-sig", "utf-16", "utf-32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.utf8_copy.BLOCK_BYTES", block_bytes)
-        copy = utf8_file(write(path, text.encode(encoding)), "utf-8" if marked else encoding, path.parent)
+        patch.setattr("data.text_copy.BLOCK_BYTES", block_bytes)
+        copy = plain_text(write(path, text.encode(encoding)), "utf-8" if marked else encoding, "off", path.parent)
     assert [d for d in documents([text_range(copy)]) if d.strip()] == reference(text)
 
 
@@ -217,10 +217,11 @@ def test_rows_of_json_are_documents(
     tmp_path: Path, rows: list[dict[str, str]], field: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "rows.jsonl", "\r\n".join(json.dumps(row) if row else "" for row in rows))
-    copy = utf8_file(path, "utf-8", tmp_path / "cache")
+    copy = plain_text(path, "utf-8", "auto", tmp_path / "cache")
     assert documents([text_range(copy)]) == [row[field].replace("\r\n", "\n") for row in rows if row]
     assert capsys.readouterr().err == f"{path}: each row is a document, its '{field}'\n"
-    assert utf8_file(path, "utf-8", tmp_path / "cache", write=False) == copy and copy.name == path.name
+    assert plain_text(path, "utf-8", "auto", tmp_path / "cache") == copy and copy.name == path.name
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -244,14 +245,11 @@ def test_bad_row_is_one_clear_line(tmp_path: Path, row: str) -> None:
     assert "rows.jsonl, line 1 is not a row of JSON with a field of text" in data_error(path, tmp_path / "cache")
 
 
-def test_folder_without_prose_is_read_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+def test_folder_without_prose_is_read(tmp_path: Path) -> None:
     for name in ("main.py", "inner/a.py", "lib.C", "Makefile", ".hidden.py"):
         write(tmp_path / "src" / name, "text")
     write(tmp_path / "src" / "picture.png", b"\x89PNG\0")
-    expected = [tmp_path / "src" / name for name in ("inner/a.py", "lib.C", "main.py")]
+    expected = [tmp_path / "src" / name for name in ("Makefile", "inner/a.py", "lib.C", "main.py")]
     assert find_files(str(tmp_path / "src")) == expected
-    assert folder_note(str(tmp_path / "src")).endswith("that end in .c .py are read, because there is no prose")
     write(tmp_path / "src" / "notes.md", "text")
     assert find_files(str(tmp_path / "src")) == [tmp_path / "src" / "notes.md"]
-    assert f".c .py are left out; --data.source '{tmp_path}/src/**/*.py'" in folder_note(str(tmp_path / "src"))
-    assert not folder_note(str(tmp_path / "src" / "notes.md")) and not folder_note(str(tmp_path / "nowhere"))

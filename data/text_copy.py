@@ -1,9 +1,13 @@
-"""Text in other encodings and rows of JSON are copied into the cache as UTF-8 text, once: `text-<key>/rows.jsonl`."""
+"""Text in other encodings, rows of JSON and lists of lines are copied into the cache once: `text-<key>/rows.jsonl`.
+
+A copy is UTF-8 text. Its documents are the rows or lines, with a separator after each.
+"""
 
 import codecs
 import hashlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,35 +17,48 @@ from common.files import write_atomic
 from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, open_text, read_blocks
 from data.tokenizer import progress_bar
 
-MAX_ROW_CHARACTERS = 64 * 1024 * 1024
 _MARKS = (  # the mark of UTF-32 starts with that of UTF-16
     *((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
 )
+# A name, a word or a title of a list (of up to four words): not a verse, a sentence, code, a log or a table.
+_ENTRY = re.compile(r"(?=.*[^\W\d_])\w[^\t,;:=<>{}|\u3000-\u303f\uff01-\uff1f]*(?<![.!?\u2026\u0964])")
 
 
-def utf8_file(path: Path, encoding: str, cache: Path, write: bool = True) -> Path:
+def plain_text(path: Path, encoding: str, lines: str, cache: Path) -> Path:
     """The file itself if it is UTF-8 text, else its copy; a byte-order mark goes before `encoding`.
 
-    Raises `UserError`: a text that cannot be decoded, a bad row, no copy and not `write` (3); no space (6).
+    Each line is a document if `lines` is `on`, or `auto` and the file begins as a list.
+
+    Raises `UserError`: a text that cannot be decoded, a bad row (3); no space (6).
     """
-    has_rows = path.suffix.lower() == ".jsonl"
     with open_text(path) as file:
-        start = file.read(4)
+        start = file.read(65_536)
         codec = next((name for mark, name in _MARKS if start.startswith(mark)), codecs.lookup(encoding).name)
-        if codec == "utf-8" and not has_rows:
+        has_rows = path.suffix.lower() == ".jsonl"
+        has_lines = lines == "on" or (lines == "auto" and is_list(start.decode(codec, "replace").splitlines()[:-1]))
+        if codec == "utf-8" and not has_rows and not has_lines:
             return path
         file.seek(0)
         key = hashlib.file_digest(file, "sha256")
         size = file.tell()
-    key.update(f"{codec} {has_rows}".encode())
+    key.update(f"{codec} {has_rows} {has_lines}".encode())
     copy = cache / f"text-{key.hexdigest()[:20]}" / path.name
     if not copy.exists():
-        if not write:
-            raise UserError(f"{escape_control_chars(path)} is not prepared yet", DATA)
         blocks = _read(TextRange(path, 0, size), codec)
-        write_atomic(copy, _documents(blocks, path) if has_rows else (block.encode() for block in blocks))
+        if has_rows:
+            write_atomic(copy, _rows(blocks, path))
+        elif has_lines:
+            write_atomic(copy, _shuffled_lines(blocks, path))
+        else:
+            write_atomic(copy, (block.encode() for block in blocks))
     return copy
+
+
+def is_list(lines: list[str]) -> bool:
+    """Whether nearly all of at least 100 lines are short entries, few of them equal."""
+    entries = sum(len(x.encode()) <= 40 and x.count(" ") < 4 and bool(_ENTRY.fullmatch(x)) for x in lines)
+    return len(lines) >= 100 and entries >= 0.95 * len(lines) and len(set(lines)) >= 0.8 * len(lines)
 
 
 def _read(text: TextRange, codec: str) -> Iterator[str]:
@@ -51,7 +68,22 @@ def _read(text: TextRange, codec: str) -> Iterator[str]:
             bar.update(BLOCK_BYTES)
 
 
-def _documents(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
+def _lines(blocks: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for block in itertools.chain(blocks, ["\n"]):
+        *lines, rest = (rest + block).split("\n")
+        yield from lines
+
+
+def _shuffled_lines(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
+    """The lines that are not blank and a separator after each, by their hash: a part of a sorted list is like the rest."""
+    print(escape_control_chars(f"{path}: each line is a document"), file=sys.stderr)
+    lines = (line.encode() for line in _lines(blocks) if line.strip() and line != SEPARATOR)
+    for line in sorted(lines, key=lambda line: hashlib.sha256(line).digest()):
+        yield line + f"\n{SEPARATOR}\n".encode()
+
+
+def _rows(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
     """The text in each row of JSON and a separator. It is in the field `text` or `content`, or in that with the longest
     string in the first row. Raises `UserError` (3)."""
     field = ""
@@ -73,12 +105,3 @@ def _documents(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
             message = f"{path}, line {number} is not a row of JSON with {what}{why}: correct or remove it"
             raise UserError(escape_control_chars(message), DATA) from None
         yield document + f"\n{SEPARATOR}\n".encode()
-
-
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    rest = ""
-    for block in itertools.chain(blocks, ["\n"]):
-        *lines, rest = (rest + block).split("\n")
-        yield from lines
-        if len(rest) > MAX_ROW_CHARACTERS:  # no more memory for a row without end: it is no JSON
-            yield rest
