@@ -1,6 +1,5 @@
-"""Train a small GPT:                  python train.py [CONFIG.toml or TEXT] [--section.key value ...]
-Verify that a run resumes exactly:  python train.py --run.resume RUN --check
-Print what a run would need:        python train.py [CONFIG.toml] --plan [8xh100]
+"""Train a small GPT:            python train.py [CONFIG.toml or TEXT] [--section.key value ...]
+Print what a run would need:  python train.py [CONFIG.toml] --plan [8xh100]
 
 Parse the config, prepare the corpus, build the trainer and its callbacks, run it. torch is imported only once the command
 line is known to be valid.
@@ -38,16 +37,11 @@ def main(argv: list[str]) -> None:
     limit_spinning()
     argv, target = parse_plan_option(argv)
     usage = (__doc__ or "").partition("\n\n")[0].replace("\n", "\n\n")
-    options = name_source([word for word in argv if word != "--check"])
+    options = name_source(argv)
     config, name = parse_train(options, usage)
     defaults, max_epochs, size = read_recipe(config, options)
     if defaults:
         config, name = parse_train([*defaults, *options])
-    if "--check" in argv:
-        from training.resume_check import check_resume
-
-        check_resume(config)
-        return
     if target is not None:
         from training.plan import plan
 

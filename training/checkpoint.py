@@ -26,7 +26,8 @@ from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, UserError, esc
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
-from training.config import RunConfig, from_saved
+from training.cli import parse
+from training.config import RunConfig, as_arguments
 from training.device import DistContext, resolve_attention
 
 MODEL, OPTIMIZER, STATE, VOCABULARY = "model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json"
@@ -187,13 +188,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         state, environment = TrainState(**saved["state"]), RunEnvironment(**saved["environment"])
-        counts = [saved["vocab_size"], *(value for name, value in vars(state).items() if name != "best_loss")]
-        bytes.fromhex(environment.seen_tokens)
-        if any(type(count) is not int for count in counts) or not isinstance(state.best_loss, float | None):
-            raise ValueError("a count is not an integer, or the best loss is not a number")
         if step_of_folder(folder) not in (None, state.step):
             raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
-        config = from_saved(saved["config"], str(path))
+        config = parse(RunConfig, as_arguments(saved["config"], "its config"), "")
     return Checkpoint(folder, config, saved["vocab_size"], state, environment)
 
 
@@ -202,7 +199,7 @@ def _reading(path: Path) -> Iterator[Path]:
     """Turn what a damaged or foreign file raises in the body, which reads it, into one line: UserError (4)."""
     try:
         yield path
-    except DAMAGE as error:
+    except (*DAMAGE, UserError) as error:
         text = (error.strerror or "unreadable") if isinstance(error, OSError) else " ".join(str(error).split())
         shown = escape_control_chars(f"{path} cannot be used: {text[:300]}")
         raise UserError(f"{shown}; take another checkpoint, or one from a backup", CHECKPOINT) from error
@@ -267,12 +264,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run and applies its retention: the best and the newest are kept.
-
-    Args:
-        run: the run folder, locked by the caller. What a killed process left in `checkpoints` is cleaned up first.
-        keep: how many of the newest checkpoints are kept, besides the best.
-    """
+    """Writes the checkpoints of a run folder, locked by the caller, and keeps the best and the `keep` newest."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self.root, self.keep = run / "checkpoints", keep
@@ -300,18 +292,18 @@ class CheckpointWriter:
     ) -> Path:
         """Write `checkpoints/<step>`, whole or not at all, verify it, and remove those that are not kept.
 
-        Raises:
-            UserError: if a number is not finite: nothing is written (exit code 5); if the disk is full, cannot be
-                written or did not keep the data: earlier checkpoints are as they were (6).
+        Raises UserError if a number is not finite (exit code 5), or the disk is full, cannot be written or did not keep
+        the data (6); earlier checkpoints are as they were.
         """
-        check_finite({**weights, **{f"the optimizer state {k}": v for k, v in optimizer_state.items()}}, state)
+        check_finite({**weights, **{f"the optimizer state {k}": v for k, v in optimizer_state.items()}})
         final = self.root / f"{state.step:06d}"
         temporary = self.root / f"{WRITING}{final.name}"
         saved: dict[str, Any] = {"format": FORMAT, "vocab_size": tokenizer.vocab_size}
         saved |= {"environment": asdict(environment), "state": asdict(state), "config": asdict(config)}
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            _fsync(self.root.parent)
+            if not self.root.is_dir():
+                self.root.mkdir(parents=True)
+                _fsync(self.root.parent)
             _remove(temporary)
             temporary.mkdir()
             _write_tensors(temporary / MODEL, weights)
@@ -349,9 +341,9 @@ class CheckpointWriter:
             print(f"cannot remove an old checkpoint from {reason}", file=sys.stderr, flush=True)
 
 
-def check_finite(tensors: Mapping[str, Tensor], state: TrainState) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise UserError (5) for an infinity or NaN."""
-    for name, value in {**tensors, "the best loss": torch.tensor(state.best_loss or 0.0)}.items():
+    for name, value in tensors.items():
         if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone costs a hundredth
             message = f"a number in {name} is not finite: nothing was saved, earlier checkpoints are unchanged"
             raise UserError(f"{message}; continue from them with --run.resume and a lower optim.lr", NON_FINITE)

@@ -17,41 +17,26 @@ import tyro
 from common.errors import CONFIG, UserError, escape_control_chars
 
 ALIASES = {
-    alias: option
-    for option, aliases in {
-        "model.context": "block_size n_ctx n_positions max_position_embeddings",
-        "model.d_model": "n_embd hidden_size",
-        "model.n_heads": "num_attention_heads",
-        "model.d_head": "head_dim",
-        "model.d_mlp": "intermediate_size n_inner",
-        "run.dir": "output_dir",
-        "run.resume": "init_from resume_from_checkpoint",
-        "optim.optimizer": "optim",
-        "optim.lr": "learning_rate",
-        "optim.min_lr_ratio": "min_lr",
-        "optim.schedule": "decay_lr",
-        "optim.decay_fraction": "lr_decay_iters",
-        "optim.grad_clip": "max_grad_norm",
-        "train.micro_batch_size": "gradient_accumulation_steps",
-        "train.eval_every": "eval_interval eval_steps",
-        "train.save_every": "save_steps",
-        "train.keep_checkpoints": "save_total_limit",
-        "train.dtype": "bf16 fp16",
-        "log.every": "log_interval logging_steps",
-        "log.wandb": "report_to",
-        "prompt": "start",
-    }.items()
-    for alias in aliases.split()
+    **dict.fromkeys(("block_size", "n_ctx", "n_positions", "max_position_embeddings"), "model.context"),
+    **dict.fromkeys(("n_embd", "hidden_size"), "model.d_model"),
+    "num_attention_heads": "model.n_heads",
+    "head_dim": "model.d_head",
+    "intermediate_size": "model.d_mlp",
+    "output_dir": "run.dir",
+    **dict.fromkeys(("init_from", "resume_from_checkpoint"), "run.resume"),
+    "learning_rate": "optim.lr",
+    "max_grad_norm": "optim.grad_clip",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    **dict.fromkeys(("eval_interval", "eval_steps"), "train.eval_every"),
+    **dict.fromkeys(("log_interval", "logging_steps"), "log.every"),
+    "start": "prompt",
 }
 """Options of nanoGPT and Hugging Face, by their last part, whose counterpart here is not the most similar name."""
 NO_EQUIVALENT = {
     "device": "a CUDA GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= in the environment",
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
     "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
-    "gradient_checkpointing": "lower --train.micro_batch_size, or take --model.attention chunked",
-    "wandb_run_name": "it is the name of the run folder, --run.dir",
 }
-
 PATHS = ("run.dir", "run.resume", "data.source", "log.prompts", "out", "against", "attend")
 OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")
 """Unlike `-- said the bird`, which is a value."""
@@ -160,7 +145,7 @@ def _suggestion(name: str, types: dict[str, Any]) -> str:
     if last in NO_EQUIVALENT and "train.steps" in types:
         return f"there is none like it: {NO_EQUIVALENT[last]}"
     candidates = [ALIASES.get(last, ""), *(key for key in types if key.rsplit(".", 1)[-1] == last)]
-    candidates += difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+    candidates += difflib.get_close_matches(name, types, n=1)
     nearest = next((key for key in candidates if key in types), None)
     return f"did you mean --{nearest}?" if nearest else "--help lists the options"
 

@@ -164,15 +164,6 @@ def to_toml(config: RunConfig) -> str:
     return "\n".join(lines).replace("\x7f", "\\u007f")  # else JSON's finite numbers and texts are TOML's
 
 
-def from_saved(table: dict[str, Any], where: str) -> RunConfig:
-    """The config in a checkpoint; raises UserError (4) if this version cannot use it."""
-    try:
-        return parse(RunConfig, as_arguments(table, where), "")
-    except UserError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{where} has no usable config ({escape_control_chars(first)})", CHECKPOINT) from error
-
-
 def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]:
     """The config of `train.py`'s command line, and a name for the run: its config file's, or its own text's. Raises
     UserError with a line for each problem (2), or for a folder that is not a run (4)."""

@@ -152,13 +152,9 @@ def gather_weights(wrapped_model: nn.Module, model: GPT) -> None:
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The module inside torch.compile and DDP, whose parameters have the names of a `GPT`."""
-    model = uncompiled(model)
-    return uncompiled(model.module) if isinstance(model, DistributedDataParallel) else model
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile."""
-    return cast(nn.Module, getattr(model, "_orig_mod", model))
+    for wrapper in ("_orig_mod", "module", "_orig_mod"):
+        model = getattr(model, wrapper, model)
+    return model
 
 
 def is_fsdp(model: nn.Module) -> bool:
@@ -168,7 +164,7 @@ def is_fsdp(model: nn.Module) -> bool:
 
 def maybe_no_sync(model: nn.Module, sync: bool) -> contextlib.AbstractContextManager[object]:
     """Synchronize gradients in the backward pass only if `sync`; with FSDP a device holds them whole until then."""
-    model = uncompiled(model)
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, DistributedDataParallel) and not sync:
         return model.no_sync()
     if is_fsdp(model):

@@ -47,12 +47,10 @@ class Callback:
         """Before the first step of a new or resumed run; a new run has saved its initial weights."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After every step: `step` (1 after the first), `loss`, `lr`, `grad_norm`; of a skipped step `step`, `skipped`
-        (how many so far) and `documents`."""
+        """After every step: `step` (1 after the first), `loss`, `lr`, `grad_norm`; if skipped, `skipped`, `documents`."""
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After an evaluation, before its checkpoint: `step`, `val_loss`, `tokens_seen`. `trainer.model` has the current
-        weights. If a signal interrupts it, the evaluation is repeated when the run is resumed."""
+        """After an evaluation, before its checkpoint: `step`, `val_loss`, `tokens_seen`; repeated if a signal interrupts it."""
 
     def on_save(self, trainer: Trainer) -> None:
         """When a checkpoint is due: `Checkpointer` writes it here."""
@@ -241,9 +239,8 @@ class Trainer:
         documents = dataloader.documents_in_batch(
             self.data.train, self.train_sequences, seed, state.step, train.batch_size
         )
-        shown = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
         if state.skipped_steps >= train.skip_nonfinite_steps:
-            newest = self.saved[0] if self.saved else 0
+            newest, shown = self.saved[0] if self.saved else 0, ", ".join(map(str, documents[:8]))
             raise UserError(
                 f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g} at step {state.step} (seed {seed}, "
                 f"training documents {shown}); the newest checkpoint is of step {newest}. Lower optim.lr "

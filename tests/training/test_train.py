@@ -202,7 +202,6 @@ def test_existing_run_is_not_overwritten(run: Path, new: tuple[str, ...]) -> Non
         ("--train.micro_batch_size=-1", 2, "train.micro_batch_size"),
         ("--log.prompts=nowhere.txt", 2, "no such file"),
         ("--run.resume=/", 4, "config.toml"),
-        ("--check", 2, "--run.resume RUN --check"),
     ],
 )
 def test_bad_input_is_one_line(new: tuple[str, ...], tmp_path: Path, option: str, code: int, words: str) -> None:
@@ -295,12 +294,3 @@ def test_damaged_metrics_end_at_the_damage(tmp_path: Path) -> None:
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
     MetricsLogger(tmp_path, TrainState(step=2))
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(good[:2]) + "\n"
-
-
-@pytest.mark.slow
-def test_check_proves_that_a_run_resumes_exactly(uninterrupted: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(uninterrupted("dropout"), tmp_path / "proved")
-    before = sorted(path.name for path in folder.rglob("*"))
-    done = script("train.py", f"--run.resume={folder}", "--train.steps=40", "--check")
-    assert done.returncode == 0 and "same bits: " in done.stdout, done.stdout + done.stderr
-    assert sorted(path.name for path in folder.rglob("*")) == before
