@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars
 
 
@@ -49,8 +51,8 @@ def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}", CHECKPOINT) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}", CHECKPOINT) from error
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         message = f"{path} is not a readable {what}: {reason}" + (f"; {hint}" if hint else "")
         raise UserError(message, CHECKPOINT) from error

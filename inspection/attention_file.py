@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from common.errors import CHECKPOINT, UserError
@@ -145,12 +145,8 @@ def read_attention_file(path: Path | str) -> AttentionFile:
     """
     if not Path(path).is_file():  # a pipe or device may never end
         raise UserError(f"{path} is not a file", CHECKPOINT)
-    with reading(path, "attention file"):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                return _parse(file)
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
+    with reading(path, "attention file"), safe_open(path, framework="numpy") as file:
+        return _parse(file)
 
 
 def _parse(file: Any) -> AttentionFile:

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints to and from `GPT`: a folder with `config.json` and `model.safetensors`.
 
-The presets `gpt2` and `qwen3` are exactly `GPT2LMHeadModel` and `Qwen3ForCausalLM`; `glass` has no counterpart. A
-configuration that no preset computes exactly is rejected by name. Dropout is not carried over in either direction.
+The presets `gpt2` and `qwen3` are exactly `GPT2LMHeadModel` and `Qwen3ForCausalLM`; `glass` has no counterpart. What the
+other side does not compute exactly raises ValueError. Dropout is not carried over in either direction.
 """
 
 import json
@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from common.errors import CHECKPOINT, UserError
-from common.files import write_atomic
+from common.files import reading, write_atomic
 from model.config import PRESETS, AttentionImplementation, ModelConfig
 from model.gpt import GPT
 
@@ -76,6 +74,7 @@ LAYOUTS = {
             "rms_norm_eps": (PRESETS["qwen3"].norm_eps,),
             "rope_theta": (PRESETS["qwen3"].rope_theta,),
             "rope_type": (None, "default"),
+            "type": (None, "default"),  # the same in older files
             "partial_rotary_factor": (None, 1),
             "use_sliding_window": (False,),
         },
@@ -116,17 +115,15 @@ def named_views(model: GPT) -> dict[str, Tensor]:
 
 
 def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The content of `config.json`, and copies of the weights under Hugging Face's names.
-
-    Raises:
-        UserError: if Hugging Face has no model that computes the same (exit code 2).
-    """
+    """The content of `config.json`, and copies of the weights under Hugging Face's names."""
     config = model.config
     if config.preset not in LAYOUTS:
-        raise UserError(f"preset {config.preset} has no Hugging Face equivalent; train with model.preset gpt2 or qwen3")
+        raise ValueError(
+            f"preset {config.preset} has no Hugging Face equivalent; train with model.preset gpt2 or qwen3"
+        )
     standard = config.n_kv_heads == config.n_heads and config.n_heads * config.d_head == config.d_model
     if config.preset == "gpt2" and not standard:
-        raise UserError(
+        raise ValueError(
             "GPT-2 has no grouped key/value heads and no head size other than d_model / n_heads; "
             "train with model.preset qwen3, or leave model.n_kv_heads and model.d_head at 0"
         )
@@ -149,31 +146,24 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def from_huggingface(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], attention: AttentionImplementation = "eager"
 ) -> GPT:
-    """The model of a `config.json` and its weights, in float32 on the CPU.
-
-    Raises:
-        UserError: if no preset computes what the configuration says, or a tensor is missing, misshapen or unknown
-            (exit code 4).
-    """
+    """The model of a `config.json` and its weights, in float32 on the CPU."""
     shape, vocab_size = config_from_huggingface(config)
     layout = LAYOUTS[shape.preset]
-    weights = {name.removeprefix(layout.prefix): tensor for name, tensor in weights.items()}
+    masks = (".attn.bias", ".attn.masked_bias")  # constants in old files of GPT-2
+    weights = {name.removeprefix(layout.prefix): x for name, x in weights.items() if not name.endswith(masks)}
     lm_head = weights.pop("lm_head.weight", None)
     with torch.device("meta"):  # so that memory is allocated only once the shapes are right
-        expected = named_views(GPT(shape, vocab_size))
-    problems = []
-    for name, tensor in expected.items():
-        if name not in weights:
-            problems.append(f"{name} is missing")
-        elif (size := weights[name].shape) != tensor.shape:
-            problems.append(f"{name} has shape {tuple(size)}, but config.json implies {tuple(tensor.shape)}")
-    masks = (".attn.bias", ".attn.masked_bias")  # constants in old files of GPT-2
-    problems += [f"{name} is unknown" for name in sorted(weights.keys() - expected) if not name.endswith(masks)]
-    embedding = layout.modules["token_embedding"] + ".weight"
-    if not problems and lm_head is not None and not torch.equal(lm_head, weights[embedding]):
-        problems.append("lm_head.weight differs from the token embedding; only tied embeddings are supported")
+        expected = {name: tuple(x.shape) for name, x in named_views(GPT(shape, vocab_size)).items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    problems = [
+        f"{name} is {found.get(name, 'missing')}, but config.json implies {expected.get(name, 'no such tensor')}"
+        for name in {**expected, **found}
+        if found.get(name) != expected.get(name)
+    ]
     if problems:
-        raise load_error(problems)
+        raise ValueError("; ".join(problems[:6]))
+    if lm_head is not None and not torch.equal(lm_head, weights[layout.modules["token_embedding"] + ".weight"]):
+        raise ValueError("lm_head.weight differs from the token embedding; only tied embeddings are supported")
     model = GPT(replace(shape, attention=attention), vocab_size)
     for name, view in named_views(model).items():
         view.copy_(weights[name])
@@ -181,17 +171,12 @@ def from_huggingface(
 
 
 def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """Model config and vocabulary size from the content of `config.json`.
-
-    Raises:
-        UserError: naming every setting that no preset has (exit code 4).
-    """
-    preset = config.get("model_type")
+    """Model config and vocabulary size from the content of `config.json`."""
+    preset = config["model_type"]
     if preset not in tuple(LAYOUTS):
-        raise load_error([f"model_type is {preset!r}; only {' and '.join(LAYOUTS)} are supported"])
+        raise ValueError(f"model_type is {preset!r}; only {' and '.join(LAYOUTS)} are supported")
     layout = LAYOUTS[preset]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type"), **rope} if isinstance(rope, dict) else {"rope_type": rope}
     config = {"rope_theta": 10_000.0, **config, **rope}  # transformers assumes 10,000
     problems = [
         f"{name} is {config[name]!r}; it must be {' or '.join(map(repr, allowed))}"
@@ -200,51 +185,22 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int
     ]
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         problems.append("layer_types has other values than 'full_attention'")
-    names = {**layout.sizes, "vocab_size": "vocab_size"}
-    sizes: dict[str, Any] = {ours: config.get(theirs) or 0 for ours, theirs in names.items()}  # null means our 0
-    problems += [
-        f"{names[ours]} is {size!r}; it must be a positive integer"
-        for ours, size in sizes.items()
-        if type(size) is not int or size < 0
-    ]
-    if problems:
-        raise load_error(problems)
-    vocab_size = sizes.pop("vocab_size")
-    shape = ModelConfig(preset, **sizes)
-    if problems := shape.problems():
-        raise load_error(problems)
-    return shape, vocab_size
-
-
-def load_error(problems: list[str]) -> UserError:
-    """One error for all problems, of which the first six are listed."""
-    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-    return UserError("cannot load this Hugging Face model: " + "; ".join(problems[:6]) + more, CHECKPOINT)
+    sizes: dict[str, Any] = {ours: int(config.get(theirs) or 0) for ours, theirs in layout.sizes.items()}
+    shape = ModelConfig(preset, **sizes)  # resolves sizes of 0, which are null or missing in the file
+    if problems := problems + shape.problems():
+        raise ValueError("; ".join(problems))
+    return shape, int(config["vocab_size"])
 
 
 def save_huggingface(model: GPT, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`, each atomically.
-
-    Raises:
-        UserError: if Hugging Face has no such model (exit code 2), or the files cannot be written (exit code 6).
-    """
+    """Write `config.json` and `model.safetensors`, each atomically; raises UserError (exit code 6) if a disk is full."""
     config, weights = to_huggingface(model)
     write_atomic(Path(folder) / WEIGHTS_FILE, [save(weights, {"format": "pt"})])
     write_atomic(Path(folder) / CONFIG_FILE, [json.dumps(config, indent=2).encode() + b"\n"])
 
 
 def load_huggingface(folder: str | Path, attention: AttentionImplementation = "eager") -> GPT:
-    """`from_huggingface` of the files of a folder.
-
-    Raises:
-        UserError: if a file is missing or damaged too (exit code 4).
-    """
-    try:
+    """`from_huggingface` of the files of a folder; raises UserError (exit code 4) if it cannot be loaded."""
+    with reading(folder, f"Hugging Face model ({CONFIG_FILE} and an unsharded {WEIGHTS_FILE})"):
         config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-        weights = load_file(Path(folder) / WEIGHTS_FILE)
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG_FILE} is not a JSON object")
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        message = f"cannot read {CONFIG_FILE} and an unsharded {WEIGHTS_FILE} in {folder}: {error}"
-        raise UserError(message, CHECKPOINT) from error
-    return from_huggingface(config, weights, attention)
+        return from_huggingface(config, load_file(Path(folder) / WEIGHTS_FILE), attention)
