@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from inspection.compute_scores import score_pairs
 from inspection.contrast_pairs import ContrastPair
-from inspection.eval_items import halves, score_pairs
+from inspection.eval_items import halves
 from inspection.findings import ATTENTION_THRESHOLD, Head
 from inspection.head_scores import describe_antecedent
 from inspection.terminal import head_name

@@ -1,9 +1,7 @@
 """What a model is scored on: repeated tokens, held-out texts, contrast pairs.
 
-All are `EvalTask`s: items, each a weighted sum of log-probabilities of tokens. `ablation.py` runs them in batches;
-`score_pairs` runs contrast pairs and measures attention to the antecedents too.
-
-Shapes: B texts, T positions, V vocabulary, C model width, S positions where logits are needed, P contrast pairs.
+All are `EvalTask`s: items, each a weighted sum of log-probabilities of tokens.
+Shapes: B texts, T positions, V vocabulary, C model width, S positions where logits are needed.
 """
 
 from __future__ import annotations
@@ -15,18 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inspection.activation_cache import pad, run_with_hooks
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
 PAIRS_PER_KIND = 128
 """Contrast pairs of each kind, at most. With 32 the intervals were too wide to tell a head from the others."""
-PAIR_ROWS = 16  # texts in one forward pass of `score_pairs`
 BATCH_TOKENS = 2048  # in one forward pass of an ablation
 BATCH_LOGITS = 1 << 25  # likewise; with a large vocabulary the logits are the largest tensor (128 MiB in fp32)
 
@@ -93,10 +89,10 @@ def _logit_diff_task(eval_texts: EvalTexts, context: int) -> EvalTask:
         if len(items) < PAIRS_PER_KIND and pair.length <= context:
             items.append(len(chosen))
             chosen.append(pair)
-    return _pair_task(chosen, measures)
+    return pair_task(chosen, measures)
 
 
-def _pair_task(pairs: Sequence[ContrastPair], measures: dict[str, list[int]]) -> EvalTask:
+def pair_task(pairs: Sequence[ContrastPair], measures: dict[str, list[int]]) -> EvalTask:
     """log p(right) - log p(wrong) of each pair; its first query is at the last position of the prompt."""
     texts, rows = merge_prefixes([pair.tokens + answer[:-1] for pair in pairs for answer in (pair.right, pair.wrong)])
     queries = [
@@ -177,42 +173,3 @@ class GatherIndex:
         log_p = logits[0].log_softmax(dim=-1)[self.which, self.tokens].cpu().double()
         scores = torch.zeros(n_items, dtype=torch.float64).index_add(0, self.items, self.weights * log_p)
         return np.asarray(scores)
-
-
-def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.float64], Float[Tensor, "P L H"]]:
-    """The logit difference (P,) and every head's attention to the antecedent, for P contrast pairs.
-
-    The difference is log p(right) - log p(wrong) in nats, each summed over the answer's tokens; the attention is a head's
-    total to the antecedent from the prompt's last position, where the answer is predicted.
-
-    Raises ValueError if a pair is longer than the model's context.
-    """
-    task, device = _pair_task(pairs, {}), model.token_embedding.weight.device
-    prompts = {query.item: query for query in reversed(task.queries)}
-    logit_diffs = np.zeros(len(pairs))
-    attention = torch.empty(len(pairs), model.config.n_layers, model.config.n_heads)
-    for start in range(0, len(task.texts), PAIR_ROWS):
-        tokens = pad(task.texts[start : start + PAIR_ROWS])
-        batch = list(range(start, start + len(tokens)))
-        items = [item for item, query in prompts.items() if query.row in batch]
-        queries = [(prompts[item].row - start, prompts[item].position, pairs[item].antecedent) for item in items]
-        logits, attention[items] = _run_pairs(model, tokens, queries)
-        index = GatherIndex.of(task, batch, tokens.shape[1], device)
-        logit_diffs += index.score(index.gather(logits), len(pairs))
-    return logit_diffs, attention
-
-
-def _run_pairs(
-    model: GPT, tokens: Int[Tensor, "B T"], queries: Sequence[tuple[int, int, tuple[int, ...]]]
-) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "A L H"]]:
-    """Logits, and each head's attention from A positions (row, position) to the keys given with them."""
-    rows, positions = [row for row, _, _ in queries], [position for _, position, _ in queries]
-    is_key = torch.zeros(len(queries), tokens.shape[1], device=model.token_embedding.weight.device)
-    for k, (_, _, keys) in enumerate(queries):
-        is_key[k, list(keys)] = 1
-    layers: list[Tensor] = []
-
-    def hook(layer: int, activations: dict[str, Tensor]) -> None:
-        layers.append((activations["pattern"][rows, :, positions] * is_key[:, None]).sum(dim=-1))
-
-    return run_with_hooks(model, tokens, hook), torch.stack(layers, dim=1).cpu()

@@ -38,6 +38,7 @@ OWN = "own"
 HELD_OUT = "held-out"
 """Prefix of the names of held-out texts; the others are the user's."""
 HELD_OUT_TEXTS, MIN_HELD_OUT = 32, 128  # texts at most; a short split is cut into more texts of at least 128 tokens
+HELD_OUT_TOKENS = 4096  # at most, which bounds the time of ablation: 32 texts of 128 tokens or 16 of 256
 SCORED_HELD_OUT = 12  # of these for head scores at each evaluation; heads are ablated on all
 RECORDED_HELD_OUT = 2  # of these in an attention file
 MAX_USER_TEXTS = 8
@@ -53,7 +54,7 @@ def max_text_length(config: ModelConfig, n_texts: int) -> int:
 
 
 def held_out_texts(tokens: np.ndarray, document_starts: np.ndarray, length: int) -> list[NamedText]:
-    """Evenly spaced parts of the validation tokens, at most `length` tokens of each.
+    """Evenly spaced parts of the validation tokens, at most `length` of each and about `HELD_OUT_TOKENS` in all.
 
     Each begins with a document where one is near, and ends with it unless that is short.
     """
@@ -66,7 +67,8 @@ def held_out_texts(tokens: np.ndarray, document_starts: np.ndarray, length: int)
         end = min(start + length, int(bounds[np.searchsorted(bounds[:-1], start + 1 + length // 4)]))
         if end - start > 1:
             texts.append(tuple(tokens[start:end].tolist()))
-    return [(f"{HELD_OUT} {k}", text) for k, text in enumerate(texts, 1)]
+    n = min(len(texts), HELD_OUT_TOKENS * len(texts) // max(1, sum(map(len, texts))))
+    return [(f"{HELD_OUT} {k + 1}", texts[k * len(texts) // n]) for k in range(n)]
 
 
 def repeated_sequences(tokens: Sequence[int], first: int, length: int, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -131,7 +133,7 @@ class EvalTexts:
 
         Raises UserError (exit code 4) if the file is missing or damaged.
         """
-        with reading(path, "file of evaluation texts"):
+        with reading(path, "file of evaluation texts", "delete it to record other texts"):
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")

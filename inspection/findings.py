@@ -40,7 +40,7 @@ LABELS = {
     "supported": "ablating it hurts more than ablating another head, by zero and by mean ablation",
     "disputed": "only one of zero and mean ablation hurts more than ablating another head",
     "same as control": "ablating it hurts no more than ablating another head",
-    "no effect": "ablating it does not hurt",
+    "no effect": "ablating it alone does not hurt",
 }
 """What each label means."""
 LABEL_NOTES = {
@@ -52,7 +52,7 @@ LABEL_NOTES = {
 
 
 def measure_for_score(score: str) -> str:
-    """The ablation measure that fits a score: what should get worse if the score says what the head is for."""
+    """The ablation measure that should get worse if the score says what the head is for."""
     if score.startswith(ANTECEDENT):
         return "logit_diff." + score.removeprefix(ANTECEDENT)
     return "repeats" if score in SCORES and SCORES[score].texts == REPEATS else "corpus"
@@ -89,7 +89,6 @@ class Finding:
     label: str
     baseline: float | None = None
     """What the best fixed offset, or the nearest noun, would score; None where it was not measured."""
-    others: tuple[Head, ...] = ()  # of its layer, which score ATTENTION_THRESHOLD or more too
 
     @property
     def is_supported(self) -> bool:
@@ -106,30 +105,17 @@ class Finding:
     @property
     def summary(self) -> str:
         """The finding in two sentences: the statement, and what ablating the head does."""
-        what = (
-            "the loss on repeated tokens" if self.measure == "repeats" else "the logit difference of the right answer"
-        )
+        is_loss = self.measure == "repeats"
+
+        def change(effect: float, what: str) -> str:
+            return f"{'raises' if (effect >= 0) == is_loss else 'lowers'} {what} by {abs(effect):.2f}"
+
+        what = "the loss on repeated tokens" if is_loss else "the logit difference of the right answer"
         interval = f"95% CI {self.zero[1]:.2f} to {self.zero[2]:.2f}; mean ablation {self.mean[0]:.2f}"
         control = "its layer has no other head to compare with"
         if self.control:
-            control = f"ablating a random other head of its layer {self._change(self.control, 'it')}"
-        effect = f"Ablating it {self._change(self.zero, what)} {self.unit} [{interval}]"
-        return f"{self.statement}. {effect}; {control}{self.caveat}."
-
-    @property
-    def caveat(self) -> str:
-        """Which heads may hide the effect of ablating this one, as the end of a sentence; empty where it is supported."""
-        if self.label == "supported" or not self.others:
-            return ""
-        names = ", ".join(head_name(*head) for head in self.others)
-        return (
-            f"; heads that also score {ATTENTION_THRESHOLD} or more ({names}) can hide the effect of ablating it alone"
-        )
-
-    def _change(self, effect: Interval, what: str) -> str:
-        """Such as "raises the loss by 0.50"; a positive effect hurts."""
-        rises = (effect[0] >= 0) == (self.measure == "repeats")
-        return f"{'raises' if rises else 'lowers'} {what} by {abs(effect[0]):.2f}"
+            control = f"ablating a random other head of its layer {change(self.control[0], 'it')}"
+        return f"{self.statement}. Ablating it {change(self.zero[0], what)} {self.unit} [{interval}]; {control}."
 
 
 @dataclass(frozen=True)
@@ -162,8 +148,8 @@ class TextFinding(Finding):
 
 def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
     """The first step from which on the head's score stayed at the threshold or above; the last step if it did not."""
-    first, *earlier = sorted(timeline, reverse=True)
-    for step in (first, *earlier):
+    first = max(timeline)
+    for step in sorted(timeline, reverse=True):
         table = timeline[step].get(score)
         if table is None or not np.asarray(table)[head] >= ATTENTION_THRESHOLD:
             break
@@ -191,22 +177,9 @@ def compute_findings(
         value = float(last[score][best])
         if chosen and score in chosen:
             best, value, baseline = chosen[score]
-        if value < ATTENTION_THRESHOLD:
-            continue
-        layer, head = best
-        similar = np.flatnonzero(last[score][layer] >= ATTENTION_THRESHOLD).tolist()
-        findings.append(
-            Finding(
-                head=best,
-                score=score,
-                value=value,
-                since=first_step_above(timeline, score, best),
-                measure=measure_for_score(score),
-                **_effects(effects, best),
-                baseline=baseline,
-                others=tuple((layer, other) for other in similar if other != head),
-            )
-        )
+        if value >= ATTENTION_THRESHOLD:
+            since, measure = first_step_above(timeline, score, best), measure_for_score(score)
+            findings.append(Finding(best, score, value, since, measure, **_effects(effects, best), baseline=baseline))
     return findings
 
 
@@ -253,10 +226,10 @@ def headline(findings: Sequence[Finding]) -> str:
     if not findings:
         return "No head qualifies: none puts 50% or more of its attention on a tested target."
     finding = next((finding for finding in findings if finding.label == "supported"), findings[0])
-    why = f"but {LABELS[finding.label]}{finding.caveat}"
+    why = LABELS[finding.label]
     if finding.label == "supported":
-        why = f"but a fixed offset or the nearest noun scores {finding.baseline or 0.0:.2f}"
-    return f"No head qualifies: {finding.statement[0].lower()}{finding.statement[1:]}, {why}."
+        why = f"a fixed offset or the nearest noun scores {finding.baseline or 0.0:.2f}"
+    return f"No head qualifies. {finding.statement}, but {why}."
 
 
 def save_findings(path: Path, findings: Sequence[Finding], **others: Any) -> None:

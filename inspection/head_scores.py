@@ -1,22 +1,17 @@
 """Head scores: one number for each attention head that says what its attention pattern is like.
 
-A score is one decorated function. Adding one here is enough: it is then computed at every evaluation and appears in the
-tables, the timeline and on the page. To let it become the headline, also name it in `findings.FINDING_SCORES`. torch is
-imported only where a score is computed, so that titles and formulas can be shown without it.
-
-A score maps a pattern (*batch, T, T), where A[..., i, j] is how much query i attends to key j, to (*batch). It is nan
-where a text has nothing to measure: one token has no previous token, and a text without repetitions no induction
-targets. Such texts are left out of the mean. L layers, H heads, T positions, S keys, C model width, V vocabulary.
+A score is one decorated function: `compute_scores.py` computes it at every evaluation, and tables, timeline and page show
+it. To let it become the headline, also name it in `findings.FINDING_SCORES`. torch is imported only in the functions.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -26,16 +21,13 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
-    from inspection.eval_texts import EvalTexts
-    from model.gpt import GPT, Block
+    from model.gpt import GPT
 
-    Pattern = Float[Tensor, "*batch T T"]
-    Tokens = Int[Tensor, "*texts T"]
-    Score = Float[Tensor, "*batch"]
-    TokenBytes = Callable[[int], bytes]  # the bytes of a token id
+    Pattern = Float[Tensor, "*heads T T"]  # A[i, j] is how much query i attends to key j
+    Tokens = Int[Tensor, " T"]
+    Score = Float[Tensor, "*heads"]
 
 REPEATS, HELD_OUT, PARAMETERS, CONTRAST_PAIRS = "random repeats", "held-out texts", "parameters", "contrast pairs"
-PAIRS_PER_KIND = 16  # the first contrast pairs of each kind are measured
 ANTECEDENT = "antecedent."
 """Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`."""
 ANTECEDENTS: dict[str, str] = {
@@ -65,26 +57,25 @@ class HeadScore:
     low: float = 0.0
     high: float | None = 1.0  # None where it grows with the length of the text
     is_share: bool = True  # of a head's attention, so that 0.5 means half of it
-    compute: Callable[..., Any] | None = None
-    """From (pattern (H, T, T), tokens (T,)), or from the model for PARAMETERS, to the scores (H,) or (L, H)."""
     uses_bytes: bool = False  # `compute` gets a tuple of the tokens' bytes in place of their ids
+    compute: Callable[..., Any] | None = None
+    """From (pattern, tokens) of a text to the score, nan where there is nothing to measure; for PARAMETERS from the model."""
 
 
 SCORES: dict[str, HeadScore] = {}
 """All scores of this file by name, in order of definition."""
 
 
-def head_score(title_on_text: str = "", **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the head score of its name; `fields` are those of `HeadScore`.
 
-    With `title_on_text`, it is a second score too, which has this title and is measured on held-out texts.
+    A score on REPEATS is measured on held-out texts too, as `text.NAME`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         score = SCORES[function.__name__] = HeadScore(function.__name__, **fields, compute=function)
-        if title_on_text:
-            name = f"text.{score.name}"
-            SCORES[name] = replace(score, name=name, title=title_on_text, texts=HELD_OUT)
+        if score.texts == REPEATS:
+            SCORES[f"text.{score.name}"] = replace(score, name=f"text.{score.name}", texts=HELD_OUT)
         return function
 
     return register
@@ -95,7 +86,6 @@ def head_score(title_on_text: str = "", **fields: Any) -> Callable[[Callable[...
     formula="mean over i ≥ 1 of A[i, i-1]",
     source="Elhage et al. 2021, 'Induction Heads'; Voita et al. 2019, 'positional heads'",
     texts=REPEATS,
-    title_on_text="attends to the previous token",
 )
 def previous_token(pattern: Pattern, tokens: Tokens) -> Score:
     """0 to 1. Uniform attention gives (1/2 + ... + 1/T) / (T - 1): 0.0704 at T = 51."""
@@ -107,30 +97,26 @@ def previous_token(pattern: Pattern, tokens: Tokens) -> Score:
     formula="mean over queries whose token occurred before of the sum of A[i, j] over j < i with token[j] = token[i]",
     source="Wang et al. 2023, 'duplicate token heads'",
     texts=REPEATS,
-    title_on_text="attends to earlier copies of the same token",
 )
 def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
-    """0 to 1; nan without repetitions. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T)."""
-    same = tokens[..., :, None] == tokens[..., None, :]
-    return _mean_attention_to(pattern, same.tril(-1))
+    """0 to 1; nan without repetitions."""
+    return _mean_attention_to(pattern, (tokens[:, None] == tokens).tril(-1))
 
 
 @head_score(
-    title="attends to the token after an earlier match",
+    title="attends to what followed the same token earlier",
     formula="mean over queries whose token occurred before, at j-1 < i-1, of the sum of A[i, j] over all such j",
     source="Olsson et al. 2022, 'prefix matching'",
     texts=REPEATS,
-    title_on_text="attends to what followed the same token earlier",
 )
 def induction(pattern: Pattern, tokens: Tokens) -> Score:
-    """0 to 1; nan without a match. `tokens` is broadcast: (B, 1, T) for a pattern (B, H, T, T).
+    """0 to 1; nan without a match. The query itself, which is a match where a token occurs twice in a row, does not count.
 
-    The query itself does not count as a key, though it is a match where a token occurs twice in a row. Some authors
-    divide by all queries of a repeated sequence, not only by those with a match, and get about half of this number.
+    Some authors divide by all queries of a repeated sequence, not only by those with a match, and get about half of this.
     """
-    after_match = tokens.new_zeros(*tokens.shape, tokens.shape[-1]).bool()
-    after_match[..., 1:] = tokens[..., :, None] == tokens[..., None, :-1]
-    return _mean_attention_to(pattern, after_match.tril(-1))
+    after_match = (tokens[:, None] == tokens.roll(1)).tril(-1)
+    after_match[:, 0] = False  # no token is before the first
+    return _mean_attention_to(pattern, after_match)
 
 
 @head_score(
@@ -209,16 +195,15 @@ def distance(pattern: Pattern, tokens: Tokens) -> Score:
     is_share=False,
 )
 def copying(model: GPT) -> Float[Tensor, "L H"]:
-    """Whether a head raises the logits of the tokens it attends to, from W_U W_O W_V W_E (V x V), -1 to 1.
-
-    1 if every token raises itself, -1 if every token lowers itself, 0 if neither prevails or the head writes nothing
-    that reaches the logits; nan if a parameter is not finite.
+    """Whether a head raises the logits of the tokens it attends to, -1 to 1; 0 if it writes nothing that reaches the logits.
 
     Computed from W_V W_E W_U W_O, which is D x D and has the same nonzero eigenvalues. Norm weights are folded in, as
     is layer norm's subtraction of the mean. Left out: the norms' division (the same for all eigenvalues if the stream
-    has the same norm everywhere), biases, positions, and what the layers in between add.
+    has the same norm everywhere), biases, positions, and what the layers in between add. nan if a parameter is not finite.
     """
     import torch
+
+    from inspection.activation_cache import blocks_of
 
     embedding = model.token_embedding.weight.detach().float()
     unembedding = embedding * model.final_norm.weight.detach().float()
@@ -227,12 +212,11 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
         unembedding = unembedding - unembedding.mean(dim=-1, keepdim=True)
     products, sizes = [], []
     between = (embedding.T @ unembedding).double().cpu()  # W_E W_U (C, C), shared by all heads
-    for block in model.blocks:
-        attention, norm = cast("Block", block).attention, cast("Block", block).norm1
-        H, G, D = attention.n_heads, attention.n_kv_heads, attention.d_head
-        values = attention.qkv.weight.detach().double().cpu()[(H + G) * D :].unflatten(0, (G, D))
-        values = (values * norm.weight.detach().double().cpu()).repeat_interleave(H // G, dim=0)
-        outputs = attention.out.weight.detach().double().cpu().unflatten(1, (H, D)).transpose(0, 1)
+    for block in blocks_of(model):
+        H, G, D = block.attention.n_heads, block.attention.n_kv_heads, block.attention.d_head
+        values = block.attention.qkv.weight.detach().double().cpu()[(H + G) * D :].unflatten(0, (G, D))
+        values = (values * block.norm1.weight.detach().double().cpu()).repeat_interleave(H // G, dim=0)
+        outputs = block.attention.out.weight.detach().double().cpu().unflatten(1, (H, D)).transpose(0, 1)
         products.append(values @ between @ outputs)
         sizes.append(values.norm(dim=(1, 2)) * between.norm() * outputs.norm(dim=(1, 2)))
     circuits = torch.stack(products)
@@ -244,7 +228,7 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
     return (eigenvalues.real.sum(dim=-1) * nonzero / total.where(nonzero, 1)).float()
 
 
-def _mean_attention_to(pattern: Pattern, keys: Bool[Tensor, "*texts T T"]) -> Score:
+def _mean_attention_to(pattern: Pattern, keys: Bool[Tensor, "T T"]) -> Score:
     """Mean of each query's total attention to its `keys`, over the queries that have any; nan without any."""
     has_keys = (keys := keys.to(pattern.device)).any(dim=-1)
     return (pattern * keys).sum(dim=-1).sum(dim=-1) / has_keys.sum(dim=-1)
@@ -318,58 +302,3 @@ def score_info(name: str) -> HeadScore:
         source="attention to a known antecedent, as in Clark et al. 2019, section 4.3",
         texts=CONTRAST_PAIRS,
     )
-
-
-def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, Tensor]:
-    """Every score of every head, f32 (L, H) on the CPU: means over the texts that have anything to measure.
-
-    A score without texts, or that is not finite, is left out.
-    """
-    import torch
-
-    from inspection.activation_cache import pad, run_with_hooks
-    from inspection.eval_items import score_pairs
-
-    layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.n_layers)]
-    for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
-
-        def hook(layer: int, activations: dict[str, Tensor]) -> None:
-            layers[layer] |= _mean_over_texts(activations["pattern"], texts, token_bytes, measured_on)  # noqa: B023
-
-        if texts:
-            run_with_hooks(model, pad(texts), hook)
-    scores = {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
-    scores |= {s.name: s.compute(model) for s in SCORES.values() if s.texts == PARAMETERS and s.compute}
-    pairs = [p for kind in eval_texts.pairs_by_kind().values() for p in kind[:PAIRS_PER_KIND] if p.antecedent]
-    _, attention = score_pairs(model, pairs)
-    for kind in dict.fromkeys(pair.kind for pair in pairs):
-        scores[ANTECEDENT + kind] = attention[[k for k, pair in enumerate(pairs) if pair.kind == kind]].mean(dim=0)
-    return {name: table for name, table in scores.items() if table.isfinite().all()}
-
-
-def uniform_scores(eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, float]:
-    """What uniform attention, A[i, j] = 1 / (i + 1), scores on the same queries: the baseline of each score on texts."""
-    import torch
-
-    scores: dict[str, Tensor] = {}
-    for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
-        ones = (torch.ones(1, len(text), len(text)).tril() for text in texts)
-        scores |= _mean_over_texts((one / one.sum(-1, keepdim=True) for one in ones), texts, token_bytes, measured_on)
-    return {name: table.item() for name, table in scores.items() if table.isfinite().all()}
-
-
-def _mean_over_texts(
-    patterns: Iterable[Tensor], texts: Sequence[Sequence[int]], token_bytes: TokenBytes, measured_on: str
-) -> dict[str, Float[Tensor, " H"]]:
-    """Each score's mean over the texts where it is not nan, from their patterns (H, T, T), which can be padded."""
-    import torch
-
-    scores: dict[str, list[Tensor]] = {}
-    for pattern, text in zip(patterns, texts, strict=True):
-        pattern, tokens = pattern[:, : len(text), : len(text)], torch.tensor(text, device=pattern.device)
-        pieces = tuple(map(token_bytes, text))
-        for score in SCORES.values():
-            if score.texts == measured_on and score.compute:
-                value = score.compute(pattern, pieces if score.uses_bytes else tokens)
-                scores.setdefault(score.name, []).append(value)
-    return {name: torch.stack(values).nanmean(dim=0) for name, values in scores.items()}

@@ -5,7 +5,6 @@ if the step is one of those to keep. Its `report` ablates every head, decides wh
 figures and the page.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from common.errors import UserError, escape_control_chars
 from common.figures import report_failure
 from common.files import remove_temporary_files
 from inspection.ablation import loss_increases, run_ablations
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores
-from inspection.attention_file import AttentionRecord, package_versions, read_attention_file, write_attention_file
+from inspection.attention_file import AttentionRecord, package_versions, write_attention_file
+from inspection.compute_scores import compute_head_scores, uniform_scores
 from inspection.eval_texts import OWN, EvalTexts
 from inspection.findings import compute_findings, describe_largest, headline, save_findings, text_finding
-from inspection.head_scores import ANTECEDENT, compute_head_scores, uniform_scores
+from inspection.head_scores import ANTECEDENT
 from inspection.page_builder import PageRun, write_page
 from inspection.plots import draw_figures
 from inspection.run_reader import RunFiles, find_attention_files
@@ -76,30 +75,19 @@ class AttentionRecorder:
         return self.run_dir / "attention"
 
     def on_start(self, trainer: Any) -> None:
-        """Record the untrained model, or continue: later attention files, and what the last report said, are removed.
-
-        A damaged file does not stop training: it is reported and renamed.
-        """
+        """Record the untrained model; or continue a run, without what it wrote after the step from which it continues."""
         step, path = trainer.state.step, self.folder / "eval_texts.json"
         for folder in (self.folder, self.run_dir):
             remove_temporary_files(folder)
         for name in ("ablations.json", "findings.json"):
             (self.folder / name).unlink(missing_ok=True)
-        if step and path.is_file():
-            try:
-                self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
-            except UserError as error:
-                print(f"{escape_control_chars(str(error))}; other texts are recorded from here on", file=sys.stderr)
-        self.eval_texts.save(path)
         for file_step, file in find_attention_files(self.folder).items():
             if file_step > step:
                 file.unlink()
-                continue
-            try:
-                read_attention_file(file)
-            except UserError as error:
-                print(f"{escape_control_chars(str(error))}; that step is left out", file=sys.stderr)
-                file.replace(file.with_suffix(".damaged"))
+        if step and path.is_file():
+            self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
+        else:
+            self.eval_texts.save(path)
         if step == 0:
             self.write(trainer.model, 0, trainer.provenance())
 
@@ -134,27 +122,24 @@ class AttentionRecorder:
         scores: Mapping[str, ArrayLike] | None = None,
         sample: Sequence[int] = (),
     ) -> None:
-        """Write the attention file of a step.
+        """Write the attention file of a step; head scores are computed if they are not given.
 
         Args:
-            metadata: see `AttentionFile.metadata`.
-            scores: computed if not given.
             sample: tokens of a text that the model wrote, recorded with all details.
         """
-        samples = [("sample", list(sample)[-model.config.context :])] if sample else []
+        samples = [("sample", sample[-model.config.context :])] if sample else []
         records = capture_texts(model, samples, self.token_bytes, details=True)
         records += capture_texts(model, self.eval_texts.recorded_texts(), self.token_bytes)
-        metadata = {**metadata, "versions": package_versions()}
-        scores = compute_head_scores(model, self.eval_texts, self.token_bytes) if scores is None else scores
-        write_attention_file(self.path(step), records, metadata, scores)
+        scores = scores or compute_head_scores(model, self.eval_texts, self.token_bytes)
+        write_attention_file(self.path(step), records, {**metadata, "versions": package_versions()}, scores)
 
     def report(self, model: GPT, step: int, weights_sha256: str) -> tuple[list[str], list[Path]]:
         """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.
 
         The attention file of `step` must exist; the texts of the examples are added to it. Returns the lines to print
-        (the headline, examples, and one for each kind of contrast pair) and the paths of the figures and the page.
+        and the paths of the figures and the page.
 
-        Raises UserError if a prediction of the model is not finite (exit code 5) or a file cannot be written (6).
+        Raises UserError: a file is damaged (exit code 4) or cannot be written (6), or a prediction is not finite (5).
         """
         ablations = run_ablations(model, self.eval_texts, step, weights_sha256)
         ablations.save(self.folder / "ablations.json")
@@ -165,15 +150,19 @@ class AttentionRecorder:
         timeline = {line["step"]: line["head_scores"] for line in evaluations} | {step: last.scores}
         chosen = {ANTECEDENT + s.kind: (s.head, s.attention, s.baseline) for s in antecedents if s.head}
         findings = compute_findings(timeline, ablations, chosen)
-        uniform, lines, examples = uniform_scores(self.eval_texts, self.token_bytes), [""], list[Example]()
-        if set(self.eval_texts.pairs_by_kind()) <= {OWN} and (best := text_finding(timeline, ablations, uniform)):
-            examples = self.find_examples(model, best.head) if best.is_supported else []
-            lines += [self.describe(example) for example in examples]
-            lines += [line for finding in findings if finding.is_supported for line in ("", finding.summary)]
-            findings.insert(0, best)
-            self.add_texts(model, step, [example["text"] for example in examples])
-            files[-1] = run.read(step)
-        lines[0] = headline(findings)
+        uniform, examples = uniform_scores(self.eval_texts, self.token_bytes), list[Example]()
+        is_own_text = set(self.eval_texts.pairs_by_kind()) <= {OWN}
+        best = text_finding(timeline, ablations, uniform) if is_own_text else None
+        if best and best.is_supported:
+            examples = self.find_examples(model, best.head)
+            names = {example["text"] for example in examples} - {text.name for text in last.texts}
+            added = [(name, tokens) for name, tokens in self.eval_texts.held_out() if name in names]
+            last.texts.extend(capture_texts(model, added, self.token_bytes))
+            write_attention_file(self.path(step), last.texts, last.metadata, last.scores)
+        findings = [best, *findings] if best else findings
+        lines = [headline(findings), *map(self.describe, examples)]
+        if best:
+            lines += [line for finding in findings[1:] if finding.is_supported for line in ("", finding.summary)]
         save_findings(self.folder / "findings.json", findings, uniform=uniform, examples=examples)
         if not last.texts:  # a context of one token, and no sample
             return [*lines, DISCLAIMER], []
@@ -189,9 +178,8 @@ class AttentionRecorder:
         return [*lines, DISCLAIMER], [*figures, page]
 
     def find_examples(self, model: GPT, head: tuple[int, int]) -> list[Example]:
-        """Where the head matters most: the token of each held-out text whose loss rises most when the head is ablated, and
-        of these the `EXAMPLES` with the largest increase."""
-        texts = [(name, tokens) for name, tokens in self.eval_texts.held_out() if len(tokens) > 1]
+        """The `EXAMPLES` tokens, each of another held-out text, whose loss rises most when the head is ablated."""
+        texts = self.eval_texts.held_out()
         rises = loss_increases(model, [tokens for _, tokens in texts], *head)
         best = [(float(rise.max()), int(rise.argmax()) + 1, name) for (name, _), rise in zip(texts, rises, strict=True)]
         best = sorted(best, reverse=True)[:EXAMPLES]
@@ -203,10 +191,3 @@ class AttentionRecorder:
         *before, token = map(self.token_bytes, tokens)
         text = token_text(b"".join(before), " ")[-EXAMPLE_CHARACTERS:] if any(before) else ""
         return f"  {text}[{token_text(token, ' ')}]  +{example['loss_increase']:.2f} nats ({example['text']})"
-
-    def add_texts(self, model: GPT, step: int, names: Sequence[str]) -> None:
-        """Add held-out texts to the attention file of a step, those that it does not have."""
-        file, texts = read_attention_file(self.path(step)), dict(self.eval_texts.texts)
-        missing = [(name, texts[name]) for name in names if name not in {text.name for text in file.texts}]
-        records = capture_texts(model, missing, self.token_bytes)
-        write_attention_file(self.path(step), [*file.texts, *records], file.metadata, file.scores)

@@ -68,7 +68,7 @@ def verify_attention_file(file: AttentionFile, loaded: LoadedModel, texts: EvalT
     import torch
 
     from inspection.activation_cache import run_with_cache
-    from inspection.head_scores import compute_head_scores
+    from inspection.compute_scores import compute_head_scores
 
     hashes = [key for key in ("weights_sha256", "tokenizer_sha256") if file.metadata.get(key) != loaded.metadata[key]]
     yield _check("hashes", math.inf if hashes else 0.0, where=", ".join(hashes))

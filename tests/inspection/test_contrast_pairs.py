@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from inspection import eval_items
+from inspection import compute_scores
 from inspection.activation_cache import run_with_cache
 from inspection.antecedent_score import antecedent_scores, halves
+from inspection.compute_scores import score_pairs
 from inspection.contrast_pairs import ContrastPair, make_contrast_pair
-from inspection.eval_items import score_pairs
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.model.helpers import random_model
@@ -112,7 +112,7 @@ def score_alone(model: GPT, pair: ContrastPair) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batches_equal_single_pairs(batch_size: int, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(eval_items, "PAIR_ROWS", batch_size)
+    monkeypatch.setattr(compute_scores, "PAIR_ROWS", batch_size)
     model = random_model("gpt2", "sdpa")
     pairs = random_pairs(8)  # and some that are prefixes of others
     pairs += [replace(pair, tokens=pair.tokens[:4], antecedent=(1, 2)) for pair in pairs[::4]]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from inspection import head_scores
 from inspection.activation_cache import run_with_cache
+from inspection.compute_scores import compute_head_scores, uniform_scores
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
-from inspection.head_scores import REPEATS, SCORES, compute_head_scores, uniform_scores, value_weighted
+from inspection.head_scores import REPEATS, SCORES, value_weighted
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.model.helpers import random_model
@@ -36,7 +37,6 @@ EXPECTED = {
     "entropy": (1.0, 0.0, 0.0),
     "distance": ((T - 1) / 4, (T - 1) / T, (sum(range(N + 1)) + N * (N - 1)) / T),
 }
-MATCHING = ("induction", "duplicate_token")
 
 
 def close(actual: Tensor, expected: Tensor | float, atol: float = 1e-6) -> None:
@@ -76,17 +76,6 @@ def check_ambiguous_text() -> None:
     tokens, pattern = torch.tensor([5, 5, 7, 7, 5]), uniform_pattern(5)
     close(compute("induction", pattern, tokens), 2 / 5)  # query 4 matches keys 1 and 2; 1 and 3 only themselves
     close(compute("duplicate_token", pattern, tokens), (1 / 2 + 1 / 4 + 2 / 5) / 3)
-
-
-def check_batch() -> None:
-    """A batch gives what its texts give alone; a text without a match gives nan."""
-    texts = torch.tensor([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5], [3, 3, 3, 1, 3]])
-    pattern = torch.rand(3, 4, 5, 5, generator=torch.Generator().manual_seed(1)).tril()
-    for name in MATCHING:
-        batch = compute(name, pattern, texts[:, None])
-        for k in range(3):
-            torch.testing.assert_close(batch[k], compute(name, pattern[k], texts[k]), equal_nan=True)
-        assert batch[1].isnan().all() and not batch[[0, 2]].isnan().any()
 
 
 def copying_by_hand(
@@ -170,7 +159,6 @@ def check_all_scores() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     **{name: partial(check_closed_form, name) for name in EXPECTED},
     "ambiguous": check_ambiguous_text,
-    "batch": check_batch,
     **{f"copying, {preset}": partial(check_copying, preset) for preset in ("glass", "gpt2", "qwen3")},
     "copying, known": check_copying_of_known_heads,
     "all": check_all_scores,
@@ -186,10 +174,8 @@ def attention_to(shift: int, diagonal: int = -1, all_queries: bool = False) -> C
     """Mean attention to the keys j with tokens[j + shift] = tokens[i], over queries that have any or over all."""
 
     def score(pattern: Tensor, tokens: Tensor) -> Tensor:
-        length = tokens.shape[-1]
-        keys = torch.zeros(*tokens.shape, length, dtype=torch.bool)
-        for j in range(-shift, length):
-            keys[..., j] = tokens == tokens[..., j + shift, None]
+        keys = tokens[:, None] == tokens.roll(-shift)
+        keys[:, :-shift] = False
         keys = keys.tril(diagonal)
         attention, has_keys = (pattern * keys).sum(-1), keys.any(-1)
         return attention.mean(-1) if all_queries else (attention * has_keys).sum(-1) / has_keys.sum(-1)
@@ -243,69 +229,60 @@ def test_scores_without_texts_are_left_out() -> None:
 
 
 def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(head_scores, "SCORES", scores := dict(SCORES))
+    for name in ("itself", "text.itself"):
+        monkeypatch.setitem(SCORES, name, None)  # removed again at the end of the test
 
     @head_scores.head_score(title="attends to itself", formula="mean of A[i, i]", source="none", texts=REPEATS)
     def itself(pattern: Tensor, tokens: Tensor) -> Tensor:
         return pattern.diagonal(0, -2, -1).mean(-1)
 
-    assert scores["itself"].title == "attends to itself"
     found = compute_head_scores(handmade(), eval_texts(), token_bytes)
     close(found["itself"], table((UNIFORM_ONE * (T - 1) + 1) / T, 1 / T, 1 / T))
 
 
-# A text in one-byte tokens, and the keys of each query; `|` is end-of-text, which has no bytes.
+# Texts in tokens, and the keys of each query; `|` is end-of-text, which has no bytes.
 STARTS = {
     "ab\n  cd\ne": ["", "", "", "", "", "2", "25", "25", "7"],  # the line break and the first letter
     'a." B c': ["", "", "", "", "1", "14", "14"],
     "|ab": ["", "0", "01"],
     "3.14, a": [""] * 7,
 }
-OPEN_BRACKETS = {
-    'a(b[c]d)"e"': "..1.311..8.",  # the innermost one that is open after the query
-    "(a\n\nb": ".00..",
-    "(a|b)": ".0...",
-    "a) [b}": "....33",
+OPEN_BRACKETS: dict[str, list[str]] = {
+    'a(b[c]d)"e"': list("..1.311..8."),  # the innermost one that is open after the query
+    "(a\n\nb": list(".00.."),
+    "(a|b)": list(".0..."),
+    "a) [b}": list("....33"),
 }
+SPLIT = [bytes([byte]) for byte in "你。「好」".encode()]  # 3 bytes a character; the last byte completes it
+WORDS = ["He (", "the “", "big", " one” said", "). ", "Yes"]
+CASES_IN_TEXT = [
+    *((head_scores._starts, text, keys) for text, keys in STARTS.items()),
+    *((head_scores._open_brackets, text, keys) for text, keys in OPEN_BRACKETS.items()),
+    (head_scores._open_brackets, [word.encode() for word in WORDS], [*"..10.."]),
+    (head_scores._starts, SPLIT, [""] * 8 + ["5"] + ["58"] * 6),
+    (head_scores._open_brackets, SPLIT, ["."] * 9 + ["8"] * 5 + ["."]),
+]
 
 
-def keys_of(function: Callable[..., Any], pieces: list[bytes]) -> list[list[int]]:
-    return [row.nonzero().flatten().tolist() for row in head_scores._targets(tuple(pieces), function)]
+@pytest.mark.parametrize(("find", "text", "expected"), CASES_IN_TEXT)
+def test_targets_in_text(find: Callable[..., Any], text: Any, expected: list[str]) -> None:
+    pieces = [b"" if c == "|" else c.encode() for c in text] if isinstance(text, str) else text
+    found = head_scores._targets(tuple(pieces), find)
+    assert found.tolist() == [[str(key) in keys for key in range(len(pieces))] for keys in expected]
 
 
-def test_targets_in_text() -> None:
-    for text, expected in STARTS.items():
-        pieces = [b"" if c == "|" else c.encode() for c in text]
-        assert keys_of(head_scores._starts, pieces) == [[int(key) for key in keys] for keys in expected], text
-    for text, each in OPEN_BRACKETS.items():
-        pieces = [b"" if c == "|" else c.encode() for c in text]
-        found = keys_of(head_scores._open_brackets, pieces)
-        assert found == [[] if key == "." else [int(key)] for key in each], text
-    words = ["He (", "the “", "big", " one” said", "). ", "Yes"]
-    assert keys_of(head_scores._open_brackets, [w.encode() for w in words]) == [[], [], [1], [0], [], []]
-    split = "你。「好」".encode()  # 3 bytes a character; the last byte completes it
-    assert keys_of(head_scores._starts, [bytes([b]) for b in split])[8:] == [[5], *[[5, 8]] * 6]
-    assert keys_of(head_scores._open_brackets, [bytes([b]) for b in split])[8:] == [[], *[[8]] * 5, []]
-
-
-@pytest.mark.parametrize("name", ["line_start", "open_bracket"])
-def test_score_counts_only_queries_with_a_target(name: str) -> None:
-    pieces = tuple(c.encode() for c in 'It is.\n(We "saw") him. Yes')
-    pattern = torch.rand(3, len(pieces), len(pieces), generator=torch.Generator().manual_seed(1)).tril()
-    function = {"line_start": head_scores._starts, "open_bracket": head_scores._open_brackets}[name]
-    keys = [(i, row) for i, row in enumerate(keys_of(function, list(pieces))) if row]
-    expected = [sum(float(A[i, row].sum()) for i, row in keys) / len(keys) for A in pattern]
-    close(compute(name, pattern, pieces), torch.tensor(expected))
-    assert 0 < len(keys) < len(pieces) and compute(name, pattern[:, :3, :3], pieces[:3]).isnan().all()
+def test_score_counts_only_queries_with_a_target() -> None:
+    pieces = tuple(c.encode() for c in "a (bc) d")
+    pattern = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)).tril()
+    expected = [(A[3, 2] + A[4, 2]) / 2 for A in pattern]
+    close(compute("open_bracket", pattern, pieces), torch.stack(expected))
+    for name in ("line_start", "open_bracket"):
+        assert compute(name, pattern[:, :2, :2], pieces[:2]).isnan().all()
 
 
 def test_value_weighting() -> None:
     """Value norms that grow with the position: query i weights key j by j / (1 + 2 + ... + i)."""
-    pattern = uniform_pattern(6).numpy()
-    weighted = value_weighted(pattern, np.arange(6.0)[None])
+    weighted = value_weighted(uniform_pattern(6).numpy(), np.arange(6.0)[None])
     expected = [[j / (i * (i + 1) / 2) if j <= i else 0.0 for j in range(6)] for i in range(1, 6)]
     np.testing.assert_allclose(weighted[1:], expected)
     assert np.isnan(weighted[0]).all()  # its only value vector is zero
-    cache = run_with_cache(handmade(), torch.tensor(repeats(1, N)[0]))
-    weighted = value_weighted(cache.pattern.numpy(), cache.value_norms.numpy()[..., None, :])
-    np.testing.assert_allclose(weighted[PREVIOUS][2:], cache.pattern[PREVIOUS][2:], atol=1e-6)  # equally long values

@@ -72,7 +72,7 @@ def test_run_writes_files_metrics_and_report(tmp_path: Path) -> None:
     assert list(files_in(tmp_path)) == [*names, "ablations.json", "eval_texts.json", "findings.json"]
     (report,) = lines
     assert report.strip().splitlines() == [
-        "Since step 20, head L1H1 attends to the token after an earlier match (1.00). Ablating it raises the loss on "
+        "Since step 20, head L1H1 attends to what followed the same token earlier (1.00). Ablating it raises the loss on "
         "repeated tokens by 3.40 nats/token [95% CI 3.40 to 3.40; mean ablation 3.15]; ablating a random other head of "
         "its layer raises it by 0.00.",
         "An attention weight shows what a head attends to, not why.",

@@ -13,8 +13,8 @@ from inspection.activation_cache import run_with_cache_batch
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
 from inspection.commands.shared import LoadedModel
 from inspection.commands.verify import verify_attention_file
+from inspection.compute_scores import compute_head_scores
 from inspection.eval_texts import EvalTexts
-from inspection.head_scores import compute_head_scores
 from model.gpt import GPT
 from tests.model.helpers import random_model, random_tokens
 

@@ -1,0 +1,100 @@
+"""Runs a model on the evaluation texts: head scores, and the answers to contrast pairs.
+
+Shapes: B texts, L layers, H heads, T positions, P contrast pairs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from inspection.activation_cache import pad, run_with_hooks
+from inspection.contrast_pairs import ContrastPair
+from inspection.eval_items import GatherIndex, pair_task
+from inspection.eval_texts import EvalTexts
+from inspection.head_scores import ANTECEDENT, HELD_OUT, PARAMETERS, REPEATS, SCORES
+from model.gpt import GPT
+
+PAIRS_PER_KIND = 16  # the first contrast pairs of each kind are measured
+PAIR_ROWS = 16  # texts in one forward pass of `score_pairs`
+TokenBytes = Callable[[int], bytes]
+"""The bytes of a token id."""
+
+
+def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, Float[Tensor, "L H"]]:
+    """Every score of every head, f32 on the CPU: means over the texts that have anything to measure.
+
+    A score without texts, or that is not finite, is left out.
+    """
+    layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.n_layers)]
+    for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
+
+        def hook(layer: int, activations: dict[str, Tensor]) -> None:
+            layers[layer] |= _mean_over_texts(activations["pattern"], texts, token_bytes, measured_on)  # noqa: B023
+
+        if texts:
+            run_with_hooks(model, pad(texts), hook)
+    scores = {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
+    scores |= {s.name: s.compute(model) for s in SCORES.values() if s.texts == PARAMETERS and s.compute}
+    pairs = [p for kind in eval_texts.pairs_by_kind().values() for p in kind[:PAIRS_PER_KIND] if p.antecedent]
+    _, attention = score_pairs(model, pairs)
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        scores[ANTECEDENT + kind] = attention[[k for k, pair in enumerate(pairs) if pair.kind == kind]].mean(dim=0)
+    return {name: table for name, table in scores.items() if table.isfinite().all()}
+
+
+def uniform_scores(eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, float]:
+    """What uniform attention, A[i, j] = 1 / (i + 1), scores on the same queries: the baseline of each score on texts."""
+    scores: dict[str, Tensor] = {}
+    for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
+        ones = (torch.ones(1, len(text), len(text)).tril() for text in texts)
+        scores |= _mean_over_texts((one / one.sum(-1, keepdim=True) for one in ones), texts, token_bytes, measured_on)
+    return {name: table.item() for name, table in scores.items() if table.isfinite().all()}
+
+
+def _mean_over_texts(
+    patterns: Iterable[Tensor], texts: Sequence[Sequence[int]], token_bytes: TokenBytes, measured_on: str
+) -> dict[str, Float[Tensor, " H"]]:
+    """Each score's mean over the texts where it is not nan, from their patterns (H, T, T), which can be padded."""
+    scores: dict[str, list[Tensor]] = {}
+    for pattern, text in zip(patterns, texts, strict=True):
+        pattern, tokens = pattern[:, : len(text), : len(text)], torch.tensor(text, device=pattern.device)
+        pieces = tuple(map(token_bytes, text))
+        for score in SCORES.values():
+            if score.texts == measured_on and score.compute:
+                value = score.compute(pattern, pieces if score.uses_bytes else tokens)
+                scores.setdefault(score.name, []).append(value)
+    return {name: torch.stack(values).nanmean(dim=0) for name, values in scores.items()}
+
+
+def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.float64], Float[Tensor, "P L H"]]:
+    """The logit difference (P,) and every head's attention to the antecedent, for P contrast pairs.
+
+    The difference is log p(right) - log p(wrong) in nats, each summed over the answer's tokens; the attention is a head's
+    total to the antecedent from the prompt's last position, where the answer is predicted.
+
+    Raises ValueError if a pair is longer than the model's context.
+    """
+    task, device = pair_task(pairs, {}), model.token_embedding.weight.device
+    prompts = {query.item: query for query in reversed(task.queries)}  # the first query of each pair
+    logit_diffs = np.zeros(len(pairs))
+    attention = torch.empty(len(pairs), model.config.n_layers, model.config.n_heads)
+    for start in range(0, len(task.texts), PAIR_ROWS):
+        batch = list(range(start, min(start + PAIR_ROWS, len(task.texts))))
+        tokens = pad([task.texts[row] for row in batch])
+        items = [item for item, query in prompts.items() if query.row in batch]
+        rows, positions = [prompts[k].row - start for k in items], [prompts[k].position for k in items]
+        is_antecedent = torch.zeros(len(items), tokens.shape[1], device=device)
+        for row, item in zip(is_antecedent, items, strict=True):
+            row[list(pairs[item].antecedent)] = 1
+
+        def hook(layer: int, activations: dict[str, Tensor]) -> None:
+            pattern = activations["pattern"][rows, :, positions]  # noqa: B023
+            attention[items, layer] = (pattern * is_antecedent[:, None]).sum(dim=-1).cpu()  # noqa: B023
+
+        index = GatherIndex.of(task, batch, tokens.shape[1], device)
+        logit_diffs += index.score(index.gather(run_with_hooks(model, tokens, hook)), len(pairs))
+    return logit_diffs, attention
