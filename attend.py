@@ -33,7 +33,7 @@ from inspection.commands.patterns import Compare, Token
 from inspection.commands.scores import Heads, Summary, Timeline
 from inspection.commands.shared import Context, LoadedModel, RunOptions, parse_head
 from inspection.commands.verify import Verify
-from inspection.plots import head_grid
+from inspection.plots import draw_patterns
 from training.cli import parse, split_options
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
     record = AttentionRecord.from_cache(name, cache, loaded.token_bytes)
     metadata = {**loaded.metadata, "versions": package_versions()}
     write_attention_file(Path(f"{path}.safetensors"), [record], metadata, dtype=options.dtype)
-    head_grid(Path(f"{path}.png"), cache.pattern.numpy(), record.token_bytes, f"step {loaded.step}: {name[:60]}")
+    draw_patterns(Path(f"{path}.png"), cache.pattern.numpy(), record.token_bytes, f"step {loaded.step}: {name[:60]}")
     files = []
     for earlier in list_checkpoints(checkpoint.folder.parent):
         if int(earlier.name) < loaded.step and (other := load_step(run, int(earlier.name))):

@@ -1,15 +1,15 @@
 """Attention and head scores as figures, PNG, SVG or PDF by the suffix of the path.
 
-`draw_figures` draws all figures of a run; `head_grid`, `one_head`, `score_timeline` and `phase_change` draw one each from
-arrays: they raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6).
+`draw_figures` draws all figures of a run; `draw_patterns`, `score_timeline` and `phase_change` draw one each from arrays:
+they raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6).
 Every size is given in inches: a layout that matplotlib finds by itself takes longer than the drawing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_LAYERS = MAX_HEADS = 8  # in a grid: the first ones
-GRID_TOKENS, HEAD_TOKENS = 64, 60  # in a grid, and in a plot of one head: the last ones
+MAX_TOKENS = 64  # the last ones
 LABEL_LENGTH, LABEL_INCHES = 14, 0.1  # characters of a token's label, and inches between two
 GAP_X, GAP_Y = 0.1, 0.3  # inches between two patterns
 FUTURE = "#e3e3e3"  # cells that causality excludes: gray, which is not a color of the scale
@@ -66,7 +66,7 @@ def draw_figures(
 def _draw_grid(path: Path, run: RunFiles, step: int, name: str) -> None:
     """All heads on one text."""
     text = find_text(run.read(step), name, f"step {step} of {run.folder}")
-    head_grid(path, text.pattern(), text.token_bytes, f"step {step}: {text.name}")
+    draw_patterns(path, text.pattern(), text.token_bytes, f"step {step}: {text.name}")
 
 
 def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> None:
@@ -86,8 +86,8 @@ def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> None:
         text = texts[name]
     query = None if query is None else query % len(text.tokens)
     end = len(text.tokens) if query is None else query + 2  # with the token that it predicts, if there is one
-    pattern, title = text.pattern(layer)[0, head, :end, :end], f"{head_name(layer, head)} at step {step}: {text.name}"
-    one_head(path, pattern, text.token_bytes[:end], title, query, note)
+    pattern, title = text.pattern(layer)[:, [head], :end, :end], f"{head_name(layer, head)} at step {step}: {text.name}"
+    draw_patterns(path, pattern, text.token_bytes[:end], title, note, query)
 
 
 def _draw_timeline(path: Path, run: RunFiles, score: str) -> None:
@@ -96,7 +96,7 @@ def _draw_timeline(path: Path, run: RunFiles, score: str) -> None:
     name = match_name(score, scores, "score", str(run.folder)) if score else next(iter(scores), "")
     if finding and not score and finding["score"] in scores:
         name = finding["score"]
-    if name:
+    if name and len(steps) > 1:
         score_timeline(path, steps, scores[name], name, f"{run.folder.name}: {name}")
 
 
@@ -139,90 +139,64 @@ def repeats_loss(run: RunFiles) -> Series | None:
 # Patterns
 
 
-def head_grid(path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], title: str) -> None:
-    """All heads: a row for each layer, a column for each head.
-
-    At most 8 layers, 8 heads and the last 64 tokens are shown; the line below the title says what is left out.
-    `pattern` is (L, H, T, T), `tokens` the bytes of T tokens.
-    """
-    pattern = np.asarray(pattern)
-    L, H, T, _ = pattern.shape
-    pattern = pattern[:MAX_LAYERS, :MAX_HEADS, -GRID_TOKENS:, -GRID_TOKENS:]
-    rows, columns, shown, _ = pattern.shape
-    side = float(np.clip(shown * LABEL_INCHES, 1.5, min(3.0, 13 / max(rows, columns))))
-    notes = [f"the first {rows} of {L} layers"] * (rows < L) + [f"the first {columns} of {H} heads"] * (columns < H)
-    notes += [f"the last {shown} of {T} tokens"] * (shown < T)
-    with _pattern_figure(Path(path), pattern, side, _labels(tokens[-shown:], side), (title, notes)) as axes:
-        for row, column in np.ndindex(rows, columns):
-            x, y = column * (side + GAP_X) + side / 2, row * (side + GAP_Y) - 0.06
-            axes.text(x, y, head_name(row, column), ha="center", va="bottom")
-
-
-def one_head(
-    path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], title: str, query: int | None = None, note: str = ""
+def draw_patterns(
+    path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], title: str, note: str = "", query: int | None = None
 ) -> None:
-    """One head (T, T), large: at most the last 60 tokens. The row `query`, 0 to T - 1, is framed."""
-    T = len(np.asarray(pattern))
-    pattern = np.asarray(pattern)[-HEAD_TOKENS:, -HEAD_TOKENS:]
-    shown = len(pattern)
-    row = -1 if query is None else query - (T - shown)
-    side = float(np.clip(shown * 0.34, 2.4, 6.0))
-    labels = _labels(tokens[-shown:], side, max(row, 0))
-    heading = title, [note] * bool(note) + [f"the last {shown} of {T} tokens"] * (shown < T)
-    with _pattern_figure(Path(path), pattern[None, None], side, labels, heading) as axes:
-        if row >= 0:
-            x, y = np.array([[0, row + 1, row + 1, 0, 0], [row, row, row + 1, row + 1, row]]) * side / shown
-            axes.plot(x, y, color=ACCENT, linewidth=1.6, clip_on=False)
-            axes.texts[list(labels).index(row)].set(color=ACCENT, weight="bold")
+    """Patterns (L, H, T, T) on T tokens: a row for each layer, a column for each head; a single head is drawn larger.
 
-
-def _labels(tokens: Sequence[bytes], side: float, keep: int = 0) -> dict[int, str]:
-    """A label for each position that has one on an axis of `side` inches: all, or every n-th, among them `keep`."""
-    every = math.ceil(len(tokens) * LABEL_INCHES / side)
-    texts = [token_text(token) for token in tokens]
-    drawable("".join(texts))  # one search for fonts instead of one for each token
-    return {k: drawable(texts[k], LABEL_LENGTH) for k in range(keep % every, len(tokens), every)}
-
-
-@contextmanager
-def _pattern_figure(
-    path: Path, pattern: NDArray[Any], side: float, labels: Mapping[int, str], heading: tuple[str, list[str]]
-) -> Iterator[Axes]:
-    """A figure of patterns (rows, columns, T, T), each `side` inches wide, on one pair of axes measured in inches."""
-    rows, columns, T, _ = pattern.shape
-    title, notes = heading
-    if len(labels) > 1 and (every := sorted(labels)[1] - sorted(labels)[0]) > 1:
-        notes = [*notes, f"one token in {every} is labeled"]
-    note = "row: query, column: key; gray: later tokens, masked\n" + "; ".join(notes)
-    room = 0.5 + 0.07 * max(map(display_width, labels.values()))
-    width, height = columns * (side + GAP_X) - GAP_X, rows * (side + GAP_Y) - GAP_Y
+    At most 8 layers, 8 heads and the last 64 tokens are shown; the lines below the title say what is left out.
+    The row `query`, 0 to T - 1, is framed.
+    """
+    L, H, *_ = np.shape(pattern)
+    shown = np.asarray(pattern)[:MAX_LAYERS, :MAX_HEADS, -MAX_TOKENS:, -MAX_TOKENS:]
+    rows, columns, T, _ = shown.shape
+    notes = ["row: query, column: key; gray: later tokens, masked", note]
+    notes += [f"the first {rows} of {L} layers, {columns} of {H} heads"] * ((rows, columns) != (L, H))
+    notes += [f"the last {T} of {len(tokens)} tokens"] * (len(tokens) > T)
+    row = -1 if query is None else query - (len(tokens) - T)
+    side = float(np.clip(0.1 * T, 1.5, min(3.0, 13 / max(rows, columns))))
+    if rows * columns == 1:
+        side = float(np.clip(0.34 * T, 2.4, 6.0))
+    every = math.ceil(T * LABEL_INCHES / side)
+    labels = {k: drawable(token_text(tokens[k - T]), LABEL_LENGTH) for k in range(max(row, 0) % every, T, every)}
+    lefts, tops = np.arange(columns) * (side + GAP_X), np.arange(rows) * (side + GAP_Y)
+    width, height, room = lefts[-1] + side, tops[-1] + side, 0.5 + 0.07 * max(map(display_width, labels.values()))
     margins = room, room, max(1.0, 5.2 - width - room)
-    with figure(path, title, note, (width, height), margins) as axes:
-        import matplotlib
-
-        colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
-        for row in range(rows):  # ticks of axes would take most of the time
-            for k, label in labels.items():
-                y = row * (side + GAP_Y) + (k + 0.5) * side / T
-                axes.text(-0.03, y, label, ha="right", va="center", fontsize=6.5)
-        for column in range(columns):
-            for k, label in labels.items():
-                x = column * (side + GAP_X) + (k + 0.5) * side / T
-                axes.text(x, height + 0.03, label, ha="center", va="top", rotation=90, fontsize=6.5)
-        for row, column in np.ndindex(rows, columns):
-            x, y = column * (side + GAP_X), row * (side + GAP_Y)
-            causal = np.ma.masked_array(pattern[row, column], mask=~np.tri(T, dtype=bool))
-            axes.imshow(colors(causal, bytes=True), extent=(x, x + side, y + side, y), interpolation="nearest")
-        scale = np.linspace(1, 0, 256)[:, None]
-        axes.imshow(scale, cmap=colors, extent=(width + 0.2, width + 0.32, 1.5, 0), clip_on=False)
-        for value in (0, 0.25, 0.5, 0.75, 1):
-            axes.text(width + 0.36, 1.5 * (1 - value), f"{value:.2f}", va="center", fontsize=7)
-        axes.text(width + 0.75, 0.75, "attention weight", rotation=90, va="center")
+    with figure(Path(path), title, "\n".join(notes), (width, height), margins) as axes:
+        _draw_cells(axes, shown, side, (lefts, tops))
+        for k, label in labels.items():  # ticks of axes would take most of the time
+            place, style = (k + 0.5) * side / T, {"fontsize": 6.5, "color": ACCENT if k == row else "black"}
+            for top in tops:
+                axes.text(-0.03, top + place, label, ha="right", va="center", **style)
+            for left in lefts:
+                axes.text(left + place, height + 0.03, label, ha="center", va="top", rotation=90, **style)
+        if row >= 0:
+            x, y = np.array([[0, row + 1, row + 1, 0, 0], [row, row, row + 1, row + 1, row]]) * side / T
+            axes.plot(x, y, color=ACCENT, linewidth=1.6, clip_on=False)
         axes.text(0.1 - room, height / 2, "query: the token that attends", rotation=90, va="center")
         axes.text(width / 2, height + room - 0.1, "key: the token attended to", ha="center")
-        axes.set(xlim=(0, width), ylim=(height, 0))
-        axes.set_axis_off()
-        yield axes
+
+
+def _draw_cells(axes: Axes, patterns: NDArray[Any], side: float, places: tuple[NDArray[Any], NDArray[Any]]) -> None:
+    """Patterns (rows, columns, T, T) in squares at `places` (left edges, upper edges) in inches, and the scale of colors."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+
+    rows, columns, T, _ = patterns.shape
+    (*_, last), (*_, lowest) = lefts, tops = places
+    width, height = last + side, lowest + side
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
+    for row, column in np.ndindex(rows, columns):
+        left, top = lefts[column], tops[row]
+        cells = np.ma.masked_array(patterns[row, column], mask=~np.tri(T, dtype=bool))
+        extent = (left, left + side, top + side, top)
+        axes.imshow(colors(cells, bytes=True), extent=extent, interpolation="nearest")
+        if rows * columns > 1:
+            axes.text(left + side / 2, top - 0.06, head_name(row, column), ha="center", va="bottom")
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    scale = axes.inset_axes((1 + 0.2 / width, 1 - 1.5 / height, 0.12 / width, 1.5 / height))
+    scale.figure.colorbar(ScalarMappable(cmap=colors), cax=scale, label="attention weight")
 
 
 # Series
@@ -234,13 +208,12 @@ def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.fl
     S, L, H = values.shape
     lines, last = values.reshape(S, L * H), values[-1].ravel()
     best = [int(k) for k in np.argsort(-last) if np.isfinite(last[k])][: len(SERIES_COLORS)]  # nan is last
-    marker: dict[str, Any] = {"marker": "o" if S == 1 else None, "markersize": 5}
     others = f"; gray: the other {L * H - len(best)} heads" if len(best) < L * H else ""
     with figure(Path(path), title, score_info(score).title + others) as axes:
-        axes.plot(steps, np.delete(lines, best, axis=1), color=GRAY, linewidth=1.0, **marker)
+        axes.plot(steps, np.delete(lines, best, axis=1), color=GRAY, linewidth=1.0)
         for order, (k, color) in enumerate(zip(best, SERIES_COLORS, strict=False)):
             label = f"{head_name(*divmod(k, H))} {last[k]:.2f}"
-            axes.plot(steps, lines[:, k], color=color, linewidth=1.8, label=label, zorder=5 - order, **marker)
+            axes.plot(steps, lines[:, k], color=color, linewidth=1.8, label=label, zorder=5 - order)
         _style_axes(axes, steps, score_range(score, values), score)
         if best:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), labelcolor="linecolor", handlelength=1)
@@ -262,14 +235,8 @@ def phase_change(path: Path | str, loss: Series, scores: Sequence[Series], title
         _style_axes(axes, steps, (0.0, highest), f"{loss[0]} (nats/token)")
         _style_axes(right, steps, (0.0, 1.0), "score")
         right.spines["right"].set_visible(True)
-        axes.legend(
-            lines,
-            [name for name, _, _ in (loss, *scores)],
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=3,
-            handlelength=2,
-        )
+        names = [name for name, _, _ in (loss, *scores)]
+        axes.legend(lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handlelength=2)
 
 
 def score_range(name: str, values: ArrayLike) -> tuple[float, float]:
