@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars, run_main
+from common.errors import CHECKPOINT, UserError, escape_control_chars, run_main
 from inspection import terminal
-from inspection.attention_file import AttentionFile, AttentionRecord, package_versions, write_attention_file
+from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
 from inspection.commands.outputs import Ablate, Page, Plot
 from inspection.commands.patterns import Compare, Token
 from inspection.commands.scores import Heads, Summary, Timeline
@@ -72,16 +72,11 @@ class AttendOptions(RunOptions):
 
 
 def main(argv: list[str]) -> None:
-    try:
-        if argv and argv[0] in COMMANDS:
-            run_command(argv[0], argv[1:])
-        else:
-            check_command(argv)
-            show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
-    except UserError as error:
-        if error.exit_code == DISK_OR_MEMORY and argv[0] != "ablate":
-            error.args = (f"{error}; --out writes to another place",)
-        raise
+    if argv and argv[0] in COMMANDS:
+        run_command(argv[0], argv[1:])
+    else:
+        check_command(argv)
+        show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
 
 
 def check_command(argv: list[str]) -> None:
@@ -112,7 +107,7 @@ def run_command(name: str, argv: list[str]) -> None:
     words = ["run", "other"] if command is Compare else ["run"]
     usage = f"python attend.py {name} RUN" + " [OTHER]" * (command is Compare)
     options = parse(command, argv, f"{command.__doc__}  {usage}", words)
-    result = options.result(Context(terminal_width(), load_step))
+    result = options.result(Context(terminal_width(), load_model))
     if getattr(options, "json", False):
         print(terminal.to_json(result.data))
     else:
@@ -121,20 +116,11 @@ def run_command(name: str, argv: list[str]) -> None:
         raise UserError("some attention files differ from their checkpoints; restore or rewrite them", CHECKPOINT)
 
 
-def load_step(folder: Path, step: int | str) -> LoadedModel | None:
-    """The model of a step of a run, None if it is not kept or damaged; or of what `open_checkpoint` takes as `which`."""
-    from training.checkpoint import open_checkpoint, read_checkpoint
+def load_model(path: Path, which: str) -> LoadedModel:
+    """The model of a checkpoint, or of the checkpoint `best`, `last` or of a step of a run."""
+    from training.checkpoint import open_checkpoint
 
-    if isinstance(step, str):
-        return load(open_checkpoint(folder, step))
-    path = (folder if folder.is_dir() else folder.parent.parent) / "checkpoints" / f"{step:06d}"
-    if not path.is_dir():
-        return None
-    try:
-        return load(read_checkpoint(path))
-    except UserError as error:
-        print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
-        return None
+    return load(open_checkpoint(path, which))
 
 
 def load(checkpoint: Checkpoint) -> LoadedModel:
@@ -217,7 +203,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
     """Write an attention file, a figure of all heads, and a page over the kept checkpoints, named by step and text."""
     from inspection.page_builder import PageRun, write_page
     from inspection.recorder import capture_texts
-    from training.checkpoint import list_checkpoints
+    from training.checkpoint import list_checkpoints, read_checkpoint
 
     run, tokens = checkpoint.folder.parent.parent, cache.tokens.tolist()
     name = options.prompt or f"generated, seed {options.seed}"
@@ -225,15 +211,19 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
     digest = hashlib.sha256(repr(tokens).encode()).hexdigest()[:6]
     path = (Path(options.out) if options.out else run / "attention") / f"{loaded.step:06d}-{slug}-{digest}"
     record = AttentionRecord.from_cache(name, cache, loaded.token_bytes)
-    metadata = {**loaded.metadata, "versions": package_versions()}
-    write_attention_file(Path(f"{path}.safetensors"), [record], metadata, dtype=options.dtype)
+    write_attention_file(Path(f"{path}.safetensors"), [record], loaded.metadata, dtype=options.dtype)
     draw_patterns(Path(f"{path}.png"), cache.pattern.numpy(), record.token_bytes, f"step {loaded.step}: {name[:60]}")
     files = []
-    for earlier in list_checkpoints(checkpoint.folder.parent):
-        if int(earlier.name) < loaded.step and (other := load_step(run, int(earlier.name))):
-            records = capture_texts(other.model, [(name, tokens)], other.token_bytes)
-            files.append(AttentionFile(records, dict(other.metadata)))
-    files.append(AttentionFile([record], metadata))
+    for folder in list_checkpoints(checkpoint.folder.parent):
+        if int(folder.name) < loaded.step:
+            try:
+                earlier = load(read_checkpoint(folder))
+            except UserError as error:
+                print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
+                continue
+            records = capture_texts(earlier.model, [(name, tokens)], earlier.token_bytes)
+            files.append(AttentionFile(records, dict(earlier.metadata)))
+    files.append(AttentionFile([record], dict(loaded.metadata)))
     write_page(Path(f"{path}.html"), [PageRun(run.name, files)], None, None, name)
     print_lines(f"attention  {path}.safetensors", f"figure     {path}.png", f"page       {path}.html")
 

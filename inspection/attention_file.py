@@ -132,7 +132,9 @@ def write_attention_file(
         parts["pattern_tril"] = parts["pattern_tril"].astype(np.float16 if dtype == "f16" else np.float32)
         arrays |= {f"{k}.{part}": array for part, array in parts.items()}
     vocabulary = {str(token): word.decode("latin-1") for text in texts for token, word in text.vocabulary.items()}
-    about = {**metadata, "format": FORMAT, "texts": [text.name for text in texts], "token_bytes": vocabulary}
+    versions = {"python": platform.python_version(), **{package: version(package) for package in ("torch", "numpy")}}
+    names = [text.name for text in texts]
+    about = {"versions": json.dumps(versions), **metadata, "format": FORMAT, "texts": names, "token_bytes": vocabulary}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # One metadata entry: safetensors writes several in an order that differs from run to run.
     write_atomic(Path(path), [save(contiguous, {"glassgpt": json.dumps(about, sort_keys=True)})])
@@ -178,9 +180,3 @@ def _record(k: int, name: str, arrays: Mapping[str, NDArray[Any]], token_bytes: 
     if ("top_ids" in parts) != ("top_probs" in parts):
         raise ValueError(f"text {k} has only one of top_ids and top_probs")
     return AttentionRecord(name, {token: token_bytes[token] for token in _token_ids(parts)}, **parts)
-
-
-def package_versions() -> str:
-    """The versions of Python, torch and numpy as JSON, for the metadata."""
-    versions = {package: version(package) for package in ("torch", "numpy")}
-    return json.dumps({"python": platform.python_version(), **versions})

@@ -159,11 +159,13 @@ def draw_patterns(
         side = float(np.clip(0.34 * T, 2.4, 6.0))
     every = math.ceil(T * LABEL_INCHES / side)
     labels = {k: drawable(token_text(tokens[k - T]), LABEL_LENGTH) for k in range(max(row, 0) % every, T, every)}
-    lefts, tops = np.arange(columns) * (side + GAP_X), np.arange(rows) * (side + GAP_Y)
+    lefts, tops = [k * (side + GAP_X) for k in range(columns)], [k * (side + GAP_Y) for k in range(rows)]
     width, height, room = lefts[-1] + side, tops[-1] + side, 0.5 + 0.07 * max(map(display_width, labels.values()))
     margins = room, room, max(1.0, 5.2 - width - room)
     with figure(Path(path), title, "\n".join(notes), (width, height), margins) as axes:
-        _draw_cells(axes, shown, side, (lefts, tops))
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        _draw_cells(axes, shown, side, lefts, tops)
         for k, label in labels.items():  # ticks of axes would take most of the time
             place, style = (k + 0.5) * side / T, {"fontsize": 6.5, "color": ACCENT if k == row else "black"}
             for top in tops:
@@ -177,14 +179,12 @@ def draw_patterns(
         axes.text(width / 2, height + room - 0.1, "key: the token attended to", ha="center")
 
 
-def _draw_cells(axes: Axes, patterns: NDArray[Any], side: float, places: tuple[NDArray[Any], NDArray[Any]]) -> None:
-    """Patterns (rows, columns, T, T) in squares at `places` (left edges, upper edges) in inches, and the scale of colors."""
+def _draw_cells(axes: Axes, patterns: NDArray[Any], side: float, lefts: list[float], tops: list[float]) -> None:
+    """Patterns (rows, columns, T, T) as squares of `side` inches at these left and upper edges, and the scale of colors."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
 
     rows, columns, T, _ = patterns.shape
-    (*_, last), (*_, lowest) = lefts, tops = places
-    width, height = last + side, lowest + side
     colors = matplotlib.colormaps["cividis"].with_extremes(bad=FUTURE)
     for row, column in np.ndindex(rows, columns):
         left, top = lefts[column], tops[row]
@@ -193,8 +193,7 @@ def _draw_cells(axes: Axes, patterns: NDArray[Any], side: float, places: tuple[N
         axes.imshow(colors(cells, bytes=True), extent=extent, interpolation="nearest")
         if rows * columns > 1:
             axes.text(left + side / 2, top - 0.06, head_name(row, column), ha="center", va="bottom")
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.set_axis_off()
+    width, height = lefts[-1] + side, tops[-1] + side
     scale = axes.inset_axes((1 + 0.2 / width, 1 - 1.5 / height, 0.12 / width, 1.5 / height))
     scale.figure.colorbar(ScalarMappable(cmap=colors), cax=scale, label="attention weight")
 

@@ -17,7 +17,7 @@ from common.files import remove_temporary_files
 from inspection.ablation import loss_increases, run_ablations
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores
-from inspection.attention_file import AttentionRecord, package_versions, write_attention_file
+from inspection.attention_file import AttentionRecord, write_attention_file
 from inspection.compute_scores import compute_head_scores, uniform_scores
 from inspection.eval_texts import OWN, EvalTexts
 from inspection.findings import compute_findings, describe_largest, headline, save_findings, text_finding
@@ -131,7 +131,7 @@ class AttentionRecorder:
         records = capture_texts(model, samples, self.token_bytes, details=True)
         records += capture_texts(model, self.eval_texts.recorded_texts(), self.token_bytes)
         scores = scores or compute_head_scores(model, self.eval_texts, self.token_bytes)
-        write_attention_file(self.path(step), records, {**metadata, "versions": package_versions()}, scores)
+        write_attention_file(self.path(step), records, metadata, scores)
 
     def report(self, model: GPT, step: int, weights_sha256: str) -> tuple[list[str], list[Path]]:
         """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.

@@ -46,23 +46,18 @@ class RunFiles:
 
     @staticmethod
     def open(path: Path | str) -> RunFiles:
-        """Open a run folder, or the run of a checkpoint, an attention folder or an attention file. `UserError` if it has no
-        attention files (exit code 4)."""
-        path = Path(path)
-        folder, opened = path, DEFAULT
-        if not find_attention_files(path / FOLDER):
-            resolved = path.resolve()
-            if resolved.name == FOLDER:
-                folder = _relative(resolved.parent)
-            elif resolved.parent.name in (FOLDER, "checkpoints") and _is_step(path.stem):
-                folder, opened = _relative(resolved.parents[1]), int(path.stem)
-            elif path.is_file():  # the attention of a prompt
-                step = read_attention_file(path).metadata.get("step", "")
-                opened = int(step) if _is_step(step) else 0
-                return RunFiles(path, {opened: path}, opened)
+        """Open a run folder, or the run of a checkpoint or an attention file. `UserError` if it has no attention files (exit
+        code 4)."""
+        folder, opened = Path(path), DEFAULT
+        if folder.parent.name in (FOLDER, "checkpoints") and _is_step(folder.stem) and folder.exists():
+            folder, opened = folder.parents[1], int(folder.stem)
+        elif folder.is_file():  # the attention of a prompt
+            step = read_attention_file(folder).metadata.get("step", "")
+            opened = int(step) if _is_step(step) else 0
+            return RunFiles(folder, {opened: folder}, opened)
         paths = find_attention_files(folder / FOLDER)
-        if not paths or not path.exists():
-            raise UserError(_not_a_run(path if not path.exists() else folder), CHECKPOINT)
+        if not paths:
+            raise UserError(_not_a_run(folder), CHECKPOINT)
         return RunFiles(folder, paths, opened if opened in paths else DEFAULT)
 
     @property
@@ -111,7 +106,8 @@ class RunFiles:
         """
         tables = {line["step"]: line["head_scores"] for line in self.evaluations()}
         tables |= {step: self.read(step).scores for step in self.steps if step not in tables}
-        arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
+        with reading(self.folder / "metrics.jsonl", "file of metrics"):
+            arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
         shapes = {array.shape for scores in arrays.values() for array in scores.values()}
         if len(shapes) > 1:
             raise UserError(f"the head scores of {self.folder} are of models of different shape", CHECKPOINT)
@@ -146,15 +142,8 @@ class RunFiles:
         return EvalTexts.load(path, vocab_size, context) if path.is_file() else None
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that have head scores, each a table of numbers."""
-        return [line for line in read_metrics(self.folder / "metrics.jsonl") if _has_tables(line.get("head_scores"))]
-
-
-def _has_tables(scores: Any) -> bool:
-    try:
-        return all(np.asarray(table, np.float32).ndim == 2 for table in scores.values())
-    except (AttributeError, TypeError, ValueError):
-        return False
+        """The lines of metrics.jsonl that have head scores."""
+        return [line for line in read_metrics(self.folder / "metrics.jsonl") if "head_scores" in line]
 
 
 def find_attention_files(folder: Path) -> dict[int, Path]:
@@ -167,23 +156,12 @@ def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and len(name) < 19
 
 
-def _relative(path: Path) -> Path:
-    """Relative to the current directory if it is below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"*/{FOLDER}") if find_attention_files(path))
-
-
 def _not_a_run(path: Path) -> str:
     """The message for a path without attention files."""
     if not path.is_dir():
-        near = difflib.get_close_matches(path.name, [run.name for run in _runs_in(path.parent)], n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "give a run folder such as runs/quickstart"
-        return f"{path} is not a folder; {hint}"
-    if inside := _runs_in(path):
-        return f"{path} is not a run but contains {len(inside)}; give one of them, such as {inside[0]}"
+        return f"{path} is not a folder; give a run folder such as runs/quickstart"
+    if inside := sorted(path.glob(f"*/{FOLDER}")):
+        return f"{path} is not a run but contains {len(inside)}; give one of them, such as {inside[0].parent}"
     if (path / "config.toml").is_file():
         hint = f"look at a prompt with: python attend.py {shlex.quote(str(path))} --prompt TEXT"
         return f"{path} has no attention files (it was trained with --log.attention off); {hint}"

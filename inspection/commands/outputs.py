@@ -68,11 +68,10 @@ class Ablate(RunOptions):
 
         run = RunFiles.open(self.run)
         folder = run.folder
-        is_checkpoint = (Path(self.run) / "manifest.json").is_file()
-        opened = Path(self.run) if is_checkpoint else folder
-        loaded = context.load_model(opened, self.checkpoint) if folder.is_dir() else None
-        if loaded is None:
+        if not folder.is_dir():
             raise UserError(f"{folder} is an attention file; ablation needs a run folder with a checkpoint", CHECKPOINT)
+        is_checkpoint = (Path(self.run) / "manifest.json").is_file()
+        loaded = context.load_model(Path(self.run) if is_checkpoint else folder, self.checkpoint)
         texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
         if texts is None:
             raise UserError(f"{folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)

@@ -72,8 +72,8 @@ class Context:
 
     width: int
     """Of the terminal, in columns."""
-    load_model: Callable[[Path, int | str], LoadedModel | None]
-    """(run folder, step) -> the model at that step, None if it is not kept; or of the checkpoint `best`, `last`, ..."""
+    load_model: Callable[[Path, str], LoadedModel]
+    """(checkpoint, or run folder, and `best`, `last` or a step) -> the model; `UserError` if there is none."""
 
 
 def parse_head(name: str, shape: tuple[int, int]) -> tuple[int, int]:

@@ -34,25 +34,28 @@ class Verify(OutputOptions):
     def result(self, context: Context) -> Result:
         """Check the attention files of all steps, or of the step that was opened."""
         run = RunFiles.open(self.run)
+        root = run.folder if run.folder.is_dir() else run.folder.parent.parent  # of the attention file of a prompt
         checks: list[Check] = []
         without_checkpoint: list[int] = []
         for step in run.steps if run.opened_step == DEFAULT else [run.opened_step]:
-            loaded = context.load_model(run.folder, step)
-            without_checkpoint += [step] * (loaded is None)
             try:
                 file = run.read(step)
             except UserError as error:
                 checks.append({"step": step, **_check("readable", math.inf, where=str(error))})
                 continue
             checks.append({"step": step, **_check("readable")})
-            if loaded is not None:
-                texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
-                checks += [{"step": step, **check} for check in verify_attention_file(file, loaded, texts)]
+            try:
+                loaded = context.load_model(root, str(step))
+            except UserError:
+                without_checkpoint.append(step)
+                continue
+            texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
+            checks += [{"step": step, **check} for check in verify_attention_file(file, loaded, texts)]
         failed = [check for check in checks if not check["ok"]]
         lines = [f"FAIL  step {c['step']}: {c['check']} {c['difference']:.2g}: {c['where']}" for c in failed]
         if without_checkpoint:
             steps = ", ".join(map(str, without_checkpoint))
-            lines += paragraph(f"not recomputed, as no checkpoint is kept: step {steps}", context.width)
+            lines += paragraph(f"not recomputed, as no intact checkpoint is kept: step {steps}", context.width)
         lines.append(f"{len(failed)} of {len(checks)} checks failed" if failed else "all checks passed")
         data = {"run": str(run.folder), "ok": not failed, "steps_without_checkpoint": without_checkpoint}
         return Result([str(run.folder), *lines], {**data, "checks": checks}, not failed)

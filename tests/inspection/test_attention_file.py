@@ -53,7 +53,8 @@ def written(caches: dict[str, ActivationCache], tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2**-12), ("f32", 0)])
 def test_round_trip(tmp_path: Path, caches: dict[str, ActivationCache], dtype: str, tolerance: float) -> None:
     file = read_attention_file(write(tmp_path / "file", caches, dtype))
-    assert file.metadata == {"step": "400", "config": '{"n_layers": 2}'}
+    assert json.loads(file.metadata["versions"])["torch"] == torch.__version__
+    assert file.metadata["step"] == "400" and file.metadata["config"] == '{"n_layers": 2}'
     assert set(file.scores) == set(SCORES)
     assert all(np.array_equal(file.scores[name], SCORES[name], equal_nan=True) for name in SCORES)
     assert [text.name for text in file.texts] == list(LENGTHS)
