@@ -40,14 +40,6 @@ def test_lines_are_timed_when_they_are_printed() -> None:
     assert 0.3 <= seconds_until([*PYTHON, endless], lambda text: "now" in text) < 30
 
 
-def test_a_worker_answers_and_is_killed() -> None:
-    program = "import sys\nprint('chatter')\nprint('{\"ready\": 1}', flush=True)\n"
-    program += "for line in sys.stdin: print('{\"twice\": %d}' % (2 * int(line)), flush=True)"
-    with Worker([*PYTHON, program]) as worker:
-        assert worker.ready == {"ready": 1} and worker.ask(21) == {"twice": 42}
-    assert worker.process.poll() is not None
-
-
 def test_results_are_markdown_and_contain_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table(("", "s"), [("ours", 1.5)]) == "|      |   s |\n| ---- | --: |\n| ours | 1.5 |"
     path = tmp_path / "RESULTS.md"
@@ -76,6 +68,7 @@ def test_steps_are_taken_by_a_worker(tmp_path: Path) -> None:
     with Worker([*command, "--data.tokenizer=byte"]) as worker:
         assert worker.ready["matrices"] > 300 * 16 and "attention" in worker.ready["settings"]
         assert worker.ask(2)["seconds"] > 0
+    assert worker.process.poll() is not None
 
 
 def test_ablation_reports_only_consistent_differences() -> None:

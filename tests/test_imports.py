@@ -1,4 +1,4 @@
-"""The import rules between packages, and other rules that hold for the whole source."""
+"""The import rules between packages, and the length of functions; pyproject.toml has the rules that ruff checks."""
 
 import ast
 import subprocess
@@ -17,9 +17,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("common", "model", "data", "training"),
     "inspection": ("common", "model", "data.tokenizer", "inspection"),
 }
-WITHOUT_TORCH = ("data.config", "model.config", "training.config", "common.errors", "common.files")
+WITHOUT_TORCH = "data.config, model.config, training.config, common.errors, common.files"
 MAX_FUNCTION_LINES = 45
-MAX_PARAMETERS = 7
 FILES = [*(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))]
 FILES += [ROOT / f"{script}.py" for script in SCRIPTS]
 TREES = {
@@ -73,29 +72,15 @@ def test_model_needs_only_torch_and_jaxtyping() -> None:
     assert outside - {"model", "common", *sys.stdlib_module_names} <= {"torch", "jaxtyping"}
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_settings_are_parsed_without_torch(module: str) -> None:
-    program = f"import sys, {module}; sys.exit(sorted({{'torch', 'numpy', 'matplotlib'}} & set(sys.modules)) or 0)"
+def test_settings_are_parsed_without_torch() -> None:
+    program = (
+        f"import sys, {WITHOUT_TORCH}; sys.exit(sorted({{'torch', 'numpy', 'matplotlib'}} & set(sys.modules)) or 0)"
+    )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_nothing_is_unpickled_or_evaluated(name: str) -> None:
-    assert not {module.split(".")[0] for module in imported_names(TREES[name])} & {"pickle", "marshal", "shelve"}
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Call):
-            call = ast.unparse(node.func)
-            assert call not in ("eval", "exec", "compile", "__import__", "torch.load", "torch.save"), node.lineno
-            assert not (call.startswith("dist.") and "_object" in call), f"line {node.lineno}: {call} pickles"
-            assert "allow_pickle=True" not in map(ast.unparse, node.keywords), node.lineno
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_functions_are_short_and_modules_have_docstrings(name: str) -> None:
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            parameters = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
-            assert len(set(parameters) - {"self", "cls"}) <= MAX_PARAMETERS, node.name
-            assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
-    assert ast.get_docstring(TREES[name]) or not TREES[name].body
+def test_functions_are_short(name: str) -> None:
+    functions = [n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [n.name for n in functions if (n.end_lineno or 0) - n.lineno >= MAX_FUNCTION_LINES]

@@ -17,12 +17,6 @@ from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.browser)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Chromium; without it or playwright the tests are skipped, except in continuous integration, which has both."""

@@ -13,6 +13,7 @@ from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
 from tests.browser.conftest import OpenPage
 
+pytestmark = pytest.mark.browser
 START = "#text=held-out+1&step=200&head=L0H1&query=5&score=induction"
 KEYS = {
     "body": "ArrowRight query=6, ArrowLeft query=5, ] step=400, [ step=200, l head=L0H2, h head=L0H1, Home query=0, "

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tests.browser import example_run
 from tests.browser.conftest import OpenPage
 
+pytestmark = pytest.mark.browser
 FILES = example_run.files()
 
 

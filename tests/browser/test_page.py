@@ -11,6 +11,7 @@ from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
 from tests.browser.conftest import OpenPage
 
+pytestmark = pytest.mark.browser
 HASH = "#text=held-out+1&step=400&head=L1H1&query=9"
 EVIL = "</script><script>window.hacked = 1</script>"
 
@@ -81,20 +82,14 @@ return [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("more", ["", "&compare=100"])
-def test_contrast(scheme: str, more: str, page_path: Path, open_page: OpenPage) -> None:
+def test_contrast_in_light_and_dark(scheme: str, more: str, page_path: Path, open_page: OpenPage) -> None:
     view = open_page(page_path, HASH + more, color_scheme=scheme, reduced_motion="reduce")
+    background = view.page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     view.open_walkthrough()
     ratios = view.page.evaluate(CONTRAST)
     assert len(ratios) > 150
     assert not [row for row in ratios if row[0] < 4.5], "WCAG 2.2, 1.4.3, level AA"
-
-
-def test_light_and_dark(page_path: Path, open_page: OpenPage) -> None:
-    background = "getComputedStyle(document.documentElement).backgroundColor"
-    light, dark = (open_page(page_path, HASH, color_scheme=scheme) for scheme in ("light", "dark"))
-    assert light.page.evaluate(background) == "rgb(255, 255, 255)" != dark.page.evaluate(background)
-    above_the_query = np.tril_indices(9)
-    assert np.array_equal(light.cell_colours()[above_the_query], dark.cell_colours()[above_the_query])
 
 
 def test_screen_reader(page_path: Path, open_page: OpenPage) -> None:

@@ -300,7 +300,7 @@ class Harmful:
 def test_pickles_in_disguise_are_never_loaded(name: str, tmp_path: Path) -> None:
     harmful, folder = Harmful(), saved(tmp_path)
     harmful.marker = str(tmp_path / "executed")
-    torch.save(harmful, folder / name)
+    torch.save(harmful, folder / name)  # noqa: TID251
     if name != MANIFEST:
         update_manifest(folder)
     refused(tmp_path)
