@@ -30,10 +30,8 @@ SHAKESPEARE_VAL_FRACTION = 0.1
 """The last tenth is the validation split, as in nanoGPT, so that losses are comparable."""
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
-SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-_TIMEOUT_SECONDS = 20
 # A separator before a document with text: white space follows, then anything but another separator.
 _DOCUMENT_START = re.compile(rb"\r?\n%b\r?\n\s*(?!%b)\S" % ((re.escape(SEPARATOR.encode()),) * 2))
 
@@ -142,8 +140,8 @@ def download_shakespeare(cache: Path) -> Path:
         if path.exists():
             data = path.read_bytes()
         else:
-            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=_TIMEOUT_SECONDS) as response:
-                data = response.read(SHAKESPEARE_BYTES + 1)
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as response:
+                data = response.read(2_000_000)
     except (OSError, ValueError, http.client.HTTPException) as error:
         why = os_reason(error)
     else:

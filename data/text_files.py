@@ -62,13 +62,8 @@ def find_files(source: str) -> list[Path]:
     """
     path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
     try:
-        if path.is_dir():
-            candidates: Iterable[Path] = _texts_below(path)
-            wanted = f"ends in {' '.join(PROSE)} or another suffix of UTF-8 text"
-        else:
-            candidates = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
-            wanted = "matches it; name a text file, a folder, or a glob (or for --data.source: stories, repeats, shakespeare)"
-            wanted += ", at its new place if it was moved"
+        paths = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
+        candidates: Iterable[Path] = _texts_below(path) if path.is_dir() else paths
         # Each file once, however many links lead to it.
         files = {file.resolve(): file for file in sorted(candidates, reverse=True) if file.is_file()}
         non_empty = sorted(file for file in files.values() if file.stat().st_size)
@@ -76,7 +71,8 @@ def find_files(source: str) -> list[Path]:
         where = escape_control_chars(getattr(error, "filename", None) or source)
         raise UserError(f"cannot read {where}: {os_reason(error)}", DATA) from error
     if not non_empty:
-        raise UserError(f"no text found for {name}: no file that has text {wanted}", DATA)
+        accepted = "name a text file, a folder of texts or a glob (or for --data.source: stories, repeats, shakespeare)"
+        raise UserError(f"no text found for {name}: {accepted}, at its new place if it was moved", DATA)
     return non_empty
 
 

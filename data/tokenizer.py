@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import CHECKPOINT, CONFIG, DATA, UserError, escape_control_chars
+from common.errors import CONFIG, DATA, UserError, escape_control_chars
+from common.files import reading
 
 if TYPE_CHECKING:
     import tiktoken
@@ -229,14 +230,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises `UserError`: missing or damaged (4), a tiktoken encoding that cannot be downloaded (3).
     """
-    try:
-        with path.open("rb") as file:
-            return from_dict(json.loads(file.read(_MAX_FILE_BYTES)))
-    except OSError as error:
-        raise UserError(f"cannot read {escape_control_chars(path)}: {error.strerror or error}", CHECKPOINT) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        message = f"{escape_control_chars(path)} is damaged or not a tokenizer ({escape_control_chars(error)})"
-        raise UserError(f"{message}: use another checkpoint", CHECKPOINT) from error
+    with reading(path, "tokenizer", "use another checkpoint"), path.open("rb") as file:
+        return from_dict(json.loads(file.read(_MAX_FILE_BYTES)))
 
 
 def from_dict(saved: Any) -> Tokenizer:

@@ -117,9 +117,6 @@ NO_LISTS = {
     "verses": "\n".join(f"the {a} and the {b} are {a}" for a, b in pairwise(WORDS)),
     "Chinese verses": "\n".join(f"{word}\uff0c兰叶春" for word in WORDS),
     "chat": "\n".join(f"ann: {word}" for word in WORDS),
-    "code": "\n".join(f"def {word}():\n    return {word}" for word in WORDS),
-    "csv": "\n".join(f"{word},{i}" for i, word in enumerate(WORDS)),
-    "numbers": "\n".join(str(i**2) for i in range(200)),
     "few": "\n".join(WORDS[:90]),
     "repeated": "\n".join(WORDS[:20] * 9),
     "sentences": "\n".join(f"{word} is it." for word in WORDS),
@@ -174,7 +171,6 @@ def test_stories_are_written_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 def play(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A substitute for Tiny Shakespeare that a substitute for the network provides."""
     text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 100
-    monkeypatch.setattr(corpora, "SHAKESPEARE_BYTES", len(text))
     monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
     return text

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import ngram_baseline
 from data.ngram_baseline import baselines, bits_per_byte, kneser_ney, trigrams, unigram, unlikeness
 from data.token_dataset import TokenSplit
 
@@ -88,13 +87,6 @@ def test_distributions_sum_to_one(train: list[list[int]]) -> None:
     assert table.min() > 0
     assert table.sum(1) == pytest.approx(1)
     assert unigram(split, VOCABULARY).sum() == pytest.approx(1)
-
-
-def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = baselines(split_of([[0, 1] * 50]), split_of([[0, 1] * 20]), VOCABULARY)
-    monkeypatch.setattr(ngram_baseline, "TRAIN_LIMIT", 101)
-    monkeypatch.setattr(ngram_baseline, "VAL_LIMIT", 41)
-    assert baselines(split_of([[0, 1] * 50, [2] * 50]), split_of([[0, 1] * 20, [3] * 50]), VOCABULARY) == expected
 
 
 def test_unlikeness() -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from data import repeated_tokens as repeats
-from data.config import DataConfig
 from data.dataloader import pack_documents
-from data.prepare import TokenizedCorpus, prepare
-from training.config import RunConfig, parse_train
+from data.prepare import prepare
+from training.config import parse_train
 from training.report import baseline_losses
 
 ROOT = Path(__file__).parents[2]
@@ -57,27 +56,13 @@ def test_entropy_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     assert repeats.entropy() == pytest.approx(-sum(p * math.log(p) for p in probability), abs=1e-12)
 
 
-@pytest.fixture(scope="module")
-def config() -> RunConfig:
-    return parse_train([str(ROOT / "configs" / "induction.toml")])[0]
-
-
-@pytest.fixture(scope="module")
-def data(config: RunConfig) -> TokenizedCorpus:
-    return prepare(config.data, progress=False)
-
-
-def test_corpus(config: RunConfig, data: TokenizedCorpus) -> None:
-    assert config.data == DataConfig(source="repeats", tokenizer="char")
-    assert data.tokenizer.vocab_size == len(repeats.LETTERS) + 1
-    text = data.tokenizer.decode(data.val.tokens)
-    assert text == "".join(repeats.documents("val")) and data.val.n_documents == 17 * 60
-    assert len(pack_documents(data.val, config.model.context)) == data.val.n_documents, "a sequence of its own for each"
-
-
-def test_reported_floor_is_the_loss_of_the_best_model(config: RunConfig, data: TokenizedCorpus) -> None:
-    references = baseline_losses(data)
+def test_tokens_and_reported_floor() -> None:
+    """The floor is the loss of the best model; letter frequencies are no better than the uniform distribution."""
+    config = parse_train([str(ROOT / "configs" / "induction.toml")])[0]
+    data = prepare(config.data, progress=False)
+    assert data.tokenizer.decode(data.val.tokens) == "".join(repeats.documents("val"))
+    assert len(pack_documents(data.val, config.model.context)) == data.val.n_documents == 17 * 60, "a sequence for each"
     best = math.fsum(nats(len(document) // 2) for document in repeats.documents("val")) / (len(data.val) - 1)
+    references = baseline_losses(data)
     assert references["floor"] == pytest.approx(best, abs=1e-9)
-    # Letter frequencies are no better than the uniform distribution.
     assert references["floor"] + 2 < references["unigram"] < references["uniform"] + 0.001
