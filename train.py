@@ -83,7 +83,7 @@ def train(config: RunConfig, started: float, given: set[str], max_epochs: float)
         recorder = AttentionRecorder(eval_texts, data.tokenizer.token_bytes, Path(config.run.dir), print_line)
     checkpointer = Checkpointer(config, ctx)  # before the newest checkpoint is opened: it cleans up after a kill
     trainer = build_trainer(config, ctx, data)
-    trainer.callbacks = get_callbacks(trainer, checkpointer, recorder) + callbacks
+    trainer.callbacks = callbacks + get_callbacks(trainer, checkpointer, recorder)
     print_header(trainer)
     trainer.run()
     if ctx.is_main_process:

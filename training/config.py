@@ -34,9 +34,7 @@ Patience = Annotated[int, ("at least 0, or -1", lambda value: value >= -1)]
 Minutes = Annotated[float, ("at least 0 and below 100,000", lambda value: 0 <= value < 100_000)]
 Momentum = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Fraction = Annotated[float, ("between 0 and 1", lambda value: 0 <= value <= 1)]
-Lines = Annotated[
-    str, ("such as '300-600 450' or empty", re.compile(r"((\d{1,9}-\d{1,9} )*\d{1,9})?", re.ASCII).fullmatch)
-]
+StepList = Annotated[str, ("such as '300 450' or empty", re.compile(r"(\d{1,12}( \d{1,12})*)?", re.ASCII).fullmatch)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class OptimConfig:
     warmup_steps: NonNegativeInt = 10  # Steps of linear warmup.
     schedule: Literal["linear", "cosine"] = "linear"  # `linear`: constant, then linear decay; `cosine`: cosine decay.
     decay_fraction: Fraction = 0.5  # Fraction of the steps over which `linear` decays.
-    decay_lines: Lines = ""  # train.minutes writes it, in place of `decay_fraction`: see docs/running.md.
+    decay_at: StepList = ""  # Steps at which `linear` falls by equal parts, if not steadily; train.minutes writes it.
     min_lr_ratio: Fraction = 0.0  # Final learning rate as a fraction of the peak.
     grad_clip: NonNegativeFloat = 1.0  # Maximum norm of the gradient; 0: no clipping.
 
@@ -177,8 +175,8 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         if file is not None:
             name = escape_control_chars(file)
             raise UserError(f"--run.resume uses the config of that run; leave out {name}, or give single options")
-        if "train.steps" in option_names(typed):  # another end: `decay_lines` lead to the old one
-            typed = ["--optim.decay_lines=", *typed]
+        if "train.steps" in option_names(typed):  # another end: `decay_at` leads to the old one
+            typed = ["--optim.decay_at=", *typed]
         file, typed = saved, [*typed, f"--run.dir={resumed}"]
     file = file or QUICKSTART
     from_file = read_toml(file)

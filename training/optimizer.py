@@ -21,29 +21,19 @@ def get_lr_scale(step: int, steps: int, config: OptimConfig) -> float:
 
     Linear warmup over `warmup_steps` steps; then `cosine` decays to `min_lr_ratio` along a half cosine (Loshchilov & Hutter
     2017, equation 5), while `linear` stays at 1 until the last `decay_fraction` of the steps and decays linearly
-    (warmup-stable-decay; Hägele et al. 2024), or as `decay_lines` says. `step` counts from 0.
+    (warmup-stable-decay; Hägele et al. 2024), or falls by equal parts at the steps of `decay_at`. `step` counts from 0.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         decay = 0.5 * (1 + math.cos(math.pi * progress))
-    elif config.decay_lines:
-        decay = decay_along(config.decay_lines, step, steps)
+    elif config.decay_at:
+        falls = config.decay_at.split()
+        decay = 1 - sum(int(at) <= step for at in falls) / (len(falls) + 1)
     else:
         decay = min(1.0, (steps - step) / max(1.0, config.decay_fraction * steps))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay
-
-
-def decay_along(lines: str, step: int, steps: int) -> float:
-    """1, then a line to 0 at the last of `steps`. With `300-600 450` it has a bend: from step 300 on the line to 0 at 600,
-    from 450 on the one from there to 0 at the end. A line that is appended changes no earlier step."""
-    parts = [[int(number) for number in part.split("-")] for part in f"{lines}-{steps}".split()]
-    decay = 1.0
-    for (start, end), until in zip(parts, [*(start for start, _ in parts[1:]), steps], strict=True):
-        if step > start:
-            decay *= max(0, end - min(step, until)) / max(1, end - start)
-    return decay
 
 
 class Optimizer:

@@ -2,7 +2,7 @@
 
 `search` measures the steps of a few sizes and estimates each size's loss from a fitted formula. The result is an
 ordinary config, which is saved with the run and reproduces it without the clock. `Deadline` looks at the clock during the
-run and adjusts how many steps are still to come.
+run and moves the end and the falls of the learning rate that are still to come.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOSS_FIT = (1.32828, 102.276, 0.52, 1164.24, 0.63)
 """E, A, alpha, B, beta of `expected_loss`, fitted to Tiny Shakespeare by character; error 0.4% median, 2.8% at most."""
 OPTIM: dict[str, Any] = {
     **{"optim.lr": 0.006, "optim.muon_lr": 0.025, "optim.momentum": 0.8, "optim.warmup_steps": 10},
-    **{"optim.schedule": "linear", "optim.decay_fraction": 0.5, "optim.decay_lines": "", "optim.min_lr_ratio": 0.0},
+    **{"optim.schedule": "linear", "optim.decay_fraction": 0.5, "optim.decay_at": "", "optim.min_lr_ratio": 0.0},
 }
 """Optimizer settings with which the formula was fitted."""
 REPEAT_VALUE = 15.4
@@ -53,6 +53,8 @@ FIXED_SECONDS = 2.0  # of the start and the end besides forward passes: baseline
 ABLATION_PASSES = 49  # forward passes of a sequence for the ablation of one head, about
 MIN_STEPS = 50
 ROUNDS = 6  # of measuring, for 0.5% of the time each
+FALLS = 20  # of the learning rate to 0, the last at the end
+FIRST_LOOK, LOOK_EVERY = 0.1, 0.02  # share of the time
 
 
 def search(
@@ -88,15 +90,17 @@ def search(
             break
         i = min(speeds, key=lambda k: len(speeds[k])) if best in speeds else best
         speeds.setdefault(i, []).append(flops[i] / measure_step(sizes[i], vocab_size, ctx, 0.3 * minutes))
-    chosen, deadline = runs[best]
+    (chosen, last_step, most), step_seconds = runs[best], seconds[best]
     model, steps = chosen.model, max(MIN_STEPS, chosen.train.steps)
-    if steps > chosen.train.steps and "train.minutes" in given:
-        least = math.ceil(10 * minutes + (steps - chosen.train.steps) * seconds[best] / 6) / 10
+    missing = (steps - chosen.train.steps) * step_seconds
+    if missing and "train.minutes" in given:
+        least = math.ceil(10 * minutes + missing / 6) / 10
         raise UserError(f"train.minutes is {minutes:g}, too short for {MIN_STEPS} steps: give at least {least}")
     shape = f"{model.n_layers} layers and d_model {model.d_model}"
     print_line(f"plan    {minutes:g} min (--train.minutes for more or less): the best model has {shape}")
     compiled = should_compile(chosen.train, steps * flops[best], ctx.device)  # `Deadline` uses the time that it saves
-    return replace_options(chosen, {"train.steps": steps, "train.compile": "on" if compiled else "off"}), deadline
+    chosen = replace_options(chosen, {"train.compile": "on" if compiled else "off"})
+    return plan_decay(chosen, 0, steps), Deadline(last_step + missing, most)
 
 
 def with_size(
@@ -123,8 +127,9 @@ def estimate_speed(speeds: dict[int, list[float]], i: int, assumed: float) -> fl
 
 def fit_steps(
     size: RunConfig, step_seconds: float, end: float, max_tokens: float, n_val: int, given: set[str]
-) -> tuple[RunConfig, Deadline]:
-    """As many steps as fit before `end` (negative if not even the rest fits), with `max_tokens`, and when to end them."""
+) -> tuple[RunConfig, float, float]:
+    """As many steps as fit before `end` (negative if not even the rest fits); when the last one should be over, and the
+    most steps that are useful, with `max_tokens`."""
     model, step_tokens, seconds = size.model, size.train.batch_size * size.model.context, end - time.perf_counter()
     token_seconds = step_seconds / (3 * step_tokens)  # the forward pass is a third of a step
     evals = min(20, max(4, round(seconds / 12)))
@@ -134,11 +139,9 @@ def fit_steps(
     most = max(MIN_STEPS, max_tokens / step_tokens)
     steps = math.floor(min(most, (seconds - evals * eval_seconds - final_seconds) / step_seconds))
     every = math.ceil(max(MIN_STEPS, steps) / evals)
-    chosen = {"train.steps": steps} | {
-        name: every for name in ("train.eval_every", "train.save_every") if name not in given
-    }
-    deadline = Deadline(end - final_seconds - 2 * eval_seconds, most)
-    return replace_options(size, chosen), deadline
+    chosen = {"train.eval_every": every, "train.save_every": every, "train.steps": steps}
+    kept = {name: value for name, value in chosen.items() if name not in given - {"train.steps"}}
+    return replace_options(size, kept), end - final_seconds - 2 * eval_seconds, most
 
 
 def expected_loss(run: RunConfig, n_train: int) -> float:
@@ -191,11 +194,10 @@ def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: 
 
 
 class Deadline(Callback):
-    """Ends the run by the clock: sets when the learning rate starts to decay, and then where the decay ends.
+    """Ends the run by the clock, since other programs change the speed of a machine from minute to minute.
 
-    Other programs change the speed of a machine from minute to minute. It looks at the clock when the decay is due, by
-    time or by steps, and then whenever half of the time left is used. No look changes the learning rate of a step that
-    is done (`optimizer.decay_along`), so the saved config reproduces the run. A cosine is left as planned.
+    Each look replaces the number of steps and the falls of the learning rate that are still to come. No learning rate of
+    a step that is done changes, so the saved config reproduces the run. A cosine is left as planned.
 
     Args:
         end: when the last step should be over, by `time.perf_counter`.
@@ -203,44 +205,23 @@ class Deadline(Callback):
     """
 
     def __init__(self, end: float, most: float) -> None:
-        self.end, self.most = end, most
-        self.step, self.time = 0, time.perf_counter()  # of the last look
-
-    def on_start(self, trainer: Trainer) -> None:
-        self.step, self.time = trainer.state.step, time.perf_counter()
+        self.start, self.end, self.most = time.perf_counter(), end, most
+        self.next_look = FIRST_LOOK
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        config, step, now = trainer.config, trainer.state.step, time.perf_counter()
-        optim, total = config.optim, config.train.steps
-        if optim.schedule != "linear" or step >= total:
-            return
-        used = (now - self.time) / (self.end - self.time)  # share of the time that was left at the last look
-        if used < 0.5 if optim.decay_lines else used < 1 - optim.decay_fraction and step < decay_start(config):
-            return
-        more = (self.end - now) * (step - self.step) / (now - self.time)
-        trainer.config = adjust_steps(config, step, min(more, self.most - step))
-        self.step, self.time = step, now
-        if now >= self.end:
-            self.end = math.inf  # this was the last look
-        if trainer.config != config:
-            save_config(trainer.config)
-            if abs(trainer.config.train.steps / total - 1) > 0.05:
-                print_line(f"plan    {trainer.config.train.steps:,} steps, from the time that {step:,} have taken")
+        config, step = trainer.config, trainer.state.step
+        used = (time.perf_counter() - self.start) / (self.end - self.start)
+        if used >= self.next_look and config.optim.schedule == "linear":
+            self.next_look = used + LOOK_EVERY
+            trainer.config = plan_decay(config, step, max(step, int(min(self.most, step / used))))
+            if trainer.config != config:
+                save_config(trainer.config)
 
 
-def decay_start(config: RunConfig) -> int:
-    """Number of steps after which the linear schedule starts to decay; at least 1."""
-    return max(1, int(config.train.steps * (1 - config.optim.decay_fraction)))
-
-
-def adjust_steps(config: RunConfig, step: int, more: float) -> RunConfig:
-    """The config with about `more` steps after step `step`, in which the learning rate decays (if time is over, with a few).
-
-    The first `step` steps keep their learning rates. A change of less than a tenth is left for the next look.
-    """
-    lines, left = config.optim.decay_lines, config.train.steps - step
-    more = max(1, int(max(more, min(step, left) / 4)))
-    if lines and abs(more - left) <= max(1, left / 10):
-        return config
-    lines = f"{lines}-{config.train.steps} {step}" if lines else str(step)
-    return replace_options(config, {"train.steps": step + more, "optim.decay_lines": lines})
+def plan_decay(config: RunConfig, step: int, steps: int) -> RunConfig:
+    """The config with `steps` steps, and what is still to come after `step` of the falls along `decay_fraction` of them."""
+    falls = [int(at) for at in config.optim.decay_at.split() if int(at) <= step]
+    for n in range(len(falls) + 1, FALLS):
+        left = config.optim.decay_fraction * (1 - (n - 0.5) / FALLS)
+        falls.append(max(step, round(steps * (1 - left))))
+    return replace_options(config, {"train.steps": steps, "optim.decay_at": " ".join(map(str, falls))})
