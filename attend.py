@@ -184,16 +184,16 @@ def print_next_token(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> Non
         return terminal.quote_token(tokenizer.token_bytes(token))
 
     lens = logit_lens(model, torch.tensor(tokens))[:, -1]
-    logit = direct_logit_attribution(model, torch.tensor(tokens))
-    order = logit.parts.abs().argsort(descending=True).tolist()
-    parts = [f"{logit.labels[k]} {logit.parts[k]:+.2f}" for k in order[:MAX_PARTS]]
-    if rest := order[MAX_PARTS:]:
-        parts.append(f"{len(rest)} others {logit.parts[rest].sum():+.2f}")
+    token, parts = direct_logit_attribution(model, torch.tensor(tokens))
+    largest = sorted(parts.items(), key=lambda part: -abs(part[1]))
+    shown = [f"{label} {value:+.2f}" for label, value in largest[:MAX_PARTS]]
+    if rest := [value for _, value in largest[MAX_PARTS:]]:
+        shown.append(f"{len(rest)} others {sum(rest):+.2f}")
     layers = ", ".join(map(quote, lens.argmax(dim=-1).tolist()))
     print_lines(
         "",
-        f"Next token: {quote(logit.token)} ({lens[-1].softmax(dim=-1)[logit.token]:.1%})",
-        f"  direct logit attribution: {logit.total:.2f} = {', '.join(parts)}",
+        f"Next token: {quote(token)} ({lens[-1].softmax(dim=-1)[token]:.1%})",
+        f"  direct logit attribution: {sum(parts.values()):.2f} = {', '.join(shown)}",
         f"  logit lens, before the first layer and after each: {layers}",
         "",
     )

@@ -1,13 +1,8 @@
 """Head ablation: how the loss and the logit difference change when a head's output is replaced.
 
 Zero ablation sets the head's output to 0; mean ablation sets it to its mean over a reference set, which leaves later
-layers what they are used to (Wang et al. 2022, section 3.1). The control is the same ablation of another head of the
-layer, drawn at random: its expectation over all of them. Effects are positive where ablating hurts.
-
-An effect shows that the model, as it is, relies on the head for this measure. No effect does not show that the head
-does nothing: another one may do the same (Wang et al. 2022, "backup" heads).
-
-Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size, S positions scored.
+layers what they are used to (Wang et al. 2022, section 3.1). Effects are positive where ablating hurts. No effect does not
+show that the head does nothing: another one may do the same (Wang et al. 2022, "backup" heads).
 """
 
 from collections.abc import Callable, Sequence
@@ -91,7 +86,7 @@ def ablation_effects(model: GPT, task: EvalTask, on_pass: Callable[[], object] =
     with inference_mode(model) as model:
         for batch in batches(model, task.texts):
             tokens = pad([task.texts[row] for row in batch])
-            index = GatherIndex.of(task, batch, tokens.shape[1], model.token_embedding.weight.device)
+            index = GatherIndex(task, batch, tokens.shape[1], model.token_embedding.weight.device)
             for number, layer in enumerate(run_layers(model, tokens)):
                 before = index.score(_logits(model, number, layer, layer.z, index), N)
                 if number == 0:
@@ -120,7 +115,7 @@ def loss_increases(model: GPT, texts: Sequence[Sequence[int]], layer: int, head:
 
 
 def control_effects(effects: Scores) -> Scores | None:
-    """For each head, the mean effect (N, L, H) over the other heads of its layer; None where there is no other."""
+    """The control: the mean effect (N, L, H) over the other heads of the layer; None where there is no other."""
     others = effects.shape[2] - 1
     return (effects.sum(axis=2, keepdims=True) - effects) / others if others else None
 

@@ -1,10 +1,8 @@
 """Attention as the model computes it: a hook for each layer, and a cache of what it gets.
 
-`run_with_hooks` hands what each layer's attention computes to a function; `run_with_cache` keeps it. These are the tensors
-that the model itself uses. Afterwards the model is unchanged, and no random generator has advanced.
-
-Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size. A[l, h, i, j] is how much
-query i (row) attends to key j (column); it is exactly 0 for j > i, and each row sums to 1.
+`run_with_hooks` hands what each layer's attention computes to a function; `run_with_cache` keeps it. Afterwards the model is
+unchanged, and no random generator has advanced. Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width,
+D head size. A[l, h, i, j] is how much query i attends to key j; it is 0 for j > i, and each row sums to 1.
 """
 
 import copy

@@ -1,8 +1,7 @@
 """Which head attends to the antecedent of an answer, and whether a baseline without any content would find it too.
 
-A head may only attend "nine tokens back", if the antecedent is mostly there, or to the nearest noun. So each kind of
-contrast pair has two baselines: the best fixed offset (Clark et al. 2019, section 4.2) and the nearest noun. Head and
-offset are chosen on one half of the pairs and compared on the other, so that choosing does not bias the result.
+A head may only attend "nine tokens back", or to the nearest noun, so these are two baselines (Clark et al. 2019, section 4.2).
+Head and offset are chosen on one half of the pairs and compared on the other, so that choosing does not bias the result.
 """
 
 from collections.abc import Sequence
@@ -24,16 +23,14 @@ class AntecedentScore:
 
     kind: str
     count: int  # of pairs, in both halves
-    accuracy: float
-    """Share of all pairs with log p(right) > log p(wrong), each summed over the answer's tokens."""
-    head: Head | None
-    """The head with the most attention on the antecedent in the first half; None without two known antecedents."""
-    attention: float  # its attention to the antecedent from the last position of the prompt
-    offset: int
-    """The best fixed offset: this many tokens before the last position of the prompt."""
-    offset_baseline: float
-    """Share of pairs in which the token at that offset belongs to the antecedent."""
-    nearest_noun_baseline: float | None
+    accuracy: float  # share of all pairs with log p(right) > log p(wrong), each summed over the answer's tokens
+    head: Head | None = (
+        None  # with the most attention on the antecedent in the first half; None if few antecedents are known
+    )
+    attention: float = 0.0  # its attention to the antecedent from the last position of the prompt
+    offset: int = 0  # the best fixed offset: this many tokens before the last position of the prompt
+    offset_baseline: float = 0.0  # share of pairs in which the token at that offset belongs to the antecedent
+    nearest_noun_baseline: float | None = None
     """Share of the nearest noun's tokens that belong to the antecedent; None where no pair knows the nearest noun."""
 
     @property
@@ -73,7 +70,7 @@ def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[Anteced
         accuracy = float((logit_diffs[ours] > 0).mean())
         known = [k for k in ours if fitting[k].antecedent]
         if len(known) < 2:
-            scores.append(AntecedentScore(kind, len(ours), accuracy, None, 0.0, 0, 0.0, None))
+            scores.append(AntecedentScore(kind, len(ours), accuracy))
             continue
         choose, judge = halves(known)
         layer, head = divmod(int(attention[choose].mean(dim=0).argmax()), model.config.n_heads)

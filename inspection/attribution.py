@@ -1,9 +1,7 @@
 """Which parts of the model wrote a logit: direct logit attribution, and the logit lens.
 
-Every layer adds to the residual stream, and the LM head reads the sum. So a logit is a sum too: of what each embedding,
-head and MLP wrote, projected on the token's unembedding (Elhage et al. 2021, "Direct path terms"). It shows what was
-written directly: the effect of a head through later layers counts as theirs. `ablation.py` measures the total effect.
-
+A logit is a sum of what each embedding, head and MLP wrote to the residual stream, projected on the token's unembedding
+(Elhage et al. 2021, "Direct path terms"). The effect of a head through later layers counts as theirs.
 Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size.
 """
 
@@ -29,21 +27,6 @@ class LayerActivations:
     mlp_out: Float[Tensor, "B T C"]
     resid_post: Float[Tensor, "B T C"]
     rope: Rope | None  # the rotary angles, the same in every layer
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """One logit as a sum."""
-
-    position: int
-    token: int
-    labels: tuple[str, ...]  # such as `token embedding`, `L0H1`, `L0 attention bias`, `L0 MLP`, `final norm bias`
-    parts: Float[Tensor, " N"]  # what each of them adds to the logit; on the CPU
-
-    @property
-    def total(self) -> float:
-        """The logit, up to rounding."""
-        return float(self.parts.sum())
 
 
 def run_layers(model: GPT, tokens: Int[Tensor, "B T"]) -> Iterator[LayerActivations]:
@@ -87,31 +70,32 @@ def _direction(model: GPT, x: Float[Tensor, " C"], token: int) -> tuple[Float[Te
 
 
 def direct_logit_attribution(
-    model: GPT, tokens: Int[Tensor, " T"], position: int = -1, token: int | None = None
-) -> Attribution:
-    """The logit of `token` after `tokens[: position + 1]`, as a sum over everything that wrote to the residual stream.
+    model: GPT, tokens: Int[Tensor, " T"], token: int | None = None
+) -> tuple[int, dict[str, float]]:
+    """The logit of `token` after the text, as a sum over everything that wrote to the residual stream.
 
-    The parts add up to the model's logit within 1e-4 in fp32 and 1e-9 in double precision. The bias of the values is
-    part of each head, those of the MLP part of the MLP; the biases of the attention output and of the final norm are
-    parts of their own.
+    The bias of the values is part of each head, those of the MLP part of the MLP; the biases of the attention output and of
+    the final norm are parts of their own.
 
-    A negative position counts from the end; `token` None is the most likely one.
+    Args:
+        token: by default the most likely one.
 
-    Raises ValueError if the text is empty or too long, or position or token are out of range.
+    Returns:
+        The token, and what each part adds: `token embedding`, `L0H1`, `L0 attention bias`, `L0 MLP`, `final norm bias`,
+        ... The parts add up to the model's logit within 1e-4 in fp32 and 1e-9 in double precision.
+
+    Raises ValueError like `check_tokens`.
     """
-    if not -len(tokens) <= position < len(tokens) or not 0 <= (token or 0) < model.vocab_size:
-        raise ValueError(f"position {position} or token {token} out of range")
     with inference_mode(model) as model:
-        # Only one position is kept: all positions of all layers would be large.
+        # Only the last position is kept: all positions of all layers would be large.
         layers = [
-            (layer.z[0, position], layer.mlp_out[0, position], layer.resid_post[0, position])
-            for layer in run_layers(model, tokens[None])
+            (layer.z[0, -1], layer.mlp_out[0, -1], layer.resid_post[0, -1]) for layer in run_layers(model, tokens[None])
         ]
         final = layers[-1][2]
         chosen = int(model.lm_head(model.final_norm(final)).argmax()) if token is None else token
         direction, norm_bias = _direction(model, final, chosen)
         embeddings = _embeddings(model, tokens[None].to(final.device))
-        parts = {name: x[0, position] @ direction for name, x in embeddings.items()}
+        parts = {name: x[0, -1] @ direction for name, x in embeddings.items()}
         for number, (block, (z, mlp_out, _)) in enumerate(zip(blocks_of(model), layers, strict=True)):
             out = block.attention.out
             by_head = (z * (direction @ out.weight)).unflatten(-1, (block.attention.n_heads, -1)).sum(dim=-1)
@@ -121,7 +105,7 @@ def direct_logit_attribution(
             parts[f"L{number} MLP"] = mlp_out @ direction
         if norm_bias is not None:
             parts["final norm bias"] = norm_bias
-    return Attribution(position % len(tokens), chosen, tuple(parts), torch.stack(list(parts.values())).cpu())
+    return chosen, {name: float(part) for name, part in parts.items()}
 
 
 def logit_lens(model: GPT, tokens: Int[Tensor, " T"]) -> Float[Tensor, "Lplus1 T V"]:

@@ -95,6 +95,6 @@ def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.f
             pattern = activations["pattern"][rows, :, positions]  # noqa: B023
             attention[items, layer] = (pattern * is_antecedent[:, None]).sum(dim=-1).cpu()  # noqa: B023
 
-        index = GatherIndex.of(task, batch, tokens.shape[1], device)
+        index = GatherIndex(task, batch, tokens.shape[1], device)
         logit_diffs += index.score(index.gather(run_with_hooks(model, tokens, hook)), len(pairs))
     return logit_diffs, attention

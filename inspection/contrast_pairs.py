@@ -7,20 +7,11 @@ character (`data/stories.py`); `make_contrast_pair` finds the token positions. `
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
+
+from data.tokenizer import Tokenizer
 
 CharSpan = tuple[int, int]
 """First character, and the one after the last."""
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The part of `data.tokenizer.Tokenizer` that is needed here."""
-
-    @property
-    def end_of_text(self) -> int: ...
-    def encode(self, text: str) -> Any: ...
-    def token_bytes(self, token: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -60,14 +51,12 @@ def make_contrast_pair(
         wrong: the wrong answer, as it would be written in place of the right one.
         nouns: those before the answer, if they are known.
 
-    Raises:
-        ValueError: if the spans do not fit the text, both answers are the same, or the tokenizer merges prompt and
-            answer or changes the bytes of the prompt.
+    Raises ValueError if the spans do not fit the text, both answers are the same, or the tokenizer merges prompt and answer
+    or changes the bytes of the prompt.
     """
     start, end = answer
     if not start < end <= len(text) or not all(0 <= a < b <= start for a, b in (*antecedent, *nouns)):
-        where = f"antecedent {antecedent}, nouns {nouns} and answer {answer}"
-        raise ValueError(f"{where} do not fit {len(text)} characters of text")
+        raise ValueError(f"antecedent {antecedent}, nouns {nouns} and answer {answer} do not fit the text")
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(int(token) for token in tokenizer.encode(text))

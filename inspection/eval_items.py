@@ -143,26 +143,18 @@ def batches(model: GPT, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield batch
 
 
-@dataclass(frozen=True)
 class GatherIndex:
     """Where a batch needs logits: S positions of the flattened (B, T), and which of them each query uses."""
 
-    positions: Tensor
-    which: Tensor
-    tokens: Tensor
-    items: Tensor
-    weights: Tensor
-
-    @staticmethod
-    def of(task: EvalTask, batch: list[int], T: int, device: torch.device) -> GatherIndex:
+    def __init__(self, task: EvalTask, batch: list[int], T: int, device: torch.device) -> None:
         """The index for the task's texts `batch`, padded to T tokens."""
         rows = {row: k for k, row in enumerate(batch)}
         queries = [query for query in task.queries if query.row in rows]
         flat = torch.tensor([rows[query.row] * T + query.position for query in queries], device=device)
-        positions, which = flat.unique(return_inverse=True)
-        tokens = torch.tensor([query.token for query in queries], device=device)
-        weights = torch.tensor([query.weight for query in queries], dtype=torch.float64)
-        return GatherIndex(positions, which, tokens, torch.tensor([query.item for query in queries]), weights)
+        self.positions, self.which = flat.unique(return_inverse=True)
+        self.tokens = torch.tensor([query.token for query in queries], device=device)
+        self.items = torch.tensor([query.item for query in queries])
+        self.weights = torch.tensor([query.weight for query in queries], dtype=torch.float64)
 
     def gather(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "1 S C"]:
         """`x` at the S positions."""

@@ -1,14 +1,7 @@
 """The texts on which attention is recorded and measured, chosen once and kept for the whole run.
 
-The same texts, repeated sequences and contrast pairs at every evaluation, so that two attention files of a run differ by
-the model alone. They are saved in the run folder, where `attend.py` finds them without the corpus.
-
-The user can add prompts in a UTF-8 file. A line is a text, or a contrast pair of three or four tab-separated columns:
-
-    prompt <TAB> right answer <TAB> wrong answer [<TAB> antecedent]
-
-The prompt ends where the answer is due; spaces belong to the answers, as in ` he`. Without a fourth column, every
-earlier mention of the right answer is the antecedent; without any, only the answers are scored.
+They are the same at every evaluation, so that two attention files of a run differ by the model alone. The run folder keeps
+them, where `attend.py` finds them without the corpus.
 """
 
 from __future__ import annotations
@@ -26,7 +19,8 @@ import numpy as np
 
 from common.errors import CONFIG, UserError, escape_control_chars
 from common.files import reading, write_atomic
-from inspection.contrast_pairs import ContrastPair, Tokenizer, make_contrast_pair
+from data.tokenizer import Tokenizer
+from inspection.contrast_pairs import ContrastPair, make_contrast_pair
 from model.config import ModelConfig
 
 FORMAT = "glassgpt-eval-texts-1"
@@ -103,11 +97,16 @@ class EvalTexts:
         """The held-out texts."""
         return [text for text in self.texts if text[0].startswith(HELD_OUT)]
 
+    def prompts(self) -> list[NamedText]:
+        """The user's texts."""
+        return [text for text in self.texts if not text[0].startswith(HELD_OUT)]
+
     def scored_texts(self) -> list[tuple[int, ...]]:
         """The texts on which heads are scored: the user's, and `SCORED_HELD_OUT` evenly spaced held-out ones."""
-        held_out, own = self.held_out(), [tokens for name, tokens in self.texts if not name.startswith(HELD_OUT)]
+        held_out = self.held_out()
         n = min(SCORED_HELD_OUT, len(held_out))
-        return own + [held_out[k * len(held_out) // n][1] for k in range(n)]
+        chosen = [*self.prompts(), *(held_out[k * len(held_out) // n] for k in range(n))]
+        return [tokens for _, tokens in chosen]
 
     def pairs_by_kind(self) -> dict[str, list[ContrastPair]]:
         """The contrast pairs of each kind."""
@@ -118,10 +117,9 @@ class EvalTexts:
 
     def recorded_texts(self) -> list[NamedText]:
         """What an attention file holds: the user's texts, some held-out ones, one repeat, one prompt of each kind."""
-        own = [text for text in self.texts if not text[0].startswith(HELD_OUT)]
-        prompts = [(f"{kind} 1", pairs[0].tokens) for kind, pairs in self.pairs_by_kind().items()]
-        repeats = [("repeat 1", tokens) for tokens in self.repeats[:1]]
-        return [*own, *self.held_out()[:RECORDED_HELD_OUT], *repeats, *prompts]
+        others = [("repeat 1", tokens) for tokens in self.repeats[:1]]
+        others += [(f"{kind} 1", pairs[0].tokens) for kind, pairs in self.pairs_by_kind().items()]
+        return [*self.prompts(), *self.held_out()[:RECORDED_HELD_OUT], *others]
 
     def save(self, path: Path) -> None:
         """Write the texts as JSON, atomically; raises UserError (exit code 6) if that fails."""
@@ -150,33 +148,32 @@ class EvalTexts:
 
 
 def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[list[NamedText], list[ContrastPair]]:
-    """The texts, at most `MAX_USER_TEXTS`, and the contrast pairs of a user's file.
+    """The texts, at most `MAX_USER_TEXTS`, and the contrast pairs of a user's UTF-8 file; longer texts are cut.
 
-    Args:
-        context: longer texts are cut, longer contrast pairs refused.
+    A line is a text, or a contrast pair of three or four tab-separated columns:
+
+        prompt <TAB> right answer <TAB> wrong answer [<TAB> antecedent]
+
+    The prompt ends where the answer is due; spaces belong to the answers, as in ` he`. Without a fourth column, every
+    earlier mention of the right answer is the antecedent; without any, only the answers are scored.
 
     Raises UserError (exit code 2) naming the line that can't be used.
     """
     name = escape_control_chars(path)
     try:
         rows = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"cannot read prompts from {name}: {reason}", CONFIG) from error
+    except OSError as error:
+        raise UserError(f"cannot read prompts from {name}: {error.strerror}", CONFIG) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read prompts from {name}: it is not UTF-8", CONFIG) from error
     texts: list[NamedText] = []
     pairs: list[ContrastPair] = []
     for number, row in enumerate(rows, 1):
-        columns = row.split("\t")
         try:
-            if not row.strip():
-                continue
-            if len(columns) == 1:
-                tokens = [int(token) for token in tokenizer.encode(row)]
-                texts.append((f"line {number}", (tokenizer.end_of_text, *tokens)[:context]))
-                continue
-            pairs.append(_user_pair(columns, tokenizer))
-            if pairs[-1].length > context:
-                raise ValueError(f"{pairs[-1].length} tokens, more than the context of {context}")
+            if "\t" in row:
+                pairs.append(_user_pair(row.split("\t"), tokenizer, context))
+            elif row.strip():
+                texts.append((f"line {number}", (tokenizer.end_of_text, *tokenizer.encode(row).tolist())[:context]))
         except ValueError as error:
             raise UserError(f"{name}, line {number}: {error}", CONFIG) from error
     if len(texts) > MAX_USER_TEXTS:
@@ -186,7 +183,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
     return texts, pairs
 
 
-def _user_pair(columns: list[str], tokenizer: Tokenizer) -> ContrastPair:
+def _user_pair(columns: list[str], tokenizer: Tokenizer, context: int) -> ContrastPair:
     """The contrast pair in the columns of a line; raises ValueError."""
     if len(columns) not in (3, 4):
         raise ValueError(f"{len(columns)} columns; write a text, or prompt, right answer, wrong answer[, antecedent]")
@@ -195,4 +192,7 @@ def _user_pair(columns: list[str], tokenizer: Tokenizer) -> ContrastPair:
     spans = [match.span() for match in re.finditer(re.escape(antecedent), prompt)] if antecedent else []
     if not right or (word and not spans):
         raise ValueError(f"{antecedent!r} is not in the prompt" if right else "the right answer is empty")
-    return make_contrast_pair(tokenizer, OWN, prompt + right, (len(prompt), len(prompt + right)), spans, wrong)
+    pair = make_contrast_pair(tokenizer, OWN, prompt + right, (len(prompt), len(prompt + right)), spans, wrong)
+    if pair.length > context:
+        raise ValueError(f"{pair.length} tokens, more than the context of {context}")
+    return pair

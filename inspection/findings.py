@@ -1,11 +1,8 @@
 """Findings: what a head attends to, since when, and whether ablating it matters. Needs no torch.
 
-A head qualifies if half of its attention, or more, is on the tokens that a score tests. Whether that matters is a second
-question, answered by ablation: the effect of ablating the head, compared with ablating another head of its layer. This
-file has the only definition of whether ablations support a finding (`ablation_label`).
-
-On a corpus without contrast pairs it is the other way round: `text_finding` takes the head whose ablation hurts most,
-and says what it attends to.
+A head qualifies if half of its attention, or more, is on the tokens that a score tests; `ablation_label` is the only
+definition of whether ablations support that it matters. On a corpus without contrast pairs it is the other way round:
+`text_finding` takes the head whose ablation hurts most, and says what it attends to.
 """
 
 import json

@@ -5,9 +5,11 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data.tokenizer import ByteTokenizer
 from inspection import compute_scores
 from inspection.activation_cache import run_with_cache
 from inspection.antecedent_score import antecedent_scores, halves
@@ -23,31 +25,24 @@ ANSWER, TOM = (49, 53), (20, 24)
 PRONOUN: dict[str, Any] = {"kind": "pronoun", "text": TEXT, "answer": ANSWER, "antecedent": [TOM], "wrong": " Mia"}
 
 
-class Bytes:
-    """A tokenizer of bytes."""
-
-    end_of_text = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token])
-
-
-class Words(Bytes):
+class Words(ByteTokenizer):
     """A tokenizer of words with their leading space, and of punctuation marks."""
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> np.ndarray:
         pieces = re.findall(r" ?\w+|[^\w]", text)
         self.pieces += [piece for piece in pieces if piece not in self.pieces]
-        return [self.pieces.index(piece) for piece in pieces]
+        return np.array([self.pieces.index(piece) for piece in pieces])
 
     def token_bytes(self, token: int) -> bytes:
         return self.pieces[token].encode()
+
+
+class Merging(ByteTokenizer):
+    def _encode(self, text: str) -> np.ndarray:
+        return super()._encode(text.replace("n T", "#"))
 
 
 def test_spans_become_word_positions() -> None:
@@ -66,22 +61,17 @@ def test_spans_become_byte_positions() -> None:
     """Also after characters of several bytes."""
     for text, shift in ((TEXT, 0), ("日🙂é" + TEXT, 3)):
         answer, tom = ((start + shift, end + shift) for start, end in (ANSWER, TOM))
-        pair = make_contrast_pair(Bytes(), "pronoun", text, answer, [tom], " Mia")
+        pair = make_contrast_pair(ByteTokenizer(), "pronoun", text, answer, [tom], " Mia")
         assert bytes(pair.tokens[k] for k in pair.antecedent) == bytes(pair.right) == b" Tom"
         assert bytes(pair.wrong) == b" Mia" and pair.length == len(pair.tokens) + 3
-
-
-class Merging(Bytes):
-    def encode(self, text: str) -> list[int]:
-        return list(text.replace("n T", "#").encode())
 
 
 @pytest.mark.parametrize(
     ("changes", "tokenizer", "error"),
     [
-        ({"antecedent": [(50, 52)]}, Bytes(), "do not fit"),
-        ({"answer": (60, 99)}, Bytes(), "do not fit"),
-        ({"wrong": " Tom"}, Bytes(), "both answers"),
+        ({"antecedent": [(50, 52)]}, ByteTokenizer(), "do not fit"),
+        ({"answer": (60, 99)}, ByteTokenizer(), "do not fit"),
+        ({"wrong": " Tom"}, ByteTokenizer(), "both answers"),
         ({}, Merging(), "merges ' Tom'"),
     ],
 )

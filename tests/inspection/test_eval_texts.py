@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from data.tokenizer import ByteTokenizer
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import (
     HELD_OUT_TEXTS,
@@ -23,7 +24,6 @@ from inspection.eval_texts import (
     read_user_prompts,
     repeated_sequences,
 )
-from tests.inspection.test_contrast_pairs import Bytes
 
 END = 0
 PAIR = ContrastPair("pronoun", (END, 5, 6, 7), (1,), (5,), (6,), (2,))
@@ -70,13 +70,10 @@ def test_recorded_texts() -> None:
 
 DAMAGE: list[Callable[[Any], Any]] = [
     lambda d: d.update(format="other"),
-    lambda d: d.pop("contrast_pairs"),
-    lambda d: d["texts"][0].append(1),
     lambda d: d["texts"].append(["x", []]),
     lambda d: d["texts"].append(["x", [100]]),
     lambda d: d["texts"].append(["x", [1] * 65]),
     lambda d: d["contrast_pairs"][0].pop("right"),
-    lambda d: d["contrast_pairs"].append("x"),
 ]
 
 
@@ -94,18 +91,18 @@ def test_damaged_file_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) 
 
 def prompts(tmp_path: Path, text: str) -> tuple[list[tuple[str, tuple[int, ...]]], list[ContrastPair]]:
     (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
-    return read_user_prompts(tmp_path / "prompts.txt", Bytes(), 64)
+    return read_user_prompts(tmp_path / "prompts.txt", ByteTokenizer(), 64)
 
 
 def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     texts, pairs = prompts(tmp_path, "Tom ran 🙂.\n\nAnn met Tom. Then\t Ann\t Tom\nIt rained\t wet\t dry\train\n")
-    assert texts == [("line 1", (Bytes.end_of_text, *Bytes().encode("Tom ran 🙂.")))]
+    assert texts == [("line 1", (256, *"Tom ran 🙂.".encode()))]
     mention, reason = pairs
-    assert mention.kind == reason.kind == "own" and mention.right == tuple(Bytes().encode(" Ann"))
+    assert mention.kind == reason.kind == "own" and mention.right == tuple(b" Ann")
     assert mention.antecedent == (1, 2, 3) and reason.antecedent == (4, 5, 6, 7)
     assert len(prompts(tmp_path, "x" * 200)[0][0][1]) == 64
     (unknown,) = prompts(tmp_path, "2 + 2 =\t 4\t 5\n")[1]  # the answer is not in the prompt
-    assert unknown.antecedent == () and unknown.right == tuple(Bytes().encode(" 4"))
+    assert unknown.antecedent == () and unknown.right == tuple(b" 4")
 
 
 @pytest.mark.parametrize(
@@ -130,4 +127,4 @@ def test_unreadable_prompts_are_named(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
     for path, message in ((tmp_path / "prompts.txt", "not UTF-8"), (tmp_path / "none.txt", "cannot read")):
         with pytest.raises(UserError, match=message):
-            read_user_prompts(path, Bytes(), 64)
+            read_user_prompts(path, ByteTokenizer(), 64)
