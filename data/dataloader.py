@@ -126,20 +126,6 @@ def num_valid_tokens(sequences: PackedSequences, seed: int, step: int, batch_siz
     return int(sequences.counts[sample_indices(sequences, seed, step, batch_size)].sum())
 
 
-def documents_in_batch(
-    split: TokenSplit, sequences: PackedSequences, seed: int, step: int, batch_size: int
-) -> list[int]:
-    """Numbers, from 0 and ascending, of the documents with a valid target in the whole batch of a step.
-
-    The end-of-text after a document is its last target.
-    """
-    indices = sample_indices(sequences, seed, step, batch_size)
-    starts = sequences.starts[indices]  # a target belongs to the last document that starts before it
-    first = np.searchsorted(split.document_starts, starts, side="right") - 1
-    last = np.searchsorted(split.document_starts, starts + sequences.counts[indices], side="left") - 1
-    return sorted({number for a, b in zip(first.tolist(), last.tolist(), strict=True) for number in range(a, b + 1)})
-
-
 def read_sequences(split: TokenSplit, sequences: PackedSequences, indices: np.ndarray) -> Batch:
     """The sequences `indices` as a batch; those that extend past the split are padded with end-of-text."""
     context = sequences.context

@@ -73,7 +73,7 @@ class WandbTracker(Callback):
     @guarded
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         if trainer.should_log(metrics):
-            values = {f"train/{key}": value for key, value in metrics.items() if key not in ("step", "documents")}
+            values = {f"train/{key}": value for key, value in metrics.items() if key != "step"}
             self.run.log(values, step=metrics["step"])
 
     @guarded

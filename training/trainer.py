@@ -47,7 +47,7 @@ class Callback:
         """Before the first step of a new or resumed run; a new run has saved its initial weights."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After every step: `step` (1 after the first), `loss`, `lr`, `grad_norm`; if skipped, `skipped`, `documents`."""
+        """After every step: `step` (1 after the first), `loss`, `lr`, `grad_norm`; if skipped, `skipped`."""
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """After an evaluation, before its checkpoint: `step`, `val_loss`, `tokens_seen`; repeated if a signal interrupts it."""
@@ -236,19 +236,16 @@ class Trainer:
         """
         state, train, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
-        documents = dataloader.documents_in_batch(
-            self.data.train, self.train_sequences, seed, state.step, train.batch_size
-        )
         if state.skipped_steps >= train.skip_nonfinite_steps:
-            newest, shown = self.saved[0] if self.saved else 0, ", ".join(map(str, documents[:8]))
+            newest = self.saved[0] if self.saved else 0
             raise UserError(
-                f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g} at step {state.step} (seed {seed}, "
-                f"training documents {shown}); the newest checkpoint is of step {newest}. Lower optim.lr "
+                f"the loss is {loss:.4g} and the gradient norm {grad_norm:.4g} at step {state.step} (seed {seed}); "
+                f"the newest checkpoint is of step {newest}. Lower optim.lr "
                 f"(now {self.config.optim.lr}) or optim.muon_lr, or allow such steps with train.skip_nonfinite_steps",
                 NON_FINITE,
             )
         state.skipped_steps += 1
-        return {"skipped": state.skipped_steps, "documents": documents}
+        return {"skipped": state.skipped_steps}
 
     def evaluate(self) -> bool:
         """Compute the validation loss and call `on_eval`; True if the loss is the best so far.

@@ -1,7 +1,5 @@
 """Batches: every target once an epoch, a pure function of seed and step, the same for any number of processes."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.dataloader import (
     IGNORE_INDEX,
-    documents_in_batch,
     epoch_permutation,
     eval_indices,
     get_batch,
@@ -110,11 +107,6 @@ def test_parts_of_all_ranks_are_the_whole_batch(
     assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
     assert torch.equal(whole.targets, torch.cat([part.targets for part in parts]))
     assert num_valid_tokens(sequences, seed, step, 4) == (whole.targets != IGNORE_INDEX).sum()
-    # Each token, EOT included, is its own position, so that the targets are positions.
-    positions = dataclasses.replace(split, tokens=np.arange(len(split)))
-    targets = get_batch(positions, sequences, seed, step, 4).targets
-    expected = {int((split.document_starts < t).sum()) - 1 for t in targets[targets != IGNORE_INDEX].tolist()}
-    assert documents_in_batch(split, sequences, seed, step, 4) == sorted(expected)
 
 
 def test_indivisible_batch_and_empty_split_are_rejected() -> None:
