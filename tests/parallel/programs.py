@@ -98,7 +98,7 @@ def write(ctx: DistContext, folder: Path) -> None:
 
 
 def read(ctx: DistContext, folder: Path) -> None:
-    """Load what `write` saved into an FSDP model, gather and save it again; then train another step."""
+    """Load what `write` saved into an FSDP model, gather and save it again."""
     for name in ("none", "fsdp"):
         model = GPT(SHAPE, VOCAB, seed=9)
         model.load_state_dict(load(folder / f"{name}.safetensors", "weights"), strict=False)
@@ -111,10 +111,6 @@ def read(ctx: DistContext, folder: Path) -> None:
         state = optimizer.state_dict()
         if ctx.is_main_process:
             save(folder / f"{name}-{ctx.world_size}.safetensors", model, state)
-        train(wrapped, ctx, optimizer, range(3, 4))
-        gather_weights(wrapped, model)
-        if ctx.is_main_process:
-            save(folder / f"{name}-{ctx.world_size}-later.safetensors", model, {})
 
 
 def gradients(ctx: DistContext, folder: Path) -> None:

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,7 @@ import pytest
 from common.errors import CONFIG, DATA, IN_USE, UserError
 from tests.runs import ROOT, TINY, error_line, script
 from training.config import RunConfig, RunSettings
-from training.run_dir import open_run_dir, save_config
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from training.run_dir import lock_folder
-lock = lock_folder(Path(sys.argv[1]))
-print("locked", flush=True)
-time.sleep(60)
-"""
-Holder = tuple[Path, "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[Holder]:
-    """Another process that has locked a folder."""
-    folder = tmp_path / "busy"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "locked\n"
-    yield folder, process
-    process.kill()
-    process.wait()
+from training.run_dir import lock_folder, open_run_dir, save_config
 
 
 @pytest.fixture(scope="module")
@@ -75,46 +53,33 @@ def test_commands_to_copy_are_quoted(run: Path, tmp_path: Path) -> None:
     assert shlex.split(last) == ["python", "sample.py", f"{tmp_path}/my run's (1)"]
 
 
-def test_folder_in_use_is_refused_before_torch_is_imported(holder: Holder) -> None:
-    folder, owner = holder
+def test_folder_in_use_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     program = (
-        "import sys; sys.argv = ['train.py', f'--run.dir={sys.argv[1]}']\n"
-        "import train\n"
+        "import sys, train\n"
         "from common.errors import UserError\n"
-        "try: train.main(sys.argv[1:])\n"
+        "try: train.main([f'--run.dir={sys.argv[1]}'])\n"
         "except UserError as error: print(error.exit_code, 'torch' in sys.modules, error)\n"
     )
-    command = [sys.executable, "-c", program, str(folder)]
-    out = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout
-    assert out.startswith(f"{IN_USE} False ") and f"in use by process {owner.pid};" in out
-
-
-def test_lock_ends_with_its_process(holder: Holder) -> None:
-    folder, owner = holder
-    owner.kill()
-    owner.wait()
-    with open_run_dir(RunConfig(run=RunSettings(dir=str(folder))), "x"):
-        assert (folder / "lock").read_text().splitlines()[0] == str(os.getpid())
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with lock_folder(tmp_path):
+        out = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout
+    assert out.startswith(f"{IN_USE} False ") and f"in use by process {os.getpid()};" in out
+    lock_folder(tmp_path).close()
 
 
 def test_restarted_job_resumes_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given_dir = RunConfig(run=RunSettings(dir="given"))
+    config = RunConfig(run=RunSettings(dir="given"))
     for job, restarts in (("one", "0"), ("one", "1"), ("two", "1")):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         if job == "two":  # its first start was refused: the folder holds another job's run
-            with pytest.raises(UserError) as caught, open_run_dir(given_dir, "mine"):
+            with pytest.raises(UserError, match="already holds a run"), open_run_dir(config, "mine"):
                 pass
-            assert caught.value.exit_code == CONFIG
-        with open_run_dir(RunConfig(), "mine") as config:
-            assert config.run.dir == ("runs/mine" if job == "one" else "runs/mine-2")
-            assert config.run.resume == (config.run.dir if (job, restarts) == ("one", "1") else "")
-            save_config(config)
-        if job == "one":
-            with open_run_dir(given_dir, "mine") as config:
-                assert config.run.resume == ("given" if restarts == "1" else "")
-                save_config(config)
+            continue
+        with open_run_dir(config, "mine") as opened:
+            assert opened.run.resume == ("given" if restarts == "1" else "")
+            save_config(opened)
 
 
 def test_checkpoints_may_be_a_link_to_another_disk(run: Path, tmp_path: Path) -> None:

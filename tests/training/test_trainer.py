@@ -170,9 +170,15 @@ def test_telemetry_in_metrics_jsonl(tmp_path: Path) -> None:
 def test_run_stops_once_its_folder_is_gone(tmp_path: Path) -> None:
     trainer = make_trainer(EIGHT)
     trainer.config = replace(trainer.config, log=replace(trainer.config.log, every=1))
-    folder = tmp_path / "run"
-    mover = SimpleNamespace(on_step=lambda _, line: line["step"] == 3 and folder.rename(tmp_path / "moved"))
-    trainer.callbacks = [mover, MetricsLogger(folder, TrainState())]
+    mover = SimpleNamespace(on_step=lambda _, line: (tmp_path / "run").rename(tmp_path / "moved"))
+    trainer.callbacks = [mover, MetricsLogger(tmp_path / "run", TrainState())]
     with pytest.raises(UserError, match="cannot write") as caught:
         trainer.run()
-    assert caught.value.exit_code == DISK_OR_MEMORY and trainer.state.step == 3 and not folder.exists()
+    assert caught.value.exit_code == DISK_OR_MEMORY and trainer.state.step == 1 and not (tmp_path / "run").exists()
+
+
+def test_running_out_of_memory_is_advice() -> None:
+    trainer = make_trainer(EIGHT)
+    trainer.model.register_forward_hook(lambda *_: torch.empty(1 << 50))
+    with pytest.raises(UserError, match="micro_batch_size 2"):
+        trainer.run()
