@@ -114,15 +114,10 @@ def _select_files(texts: Sequence[TextRange], val_fraction: float, total: int) -
     return selected if is_near else []
 
 
-def _generated_folder(name: str, cache: Path) -> Path:
-    """A folder for the texts that the present code generates."""
-    code = "".join(inspect.getsource(module) for module in (*GENERATED.values(), story_grammar))
-    return cache / f"{name}-{hashlib.sha256(code.encode()).hexdigest()[:12]}"
-
-
 def generated_files(name: str, cache: Path) -> tuple[Path, Path]:
-    """Training and validation file of a generated corpus, written the first time. Raises `UserError` (6)."""
-    folder = _generated_folder(name, cache)
+    """Training and validation file of a generated corpus, written once for the present code. Raises `UserError` (6)."""
+    code = "".join(inspect.getsource(module) for module in (*GENERATED.values(), story_grammar))
+    folder = cache / f"{name}-{hashlib.sha256(code.encode()).hexdigest()[:12]}"
     for split in ("train", "val"):
         if not (folder / f"{split}.txt").exists():
             text = f"\n{SEPARATOR}\n".join(GENERATED[name].documents(split))

@@ -209,7 +209,7 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: 
     not be evaluated. `bpe` should see training text alone; it learns `vocab_size - 257` merges, or as many as there
     are pairs that occur twice.
 
-    Raises `UserError`: unknown name (2), no text (3), an encoding that cannot be downloaded (3).
+    Raises `UserError`: unknown name (2), an encoding that cannot be downloaded (3).
     """
     if name == "byte":
         return ByteTokenizer()
@@ -217,8 +217,6 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: 
         characters: set[str] = set()
         for text in texts:
             characters.update(text)
-        if not characters:
-            raise UserError("there is no text to take characters from", DATA)
         return CharTokenizer("".join(sorted(characters)))
     if name == "bpe":
         return BPETokenizer.from_merged(_train_bpe(texts, vocab_size, progress))
