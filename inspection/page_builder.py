@@ -116,8 +116,6 @@ def _notes(runs: Sequence[PageRun], names: Sequence[str], every: int, tokens: in
         if len(names) > FULL_TEXTS:
             steps = f"for one step in {every}" if every else "only for the last step"
             notes.append(f"Texts after {' and '.join(names[:FULL_TEXTS])} are stored {steps}.")
-    if any(text.pattern_tril.dtype.itemsize > 2 for text in texts):
-        notes.append("Attention is stored in 16 bits, within 0.00025.")
     if tokens:
         notes.append(f"Only the last {tokens} tokens of longer texts are stored; earlier keys are not shown.")
     return notes

@@ -30,13 +30,15 @@ function labelledPositions({ cell, T }, selected) {
   return [...range(T).filter(far), selected];
 }
 
+// Labels of more than 9 letters are condensed.
 function axisLabels(layout, query, key) {
   const { left, top, cell, side, size } = layout;
   const label = (x, y, angle, anchor, text, selected = false) => createSvg("text", {
     transform: `translate(${x.toFixed(1)} ${y.toFixed(1)}) rotate(${angle})`, "text-anchor": anchor,
     "dominant-baseline": "central", class: selected ? "axis selected" : "axis", "font-weight": selected ? 600 : null,
+    textLength: anchor === "end" && text.length > 9 ? 56 : null, lengthAdjust: "spacingAndGlyphs",
   }, text);
-  const name = (k) => tokenText(view.tokens[k], 9);
+  const name = (k) => tokenText(view.tokens[k], 15);
   const rows = labelledPositions(layout, query);
   const columns = labelledPositions(layout, key);
   return [

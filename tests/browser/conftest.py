@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from playwright.sync_api import sync_playwright
 
 from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
@@ -19,14 +20,10 @@ from tests.browser import example_run
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Chromium; without it or playwright the tests are skipped, except in continuous integration, which has both."""
+    """Chromium; without it the tests are skipped, except in continuous integration."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not os.environ.get("CI"):
-        pytest.importorskip("playwright")
-        if not chromium:
-            pytest.skip("chromium was not found; set CHROMIUM to its path")
-    from playwright.sync_api import sync_playwright
-
+    if not chromium and not os.environ.get("CI"):
+        pytest.skip("chromium was not found; set CHROMIUM to its path")
     with sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         chrome = playwright.chromium.launch(executable_path=chromium, args=options)

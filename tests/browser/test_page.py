@@ -83,7 +83,7 @@ return [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("more", ["", "&compare=100"])
 def test_contrast_in_light_and_dark(scheme: str, more: str, page_path: Path, open_page: OpenPage) -> None:
-    view = open_page(page_path, HASH + more, color_scheme=scheme, reduced_motion="reduce")
+    view = open_page(page_path, HASH + more, color_scheme=scheme)
     background = view.page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     view.open_walkthrough()
