@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tyro.conf import Positional
 
 from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Context, OutputOptions, Result, model_shape, parse_head
 from inspection.head_scores import value_weighted
-from inspection.run_reader import DEFAULT, RunFiles, find_text, match_name
+from inspection.run_reader import DEFAULT, RunFiles, find_text
 from inspection.terminal import DISCLAIMER, head_name, number, paragraph, quote_token, table, token_text
 
 TOP, TOP_OF_ONE_HEAD = 3, 10  # keys listed for each head, and for the head of `--head`
 Rows = list[dict[str, Any]]
+Tables = dict[str, NDArray[np.float64]]  # (layers, heads), by name
 
 
 # token
@@ -148,8 +150,6 @@ class Compare(OutputOptions):
     """Step of the first run; by default the one whose heads were ablated."""
     against: int = DEFAULT
     """Step of the second run; by default as for the first, or the oldest of the same run."""
-    text: str = ""
-    """Compare the patterns of this text only."""
 
     def result(self, context: Context) -> Result:
         """Differences of scores and patterns, head by head."""
@@ -159,66 +159,51 @@ class Compare(OutputOptions):
             steps = steps[0], runs[0].steps[0]
         files = runs[0].read(steps[0]), runs[1].read(steps[1])
         sides = f"{runs[0].folder} step {steps[0]}", f"{runs[1].folder} step {steps[1]}"
-        scores, notes = _score_differences(*files, sides)
-        patterns, text_notes = _pattern_differences(*files, self.text, sides)
-        rows = scores + patterns
-        if not rows:
+        if (a := model_shape(files[0])) != (b := model_shape(files[1])):
+            shapes = f"{sides[0]} has {a[0]} layers of {a[1]} heads, {sides[1]} has {b[0]} layers of {b[1]} heads"
+            raise UserError(f"{shapes}: they cannot be compared head by head", CONFIG)
+        scores, moved = _score_differences(*files), _moved_attention(*files)
+        if not scores and not moved:
             raise UserError(f"{sides[0]} and {sides[1]} have no score and no text in common", CONFIG)
-        identical = not any(row["difference"] for row in rows)
-        notes = ["no difference: all numbers are equal"] * identical + notes + text_notes
+        names = {name: None for file in files for name in (*file.scores, *(text.name for text in file.texts))}
+        left_out = ", ".join(name for name in names if name not in scores and name not in moved)
+        notes = [f"only in one of the two, or a text of different tokens: {left_out}"] if left_out else []
+        rows = [
+            {"kind": kind, "name": name, "head": head_name(*head), "difference": float(value)}
+            for kind, tables in (("score", scores), ("moved", moved))
+            for name, table in tables.items()
+            for head, value in np.ndenumerate(table)
+        ]
         first, second = ({"run": str(run.folder), "step": step} for run, step in zip(runs, steps, strict=True))
+        identical = not any(row["difference"] for row in rows)
         data = {"first": first, "second": second, "identical": identical, "differences": rows, "notes": notes}
-        lines = [f"{sides[0]} minus {sides[1]}", *notes, "", *_difference_table(scores, patterns, context.width), ""]
-        names = ", ".join(dict.fromkeys(row["name"] for row in patterns))
-        moved = f"moved: the share of a token's attention that goes elsewhere, over {names or 'no text'}"
-        return Result([*lines, *paragraph(moved, context.width), DISCLAIMER], data)
+        cells = []
+        for head in np.ndindex(a):
+            mean = number(float(np.mean([table[head] for table in moved.values()])), 3) if moved else "-"
+            differences = [number(float(table[head]), signed=True) for table in scores.values()]
+            cells.append([head_name(*head), mean, *differences])
+        lines = [f"{sides[0]} minus {sides[1]}", *["all numbers are equal"] * identical, *notes, ""]
+        lines += [*table(["head", "moved", *scores], cells, context.width), ""]
+        about = f"moved: the share of a token's attention that goes elsewhere, over {', '.join(moved) or 'no text'}"
+        return Result([*lines, *paragraph(about, context.width), DISCLAIMER], data)
 
 
-def _score_differences(first: AttentionFile, second: AttentionFile, sides: tuple[str, str]) -> tuple[Rows, list[str]]:
-    """A row for each score that both have and each head; a note for the other scores."""
-    a, b = model_shape(first), model_shape(second)
-    if all(a) and all(b) and a != b:
-        shapes = f"{sides[0]} has {a[0]} layers of {a[1]} heads, {sides[1]} has {b[0]} layers of {b[1]} heads"
-        raise UserError(f"{shapes}: they cannot be compared head by head", CONFIG)
-    rows: Rows = []
+def _score_differences(first: AttentionFile, second: AttentionFile) -> Tables:
+    """First minus second, for each score that both have; 0 where both are nan."""
+    tables = {}
     for name in (name for name in first.scores if name in second.scores):
-        for head, x in np.ndenumerate(first.scores[name].astype(float)):
-            y = float(second.scores[name][head])
-            difference = 0.0 if np.isnan(x) and np.isnan(y) else x - y
-            rows.append({"kind": "score", "name": name, "head": head_name(*head), "difference": difference})
-    unshared = sorted(first.scores.keys() ^ second.scores.keys())
-    return rows, [f"only one of the two has the scores {', '.join(unshared)}"] if unshared else []
+        a, b = first.scores[name].astype(float), second.scores[name].astype(float)
+        tables[name] = np.where(np.isnan(a) & np.isnan(b), 0.0, a - b)
+    return tables
 
 
-def _pattern_differences(
-    first: AttentionFile, second: AttentionFile, text: str, sides: tuple[str, str]
-) -> tuple[Rows, list[str]]:
-    """A row for each text that both have, with the same tokens, and each head; notes for the other texts.
-
-    The difference is the share of its attention that a query moves to other keys, averaged over the queries: half the
-    sum of absolute differences, 0 for equal patterns and 1 for patterns without a common key.
-    """
-    a, b = ({record.name: record for record in file.texts} for file in (first, second))
-    names = [name for name in a if name in b]
-    if text:
-        names = [match_name(text, records, "text", side) for records, side in zip((a, b), sides, strict=True)][:1]
-    rows: Rows = []
-    notes = [] if names else ["the two have no text in common; only scores are compared"]
-    for name in names:
-        if a[name].token_bytes != b[name].token_bytes:
-            notes.append(f"text {name!r} has different tokens; its patterns are not compared")
-            continue
-        moved = np.abs(a[name].pattern_tril.astype(float) - b[name].pattern_tril.astype(float)).sum(axis=-1)
-        for head, value in np.ndenumerate(moved / (2 * len(a[name].tokens))):
-            rows.append({"kind": "moved", "name": name, "head": head_name(*head), "difference": value})
-    return rows, notes
-
-
-def _difference_table(scores: Rows, patterns: Rows, width: int) -> list[str]:
-    """A row for each head: moved attention, averaged over the texts, then the difference of each score."""
-    cells = []
-    for head in dict.fromkeys(row["head"] for row in scores or patterns):
-        moved = [row["difference"] for row in patterns if row["head"] == head]
-        differences = [number(row["difference"], signed=True) for row in scores if row["head"] == head]
-        cells.append([head, number(float(np.mean(moved)), 3) if moved else "-", *differences])
-    return table(["head", "moved", *dict.fromkeys(row["name"] for row in scores)], cells, width)
+def _moved_attention(first: AttentionFile, second: AttentionFile) -> Tables:
+    """For each text that both have, with the same tokens: the share of its attention that a query moves to other keys,
+    averaged over the queries. That is half the sum of absolute differences: 0 for equal patterns, 1 for patterns without a
+    common key."""
+    others, tables = {text.name: text for text in second.texts}, {}
+    for text in first.texts:
+        if (other := others.get(text.name)) and other.token_bytes == text.token_bytes:
+            differences = np.abs(text.pattern_tril.astype(float) - other.pattern_tril.astype(float))
+            tables[text.name] = differences.sum(axis=-1) / (2 * len(text.tokens))
+    return tables
