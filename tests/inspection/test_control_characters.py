@@ -34,10 +34,8 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     (root / "lines").write_text(f"{own}<img>\n<script>{own}\t&{own}\t<img>\t<script>\n", newline="")
     options = [f"--data.source={root / NAME}", f"--run.dir={root / 'run'}{NAME}", f"--log.prompts={root / 'lines'}"]
     options += [f"--log.wandb_project={HOSTILE}", "--log.sample_tokens=60", "--model.context=60"]
-    done, folder = (
-        script("train.py", *TINY, *options, "--data.val_fraction=0.3", "--train.steps=1"),
-        root / f"run{NAME}",
-    )
+    done = script("train.py", *TINY, *options, "--data.val_fraction=0.3", "--train.steps=1")
+    folder = root / f"run{NAME}"
     for path in (folder / "attention").glob("*.safetensors"):
         file = read_attention_file(path)
         texts = [each if each.name == "sample" else replace(each, name=each.name + HOSTILE) for each in file.texts]
@@ -65,7 +63,6 @@ def test_training_output_is_escaped(training: tuple[Path, subprocess.CompletedPr
         (("train.py", "--data.source=/no/" + HOSTILE), 3),
         (("train.py", f"--model.n_layers={HOSTILE}", f"--model.preset={HOSTILE}", f"--optim.lr={HOSTILE}"), 2),
         (("train.py", HOSTILE), 3),
-        (("train.py", f"--run.resume={NAME}"), 4),
         (("train.py", f"--run.dir=/proc/{NAME}"), 6),
         (("sample.py", NAME), 4),
         (("sample.py", "RUN", f"--prompt=The {HOSTILE}", "--tokens=30", "--samples=2", "--temperature=2"), 0),
@@ -73,16 +70,12 @@ def test_training_output_is_escaped(training: tuple[Path, subprocess.CompletedPr
         (("attend.py", NAME), 2),
         (("attend.py", "RUN"), 0),
         pytest.param(("attend.py", "RUN", "--prompt", f"The fox {HOSTILE}", "--top=2"), 0, marks=pytest.mark.slow),
-        (("attend.py", "RUN", f"--head={HOSTILE}"), 2),
         (("attend.py", "token", "RUN", "--text", "line 1" + HOSTILE, "--find", CONTROLS[:7]), 0),
-        (("attend.py", "token", "RUN", "--json"), 0),
         (("attend.py", "token", "RUN", f"--text={HOSTILE}"), 2),
-        (("attend.py", "token", "RUN", f"--find=\u05d0{HOSTILE}"), 2),
         (("attend.py", "heads", "RUN"), 0),
         (("attend.py", "heads", "RUN", f"--score=no{HOSTILE}"), 2),
         (("attend.py", "timeline", "RUN"), 0),
         (("attend.py", "compare", "RUN"), 0),
-        (("attend.py", "plot", "RUN", f"--out=/proc/{NAME}"), 6),
         (("attend.py", "summary", "RUN"), 0),
         (("attend.py", "summary", NAME), 4),
         pytest.param(("attend.py", "ablate", "RUN"), 0, marks=pytest.mark.slow),

@@ -75,13 +75,10 @@ def test_heat_map_shows_each_weight() -> None:
         assert [SHADES.index(cells[2 * j]) / levels for j in range(i + 1)] == pytest.approx(pattern[i, : i + 1])
 
 
-@pytest.mark.parametrize(("T", "width"), [(1, 10), (9, 80), (200, 80)])
-def test_heat_map_fits_the_terminal(T: int, width: int) -> None:
-    lines = heat_map(random_pattern(T, T), [f" {k}日本語の長い名前".encode() for k in range(T)], width)
-    assert max(map(display_width, lines)) <= max(width, 40)
-    shown = sum("█" in line or "·" in line or "░" in line for line in lines) - 1
-    assert shown == T or lines[0] == f"the last {shown} of {T} tokens"
-    assert any(line.startswith(f"{T - 1} ") for line in lines)
+def test_heat_map_fits_the_terminal() -> None:
+    lines = heat_map(random_pattern(200, 200), [f" {k}日本語の長い名前".encode() for k in range(200)], width=80)
+    assert max(map(display_width, lines)) <= 80
+    assert lines[0] == f"the last {len(lines) - 3} of 200 tokens" and lines[-2].startswith("199 ")
 
 
 def test_table_aligns_columns() -> None:
@@ -91,15 +88,10 @@ def test_table_aligns_columns() -> None:
         "L0H0     0.50   +1.2!  a",
         "L10H10      -   -13.0  bcd",
     ]
-    wide = table(["token", "weight"], [("日本", 0.5), ("ab", 0.25)])
-    assert {display_width(line) for line in wide} == {len("token  weight")}
-
-
-def test_wide_table_continues_below() -> None:
+    assert {display_width(line) for line in table(["token", "weight"], [("日本", 0.5), ("ab", 0.25)])} == {13}
     lines = table(["head", *(f"column {k}" for k in range(6))], [("L0H0", *map(float, range(6)))], width=40)
-    assert all(len(line) <= 40 for line in lines)
-    assert [line.split()[0] for line in lines if line] == ["head", "L0H0", "head", "L0H0"]
-    assert " ".join(lines).count("column") == 6 and "5.00" in lines[-1]
+    assert all(len(line) <= 40 for line in lines)  # what does not fit continues below
+    assert [line.split()[0] for line in lines if line] == ["head", "L0H0", "head", "L0H0"] and "5.00" in lines[-1]
 
 
 def test_sparkline() -> None:
