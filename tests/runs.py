@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from common.errors import run_main
 
@@ -31,25 +32,21 @@ class Terminal(io.TextIOWrapper):
 def script(name: str, *argv: object, terminal: bool = False) -> subprocess.CompletedProcess[str]:
     """Run one of the three scripts to its end, in this process: the same `main`, without the seconds that torch takes
     to load."""
-    out, err = ((Terminal if terminal else io.TextIOWrapper)(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    kind = Terminal if terminal else io.TextIOWrapper
+    out, err = (kind(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    words, sys.argv = sys.argv, [name, *map(str, argv)]
-    code: object = 0
+    command, code = [name, *map(str, argv)], 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch("sys.argv", command), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run_main(importlib.import_module(name.removesuffix(".py")).main)
     except SystemExit as stop:
-        code = stop.code or 0
+        code = int(stop.code or 0)
     finally:
-        sys.argv = words
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert isinstance(code, int)
-    texts = []
     for stream in (out, err):
-        stream.flush()
-        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
-    return subprocess.CompletedProcess([name, *map(str, argv)], code, *texts)
+        stream.seek(0)
+    return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
 
 def process(

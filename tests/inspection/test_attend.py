@@ -57,14 +57,6 @@ def at(table: np.ndarray[Any, Any], head: str) -> Any:
     return table[int(head[1]), int(head[3])]
 
 
-def write_scores(run: Path, step: int, scores: dict[str, Any]) -> None:
-    """Replace the scores in an attention file and drop those of metrics.jsonl."""
-    file = attention_file(run, step)
-    path = run / "attention" / f"{step:06d}.safetensors"
-    write_attention_file(path, file.texts, file.metadata, {k: np.asarray(v) for k, v in scores.items()})
-    (run / "metrics.jsonl").unlink(missing_ok=True)
-
-
 def test_summary_shows_headline_and_best_heads(trained: Path) -> None:
     output, found = text("summary", trained), data("summary", trained)
     headline = json.loads((trained / "attention" / "findings.json").read_text())["headline"]
@@ -95,26 +87,19 @@ def test_heads_lists_scores_with_their_effects(trained: Path) -> None:
     assert printed == [row["head"] for row in one]
 
 
-@pytest.mark.parametrize(
-    ("effect", "difference", "label", "note"),
-    [(1.5, 1.0, "supported", ""), (0.9, 0.0, "same as control", "!"), (0.1, 0.0, "no effect", "!")],
-)
-def test_high_attention_without_effect_is_marked(
-    run: Path, effect: float, difference: float, label: str, note: str
-) -> None:
-    write_scores(run, 6, {"induction": [[0.0, 0.1], [0.2, 0.9]], "distance": [[1.0, 2.0], [3.0, 4.0]]})
+@pytest.mark.parametrize(("effect", "label", "mark"), [(1.5, "supported", ""), (0.1, "no effect", "!")])
+def test_high_attention_without_effect_is_marked(run: Path, effect: float, label: str, mark: str) -> None:
+    file, scores = attention_file(run), {"induction": [[0.0, 0.1], [0.2, 0.9]], "distance": [[1.0, 2.0], [3.0, 4.0]]}
+    write_attention_file(run / "attention" / "000006.safetensors", file.texts, file.metadata, scores)
     path = run / "attention" / "ablations.json"
     results = json.loads(path.read_text())
-    for name in TABLES:
-        value = difference if name.startswith("difference") else effect
-        results["measures"]["repeats"][name] = np.tile([value, value - 0.25, value + 0.25], (2, 2, 1)).tolist()
+    table = np.tile([effect, effect - 0.25, effect + 0.25], (2, 2, 1)).tolist()
+    results["measures"]["repeats"] |= dict.fromkeys(TABLES, table)
     path.write_text(json.dumps(results))
-    found = {row["score"]: row for row in data("summary", run)["best_heads"]}
+    found, output = {row["score"]: row for row in data("summary", run)["best_heads"]}, text("summary", run)
     assert found["induction"]["head"] == "L1H1" and found["induction"]["label"] == label
-    assert bool(found["induction"]["note"]) == bool(note) and found["distance"]["note"] == ""
-    output = text("summary", run)
-    assert f"0.90{note} " in line_with(output, "induction", "[")
-    assert ("! L1H1 induction 0.90: high" in output) == bool(note)
+    assert f"0.90{mark} " in line_with(output, "induction", "[") and found["distance"]["note"] == ""
+    assert ("! L1H1 induction 0.90: high" in output) == bool(found["induction"]["note"]) == bool(mark)
 
 
 def test_missing_or_outdated_ablations_are_reported(run: Path) -> None:
@@ -149,8 +134,7 @@ def test_token_of_the_sample_has_next_token_probabilities(trained: Path) -> None
     assert sample.top_tokens is not None
     assert [each["probability"] for each in found["next_tokens"]] == [p for _, p in sample.top_tokens[-1]]
     assert f"next: {json.dumps(found['next_tokens'][0]['token'])} {sample.top_tokens[-1][0][1]:.1%}" in output
-    first = next(row for row in found["attention"] if row["head"] == "L1H0")
-    assert f"{first['attention']:.1%}" in line_with(output, "L1H0")
+    assert f"{found['attention'][0]['attention']:.1%}" in line_with(output, "L0H0")
 
 
 def test_token_finds_the_end_of_a_word(trained: Path) -> None:
@@ -201,14 +185,14 @@ def test_compare_subtracts_the_second_from_the_first(trained: Path) -> None:
     assert [-row["difference"] for row in swapped if row["kind"] == "score"] == [row["difference"] for row in scores]
 
 
-def test_compare_two_runs(trained: Path, run: Path) -> None:
-    write_scores(run, 6, {"induction": np.zeros((2, 2)), "other": np.zeros((2, 2))})
-    found = data("compare", trained, run)
-    assert {row["name"] for row in found["differences"] if row["kind"] == "score"} == {"induction"}
+def test_compare_two_runs(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "attention" / "000006.safetensors"
+    write_attention_file(path, [], {}, {"induction": np.zeros((2, 2)), "other": np.zeros((2, 2))})
+    found = data("compare", trained, tmp_path)
+    assert {(row["kind"], row["name"]) for row in found["differences"]} == {("score", "induction")}
     assert re.search(r"only in one of the two.* other", found["notes"][0])
-    wide = run.parent / "wide"
-    write_attention_file(wide / "attention" / "000006.safetensors", [], {}, {"induction": np.zeros((1, 3))})
-    line = error_line(script("attend.py", "compare", trained, wide), 2)
+    write_attention_file(path, [], {}, {"induction": np.zeros((1, 3))})
+    line = error_line(script("attend.py", "compare", trained, tmp_path), 2)
     assert "2 layers of 2 heads" in line and "1 layers of 3 heads: they cannot be compared" in line
 
 
@@ -262,9 +246,7 @@ def test_verify_reports_every_bad_file(run: Path) -> None:
     assert "differ from their checkpoints" in error_line(done, 4)
     assert "FAIL  step 3: readable inf: " in done.stdout and "FAIL  step 6: hashes inf: weights_sha256" in done.stdout
     done = script("attend.py", "verify", folder / "000006.safetensors", "--json")
-    assert [(row["step"], row["check"]) for row in json.loads(done.stdout)["checks"] if not row["ok"]] == [
-        (6, "hashes")
-    ]
+    assert [(row["step"], row["ok"]) for row in json.loads(done.stdout)["checks"]] == [(6, True), (6, False)]
 
 
 def test_prompt_prints_attention_and_writes_files(trained: Path, tmp_path: Path) -> None:
@@ -338,8 +320,6 @@ def test_damaged_files_are_one_line(run: Path, name: str, damage: str) -> None:
     for command in ("summary", "page"):
         assert name in error_line(script("attend.py", command, run), 4)
 
-
-# Without torch, and in any terminal
 
 WITHOUT_TORCH = "import sys, attend, common.errors as e; e.run_main(attend.main); sys.exit('torch' in sys.modules)"
 

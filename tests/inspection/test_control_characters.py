@@ -73,7 +73,6 @@ def test_training_output_is_escaped(training: tuple[Path, subprocess.CompletedPr
         (("attend.py", "token", "RUN", "--text", "line 1" + HOSTILE, "--find", CONTROLS[:7]), 0),
         (("attend.py", "token", "RUN", f"--text={HOSTILE}"), 2),
         (("attend.py", "heads", "RUN"), 0),
-        (("attend.py", "heads", "RUN", f"--score=no{HOSTILE}"), 2),
         (("attend.py", "timeline", "RUN"), 0),
         (("attend.py", "compare", "RUN"), 0),
         (("attend.py", "summary", "RUN"), 0),

@@ -99,7 +99,6 @@ EXAMPLES = [{"text": "held-out 9", "position": 2}, {"text": "held-out 2", "posit
     [
         ("", [], "L.H. at step 6: held-out 1"),
         ("induction", [], "L1H0 at step 6: repeat 1"),
-        ("distance", [], "L1H0 at step 6: held-out 1"),
         ("induction", EXAMPLES, "L1H0 at step 6: held-out 2"),
     ],
 )

@@ -85,7 +85,3 @@ CHANGES: dict[str, tuple[str, Callable[[AttentionFile], AttentionFile]]] = {
 def test_change_of_a_file_fails_its_check(file: AttentionFile, model: GPT, name: str) -> None:
     check, change = CHANGES[name]
     assert failed(change(file), model) == {check}
-
-
-def test_another_model_fails(file: AttentionFile) -> None:
-    assert failed(file, random_model("qwen3", context=24, seed=2)) == {"pattern", "loss", "scores"}
