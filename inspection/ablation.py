@@ -24,8 +24,7 @@ from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
 Scores = NDArray[np.float64]
-SEED = 1
-"""Of the bootstrap resamples."""
+SEED = 1  # of the bootstrap resamples
 
 
 def ablate(
@@ -38,12 +37,7 @@ def ablate(
 
 
 def mean_head_outputs(model: GPT, texts: Sequence[Sequence[int]]) -> Float[Tensor, "L H D"]:
-    """Each head's mean output over all positions of all texts, in the model's precision, on the CPU.
-
-    Raises ValueError if there is no text, or one that does not fit the model.
-    """
-    if not texts or not all(texts):
-        raise ValueError("no tokens to take a mean over")
+    """Each head's mean output over all positions of all texts, in the model's precision, on the CPU."""
     with inference_mode(model) as model:
         d_head = model.config.d_head
         sums = torch.zeros(model.config.n_layers, model.config.n_heads * d_head, dtype=torch.float64)
@@ -123,12 +117,12 @@ def control_effects(effects: Scores) -> Scores | None:
 def run_ablations(model: GPT, eval_texts: EvalTexts, step: int = 0, weights_sha256: str = "") -> AblationResults:
     """Ablate every head, by zero and mean, and measure repeated tokens, held-out texts and each kind of contrast pair.
 
-    A measure with fewer than two items is left out. Means are taken over the measure's own texts (over the prompts of
-    all contrast pairs for every kind of them). `step` and `weights_sha256` identify the model in the results.
+    Means are taken over the measure's own texts (over the prompts of all contrast pairs for every kind of them). `step`
+    and `weights_sha256` identify the model in the results.
 
     Raises UserError (exit code 5) if a prediction of the model is not finite, ValueError if a text does not fit it.
     """
-    tasks = eval_tasks(eval_texts, model.config.context)
+    tasks = eval_tasks(eval_texts)
     ablations = 2 * model.config.n_layers * model.config.n_heads
     total = ablations * sum(len(list(batches(model, task.texts))) for task in tasks)
     measures = {}

@@ -31,9 +31,8 @@ class AblationEffects:
     baseline: float  # the loss, or the logit difference, without ablation
     count: int  # of items: texts or contrast pairs
     tables: dict[str, NDArray[np.float64]]
-    """By name of `TABLES`, (L, H, 3): mean over items, and the bounds of its 95% confidence interval.
-
-    Without controls and differences where a layer has one head."""
+    """By name of `TABLES`, (L, H, 3): mean over items, and the bounds of its 95% confidence interval; without controls and
+    differences where a layer has one head."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,15 +40,10 @@ class AblationEffects:
         L, H, _ = self.tables["zero"].shape
         return L, H
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; a table that is missing is None."""
-        about = {"unit": self.unit, "baseline": self.baseline, "count": self.count}
-        return about | {name: self.tables[name].tolist() if name in self.tables else None for name in TABLES}
-
     @staticmethod
     def from_dict(entry: dict[str, Any]) -> AblationEffects:
-        """The inverse of `to_dict`; raises ValueError, TypeError or KeyError if the tables do not fit each other."""
-        tables = {name: np.array(entry[name], dtype=np.float64) for name in TABLES if entry[name] is not None}
+        """From JSON; raises ValueError, TypeError or KeyError if the tables do not fit each other."""
+        tables = {name: np.array(entry[name], dtype=np.float64) for name in TABLES if name in entry}
         L, H, _ = tables["zero"].shape
         if len(tables) != (len(TABLES) if H > 1 else 2) or any(table.shape != (L, H, 3) for table in tables.values()):
             raise ValueError("the tables of a measure do not fit each other")
@@ -69,9 +63,12 @@ class AblationResults:
 
     def save(self, path: Path | str) -> None:
         """Write the results as JSON, atomically; raises UserError (exit code 6) if that fails."""
-        measures = {name: effects.to_dict() for name, effects in self.measures.items()}
+        measures = {
+            name: {"unit": effects.unit, "baseline": effects.baseline, "count": effects.count, **effects.tables}
+            for name, effects in self.measures.items()
+        }
         data = {"format": FORMAT, **vars(self), "measures": measures}
-        write_atomic(Path(path), [json.dumps(data, allow_nan=False).encode()])
+        write_atomic(Path(path), [json.dumps(data, allow_nan=False, default=np.ndarray.tolist).encode()])
 
     @staticmethod
     def load(path: Path | str) -> AblationResults:

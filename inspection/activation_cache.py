@@ -140,10 +140,8 @@ def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bo
     Args:
         details: cache queries, keys, values, attention outputs and the most likely next tokens too.
 
-    Raises ValueError if there is no text, or one is empty, too long, or has an unknown token.
+    Raises ValueError like `check_tokens`.
     """
-    if not texts or not all(texts):
-        raise ValueError("no tokens; the model takes at least 1")
     tokens, lengths = pad(texts), list(map(len, texts))
     names = ("pattern", "value_norms", *(DETAILS if details else ()))
     kept: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in texts]

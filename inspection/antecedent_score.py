@@ -6,13 +6,14 @@ Head and offset are chosen on one half of the pairs and compared on the other, s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from inspection.compute_scores import score_pairs
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_items import halves
 from inspection.findings import ATTENTION_THRESHOLD, Head
-from inspection.head_scores import describe_antecedent
+from inspection.head_scores import ANTECEDENT, score_info
 from inspection.terminal import head_name
 from model.gpt import GPT
 
@@ -51,39 +52,38 @@ class AntecedentScore:
         name = head_name(*self.head)
         result = f"no head puts 50% of its attention on the antecedent (best {name}, {values})"
         if self.attention >= ATTENTION_THRESHOLD:
-            result = f"head {name} attends to {describe_antecedent(self.kind)} ({values})"
+            result = f"head {name} {score_info(ANTECEDENT + self.kind).title} ({values})"
         return f"{right}; {result}"
 
 
 def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[AntecedentScore]:
     """One `AntecedentScore` for each kind of contrast pair, in the order in which the kinds first occur.
 
-    Pairs longer than the model's context are left out, and so are kinds with fewer than two pairs.
+    Kinds with fewer than two pairs are left out.
     """
-    fitting = [pair for pair in pairs if pair.length <= model.config.context]
-    logit_diffs, attention = score_pairs(model, fitting)
+    logit_diffs, attention = score_pairs(model, pairs)
     scores = []
-    for kind in dict.fromkeys(pair.kind for pair in fitting):
-        ours = [k for k, pair in enumerate(fitting) if pair.kind == kind]
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        ours = [k for k, pair in enumerate(pairs) if pair.kind == kind]
         if len(ours) < 2:
             continue
         accuracy = float((logit_diffs[ours] > 0).mean())
-        known = [k for k in ours if fitting[k].antecedent]
+        known = [k for k in ours if pairs[k].antecedent]
         if len(known) < 2:
             scores.append(AntecedentScore(kind, len(ours), accuracy))
             continue
         choose, judge = halves(known)
         layer, head = divmod(int(attention[choose].mean(dim=0).argmax()), model.config.n_heads)
-        chosen, judged = [fitting[k] for k in choose], [fitting[k] for k in judge]
-        offset = max(range(max(len(pair.tokens) for pair in chosen)), key=lambda d, pairs=chosen: _share_at(d, pairs))  # type: ignore[misc]
+        chosen, judged = [pairs[k] for k in choose], [pairs[k] for k in judge]
+        offset = max(range(max(len(pair.tokens) for pair in chosen)), key=partial(_share_at, chosen))
         nouns = [(set(pair.nearest_noun), set(pair.antecedent)) for pair in judged if pair.nearest_noun]
         nearest = [len(noun & antecedent) / len(noun) for noun, antecedent in nouns]
         mean = attention[judge, layer, head].mean().item()
-        baselines = _share_at(offset, judged), fmean(nearest) if nearest else None
+        baselines = _share_at(judged, offset), fmean(nearest) if nearest else None
         scores.append(AntecedentScore(kind, len(ours), accuracy, (layer, head), mean, offset, *baselines))
     return scores
 
 
-def _share_at(offset: int, pairs: Sequence[ContrastPair]) -> float:
+def _share_at(pairs: Sequence[ContrastPair], offset: int) -> float:
     """Share of the pairs in which the token `offset` before the last of the prompt belongs to the antecedent."""
     return fmean(len(pair.tokens) - 1 - offset in pair.antecedent for pair in pairs)

@@ -58,8 +58,7 @@ def _embeddings(model: GPT, tokens: Int[Tensor, "B T"]) -> dict[str, Float[Tenso
 def _direction(model: GPT, x: Float[Tensor, " C"], token: int) -> tuple[Float[Tensor, " C"], Float[Tensor, ""] | None]:
     """The direction on which a part of `x` is projected to get its share of the logit, and the norm bias's share.
 
-    The final norm is linear once its divisor is known: subtracting the mean from `x` is the same as subtracting it
-    from the direction.
+    The final norm is linear once its divisor is known; subtracting the mean from the direction does so for `x`.
     """
     norm, unembedding = model.final_norm, model.lm_head.weight[token]
     direction = unembedding * norm.weight

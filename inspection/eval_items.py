@@ -4,8 +4,6 @@ All are `EvalTask`s: items, each a weighted sum of log-probabilities of tokens.
 Shapes: B texts, T positions, V vocabulary, C model width, S positions where logits are needed.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +50,7 @@ class EvalTask:
         return 1 + max(query.item for query in self.queries)
 
 
-def eval_tasks(eval_texts: EvalTexts, context: int) -> list[EvalTask]:
+def eval_tasks(eval_texts: EvalTexts) -> list[EvalTask]:
     """The tasks of measures `repeats`, `corpus` and `logit_diff.KIND`, without those that have no two items.
 
     `corpus.choose` and `corpus.judge` are halves of `corpus`: on one a head is chosen, on the other it is measured.
@@ -60,7 +58,7 @@ def eval_tasks(eval_texts: EvalTexts, context: int) -> list[EvalTask]:
     # In `first, r1 .. rn, r1 .. rn` the second copy of r2 .. rn can be predicted, the second r1 cannot.
     repeats = [(text, len(text) // 2 + 2) for text in eval_texts.repeats]
     held_out = [(text, 1) for _, text in eval_texts.held_out()]
-    tasks = [_loss_task("repeats", repeats), _loss_task("corpus", held_out), _logit_diff_task(eval_texts, context)]
+    tasks = [_loss_task("repeats", repeats), _loss_task("corpus", held_out), _logit_diff_task(eval_texts)]
     choose, judge = halves(tasks[1].measures["corpus"])
     tasks[1].measures.update({"corpus.choose": choose, "corpus.judge": judge})
     for task in tasks:
@@ -71,22 +69,21 @@ def eval_tasks(eval_texts: EvalTexts, context: int) -> list[EvalTask]:
 
 def _loss_task(name: str, texts: Sequence[tuple[tuple[int, ...], int]]) -> EvalTask:
     """The negative mean loss of each text in nats/token, over its tokens from the given one on."""
-    kept = [(text, first) for text, first in texts if first < len(text)]
     queries = [
         Query(item, position - 1, text[position], item, 1 / (len(text) - first))
-        for item, (text, first) in enumerate(kept)
+        for item, (text, first) in enumerate(texts)
         for position in range(first, len(text))
     ]
-    only_texts = [text for text, _ in kept]
-    return EvalTask("nats/token", only_texts, only_texts, queries, {name: list(range(len(kept)))})
+    only_texts = [text for text, _ in texts]
+    return EvalTask("nats/token", only_texts, only_texts, queries, {name: list(range(len(texts)))})
 
 
-def _logit_diff_task(eval_texts: EvalTexts, context: int) -> EvalTask:
-    """The first pairs of each kind that fit the context."""
+def _logit_diff_task(eval_texts: EvalTexts) -> EvalTask:
+    """The first pairs of each kind."""
     measures, chosen = dict[str, list[int]](), list[ContrastPair]()
     for pair in eval_texts.contrast_pairs:
         items = measures.setdefault(f"logit_diff.{pair.kind}", [])
-        if len(items) < PAIRS_PER_KIND and pair.length <= context:
+        if len(items) < PAIRS_PER_KIND:
             items.append(len(chosen))
             chosen.append(pair)
     return pair_task(chosen, measures)

@@ -105,8 +105,7 @@ class EvalTexts:
         """The texts on which heads are scored: the user's, and `SCORED_HELD_OUT` evenly spaced held-out ones."""
         held_out = self.held_out()
         n = min(SCORED_HELD_OUT, len(held_out))
-        chosen = [*self.prompts(), *(held_out[k * len(held_out) // n] for k in range(n))]
-        return [tokens for _, tokens in chosen]
+        return [tokens for _, tokens in (*self.prompts(), *(held_out[k * len(held_out) // n] for k in range(n)))]
 
     def pairs_by_kind(self) -> dict[str, list[ContrastPair]]:
         """The contrast pairs of each kind."""

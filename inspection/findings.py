@@ -40,11 +40,7 @@ LABELS = {
     "no effect": "ablating it alone does not hurt",
 }
 """What each label means."""
-LABEL_NOTES = {
-    "disputed": "high attention, disputed effect",
-    "same as control": "high attention, no effect beyond that of another head",
-    "no effect": "high attention, no effect",
-}
+LABEL_NOTES = {label: f"high attention, {label}: {what}" for label, what in LABELS.items() if label != "supported"}
 """Notes on heads that qualify by attention without a supported effect."""
 
 
@@ -191,7 +187,7 @@ def text_finding(timeline: Timeline, ablations: AblationResults, uniform: Mappin
     scores = [name for name in last if name in uniform and SCORES[name].is_share and SCORES[name].texts == HELD_OUT]
     if choose is None or judge is None or not scores:
         return None
-    heads: list[Head] = [(layer, head) for layer, head in np.ndindex(choose.shape)]
+    heads: list[Any] = list(np.ndindex(choose.shape))
     supported = [head for head in heads if ablation_label(choose, *head) == "supported"]
     best = max(supported or heads, key=lambda head: float(choose.tables["zero"][head][0]))
     score = max(scores, key=lambda name: float(last[name][best]) - uniform[name])
@@ -215,10 +211,8 @@ def describe_largest(effects: AblationEffects) -> str:
 
 def headline(findings: Sequence[Finding]) -> str:
     """The summary of the finding on held-out text or of the first supported one; else that no head qualifies, and why."""
-    if findings and isinstance(findings[0], TextFinding):
-        return findings[0].summary
     for finding in findings:
-        if finding.is_supported:
+        if finding.is_supported or isinstance(finding, TextFinding):
             return finding.summary
     if not findings:
         return "No head qualifies: none puts 50% or more of its attention on a tested target."

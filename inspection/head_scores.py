@@ -38,7 +38,7 @@ ANTECEDENTS: dict[str, str] = {
     "cause": "the feeling that causes the action",
     "crossing": 'the noun that "it" refers to',
 }
-"""The tokens that decide the answer, for each kind of contrast pair of the built-in stories."""
+"""What decides the answer, for each kind of contrast pair of the built-in stories."""
 START = re.compile(r"""(?:\0\s*|\n\s*|[.!?…।؟]["'”’)\]»]*\s+|[。！？]["”’」』）]*\s*)(?=\S)""")  # noqa: RUF001
 """What comes before a line or sentence; NUL is end-of-text."""
 CLOSES = dict(zip('([{"“„«‘「『（《【', [*')]}"', "”", "“”", *"»’」』）》】"], strict=True))  # noqa: RUF001
@@ -210,7 +210,7 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
     if model.config.architecture.norm == "layer":
         embedding = embedding - embedding.mean(dim=-1, keepdim=True)
         unembedding = unembedding - unembedding.mean(dim=-1, keepdim=True)
-    products, sizes = [], []
+    products = []
     between = (embedding.T @ unembedding).double().cpu()  # W_E W_U (C, C), shared by all heads
     for block in blocks_of(model):
         H, G, D = block.attention.n_heads, block.attention.n_kv_heads, block.attention.d_head
@@ -218,14 +218,12 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
         values = (values * block.norm1.weight.detach().double().cpu()).repeat_interleave(H // G, dim=0)
         outputs = block.attention.out.weight.detach().double().cpu().unflatten(1, (H, D)).transpose(0, 1)
         products.append(values @ between @ outputs)
-        sizes.append(values.norm(dim=(1, 2)) * between.norm() * outputs.norm(dim=(1, 2)))
     circuits = torch.stack(products)
     if not circuits.isfinite().all():
         return torch.full(circuits.shape[:2], torch.nan)  # eigvals would raise
     eigenvalues = torch.linalg.eigvals(circuits)
     total = eigenvalues.abs().sum(dim=-1)
-    nonzero = total > 1e-6 * torch.stack(sizes)  # below this it is rounding error
-    return (eigenvalues.real.sum(dim=-1) * nonzero / total.where(nonzero, 1)).float()
+    return (eigenvalues.real.sum(dim=-1) / total.clamp(min=1e-9)).float()
 
 
 def _mean_attention_to(pattern: Pattern, keys: Bool[Tensor, "T T"]) -> Score:
@@ -283,11 +281,6 @@ def value_weighted(
     return np.divide(moved, total, out=np.full_like(moved, np.nan), where=total > 0)
 
 
-def describe_antecedent(kind: str) -> str:
-    """The antecedent of contrast pairs of this kind, in words."""
-    return ANTECEDENTS.get(kind, "the word that decides the answer")
-
-
 def score_info(name: str) -> HeadScore:
     """The score of this name, `antecedent.KIND` included; for an unknown one, which a file may hold, only its name."""
     if name in SCORES:
@@ -297,7 +290,7 @@ def score_info(name: str) -> HeadScore:
         return HeadScore(name, title=name, formula="", source="", texts="")
     return HeadScore(
         name,
-        title=f"attends to {describe_antecedent(kind)}",
+        title=f"attends to {ANTECEDENTS.get(kind, 'the word that decides the answer')}",
         formula="mean over the pairs of the sum of A[i, j] over the antecedent's tokens j, i the last prompt token",
         source="attention to a known antecedent, as in Clark et al. 2019, section 4.3",
         texts=CONTRAST_PAIRS,

@@ -61,8 +61,7 @@ def capture_texts(
 class AttentionRecorder:
     """A training callback that records the attention of fixed texts; reports on the heads at the end.
 
-    Attention files go into the run folder's `attention`, as `000400.safetensors`. Of the trainer it uses `model`,
-    `state.step`, `sample_tokens`, `provenance()`, `config.train.steps` and `config.train.eval_every`.
+    Of the trainer it uses `model`, `state.step`, `sample_tokens`, `provenance()`, `config.train.steps` and `.eval_every`.
     """
 
     eval_texts: EvalTexts  # saved in the run folder, and loaded from there by a resumed run
@@ -73,6 +72,10 @@ class AttentionRecorder:
     @property
     def folder(self) -> Path:
         return self.run_dir / "attention"
+
+    def path(self, step: int) -> Path:
+        """The attention file of a step."""
+        return self.folder / f"{step:06d}.safetensors"
 
     def on_start(self, trainer: Any) -> None:
         """Record the untrained model; or continue a run, without what it wrote after the step from which it continues."""
@@ -109,10 +112,6 @@ class AttentionRecorder:
             self.write(trainer.model, step, metadata, sample=trainer.sample_tokens or [])
         lines, _ = self.report(trainer.model, step, metadata["weights_sha256"])
         self.print_line("\n" + "\n".join(lines))
-
-    def path(self, step: int) -> Path:
-        """The attention file of a step."""
-        return self.folder / f"{step:06d}.safetensors"
 
     def write(
         self,
