@@ -2,13 +2,12 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.errors import UserError, escape_control_chars
 
 
-@dataclass(frozen=True)
-class GPU:
+class GPU(NamedTuple):
     """Peaks from the maker's data sheet, without sparsity."""
 
     name: str
@@ -32,16 +31,8 @@ GPUS = {
 """From NVIDIA's data sheets (A100, H100, H200, L4, T4, DGX B200) and white papers (GA102, AD102, GB202); SXM versions."""
 
 
-@dataclass(frozen=True)
-class PlanTarget:
-    """Where a run is planned: `count` GPUs, or this machine if `gpu` is None."""
-
-    gpu: GPU | None = None
-    count: int = 1
-
-
-def parse_plan_option(argv: list[str]) -> tuple[list[str], PlanTarget | None]:
-    """The command line without `--plan`, and its target; None without `--plan`.
+def parse_plan_option(argv: list[str]) -> tuple[list[str], tuple[GPU | None, int] | None]:
+    """The command line without `--plan`, and its target, a kind of GPU and their number; None without `--plan`.
 
     `--plan` alone means this machine; `--plan 8xh100` and `--plan=8xh100` name GPUs. A config file may follow.
 
@@ -54,19 +45,17 @@ def parse_plan_option(argv: list[str]) -> tuple[list[str], PlanTarget | None]:
             rest = argv[i + 1 :]
             if not name and rest and not rest[0].startswith("-") and not rest[0].endswith(".toml"):
                 name = rest.pop(0)
-            return argv[:i] + rest, parse_target(name) if name else PlanTarget()
+            return argv[:i] + rest, parse_target(name) if name else (None, 1)
     return argv, None
 
 
-def parse_target(text: str) -> PlanTarget:
+def parse_target(text: str) -> tuple[GPU, int]:
     """Parse `h100` or `8xh100`."""
-    word = re.sub(r"[\s_]", "", text.lower())
-    multiple = re.fullmatch(r"([1-9]\d{0,4})[x*](.+)", word)
-    count, name = (int(multiple[1]), multiple[2]) if multiple else (1, word)
+    count, name = re.fullmatch(r"(?:([1-9]\d{0,4})x)?(.*)", text.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if name not in GPUS:
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"--plan does not know GPU {escape_control_chars(text)!r}; {hint}known: {', '.join(GPUS)}; 8xh100 for eight"
         )
-    return PlanTarget(GPUS[name], count)
+    return GPUS[name], int(count or 1)

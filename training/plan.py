@@ -6,8 +6,10 @@ is measured here (`time_budget.measure_step`), or assumes a share of a GPU's pea
 
 import os
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
+from tqdm import tqdm
 
 from common.errors import UserError, escape_control_chars
 from data.prepare import TokenizedCorpus, expected_vocab_size, find_prepared
@@ -16,7 +18,7 @@ from model.config import ModelConfig
 from training.config import RunConfig
 from training.device import DistContext, get_dist_context, measure_matmul_flops, resolve_attention
 from training.flops import block_matrices, count_parameters, step_flops
-from training.hardware import PlanTarget
+from training.hardware import GPU
 from training.loss import CHUNK
 from training.time_budget import measure_step
 from training.trainer import micro_batch_rows
@@ -24,21 +26,26 @@ from training.trainer import micro_batch_rows
 USABLE_MEMORY = {"cuda": 0.8, "cpu": 0.6}  # share; the rest is for libraries, the allocator, on a CPU other programs
 ASSUMED_MFU = 0.4  # what a large GPT reaches on a GPU; a small one reaches less
 MEASURE_SECONDS = 4.0
+format_sizeof = tqdm.format_sizeof  # three digits and a decimal prefix: 1,234,567 is 1.23M
 
 
-def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
-    """Print what a run would take; raises `UserError` (2) for what would keep it from starting there."""
+def plan(config: RunConfig, target: tuple[GPU | None, int], name: str) -> None:
+    """Print what a run would take; raises `UserError` (2) for what would keep it from starting there.
+
+    `target`: a kind of GPU, or None for this machine, and how many processes.
+    """
     if "RANK" in os.environ:
         raise UserError("--plan is for one process: start without torchrun and name the GPUs: --plan 8xh100")
     if config.train.minutes:
         raise UserError("--plan needs --train.steps: with train.minutes a run chooses its model, and prints it")
-    micro_batch_rows(config, target.count)  # refuses a batch that cannot be divided
+    gpu, count = target
+    micro_batch_rows(config, count)  # refuses a batch that cannot be divided
     ctx = get_dist_context(config.train.dtype, config.run.threads)
     where = f"this machine: {ctx.describe()}"
-    if (gpu := target.gpu) is not None:
+    if gpu is not None:
         use_bf16 = config.train.dtype != "fp32" and gpu.bf16 > 0
         ctx = replace(ctx, device=torch.device("cuda"), dtype=torch.bfloat16 if use_bf16 else torch.float32)
-        where = f"{target.count} x {gpu.name}, {'bf16' if use_bf16 else 'fp32'}"
+        where = f"{count} x {gpu.name}, {'bf16' if use_bf16 else 'fp32'}"
     config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
     corpus = find_prepared(config.data)
     vocab_size, source = (corpus.tokenizer.vocab_size, "") if corpus else expected_vocab_size(config.data)
@@ -48,9 +55,9 @@ def plan(config: RunConfig, target: PlanTarget, name: str) -> None:
     print_table("parameters", {part: f"{n:,}" for part, n in {**parts, "total": sum(parts.values())}.items()})
     step, tokens = step_flops(config, vocab_size), config.train.batch_size * config.model.context
     rows = {"a token": step / tokens, "a step": step, "the run": step * config.train.steps}
-    print_table("FLOPs of matrix products, forward and backward", {key: scaled(n) for key, n in rows.items()})
-    if print_memory(config, target, ctx, vocab_size) or gpu is not None:
-        print_time(config, target, ctx, vocab_size)
+    print_table("FLOPs of matrix products, forward and backward", {key: format_sizeof(n) for key, n in rows.items()})
+    if print_memory(config, gpu, count, ctx, vocab_size) or gpu is not None:
+        print_time(config, gpu, count, ctx, vocab_size)
 
 
 def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) -> str:
@@ -74,18 +81,24 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     print("\n".join(["", title, *(f"  {label:<24}{value:>16}" for label, value in rows.items())]))
 
 
-def print_memory(config: RunConfig, target: PlanTarget, ctx: DistContext, vocab_size: int) -> bool:
+def print_memory(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContext, vocab_size: int) -> bool:
     """Memory of a process by part, and what to do if that is too much; whether it fits."""
-    count, rows = target.count, micro_batch_rows(config, target.count)
+    rows = micro_batch_rows(config, count)
     memory = {n: estimate_memory(config, vocab_size, ctx.dtype, n, count) for n in range(rows, 0, -1)}
     whose = "memory" if count == 1 else f"memory of each of {count} processes"
-    print_table(f"{whose}, micro-batch of {rows}", {part: scaled(n) + "B" for part, n in memory[rows].items() if n})
-    available = available_memory(target, ctx)
-    best = next((n for n in memory if memory[n]["peak"] <= available), 0)
-    print(
-        f"  it {'fits' if best == rows else 'DOES NOT FIT'} into the {scaled(available)}B of "
-        f"{target.gpu.name if target.gpu else 'this machine'} that can be used"
+    print_table(
+        f"{whose}, micro-batch of {rows}", {part: format_sizeof(n, "B") for part, n in memory[rows].items() if n}
     )
+    if gpu is not None:
+        total = gpu.memory
+    elif ctx.device.type == "cuda":
+        total = torch.cuda.get_device_properties(ctx.device).total_memory
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = USABLE_MEMORY[ctx.device.type] * total
+    best = next((n for n in memory if memory[n]["peak"] <= available), 0)
+    where = f"the {format_sizeof(available, 'B')} of {gpu.name if gpu else 'this machine'} that can be used"
+    print(f"  it {'fits' if best == rows else 'DOES NOT FIT'} into {where}")
     if 0 < best < rows:
         print(f"  it would with --train.micro_batch_size {best}; the batch stays the same")
     if not best:
@@ -93,15 +106,6 @@ def print_memory(config: RunConfig, target: PlanTarget, ctx: DistContext, vocab_
     if count > 1:
         print("  --train.sharding fsdp divides parameters, gradients and optimizer state among the processes")
     return best == rows
-
-
-def available_memory(target: PlanTarget, ctx: DistContext) -> float:
-    """Bytes of tensors that fit into each GPU, or into this machine."""
-    if target.gpu is not None:
-        return USABLE_MEMORY["cuda"] * target.gpu.memory
-    if ctx.device.type == "cuda":
-        return USABLE_MEMORY["cuda"] * torch.cuda.get_device_properties(ctx.device).total_memory
-    return USABLE_MEMORY["cpu"] * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def estimate_memory(
@@ -135,60 +139,43 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     """Bytes that one layer keeps per token for the backward pass, after Korthikanti et al. 2022, section 4.1.
 
     Products are of elements of `size` bytes (2 or 4). A test compares it with the tensors that autograd keeps (within
-    10%). Not included: on a CPU, sdpa with dropout falls back to a kernel that keeps the attention pattern.
+    15%). Not included: on a CPU, sdpa with dropout falls back to a kernel that keeps the attention pattern.
     """
     preset, context, d_model, d_mlp = config.architecture, config.context, config.d_model, config.d_mlp
     q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
     eager, chunked = config.attention == "eager", config.attention == "chunked"
     # Norms keep their inputs (and normalized inputs) in fp32; projections keep theirs, and attention q, k, v and output.
     kept = (16 if eager or preset.norm == "rms" else 8) * d_model + size * (2 * d_model + 2 * q + 2 * kv)
-    if eager:
-        kept += size * 3 * q
-    elif kv < q:
-        kept += size * (2 * q - (kv if preset.qk_norm else 0))  # repeated keys and values
+    if eager or kv < q:
+        kept += size * (3 * q if eager else 2 * q)  # copies of queries, or repeated keys and values
     if preset.qk_norm:
-        kept += size * (q + kv) if eager else 8 * (q + kv) + size * q + (size * (q + kv) if size < 4 else 0)
+        kept += (size if eager else 8 + size) * (q + kv)
     pattern = 0
     if eager:
         pattern = config.n_heads * context
     elif chunked and rows * config.n_heads * context**2 <= RECOMPUTE_ABOVE:
         pattern = config.n_heads * (context + min(context, CHUNK_SIZE)) // 2
-    hidden = {"gelu": 4, "relu2": 2, "swiglu": 5}[preset.activation]
-    if not eager:
-        recomputed = chunked and rows * context * d_mlp > RECOMPUTE_ABOVE
-        hidden = {"gelu": 2, "relu2": 2, "swiglu": 4}[preset.activation] - recomputed
+    recomputed = chunked and rows * context * d_mlp > RECOMPUTE_ABOVE
+    hidden = {"gelu": (4, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
     kept += size * (pattern + hidden * d_mlp)
     if config.dropout:
         kept += size * (2 * d_model + (2 * pattern if eager else 0)) + (config.n_heads * context // 2 if chunked else 0)
     return kept
 
 
-def print_time(config: RunConfig, target: PlanTarget, ctx: DistContext, vocab_size: int) -> None:
+def print_time(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContext, vocab_size: int) -> None:
     """Time of a step and of the run, without compiling."""
     step_tokens, flops = config.train.batch_size * config.model.context, step_flops(config, vocab_size)
-    if (gpu := target.gpu) is None:
+    if gpu is None:
         step, peak = measure_step(config, vocab_size, ctx, MEASURE_SECONDS), measure_matmul_flops(ctx)
-        how = f"measured here; MFU {flops / step / peak:.0%} of {scaled(peak)}FLOP/s, a large matrix product"
+        how = f"measured here; MFU {flops / step / peak:.0%} of {format_sizeof(peak)}FLOP/s, a large matrix product"
     else:
         peak = gpu.bf16 if ctx.dtype == torch.bfloat16 else gpu.fp32
-        step = flops / target.count / (ASSUMED_MFU * peak)
-        how = f"assuming an MFU of {ASSUMED_MFU:.0%} of {scaled(peak)}FLOP/s; a small model reaches less"
+        step = flops / count / (ASSUMED_MFU * peak)
+        how = f"assuming an MFU of {ASSUMED_MFU:.0%} of {format_sizeof(peak)}FLOP/s; a small model reaches less"
+    seconds = config.train.steps * step
     print(
         f"\ntime       {how}\n"
-        f"  a step   {duration(step)}: {step_tokens / step:,.0f} tokens/s\n"
-        f"  the run  {duration(config.train.steps * step)}; without start, compiling, evaluations, samples and checkpoints"
+        f"  a step   {step:.3g} s: {step_tokens / step:,.0f} tokens/s\n"
+        f"  the run  {timedelta(seconds=round(seconds))}; without start, compiling, evaluations, samples and checkpoints"
     )
-
-
-def scaled(number: float) -> str:
-    """A number with three digits and a decimal prefix: 1,234,567 is `1.23 M`."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if number < 999.5 or prefix == "E":
-            break
-        number /= 1000
-    return f"{number:.3g} {prefix}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, or hours from five minutes on."""
-    return f"{seconds:.3g} s" if seconds < 300 else f"{seconds / 3600:,.2f} h"

@@ -1,6 +1,7 @@
 """The end of a run: the losses of its best step, compared with baselines, and what could be better."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,21 +83,18 @@ def load_best(trainer: Trainer) -> bool:
 
     Every process reads them. If one cannot, or the weights are sharded, all keep the last ones, and a line says so.
     """
-    state, problem = trainer.state, ""
+    state, saved = trainer.state, None
     if state.best_loss is None or state.best_step == state.last_eval_step:
         return False
-    try:
-        if is_fsdp(trainer.wrapped_model):
-            raise UserError("the weights are sharded")
-        saved = read_checkpoint(Path(trainer.config.run.dir) / "checkpoints" / f"{state.best_step:06d}")
-        weights = saved.build_model(trainer.model.config).state_dict()
-    except UserError as error:
-        problem = str(error)
-    if trainer.ctx.all_reduce_max(bool(problem)):
+    with suppress(UserError):
+        if not is_fsdp(trainer.wrapped_model):
+            saved = read_checkpoint(Path(trainer.config.run.dir) / "checkpoints" / f"{state.best_step:06d}")
+            weights = saved.build_model(trainer.model.config).state_dict()
+    if trainer.ctx.all_reduce_max(saved is None):
         if trainer.ctx.is_main_process:
-            why = problem or "another process cannot read it"
-            print_line(f"the report is of the last step, not of the best, {state.best_step}: {why}")
+            print_line(f"the report is of the last step: the best, {state.best_step}, is sharded or cannot be read")
         return False
+    assert saved is not None
     trainer.model.load_state_dict(weights)
     trainer.state, trainer.sample_tokens = saved.state, None
     return True
@@ -135,18 +133,21 @@ def advice(
     lower = f"--optim.lr {optim.lr / 10:g} --optim.muon_lr {optim.muon_lr / 10:g}"
     regular = f"--model.dropout {min(0.5, config.model.dropout + 0.2):g}, more text"
     overfits = model.train < FAR_BELOW * model.val
-    more_steps = "" if overfits or model is not last else f", more steps (--train.steps {2 * config.train.steps})"
-    more = f"more text{more_steps}"
-    for name, remedy in {"uniform": more if overfits else lower, "unigram": more, "trigram": more}.items():
+    for name in ("uniform", "unigram", "trigram"):
         if not model.val < references[name]:
             losses = f"{model.val:.4f} against {references[name]:.4f} nats/token"
+            more = (
+                "more text" if overfits or model is not last else f"more text, --train.steps {2 * config.train.steps}"
+            )
+            remedy = lower if name == "uniform" and not overfits else more
             lines.append(f"worse than {name} ({DESCRIPTIONS[name]}): {losses}; try {remedy}")
             break
     if last.val > model.val + RISE:
         rose = f"held-out loss is lowest at step {model.step} ({model.val:.4f}), and {last.val:.4f} at step {last.step}"
-        problem, remedy = "unstable", lower
-        if last.train < model.val:
-            problem, remedy = "overfitting", f"{regular}, --train.steps {model.step}"
+        is_learned = last.train < model.val
+        problem, remedy = (
+            ("overfitting", f"{regular}, --train.steps {model.step}") if is_learned else ("unstable", lower)
+        )
         lines.append(f"{problem}: {rose}, where training loss is {last.train:.4f}; try {remedy}")
     elif overfits:
         losses = f"training loss {model.train:.4f} is far below held-out loss {model.val:.4f}"
@@ -188,30 +189,25 @@ def longest_run(texts: Iterable[Sequence[int] | np.ndarray], corpus: np.ndarray)
 
 
 def plot_loss(path: Path, metrics: list[dict[str, Any]], references: Mapping[str, float], title: str) -> None:
-    """`loss.png`: training and validation loss over the steps, baselines as horizontal lines; names and last values are
-    on the right."""
+    """`loss.png`: training and validation loss over the steps, and baselines as horizontal lines.
+
+    The legend names them from the highest to the lowest, with their last values.
+    """
     best, step = min(((m["val_loss"], m["step"]) for m in metrics if "val_loss" in m), default=(0.0, 0))
     note = f"lowest validation loss: {best:.3f}, at step {step}" if best else ""
-    with figure(path, title, note, size=(6.2, 3.6), margins=(0.7, 0.5, 1.6)) as axes:
+    with figure(path, title, note, size=(6.2, 3.6), margins=(0.7, 0.5, 1.9)) as axes:
         from matplotlib.ticker import LogLocator, NullLocator
 
-        lines = [(nats, name, ACCENT if name == "floor" else MUTED) for name, nats in references.items()]
-        for nats, name, color in lines:
-            axes.axhline(nats, color=color, linestyle="-" if name == "floor" else ":", linewidth=1.2)
+        for (name, nats), style in zip(references.items(), (":", "-.", "--", "-"), strict=False):
+            axes.axhline(nats, color=ACCENT if name == "floor" else MUTED, linestyle=style, linewidth=1.2, label=name)
         for key, name, color in (("loss", "training batch", "#8aa4c8"), ("val_loss", "validation", "#1f3b70")):
             if points := [(m["step"], m[key]) for m in metrics if key in m]:
-                axes.plot(*zip(*points, strict=True), color=color)
-                lines.append((points[-1][1], name, color))
+                axes.plot(*zip(*points, strict=True), color=color, label=name)
+        lines = sorted(axes.lines, key=lambda line: -line.get_ydata()[-1])
+        labels = [f"{line.get_label()} {line.get_ydata()[-1]:.3f}" for line in lines]
+        axes.legend(lines, labels, loc="upper left", bbox_to_anchor=(1, 1))
         axes.plot([step] * bool(best), [best] * bool(best), "o", color="#1f3b70", clip_on=False)
         axes.set(xlabel="step", ylabel="loss (nats/token)", yscale="log", xmargin=0)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-        lines.sort()
-        low, high = np.log(axes.get_ylim())
-        ends, gaps = (np.log([nats for nats, *_ in lines]) - low) / (high - low), 0.05 * np.arange(len(lines))
-        places = np.minimum(np.maximum.accumulate(ends - gaps) + gaps, 1 - gaps[::-1])
-        for (nats, name, color), end, place in zip(lines, ends, places, strict=True):  # no label on another
-            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
-            style: Any = {"xycoords": "axes fraction", "va": "center", "color": color, "arrowprops": leader}
-            axes.annotate(f"{name} {nats:.3f}", (1, end), (1.03, place), **style, annotation_clip=False)

@@ -29,7 +29,7 @@ from training.device import DistContext, advise_on_oom, compile_model, resolve_a
 from training.distributed import gather_weights, is_fsdp, wrap_model
 from training.flops import step_flops
 from training.metrics import MetricsLogger, ProgressBar, print_line
-from training.optimizer import Optimizer, get_lr_scale
+from training.optimizer import Optimizer
 from training.report import LossReport
 from training.run_dir import save_config
 from training.text_generation import decode, encode_prompt, generate_tokens
@@ -196,19 +196,6 @@ def describe_environment(trainer: Trainer, is_compiled: bool) -> RunEnvironment:
     return RunEnvironment(starts_with_eot, data.fingerprint, settings, np.packbits(seen).tobytes().hex())
 
 
-def describe_resuming(trainer: Trainer, saved: Checkpoint) -> str:
-    """A line on what a resumed run does that its user may not expect: nothing, or a jump of the learning rate."""
-    step, (old, new) = trainer.state.step, (saved.config, trainer.config)
-    if step >= new.train.steps:
-        return f"the run has done its {step} steps; continue with --train.steps N"
-    times = ((step - 1, old), (step, old), (step, new))
-    before, planned, now = (get_lr_scale(at, each.train.steps, each.optim) * each.optim.lr for at, each in times)
-    if abs(now - planned) <= 0.01 * max(now, planned):
-        return ""
-    was = f", which was planned for {old.train.steps}" if new.train.steps != old.train.steps else ""
-    return f"the learning rate jumps from {before:.2g} to {now:.2g} at step {step} of {new.train.steps}{was}"
-
-
 def print_header(trainer: Trainer) -> None:
     """The first lines of output: what is trained, on what, where, and how."""
     if not trainer.ctx.is_main_process:
@@ -237,8 +224,8 @@ def print_header(trainer: Trainer) -> None:
         print_line(f"{unlike}: remove it, shuffle the list, or name other text with --data.val")
     if trainer.config.log.attention == "off":
         print_line("log.attention is off: no attention is recorded and no page is written")
-    if trainer.resumed_from and (line := describe_resuming(trainer, trainer.resumed_from)):
-        print_line(line)
+    if trainer.resumed_from and trainer.state.step >= train.steps:
+        print_line(f"the run has done its {trainer.state.step} steps; continue with --train.steps N")
     before = trainer.resumed_from.environment.settings if trainer.resumed_from else now
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed:

@@ -257,7 +257,6 @@ def test_what_may_change_on_resuming(uninterrupted: Any, tmp_path: Path) -> None
     assert (
         done.returncode == 0 and "may differ in the last bits: attention " in done.stdout and "-> eager" in done.stdout
     )
-    assert "the learning rate jumps from 0.00093 to 0.00016 at step 12 of 14, which was planned for 12" in done.stdout
     assert open_checkpoint(folder, "last").state.step == 13 and "steps = 14" in (folder / "config.toml").read_text()
 
 
