@@ -26,15 +26,14 @@ from inspection.terminal import DISCLAIMER
 __all__ = ["PageRun", "write_page"]
 
 BUDGET = 5_000_000
-"""Bytes of a page, as long as leaving out steps and precision can achieve it."""
+"""Bytes of a page, as long as leaving out steps can achieve it."""
 MAX_BYTES = 40_000_000
 """Bytes that no page exceeds; the beginnings of long texts are left out to achieve it."""
-NOTES_BYTES = 2_000
-"""Bytes reserved for the notes, which are known last."""
 FULL_TEXTS = 2
 """The first texts keep every step when steps of the other texts are left out."""
 WEB = Path(__file__).parent / "web"
-SCRIPTS = ["dom", "colours", "data", "state", "attention", "text", "matrix", "grid", "timeline", "walkthrough", "main"]
+NAMES = ("dom", "colours", "data", "state", "attention", "text", "matrix", "grid", "timeline", "walkthrough", "main")
+SCRIPTS = [f"{name}.js" for name in NAMES]
 """The JavaScript files in the order in which they run."""
 
 
@@ -70,25 +69,17 @@ def write_page(
         "scores": describe_scores(runs, ablations),
     }
     table |= finding_tables(findings, runs[0], table["scores"], names)
-    table |= _fit(runs, names, len(_assemble(table)) + NOTES_BYTES)
-    write_atomic(Path(path), [_assemble(table).encode("utf-8", "replace")])
-    return list(table["notes"])
-
-
-def _fit(runs: Sequence[PageRun], names: list[str], used: int) -> dict[str, Any]:
-    """The fullest tables of the runs that fit when `used` bytes are taken, with the vocabulary and notes on what is left out."""
     for every, tokens, limit in _contents(runs):
-        encoder = Encoder(limit - used)
+        encoder, notes = Encoder(limit), _notes(runs, names, every, tokens)
         try:
-            table: dict[str, Any] = {"runs": [_run(run, names, every, tokens, encoder) for run in runs]}
+            table["runs"] = [_run(run, names, every, tokens, encoder) for run in runs]
         except OverflowError:
             continue
-        table["vocabulary"] = encoder.vocabulary()
-        if len(as_json(table)) <= limit - used:
-            return table | {"notes": _notes(runs, names, every, tokens)}
-    raise UserError(
-        f"a page of this model would be larger than {MAX_BYTES:,} bytes; use fewer steps or texts", CHECKPOINT
-    )
+        page = _assemble(table | {"vocabulary": encoder.vocabulary(), "notes": notes})
+        if len(page) <= limit:
+            write_atomic(Path(path), [page])
+            return notes
+    raise UserError(f"the page would be larger than {MAX_BYTES:,} bytes; use fewer steps or texts", CHECKPOINT)
 
 
 def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[int, int, int]]:
@@ -165,9 +156,10 @@ def _text(text: AttentionRecord, tokens: int, qkv: str, encoder: Encoder) -> dic
     return {"length": T - first, "first": first, "arrays": arrays, "layers": layers}
 
 
-def _assemble(table: Mapping[str, Any]) -> str:
+def _assemble(table: Mapping[str, Any]) -> bytes:
     """The whole file. The template is filled in one pass, so that data cannot act as a placeholder."""
-    style, script = (WEB / "page.css").read_text("utf-8"), _script()
+    template, style, *scripts = ((WEB / name).read_text("utf-8") for name in ("page.html", "page.css", *SCRIPTS))
+    script = '"use strict";\n' + "\n".join(scripts)
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
     for name, source in (("script", script), ("style", style)):
         policy += f"; {name}-src 'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
@@ -179,8 +171,4 @@ def _assemble(table: Mapping[str, Any]) -> str:
         "policy": policy,
         "data": as_json(table),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], (WEB / "page.html").read_text("utf-8"))
-
-
-def _script() -> str:
-    return '"use strict";\n' + "\n".join((WEB / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template).encode("utf-8", "replace")

@@ -42,7 +42,4 @@ function tokenText(token, length = Infinity) {
 }
 
 // The same for a screen reader: without the dot for a space.
-function spokenToken(token) {
-  const text = page.vocabulary[token].map((piece) => (piece === "s·" ? " " : piece.slice(1))).join("");
-  return text.trim() || tokenText(token);
-}
+const spokenToken = (token) => tokenText(token).replaceAll("·", " ").trim() || tokenText(token);

@@ -21,14 +21,6 @@ function shareBar(share, colour) {
   return bar;
 }
 
-const timers = new Map();
-
-// Calls a function after a pause, unless it is scheduled again before.
-function schedule(action, milliseconds) {
-  clearTimeout(timers.get(action));
-  timers.set(action, setTimeout(action, milliseconds));
-}
-
 const range = (count) => Array.from({ length: count }, (_, k) => k);
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 const sum = (values) => values.reduce((total, value) => total + value, 0);

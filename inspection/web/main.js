@@ -4,7 +4,6 @@ let requests = 0;
 
 // Applies changes to the state, loads what they need, and draws.
 async function change(changes) {
-  const started = performance.now();
   Object.assign(state, changes);
   const request = ++requests;
   if (!view || view.key !== viewKey()) {
@@ -16,11 +15,11 @@ async function change(changes) {
   state.query = Math.min(state.query, view.T - 1);
   if (state.key > state.query) state.key = -1;
   for (const draw of [drawControls, drawText, drawQuery, drawMatrix, drawGrid, drawTimeline]) draw();
-  schedule(drawWalkthrough, 40);
-  schedule(announce, 120);
-  schedule(updateAddress, 400); // browsers limit how often it may change
-  root.dataset.redrawMs = (performance.now() - started).toFixed(1);
   root.dataset.drawn = stateToHash();
+  const later = (action, milliseconds) => setTimeout(() => request === requests && action(), milliseconds);
+  later(drawWalkthrough, 40);
+  later(announce, 120);
+  later(updateAddress, 400); // browsers limit how often it may change
 }
 
 const updateAddress = () => location.hash !== stateToHash() && history.replaceState(null, "", stateToHash());
@@ -135,7 +134,7 @@ function listen() {
   });
   new IntersectionObserver((entries) => {
     walkthrough.visible = entries.at(-1).isIntersecting;
-    if (view) schedule(drawWalkthrough, 40);
+    if (view) drawWalkthrough();
   }, { rootMargin: "200px" }).observe(byId("walkthrough-section"));
   new ResizeObserver(() => view && drawMatrix()).observe(byId("matrix"));
 }
@@ -174,7 +173,7 @@ async function start() {
   listen();
   await change(stateFromHash(location.hash));
   scrollToQuery();
-  root.dataset.ready = performance.now().toFixed(0);
+  root.dataset.ready = true;
 }
 
 start().catch((error) => {

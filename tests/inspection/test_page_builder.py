@@ -161,4 +161,4 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
 def test_page_needs_no_torch_and_all_scripts() -> None:
     program = "import sys; sys.modules['torch'] = None; import inspection.page_builder"
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=60)
-    assert {path.stem for path in page_builder.WEB.glob("*.js")} == set(page_builder.SCRIPTS)
+    assert {path.name for path in page_builder.WEB.glob("*.js")} == set(page_builder.SCRIPTS)
