@@ -71,23 +71,31 @@ def _draw_grid(path: Path, run: RunFiles, step: int, name: str) -> None:
 
 def _draw_head(path: Path, run: RunFiles, step: int, name: str) -> None:
     """The head that the findings name, on a text where it matters; else the clearest head on a held-out text."""
-    file, finding = run.read(step), named_finding(run)
-    texts = {text.name: text for text in reversed(file.texts)}
-    held_out = name or next((text.name for text in file.texts if text.name.startswith("held-out")), "")
-    text, query, note = find_text(file, held_out, f"step {step} of {run.folder}"), None, ""
-    layer, head = clearest_head(text.pattern())
-    if finding and not name:
-        (layer, head), info = finding["head"], score_info(finding["score"])
-        note = "framed: where ablating it raises the loss of the next token most"
-        places = [(example["text"], example["position"] - 1, note) for example in finding["examples"]]
-        places += [(f"{info.name.removeprefix(ANTECEDENT)} 1", -1, info.title)] * info.name.startswith(ANTECEDENT)
-        places += [("repeat 1", None, info.title)] * (info.texts == REPEATS) + [(text.name, None, "")]
-        name, query, note = next(place for place in places if place[0] in texts)
-        text = texts[name]
+    file, finding, query, note = run.read(step), None if name else named_finding(run), None, ""
+    if not name:
+        places = _places(finding) if finding else []
+        places += [(text.name, None, "") for text in file.texts if text.name.startswith("held-out")]
+        names = {text.name for text in file.texts}
+        name, query, note = next((place for place in places if place[0] in names), ("", None, ""))
+    text = find_text(file, name, f"step {step} of {run.folder}")
+    layer, head = finding["head"] if finding else clearest_head(text.pattern())
     query = None if query is None else query % len(text.tokens)
     end = len(text.tokens) if query is None else query + 2  # with the token that it predicts, if there is one
     pattern, title = text.pattern(layer)[:, [head], :end, :end], f"{head_name(layer, head)} at step {step}: {text.name}"
     draw_patterns(path, pattern, text.token_bytes[:end], title, note, query)
+
+
+def _places(finding: dict[str, Any]) -> list[tuple[str, int | None, str]]:
+    """Where a finding's head matters, the best place first: a text, a query to frame (-1: the last token), and a note."""
+    info = score_info(finding["score"])
+    note = "framed: where ablating it raises the loss of the next token most"
+    places: list[tuple[str, int | None, str]] = []
+    places += [(example["text"], example["position"] - 1, note) for example in finding["examples"]]
+    if info.name.startswith(ANTECEDENT):
+        places.append((f"{info.name.removeprefix(ANTECEDENT)} 1", -1, info.title))
+    if info.texts == REPEATS:
+        places.append(("repeat 1", None, info.title))
+    return places
 
 
 def _draw_timeline(path: Path, run: RunFiles, score: str) -> None:

@@ -95,13 +95,9 @@ class Token(OutputOptions):
         for head in [parse_head(self.head, (L, H))] if self.head else np.ndindex(L, H):
             keys = np.argsort(-np.nan_to_num(attention[head]), kind="stable")[: TOP_OF_ONE_HEAD if self.head else TOP]
             for rank, key in enumerate(keys.tolist(), 1):
-                row = {
-                    "head": head_name(*head),
-                    "rank": rank,
-                    "key": key,
-                    "token": token_text(text.token_bytes[key], " "),
-                }
-                rows.append({**row, "attention": float(attention[head][key]), "distance": position - key})
+                token, weight = token_text(text.token_bytes[key], " "), float(attention[head][key])
+                row = {"head": head_name(*head), "rank": rank, "key": key, "token": token}
+                rows.append({**row, "attention": weight, "distance": position - key})
         return rows
 
 

@@ -155,10 +155,8 @@ class Timeline(OutputOptions):
         if not self.score:
             lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
         titles = ("score", "head", "over the steps", "first", "last", "max", "threshold at step")
-        lines += ["", *table(titles, shown, max(context.width, 80), fixed=3), ""]
-        lines.append(
-            f"threshold: the first step with a score of {ATTENTION_THRESHOLD} or more, for shares of attention"
-        )
+        about = f"threshold: the first step with a score of {ATTENTION_THRESHOLD} or more, for shares of attention"
+        lines += ["", *table(titles, shown, max(context.width, 80), fixed=3), "", about]
         return Result(lines, {"run": str(run.folder), "steps": steps, "timelines": timelines})
 
 
@@ -221,9 +219,8 @@ def _notes(rows: Rows, run: RunFiles, step: int, file: AttentionFile) -> list[st
     lines = [f"! {row['head']} {row['score']} {row['value']:.2f}: {row['note']}" for row in rows if row["note"]]
     results = run.ablation
     if results is None:
-        lines.append(
-            f"no ablation effects were measured; measure them with: python attend.py ablate {shlex.quote(str(run.folder))}"
-        )
+        command = f"python attend.py ablate {shlex.quote(str(run.folder))}"
+        lines.append(f"no ablation effects were measured; measure them with: {command}")
     elif results.step != step:
         lines.append(f"ablation effects are of step {results.step}, scores of step {step}")
     elif file.metadata.get("weights_sha256") != results.weights_sha256:
