@@ -1,15 +1,13 @@
 """What the fault tests share: a small run that uses everything, and how two runs are compared."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.forkserver import ForkServer
+from common.files import read_metrics
+from tests.faults.processes import run_script
 
 CORPUS = "The quick brown fox jumps over the lazy dog.\nPack my box with five dozen jugs.\n" * 6
 STEPS = 12
@@ -35,10 +33,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def named(run: Path) -> list[Path]:
-    """The checkpoints, good or not."""
-    return sorted(
-        (path for path in (run / "checkpoints").glob("*") if path.name.isdecimal()), key=lambda p: int(p.name)
-    )
+    """The checkpoints, good or not, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("*") if path.name.isdecimal())
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -48,50 +44,47 @@ def checkpoints(run: Path) -> list[Path]:
 
 def committed(run: Path) -> int:
     """The newest step with a good checkpoint; -1 without one."""
-    found = checkpoints(run)
-    return int(found[-1].name) if found else -1
+    return max((int(path.name) for path in checkpoints(run)), default=-1)
 
 
-def sha(run: Path) -> tuple[str, str]:
-    """sha256 of the weights and of the optimizer state in the newest good checkpoint."""
-    found = hashes(checkpoints(run)[-1])
-    return found["model.safetensors"], found["optimizer.safetensors"]
+def steps_done(run: Path) -> int:
+    """The last step of metrics.jsonl that has a loss; 0 before the first."""
+    return max((line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line), default=0)
 
 
-def state(run: Path) -> dict[str, Any]:
-    """`state` of the newest good checkpoint: step, tokens seen, best loss, ..."""
-    saved: dict[str, Any] = json.loads((checkpoints(run)[-1] / "state.json").read_text())["state"]
-    return saved
+def newest_state(run: Path) -> tuple[str, str, dict[str, Any]]:
+    """sha256 of the weights and of the optimizer state in the newest good checkpoint; its step, tokens, best loss, ..."""
+    newest = checkpoints(run)[-1]
+    found = hashes(newest)
+    return (
+        found["model.safetensors"],
+        found["optimizer.safetensors"],
+        json.loads((newest / "state.json").read_text())["state"],
+    )
 
 
-def numbers(run: Path) -> list[tuple[Any, ...]]:
+def numbers(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what is measured. Fails for a line that is not JSON."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(sorted((k, v) for k, v in line.items() if k not in MEASURED)) for line in lines]
-
-
-def leftovers(run: Path) -> list[str]:
-    """Temporary files and folders, which a finished run must not have."""
-    return sorted(str(path.relative_to(run)) for path in run.rglob(".*"))
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 @dataclass(frozen=True)
 class Reference:
     """An uninterrupted run; others must end like it. `argv`: its options without `--run.dir`."""
 
-    server: ForkServer
     run: Path
     argv: tuple[str, ...]
 
     @classmethod
-    def make(cls, server: ForkServer, run: Path, argv: Sequence[str]) -> Reference:
-        done = server.run(*argv, f"--run.dir={run}")
+    def make(cls, run: Path, argv: tuple[str, ...]) -> "Reference":
+        done = run_script(*argv, f"--run.dir={run}")
         assert done.returncode == 0, done.stderr
-        return cls(server, run, tuple(argv))
+        return cls(run, argv)
 
     def stopped_at(self, step: int, run: Path, *changes: str) -> Path:
         """The same run in another folder, stopped after a step."""
-        done = self.server.run(*self.argv, *changes, f"--run.dir={run}", f"--run.stop_at_step={step}")
+        done = run_script(*self.argv, *changes, f"--run.dir={run}", f"--run.stop_at_step={step}")
         assert done.returncode == 0 and committed(run) == step, done.stderr
         return run
 
@@ -103,19 +96,19 @@ class Reference:
 
     def resume(self, run: Path) -> None:
         """What a user does after an interruption; the run must end like this one."""
-        done = self.server.run(*self.command(run))
+        done = run_script(*self.command(run))
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         self.check(run)
 
     def same_weights(self, run: Path) -> bool:
         """Whether a finished run has the same weights, optimizer state and train state."""
-        return sha(run) == sha(self.run) and state(run) == state(self.run)
+        return newest_state(run) == newest_state(self.run)
 
     def check(self, run: Path) -> None:
         """Assert that a finished run equals this one: weights, metrics, samples, attention files."""
-        assert self.same_weights(run), f"{run}: {state(run)} instead of {state(self.run)}"
+        assert self.same_weights(run), f"{run}: {newest_state(run)} instead of {newest_state(self.run)}"
         assert numbers(run) == numbers(self.run)
         assert (run / "samples.txt").read_text() == (self.run / "samples.txt").read_text()
         files, expected_files = ({path.name for path in (at / "attention").iterdir()} for at in (run, self.run))
         assert files >= expected_files, files  # perhaps also of the step that it was resumed from
-        assert not (left := leftovers(run)), f"{run} still has {left}"
+        assert not list(run.rglob(".*")), "temporary files are left"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from common.files import read_metrics
-from tests.faults.forkserver import ForkServer
 from tests.faults.harness import Reference, committed, numbers
+from tests.faults.processes import run_script
 from tests.runs import error_line
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "vocabulary.json")
-START, BEFORE, END = 6, 4, 8
+START, END = 6, 10
 
 
 def cut(path: Path) -> None:
@@ -26,90 +26,78 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGES: dict[str, Callable[[Path], object]] = {"cut": cut, "flip": flip, "missing": Path.unlink}
-GARBLED = {
-    **DAMAGES,
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": cut,
+    "flip": flip,
+    "missing": Path.unlink,
     "noise": lambda path: path.write_bytes(bytes(range(256)) * (path.stat().st_size // 256 + 1)),
-    "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),  # as after a power cut
 }
 
 
-@pytest.fixture(scope="module")
-def start(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run at step 6 with checkpoints of steps 4 and 6, and perhaps of the best."""
-    return reference.stopped_at(START, tmp_path_factory.mktemp("start") / "run")
-
-
-@pytest.fixture(scope="module")
-def whole(server: ForkServer, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The uninterrupted run up to step 8."""
-    options = (*reference.argv, f"--run.stop_at_step={END}")
-    return Reference.make(server, tmp_path_factory.mktemp("whole") / "run", options)
-
-
 @pytest.fixture
-def run(start: Path, tmp_path: Path) -> Path:
+def run(at_step_6: Path, tmp_path: Path) -> Path:
     """A copy to be damaged."""
-    return shutil.copytree(start, tmp_path / "run")
+    return shutil.copytree(at_step_6, tmp_path / "run")
 
 
-def resume(server: ForkServer, run: Path) -> subprocess.CompletedProcess[str]:
-    done = server.run(f"--run.resume={run}", f"--run.stop_at_step={END}")
+def resume(run: Path) -> subprocess.CompletedProcess[str]:
+    done = run_script(f"--run.resume={run}", f"--run.stop_at_step={END}")
     assert "Traceback" not in done.stderr and "\x1b" not in done.stderr, done.stderr
     return done
 
 
-@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("what", ["cut", "flip", "missing"])
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_checkpoint_is_named_and_skipped(name: str, what: str, whole: Reference, run: Path) -> None:
+def test_damaged_checkpoint_is_named_and_skipped(name: str, what: str, to_step_10: Reference, run: Path) -> None:
     """By sample.py and attend.py, and by a resume from the one before it, which ends with the same weights."""
     newest = run / "checkpoints" / f"{START:06d}"
     DAMAGES[what](newest / name)
     for script, argv in (("sample.py", ["--tokens=2"]), ("attend.py", ["--prompt=box"])):
-        done = whole.server.run(run, *argv, script=script)
+        done = run_script(run, *argv, script=script)
         assert done.returncode == 0 and str(newest) in done.stderr, done.stderr
-    done = resume(whole.server, run)
+    done = resume(run)
     assert done.returncode == 0 and str(newest) in done.stderr, done.stderr
-    whole.check(run)
+    to_step_10.check(run)
 
 
-def test_without_a_good_checkpoint_nothing_is_started(server: ForkServer, run: Path) -> None:
+@pytest.mark.parametrize("what", ["flip", "missing"])
+def test_without_a_good_checkpoint_nothing_is_started(what: str, run: Path) -> None:
     kept = {path: path.read_bytes() for path in (run / "metrics.jsonl", run / "samples.txt")}
     for folder in (run / "checkpoints").iterdir():
-        flip(folder / "model.safetensors")
-    done = resume(server, run)
+        DAMAGES[what](folder / "model.safetensors")
+    done = resume(run)
     assert str(run) in error_line(done, 4)
     assert all(str(folder) in done.stderr for folder in (run / "checkpoints").iterdir())
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
 @pytest.mark.parametrize("what", ["cut", "missing", "noise"])
-def test_damaged_config_never_trains_another_run(what: str, whole: Reference, run: Path) -> None:
+def test_damaged_config_never_trains_another_run(what: str, to_step_10: Reference, run: Path) -> None:
     """Refused in one line, or resumed to the same weights: a shortened file must not bring back the defaults."""
-    GARBLED[what](run / "config.toml")
-    done = resume(whole.server, run)
+    DAMAGES[what](run / "config.toml")
+    done = resume(run)
     if done.returncode:
         error_line(done, done.returncode)
         assert done.returncode in (2, 4) and committed(run) == START
     else:
-        assert whole.same_weights(run) and numbers(run) == numbers(whole.run)
+        assert to_step_10.same_weights(run) and numbers(run) == numbers(to_step_10.run)
 
 
 def test_run_without_config_is_not_overwritten(reference: Reference, run: Path) -> None:
     (run / "config.toml").unlink()
     before = (run / "metrics.jsonl").read_bytes()
-    done = reference.server.run(*reference.argv, "--run.seed=2", f"--run.dir={run}")
+    done = run_script(*reference.argv, "--run.seed=2", f"--run.dir={run}")
     assert str(run) in error_line(done, 4)
     assert committed(run) == START and (run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["cut", "missing", "zeros"])
-def test_damaged_metrics_cost_no_step(what: str, whole: Reference, run: Path) -> None:
-    """Lines that cannot be read are lost; those that follow are whole, in order, and none is there twice."""
-    GARBLED[what](run / "metrics.jsonl")
-    assert resume(whole.server, run).returncode == 0
-    assert whole.same_weights(run)
-    lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (run, whole.run))
+@pytest.mark.parametrize("what", ["cut", "missing", "noise"])
+def test_damaged_metrics_cost_no_step(what: str, to_step_10: Reference, run: Path) -> None:
+    """Lines that cannot be read are lost; those that follow are to_step_10, in order, and none is there twice."""
+    DAMAGES[what](run / "metrics.jsonl")
+    assert resume(run).returncode == 0
+    assert to_step_10.same_weights(run)
+    lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (run, to_step_10.run))
     for key in ("loss", "val_loss"):
         found, steps = ([line["step"] for line in table if key in line] for table in (lines, expected))
         assert found == sorted(set(found)) and set(found) <= set(steps)
@@ -120,7 +108,7 @@ def test_damaged_metrics_cost_no_step(what: str, whole: Reference, run: Path) ->
 @pytest.mark.parametrize("name", ["samples.txt", "attention/000004.safetensors", "attention/eval_texts.json"])
 def test_damage_to_other_files_costs_no_step(name: str, what: str, reference: Reference, run: Path) -> None:
     """The run ends well, up to the page."""
-    GARBLED[what](run / name)
-    done = reference.server.run(f"--run.resume={run}")
+    DAMAGES[what](run / name)
+    done = run_script(f"--run.resume={run}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert reference.same_weights(run)

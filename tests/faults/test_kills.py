@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.forkserver import ForkServer
 from tests.faults.harness import FAULTY, Reference, committed
 from tests.faults.hook import Hook
-from tests.faults.started import KILLED
+from tests.faults.processes import KILLED, run_script, start
 
 KILLS = 50
 LONGER = ("--train.steps=60", "--train.eval_every=6", "--train.save_every=4", "--optim.decay_fraction=0.3")
@@ -23,9 +22,9 @@ SHORT = 4
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_fifty_random_kills(seed: int, server: ForkServer, corpus: Path, tmp_path: Path) -> None:
+def test_fifty_random_kills(seed: int, corpus: Path, tmp_path: Path) -> None:
     draw, kills, runs, began = random.Random(seed), 0, 0, time.monotonic()
-    whole = Reference.make(server, tmp_path / "whole", (*FAULTY, *LONGER, f"--data.source={corpus}"))
+    whole = Reference.make(tmp_path / "whole", (*FAULTY, *LONGER, f"--data.source={corpus}"))
     length = time.monotonic() - began
     while kills < KILLS:
         runs += 1
@@ -35,34 +34,31 @@ def test_fifty_random_kills(seed: int, server: ForkServer, corpus: Path, tmp_pat
         while code:
             # Killed early and often at first, then later and later: from the first files to the last picture.
             starts += 1
-            child = server.start(*whole.command(run), env=env)
+            child = start(*whole.command(run), env=env)
             moment = draw.uniform(0, share + starts / 15) * length
             code = child.poll(moment) if kills < KILLS else child.end().returncode
             if code is None:
                 child.send(signal.SIGKILL)
                 code = child.end().returncode
                 kills += code == KILLED
-            assert code in (0, KILLED) and starts < 60, child.output()
+            assert code in (0, KILLED) and starts < 60, child.texts()
             assert committed(run) >= newest, "a saved step was lost"
             newest = committed(run)
         whole.check(run)
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_killed_before_each_file_operation_of_a_new_run(
-    part: int, server: ForkServer, corpus: Path, tmp_path: Path
-) -> None:
+def test_killed_before_each_file_operation_of_a_new_run(part: int, corpus: Path, tmp_path: Path) -> None:
     """Two saves and an evaluation, without the report at the end. Saves of checkpoints are in test_saves.py."""
     options = (*FAULTY, f"--run.stop_at_step={SHORT}", f"--data.source={corpus}")
-    short = Reference.make(server, tmp_path / "short", options)
+    short = Reference.make(tmp_path / "short", options)
     log, run = tmp_path / "log", tmp_path / "run"
-    assert server.run(*short.command(run), hook=Hook(path=str(run), log=str(log))).returncode == 0
+    assert run_script(*short.command(run), hook=Hook(path=str(run), log=str(log))).returncode == 0
     operations = log.read_text().splitlines()
     assert len(operations) > 20
     for at in range(1 + part, len(operations) + 1, 2):
         if f"{run}/checkpoints" not in operations[at - 1]:
             shutil.rmtree(run)
-            assert server.run(*short.command(run), hook=Hook(at, path=str(run))).returncode == KILLED, operations[
-                at - 1
-            ]
+            done = run_script(*short.command(run), hook=Hook(at, path=str(run)))
+            assert done.returncode == KILLED, operations[at - 1]
             short.resume(run)

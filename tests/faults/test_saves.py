@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.forkserver import ForkServer
 from tests.faults.harness import Reference, checkpoints, committed, named
 from tests.faults.hook import Hook
-from tests.faults.started import KILLED
+from tests.faults.processes import KILLED, run_script
 from tests.runs import error_line
 
-START, SAVE, END = 6, 8, 10
+START, SAVE = 6, 8
 
 
 class Bench:
@@ -38,7 +37,7 @@ class Bench:
             folder = self.run / "checkpoints" / f"{SAVE:06d}"
             shutil.copytree(folder.with_name(f"{START:06d}"), folder)
             (folder / "model.safetensors").write_bytes(b"cut")
-        return self.whole.server.run(f"--run.resume={self.run}", f"--run.stop_at_step={SAVE}", hook=hook)
+        return run_script(f"--run.resume={self.run}", f"--run.stop_at_step={SAVE}", hook=hook)
 
     def check(self, what: object) -> None:
         """After a fault nothing is lost, and the resumed run ends as if nothing had happened."""
@@ -56,16 +55,11 @@ def start(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return reference.stopped_at(START, tmp_path_factory.mktemp("start") / "run", "--train.keep_checkpoints=1")
 
 
-@pytest.fixture(scope="module")
-def whole(server: ForkServer, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The uninterrupted run up to step 10."""
-    options = (*reference.argv, "--train.keep_checkpoints=1", f"--run.stop_at_step={END}")
-    return Reference.make(server, tmp_path_factory.mktemp("whole") / "run", options)
-
-
 @pytest.mark.parametrize("damaged", [False, True], ids=["clean", "over a damaged one"])
-def test_killed_before_each_operation_of_a_save(damaged: bool, whole: Reference, start: Path, tmp_path: Path) -> None:
-    bench = Bench(whole, start, tmp_path, damaged)
+def test_killed_before_each_operation_of_a_save(
+    damaged: bool, to_step_10: Reference, start: Path, tmp_path: Path
+) -> None:
+    bench = Bench(to_step_10, start, tmp_path, damaged)
     assert {"open", "mkdir", "chmod", "rename", "rmtree"} <= set(bench.operations)
     for at, operation in enumerate(bench.operations, 1):
         assert bench.save(Hook(at, path=f"{bench.run}/checkpoints")).returncode == KILLED, (at, operation)
@@ -73,8 +67,8 @@ def test_killed_before_each_operation_of_a_save(damaged: bool, whole: Reference,
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
-def test_each_operation_of_a_save_fails(lasting: bool, whole: Reference, start: Path, tmp_path: Path) -> None:
-    bench = Bench(whole, start, tmp_path)
+def test_each_operation_of_a_save_fails(lasting: bool, to_step_10: Reference, start: Path, tmp_path: Path) -> None:
+    bench = Bench(to_step_10, start, tmp_path)
     operations = bench.operations
     safe = operations.index("rename") + 2  # after the rename and the fsync of its parent
     for at, operation in enumerate(operations, 1):

@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 
 from inspection.attention_file import read_attention_file
-from tests.faults.forkserver import Child, ForkServer
-from tests.faults.harness import FAULTY, Reference, checkpoints, committed, named, numbers
+from tests.faults.harness import FAULTY, Reference, checkpoints, committed, named, numbers, steps_done
 from tests.faults.hook import Hook
-from tests.faults.started import Started, allowed, proc, steps_done, train
+from tests.faults.processes import Running, allowed, launch, proc, run_script, start, train
 
 SOON = 10.0
 """Seconds within which a run that was asked to stop has saved and exited."""
@@ -28,11 +27,11 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["
 
 
 @pytest.fixture(scope="session")
-def slow(server: ForkServer, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def slow(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A run whose steps take a second or two."""
     options = ("--train.batch_size=800", "--train.micro_batch_size=1", "--train.steps=3", "--train.save_every=3")
     argv = (*FAULTY, *options, "--train.eval_every=3", f"--data.source={corpus}")
-    return Reference.make(server, tmp_path_factory.mktemp("reference") / "slow", argv)
+    return Reference.make(tmp_path_factory.mktemp("reference") / "slow", argv)
 
 
 def check_stopped(run: Path, code: int, number: int, err: str = "") -> None:
@@ -47,7 +46,7 @@ def check_stopped(run: Path, code: int, number: int, err: str = "") -> None:
             numbers(run)
 
 
-def stop(running: Child, number: int, run: Path) -> None:
+def stop(running: Running, number: int, run: Path) -> None:
     """Send a signal, and check that the run ends in time with the right exit code."""
     running.send(number)
     done = running.end(SOON)
@@ -70,28 +69,24 @@ SAVED = {"sample": 8, "attention file": 8, "plot": 12, "page": 12}
 
 @BOTH
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_signal_while_something_is_written(
-    moment: str, number: int, server: ForkServer, reference: Reference, tmp_path: Path
-) -> None:
+def test_signal_while_something_is_written(moment: str, number: int, reference: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hook = dataclasses.replace(MOMENTS[moment], at=MOMENTS[moment].at or 1, do=signal.Signals(number).name)
-    done = server.run(*reference.argv, f"--run.dir={run}", hook=hook)
+    done = run_script(*reference.argv, f"--run.dir={run}", hook=hook)
     check_stopped(run, done.returncode, number, done.stderr)
     assert committed(run) >= SAVED.get(moment, -1)
     reference.resume(run)
 
 
 @BOTH
-def test_signal_while_the_corpus_is_prepared(
-    number: int, server: ForkServer, reference: Reference, tmp_path: Path
-) -> None:
+def test_signal_while_the_corpus_is_prepared(number: int, reference: Reference, tmp_path: Path) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"
     hook = Hook(2, signal.Signals(number).name, "open", str(cache))
     env = {"GLASSGPT_CACHE": str(cache)}
-    done = server.run(*reference.argv, f"--run.dir={run}", hook=hook, env=env)
+    done = run_script(*reference.argv, f"--run.dir={run}", hook=hook, env=env)
     check_stopped(run, done.returncode, number, done.stderr)
     assert not (run / "config.toml").exists()
-    done = server.run(*reference.argv, f"--run.dir={run}", env=env)
+    done = run_script(*reference.argv, f"--run.dir={run}", env=env)
     assert done.returncode == 0, done.stderr
     reference.check(run)
 
@@ -100,11 +95,11 @@ def test_signal_while_the_corpus_is_prepared(
 def test_signal_while_a_vocabulary_is_trained(number: int, tmp_path: Path) -> None:
     text, run = tmp_path / "base.txt", tmp_path / "run"
     text.write_text("".join(random.Random(0).choices([chr(0x4E00 + i) for i in range(1000)], k=6_000_000)))
-    with train(f"--data.source={text}", f"--run.dir={run}", env={"GLASSGPT_CACHE": str(tmp_path / "cache")}) as started:
-        started.until(lambda: any(tmp_path.glob("cache/*.partial/tokens")), "training of the vocabulary")
-        time.sleep(1)
-        started.send(number)
-        done = started.end(SOON / 2)
+    running = train(f"--data.source={text}", f"--run.dir={run}", env={"GLASSGPT_CACHE": str(tmp_path / "cache")})
+    running.until(lambda: any(tmp_path.glob("cache/*.partial/tokens")), "training of the vocabulary")
+    time.sleep(1)
+    running.send(number)
+    done = running.end(SOON / 2)
     check_stopped(run, done.returncode, number, done.stderr)
     assert not done.stderr and not any((tmp_path / "cache").iterdir())
 
@@ -114,40 +109,40 @@ def test_signal_while_a_vocabulary_is_trained(number: int, tmp_path: Path) -> No
 def test_signal_during_imports(library: str, number: int, corpus: Path, tmp_path: Path) -> None:
     """Libraries in the order in which a start loads them."""
     run = tmp_path / "run"
-    with train(*FAULTY, f"--data.source={corpus}", f"--run.dir={run}") as started:
-        started.until(lambda: library in proc(started.pid, "maps"), library)
-        started.send(number)
-        done = started.end(SOON)
+    running = train(*FAULTY, f"--data.source={corpus}", f"--run.dir={run}")
+    running.until(lambda: library in proc(running.pid, "maps"), library)
+    running.send(number)
+    done = running.end(SOON)
     check_stopped(run, done.returncode, number, done.stderr)
     assert not done.stderr and not (run / "config.toml").exists()
 
 
 @BOTH
-def test_signal_in_a_step(number: int, server: ForkServer, slow: Reference, tmp_path: Path) -> None:
+def test_signal_in_a_step(number: int, slow: Reference, tmp_path: Path) -> None:
     """The step is finished and saved, and the output says how to resume."""
     run = tmp_path / "run"
-    running = server.start(*slow.argv, f"--run.dir={run}")
+    running = start(*slow.argv, f"--run.dir={run}")
     running.until(lambda: steps_done(run) == 1, "the second step")
     stop(running, number, run)
     assert 1 <= committed(run) <= 2
-    assert f"--run.resume {run}" in running.output()
+    assert f"--run.resume {run}" in running.texts()[0]
     slow.resume(run)
 
 
 # ---- more than one signal ----
 
 
-def test_second_interrupt_exits_at_once(server: ForkServer, slow: Reference, tmp_path: Path) -> None:
+def test_second_interrupt_exits_at_once(slow: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    running = server.start(*slow.argv, f"--run.dir={run}")
+    running = start(*slow.argv, f"--run.dir={run}")
     running.until(lambda: steps_done(run) == 1, "the second step")
     running.send(signal.SIGINT)
     time.sleep(0.4)
     assert running.poll() is None, "the step was too short for this test"
-    start = time.monotonic()
+    began = time.monotonic()
     running.send(signal.SIGINT)
     done = running.end()
-    assert time.monotonic() - start < allowed(1)
+    assert time.monotonic() - began < allowed(1)
     check_stopped(run, done.returncode, signal.SIGINT, done.stderr)
     assert committed(run) == 0
     slow.resume(run)
@@ -158,11 +153,9 @@ def test_second_interrupt_exits_at_once(server: ForkServer, slow: Reference, tmp
     [(signal.SIGINT, 0.05), (signal.SIGTERM, 0.6)],  # a terminal and torchrun both deliver a Ctrl-C
     ids=["duplicate SIGINT", "SIGTERM twice"],
 )
-def test_repeated_signal_still_saves(
-    number: int, apart: float, server: ForkServer, slow: Reference, tmp_path: Path
-) -> None:
+def test_repeated_signal_still_saves(number: int, apart: float, slow: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    running = server.start(*slow.argv, f"--run.dir={run}")
+    running = start(*slow.argv, f"--run.dir={run}")
     running.until(lambda: steps_done(run) == 1, "the second step")
     running.send(number)
     time.sleep(apart)
@@ -180,13 +173,11 @@ def test_closed_terminal_saves_and_stops(slow: Reference, tmp_path: Path) -> Non
     run = tmp_path / "run"
     master, terminal = pty.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    with train(
-        *slow.argv, f"--run.dir={run}", **streams, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    ) as started:
-        os.close(terminal)
-        started.until(lambda: steps_done(run) == 1, "the second step")
-        os.close(master)
-        done = started.end(SOON)
+    running = train(*slow.argv, f"--run.dir={run}", **streams, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(terminal)
+    running.until(lambda: steps_done(run) == 1, "the second step")
+    os.close(master)
+    done = running.end(SOON)
     check_stopped(run, done.returncode, signal.SIGHUP)
     assert committed(run) == 2
     slow.resume(run)
@@ -195,11 +186,11 @@ def test_closed_terminal_saves_and_stops(slow: Reference, tmp_path: Path) -> Non
 def test_ignored_signals_stay_ignored(reference: Reference, tmp_path: Path) -> None:
     """`nohup` ignores SIGHUP, and a shell ignores SIGINT for what a script starts with `&`."""
     run, command = tmp_path / "run", (sys.executable, "train.py", *reference.argv, f"--run.dir={tmp_path / 'run'}")
-    with Started("sh", "-c", 'trap "" HUP INT; exec "$@"', "sh", *command) as started:
-        started.until(lambda: steps_done(run) > 0, "the loop")
-        for number in (signal.SIGHUP, signal.SIGINT):
-            started.send(number)
-        assert started.end(60).returncode == 0
+    running = launch("sh", "-c", 'trap "" HUP INT; exec "$@"', "sh", *command)
+    running.until(lambda: steps_done(run) > 0, "the loop")
+    for number in (signal.SIGHUP, signal.SIGINT):
+        running.send(number)
+    assert running.end(60).returncode == 0
     reference.check(run)
 
 
@@ -207,10 +198,10 @@ def test_closed_pipe_does_not_stop_training(slow: Reference, tmp_path: Path) -> 
     """`train.py | head -3`"""
     run = tmp_path / "run"
     reader, pipe = os.pipe()
-    with train(*slow.argv, f"--run.dir={run}", stdout=pipe) as started:
-        os.close(pipe)
-        started.until(lambda: steps_done(run) == 1, "the second step")
-        os.close(reader)
-        done = started.end(60)
+    running = train(*slow.argv, f"--run.dir={run}", stdout=pipe)
+    os.close(pipe)
+    running.until(lambda: steps_done(run) == 1, "the second step")
+    os.close(reader)
+    done = running.end(60)
     assert "Traceback" not in done.stderr, done.stderr
     slow.check(run)

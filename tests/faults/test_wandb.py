@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Reference
-from tests.faults.started import allowed, steps_done, train
+from tests.faults.harness import Reference, steps_done
+from tests.faults.processes import allowed, nobody_left, train
 from training.trackers import TIMEOUT_SECONDS
 
 pytest.importorskip("wandb")
@@ -17,9 +17,8 @@ def test_unreachable_server_costs_one_line_and_its_timeout(reference: Reference,
     run = tmp_path / "run"
     env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "HOME": str(tmp_path)}
     start = time.monotonic()
-    with train(*reference.argv, f"--run.dir={run}", "--log.wandb=online", env=env) as started:
-        done = started.end(120)
-        started.nobody_left()
+    done = train(*reference.argv, f"--run.dir={run}", "--log.wandb=online", env=env).end()
+    nobody_left()
     assert done.returncode == 0, done.stderr
     reference.check(run)
     assert time.monotonic() - start < 2 * TIMEOUT_SECONDS + allowed(30)
@@ -29,9 +28,9 @@ def test_unreachable_server_costs_one_line_and_its_timeout(reference: Reference,
 
 def test_ctrl_c_with_wandb_saves_and_exits_with_130(reference: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with train(*reference.argv, f"--run.dir={run}", "--log.wandb=offline", "--train.steps=100000") as started:
-        started.until(lambda: steps_done(run) > 3, "some steps")
-        started.send(signal.SIGINT)
-        done = started.end(60)
-        started.nobody_left()
+    running = train(*reference.argv, f"--run.dir={run}", "--log.wandb=offline", "--train.steps=100000")
+    running.until(lambda: steps_done(run) > 3, "some steps")
+    running.send(signal.SIGINT)
+    done = running.end(60)
+    nobody_left()
     assert done.returncode == 130 and "resume with" in done.stdout and "wandb" not in done.stderr, done.stderr
