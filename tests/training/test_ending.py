@@ -49,13 +49,12 @@ def test_exit_code_and_no_teardown_under_torchrun(last: str, code: int) -> None:
         assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signal_during_an_import_exits_without_traceback(name: str, tmp_path: Path) -> None:
+def test_signal_during_an_import_exits_without_traceback(tmp_path: Path) -> None:
     """Also if the importing code catches every exception."""
-    (tmp_path / "slow_module.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\nprint('lost')")
+    (tmp_path / "slow_module.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('lost')")
     program = ENDING.format("try: import slow_module\n    except BaseException: print('lost')")
     done = python(program, PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.Signals[name], "ran", "")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "ran", "")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """`train.py --plan`: parameters, FLOPs and memory against the real model, optimizer and autograd; the printed page."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,11 +115,6 @@ def test_plan_option_is_parsed(argv: list[str], rest: list[str], target: tuple[G
     assert parse_plan_option(argv) == (rest, target)
 
 
-def test_plan_option_needs_no_torch() -> None:
-    program = "import sys, train; sys.exit(sorted({'torch', 'numpy'} & set(sys.modules)) or 0)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with its cache, where measuring is short."""
@@ -137,17 +130,21 @@ def page(*argv: object) -> str:
     return done.stdout
 
 
+def number(pattern: str, text: str) -> float:
+    """The number that a pattern finds."""
+    return float(re.search(pattern, text, re.M)[1].replace(",", ""))  # type: ignore[index]
+
+
 def test_page_of_this_machine_and_a_corpus(folder: Path) -> None:
     (folder / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     options = ("--plan", *TINY, f"--data.source={folder / 'fox.txt'}", "--train.steps=56")
     out = page(*options)
     assert out.startswith("plan       fox on this machine: cpu, ")
     assert "not prepared yet; vocabulary of 97 (assumed" in out and "56 steps of 4 x 16 tokens: 3,584 tokens\n" in out
-    total = int(re.search(r"^  total +([\d,]+)$", out, re.M)[1].replace(",", ""))  # type: ignore[index]
-    assert total == sum(p.numel() for p in GPT(shape("glass", n_layers=2, n_heads=2, d_model=16), 97).parameters())
-    assert "it fits" in out and "measured here" in out and "MFU" in out
-    assert re.search(r"a step +[\d.e-]+ s: [\d,]+ tokens/s", out)
-    assert [path.name for path in folder.iterdir()] == ["fox.txt"]  # no run folder, no cache
+    model = GPT(shape("glass", n_layers=2, n_heads=2, d_model=16), 97)
+    assert number(r"^  total +([\d,]+)$", out) == sum(p.numel() for p in model.parameters())
+    assert "it fits" in out and "measured here" in out and number(r"a step +([\d.e-]+) s: [\d,]+ tokens/s", out) > 0
+    assert not (folder / "runs").exists()
     corpus = prepare(DataConfig(source=str(folder / "fox.txt"), tokenizer="char"), progress=False)
     out = page(*options)
     assert f"{len(corpus.train):,} training tokens; vocabulary of {corpus.tokenizer.vocab_size}\n" in out
@@ -155,24 +152,18 @@ def test_page_of_this_machine_and_a_corpus(folder: Path) -> None:
 
 
 def test_page_of_eight_gpus(folder: Path) -> None:
-    config = (ROOT / "configs/gpt2_124m.toml", "--model.n_layers=2", "--data.tokenizer=byte")
-    out = page(*config, "--plan", "8xh100")
-    assert "8 x H100 SXM, bf16, sdpa attention" in out
-    assert "vocabulary of 257 (256 bytes and end-of-text)" in out
+    out = page(ROOT / "configs/gpt2_124m.toml", "--model.n_layers=2", "--data.tokenizer=byte", "--plan", "8xh100")
+    assert "8 x H100 SXM, bf16, sdpa attention" in out and "vocabulary of 257 (256 bytes and end-of-text)" in out
     assert (
         "micro-batch of 32" in out and "it fits into the 64.0GB of H100 SXM" in out and "--train.sharding fsdp" in out
     )
-    assert "MFU of 40% of 989TFLOP/s" in out
-    flops, seconds = re.search(r"  a step +([\d.]+)T\n", out)[1], re.search(r"  a step +([\d.e-]+) s:", out)[1]  # type: ignore[index]
-    assert float(seconds) == pytest.approx(float(flops) * 1e12 / (8 * 0.4 * 989e12), rel=0.01)
-    assert not list(folder.iterdir())
+    seconds = number(r"  a step +([\d.]+)T\n", out) * 1e12 / (8 * 0.4 * 989e12)
+    assert number(r"  a step +([\d.e-]+) s:", out) == pytest.approx(seconds, rel=0.01)
 
 
 def test_what_would_fit_is_named(folder: Path) -> None:
     options = (*TINY, "--plan=t4", "--train.batch_size=64", "--model.attention=eager", "--model.context=16384")
-    out = page(*options)
-    assert "DOES NOT FIT" in out
-    rows = int(re.search(r"it would with --train.micro_batch_size (\d+);", out)[1])  # type: ignore[index]
+    rows = int(number(r"it would with --train.micro_batch_size (\d+);", page(*options)))
     assert "it fits" in page(*options, f"--train.micro_batch_size={rows}")
     assert "DOES NOT FIT" in page(*options, f"--train.micro_batch_size={rows + 1}")
     assert "not even a micro-batch of 1 fits" in page(*options, "--model.context=100000")

@@ -28,7 +28,6 @@ from training.time_budget import (
     ROUNDS,
     SIZES,
     Deadline,
-    effective_tokens,
     expected_loss,
     plan_decay,
     search,
@@ -74,14 +73,6 @@ def test_formula_fits_the_measured_losses() -> None:
             assert expected_loss(run, 1_003_854) == pytest.approx(loss, rel=0.03)
 
 
-@given(st.integers(1000, 10**9), st.floats(1, 200))
-def test_repeating_a_text_teaches_less_and_less(n_train: int, epochs: float) -> None:
-    tokens = effective_tokens(epochs * n_train, n_train)
-    assert effective_tokens(0.9 * n_train, n_train) == 0.9 * n_train
-    assert tokens <= min(epochs * (1 + 1e-12), 1 + budget.REPEAT_VALUE) * n_train
-    assert effective_tokens((epochs + 1) * n_train, n_train) > tokens
-
-
 def choose(config: RunConfig, data: Any, *given: str, ctx: DistContext = CPU, epochs: float = math.inf) -> Any:
     """The config and the deadline."""
     return search(config, ctx, data, 3.0, {"train.minutes", *given}, epochs)
@@ -103,23 +94,18 @@ def test_time_is_filled_and_more_of_it_takes_larger_models(
     assert sizes == sorted(sizes) and len(set(sizes)) >= 3
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    st.dictionaries(
-        st.sampled_from(["n_layers", "n_heads", "d_model", "context"]), st.sampled_from([2, 4, 6, 64, 128])
-    ),
-    st.sampled_from([{}, {"train.batch_size": 3, "train.eval_every": 7, "optim.lr": 0.5, "optim.schedule": "cosine"}]),
-    st.sampled_from([5.0, math.inf]),
+@pytest.mark.parametrize("epochs", [5.0, math.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model.d_model": 60, "model.n_heads": 3, "model.n_layers": 4},
+        {"model.context": 128, "train.batch_size": 3, "train.eval_every": 7},
+        {"optim.lr": 0.5, "optim.schedule": "cosine"},
+    ],
 )
-def test_given_options_are_kept(shape: dict[str, int], others: dict[str, Any], epochs: float) -> None:
-    options = {f"model.{name}": value for name, value in shape.items()} | others
-    try:
-        config = parse_train(["--train.minutes=1", *(f"--{option}={value}" for option, value in options.items())])[0]
-    except UserError:  # heads that do not divide d_model
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        fake_speed(patch, 1e14)
-        chosen = choose(config, corpus(), *options, epochs=epochs)[0]
+def test_given_options_are_kept(options: dict[str, Any], epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_speed(monkeypatch, 1e14)
+    chosen = choose(replace_options(minutes(1), options), corpus(), *options, epochs=epochs)[0]
     assert chosen == replace_options(chosen, options) and not chosen.problems()
     step_tokens = chosen.train.batch_size * chosen.model.context
     assert chosen.train.steps <= max(MIN_STEPS, epochs * 1_003_854 / step_tokens)
@@ -199,23 +185,22 @@ def test_planned_decay_is_nearly_linear() -> None:
     assert rates(planned(1000)) == pytest.approx(steady, abs=0.051)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "most"),
-    [
-        (lambda time: 1.0, 1000),
-        (lambda time: 3.0, 1000),
-        (lambda time: 0.3, 1000),
-        (lambda time: 2.0 if 40 < time < 80 else 1.0, 1000),
-        (lambda time: 2.0 if time > 52 else 1.0, 1000),
-        (lambda time: 0.5 if time > 52 else 1.0, 1000),
-        (lambda time: 0.2, 120),
-    ],
-    ids=["as planned", "slow", "fast", "slow for a while", "slow in the decay", "fast in the decay", "most steps"],
-)
+SPEEDS = {
+    "as planned": lambda time: 1.0,
+    "slow": lambda time: 3.0,
+    "fast": lambda time: 0.3,
+    "slow for a while": lambda time: 2.0 if 40 < time < 80 else 1.0,
+    "slow in the decay": lambda time: 2.0 if time > 52 else 1.0,
+    "fast in the decay": lambda time: 0.5 if time > 52 else 1.0,
+}
+
+
+@pytest.mark.parametrize("most", [1000, 120])
+@pytest.mark.parametrize("seconds", SPEEDS.values(), ids=SPEEDS)
 def test_run_ends_in_time(seconds: Any, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 steps of one second are planned; `seconds` is what a step takes at a time."""
-    clock, trainer = [0.0], SimpleNamespace(config=planned(100), state=SimpleNamespace(step=0))
-    trainer.config = replace_options(trainer.config, {"run.dir": str(tmp_path)})
+    config = replace_options(planned(100), {"run.dir": str(tmp_path)})
+    clock, trainer = [0.0], SimpleNamespace(config=config, state=SimpleNamespace(step=0))
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     deadline: Any = Deadline(100.0, most)
     taken = []
@@ -225,7 +210,7 @@ def test_run_ends_in_time(seconds: Any, most: int, tmp_path: Path, monkeypatch: 
         trainer.state.step += 1
         deadline.on_step(trainer, {})
     assert taken == rates(trainer.config) and taken[-1] < 0.3
-    assert abs(clock[0] - 100) < 5 if most == 1000 else trainer.state.step == most
+    assert abs(clock[0] - 100) < 5 or trainer.state.step == most == 120
     assert parse_train([str(tmp_path / "config.toml")])[0] == trainer.config
 
 
