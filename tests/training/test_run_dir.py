@@ -15,16 +15,6 @@ from training.config import RunConfig, RunSettings
 from training.run_dir import lock_folder, open_run_dir, save_config
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished run."""
-    root = tmp_path_factory.mktemp("run")
-    (root / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    done = script("train.py", *TINY, f"--data.source={root / 'fox.txt'}", f"--run.dir={root / 'run'}")
-    assert done.returncode == 0, done.stderr
-    return root / "run"
-
-
 def test_default_folder_is_the_next_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/mine", "runs/mine-2", "runs/mine-3"):
@@ -47,10 +37,16 @@ def test_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-def test_commands_to_copy_are_quoted(run: Path, tmp_path: Path) -> None:
-    options = (f"--data.source={run.parent / 'fox.txt'}", f"--run.dir={tmp_path}/my run's (1)")
-    *_, last = script("train.py", *TINY, "--log.attention=off", *options).stdout.splitlines()
-    assert shlex.split(last) == ["python", "sample.py", f"{tmp_path}/my run's (1)"]
+def test_commands_to_copy_are_quoted_and_checkpoints_may_be_on_another_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "my run's (1)"
+    (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    options = ("--log.attention=off", f"--data.source={tmp_path / 'fox.txt'}", f"--run.dir={folder}")
+    *_, last = script("train.py", *TINY, *options).stdout.splitlines()
+    assert shlex.split(last) == ["python", "sample.py", str(folder)]
+    shutil.move(folder / "checkpoints", tmp_path / "disk")
+    (folder / "checkpoints").symlink_to(tmp_path / "disk")
+    done = script("train.py", f"--run.resume={folder}", "--train.steps=7")
+    assert done.returncode == 0 and (tmp_path / "disk" / "000007").is_dir(), done.stderr
 
 
 def test_folder_in_use_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
@@ -80,11 +76,3 @@ def test_restarted_job_resumes_its_own_run_only(tmp_path: Path, monkeypatch: pyt
         with open_run_dir(config, "mine") as opened:
             assert opened.run.resume == ("given" if restarts == "1" else "")
             save_config(opened)
-
-
-def test_checkpoints_may_be_a_link_to_another_disk(run: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(run, tmp_path / "run")
-    shutil.move(folder / "checkpoints", tmp_path / "disk")
-    (folder / "checkpoints").symlink_to(tmp_path / "disk")
-    done = script("train.py", f"--run.resume={folder}", "--train.steps=7")
-    assert done.returncode == 0 and (tmp_path / "disk" / "000007").is_dir(), done.stderr
