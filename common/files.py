@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars, is_out_of_memory
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -52,8 +52,18 @@ def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}", CHECKPOINT) from error
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         message = f"{path} is not a readable {what}: {reason}" + (f"; {hint}" if hint else "")
         raise UserError(message, CHECKPOINT) from error
 

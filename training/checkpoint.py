@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, UserError, escape_control_chars
+from common.files import reading
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -35,8 +36,7 @@ FILES = (MODEL, OPTIMIZER, STATE, VOCABULARY)
 MANIFEST = "manifest.json"
 FORMAT = 1
 WRITING, REMOVING = ".writing-", ".removing-"
-DAMAGE = (OSError, SafetensorError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
-"""What reading a damaged or foreign file raises: torch, safetensors and Python itself refuse it in many ways."""
+ANOTHER = "take another checkpoint, or one from a backup"
 MAX_JSON_BYTES = 1 << 22
 
 
@@ -88,16 +88,17 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
-        with _reading(self.folder / VOCABULARY) as path:
-            tokenizer = load_tokenizer(path)
-            if tokenizer.vocab_size != self.vocab_size:
-                raise ValueError(f"it has {tokenizer.vocab_size} tokens, the model {self.vocab_size}")
+        tokenizer = load_tokenizer(path := self.folder / VOCABULARY)
+        if tokenizer.vocab_size != self.vocab_size:
+            raise UserError(
+                f"{path} has {tokenizer.vocab_size} tokens, the model {self.vocab_size}; {ANOTHER}", CHECKPOINT
+            )
         return tokenizer
 
     def build_model(self, config: ModelConfig) -> GPT:
         """The saved model on the CPU, with the attention implementation and dropout of `config`."""
         weights = self.weights()
-        with _reading(self.folder / MODEL):
+        with reading(self.folder / MODEL, "model", ANOTHER):
             if config.n_layers > len(weights):
                 raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")
             with torch.device("meta"), _SkipInit():  # shapes only: no memory before they are compared
@@ -164,45 +165,30 @@ def step_of_folder(folder: Path) -> int | None:
     return int(folder.name) if re.fullmatch("[0-9]{6}|[1-9][0-9]{6,17}", folder.name) else None
 
 
-def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: each has the sha256 of the manifest."""
-    try:
+def verify_checkpoint(folder: Path) -> None:
+    """Raise UserError (4) unless each file of a checkpoint has the sha256 of the manifest."""
+    with reading(folder, "checkpoint", ANOTHER):
         listed = _read_json(folder / MANIFEST)["files"]
         for name in FILES:
             if sha256_of_file(folder / name) != listed[name]["sha256"]:
-                return f"{name} does not have the sha256 of its manifest"
-    except OSError as error:
-        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
-    except DAMAGE as error:
-        return f"its manifest cannot be read ({type(error).__name__})"
-    return None
+                raise ValueError(f"{name} does not have the sha256 of its manifest")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """A verified checkpoint; raises UserError (4) if it is damaged, of another version, or named after another step."""
-    with _reading(folder):
-        if problem := verify_checkpoint(folder):
-            raise ValueError(problem)
-    with _reading(folder / STATE) as path:
-        saved = _read_json(path)
+    verify_checkpoint(folder)
+    with reading(folder / STATE, "state of a run", ANOTHER):
+        saved = _read_json(folder / STATE)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         state, environment = TrainState(**saved["state"]), RunEnvironment(**saved["environment"])
         if step_of_folder(folder) not in (None, state.step):
             raise ValueError(f"it holds step {state.step}: rename the folder, or remove it")
-        config = parse(RunConfig, as_arguments(saved["config"], "its config"), "")
+        try:
+            config = parse(RunConfig, as_arguments(saved["config"], "its config"), "")
+        except UserError as error:
+            raise ValueError(str(error)) from error
     return Checkpoint(folder, config, saved["vocab_size"], state, environment)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[Path]:
-    """Turn what a damaged or foreign file raises in the body, which reads it, into one line: UserError (4)."""
-    try:
-        yield path
-    except (*DAMAGE, UserError) as error:
-        text = (error.strerror or "unreadable") if isinstance(error, OSError) else " ".join(str(error).split())
-        shown = escape_control_chars(f"{path} cannot be used: {text[:300]}")
-        raise UserError(f"{shown}; take another checkpoint, or one from a backup", CHECKPOINT) from error
 
 
 class _SkipInit(TorchFunctionMode):
@@ -223,7 +209,7 @@ def _read_json(path: Path) -> Any:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The fp32 tensors of a safetensors file: read, not mapped, for a mapped file that shrinks ends the process (SIGBUS)."""
-    with _reading(path):
+    with reading(path, "file of tensors", ANOTHER):
         tensors = load_file(path, backend="pread")
         for name, value in tensors.items():
             if value.dtype != torch.float32:
@@ -275,11 +261,12 @@ class CheckpointWriter:
         with contextlib.suppress(OSError):  # leftovers do no harm
             for path in (*self.root.glob(f"{WRITING}*"), *self.root.glob(f"{REMOVING}*")):
                 final = self.root / path.name.removeprefix(WRITING).removeprefix(REMOVING)
-                if step_of_folder(final) is None or final.exists() or verify_checkpoint(path):
-                    _remove(path)
-                else:
-                    path.rename(final)
-                    _fsync(self.root)
+                with contextlib.suppress(UserError):
+                    if step_of_folder(final) is not None and not final.exists():
+                        verify_checkpoint(path)
+                        path.rename(final)
+                        _fsync(self.root)
+                _remove(path)
 
     def save(
         self,
@@ -311,13 +298,12 @@ class CheckpointWriter:
             (temporary / STATE).write_bytes(json.dumps(saved, indent=1).encode())
             (temporary / VOCABULARY).write_bytes(tokenizer.to_json())
             _write_manifest(temporary)
-            if problem := verify_checkpoint(temporary):
-                raise OSError(f"the disk did not keep what was written: {problem}")
+            verify_checkpoint(temporary)  # the disk may not have kept what was written
             if final.is_symlink() or final.exists():
                 _set_aside(final)
             temporary.rename(final)
             _fsync(self.root)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UserError) as error:
             self.cleanup()
             reason = getattr(error, "strerror", None) or error
             advice = "earlier checkpoints are unchanged: free some space, then continue with --run.resume"
