@@ -136,7 +136,7 @@ function listen() {
     walkthrough.visible = entries.at(-1).isIntersecting;
     if (view) drawWalkthrough();
   }, { rootMargin: "200px" }).observe(byId("walkthrough-section"));
-  new ResizeObserver(() => view && drawMatrix()).observe(byId("matrix"));
+  new ResizeObserver(([{ contentRect: { width } }]) => view && width > 0 && drawMatrix()).observe(byId("matrix"));
 }
 
 // A button for a finding: it selects the head, and a text on which the score is measured.
