@@ -5,23 +5,24 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import NON_FINITE, UserError
-from inspection import ablation
+from inspection import ablation, eval_items
 from inspection.ablation import loss_increases, run_ablations
 from inspection.contrast_pairs import ContrastPair
-from inspection.eval_items import EvalTask, halves
+from inspection.eval_items import EvalTask
 from inspection.eval_texts import EvalTexts
 from model.config import AttentionImplementation
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade, repeats
+from tests.inspection.test_activation_cache import snapshot
 from tests.model.helpers import random_model, random_tokens
 
 V, N, COUNT = 30, 12, 5
@@ -59,9 +60,6 @@ def check_zero_ablation() -> None:
         assert zero[head][0] == pytest.approx(math.log(V) if matters else 0, abs=1e-4)
         assert control[head][0] == pytest.approx(0 if matters else math.log(V) / 2, abs=1e-4)
         assert difference[head][0] == pytest.approx(zero[head][0] - control[head][0], abs=1e-9)
-    for table in effects.tables.values():
-        value, low, high = np.moveaxis(table, -1, 0)
-        assert (low <= value).all() and (value <= high).all()
 
 
 def check_mean_ablation() -> None:
@@ -91,72 +89,63 @@ def ablated_copy(model: GPT, layer: int, head: int, mean: Tensor | None) -> GPT:
     return model
 
 
-def loss(model: GPT, text: tuple[int, ...], first: int) -> float:
-    logits = model(torch.tensor([text]))[0, first - 1 : -1]
-    return F.cross_entropy(logits, torch.tensor(text[first:])).item()
+def log_p(model: GPT, text: tuple[int, ...], first: int) -> list[float]:
+    """Of each token from the given position on."""
+    log_probs = model(torch.tensor([text]))[0, first - 1 : -1].log_softmax(dim=-1)
+    return log_probs.gather(1, torch.tensor(text[first:])[:, None])[:, 0].tolist()
 
 
 def reference_texts(measure: str) -> list[tuple[int, ...]]:
     """The texts over which the means of a measure are taken."""
     texts = eval_texts()
-    held_out = [text for name, text in texts.texts if name.startswith("held-out")]
-    texts_of_losses = {"repeats": list(texts.repeats), "corpus": held_out, "corpus.choose": held_out}
-    return texts_of_losses.get(measure, [p.tokens for p in texts.contrast_pairs])
+    held_out = [tokens for _, tokens in texts.held_out()]
+    return {"repeats": [*texts.repeats], "corpus": held_out}.get(measure, [p.tokens for p in texts.contrast_pairs])
 
 
 def item_scores(model: GPT, measure: str) -> list[float]:
     """The scores of a measure's items by definition, one text at a time; higher is better."""
-    if measure == "corpus.choose":
-        return [item_scores(model, "corpus")[k] for k in halves(range(3))[0]]
     if not measure.startswith("logit_diff"):
-        return [-loss(model, text, 7 if measure == "repeats" else 1) for text in reference_texts(measure)]
-
-    def log_p(pair: ContrastPair, answer: tuple[int, ...]) -> float:
-        return -loss(model, pair.tokens + answer, len(pair.tokens)) * len(answer)
-
-    pairs = [pair for pair in eval_texts().contrast_pairs if f"logit_diff.{pair.kind}" == measure]
-    return [log_p(pair, pair.right) - log_p(pair, pair.wrong) for pair in pairs]
+        return [fmean(log_p(model, text, 7 if measure == "repeats" else 1)) for text in reference_texts(measure)]
+    return [
+        sum(log_p(model, p.tokens + p.right, len(p.tokens))) - sum(log_p(model, p.tokens + p.wrong, len(p.tokens)))
+        for p in eval_texts().contrast_pairs
+        if measure.endswith(p.kind)
+    ]
 
 
 def check_brute_force(preset: str, attention: AttentionImplementation) -> None:
     """Effects equal those of `ablated_copy` and the definition of each measure, text by text."""
     model = random_model(preset, attention)
     measures = run_ablations(model, eval_texts()).measures
-    assert list(measures) == ["repeats", "corpus", "corpus.choose", "logit_diff.one", "logit_diff.several"]
+    choose = measures.pop("corpus.choose")
+    halves = [item_scores(model, "corpus")[k] for k in eval_items.halves(range(3))[0]]
+    assert choose.baseline == pytest.approx(-fmean(halves), abs=2e-5)
+    assert list(measures) == ["repeats", "corpus", "logit_diff.one", "logit_diff.several"]
     for name, effects in measures.items():
         before, means = item_scores(model, name), ablation.mean_head_outputs(model, reference_texts(name))
         sign = -1 if effects.unit == "nats/token" else 1
-        assert effects.baseline == pytest.approx(sign * sum(before) / len(before), abs=2e-5)
+        assert effects.baseline == pytest.approx(sign * fmean(before), abs=2e-5)
         assert effects.count == len(before)
         for layer, head, kind in ((0, 2, "zero"), (0, 0, "mean"), (1, 1, "mean")):
             after = item_scores(ablated_copy(model, layer, head, means[layer, head] if kind == "mean" else None), name)
-            effect = sum(a - b for a, b in zip(before, after, strict=True)) / len(after)
-            assert effects.tables[kind][layer, head, 0] == pytest.approx(effect, abs=4e-5)
+            assert effects.tables[kind][layer, head, 0] == pytest.approx(fmean(before) - fmean(after), abs=4e-5)
 
 
 def test_loss_increases_are_the_effect_token_by_token() -> None:
     model, held_out = random_model("qwen3", "chunked"), reference_texts("corpus")
     zero = run_ablations(model, eval_texts()).measures["corpus"].tables["zero"]
-    for layer, head in ((0, 2), (1, 1)):
-        found = loss_increases(model, held_out, layer, head)
-        assert [len(rise) + 1 for rise in found] == list(map(len, held_out)) and zero[layer, head, 0] != 0
-        assert np.mean([rise.mean() for rise in found]) == pytest.approx(zero[layer, head, 0], abs=4e-5)
+    found = loss_increases(model, held_out, 1, 1)
+    assert [len(rise) + 1 for rise in found] == list(map(len, held_out))
+    assert np.mean([rise.mean() for rise in found]) == pytest.approx(zero[1, 1, 0], abs=4e-5) != 0
 
 
 def check_no_trace() -> None:
-    """No hook, flag, gradient or parameter changes."""
-    model, tokens = random_model("gpt2", "sdpa", dropout=0.3).train(), random_tokens(1, 9)
+    model = random_model("gpt2", "sdpa", dropout=0.3).train()
     model.blocks[0].mlp.eval()
-    modes = [module.training for module in model.modules()]
-    parameters = {name: p.clone() for name, p in model.named_parameters()}
-    state = torch.get_rng_state()
+    before = snapshot(model)
     run_ablations(model, eval_texts())
     loss_increases(model, reference_texts("corpus"), 0, 0)
-    assert [module.training for module in model.modules()] == modes
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert all(torch.equal(p, parameters[name]) and p.grad is None for name, p in model.named_parameters())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(model.eval()(tokens), random_model("gpt2", "sdpa")(tokens))
+    assert snapshot(model) == before
 
 
 CHECKS: dict[str, Callable[[], None]] = {

@@ -55,8 +55,8 @@ def test_supported_finding_is_the_headline(tmp_path: Path) -> None:
     save_findings(tmp_path / "findings.json", [finding])
     data = json.loads((tmp_path / "findings.json").read_text())
     (entry,) = data["findings"]
-    assert data["headline"] == entry["summary"] == text and entry["is_supported"]
-    assert entry["head"] == [0, 0] and entry["zero"] == list(finding.zero) and entry["label"] == "supported"
+    assert data["headline"] == entry["summary"] == text
+    assert (entry["is_supported"], entry["head"], entry["zero"]) == (True, [0, 0], list(finding.zero))
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,6 @@ def test_since_is_the_last_crossing_of_the_threshold(values: tuple[float, ...], 
 def test_no_finding_below_the_threshold_or_without_effects() -> None:
     assert compute_findings(timeline(LOW, LOW), results(repeats=effects(1.8, 1.5, 0.0))) == []
     assert compute_findings(timeline(HIGH), results(corpus=effects(1.8, 1.5, 0.0))) == []
-    nan = {10: {"induction": np.full((1, 2), np.nan)}}
-    assert compute_findings(nan, results(repeats=effects(1.0, 1.0, 0.0))) == []
     assert headline([]) == "No head qualifies: none puts 50% or more of its attention on a tested target."
 
 
@@ -144,7 +142,6 @@ def test_head_that_matters_most_on_text_is_the_headline() -> None:
     ("choose", "judge", "head"),
     [
         (effects(1.0, 1.0, 0.1), effects(0.04, 0.04, 0.3), 0),  # on the other half another head is better
-        (effects(0.3, 0.3, 0.25), effects(0.3, 0.3, 0.25), 0),  # no head differs from another one
         (effects(0.5, 0.0, 0.4), effects(0.5, 0.0, 0.4), 0),  # by zero ablation only
         (effects(0.0, 0.0, 0.01), effects(0.01, 0.01, 0.0), 1),
     ],
@@ -152,11 +149,10 @@ def test_head_that_matters_most_on_text_is_the_headline() -> None:
 def test_no_head_stands_out_on_text(choose: AblationEffects, judge: AblationEffects, head: int) -> None:
     found = on_text(choose, judge, [0.9, 0.9])
     assert found.head == (0, head) and not found.is_supported
-    supported = compute_findings(timeline(HIGH), results(repeats=effects(1.8, 1.5, 0.0)))
     start = (
         f"No head stands out on this text: on half of it ablating L0H{head} hurts most, but on the other half it raises"
     )
-    assert headline([found, *supported]).startswith(start)
+    assert headline([found]).startswith(start)
 
 
 def test_too_little_text_has_no_finding() -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from inspection.activation_cache import run_with_cache
 from inspection.compute_scores import compute_head_scores, uniform_scores
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
-from inspection.head_scores import REPEATS, SCORES, value_weighted
+from inspection.head_scores import REPEATS, SCORES
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
 from tests.model.helpers import random_model
@@ -240,32 +239,26 @@ def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
     close(found["itself"], table((UNIFORM_ONE * (T - 1) + 1) / T, 1 / T, 1 / T))
 
 
-# Texts in tokens, and the keys of each query; `|` is end-of-text, which has no bytes.
-STARTS = {
-    "ab\n  cd\ne": ["", "", "", "", "", "2", "25", "25", "7"],  # the line break and the first letter
-    'a." B c': ["", "", "", "", "1", "14", "14"],
-    "|ab": ["", "0", "01"],
-    "3.14, a": [""] * 7,
-}
-OPEN_BRACKETS: dict[str, list[str]] = {
-    'a(b[c]d)"e"': list("..1.311..8."),  # the innermost one that is open after the query
-    "(a\n\nb": list(".00.."),
-    "(a|b)": list(".0..."),
-    "a) [b}": list("....33"),
-}
 SPLIT = [bytes([byte]) for byte in "你。「好」".encode()]  # 3 bytes a character; the last byte completes it
-WORDS = ["He (", "the “", "big", " one” said", "). ", "Yes"]
-CASES_IN_TEXT = [
-    *((head_scores._starts, text, keys) for text, keys in STARTS.items()),
-    *((head_scores._open_brackets, text, keys) for text, keys in OPEN_BRACKETS.items()),
-    (head_scores._open_brackets, [word.encode() for word in WORDS], [*"..10.."]),
-    (head_scores._starts, SPLIT, [""] * 8 + ["5"] + ["58"] * 6),
-    (head_scores._open_brackets, SPLIT, ["."] * 9 + ["8"] * 5 + ["."]),
+WORDS = [word.encode() for word in ("He (", "the “", "big", " one” said", "). ", "Yes")]
+# Texts in tokens, and the keys of each query; `|` is end-of-text, which has no bytes.
+TARGETS: list[tuple[Callable[..., Any], str | list[bytes], list[str]]] = [
+    (head_scores._starts, "ab\n  cd\ne", [*".....2", "25", "25", "7"]),  # the line break and the first letter
+    (head_scores._starts, 'a." B c', [*"....1", "14", "14"]),
+    (head_scores._starts, "|ab", [".", "0", "01"]),
+    (head_scores._starts, "3.14, a", [*"......."]),
+    (head_scores._starts, SPLIT, [*"........5", *["58"] * 6]),
+    (head_scores._open_brackets, 'a(b[c]d)"e"', [*"..1.311..8."]),  # the innermost one that is open after the query
+    (head_scores._open_brackets, "(a\n\nb", [*".00.."]),
+    (head_scores._open_brackets, "(a|b)", [*".0..."]),
+    (head_scores._open_brackets, "a) [b}", [*"....33"]),
+    (head_scores._open_brackets, WORDS, [*"..10.."]),
+    (head_scores._open_brackets, SPLIT, [*".........88888."]),
 ]
 
 
-@pytest.mark.parametrize(("find", "text", "expected"), CASES_IN_TEXT)
-def test_targets_in_text(find: Callable[..., Any], text: Any, expected: list[str]) -> None:
+@pytest.mark.parametrize(("find", "text", "expected"), TARGETS)
+def test_targets_in_text(find: Callable[..., Any], text: str | list[bytes], expected: list[str]) -> None:
     pieces = [b"" if c == "|" else c.encode() for c in text] if isinstance(text, str) else text
     found = head_scores._targets(tuple(pieces), find)
     assert found.tolist() == [[str(key) in keys for key in range(len(pieces))] for keys in expected]
@@ -278,11 +271,3 @@ def test_score_counts_only_queries_with_a_target() -> None:
     close(compute("open_bracket", pattern, pieces), torch.stack(expected))
     for name in ("line_start", "open_bracket"):
         assert compute(name, pattern[:, :2, :2], pieces[:2]).isnan().all()
-
-
-def test_value_weighting() -> None:
-    """Value norms that grow with the position: query i weights key j by j / (1 + 2 + ... + i)."""
-    weighted = value_weighted(uniform_pattern(6).numpy(), np.arange(6.0)[None])
-    expected = [[j / (i * (i + 1) / 2) if j <= i else 0.0 for j in range(6)] for i in range(1, 6)]
-    np.testing.assert_allclose(weighted[1:], expected)
-    assert np.isnan(weighted[0]).all()  # its only value vector is zero

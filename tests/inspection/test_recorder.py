@@ -81,7 +81,7 @@ def test_run_writes_files_metrics_and_report(tmp_path: Path) -> None:
     first, *_, last = (read_attention_file(tmp_path / "attention" / name) for name in names)
     assert [text.name for text in first.texts] == ["held-out 1", "held-out 2", "repeat 1"]
     assert last.texts[0].name == "sample" and last.texts[0].queries is not None
-    assert last.metadata["weights_sha256"] == "w40" and "torch" in last.metadata["versions"]
+    assert last.metadata["weights_sha256"] == "w40"
     for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
         scores = read_attention_file(tmp_path / "attention" / f"{line['step']:06d}.safetensors").scores
         assert set(line["head_scores"]) == set(scores) >= {"induction", "entropy", "copying"}
@@ -119,20 +119,16 @@ def test_report_on_own_text_names_a_head_and_where_it_matters(tmp_path: Path) ->
     head = headline.split()[1]  # the two need each other, so both cost the same
     assert f"it attends to {attends[head]}; uniform attention 0." in headline
     assert "matters most on this text: ablating it raises held-out loss by 1.56 [1.56, 1.56], another" in headline
-    assert on_repeats.startswith("Since step 20, head L1H1") and re.match(
-        r"  own: right in [\d.]+% of 2; ablating L\dH\d lowers the logit difference most, by -?\d", question
-    )
+    assert on_repeats.startswith("Since step 20, head L1H1")
+    assert re.match(r"  own: right in [\d.]+% of 2; ablating L\dH\d lowers the logit difference most, by", question)
     data = json.loads((tmp_path / "attention" / "findings.json").read_text())
     assert data["headline"] == headline and data["findings"][0]["summary"] == headline
     last = read_attention_file(tmp_path / "attention" / "000040.safetensors")
+    names = [text.name for text in last.texts]
     for example, line in zip(data["examples"], examples, strict=True):
         tokens, k = dict(texts)[example["text"]], example["position"]
         assert k >= N + 2 and example["loss_increase"] == pytest.approx(np.log(30), abs=0.01)
         assert line.endswith(f"{tokens[k - 2]} {tokens[k - 1]} [{tokens[k]} ]  +3.40 nats ({example['text']})")
-        assert example["text"] in [text.name for text in last.texts]
-    finding = finding_tables(
-        data, PageRun("", [last]), {data["findings"][0]["score"]: {}}, [text.name for text in last.texts]
-    )
+    page = finding_tables(data, PageRun("", [last]), {data["findings"][0]["score"]: {}}, names)["findings"][0]
     first = data["examples"][0]
-    shown = finding["findings"][0]
-    assert last.texts[shown["text"]].name == first["text"] and shown["query"] == first["position"] - 1
+    assert (names[page["text"]], page["query"]) == (first["text"], first["position"] - 1)
