@@ -7,10 +7,12 @@ import pytest
 from tests.commands import check_command
 from tests.runs import ROOT
 
-NAMES = ("README.md", "CONTRIBUTING.md", "docs/guarantees.md", "docs/running.md")
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/guarantees.md", "docs/running.md", "docs/attention.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
-README, CONTRIBUTING, GUARANTEES, RUNNING = TEXTS.values()
-LINES = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)).splitlines() + RUNNING.splitlines()
+README, CONTRIBUTING, GUARANTEES, RUNNING, ATTENTION = TEXTS.values()
+LINES = (
+    "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)).splitlines() + (RUNNING + ATTENTION).splitlines()
+)
 PARTS = [part.strip() for line in LINES for part in line.split("#")[0].split("&&")]
 TORCHRUN = re.findall(r"^(?:srun )?torchrun .*?(train\.py [^\n]*)$", RUNNING.replace("\\\n", " "), re.M)
 COMMANDS = [part for part in PARTS if part.startswith(("python ", "pip "))] + [f"python {each}" for each in TORCHRUN]
@@ -35,7 +37,7 @@ def test_every_guarantee_names_an_existing_test() -> None:
         assert files and all((ROOT / file).is_file() for file in files), row
 
 
-@pytest.mark.parametrize("name", [*NAMES, "docs/attention.md"])
+@pytest.mark.parametrize("name", NAMES)
 def test_links_lead_to_files(name: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8"))
     assert not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
