@@ -31,7 +31,7 @@ class AblationEffects:
     baseline: float  # the loss, or the logit difference, without ablation
     count: int  # of items: texts or contrast pairs
     tables: dict[str, NDArray[np.float64]]
-    """By name of `TABLES`, (L, H, 3): mean over items, and the bounds of its 95% confidence interval; without controls and
+    """By name of `TABLES`, (L, H, 3): mean over items, and the bounds of its 95% confidence interval. No controls and
     differences where a layer has one head."""
 
     @property

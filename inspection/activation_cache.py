@@ -1,8 +1,8 @@
 """Attention as the model computes it: a hook for each layer, and a cache of what it gets.
 
-`run_with_hooks` hands what each layer's attention computes to a function; `run_with_cache` keeps it. Afterwards the model is
-unchanged, and no random generator has advanced. Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width,
-D head size. A[l, h, i, j] is how much query i attends to key j; it is 0 for j > i, and each row sums to 1.
+`run_with_hooks` hands what each layer's attention computes to a function; `run_with_cache` keeps it. Both leave the
+model unchanged. Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size.
+A[l, h, i, j] is how much query i attends to key j; it is 0 for j > i, and each row sums to 1.
 """
 
 import copy
@@ -34,16 +34,13 @@ class ActivationCache:
 
     tokens: Int64[Tensor, " T"]
     pattern: Float32[Tensor, "L H T T"]
-    value_norms: Float32[Tensor, "L H T"]
-    """|v_j W_O|: how much a head can add to the residual stream by attending to j (Kobayashi et al. 2020, section 3)."""
+    value_norms: Float32[Tensor, "L H T"]  # |v_j W_O|: how much a head can add to the residual stream by attending to j
     loss: Float32[Tensor, " T-1"]  # -log p of each token after the first, in nats
-    queries: Float32[Tensor, "L H T D"] | None = None
-    """Queries, keys, values and `attn_out` as in `LayerHook`."""
+    queries: Float32[Tensor, "L H T D"] | None = None  # this and the next three as in `LayerHook`
     keys: Float32[Tensor, "L H T D"] | None = None
     values: Float32[Tensor, "L H T D"] | None = None
     attn_out: Float32[Tensor, "L T C"] | None = None
-    top_ids: Int64[Tensor, "T N"] | None = None
-    """The most likely next tokens, most likely first; N is `TOP_K`, or V if that is less."""
+    top_ids: Int64[Tensor, "T N"] | None = None  # the `TOP_K` most likely next tokens, most likely first
     top_probs: Float32[Tensor, "T N"] | None = None
 
 
@@ -128,7 +125,7 @@ def pad(texts: Sequence[Sequence[int]]) -> Int64[Tensor, "B T"]:
 
 
 def value_norms(values: Float[Tensor, "B H T D"], out: Float[Tensor, "C HD"]) -> Float[Tensor, "B H T"]:
-    """|v_j W_O| of each head, whose part of the output projection `out` is D of its columns (Kobayashi et al. 2020)."""
+    """|v_j W_O| of each head (Kobayashi et al. 2020, section 3); `out` has D columns for each."""
     # Head by head: all of them at once would be (B, H, T, C).
     projections = out.split(values.shape[-1], dim=1)
     return torch.stack([(values[:, h] @ W_O.T).norm(dim=-1) for h, W_O in enumerate(projections)], dim=1)

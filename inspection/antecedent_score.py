@@ -1,7 +1,7 @@
 """Which head attends to the antecedent of an answer, and whether a baseline without any content would find it too.
 
-A head may only attend "nine tokens back", or to the nearest noun, so these are two baselines (Clark et al. 2019, section 4.2).
-Head and offset are chosen on one half of the pairs and compared on the other, so that choosing does not bias the result.
+The baselines are the best fixed offset ("nine tokens back"; Clark et al. 2019, section 4.2) and the nearest noun. Head
+and offset are chosen on one half of the pairs and compared on the other, so that choosing does not bias the result.
 """
 
 from collections.abc import Sequence

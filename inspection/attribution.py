@@ -73,8 +73,8 @@ def direct_logit_attribution(
 ) -> tuple[int, dict[str, float]]:
     """The logit of `token` after the text, as a sum over everything that wrote to the residual stream.
 
-    The bias of the values is part of each head, those of the MLP part of the MLP; the biases of the attention output and of
-    the final norm are parts of their own.
+    The bias of the values is part of each head, those of the MLP part of the MLP; the biases of the attention output and
+    of the final norm are parts of their own.
 
     Args:
         token: by default the most likely one.

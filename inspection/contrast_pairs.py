@@ -10,8 +10,7 @@ from itertools import accumulate
 
 from data.tokenizer import Tokenizer
 
-CharSpan = tuple[int, int]
-"""First character, and the one after the last."""
+CharSpan = tuple[int, int]  # first character, and the one after the last
 
 
 @dataclass(frozen=True)
@@ -19,14 +18,11 @@ class ContrastPair:
     """A prompt with a right and a wrong answer, in tokens."""
 
     kind: str
-    tokens: tuple[int, ...]
-    """The prompt; begins with end_of_text."""
-    antecedent: tuple[int, ...]
-    """Positions in `tokens` of the mention that decides the answer; empty if unknown."""
+    tokens: tuple[int, ...]  # the prompt; begins with end_of_text
+    antecedent: tuple[int, ...]  # positions in `tokens` of the mention that decides the answer; empty if unknown
     right: tuple[int, ...]
     wrong: tuple[int, ...]
-    nearest_noun: tuple[int, ...] = ()
-    """Positions of the last noun before the answer; empty if unknown."""
+    nearest_noun: tuple[int, ...] = ()  # positions of the last noun before the answer; empty if unknown
 
     @property
     def length(self) -> int:
@@ -51,17 +47,13 @@ def make_contrast_pair(
         wrong: the wrong answer, as it would be written in place of the right one.
         nouns: those before the answer, if they are known.
 
-    Raises ValueError if the spans do not fit the text, both answers are the same, or the tokenizer merges prompt and answer
-    or changes the bytes of the prompt.
+    Raises ValueError if both answers are the same, or if the tokenizer merges prompt and answer or changes the text.
     """
-    start, end = answer
-    if not start < end <= len(text) or not all(0 <= a < b <= start for a, b in (*antecedent, *nouns)):
-        raise ValueError(f"antecedent {antecedent}, nouns {nouns} and answer {answer} do not fit the text")
 
     def encode(text: str) -> tuple[int, ...]:
-        return tuple(int(token) for token in tokenizer.encode(text))
+        return tuple(tokenizer.encode(text).tolist())
 
-    prompt, right = text[:start], text[start:end]
+    prompt, right = text[: answer[0]], text[slice(*answer)]
     tokens, answers = encode(prompt), [encode(right), encode(wrong)]
     for string, each in zip((right, wrong), answers, strict=True):
         if not each or tokens + each != encode(prompt + string):

@@ -1,7 +1,7 @@
 """The texts on which attention is recorded and measured, chosen once and kept for the whole run.
 
-They are the same at every evaluation, so that two attention files of a run differ by the model alone. The run folder keeps
-them, where `attend.py` finds them without the corpus.
+They are the same at every evaluation, so that two attention files of a run differ by the model alone. The run folder
+keeps them, so that `attend.py` needs no corpus.
 """
 
 from __future__ import annotations
@@ -24,13 +24,9 @@ from inspection.contrast_pairs import ContrastPair, make_contrast_pair
 from model.config import ModelConfig
 
 FORMAT = "glassgpt-eval-texts-1"
-NamedText = tuple[str, tuple[int, ...]]
-"""(name, tokens)."""
-
-OWN = "own"
-"""The kind of the user's contrast pairs."""
-HELD_OUT = "held-out"
-"""Prefix of the names of held-out texts; the others are the user's."""
+NamedText = tuple[str, tuple[int, ...]]  # (name, tokens)
+OWN = "own"  # the kind of the user's contrast pairs
+HELD_OUT = "held-out"  # prefix of the names of held-out texts; the others are the user's
 HELD_OUT_TEXTS, MIN_HELD_OUT = 32, 128  # texts at most; a short split is cut into more texts of at least 128 tokens
 HELD_OUT_TOKENS = 4096  # at most, which bounds the time of ablation: 32 texts of 128 tokens or 16 of 256
 SCORED_HELD_OUT = 12  # of these for head scores at each evaluation; heads are ablated on all

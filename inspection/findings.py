@@ -19,8 +19,7 @@ from inspection.ablation_results import AblationEffects, AblationResults
 from inspection.head_scores import ANTECEDENT, HELD_OUT, REPEATS, SCORES, score_info
 from inspection.terminal import head_name
 
-ATTENTION_THRESHOLD = 0.5
-"""A head with at least this share of its attention on the tested tokens qualifies."""
+ATTENTION_THRESHOLD = 0.5  # a head with at least this share of its attention on the tested tokens qualifies
 MIN_DISTINCT = 0.1  # a score this far above that of uniform attention describes a head
 FINDING_SCORES = (
     "induction",
@@ -80,8 +79,7 @@ class Finding:
     mean: Interval
     control: Interval | None  # zero ablation of another head of the layer; None where there is no other
     label: str
-    baseline: float | None = None
-    """What the best fixed offset, or the nearest noun, would score; None where it was not measured."""
+    baseline: float | None = None  # what the best fixed offset, or the nearest noun, scores, if it was measured
 
     @property
     def is_supported(self) -> bool:

@@ -59,7 +59,7 @@ class HeadScore:
     is_share: bool = True  # of a head's attention, so that 0.5 means half of it
     uses_bytes: bool = False  # `compute` gets a tuple of the tokens' bytes in place of their ids
     compute: Callable[..., Any] | None = None
-    """From (pattern, tokens) of a text to the score, nan where there is nothing to measure; for PARAMETERS from the model."""
+    """From (pattern, tokens) of a text, or the model for PARAMETERS, to the score; nan if there is nothing to measure."""
 
 
 SCORES: dict[str, HeadScore] = {}
@@ -110,9 +110,9 @@ def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
     texts=REPEATS,
 )
 def induction(pattern: Pattern, tokens: Tokens) -> Score:
-    """0 to 1; nan without a match. The query itself, which is a match where a token occurs twice in a row, does not count.
+    """0 to 1; nan without a match. Where a token occurs twice in a row, the query itself does not count as a match.
 
-    Some authors divide by all queries of a repeated sequence, not only by those with a match, and get about half of this.
+    Some authors divide by all queries of a repeated sequence, not only by those with a match: about half of this.
     """
     after_match = (tokens[:, None] == tokens.roll(1)).tril(-1)
     after_match[:, 0] = False  # no token is before the first
@@ -195,11 +195,11 @@ def distance(pattern: Pattern, tokens: Tokens) -> Score:
     is_share=False,
 )
 def copying(model: GPT) -> Float[Tensor, "L H"]:
-    """Whether a head raises the logits of the tokens it attends to, -1 to 1; 0 if it writes nothing that reaches the logits.
+    """Whether a head raises the logits of the tokens it attends to, -1 to 1; 0 if nothing it writes reaches the logits.
 
     Computed from W_V W_E W_U W_O, which is D x D and has the same nonzero eigenvalues. Norm weights are folded in, as
     is layer norm's subtraction of the mean. Left out: the norms' division (the same for all eigenvalues if the stream
-    has the same norm everywhere), biases, positions, and what the layers in between add. nan if a parameter is not finite.
+    has the same norm everywhere), biases, positions, and what the layers in between add.
     """
     import torch
 

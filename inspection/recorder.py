@@ -28,8 +28,7 @@ from inspection.run_reader import RunFiles, find_attention_files
 from inspection.terminal import DISCLAIMER, token_text
 from model.gpt import GPT
 
-KEPT_BETWEEN = 32
-"""Attention files between the first and the last one, at most."""
+KEPT_BETWEEN = 32  # attention files between the first and the last one, at most
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 60
 Example = dict[str, Any]
 """A token of a held-out text: `text` (its name), `position`, and `loss_increase` by ablating a head, in nats."""
