@@ -1,8 +1,4 @@
-"""Hostile texts, file names, tokens and options never reach the terminal or a page as control characters or markup.
-
-A terminal obeys escape sequences: `ESC ]0;` renames its window, `ESC [2J` clears it. A carriage return overwrites a
-line, and a bidirectional override reverses it.
-"""
+"""Hostile texts, file names, tokens and options never reach the terminal or a page as control characters or markup."""
 
 import re
 import shutil
