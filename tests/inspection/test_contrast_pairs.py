@@ -111,30 +111,18 @@ def test_batches_equal_single_pairs(batch_size: int, monkeypatch: Patch) -> None
     assert logit_diffs.min() < 0 < logit_diffs.max()
 
 
-# Antecedent scores.
-
-N = 20
-
-
-def matching_pairs(count: int) -> list[ContrastPair]:
-    """Repeats of different lengths that end in the second copy; the token after the first match is the antecedent."""
-    pairs = []
-    for k in range(count):
-        n = N - 2 * (k % 4)
-        text = tuple(repeats(1, n, seed=1 + k)[0])
-        end = n + 3 + k % 5
-        nearest = (end - n - k % 2,)
-        pairs.append(ContrastPair("match", text[:end], (end - n,), (text[end],), (text[1],), nearest))
-    return pairs
-
-
 def test_induction_head_beats_both_baselines() -> None:
-    """The induction head attends to the antecedent at any offset: N - 1, N - 3, N - 5 or N - 7 tokens back."""
-    (score,) = antecedent_scores(handmade(), matching_pairs(40))
+    """In repeats of four lengths, the induction head attends to the antecedent: 19, 17, 15 or 13 tokens back."""
+    offsets, pairs = [19 - 2 * (k % 4) for k in range(40)], []
+    for k, offset in enumerate(offsets):
+        text = tuple(repeats(1, offset + 1, seed=1 + k)[0])
+        end = offset + 4 + k % 5  # in the second copy
+        antecedent = end - offset - 1
+        pairs.append(ContrastPair("match", text[:end], (antecedent,), (text[end],), (text[1],), (antecedent - k % 2,)))
+    (score,) = antecedent_scores(handmade(), pairs)
     assert (score.kind, score.count, score.accuracy, score.head) == ("match", 40, 1.0, INDUCTION)
     assert score.attention == pytest.approx(1, abs=1e-6)
     choose, judge = halves(range(40))
-    offsets = [N - 1 - 2 * (k % 4) for k in range(40)]
     best = max(sorted(set(offsets)), key=lambda d: sum(offsets[k] == d for k in choose))
     assert score.offset == best
     assert score.offset_baseline == pytest.approx(sum(offsets[k] == best for k in judge) / 20)

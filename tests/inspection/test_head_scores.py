@@ -141,15 +141,12 @@ def check_all_scores() -> None:
     scores = compute_head_scores(handmade(), eval_texts(), token_bytes)
     for name in ("previous_token", "duplicate_token", "induction"):
         close(scores[name], table(*EXPECTED[name]))
-    for name in ("previous_token", "induction"):  # on texts of N and of 10 tokens, repeated
-        close(scores["text." + name][dict(previous_token=PREVIOUS, induction=INDUCTION)[name]], 1.0)
+    close(scores["text.previous_token"][PREVIOUS], 1.0)
+    close(scores["text.induction"][INDUCTION], 1.0)
     for name, value in uniform_scores(eval_texts(), token_bytes).items():
         close(scores[name][0, 1:], value, atol=1e-5)  # these heads attend uniformly
     short = sum(1 / (i + 1) for i in range(1, 21)) / 20
     close(scores["first_token"], table((UNIFORM_ONE + short) / 2, (1 / 50 + 1 / 20) / 2, 1 / 2))
-    close(scores["entropy"], table(1.0, 0.0, 0.0))
-    long, brief = EXPECTED["distance"][2], (sum(range(11)) + 10 * 9) / 21
-    close(scores["distance"], table((12.5 + 5) / 3, (50 / 51 + 20 / 21) / 3, (long + brief) / 3), atol=1e-5)
     close(scores["copying"], table(0.0, 0.0, 1.0))
     close(scores["antecedent.match"], table(sum(1 / (N + 3 + k) for k in range(8)) / 8, 0.0, 1.0))
     close(scores["antecedent.before"], table(sum(1 / (9 + k) for k in range(8)) / 8, 1.0, 0.0))
