@@ -24,12 +24,8 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
 
 def block_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """Shapes of a block's matrices: queries, keys and values; output; MLP up, with the gate if there is one; MLP down."""
-    d_model, d_mlp, q, kv = (
-        config.d_model,
-        config.d_mlp,
-        config.n_heads * config.d_head,
-        config.n_kv_heads * config.d_head,
-    )
+    d_model, d_mlp = config.d_model, config.d_mlp
+    q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
     gates = 2 if config.architecture.activation == "swiglu" else 1
     return [(d_model, q + 2 * kv), (q, d_model), (d_model, gates * d_mlp), (d_mlp, d_model)]
 

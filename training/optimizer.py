@@ -69,6 +69,8 @@ class Optimizer:
             }
             for (algorithm, is_matrix), params in groups.items()
         ]
+        self.adamw_options: dict[str, Any] = {"beta1": config.beta1, "beta2": config.beta2, "eps": ADAMW_EPS}
+        self.adamw_options |= {"amsgrad": False, "maximize": False}
         self.lr_scale = 1.0
 
     @torch.no_grad()
@@ -88,29 +90,11 @@ class Optimizer:
                 buffers = [state["momentum_buffer"] for state in states]
                 muon(parameters, buffers, lr, group["weight_decay"], self.config.momentum)
             elif parameters:
-                self.step_adamw(parameters, states, lr, group["weight_decay"])
+                gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+                averages, squares, steps = ([s[entry] for s in states] for entry in ("exp_avg", "exp_avg_sq", "step"))
+                options = {"lr": lr, "weight_decay": group["weight_decay"], **self.adamw_options}
+                adamw(parameters, gradients, averages, squares, [], steps, fused=True, **options)
         self.zero_grad()
-
-    def step_adamw(
-        self, parameters: list[Tensor], states: list[dict[str, Tensor]], lr: float, weight_decay: float
-    ) -> None:
-        """AdamW by torch's fused kernel."""
-        adamw(
-            parameters,
-            [cast(Tensor, parameter.grad) for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=ADAMW_EPS,
-            maximize=False,
-        )
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -152,18 +152,11 @@ def expected_loss(run: RunConfig, n_train: int) -> float:
     if run.train.steps < MIN_STEPS:
         return math.inf
     e, a, alpha, b, beta = LOSS_FIT
-    tokens = effective_tokens(run.train.steps * run.train.batch_size * run.model.context, n_train)
+    tokens: float = run.train.steps * run.train.batch_size * run.model.context
+    repetitions = tokens / n_train - 1
+    if repetitions > 0:  # tokens of new text that teach as much (Muennighoff et al. 2023, equation 5)
+        tokens = n_train * (1 - REPEAT_VALUE * math.expm1(-repetitions / REPEAT_VALUE))
     return e + a / (12 * run.model.n_layers * run.model.d_model**2) ** alpha + b / tokens**beta
-
-
-def effective_tokens(tokens: float, n_train: int) -> float:
-    """Tokens of new text that teach as much as `tokens` tokens from a text of `n_train`.
-
-    n · (1 + R* · (1 - exp(-R / R*))) with R repetitions (Muennighoff et al. 2023, equation 5).
-    """
-    if tokens <= n_train:
-        return tokens
-    return n_train * (1 + REPEAT_VALUE * -math.expm1(-(tokens / n_train - 1) / REPEAT_VALUE))
 
 
 def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> float:
