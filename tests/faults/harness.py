@@ -55,12 +55,8 @@ def steps_done(run: Path) -> int:
 def newest_state(run: Path) -> tuple[str, str, dict[str, Any]]:
     """sha256 of the weights and of the optimizer state in the newest good checkpoint; its step, tokens, best loss, ..."""
     newest = checkpoints(run)[-1]
-    found = hashes(newest)
-    return (
-        found["model.safetensors"],
-        found["optimizer.safetensors"],
-        json.loads((newest / "state.json").read_text())["state"],
-    )
+    found, state = hashes(newest), json.loads((newest / "state.json").read_text())["state"]
+    return found["model.safetensors"], found["optimizer.safetensors"], state
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.chmod", "shutil.
 
 @dataclass(frozen=True)
 class Hook:
-    """What happens, and before which operation."""
+    """What happens before which operation: the first, second, ... of those that are counted."""
 
-    at: int = 0  # counted from 1; 0: never, operations are only logged
+    at: int = 1
     do: str = "SIGKILL"  # a signal that the process sends itself, or the error of the operation, such as ENOSPC
     operation: str = ""  # count only this operation, such as rename
-    path: str = ""  # count only paths that contain this text
+    path: str = ""  # count only paths in which this regular expression is found
     lasting: bool = False  # every later one fails as well, as on a disk that stays full
-    log: str = ""  # a file that gets a line for each counted operation: operation and path
 
 
 def file_operation(event: str, args: tuple[Any, ...]) -> tuple[str, str]:
@@ -36,20 +36,18 @@ def file_operation(event: str, args: tuple[Any, ...]) -> tuple[str, str]:
 def install(hook: Hook) -> None:
     """Let it happen in this process."""
     counter = itertools.count(1)
-    log = os.open(hook.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if hook.log else -1
 
     def listen(event: str, args: tuple[Any, ...]) -> None:
         operation, path = file_operation(event, args)
-        if not operation or hook.operation not in ("", operation) or hook.path not in path:
+        if not operation or hook.operation not in ("", operation) or not re.search(hook.path, path):
             return
         count = next(counter)
-        if log >= 0:
-            os.write(log, f"{operation} {path}\n".encode())
-        if hook.at and (count == hook.at or (hook.lasting and count > hook.at)):
-            if hook.do.startswith("SIG"):
-                os.kill(os.getpid(), getattr(signal, hook.do))
-            else:
-                number = getattr(errno, hook.do)
-                raise OSError(number, os.strerror(number), path)
+        if count < hook.at or (count > hook.at and not hook.lasting):
+            return
+        if hook.do.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, hook.do))
+        else:
+            number = getattr(errno, hook.do)
+            raise OSError(number, os.strerror(number), path)
 
     sys.addaudithook(listen)

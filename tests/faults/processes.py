@@ -76,24 +76,21 @@ def start_server() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def output_files() -> tuple[Path, Path]:
+def output_files() -> list[Path]:
     """Files for stdout and stderr."""
-    folder = tempfile.mkdtemp(dir=OUTPUT.name)
-    out, err = Path(folder, "out"), Path(folder, "err")
-    out.touch(), err.touch()
-    return out, err
+    folder = Path(tempfile.mkdtemp(dir=OUTPUT.name))
+    files = [folder / "out", folder / "err"]
+    for file in files:
+        file.touch()
+    return files
 
 
 def start(
-    *argv: object,
-    script: str = "train.py",
-    hook: Hook | None = None,
-    env: Mapping[str, str] | None = None,
-    cwd: Path = ROOT,
+    *argv: object, script: str = "train.py", hook: Hook | None = None, env: Mapping[str, str] = {}, cwd: Path = ROOT
 ) -> Running:
     """Fork a process that runs `script` with these arguments; `hook` is a fault that it injects into itself."""
     files = output_files()
-    args = ([script, *map(str, argv)], files, env or {}, cwd, hook)
+    args = ([script, *map(str, argv)], files, env, cwd, hook)
     process = multiprocessing.get_context("forkserver").Process(target=become, args=args)
     process.start()
 
@@ -104,7 +101,7 @@ def start(
     return Running(process.pid, wait, *files)
 
 
-def become(command: list[str], files: tuple[Path, Path], env: Mapping[str, str], cwd: Path, hook: Hook | None) -> None:
+def become(command: list[str], files: list[Path], env: Mapping[str, str], cwd: Path, hook: Hook | None) -> None:
     """Turn this forked process into `python SCRIPT ...`."""
     os.setsid()
     for descriptor, path in enumerate(files, 1):
@@ -125,12 +122,12 @@ def run_script(*argv: object, **how: Any) -> subprocess.CompletedProcess[str]:
     return start(*argv, **how).end()
 
 
-def launch(*command: object, env: Mapping[str, str] | None = None, **how: Any) -> Running:
+def launch(*command: object, env: Mapping[str, str] = {}, **how: Any) -> Running:
     """Start a command as a user, a scheduler or torchrun does. `how`: further arguments of `Popen`."""
     files = output_files()
     with files[0].open("wb") as out, files[1].open("wb") as err:
         how = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **how}
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", MARK: WORD, **(env or {})}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", MARK: WORD, **env}
         process = subprocess.Popen([*map(str, command)], start_new_session=True, env=variables, **how)
     commands.append(process)
 

@@ -93,7 +93,7 @@ def test_run_without_config_is_not_overwritten(reference: Reference, run: Path) 
 
 @pytest.mark.parametrize("what", ["cut", "missing", "noise"])
 def test_damaged_metrics_cost_no_step(what: str, to_step_10: Reference, run: Path) -> None:
-    """Lines that cannot be read are lost; those that follow are to_step_10, in order, and none is there twice."""
+    """Lines that cannot be read are lost; those that follow are whole, in order, and none is there twice."""
     DAMAGES[what](run / "metrics.jsonl")
     assert resume(run).returncode == 0
     assert to_step_10.same_weights(run)

@@ -15,7 +15,6 @@ import pytest
 
 from common.errors import CONFIG, DATA, IN_USE, LOST_PROCESS
 from tests.faults.harness import CORPUS, FAULTY, Reference, checkpoints, committed, named, numbers, steps_done
-from tests.faults.hook import Hook
 from tests.faults.processes import Running, environment, kill, launch, living, nobody_left, start
 from tests.runs import ROOT
 
@@ -167,15 +166,6 @@ def test_a_lost_process_ends_the_others(
     assert done.returncode == LOST_PROCESS and "--run.resume" in one_error(done)
     assert committed(run) >= before >= 10
     resume_and_check(run, reference)
-
-
-def test_rank_0_is_killed_while_saving(references: References, run: Path) -> None:
-    argv = (*references("none").argv, f"--run.dir={run}")
-    hooks = (Hook(1, "SIGKILL", "rename", ".writing-000010"), None)
-    ranks = [start(*argv, env=env, hook=hook) for env, hook in zip(environments(2), hooks, strict=True)]
-    done = ranks[1].end(SOON + TIMEOUT)
-    assert done.returncode == LOST_PROCESS and committed(run) == 5, done.stderr
-    resume_and_check(run, references("none"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, KILLED, FROZEN], ids=["stopped", "killed", "frozen"])

@@ -117,25 +117,35 @@ def test_signal_during_imports(library: str, number: int, corpus: Path, tmp_path
     assert not done.stderr and not (run / "config.toml").exists()
 
 
-@BOTH
-def test_signal_in_a_step(number: int, slow: Reference, tmp_path: Path) -> None:
-    """The step is finished and saved, and the output says how to resume."""
-    run = tmp_path / "run"
+def start_slow(slow: Reference, run: Path) -> Running:
+    """The run in its second step."""
     running = start(*slow.argv, f"--run.dir={run}")
     running.until(lambda: steps_done(run) == 1, "the second step")
+    return running
+
+
+@pytest.mark.parametrize(
+    ("number", "again"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGINT, 0.05), (signal.SIGTERM, 0.6)],
+    ids=["SIGTERM", "SIGINT", "SIGINT twice", "SIGTERM twice"],
+)
+def test_signal_in_a_step(number: int, again: float, slow: Reference, tmp_path: Path) -> None:
+    """The step is finished and saved, also if the signal comes again: a terminal and torchrun both deliver a Ctrl-C."""
+    run = tmp_path / "run"
+    running = start_slow(slow, run)
+    if again:
+        running.send(number)
+        time.sleep(again)
+        assert running.poll() is None, "the step was too short for this test"
     stop(running, number, run)
     assert 1 <= committed(run) <= 2
     assert f"--run.resume {run}" in running.texts()[0]
     slow.resume(run)
 
 
-# ---- more than one signal ----
-
-
 def test_second_interrupt_exits_at_once(slow: Reference, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    running = start(*slow.argv, f"--run.dir={run}")
-    running.until(lambda: steps_done(run) == 1, "the second step")
+    running = start_slow(slow, run)
     running.send(signal.SIGINT)
     time.sleep(0.4)
     assert running.poll() is None, "the step was too short for this test"
@@ -145,23 +155,6 @@ def test_second_interrupt_exits_at_once(slow: Reference, tmp_path: Path) -> None
     assert time.monotonic() - began < allowed(1)
     check_stopped(run, done.returncode, signal.SIGINT, done.stderr)
     assert committed(run) == 0
-    slow.resume(run)
-
-
-@pytest.mark.parametrize(
-    ("number", "apart"),
-    [(signal.SIGINT, 0.05), (signal.SIGTERM, 0.6)],  # a terminal and torchrun both deliver a Ctrl-C
-    ids=["duplicate SIGINT", "SIGTERM twice"],
-)
-def test_repeated_signal_still_saves(number: int, apart: float, slow: Reference, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    running = start(*slow.argv, f"--run.dir={run}")
-    running.until(lambda: steps_done(run) == 1, "the second step")
-    running.send(number)
-    time.sleep(apart)
-    assert running.poll() is None, "the step was too short for this test"
-    stop(running, number, run)
-    assert committed(run) == 2
     slow.resume(run)
 
 

@@ -46,20 +46,20 @@ def test_equal_keys_get_equal_attention() -> None:
 
 def test_norms() -> None:
     """At scales where the place of eps matters."""
-    weight = 1 + normal(16, seed=4)
+    weight, bias = 1 + normal(16, seed=4), normal(16, seed=5)
     for scale in (1.0, 1e-3):
         x = 0.5 * scale + scale * normal(4, 5, 16)
-        for bias in (normal(16, seed=5), None):
-            same(functional.layer_norm(x, weight, bias, 1e-5), F.layer_norm(x, (16,), weight, bias, 1e-5), 1e-5)
-        same(functional.rms_norm(x, weight, 1e-6), F.rms_norm(x, (16,), weight, 1e-6), 1e-5)
-    check_same_function(
-        lambda x, w, b: functional.layer_norm(x, w, b, 1e-5),
-        lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5),
-        *(normal(4, 5, 16), weight, normal(16, seed=5)),
-    )
-    check_same_function(
-        lambda x, w: functional.rms_norm(x, w, 1e-6), lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), x, weight
-    )
+        check_same_function(
+            lambda x, w, b: functional.layer_norm(x, w, b, 1e-5),
+            lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+            x,
+            weight,
+            bias,
+        )
+        check_same_function(
+            lambda x, w: functional.rms_norm(x, w, 1e-6), lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), x, weight
+        )
+        same(functional.layer_norm(x, weight, None, 1e-5), F.layer_norm(x, (16,), weight), 1e-5)
 
 
 def test_activations() -> None:

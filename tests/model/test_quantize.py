@@ -1,6 +1,7 @@
 """Quantized weights: outputs within the bounds that follow from the dtypes; fp32 stays fp32."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from common.errors import UserError
 from model import quantize
 from model.quantize import HalfLinear, Int8Linear, WeightDtype, quantize_, quantize_int8
-from tests.model.helpers import PRESETS, normal, random_model, random_tokens
+from tests.model.helpers import PRESETS, modules_of, normal, random_model, random_tokens
 
 has_fp16_kernel = torch.backends.quantized.engine in ("x86", "fbgemm")
 needs_fp16 = pytest.mark.skipif(not has_fp16_kernel, reason="this CPU has no fp16 kernel")
@@ -89,3 +90,17 @@ def test_device_without_kernels(dtype: WeightDtype) -> None:
     else:
         with pytest.raises(UserError, match=f"--dtype {dtype} needs an x86 CPU"):
             quantize_(model, dtype)
+
+
+def test_each_layer_is_freed_while_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alive = random_model("glass"), list[int]()
+    weights = [weakref.ref(layer.weight) for layer in modules_of(model.blocks, nn.Linear)]
+
+    class Packed(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            alive.append(sum(weight() is not None for weight in weights))
+
+    monkeypatch.setattr(quantize, "Int8Linear", Packed)
+    quantize_(model, "int8")
+    assert alive == [8, *range(8, 0, -1)]  # first the LM head, which shares its weight with the embedding
