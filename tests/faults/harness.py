@@ -10,11 +10,10 @@ from common.files import read_metrics
 from tests.faults.processes import run_script
 
 CORPUS = "The quick brown fox jumps over the lazy dog.\nPack my box with five dozen jugs.\n" * 6
-STEPS = 12
 FAULTY = (
     *("--data.tokenizer=char", "--data.val_fraction=0.2", "--run.threads=1", "--train.dtype=fp32", "--log.every=1"),
     *("--model.n_layers=1", "--model.n_heads=2", "--model.d_model=8", "--model.context=8", "--model.dropout=0.2"),
-    *("--train.batch_size=8", "--train.micro_batch_size=2", f"--train.steps={STEPS}", "--train.eval_every=4"),
+    *("--train.batch_size=8", "--train.micro_batch_size=2", "--train.steps=12", "--train.eval_every=4"),
     *("--train.save_every=2", "--train.keep_checkpoints=2", "--train.eval_tokens=40", "--log.sample_tokens=4"),
 )
 """Options of the run: 53 sequences, so that 12 steps of 8 are almost two epochs."""

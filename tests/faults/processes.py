@@ -4,8 +4,6 @@ child = start("--run.dir=x", hook=Hook(at=7))  # `python train.py --run.dir=x`, 
 done = child.end()                             # a CompletedProcess; returncode 137
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import importlib

@@ -19,7 +19,6 @@ from tests.faults.processes import KILLED, run_script, start
 
 KILLS = 50
 LONGER = ("--train.steps=60", "--train.eval_every=6", "--train.save_every=4", "--optim.decay_fraction=0.3")
-SHORT = 4
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -51,7 +50,7 @@ def test_fifty_random_kills(seed: int, corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [1, 2])
 def test_killed_before_each_file_operation_of_a_new_run(first: int, corpus: Path, tmp_path: Path) -> None:
     """Two saves and an evaluation, without the report at the end. Saves of checkpoints are in test_saves.py."""
-    run, options = tmp_path / "run", (*FAULTY, f"--run.stop_at_step={SHORT}", f"--data.source={corpus}")
+    run, options = tmp_path / "run", (*FAULTY, "--run.stop_at_step=4", f"--data.source={corpus}")
     short = Reference.make(tmp_path / "short", options)
     for at in itertools.count(first, 2):
         code = run_script(*short.command(run), hook=Hook(at, path=f"{run}/(?!checkpoints)")).returncode

@@ -158,9 +158,6 @@ def test_second_interrupt_exits_at_once(slow: Reference, tmp_path: Path) -> None
     slow.resume(run)
 
 
-# ---- terminals and pipes ----
-
-
 def test_closed_terminal_saves_and_stops(slow: Reference, tmp_path: Path) -> None:
     """The kernel sends SIGHUP, and whatever is printed from then on fails."""
     run = tmp_path / "run"
