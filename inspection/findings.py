@@ -149,14 +149,14 @@ def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
 
 
 def compute_findings(
-    timeline: Timeline, ablations: AblationResults, chosen: Mapping[str, tuple[Head, float, float]] | None = None
+    timeline: Timeline, ablations: AblationResults, chosen: Mapping[str, tuple[Head, float, float | None]] | None = None
 ) -> list[Finding]:
     """A finding for each score on which some head qualifies, in the order of `FINDING_SCORES`.
 
     Args:
         ablations: measured at the last step of the timeline.
         chosen: by score, a head that was chosen on one half of the contrast pairs, its score on the other half, and
-            that of a baseline (`antecedent_score.py`); other scores take their best head.
+            that of a baseline, None for few pairs (`antecedent_score.py`); other scores take their best head.
     """
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
     findings = []
@@ -200,11 +200,19 @@ def _effects(effects: AblationEffects, head: Head) -> dict[str, Any]:
     return {"unit": effects.unit, **about, "label": ablation_label(effects, *head)}
 
 
-def describe_largest(effects: AblationEffects) -> str:
-    """The head whose ablation costs most, for contrast pairs without a known antecedent."""
-    layer, head = divmod(int(effects.tables["zero"][..., 0].argmax()), effects.shape[1])
-    interval = "{:.2f} [{:.2f}, {:.2f}]".format(*effects.tables["zero"][layer, head])
-    return f"ablating {head_name(layer, head)} lowers the logit difference most, by {interval} nats"
+def describe_largest(effects: AblationEffects, named: Head | None = None, attention: ArrayLike | None = None) -> str:
+    """The head whose ablation costs most. Empty if that is `named`, which attends to the antecedent most, or another head
+    with much attention (of all heads: (L, H)) to the antecedent, or if it costs nothing."""
+    zero = effects.tables["zero"]
+    head = divmod(int(zero[..., 0].argmax()), effects.shape[1])
+    text = f"ablating {head_name(*head)} lowers the logit difference most, by "
+    text += "{:.2f} [{:.2f}, {:.2f}] nats".format(*zero[head])
+    if named is None or attention is None:
+        return text
+    share = float(np.asarray(attention)[head])
+    if head == named or share >= ATTENTION_THRESHOLD or zero[head][1] <= 0:
+        return ""
+    return f"{text} ({head_name(*named)}: {zero[named][0]:.2f}), with {share:.2f} of its attention there"
 
 
 def headline(findings: Sequence[Finding]) -> str:

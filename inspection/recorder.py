@@ -161,14 +161,16 @@ class AttentionRecorder:
         lines = [headline(findings), *map(self.describe, examples)]
         if best:
             lines += [line for finding in findings[1:] if finding.is_supported for line in ("", finding.summary)]
-        save_findings(self.folder / "findings.json", findings, uniform=uniform, examples=examples)
+        named = {score: {"head": head, "value": value} for score, (head, value, _) in chosen.items()}
+        save_findings(self.folder / "findings.json", findings, uniform=uniform, examples=examples, antecedents=named)
         if not last.texts:  # a context of one token, and no sample
             return [*lines, DISCLAIMER], []
         if antecedents:
             lines += ["", "contrast pairs"]
         for score in antecedents:
             effects = ablations.measures[f"logit_diff.{score.kind}"]
-            lines.append(f"  {score.summary}" + ("" if score.head else f"; {describe_largest(effects)}"))
+            largest = describe_largest(effects, score.head, last.scores.get(ANTECEDENT + score.kind))
+            lines.append(f"  {score.summary}" + (f"; {largest}" if largest else ""))
         figures = draw_figures(run, self.run_dir, "png", step, guard=report_failure)
         page = self.run_dir / "attention.html"
         page_run = PageRun(self.run_dir.name, files, evaluations)

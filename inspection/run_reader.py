@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +27,14 @@ from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import read_metrics, reading
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
+from inspection.findings import Head
 from inspection.head_scores import SCORES
 
 if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
 
 FOLDER = "attention"
+Named = dict[str, tuple[Head, float]]  # a head by score, and its value
 DEFAULT = -1  # as a step: the one of `RunFiles.reported_step`
 
 
@@ -124,7 +126,7 @@ class RunFiles:
 
     @property
     def findings(self) -> dict[str, Any] | None:
-        """The contents of findings.json: `headline` and `findings`; None without the file."""
+        """The contents of findings.json: `headline`, `findings`, `antecedents`; None without the file."""
         path = self.folder / FOLDER / "findings.json"
         if not path.is_file():
             return None
@@ -132,7 +134,16 @@ class RunFiles:
             findings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(findings["headline"], str) or not isinstance(findings["findings"], list):
                 raise ValueError("no headline or no list of findings")
+            named = findings.get("antecedents", {}).items()
+            findings["antecedents"] = {name: (tuple(map(int, one["head"])), float(one["value"])) for name, one in named}
         return findings
+
+    def named_heads(self, step: int, scores: Mapping[str, NDArray[np.float32]]) -> Named:
+        """For each score (L, H) of a step its best head and value; for antecedent scores what the report on it names."""
+        best = {name: head for name, values in scores.items() if (head := best_head(name, values))}
+        named = {name: (head, float(scores[name][head])) for name, head in best.items()}
+        reported = (self.findings or {}) if step == self.reported_step else {}
+        return named | {name: found for name, found in reported.get("antecedents", {}).items() if name in named}
 
     def eval_texts(self, vocab_size: int, context: int) -> EvalTexts | None:
         """The texts on which heads are scored and ablated; None where they were not kept. Loads torch."""
@@ -192,7 +203,7 @@ def find_text(file: AttentionFile, name: str, where: str) -> AttentionRecord:
     return texts[match_name(name, (text.name for text in file.texts), "text", where)]
 
 
-def best_head(score: str, values: NDArray[np.float32]) -> tuple[int, int] | None:
+def best_head(score: str, values: NDArray[np.float32]) -> Head | None:
     """(layer, head) with the highest of the values (L, H), for `entropy` the lowest; None if all are nan."""
     if not np.isfinite(values).any():
         return None

@@ -16,7 +16,7 @@ from inspection.commands.shared import Context, OutputOptions, Result, model_sha
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
 from inspection.head_scores import score_info
 from inspection.plots import score_range
-from inspection.run_reader import DEFAULT, RunFiles, best_head, match_name
+from inspection.run_reader import DEFAULT, Named, RunFiles, match_name
 from inspection.terminal import DISCLAIMER, head_name, interval, number, paragraph, sparkline, table
 
 Rows = list[dict[str, Any]]
@@ -24,7 +24,8 @@ EXPLANATION = """\
 Effects in nats with 95% intervals; positive: the model gets worse. Zero and mean ablation replace the head's output by 0
 or by its mean; the control is zero ablation of a random other head of the layer. `previous_token`, `duplicate_token` and
 `induction` are measured on random repeats and followed by the loss on them, antecedent scores by the logit difference
-of right and wrong answer, all others by the loss on held-out texts. `uniform`: what uniform attention would score."""
+of right and wrong answer, all others by the loss on held-out texts. `uniform`: what uniform attention would score.
+Antecedent scores are those of the report: from 8 pairs on, of the half of them on which the head was not chosen."""
 
 
 # summary
@@ -39,8 +40,8 @@ class Summary(OutputOptions):
         run = RunFiles.open(self.run)
         step, steps, findings = run.step(), run.steps, run.findings
         file = run.read(step)
-        best = {name: head_name(*head) for name, values in file.scores.items() if (head := best_head(name, values))}
-        rows = [row for row in score_rows(file, run.ablation, list(best)) if row["head"] == best[row["score"]]]
+        named = run.named_heads(step, file.scores)
+        rows = score_rows(file, run.ablation, list(named), named)
         rows = [{**row, "uniform": (findings or {}).get("uniform", {}).get(row["score"])} for row in rows]
         L, H = model_shape(file)
         data: dict[str, Any] = {
@@ -140,6 +141,8 @@ class Timeline(OutputOptions):
         run = RunFiles.open(self.run)
         steps, scores = run.head_scores
         names = _choose_scores(self.score.removesuffix("all"), scores, run, str(run.folder))
+        named = run.named_heads(run.reported_step, {name: scores[name][-1] for name in names}).items()
+        best = {name: head for name, (head, _) in named}
         timelines, shown = [], []
         for name in names:
             low, high = score_range(name, scores[name])
@@ -147,13 +150,15 @@ class Timeline(OutputOptions):
             for head in np.ndindex(scores[name].shape[1:]):
                 each = _timeline(name, head, steps, scores[name])
                 timelines.append(each)
-                if self.score or head == best_head(name, scores[name][-1]):
+                if self.score or head == best.get(name):
                     reached = never if each["threshold_step"] is None else each["threshold_step"]
                     line = sparkline(each["values"], low, high)
                     shown.append((name, each["head"], line, each["first"], each["last"], each["max"], reached))
         lines = [f"{run.folder}, steps {steps[0]} to {steps[-1]}, {len(steps)} evaluations"]
         if not self.score:
-            lines.append("the best head of each score at the last step; --score NAME or --score all shows every head")
+            lines.append(
+                "the best head of each score at the last step, or the one in the report; --score all: every head"
+            )
         titles = ("score", "head", "over the steps", "first", "last", "max", "threshold at step")
         about = f"threshold: the first step with a score of {ATTENTION_THRESHOLD} or more, for shares of attention"
         lines += ["", *table(titles, shown, max(context.width, 80), fixed=3), "", about]
@@ -186,10 +191,12 @@ def _choose_scores(name: str, scores: Mapping[str, Any], run: RunFiles, where: s
     return [match_name(name, scores, "score", where)] if name else list(scores)
 
 
-def score_rows(file: AttentionFile, results: AblationResults | None, names: list[str]) -> Rows:
+def score_rows(
+    file: AttentionFile, results: AblationResults | None, names: list[str], named: Named | None = None
+) -> Rows:
     """A row for each score and head, in order: the score, and the effects of ablating the head as [value, low, high].
 
-    The effects have the names of `ablation_results.TABLES`.
+    The effects have the names of `ablation_results.TABLES`. With `named`, only the head of each score, with that value.
     """
     rows = []
     for name in names:
@@ -198,6 +205,9 @@ def score_rows(file: AttentionFile, results: AblationResults | None, names: list
         if effects and effects.shape != file.scores[name].shape:
             effects = None  # of another model
         for (layer, head), value in np.ndenumerate(file.scores[name].astype(float)):
+            if named and named[name][0] != (layer, head):
+                continue
+            value = named[name][1] if named else value
             tables = effects.tables if effects else {}
             label = ablation_label(effects, layer, head) if effects else None
             high = score_info(name).is_share and value >= ATTENTION_THRESHOLD

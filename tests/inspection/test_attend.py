@@ -72,6 +72,20 @@ def test_summary_shows_headline_and_best_heads(trained: Path) -> None:
         assert row["head"] in line_with(output, row["score"], f"{best:.2f}")
 
 
+def test_antecedent_scores_name_the_head_of_the_report(run: Path) -> None:
+    """At the step of the report its head and value; at another step, as for other scores, the best head."""
+    path, values = run / "attention" / "findings.json", np.array([[0.1, 0.9], [0.2, 0.3]], np.float32)
+    for step in (3, 6):
+        file = attention_file(run, step)
+        write_attention_file(RunFiles.open(run).paths[step], file.texts, file.metadata, {"antecedent.own": values})
+    findings = json.loads(path.read_text())
+    path.write_text(json.dumps(findings | {"antecedents": {"antecedent.own": {"head": [1, 0], "value": 0.25}}}))
+    for opened, expected in ((run, ("L1H0", 0.25)), (run / "attention" / "000003.safetensors", ("L0H1", values.max()))):
+        assert [(row["head"], row["value"]) for row in data("summary", opened)["best_heads"]] == [expected]
+    path.write_text(json.dumps(findings | {"antecedents": {"antecedent.own": {"head": 1}}}))
+    assert "findings.json" in error_line(script("attend.py", "summary", run), 4)
+
+
 def test_heads_lists_scores_with_their_effects(trained: Path) -> None:
     file, results = attention_file(trained), RunFiles.open(trained).ablation
     assert results is not None

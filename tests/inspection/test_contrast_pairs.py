@@ -137,3 +137,7 @@ def test_head_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     (score,) = antecedent_scores(handmade(), pairs)
     assert score.head == PREVIOUS and score.attention < 1e-6
     assert score.offset == 1 and score.offset_baseline == 0 and score.nearest_noun_baseline is None
+    few = [replace(pair, antecedent=(7 if k < 4 else 0,)) for k, pair in enumerate(pairs[:7])]
+    (score,) = antecedent_scores(handmade(), few)
+    assert score.head == PREVIOUS and score.attention == pytest.approx(4 / 7) and score.baseline is None
+    assert score.summary.endswith("(0.57)")

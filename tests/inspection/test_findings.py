@@ -12,6 +12,7 @@ from inspection.findings import (
     LABELS,
     ablation_label,
     compute_findings,
+    describe_largest,
     first_step_above,
     headline,
     save_findings,
@@ -40,6 +41,17 @@ def results(**measures: AblationEffects) -> AblationResults:
 def timeline(*values: float) -> dict[int, dict[str, Any]]:
     """Induction scores of head 0 at steps 10, 20, ...; head 1 stays low."""
     return {10 * (k + 1): {"induction": np.array([[value, LOW]])} for k, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(("attention", "more"), [([HIGH, 0.04], True), ([HIGH, 0.6], False), ([0.04, HIGH], False)])
+def test_larger_effect_of_a_head_with_little_attention_is_noted(attention: list[float], more: bool) -> None:
+    named = (0, int(np.argmax(attention)))
+    note = describe_largest(effects(6.96, 6.5, 8.7), named, np.array([attention]))
+    assert (
+        note == ""
+        if not more
+        else note.endswith("by 8.70 [8.60, 8.80] nats (L0H0: 6.96), with 0.04 of its attention there")
+    )
 
 
 def test_supported_finding_is_the_headline(tmp_path: Path) -> None:

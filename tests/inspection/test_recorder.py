@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,12 @@ def test_report_on_own_text_names_a_head_and_where_it_matters(tmp_path: Path) ->
     """Held-out texts that repeat themselves: the induction head matters, in their second copies."""
     texts = tuple((f"held-out {k}", tuple(repeats(1, N, seed=k)[0])) for k in range(1, 13))
     own = ContrastPair("own", texts[0][1][:5], (), (3,), (4,))  # without an antecedent
+    known = replace(own, antecedent=(3,))
+    (report,) = run(tmp_path / "known", [40], texts=EvalTexts(texts, TEXTS.repeats, (own, known)))
+    named = json.loads((tmp_path / "known" / "attention" / "findings.json").read_text())["antecedents"][
+        "antecedent.own"
+    ]
+    assert named == {"head": [0, 0], "value": pytest.approx(1)} and "head L0H0 attends to the word" in report
     (report,) = run(tmp_path, [10, 20, 30, 40], texts=EvalTexts(texts, TEXTS.repeats, (own, own)))
     headline, *examples, _, on_repeats, _, _, _, _, question, _ = report.strip().splitlines()
     attends = {"L0H0": "the previous token (1.00", "L1H1": "what followed the same token earlier (1.00"}
