@@ -140,8 +140,7 @@ class RunFiles:
 
     def named_heads(self, step: int, scores: Mapping[str, NDArray[np.float32]]) -> Named:
         """For each score (L, H) of a step its best head and value; for antecedent scores what the report on it names."""
-        best = {name: head for name, values in scores.items() if (head := best_head(name, values))}
-        named = {name: (head, float(scores[name][head])) for name, head in best.items()}
+        named = {name: (head, float(each[head])) for name, each in scores.items() if (head := best_head(name, each))}
         reported = (self.findings or {}) if step == self.reported_step else {}
         return named | {name: found for name, found in reported.get("antecedents", {}).items() if name in named}
 

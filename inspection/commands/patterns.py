@@ -1,7 +1,7 @@
 """`attend.py token RUN` and `compare RUN`: what one token attends to, and how two steps or runs differ."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ from tyro.conf import Positional
 from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.commands.shared import Context, OutputOptions, Result, model_shape, parse_head
-from inspection.head_scores import value_weighted
+from inspection.head_scores import score_info, value_weighted
 from inspection.run_reader import DEFAULT, RunFiles, find_text
 from inspection.terminal import DISCLAIMER, head_name, number, paragraph, quote_token, table, token_text
 
+MATCHED = "the runs began with other weights, so head numbers do not correspond: each is matched by its scores"
 TOP, TOP_OF_ONE_HEAD = 3, 10  # keys listed for each head, and for the head of `--head`
 Rows = list[dict[str, Any]]
 Tables = dict[str, NDArray[np.float64]]  # (layers, heads), by name
@@ -138,7 +139,7 @@ def _token_lines(data: dict[str, Any], text: AttentionRecord, width: int) -> lis
 
 @dataclass(frozen=True)
 class Compare(OutputOptions):
-    """Differences between two steps of a run, or two runs: the first minus the second."""
+    """Differences between two steps of a run, or two runs: the first minus the second. Heads of other seeds are matched."""
 
     other: Positional[str] = ""
     """The second run; by default the same run."""
@@ -158,30 +159,49 @@ class Compare(OutputOptions):
         if (a := model_shape(files[0])) != (b := model_shape(files[1])):
             shapes = f"{sides[0]} has {a[0]} layers of {a[1]} heads, {sides[1]} has {b[0]} layers of {b[1]} heads"
             raise UserError(f"{shapes}: they cannot be compared head by head", CONFIG)
-        scores, moved = _score_differences(*files), _moved_attention(*files)
+        shares = [name for name in files[0].scores if name in files[1].scores and score_info(name).is_share]
+        starts = {run.read(0).metadata.get("weights_sha256") for run in runs if 0 in run.paths} - {None}
+        matched = bool(shares) and len(starts) == 2
+        second, heads = _match_heads(*files, shares) if matched else (files[1], np.moveaxis(np.indices(a), 0, -1))
+        other = {head: head_name(*heads[head].tolist()) for head in np.ndindex(a)}
+        scores, moved = _score_differences(files[0], second), _moved_attention(files[0], second)
         if not scores and not moved:
             raise UserError(f"{sides[0]} and {sides[1]} have no score and no text in common", CONFIG)
         names = {name: None for file in files for name in (*file.scores, *(text.name for text in file.texts))}
         left_out = ", ".join(name for name in names if name not in scores and name not in moved)
         notes = [f"only in one of the two, or a text of different tokens: {left_out}"] if left_out else []
+        notes += [MATCHED] * matched
         rows = [
-            {"kind": kind, "name": name, "head": head_name(*head), "difference": float(value)}
+            {"kind": kind, "name": name, "head": head_name(*head), "matched": other[head], "difference": float(value)}
             for kind, tables in (("score", scores), ("moved", moved))
             for name, table in tables.items()
             for head, value in np.ndenumerate(table)
         ]
-        first, second = ({"run": str(run.folder), "step": step} for run, step in zip(runs, steps, strict=True))
+        sources = [{"run": str(run.folder), "step": step} for run, step in zip(runs, steps, strict=True)]
         identical = not any(row["difference"] for row in rows)
-        data = {"first": first, "second": second, "identical": identical, "differences": rows, "notes": notes}
+        data = {"first": sources[0], "second": sources[1], "identical": identical, "differences": rows, "notes": notes}
         cells = []
         for head in np.ndindex(a):
             mean = number(float(np.mean([table[head] for table in moved.values()])), 3) if moved else "-"
             differences = [number(float(table[head]), signed=True) for table in scores.values()]
-            cells.append([head_name(*head), mean, *differences])
+            cells.append([head_name(*head), *[other[head]] * matched, mean, *differences])
         lines = [f"{sides[0]} minus {sides[1]}", *["all numbers are equal"] * identical, *notes, ""]
-        lines += [*table(["head", "moved", *scores], cells, context.width), ""]
+        lines += [*table(["head", *["matched"] * matched, "moved", *scores], cells, context.width), ""]
         about = f"moved: the share of a token's attention that goes elsewhere, over {', '.join(moved) or 'no text'}"
         return Result([*lines, *paragraph(about, context.width), DISCLAIMER], data)
+
+
+def _match_heads(
+    first: AttentionFile, second: AttentionFile, names: list[str]
+) -> tuple[AttentionFile, NDArray[np.int64]]:
+    """The second file with its heads in the order of those of the first, each the nearest by these scores (the smallest
+    Euclidean distance); and their (layer, head) (L, H, 2)."""
+    a, b = (np.nan_to_num([file.scores[name].ravel() for name in names]) for file in (first, second))
+    shape, nearest = first.scores[names[0]].shape, np.square(a[:, :, None] - b[:, None]).sum(axis=0).argmin(axis=1)
+    heads = np.unravel_index(nearest.reshape(shape), shape)
+    texts = [replace(text, pattern_tril=text.pattern_tril[heads]) for text in second.texts]
+    scores = {name: table[heads] for name, table in second.scores.items()}
+    return replace(second, texts=texts, scores=scores), np.stack(heads, axis=-1)
 
 
 def _score_differences(first: AttentionFile, second: AttentionFile) -> Tables:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,21 @@ def test_compare_two_runs(trained: Path, tmp_path: Path) -> None:
     write_attention_file(path, [], {}, {"induction": np.zeros((1, 3))})
     line = error_line(script("attend.py", "compare", trained, tmp_path), 2)
     assert "2 layers of 2 heads" in line and "1 layers of 3 heads: they cannot be compared" in line
+
+
+def test_compare_matches_heads_of_other_seeds_by_their_scores(run: Path, tmp_path: Path) -> None:
+    """The other run has the same heads in another order. Runs with equal initial weights are not matched."""
+    other, order, file = Path(shutil.copytree(run, tmp_path / "other")), [3, 0, 1, 2], attention_file(run)
+    moved = {name: table.reshape(-1)[order].reshape(2, 2) for name, table in file.scores.items()}
+    texts = [replace(t, pattern_tril=t.pattern_tril.reshape(4, -1)[order].reshape(2, 2, -1)) for t in file.texts]
+    write_attention_file(RunFiles.open(other).paths[6], texts, file.metadata, moved)
+    assert {row["head"] == row["matched"] for row in data("compare", run, other)["differences"]} == {True}
+    write_attention_file(RunFiles.open(other).paths[0], [], {"weights_sha256": "0" * 64})
+    found, output = data("compare", run, other), text("compare", run, other)
+    assert {(row["head"], row["matched"], row["difference"]) for row in found["differences"]} == {
+        (head, HEADS[order.index(k)], 0.0) for k, head in enumerate(HEADS)
+    }
+    assert "head numbers do not correspond" in output and re.search(r"^L0H0  L0H1 +0\.000", output, re.M)
 
 
 def test_page(run: Path, tmp_path: Path) -> None:
