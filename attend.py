@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from common.errors import CHECKPOINT, UserError, escape_control_chars, run_main
+from common.errors import CHECKPOINT, RemovedError, UserError, escape_control_chars, run_main
+from common.files import retry_if_removed
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
 from inspection.commands.outputs import Ablate, Page, Plot
@@ -71,6 +72,7 @@ class AttendOptions(RunOptions):
     """Dtype of the attention weights in the file."""
 
 
+@retry_if_removed
 def main(argv: list[str]) -> None:
     if argv and argv[0] in COMMANDS:
         run_command(argv[0], argv[1:])
@@ -219,7 +221,8 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
             try:
                 earlier = load(read_checkpoint(folder))
             except UserError as error:
-                print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
+                if not isinstance(error, RemovedError):
+                    print(escape_control_chars(f"skipping a damaged checkpoint: {error}"), file=sys.stderr)
                 continue
             records = capture_texts(earlier.model, [(name, tokens)], earlier.token_bytes)
             files.append(AttentionFile(records, dict(earlier.metadata)))

@@ -15,6 +15,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from common.errors import run_main
+from common.files import retry_if_removed
 from training.cli import parse
 
 BATCH_BYTES = 1 << 29  # of keys, values and probabilities of the texts that are generated at once
@@ -59,6 +60,7 @@ class SampleConfig:
         return problems
 
 
+@retry_if_removed
 def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "Generate text with a trained model.", positional=["run"])
     from model.generate import SamplingParams

@@ -35,6 +35,10 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class RemovedError(UserError):
+    """A file or folder does not exist; if it was listed before, it has been removed since."""
+
+
 def escape_control_chars(text: object, keep: str = "") -> str:
     """`text` with escapes for what could steer a terminal or end a line, but for the characters in `keep`."""
     return STEERS_TERMINAL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], str(text))

@@ -5,13 +5,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, escape_control_chars, is_out_of_memory
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, is_out_of_memory
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -46,12 +46,13 @@ def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
         hint: what to do about a damaged file.
 
     Raises:
-        UserError: exit code 4.
+        UserError: exit code 4; RemovedError if `path` does not exist.
     """
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}", CHECKPOINT) from error
+        kind = UserError if Path(path).exists() else RemovedError
+        raise kind(f"cannot read {error.filename or path}: {error.strerror or error}", CHECKPOINT) from error
     except (
         SafetensorError,
         ValueError,
@@ -66,6 +67,19 @@ def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         message = f"{path} is not a readable {what}: {reason}" + (f"; {hint}" if hint else "")
         raise UserError(message, CHECKPOINT) from error
+
+
+def retry_if_removed(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """Decorate a script's `main` that reads a run: it starts again if training removed a file between listing and reading."""
+
+    def retrying(argv: list[str]) -> None:
+        for _ in range(9):
+            with contextlib.suppress(RemovedError):
+                main(argv)
+                return
+        main(argv)
+
+    return retrying
 
 
 def remove_temporary_files(folder: Path) -> None:

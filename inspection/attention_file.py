@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from common.errors import CHECKPOINT, UserError
+from common.errors import CHECKPOINT, RemovedError, UserError
 from common.files import reading, write_atomic
 
 FORMAT = "glassgpt-attention-1"
@@ -146,7 +146,7 @@ def read_attention_file(path: Path | str) -> AttentionFile:
     Raises UserError (exit code 4) if the file is missing, damaged, or not an attention file.
     """
     if not Path(path).is_file():  # a pipe or device may never end
-        raise UserError(f"{path} is not a file", CHECKPOINT)
+        raise (UserError if Path(path).exists() else RemovedError)(f"{path} is not a file", CHECKPOINT)
     with reading(path, "attention file"), safe_open(path, framework="numpy") as file:
         return _parse(file)
 

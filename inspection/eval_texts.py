@@ -126,7 +126,7 @@ class EvalTexts:
 
         Raises UserError (exit code 4) if the file is missing or damaged.
         """
-        with reading(path, "file of evaluation texts", "delete it to record other texts"):
+        with reading(path, "file of evaluation texts"):
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")

@@ -5,6 +5,7 @@ if the step is one of those to keep. Its `report` ablates every head, decides wh
 figures and the page.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from common.errors import UserError, escape_control_chars
 from common.figures import report_failure
 from common.files import remove_temporary_files
 from inspection.ablation import loss_increases, run_ablations
 from inspection.activation_cache import run_with_cache_batch
 from inspection.antecedent_score import antecedent_scores
-from inspection.attention_file import AttentionRecord, write_attention_file
+from inspection.attention_file import AttentionRecord, read_attention_file, write_attention_file
 from inspection.compute_scores import compute_head_scores, uniform_scores
 from inspection.eval_texts import OWN, EvalTexts
 from inspection.findings import compute_findings, describe_largest, headline, save_findings, text_finding
@@ -87,9 +89,11 @@ class AttentionRecorder:
             if file_step > step:
                 file.unlink()
         if step and path.is_file():
-            self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
-        else:
-            self.eval_texts.save(path)
+            try:
+                self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
+            except UserError as error:
+                print(escape_control_chars(f"{error}; it is written again"), file=sys.stderr)
+        self.eval_texts.save(path)
         if step == 0:
             self.write(trainer.model, 0, trainer.provenance())
 
@@ -107,7 +111,9 @@ class AttentionRecorder:
     def on_end(self, trainer: Any) -> None:
         """Ablate the heads, and write findings, figures and the page."""
         step, metadata = trainer.state.step, trainer.provenance()
-        if not self.path(step).is_file():  # the run ended before its planned last step
+        try:
+            read_attention_file(self.path(step))
+        except UserError:  # the run ended before its planned last step, or the file of its best step is damaged
             self.write(trainer.model, step, metadata, sample=trainer.sample_tokens or [])
         lines, _ = self.report(trainer.model, step, metadata["weights_sha256"])
         self.print_line("\n" + "\n".join(lines))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
+from common.errors import CHECKPOINT, CONFIG, RemovedError, UserError, escape_control_chars
 from common.files import read_metrics, reading
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
@@ -79,9 +80,9 @@ class RunFiles:
         return results.step if results and results.step in self.paths else self.steps[-1]
 
     def history(self, step: int) -> tuple[list[AttentionFile], list[dict[str, Any]]]:
-        """Attention files and evaluations up to a step."""
-        files = [self.read(each) for each in self.steps if each <= step]
-        return files, [line for line in self.evaluations() if line["step"] <= step]
+        """Attention files and evaluations up to a step, without earlier files that are damaged or removed."""
+        files = [file for each in self.steps if each < step and (file := self.read_intact(each))]
+        return [*files, self.read(step)], [line for line in self.evaluations() if line["step"] <= step]
 
     def step(self, step: int = DEFAULT) -> int:
         """`step`, or the one that was opened, or `reported_step`; raises `UserError` without a file of it (exit code 2)."""
@@ -99,6 +100,16 @@ class RunFiles:
         order = [*(name for name in SCORES if name in file.scores), *file.scores]
         return replace(file, scores={name: file.scores[name] for name in order})
 
+    def read_intact(self, step: int) -> AttentionFile | None:
+        """The attention file of a step; None, and the step is left out from here on, if it is damaged (a line) or removed."""
+        try:
+            return self.read(step)
+        except UserError as error:
+            del self.paths[step]
+            if not isinstance(error, RemovedError):
+                print(escape_control_chars(f"skipping a damaged attention file: {error}"), file=sys.stderr)
+            return None
+
     @cached_property
     def head_scores(self) -> tuple[list[int], dict[str, NDArray[np.float32]]]:
         """Steps (S,), and the scores (S, L, H) by name, nan at a step without the score.
@@ -107,7 +118,7 @@ class RunFiles:
         of models of different shape (exit code 4).
         """
         tables = {line["step"]: line["head_scores"] for line in self.evaluations()}
-        tables |= {step: self.read(step).scores for step in self.steps if step not in tables}
+        tables |= {s: file.scores for s in self.steps if s not in tables and (file := self.read_intact(s))}
         with reading(self.folder / "metrics.jsonl", "file of metrics"):
             arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
         shapes = {array.shape for scores in arrays.values() for array in scores.values()}

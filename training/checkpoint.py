@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, UserError, escape_control_chars
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, RemovedError, UserError, escape_control_chars
 from common.files import reading
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
@@ -70,7 +70,8 @@ class RunEnvironment:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. Its tensors are not read yet. Every method raises UserError (4) if a file is damaged."""
+    """A verified checkpoint. Its tensors are not read yet. Every method raises UserError (4) if a file is damaged,
+    RemovedError if it was removed."""
 
     folder: Path
     config: RunConfig
@@ -117,7 +118,8 @@ def open_checkpoint(path: Path, which: str = "best") -> Checkpoint:
     """The checkpoint that `path` is, or one of a run folder: `best` (of the lowest validation loss; without evaluations
     the newest), `last` (the newest), or a step. Damaged ones are reported; instead of them the newest intact one is read.
 
-    Raises UserError if there is no such step (exit code 2), or no intact checkpoint (4).
+    Raises UserError if there is no such step (exit code 2), or no intact checkpoint (4); RemovedError if it is
+    removed meanwhile.
     """
     if not os.path.isdir(path):  # not Path.is_dir, which raises for names that are too long
         message = f"{path} is not a folder; give a run folder such as runs/quickstart, or one of its checkpoints"
@@ -138,8 +140,10 @@ def open_checkpoint(path: Path, which: str = "best") -> Checkpoint:
     step, best = newest.state.step, newest.state.best_step
     if which == "best" and newest.state.best_loss is not None and best != step and not is_checkpoint:
         try:
-            return read_checkpoint(path / "checkpoints" / f"{best:06d}")
+            return read_checkpoint(best_folder := path / "checkpoints" / f"{best:06d}")
         except UserError as error:
+            if isinstance(error, RemovedError) and best_folder in folders:
+                raise
             print(escape_control_chars(f"step {step} is used, not the best: {error}"), file=sys.stderr)
     return newest
 
@@ -150,6 +154,8 @@ def _read_newest(folders: list[Path]) -> Checkpoint:
         try:
             return read_checkpoint(folder)
         except UserError as error:
+            if isinstance(error, RemovedError):
+                raise
             print(escape_control_chars(f"skipping a damaged checkpoint: {error}"), file=sys.stderr)
     return read_checkpoint(folders[-1])
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.errors import UserError
+from common.errors import RemovedError, UserError
 from inspection.attention_file import AttentionFile
 from inspection.commands.shared import Context, LoadedModel, OutputOptions, Result
 from inspection.run_reader import DEFAULT, RunFiles
@@ -40,6 +40,8 @@ class Verify(OutputOptions):
         for step in run.steps if run.opened_step == DEFAULT else [run.opened_step]:
             try:
                 file = run.read(step)
+            except RemovedError:  # by a run that was resumed
+                continue
             except UserError as error:
                 checks.append({"step": step, **_check("readable", math.inf, where=str(error))})
                 continue

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, NON_FINITE, UserError
+from common.files import retry_if_removed
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -130,6 +132,30 @@ def test_checkpoint_is_chosen(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         assert caught.value.exit_code == CONFIG
     shutil.rmtree(tmp_path / "checkpoints" / "000005")
     assert open_checkpoint(tmp_path).state.step == 7 and "step 7 is used, not the best" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_reader_beside_a_trainer(which: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What retention removes between listing and loading is never called damaged, and another is read."""
+    writer, done = CheckpointWriter(tmp_path, 1), threading.Event()
+
+    def train() -> None:
+        for step in range(1, 200):
+            write(writer, step, step)
+        done.set()
+
+    @retry_if_removed
+    def read(argv: list[str]) -> None:
+        found = open_checkpoint(tmp_path, *argv)
+        found.tokenizer(), found.load_model(CTX)
+
+    write(writer, 0, 0)
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    while not done.is_set():
+        read([which])
+    trainer.join()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", MANIFEST])
