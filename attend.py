@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+if sys.flags.safe_path:  # python -P, python -I
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from common.errors import CHECKPOINT, RemovedError, UserError, escape_control_chars, run_main
 from common.files import retry_if_removed
 from inspection import terminal

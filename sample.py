@@ -14,6 +14,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+if sys.flags.safe_path:  # python -P, python -I
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from common.errors import run_main
 from common.files import retry_if_removed
 from training.cli import parse

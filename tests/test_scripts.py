@@ -75,6 +75,13 @@ def test_closed_pipe_is_not_an_error(run: Path) -> None:
     assert (done.stdout, done.stderr) == ("--- 1 ---\n", "")
 
 
+@pytest.mark.parametrize("argv", [("-P", "train.py"), ("-I", "sample.py"), ("-I", "attend.py")])
+def test_scripts_find_their_modules_with_a_safe_path(argv: tuple[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, argv[0], str(ROOT / argv[1]), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
 )

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from training.cli import field_name, parse, split_options
 
+MAX_CONFIG_CHARS = 1 << 14  # the memory that dotted keys take grows with their square
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 
 
@@ -143,7 +145,11 @@ def read_toml(path: Path) -> list[str]:
     """The arguments of a config file; raises UserError (2) if it cannot be read or is not valid TOML."""
     where = escape_control_chars(path)
     try:
-        return as_arguments(tomllib.loads(path.read_text("utf-8-sig", "surrogateescape")), where)
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            text = file.read(MAX_CONFIG_CHARS + 1)
+        if len(text) > MAX_CONFIG_CHARS:
+            raise UserError(f"{where} is too long for a config file: more than {MAX_CONFIG_CHARS:,} characters")
+        return as_arguments(tomllib.loads(text), where)
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -171,7 +177,11 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     if resumed:
         saved = Path(resumed) / "config.toml"
         if not os.path.isfile(saved):  # not Path.is_file, which raises for names that are too long
-            raise UserError(f"{escape_control_chars(resumed)} is not a run folder: it has no config.toml", CHECKPOINT)
+            problem = f"{resumed} is not a run folder: it has no config.toml"
+            if os.path.isfile(run := Path(os.path.abspath(resumed)).parent.parent / "config.toml"):
+                problem = f"{resumed} is a checkpoint; resume its run, which continues from the newest checkpoint: "
+                problem += f"--run.resume {shlex.quote(str(run.parent))} (to go back, remove the later checkpoints)"
+            raise UserError(escape_control_chars(problem), CHECKPOINT)
         if file is not None:
             name = escape_control_chars(file)
             raise UserError(f"--run.resume uses the config of that run; leave out {name}, or give single options")
@@ -181,6 +191,8 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     file = file or QUICKSTART
     from_file = read_toml(file)
     config = parse(RunConfig, from_file + typed, description)
+    if config.run.threads > (cores := os.cpu_count() or 1):  # not in `problems`: a checkpoint may be read elsewhere
+        raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
     if config.train.minutes:
         check_minutes(typed, from_file, bool(resumed))
     if config.run.resume and not resumed:

@@ -122,7 +122,7 @@ def get_dist_context(dtype: str = "auto", threads: int = 0) -> DistContext:
         threads: CPU threads; 0 leaves torch's default.
     """
     if threads:
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+        torch.set_num_threads(threads)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":

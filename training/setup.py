@@ -29,7 +29,7 @@ from training.device import DistContext, advise_on_oom, compile_model, resolve_a
 from training.distributed import gather_weights, is_fsdp, wrap_model
 from training.flops import step_flops
 from training.metrics import MetricsLogger, ProgressBar, print_line
-from training.optimizer import Optimizer
+from training.optimizer import Optimizer, get_lr_scale
 from training.report import LossReport
 from training.run_dir import save_config
 from training.text_generation import decode, encode_prompt, generate_tokens
@@ -196,6 +196,22 @@ def describe_environment(trainer: Trainer, is_compiled: bool) -> RunEnvironment:
     return RunEnvironment(starts_with_eot, data.fingerprint, settings, np.packbits(seen).tobytes().hex())
 
 
+def describe_resuming(trainer: Trainer, saved: Checkpoint) -> list[str]:
+    """What a resumed run does otherwise than its checkpoint: other options, another learning rate, or nothing to do."""
+    old, new, step, lines = saved.config, trainer.config, saved.state.step, []
+    before, now = dataclasses.asdict(old), dataclasses.asdict(new)
+    options = [(section, key) for section in now if section != "run" for key in now[section]]
+    pairs = {f"{section}.{key}": (before[section][key], now[section][key]) for section, key in options}
+    if changed := [f"{name} {was!r} -> {value!r}" for name, (was, value) in pairs.items() if was != value]:
+        lines.append(f"resumed with other options: {', '.join(changed)}")
+    if step >= new.train.steps:
+        return [*lines, f"the run has done its {step} steps; continue with --train.steps N"]
+    was, is_now = (get_lr_scale(max(step - 1, 0), each.train.steps, each.optim) * each.optim.lr for each in (old, new))
+    if abs(is_now - was) > 0.01 * max(is_now, was):
+        lines.append(f"the learning rate jumps from {was:.2g} to {is_now:.2g} at step {step}")
+    return lines
+
+
 def print_header(trainer: Trainer) -> None:
     """The first lines of output: what is trained, on what, where, and how."""
     if not trainer.ctx.is_main_process:
@@ -224,8 +240,9 @@ def print_header(trainer: Trainer) -> None:
         print_line(f"{unlike}: remove it, shuffle the list, or name other text with --data.val")
     if trainer.config.log.attention == "off":
         print_line("log.attention is off: no attention is recorded and no page is written")
-    if trainer.resumed_from and trainer.state.step >= train.steps:
-        print_line(f"the run has done its {trainer.state.step} steps; continue with --train.steps N")
+    if trainer.resumed_from:
+        for line in describe_resuming(trainer, trainer.resumed_from):
+            print_line(line)
     before = trainer.resumed_from.environment.settings if trainer.resumed_from else now
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed:

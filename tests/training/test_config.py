@@ -114,7 +114,7 @@ def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
     "text",
     [
         *("[train\nsteps = 7", "steps = 7", "[train]\nsteps = [7]", "\xff", "a = " + "[" * 100_000),
-        *("[train]\nsteps = " + "9" * 100_000, '[run]\ndir = "a\\u0000b"'),
+        *("[train]\nsteps = " + "9" * 10_000, '[run]\ndir = "a\\u0000b"', "a." * 40_000 + "b = 1"),
     ],
     ids=lambda text: repr(text[:20]),
 )
@@ -155,12 +155,19 @@ def test_values_out_of_range_are_reported() -> None:
         *("--optim.muon_lr=inf", "--optim.grad_clip=1e999", "--run.dist_timeout=inf", "--train.patience=-2"),
     )
     assert len(lines) == 13
+    assert problems("--run.threads=9999")[0].startswith("run.threads is 9999; it must be at most ")
     assert "2**63" in problems(f"--run.seed={1 << 64}")[0]
 
 
 @pytest.mark.parametrize(
     "argv",
-    [["train.py", "--model.n_layer", "3"], ["sample.py", "--temprature", "1"], ["attend.py"], ["train.py", "--help"]],
+    [
+        ["train.py", "--model.n_layer", "3"],
+        ["sample.py", "--temprature", "1"],
+        ["attend.py"],
+        ["train.py", "--help"],
+        ["train.py", "no.toml"],
+    ],
 )
 def test_mistakes_are_answered_without_torch(argv: list[str]) -> None:
     code = (

@@ -107,6 +107,7 @@ def test_activations_are_what_autograd_keeps(preset: str, attention: str, dtype:
     [
         (["--plan", "a.toml", "--train.steps=5"], ["a.toml", "--train.steps=5"], (None, 1)),
         (["a.toml", "--plan", "8xH100", "--run.seed", "2"], ["a.toml", "--run.seed", "2"], (GPUS["h100"], 8)),
+        (["--plan=4xa100"], [], (GPUS["a100-80"], 4)),
         (["a.toml", "--plan=RTX4090"], ["a.toml"], (GPUS["rtx4090"], 1)),
         (["a.toml"], ["a.toml"], None),
     ],

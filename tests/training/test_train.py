@@ -1,6 +1,7 @@
 """train.py: what a run leaves behind and prints, what it refuses, and that an interrupted run ends with the same bits."""
 
 import json
+import re
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -253,11 +254,18 @@ def test_what_may_change_on_resuming(uninterrupted: Any, tmp_path: Path) -> None
     for change, code, words in ((other, 3, "has changed"), ("--model.n_layers=3", 2, "model.n_layers was 2")):
         assert words in error_line(resume(longer, change), code)
     moved = f"--data.source={tmp_path / 'moved.txt'}"
-    done = resume(longer, moved, "--run.stop_at_step=13", "--optim.lr=0.001", "--model.attention=eager")
+    config = folder / "config.toml"
+    config.write_text(re.sub(r"^lr = .*", "lr = 0.001", config.read_text(), flags=re.M))  # edited, not typed
+    done = resume(longer, moved, "--run.stop_at_step=13", "--model.attention=eager")
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("resumed with other options: "))
+    assert re.search(r"optim.lr 0\.\d+ -> 0\.001", line) and "train.steps 12 -> 14" in line and "run.dir" not in line
+    assert re.search(r"^the learning rate jumps from \S+ to \S+ at step 12$", done.stdout, re.M)
     assert (
         done.returncode == 0 and "may differ in the last bits: attention " in done.stdout and "-> eager" in done.stdout
     )
-    assert open_checkpoint(folder, "last").state.step == 13 and "steps = 14" in (folder / "config.toml").read_text()
+    assert open_checkpoint(folder, "last").state.step == 13 and "steps = 14" in config.read_text()
+    line = error_line(resume(f"--run.resume={folder / 'checkpoints' / '000013'}"), 4)
+    assert "is a checkpoint" in line and f"--run.resume {folder} " in line
 
 
 def test_separate_validation_text_may_move_and_not_change(tmp_path: Path, new: tuple[str, ...]) -> None:
