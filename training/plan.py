@@ -12,7 +12,9 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError, escape_control_chars
+from data.corpora import NAMED
 from data.prepare import TokenizedCorpus, expected_vocab_size, find_prepared
+from data.text_files import find_files
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
 from model.config import ModelConfig
 from training.config import RunConfig
@@ -65,6 +67,11 @@ def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) 
     train, model = config.train, config.model
     tokens = train.steps * train.batch_size * model.context
     epochs, known = "", "not prepared yet"
+    try:
+        if config.data.source not in NAMED:
+            find_files(config.data.source)
+    except UserError:
+        known = "no such text on this machine"
     if corpus is not None:
         known = f"{len(corpus.train):,} training tokens"
         epochs = f", {tokens / max(1, len(corpus.train)):.2f} epochs"

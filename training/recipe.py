@@ -27,11 +27,11 @@ def read_recipe(config: RunConfig, argv: list[str]) -> tuple[list[str], float, s
 
     With a config file, a named corpus or a run to resume: none, infinity, "". Raises UserError if there is no such text (3).
     """
-    from data.corpora import GENERATED
+    from data.corpora import NAMED
     from data.text_files import find_files
 
     has_file = bool(argv) and not argv[0].startswith("-")
-    if has_file or config.run.resume or config.data.source in (*GENERATED, "shakespeare"):
+    if has_file or config.run.resume or config.data.source in NAMED:
         return [], math.inf, ""
     n_bytes = sum(path.stat().st_size for path in find_files(config.data.source))
     vocab_size, dropout, weight_decay, epochs = recipe(n_bytes)
