@@ -105,7 +105,7 @@ def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
 
 @head_score(
     title="attends to what followed the same token earlier",
-    formula="mean over queries whose token occurred before, at j-1 < i-1, of the sum of A[i, j] over all such j",
+    formula="mean over queries i that have such keys of the sum of A[i, j] over 1 ≤ j < i with token[j-1] = token[i]",
     source="Olsson et al. 2022, 'prefix matching'",
     texts=REPEATS,
 )

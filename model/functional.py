@@ -1,6 +1,7 @@
 """The mathematics of a transformer, each operation written out from its formula.
 
-`sdpa` is the exception: it computes the same as `attention_pattern(q, k) @ v` with PyTorch's fused kernel.
+`sdpa` is the exception: it computes the same as `attention_pattern(q, k) @ v` with PyTorch's fused kernel. The causal
+mask is `causal_mask`; `chunked_attention.py` adds it to some queries at a time.
 
 Shapes: B batch, H heads, G key/value heads, T query positions, S key positions, D head size, C model size, F MLP size.
 """
@@ -77,7 +78,9 @@ def rms_norm(x: Float[Tensor, "*batch C"], weight: Float[Tensor, "C"], eps: floa
 def precompute_rope(
     positions: Int[Tensor, "T"], d_head: int, theta: float
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """Cosines and sines of the angles position * theta^(-2i/D) of pair i of the features (Su et al. 2021, equation 15)."""
+    """Cosines and sines of the angles position * theta^(-2i/D) of pair i of the features (Su et al. 2021, equation 15).
+
+    The pairs are (i, i + D/2), as in Hugging Face, not neighbours."""
     frequencies = theta ** (-torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32) / d_head)
     angles = positions[:, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)

@@ -129,7 +129,8 @@ def open_checkpoint(path: Path, which: str = "best") -> Checkpoint:
     if not folders:
         runs = sorted({str(inner.parent.parent) for inner in path.glob("*/checkpoints/*")})
         hint = f"it contains {', '.join(runs[:9])}" if runs else "train one: python train.py"
-        raise UserError(f"{path} has no checkpoint; {hint}", CHECKPOINT)
+        error = RemovedError if any(path.glob("checkpoints/*")) else UserError  # one may just have replaced another
+        raise error(f"{path} has no checkpoint; {hint}", CHECKPOINT)
     if which not in ("best", "last"):
         steps = {folder.name: folder for folder in folders}
         if which.zfill(6) not in steps:

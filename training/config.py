@@ -185,9 +185,9 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         if file is not None:
             name = escape_control_chars(file)
             raise UserError(f"--run.resume uses the config of that run; leave out {name}, or give single options")
-        if "train.steps" in option_names(typed):  # another end: `decay_at` leads to the old one
-            typed = ["--optim.decay_at=", *typed]
         file, typed = saved, [*typed, f"--run.dir={resumed}"]
+    if "train.steps" in option_names(typed):  # another end: `decay_at` of a file leads to the old one
+        typed = ["--optim.decay_at=", *typed]
     file = file or QUICKSTART
     from_file = read_toml(file)
     config = parse(RunConfig, from_file + typed, description)

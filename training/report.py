@@ -83,18 +83,18 @@ def load_best(trainer: Trainer) -> bool:
 
     Every process reads them. If one cannot, or the weights are sharded, all keep the last ones, and a line says so.
     """
-    state, saved = trainer.state, None
+    state, weights = trainer.state, None
     if state.best_loss is None or state.best_step == state.last_eval_step:
         return False
     with suppress(UserError):
         if not is_fsdp(trainer.wrapped_model):
             saved = read_checkpoint(Path(trainer.config.run.dir) / "checkpoints" / f"{state.best_step:06d}")
             weights = saved.build_model(trainer.model.config).state_dict()
-    if trainer.ctx.all_reduce_max(saved is None):
+    if trainer.ctx.all_reduce_max(weights is None):
         if trainer.ctx.is_main_process:
             print_line(f"the report is of the last step: the best, {state.best_step}, is sharded or cannot be read")
         return False
-    assert saved is not None
+    assert weights is not None
     trainer.model.load_state_dict(weights)
     trainer.state, trainer.sample_tokens = saved.state, None
     return True
@@ -131,23 +131,22 @@ def advice(
     """A line for each thing that is wrong with the model, and what to try; `copies` as by `longest_copies`."""
     optim, lines = config.optim, []
     lower = f"--optim.lr {optim.lr / 10:g} --optim.muon_lr {optim.muon_lr / 10:g}"
-    regular = f"--model.dropout {min(0.5, config.model.dropout + 0.2):g}, more text"
+    regular = (
+        f"--model.dropout {config.model.dropout + 0.2:g}, more text" if config.model.dropout < 0.4 else "more text"
+    )
     overfits = model.train < FAR_BELOW * model.val
     for name in ("uniform", "unigram", "trigram"):
         if not model.val < references[name]:
             losses = f"{model.val:.4f} against {references[name]:.4f} nats/token"
-            more = (
-                "more text" if overfits or model is not last else f"more text, --train.steps {2 * config.train.steps}"
-            )
+            longer = "more --train.minutes" if optim.decay_at else f"--train.steps {2 * config.train.steps}"
+            more = "more text" if overfits or model is not last else f"more text, {longer}"
             remedy = lower if name == "uniform" and not overfits else more
             lines.append(f"worse than {name} ({DESCRIPTIONS[name]}): {losses}; try {remedy}")
             break
     if last.val > model.val + RISE:
         rose = f"held-out loss is lowest at step {model.step} ({model.val:.4f}), and {last.val:.4f} at step {last.step}"
         is_learned = last.train < model.val
-        problem, remedy = (
-            ("overfitting", f"{regular}, --train.steps {model.step}") if is_learned else ("unstable", lower)
-        )
+        problem, remedy = ("overfitting", f"{regular}, fewer steps") if is_learned else ("unstable", lower)
         lines.append(f"{problem}: {rose}, where training loss is {last.train:.4f}; try {remedy}")
     elif overfits:
         losses = f"training loss {model.train:.4f} is far below held-out loss {model.val:.4f}"
