@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, is_out_of_memory
 
 
@@ -53,20 +51,19 @@ def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
     except OSError as error:
         kind = UserError if Path(path).exists() else RemovedError
         raise kind(f"cannot read {error.filename or path}: {error.strerror or error}", CHECKPOINT) from error
-    except (
-        SafetensorError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+    except _damage_errors() as error:
         if is_out_of_memory(error):
             raise
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         message = f"{path} is not a readable {what}: {reason}" + (f"; {hint}" if hint else "")
         raise UserError(message, CHECKPOINT) from error
+
+
+def _damage_errors() -> tuple[type[Exception], ...]:
+    """What readers of damaged files raise. safetensors is loaded only then, not while a script starts."""
+    from safetensors import SafetensorError
+
+    return SafetensorError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError
 
 
 def retry_if_removed(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
