@@ -33,7 +33,7 @@ CONTRAST_STORIES = 200
 def limit_spinning() -> None:
     """Let threads that wait for each other sleep soon, as others may need the cores; the user's settings win."""
     if not os.environ.get("OMP_WAIT_POLICY"):
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported; see benchmarks/NOTES.md
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # read when torch is imported; see benchmarks/NOTES.md
 
 
 def main(argv: list[str]) -> None:

@@ -83,7 +83,7 @@ def test_scripts_find_their_modules_with_a_safe_path(argv: tuple[str, str], tmp_
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+    ("given", "expected"), [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
 )
 def test_waiting_threads_sleep_soon_unless_the_user_decides(
     given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
