@@ -30,15 +30,8 @@ if TYPE_CHECKING:
 CONTRAST_STORIES = 200
 
 
-def limit_spinning() -> None:
-    """Let threads that wait for each other sleep soon, as others may need the cores; the user's settings win."""
-    if not os.environ.get("OMP_WAIT_POLICY"):
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # read when torch is imported; see benchmarks/NOTES.md
-
-
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
-    limit_spinning()
     argv, target = parse_plan_option(argv)
     usage = (__doc__ or "").partition("\n\n")[0].replace("\n", "\n\n")
     options = name_source(argv)

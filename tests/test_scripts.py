@@ -1,13 +1,11 @@
 """sample.py and the scripts as a user meets them: what they print and what they refuse."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import train
 from tests.runs import ROOT, TINY, error_line, process, script
 
 EMOJI = "\N{FOX FACE}"
@@ -80,17 +78,3 @@ def test_scripts_find_their_modules_with_a_safe_path(argv: tuple[str, str], tmp_
     command = [sys.executable, argv[0], str(ROOT / argv[1]), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
-)
-def test_waiting_threads_sleep_soon_unless_the_user_decides(
-    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    train.limit_spinning()
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
