@@ -18,7 +18,7 @@ from inspection.eval_texts import EvalTexts
 from inspection.head_scores import ANTECEDENT, HELD_OUT, PARAMETERS, REPEATS, SCORES
 from model.gpt import GPT
 
-PAIRS_PER_KIND = 16  # the first contrast pairs of each kind are measured
+SCORED_PAIRS = 16  # the first contrast pairs of each kind are measured
 PAIR_ROWS = 16  # texts in one forward pass of `score_pairs`
 TokenBytes = Callable[[int], bytes]
 """The bytes of a token id."""
@@ -39,7 +39,7 @@ def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenByt
             run_with_hooks(model, pad(texts), hook)
     scores = {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
     scores |= {s.name: s.compute(model) for s in SCORES.values() if s.texts == PARAMETERS and s.compute}
-    pairs = [p for kind in eval_texts.pairs_by_kind().values() for p in kind[:PAIRS_PER_KIND] if p.antecedent]
+    pairs = [p for kind in eval_texts.pairs_by_kind().values() for p in kind[:SCORED_PAIRS] if p.antecedent]
     _, attention = score_pairs(model, pairs)
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         scores[ANTECEDENT + kind] = attention[[k for k, pair in enumerate(pairs) if pair.kind == kind]].mean(dim=0)

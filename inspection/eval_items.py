@@ -19,7 +19,7 @@ from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
-PAIRS_PER_KIND = 128
+ABLATED_PAIRS = 128
 """Contrast pairs of each kind, at most. With 32 the intervals were too wide to tell a head from the others."""
 BATCH_TOKENS = 2048  # in one forward pass of an ablation
 BATCH_LOGITS = 1 << 25  # likewise; with a large vocabulary the logits are the largest tensor (128 MiB in fp32)
@@ -83,7 +83,7 @@ def _logit_diff_task(eval_texts: EvalTexts) -> EvalTask:
     measures, chosen = dict[str, list[int]](), list[ContrastPair]()
     for pair in eval_texts.contrast_pairs:
         items = measures.setdefault(f"logit_diff.{pair.kind}", [])
-        if len(items) < PAIRS_PER_KIND:
+        if len(items) < ABLATED_PAIRS:
             items.append(len(chosen))
             chosen.append(pair)
     return pair_task(chosen, measures)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, NON_FINITE, UserError
+from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, NON_FINITE, RemovedError, UserError
 from common.files import retry_if_removed
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from model.config import ModelConfig
@@ -156,6 +156,12 @@ def test_reader_beside_a_trainer(which: str, tmp_path: Path, capfd: pytest.Captu
         read([which])
     trainer.join()
     assert capfd.readouterr().err == ""
+
+
+def test_no_checkpoint_is_found_while_one_replaces_another(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".removing-000001").mkdir(parents=True)
+    with pytest.raises(RemovedError, match="has no checkpoint"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", MANIFEST])

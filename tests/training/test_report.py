@@ -1,15 +1,22 @@
 """The lines at the end of a run: what is wrong with the model, and what it copies."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from tests.training.helpers import corpus
+from training import report
+from training.checkpoint import TrainState
 from training.config import RunConfig
-from training.report import Losses, advice, longest_run, table
+from training.device import get_dist_context
+from training.report import Losses, advice, load_best, longest_run, table
 
 REFERENCES = {"uniform": 7.0, "unigram": 6.0, "trigram": 5.0}
 GOOD = Losses(step=60, val=4.5, num_targets=100, train=4.4)
@@ -63,3 +70,19 @@ def test_longest_run_equals_trying_all(texts: list[list[int]], tokens: list[int]
     runs = {tuple(tokens[i:j]) for i in range(len(tokens)) for j in range(i + 1, len(tokens) + 1)}
     found = [j - i for t in texts for i in range(len(t)) for j in range(i + 1, len(t) + 1) if tuple(t[i:j]) in runs]
     assert longest_run(texts, np.array(tokens, np.uint32)) == max(found, default=0)
+
+
+@pytest.mark.parametrize("tensors_are_lost", [False, True])
+def test_report_is_of_the_last_step_if_the_best_is_lost(
+    tensors_are_lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if tensors_are_lost:
+        monkeypatch.setattr(
+            report, "read_checkpoint", Mock(return_value=Mock(build_model=Mock(side_effect=UserError(""))))
+        )
+    state, model = TrainState(step=9, best_loss=1.0, best_step=5, last_eval_step=9), SimpleNamespace(config=None)
+    trainer: Any = SimpleNamespace(
+        state=state, wrapped_model=model, model=model, config=RunConfig(), ctx=get_dist_context()
+    )
+    assert not load_best(trainer) and trainer.state is state
+    assert "the report is of the last step" in capsys.readouterr().out

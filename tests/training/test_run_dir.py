@@ -37,7 +37,7 @@ def test_failed_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-def test_commands_to_copy_are_quoted_and_checkpoints_may_be_on_another_disk(tmp_path: Path) -> None:
+def test_quoted_commands_and_checkpoints_on_another_disk(tmp_path: Path) -> None:
     folder = tmp_path / "my run's (1)"
     (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     options = ("--log.attention=off", f"--data.source={tmp_path / 'fox.txt'}", f"--run.dir={folder}")

@@ -151,12 +151,12 @@ def test_contradicting_options_are_named(words: list[str], message: str) -> None
         parse_train(words)
 
 
-def test_more_steps_on_resuming_make_a_new_schedule(tmp_path: Path) -> None:
+def test_other_steps_make_a_new_schedule(tmp_path: Path) -> None:
     config = replace_options(RunConfig(), {"train.steps": 600, "optim.decay_at": "300 500"})
     (tmp_path / "config.toml").write_text(to_toml(config))
-    resumed = [f"--run.resume={tmp_path}"]
-    assert parse_train(resumed)[0].optim.decay_at == "300 500"
-    assert parse_train([*resumed, "--train.steps=900"])[0].optim.decay_at == ""
+    for argv in ([f"--run.resume={tmp_path}"], [str(tmp_path / "config.toml")]):
+        assert parse_train(argv)[0].optim.decay_at == "300 500"
+        assert parse_train([*argv, "--train.steps=900"])[0].optim.decay_at == ""
 
 
 def planned(steps: int) -> RunConfig:
