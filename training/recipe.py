@@ -1,7 +1,10 @@
-"""The recipe of an own text: what its size decides unless the user does. Imports no torch."""
+"""The recipe of an own text: what its size and script decide unless the user does. Imports no torch."""
 
+import contextlib
 import math
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 from training.config import RunConfig, option_names
 
@@ -14,12 +17,22 @@ RECIPES = (
 """Below so many bytes of text: vocabulary, dropout, weight decay, and the most epochs that are worth training.
 
 A small text is repeated often, which overfits without dropout and strong weight decay, and has few examples of each token.
-Measured on five texts up to 4 MB (benchmarks/NOTES.md); the last row is not."""
+Measured on ten texts up to 55 MB (benchmarks/NOTES.md)."""
+MANY_CHARACTERS, SAMPLE_BYTES = 1000, 200_000
+"""A text with more different characters at its start, as Chinese and Japanese have, is encoded by character."""
 
 
 def recipe(n_bytes: int) -> tuple[int, float, float, int]:
     """Vocabulary, dropout, weight decay and epochs for a text of so many bytes."""
     return next(row[1:] for row in RECIPES if n_bytes < row[0])
+
+
+def has_many_characters(files: Iterable[Path], encoding: str) -> bool:
+    """Whether the largest file begins with more than `MANY_CHARACTERS` different ones, of two bytes or more on average."""
+    with contextlib.suppress(OSError), max(files, key=lambda file: file.stat().st_size).open("rb") as largest:
+        text = largest.read(SAMPLE_BYTES).decode(encoding, "ignore")
+        return len(set(text)) > MANY_CHARACTERS and len(text.encode(errors="ignore")) > 2 * len(text)
+    return False
 
 
 def read_recipe(config: RunConfig, argv: list[str]) -> tuple[list[str], float, str]:
@@ -33,17 +46,23 @@ def read_recipe(config: RunConfig, argv: list[str]) -> tuple[list[str], float, s
     has_file = bool(argv) and not argv[0].startswith("-")
     if has_file or config.run.resume or config.data.source in NAMED:
         return [], math.inf, ""
-    n_bytes = sum(path.stat().st_size for path in find_files(config.data.source))
+    files, given = find_files(config.data.source), option_names(argv)
+    n_bytes = sum(path.stat().st_size for path in files)
     vocab_size, dropout, weight_decay, epochs = recipe(n_bytes)
-    options = [f"--data.vocab_size={vocab_size}", f"--model.dropout={dropout}", f"--optim.weight_decay={weight_decay}"]
-    if "train.steps" not in option_names(argv) and os.environ.get("WORLD_SIZE", "1") == "1":
+    options = [f"--model.dropout={dropout}", f"--optim.weight_decay={weight_decay}"]
+    if "data.vocab_size" not in given and has_many_characters(files, config.data.encoding):
+        options.insert(0, "--data.tokenizer=char")
+    else:
+        options.insert(0, f"--data.vocab_size={vocab_size}")
+    if "train.steps" not in given and os.environ.get("WORLD_SIZE", "1") == "1":
         options.append("--train.minutes=2")
     return options, epochs, f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 999_500 else f"{math.ceil(n_bytes / 1e3)} kB"
 
 
 def describe(config: RunConfig, epochs: float, size: str) -> str:
     """The line that is printed: `recipe  70 kB of text: vocabulary 512, dropout 0.2, weight decay 2, at most 30 epochs`."""
-    parts = [f"vocabulary {config.data.vocab_size}"] if config.data.tokenizer == "bpe" else []
+    is_bpe = config.data.tokenizer == "bpe"
+    parts = [f"vocabulary {config.data.vocab_size}" if is_bpe else f"tokenizer {config.data.tokenizer}"]
     parts += [f"dropout {config.model.dropout:g}", f"weight decay {config.optim.weight_decay:g}"]
     parts += [f"at most {epochs:g} epochs"] if config.train.minutes else []
     return f"recipe  {size} of text: {', '.join(parts)}"

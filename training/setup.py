@@ -46,10 +46,17 @@ class Checkpointer(Callback):
     def __init__(self, config: RunConfig, ctx: DistContext) -> None:
         folder = Path(config.run.dir)
         self.saver = CheckpointWriter(folder, config.train.keep_checkpoints) if ctx.is_main_process else None
+        self.saved_config: RunConfig | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         if self.saver is not None and trainer.resumed_from is not None:
-            save_config(trainer.config)  # some options may have changed
+            self.update_config(trainer.config)  # some options may have changed
+
+    def update_config(self, config: RunConfig) -> None:
+        """Write `config.toml`, unless nothing changed: it may have been edited for the next start."""
+        if config != self.saved_config:
+            save_config(config)
+        self.saved_config = config
 
     def on_save(self, trainer: Trainer) -> None:
         """Every process takes part, since FSDP parameters are gathered."""
@@ -58,8 +65,7 @@ class Checkpointer(Callback):
         if self.saver is not None:
             weights, tokenizer = model_weights(trainer.model), trainer.data.tokenizer
             self.saver.save(trainer.config, trainer.state, weights, optimizer_state, tokenizer, trainer.environment)
-            if trainer.saved is None:  # the first checkpoint of a new run: from now on it can be resumed
-                save_config(trainer.config)
+            self.update_config(trainer.config)  # after the checkpoint: a folder with a config can be resumed
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
         if self.saver is not None and trainer.is_stopped:

@@ -32,6 +32,18 @@ def test_own_text_is_trained_by_its_recipe(text: Path, monkeypatch: pytest.Monke
     assert config.train.steps == max(time_budget.MIN_STEPS, 30 * len(prepare(config.data).train) // (8 * 32))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_chinese_is_encoded_by_character(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "poems.txt"
+    file.write_bytes("".join(map(chr, range(0x4E00, 0x4E00 + 1001))).encode(encoding))
+    argv = [f"--data.source={file}", f"--data.encoding={encoding}"]
+    assert read_recipe(parse_train(argv)[0], argv)[0][0] == "--data.tokenizer=char"
+    wanted = [*argv, "--data.vocab_size=600"]
+    assert read_recipe(parse_train(wanted)[0], wanted)[0][0] == "--data.vocab_size=512"
+    file.write_text("Several different characters: äöü한국어. " * 500, encoding="utf-8")
+    assert read_recipe(parse_train(argv)[0], argv)[0][0] == "--data.vocab_size=512"
+
+
 def test_config_files_and_named_corpora_have_no_recipe(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def options(*argv: str) -> list[str]:
         return read_recipe(parse_train(list(argv))[0], list(argv))[0]

@@ -66,9 +66,9 @@ def fake_speed(monkeypatch: pytest.MonkeyPatch, flops: float = 1e11) -> list[Run
 
 
 def test_formula_fits_the_measured_losses() -> None:
-    for size, losses in zip(SIZES, LOSSES, strict=False):
+    for size, batch_size, losses in zip(SIZES, (16, 8, 12, 8, 8), LOSSES, strict=False):
         for steps, loss in losses:
-            run = with_size(RunConfig(train=TrainConfig(steps=steps)), set(), *size)
+            run = with_size(RunConfig(train=TrainConfig(steps=steps)), set(), *size[:4], batch_size)
             assert expected_loss(run, 1_003_854) == pytest.approx(loss, rel=0.03)
 
 
@@ -210,14 +210,12 @@ def test_run_ends_in_time(seconds: Any, most: int, tmp_path: Path, monkeypatch: 
         deadline.on_step(trainer, {})
     assert taken == rates(trainer.config) and taken[-1] < 0.3
     assert abs(clock[0] - 100) < 5 or trainer.state.step == most == 120
-    assert parse_train([str(tmp_path / "config.toml")])[0] == trainer.config
 
 
 def look_at_step_60(self: Deadline, trainer: Any, metrics: object) -> None:
     if trainer.state.step == 60:
         assert trainer.config.train.steps > 150 and get_lr_scale(60, 0, trainer.config.optim) == 1
         trainer.config = plan_decay(trainer.config, 60, 130)
-        budget.save_config(trainer.config)
 
 
 @pytest.mark.slow
