@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shlex
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,17 +174,12 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     file = Path(typed.pop(0)) if typed and typed[0].endswith(".toml") and not typed[0].startswith("-") else None
     resumed = dict(split_options(typed)).get("--run.resume")
     if resumed:
+        resumed = run_of(resumed)
         saved = Path(resumed) / "config.toml"
-        if not os.path.isfile(saved):  # not Path.is_file, which raises for names that are too long
-            problem = f"{resumed} is not a run folder: it has no config.toml"
-            if os.path.isfile(run := Path(os.path.abspath(resumed)).parent.parent / "config.toml"):
-                problem = f"{resumed} is a checkpoint; resume its run, which continues from the newest checkpoint: "
-                problem += f"--run.resume {shlex.quote(str(run.parent))} (to go back, remove the later checkpoints)"
-            raise UserError(escape_control_chars(problem), CHECKPOINT)
         if file is not None:
             name = escape_control_chars(file)
             raise UserError(f"--run.resume uses the config of that run; leave out {name}, or give single options")
-        file, typed = saved, [*typed, f"--run.dir={resumed}"]
+        file, typed = saved, [*typed, f"--run.resume={resumed}", f"--run.dir={resumed}"]
     if "train.steps" in option_names(typed):  # another end: `decay_at` of a file leads to the old one
         typed = ["--optim.decay_at=", *typed]
     file = file or QUICKSTART
@@ -200,6 +194,20 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         raise UserError(f"{name} sets run.resume, which belongs on the command line: --run.resume RUN")
     is_own_text = file == QUICKSTART and config.data.source != DataConfig().source
     return config, (text_name(config.data.source) if is_own_text else file.stem) or "run"
+
+
+def run_of(path: str) -> str:
+    """The run folder `path`, or the run whose newest checkpoint it is. Raises UserError (4) if it is neither."""
+    if os.path.isfile(os.path.join(path, "config.toml")):  # not Path.is_file, which raises for names that are too long
+        return path
+    folder, problem = Path(os.path.abspath(path)), f"{path} is not a run folder: it has no config.toml"
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal() and os.path.isdir(folder):
+        steps = [int(name) for name in os.listdir(folder.parent) if name.isdecimal()]
+        if int(folder.name) == max(steps):
+            return str(folder.parents[1])
+        problem = f"{path} is not the newest checkpoint of its run, the one that is resumed (step {max(steps)}); to go "
+        problem += f"back, move the later ones out of {folder.parent}"
+    raise UserError(escape_control_chars(problem), CHECKPOINT)
 
 
 def name_source(argv: list[str]) -> list[str]:
