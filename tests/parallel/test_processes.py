@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.parallel.programs import load, tiny_model, tiny_optimizer, train
-from tests.runs import ROOT
+from tests.runs import ROOT, TINY
 from training.device import DistContext
 
 pytestmark = pytest.mark.slow
@@ -75,3 +75,20 @@ def test_processes_agree(tmp_path: Path) -> None:
         assert found["sum"] == 4.5 and found["max"] == 10
         assert found["text"] == "größer 0 \udc80" and found["empty"] == "" and found["last"] == "2"
         assert found["error"].startswith("settings differs: 'b = False' on process 0, 'b = True' on process 2; ")
+
+
+def test_three_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """Sums of three rounded otherwise would show here; those of two are the same in any order."""
+
+    def train_py(*options: object) -> None:
+        agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3")
+        done = subprocess.run([*agent, "train.py", *map(str, options)], cwd=ROOT, env={**os.environ, **THREADS})
+        assert done.returncode == 0
+
+    options = [*TINY, "--train.batch_size=12", "--log.attention=off"]
+    train_py(*options, f"--run.dir={tmp_path / 'whole'}")
+    train_py(*options, f"--run.dir={tmp_path / 'parts'}", "--run.stop_at_step=2")
+    train_py(f"--run.resume={tmp_path / 'parts'}")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, parts = (tmp_path / run / "checkpoints" / "000006" / name for run in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
