@@ -11,7 +11,8 @@ from training.config import RunConfig, option_names
 RECIPES = (
     (200_000, 512, 0.2, 2.0, 30),
     (1_000_000, 1024, 0.2, 0.5, 30),
-    (10_000_000, 2048, 0.0, 0.5, 20),
+    (2_000_000, 2048, 0.0, 0.5, 20),
+    (10_000_000, 2048, 0.0, 0.2, 20),
     (math.inf, 4096, 0.0, 0.1, 20),
 )
 """Below so many bytes of text: vocabulary, dropout, weight decay, and the most epochs that are worth training.

@@ -39,7 +39,7 @@ SIZES = (
 LOSS_FIT = (1.32828, 102.276, 0.52, 1164.24, 0.63)
 """E, A, alpha, B, beta of `expected_loss`, fitted to Tiny Shakespeare by character; error 0.4% median, 2.8% at most."""
 OPTIM: dict[str, Any] = {
-    **{"optim.lr": 0.006, "optim.muon_lr": 0.025, "optim.momentum": 0.9, "optim.warmup_steps": 10},
+    **{"optim.lr": 0.01, "optim.muon_lr": 0.025, "optim.momentum": 0.9, "optim.warmup_steps": 10},
     **{"optim.schedule": "linear", "optim.decay_fraction": 1.0, "optim.decay_at": "", "optim.min_lr_ratio": 0.0},
 }
 """Optimizer settings, measured on texts of 70 kB to 55 MB (benchmarks/NOTES.md)."""
