@@ -113,7 +113,7 @@ def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:
     if ctx.world_size == 1:
         return model
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # DDP orders gradients anew after the first backward pass, and that rounds the sums of three processes and more
+    # DDP reorders gradients after the first backward pass, and that rounds the sums of three processes and more
     # otherwise. After a pass on one token every step of a new and of a resumed run has the same order.
     wrapped(torch.zeros((1, 1), dtype=torch.long, device=ctx.device)).sum().backward()
     model.zero_grad()
