@@ -45,6 +45,7 @@ OPTIM: dict[str, Any] = {
 """Optimizer settings, measured on texts of 70 kB to 55 MB (benchmarks/NOTES.md)."""
 REPEAT_VALUE = 15.4
 """R* of Muennighoff et al. 2023, section 6.1: the number of repetitions after which repeating a text teaches little."""
+MAX_PARAMETERS = 10  # for each token of the training text: larger models overfit a small text
 ASSUMED_MFU = 0.3  # until a step is measured
 EVAL_TOKENS = 20_000
 EVAL_SECONDS = 0.3  # of an evaluation besides its forward passes: a sample, an attention file, a checkpoint
@@ -78,6 +79,7 @@ def search(
     sizes = [size for size in all_sizes if not size.model.problems()]  # some are valid: one has the default's head size
     check_min_length(data, min(size.model.context for size in sizes))
     sizes = [size for size in sizes if size.model.context < n_train]
+    sizes = [size for size in sizes if count_parameters(size) <= MAX_PARAMETERS * n_train] or sizes[:1]
     flops, tokens = [step_flops(size, vocab_size) for size in sizes], max_epochs * n_train
     assumed, speeds = ASSUMED_MFU * measure_matmul_flops(ctx), dict[int, list[float]]()  # FLOP/s of measured sizes
     while True:  # measure the best size until it is a measured one, then these in turn
@@ -143,11 +145,13 @@ def fit_steps(
     return replace_options(size, kept), end - final_seconds - 2 * eval_seconds, most
 
 
-def expected_loss(run: RunConfig, n_train: int) -> float:
-    """E + A / parameters^α + B / tokens^β in nats/token (Hoffmann et al. 2022, equation 2); infinite with too few steps.
+def count_parameters(size: RunConfig) -> int:
+    """Parameters of the matrices in the blocks: 12 · layers · d_model² (Kaplan et al. 2020, table 1)."""
+    return 12 * size.model.n_layers * size.model.d_model**2
 
-    Parameters are those of the matrices in the blocks: 12 · layers · d_model² (Kaplan et al. 2020, table 1).
-    """
+
+def expected_loss(run: RunConfig, n_train: int) -> float:
+    """E + A / parameters^α + B / tokens^β in nats/token (Hoffmann et al. 2022, equation 2); infinite with too few steps."""
     if run.train.steps < MIN_STEPS:
         return math.inf
     e, a, alpha, b, beta = LOSS_FIT
@@ -155,7 +159,7 @@ def expected_loss(run: RunConfig, n_train: int) -> float:
     repetitions = tokens / n_train - 1
     if repetitions > 0:  # tokens of new text that teach as much (Muennighoff et al. 2023, equation 5)
         tokens = n_train * (1 - REPEAT_VALUE * math.expm1(-repetitions / REPEAT_VALUE))
-    return e + a / (12 * run.model.n_layers * run.model.d_model**2) ** alpha + b / tokens**beta
+    return e + a / count_parameters(run) ** alpha + b / tokens**beta
 
 
 def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> float:

@@ -110,6 +110,12 @@ def test_given_options_are_kept(options: dict[str, Any], epochs: float, monkeypa
     assert chosen.train.steps <= max(MIN_STEPS, epochs * 1_003_854 / step_tokens)
 
 
+def test_small_text_gets_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_speed(monkeypatch)
+    models = [choose(minutes(60), corpus(n))[0].model for n in (30_000, 300_000)]
+    assert [model.d_model for model in models] == [64, 192]
+
+
 def test_disturbed_round_does_not_choose_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_speed(monkeypatch)
     quiet, rounds = choose(minutes(5), corpus(100_000_000))[0], itertools.count()
