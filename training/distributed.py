@@ -113,8 +113,8 @@ def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:
     if ctx.world_size == 1:
         return model
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # DDP reorders gradients after the first backward pass, and that rounds the sums of three processes and more
-    # otherwise. After a pass on one token every step of a new and of a resumed run has the same order.
+    # DDP rebuilds its buckets after the first backward pass, which changes how sums over three or more processes round.
+    # A pass on one token before training makes new and resumed runs add in the same order.
     wrapped(torch.zeros((1, 1), dtype=torch.long, device=ctx.device)).sum().backward()
     model.zero_grad()
     return wrapped

@@ -51,7 +51,7 @@ def read_recipe(config: RunConfig, argv: list[str]) -> tuple[list[str], float, s
     n_bytes = sum(path.stat().st_size for path in files)
     vocab_size, dropout, weight_decay, epochs = recipe(n_bytes)
     options = [f"--model.dropout={dropout}", f"--optim.weight_decay={weight_decay}"]
-    if "data.vocab_size" not in given and has_many_characters(files, config.data.encoding):
+    if not given & {"data.vocab_size", "data.tokenizer"} and has_many_characters(files, config.data.encoding):
         options.insert(0, "--data.tokenizer=char")
     else:
         options.insert(0, f"--data.vocab_size={vocab_size}")

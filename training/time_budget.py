@@ -45,7 +45,7 @@ OPTIM: dict[str, Any] = {
 """Optimizer settings, measured on texts of 70 kB to 55 MB (benchmarks/NOTES.md)."""
 REPEAT_VALUE = 15.4
 """R* of Muennighoff et al. 2023, section 6.1: the number of repetitions after which repeating a text teaches little."""
-MAX_PARAMETERS = 10  # for each token of the training text: larger models overfit a small text
+MAX_PARAMETERS_PER_TOKEN = 10  # of the training text: larger models overfit it
 ASSUMED_MFU = 0.3  # until a step is measured
 EVAL_TOKENS = 20_000
 EVAL_SECONDS = 0.3  # of an evaluation besides its forward passes: a sample, an attention file, a checkpoint
@@ -79,7 +79,7 @@ def search(
     sizes = [size for size in all_sizes if not size.model.problems()]  # some are valid: one has the default's head size
     check_min_length(data, min(size.model.context for size in sizes))
     sizes = [size for size in sizes if size.model.context < n_train]
-    sizes = [size for size in sizes if count_parameters(size) <= MAX_PARAMETERS * n_train] or sizes[:1]
+    sizes = [size for size in sizes if count_parameters(size) <= MAX_PARAMETERS_PER_TOKEN * n_train] or sizes[:1]
     flops, tokens = [step_flops(size, vocab_size) for size in sizes], max_epochs * n_train
     assumed, speeds = ASSUMED_MFU * measure_matmul_flops(ctx), dict[int, list[float]]()  # FLOP/s of measured sizes
     while True:  # measure the best size until it is a measured one, then these in turn

@@ -42,8 +42,9 @@ def test_chinese_is_encoded_by_character(encoding: str, tmp_path: Path) -> None:
     file.write_bytes("".join(map(chr, range(0x4E00, 0x4E00 + 1001))).encode(encoding))
     argv = [f"--data.source={file}", f"--data.encoding={encoding}"]
     assert read_recipe(parse_train(argv)[0], argv)[0][0] == "--data.tokenizer=char"
-    wanted = [*argv, "--data.vocab_size=600"]
-    assert read_recipe(parse_train(wanted)[0], wanted)[0][0] == "--data.vocab_size=512"
+    for option in ("--data.vocab_size=600", "--data.tokenizer=bpe"):
+        wanted = [*argv, option]
+        assert read_recipe(parse_train(wanted)[0], wanted)[0][0] == "--data.vocab_size=512"
     file.write_text("Several different characters: äöü한국어. " * 500, encoding="utf-8")
     assert read_recipe(parse_train(argv)[0], argv)[0][0] == "--data.vocab_size=512"
 
