@@ -46,8 +46,6 @@ def main(argv: list[str]) -> None:
         return
     if defaults and os.environ.get("RANK", "0") == "0":
         print(describe(config, max_epochs, size), flush=True)
-    if config.train.minutes:  # spinning while waiting wastes most of the time if other programs run
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with open_run_dir(config, name) as config:
         from training.distributed import process_group
 

@@ -20,20 +20,22 @@ from model.gpt import GPT
 
 SCORED_PAIRS = 16  # the first contrast pairs of each kind are measured
 PAIR_ROWS = 16  # texts in one forward pass of `score_pairs`
+MIN_QUERIES = 100  # a mean over fewer queries is often different on other text, by 0.1 and more
 TokenBytes = Callable[[int], bytes]
 """The bytes of a token id."""
 
 
 def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, Float[Tensor, "L H"]]:
-    """Every score of every head, f32 on the CPU: means over the texts that have anything to measure.
+    """Every score of every head, f32 on the CPU: means over the queries of all texts.
 
-    A score without texts, or that is not finite, is left out.
+    A score without queries, or that is not finite, is left out.
     """
     layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.n_layers)]
     for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
 
         def hook(layer: int, activations: dict[str, Tensor]) -> None:
-            layers[layer] |= _mean_over_texts(activations["pattern"], texts, token_bytes, measured_on)  # noqa: B023
+            values = _query_values(activations["pattern"], texts, token_bytes, measured_on)  # noqa: B023
+            layers[layer] |= {name: value.mean(dim=-1) for name, value in values.items()}
 
         if texts:
             run_with_hooks(model, pad(texts), hook)
@@ -47,18 +49,18 @@ def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenByt
 
 
 def uniform_scores(eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, float]:
-    """What uniform attention, A[i, j] = 1 / (i + 1), scores on the same queries: the baseline of each score on texts."""
+    """What uniform attention, A[i, j] = 1 / (i + 1), scores on the same queries, of scores with enough of them."""
     scores: dict[str, Tensor] = {}
     for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
         ones = (torch.ones(1, len(text), len(text)).tril() for text in texts)
-        scores |= _mean_over_texts((one / one.sum(-1, keepdim=True) for one in ones), texts, token_bytes, measured_on)
-    return {name: table.item() for name, table in scores.items() if table.isfinite().all()}
+        scores |= _query_values((one / one.sum(-1, keepdim=True) for one in ones), texts, token_bytes, measured_on)
+    return {name: values.mean().item() for name, values in scores.items() if values.numel() >= MIN_QUERIES}
 
 
-def _mean_over_texts(
+def _query_values(
     patterns: Iterable[Tensor], texts: Sequence[Sequence[int]], token_bytes: TokenBytes, measured_on: str
-) -> dict[str, Float[Tensor, " H"]]:
-    """Each score's mean over the texts where it is not nan, from their patterns (H, T, T), which can be padded."""
+) -> dict[str, Float[Tensor, "H Q"]]:
+    """Each score's values of the queries of all texts, from their patterns (H, T, T), which can be padded."""
     scores: dict[str, list[Tensor]] = {}
     for pattern, text in zip(patterns, texts, strict=True):
         pattern, tokens = pattern[:, : len(text), : len(text)], torch.tensor(text, device=pattern.device)
@@ -67,7 +69,7 @@ def _mean_over_texts(
             if score.texts == measured_on and score.compute:
                 value = score.compute(pattern, pieces if score.uses_bytes else tokens)
                 scores.setdefault(score.name, []).append(value)
-    return {name: torch.stack(values).nanmean(dim=0) for name, values in scores.items()}
+    return {name: torch.cat(values, dim=-1) for name, values in scores.items()}
 
 
 def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.float64], Float[Tensor, "P L H"]]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Pattern = Float[Tensor, "*heads T T"]  # A[i, j] is how much query i attends to key j
     Tokens = Int[Tensor, " T"]
-    Score = Float[Tensor, "*heads"]
+    Values = Float[Tensor, "*heads Q"]  # of the queries of a text that the score is about
 
 REPEATS, HELD_OUT, PARAMETERS, CONTRAST_PAIRS = "random repeats", "held-out texts", "parameters", "contrast pairs"
 ANTECEDENT = "antecedent."
@@ -59,7 +59,8 @@ class HeadScore:
     is_share: bool = True  # of a head's attention, so that 0.5 means half of it
     uses_bytes: bool = False  # `compute` gets a tuple of the tokens' bytes in place of their ids
     compute: Callable[..., Any] | None = None
-    """From (pattern, tokens) of a text, or the model for PARAMETERS, to the score; nan if there is nothing to measure."""
+    """From (pattern, tokens) of a text to a value for each query, of which the score is the mean; from the model to the
+    score for PARAMETERS."""
 
 
 SCORES: dict[str, HeadScore] = {}
@@ -87,9 +88,9 @@ def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     source="Elhage et al. 2021, 'Induction Heads'; Voita et al. 2019, 'positional heads'",
     texts=REPEATS,
 )
-def previous_token(pattern: Pattern, tokens: Tokens) -> Score:
+def previous_token(pattern: Pattern, tokens: Tokens) -> Values:
     """0 to 1. Uniform attention gives (1/2 + ... + 1/T) / (T - 1): 0.0704 at T = 51."""
-    return pattern.diagonal(-1, -2, -1).mean(dim=-1)
+    return pattern.diagonal(-1, -2, -1)
 
 
 @head_score(
@@ -98,9 +99,9 @@ def previous_token(pattern: Pattern, tokens: Tokens) -> Score:
     source="Wang et al. 2023, 'duplicate token heads'",
     texts=REPEATS,
 )
-def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
-    """0 to 1; nan without repetitions."""
-    return _mean_attention_to(pattern, (tokens[:, None] == tokens).tril(-1))
+def duplicate_token(pattern: Pattern, tokens: Tokens) -> Values:
+    """0 to 1, of tokens that occurred before."""
+    return _attention_to(pattern, (tokens[:, None] == tokens).tril(-1))
 
 
 @head_score(
@@ -109,14 +110,14 @@ def duplicate_token(pattern: Pattern, tokens: Tokens) -> Score:
     source="Olsson et al. 2022, 'prefix matching'",
     texts=REPEATS,
 )
-def induction(pattern: Pattern, tokens: Tokens) -> Score:
-    """0 to 1; nan without a match. Where a token occurs twice in a row, the query itself does not count as a match.
+def induction(pattern: Pattern, tokens: Tokens) -> Values:
+    """0 to 1, of tokens that occurred before. Where a token occurs twice in a row, the query itself does not count as a match.
 
     Some authors divide by all queries of a repeated sequence, not only by those with a match: about half of this.
     """
     after_match = (tokens[:, None] == tokens.roll(1)).tril(-1)
     after_match[:, 0] = False  # no token is before the first
-    return _mean_attention_to(pattern, after_match)
+    return _attention_to(pattern, after_match)
 
 
 @head_score(
@@ -125,9 +126,9 @@ def induction(pattern: Pattern, tokens: Tokens) -> Score:
     source="Xiao et al. 2023, 'attention sinks', section 3.1",
     texts=HELD_OUT,
 )
-def first_token(pattern: Pattern, tokens: Tokens) -> Score:
+def first_token(pattern: Pattern, tokens: Tokens) -> Values:
     """0 to 1. Query 0 is left out: it can attend to nothing else."""
-    return pattern[..., 1:, 0].mean(dim=-1)
+    return pattern[..., 1:, 0]
 
 
 @head_score(
@@ -137,9 +138,9 @@ def first_token(pattern: Pattern, tokens: Tokens) -> Score:
     texts=HELD_OUT,
     uses_bytes=True,
 )
-def line_start(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
-    """0 to 1; nan without a start. An abbreviation followed by a space counts as the end of a sentence."""
-    return _mean_attention_to(pattern, _targets(pieces, _starts))
+def line_start(pattern: Pattern, pieces: tuple[bytes, ...]) -> Values:
+    """0 to 1. An abbreviation followed by a space counts as the end of a sentence."""
+    return _attention_to(pattern, _targets(pieces, _starts))
 
 
 @head_score(
@@ -149,9 +150,9 @@ def line_start(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
     texts=HELD_OUT,
     uses_bytes=True,
 )
-def open_bracket(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
-    """0 to 1; nan without brackets. A blank line closes all of them."""
-    return _mean_attention_to(pattern, _targets(pieces, _open_brackets))
+def open_bracket(pattern: Pattern, pieces: tuple[bytes, ...]) -> Values:
+    """0 to 1. A blank line closes all of them."""
+    return _attention_to(pattern, _targets(pieces, _open_brackets))
 
 
 @head_score(
@@ -161,13 +162,13 @@ def open_bracket(pattern: Pattern, pieces: tuple[bytes, ...]) -> Score:
     texts=HELD_OUT,
     is_share=False,
 )
-def entropy(pattern: Pattern, tokens: Tokens) -> Score:
+def entropy(pattern: Pattern, tokens: Tokens) -> Values:
     """0 (one token) to 1 (uniform), with H(p) = -sum of p ln p."""
     import torch
 
     entropies = torch.special.entr(pattern).sum(dim=-1)
     largest = torch.arange(1, pattern.shape[-1] + 1, device=pattern.device, dtype=pattern.dtype).log()
-    return (entropies[..., 1:] / largest[1:]).mean(dim=-1)
+    return entropies[..., 1:] / largest[1:]
 
 
 @head_score(
@@ -178,12 +179,12 @@ def entropy(pattern: Pattern, tokens: Tokens) -> Score:
     high=None,
     is_share=False,
 )
-def distance(pattern: Pattern, tokens: Tokens) -> Score:
-    """0 to (T - 1) / 2; uniform attention gives (T - 1) / 4."""
+def distance(pattern: Pattern, tokens: Tokens) -> Values:
+    """0 to T - 1; uniform attention gives a mean of (T - 1) / 4."""
     import torch
 
     position = torch.arange(pattern.shape[-1], device=pattern.device, dtype=pattern.dtype)
-    return (pattern * (position[:, None] - position)).sum(dim=-1).mean(dim=-1)
+    return (pattern * (position[:, None] - position)).sum(dim=-1)
 
 
 @head_score(
@@ -226,10 +227,10 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
     return (eigenvalues.real.sum(dim=-1) / total.clamp(min=1e-9)).float()
 
 
-def _mean_attention_to(pattern: Pattern, keys: Bool[Tensor, "T T"]) -> Score:
-    """Mean of each query's total attention to its `keys`, over the queries that have any; nan without any."""
-    has_keys = (keys := keys.to(pattern.device)).any(dim=-1)
-    return (pattern * keys).sum(dim=-1).sum(dim=-1) / has_keys.sum(dim=-1)
+def _attention_to(pattern: Pattern, keys: Bool[Tensor, "T T"]) -> Values:
+    """Each query's total attention to its `keys`, of the queries that have any."""
+    keys = keys.to(pattern.device)
+    return (pattern * keys).sum(dim=-1)[..., keys.any(dim=-1)]
 
 
 @lru_cache(maxsize=128)

@@ -1,5 +1,6 @@
 """sample.py and the scripts as a user meets them: what they print and what they refuse."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,16 @@ def test_same_seed_same_text(run: Path) -> None:
     assert first == again != other
     assert first.startswith("The ") and len(first) > len("The \n")
     assert len({script("sample.py", run, "--temperature=0", f"--seed={s}", *options).stdout for s in (1, 2)}) == 1
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "1000"), ("7", "7")])
+def test_threads_wait_without_long_spinning(given: str | None, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")  # restored at the end of the test
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    for name in ("train.py", "sample.py", "attend.py"):
+        assert script(name, "--help").returncode == 0
+        assert os.environ["GOMP_SPINCOUNT"] == used
 
 
 def test_text_longer_than_the_context(run: Path) -> None:

@@ -63,7 +63,7 @@ def compute(name: str, *args: Any) -> Tensor:
     function = SCORES[name].compute
     assert function is not None
     result: Tensor = function(*args)
-    return result
+    return result if name == "copying" else result.mean(dim=-1)
 
 
 def check_closed_form(name: str) -> None:
@@ -129,7 +129,8 @@ def token_bytes(token: int) -> bytes:
 
 def eval_texts() -> EvalTexts:
     """Texts of three lengths, the last with nothing to attend to; repeats; pairs that the two heads solve."""
-    texts = (("long", tuple(repeats(1, N)[0])), ("short", tuple(repeats(1, 10, seed=5)[0])), ("one", (0,)))
+    long, other = (tuple(text) for text in repeats(2, N))
+    texts = (("long", long), ("other", other), ("short", tuple(repeats(1, 10, seed=5)[0])), ("one", (0,)))
     sequences = [tuple(text) for text in repeats(8, N, seed=3)]
     prompts = [text[: N + 3 + k] for k, text in enumerate(sequences)]  # each ends within the second copy
     match = [ContrastPair("match", p, (len(p) - N,), (sequences[k][len(p)],), (0,)) for k, p in enumerate(prompts)]
@@ -143,10 +144,12 @@ def check_all_scores() -> None:
         close(scores[name], table(*EXPECTED[name]))
     close(scores["text.previous_token"][PREVIOUS], 1.0)
     close(scores["text.induction"][INDUCTION], 1.0)
-    for name, value in uniform_scores(eval_texts(), token_bytes).items():
+    uniform = uniform_scores(eval_texts(), token_bytes)
+    assert {"induction", "text.previous_token", "text.induction"} - set(uniform) == {"induction", "text.induction"}
+    for name, value in uniform.items():
         close(scores[name][0, 1:], value, atol=1e-5)  # these heads attend uniformly
-    short = sum(1 / (i + 1) for i in range(1, 21)) / 20
-    close(scores["first_token"], table((UNIFORM_ONE + short) / 2, (1 / 50 + 1 / 20) / 2, 1 / 2))
+    short = sum(1 / (i + 1) for i in range(1, 21))
+    close(scores["first_token"], table((100 * UNIFORM_ONE + short) / 120, 3 / 120, 1 / 2))  # of 50 + 50 + 20 queries
     close(scores["copying"], table(0.0, 0.0, 1.0))
     close(scores["antecedent.match"], table(sum(1 / (N + 3 + k) for k in range(8)) / 8, 0.0, 1.0))
     close(scores["antecedent.before"], table(sum(1 / (9 + k) for k in range(8)) / 8, 1.0, 0.0))
@@ -167,26 +170,26 @@ def test_score_has_its_known_value(name: str) -> None:
 
 
 def attention_to(shift: int, diagonal: int = -1, all_queries: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean attention to the keys j with tokens[j + shift] = tokens[i], over queries that have any or over all."""
+    """Attention to the keys j with tokens[j + shift] = tokens[i], over queries that have any or over all."""
 
     def score(pattern: Tensor, tokens: Tensor) -> Tensor:
         keys = tokens[:, None] == tokens.roll(-shift)
         keys[:, :-shift] = False
         keys = keys.tril(diagonal)
-        attention, has_keys = (pattern * keys).sum(-1), keys.any(-1)
-        return attention.mean(-1) if all_queries else (attention * has_keys).sum(-1) / has_keys.sum(-1)
+        attention = (pattern * keys).sum(-1)
+        return attention if all_queries else attention[..., keys.any(-1)]
 
     return score
 
 
 def entropy_by_ln_T(pattern: Tensor, tokens: Tensor) -> Tensor:
-    return (torch.special.entr(pattern).sum(-1) / math.log(T))[..., 1:].mean(-1)
+    return (torch.special.entr(pattern).sum(-1) / math.log(T))[..., 1:]
 
 
 MUTANTS: dict[str, tuple[str, Callable[..., Tensor], list[str]]] = {
     "query and key swapped": ("induction", lambda p, t: head_scores.induction(p.mT, t), ["induction"]),
-    "itself": ("previous_token", lambda p, t: p.diagonal(0, -2, -1).mean(-1), ["previous_token"]),
-    "over all T": ("previous_token", lambda p, t: p.diagonal(-1, -2, -1).sum(-1) / T, ["previous_token"]),
+    "itself": ("previous_token", lambda p, t: p.diagonal(0, -2, -1), ["previous_token"]),
+    "over all T": ("previous_token", lambda p, t: p.diagonal(-1, -2, -1) * (T - 1) / T, ["previous_token"]),
     "all queries": ("induction", attention_to(-1, all_queries=True), ["induction", "ambiguous"]),
     "own position": ("induction", attention_to(-1, diagonal=0), ["ambiguous"]),
     "the match itself": ("induction", attention_to(0), ["induction"]),
@@ -230,7 +233,7 @@ def test_decorated_function_is_a_new_score(monkeypatch: Patch) -> None:
 
     @head_scores.head_score(title="attends to itself", formula="mean of A[i, i]", source="none", texts=REPEATS)
     def itself(pattern: Tensor, tokens: Tensor) -> Tensor:
-        return pattern.diagonal(0, -2, -1).mean(-1)
+        return pattern.diagonal(0, -2, -1)
 
     found = compute_head_scores(handmade(), eval_texts(), token_bytes)
     close(found["itself"], table((UNIFORM_ONE * (T - 1) + 1) / T, 1 / T, 1 / T))
