@@ -89,8 +89,7 @@ def seconds_until(command: Sequence[str], condition: Callable[[str], bool]) -> f
     """Seconds from a command's start until `condition` holds for its output so far; then it is killed."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": errors}
-        process = subprocess.Popen(command, cwd=ROOT, **streams)
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
         try:
             while True:
                 ended = process.poll() is not None

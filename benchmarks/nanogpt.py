@@ -75,15 +75,15 @@ Arguments: model shape as JSON, file, batch size, device, `compiled` or `eager`.
 
 
 @contextmanager
-def copied(clone: Path, text: Path | None = None) -> Iterator[Path]:
+def copied(clone: Path, text: str = "") -> Iterator[Path]:
     """A copy of the clone in a temporary folder; with `text` as its Tiny Shakespeare, prepared by its own script."""
     if not (clone / "model.py").is_file() or not (clone / "train.py").is_file():
         sys.exit(f"{clone} is not a clone of nanoGPT: it has no model.py and train.py")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "nanoGPT"
         shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git", "out*"))
-        if text is not None:
-            shutil.copy(text, folder / "data" / "shakespeare_char" / "input.txt")
+        if text:
+            (folder / "data" / "shakespeare_char" / "input.txt").write_text(text, encoding="utf-8")
             run_command([sys.executable, "data/shakespeare_char/prepare.py"], folder)
         yield folder
 

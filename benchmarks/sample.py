@@ -175,7 +175,7 @@ def main() -> None:
         with ExitStack() as stack:
             clone = None
             if args.nanogpt:
-                text = cache_folder() / "tinyshakespeare.txt"
+                text = (cache_folder() / "tinyshakespeare.txt").read_text(encoding="utf-8")
                 clone = stack.enter_context(nanogpt.copied(args.nanogpt, text))
                 nanogpt.train(clone, "--max_iters=40", "--eval_interval=20", "--eval_iters=1")
             targets = measure_commands(out, runs, clone, args.rounds) + measure_speed(out, clone, args.rounds)

@@ -52,8 +52,7 @@ def run(argv: list[str]) -> None:
             start = time.perf_counter()
             for _ in range(int(line)):
                 trainer.train_step()
-            seconds = time.perf_counter() - start
-            print(json.dumps({"seconds": seconds, "megabytes": peak_megabytes()}), flush=True)
+            print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": peak_megabytes()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def measure_loss(clone: Path | None, rounds: int, out: common.Report) -> None:
     with ExitStack() as stack:
         contestants = {"ours": lambda: train_ours(OURS), "ours, longer": lambda: train_ours(LONGER)}
         if clone:
-            folder = stack.enter_context(nanogpt.copied(clone, cache_folder() / "tinyshakespeare.txt"))
+            shakespeare = (cache_folder() / "tinyshakespeare.txt").read_text(encoding="utf-8")
+            folder = stack.enter_context(nanogpt.copied(clone, shakespeare))
             contestants["nanoGPT"] = lambda: train_nanogpt(folder)
         results = common.interleave(contestants, rounds)
     out.add(f"Whole commands on Tiny Shakespeare by character; medians of {rounds} interleaved rounds.")
