@@ -132,10 +132,10 @@ def value_norms(values: Float[Tensor, "B H T D"], out: Float[Tensor, "C HD"]) ->
 
 
 def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bool = False) -> list[ActivationCache]:
-    """Run the model on texts of any lengths and cache their attention patterns, value norms and losses.
+    """Run the model on texts of any lengths; cache attention patterns, value norms, losses and likely next tokens.
 
     Args:
-        details: cache queries, keys, values, attention outputs and the most likely next tokens too.
+        details: cache queries, keys, values and attention outputs too.
 
     Raises ValueError like `check_tokens`.
     """
@@ -156,9 +156,8 @@ def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bo
     for k, (T, layers) in enumerate(zip(lengths, kept, strict=True)):
         activations = {name: torch.stack(layers.pop(name)) for name in names}
         loss = F.cross_entropy(all_logits[k, : T - 1], tokens[k, 1:T], reduction="none")
-        if details:
-            probs = all_logits[k, :T].softmax(dim=-1)
-            activations["top_probs"], activations["top_ids"] = probs.topk(min(TOP_K, probs.shape[-1]))
+        probs = all_logits[k, :T].softmax(dim=-1)
+        activations["top_probs"], activations["top_ids"] = probs.topk(min(TOP_K, probs.shape[-1]))
         caches.append(ActivationCache(tokens[k, :T].clone(), loss=loss, **activations))
     return caches
 

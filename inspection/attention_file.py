@@ -32,13 +32,13 @@ SHAPES = {
     "loss": "T-1",  # f32, nats, of each token after the first
     "value_norms": "L H T",  # f32, |v_j W_O|
     "pattern_tril": "L H T(T+1)/2",  # f16 or f32, the pattern's lower triangle row by row: A[i, j] at i (i + 1) / 2 + j
+    "top_ids": "T N",  # i32, the N most likely next tokens, most likely first: 5, or V if that is less
+    "top_probs": "T N",  # f32, their probabilities
     # Texts with details only:
     "queries": "L H T D",  # f16 or f32, after QK norm and rotary embedding
     "keys": "L H T D",  # likewise; shared key and value heads are repeated
     "values": "L H T D",
     "attn_out": "L T C",  # f32, what the layer's attention adds to the residual stream
-    "top_ids": "T N",  # i32, the N most likely next tokens, most likely first: 5, or V if that is less
-    "top_probs": "T N",  # f32, their probabilities
 }
 """The arrays of a text of T tokens: L layers, H heads of size D, residual stream of width C.
 

@@ -12,15 +12,23 @@ function comparedWith() {
 }
 
 // The parts of the state that decide which patterns are loaded.
-const viewKey = () => [state.text, state.step, state.layer, state.compare].join(" ");
+const viewKey = (text = state.text) => [text, state.step, state.layer, state.compare].join(" ");
 
-async function loadView() {
-  const { text, layer, step } = state;
-  const [key, compared] = [viewKey(), comparedWith()];
+async function loadView(text = state.text) {
+  const { layer, step } = state;
+  const [key, compared] = [viewKey(text), comparedWith()];
   const loaded = await loadText(0, step, text, layer);
   const other = compared && await loadText(...compared, text, layer);
   const comparable = other?.pattern && String(other.tokens) === String(loaded.tokens);
   return { key, ...loaded, other: comparable ? other : null };
+}
+
+// The view of the first text that both sides of a comparison have; undefined if there is none.
+async function loadComparable() {
+  for (const text of page.texts.keys()) {
+    const loaded = nearestStep(0, state.step, text) >= 0 && await loadView(text);
+    if (loaded?.other) return loaded;
+  }
 }
 
 // Whether differences are shown: a comparison is selected and possible for this head.

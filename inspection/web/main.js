@@ -2,19 +2,22 @@
 
 let requests = 0;
 
-// Applies changes to the state, loads what they need, and draws.
-async function change(changes) {
+// Applies changes to the state, loads what they need, and draws. A comparison starts with a text that both sides have.
+async function change(changes, scroll = true) {
   Object.assign(state, changes);
   const request = ++requests;
   if (!view || view.key !== viewKey()) {
-    const loaded = await loadView();
+    let loaded = await loadView();
+    if (changes.compare && changes.text === undefined && !loaded.other) loaded = await loadComparable() ?? loaded;
     if (request !== requests) return; // the state changed again meanwhile
     view = loaded;
+    if (view.text !== state.text) Object.assign(state, { text: view.text, query: -1, key: -1 });
   }
   if (state.query < 0) state.query = initialQuery();
   state.query = Math.min(state.query, view.T - 1);
   if (state.key > state.query) state.key = -1;
   for (const draw of [drawControls, drawText, drawQuery, drawMatrix, drawGrid, drawTimeline]) draw();
+  if (scroll) scrollToQuery();
   root.dataset.drawn = stateToHash();
   const later = (action, milliseconds) => setTimeout(() => request === requests && action(), milliseconds);
   later(drawWalkthrough, 40);
@@ -82,7 +85,7 @@ const KEYS = {
 };
 const FIELD_KEYS = /^(Arrow.*|Enter|Home|End)$/;
 
-async function onKey(event) {
+function onKey(event) {
   const { target, key } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
   if (FIELD_KEYS.test(key) && target.closest("select, input[type=range], button, .scroll")) return;
@@ -90,8 +93,7 @@ async function onKey(event) {
   if (!action) return;
   event.preventDefault();
   matrix.hover = null;
-  await action();
-  scrollToQuery();
+  action();
 }
 
 // An element with `data-change` changes the state so when it is clicked; one with `data-press` is like that key.
@@ -110,8 +112,8 @@ function onInput({ target: { type, name, value, checked } }) {
 function onHoverText({ target, pointerType }) {
   const position = textPanel.spans.indexOf(target.closest(".tok"));
   if (position < 0 || pointerType === "touch") return;
-  if (!state.pinned) change({ query: position, key: -1 });
-  else if (position <= state.query) change({ key: position });
+  if (!state.pinned) change({ query: position, key: -1 }, false);
+  else if (position <= state.query) change({ key: position }, false);
 }
 
 function listen() {
@@ -172,7 +174,6 @@ async function start() {
   fillPage();
   listen();
   await change(stateFromHash(location.hash));
-  scrollToQuery();
   root.dataset.ready = true;
 }
 

@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from inspection.attention_file import AttentionFile
 from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
 from tests.browser.conftest import OpenPage
@@ -56,6 +57,17 @@ def test_step_slider_and_lists(page_path: Path, open_page: OpenPage) -> None:
     assert view.page.locator("#text .tok").count() == 8
 
 
+def test_chosen_token_is_scrolled_into_view(open_page: OpenPage, tmp_path: Path) -> None:
+    text = example_run.record("a line", example_run.WORDS * 12, 3, False)
+    write_page(tmp_path / "page.html", [PageRun("run", [AttentionFile([text], {})])], None, None, "a line")
+    view = open_page(tmp_path / "page.html", "#query=2")
+    x, y = view.point(150, 3)
+    view.page.mouse.click(x, y)
+    view.wait_for("query=150")
+    box, token = (view.page.locator(each).bounding_box() for each in ("#text", "#token-150"))
+    assert box and token and box["y"] <= token["y"] and token["y"] + token["height"] <= box["y"] + box["height"]
+
+
 def test_first_view_and_findings(page_path: Path, open_page: OpenPage) -> None:
     view = open_page(page_path)
     assert view.text("#headline") == example_run.FINDINGS["headline"]
@@ -99,6 +111,12 @@ def test_comparison_of_two_steps_and_of_two_runs(open_page: OpenPage, tmp_path: 
         assert len(attention) == 5 and attention == pytest.approx({key: row[key] for key in attention}, abs=1e-6)
         assert view.grid() == pytest.approx(scores.ravel(), abs=1e-4)
         assert view.text("#scale-low") == "\N{MINUS SIGN}1" and "dashed: second" in view.text("#timeline-readout")
+
+
+def test_comparison_starts_with_a_text_that_both_steps_have(page_path: Path, open_page: OpenPage) -> None:
+    view = open_page(page_path, "#text=sample")  # the model writes another one at each step
+    view.press("c", "compare=100", "text=held-out+1")
+    assert not view.page.locator("#message").is_visible() and view.attention()
 
 
 def test_download(page_path: Path, open_page: OpenPage) -> None:

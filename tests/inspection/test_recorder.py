@@ -82,6 +82,7 @@ def test_run_writes_files_metrics_and_report(tmp_path: Path) -> None:
     first, *_, last = (read_attention_file(tmp_path / "attention" / name) for name in names)
     assert [text.name for text in first.texts] == ["held-out 1", "held-out 2", "repeat 1"]
     assert last.texts[0].name == "sample" and last.texts[0].queries is not None
+    assert all(text.top_tokens for file in (first, last) for text in file.texts)  # what comes next
     assert last.metadata["weights_sha256"] == "w40"
     for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
         scores = read_attention_file(tmp_path / "attention" / f"{line['step']:06d}.safetensors").scores
