@@ -156,7 +156,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
     """
     name = escape_control_chars(path)
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        rows = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"cannot read prompts from {name}: {error.strerror}", CONFIG) from error
     except UnicodeDecodeError as error:

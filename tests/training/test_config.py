@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from common.errors import CHECKPOINT, CONFIG, UserError
+from common.errors import CHECKPOINT, CONFIG, DATA, UserError
 from data.config import DataConfig
 from tests.runs import ROOT
 from training.cli import option_types
@@ -167,6 +167,8 @@ def test_values_out_of_range_are_reported() -> None:
         ["attend.py"],
         ["train.py", "--help"],
         ["train.py", "no.toml"],
+        ["train.py", "configs/gpt2_124m.toml"],  # its source is a folder of the user's
+        ["train.py", "README.md", "--data.val", "none.txt"],
     ],
 )
 def test_mistakes_are_answered_without_torch(argv: list[str]) -> None:
@@ -176,7 +178,8 @@ def test_mistakes_are_answered_without_torch(argv: list[str]) -> None:
         "finally: assert not {'torch', 'matplotlib', 'wandb', 'tiktoken'} & set(sys.modules), 'heavy import'"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == (0 if "--help" in argv else CONFIG), done.stderr
+    refused = DATA if "no text found" in done.stderr else CONFIG
+    assert done.returncode == (0 if "--help" in argv else refused), done.stderr
     assert "Traceback" not in done.stderr and "heavy import" not in done.stderr
 
 
