@@ -28,7 +28,7 @@ from tyro.conf import Positional
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).parent))
 
-from common.errors import CHECKPOINT, RemovedError, UserError, escape_control_chars, run_main
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, run_main
 from common.files import retry_if_removed
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
@@ -77,11 +77,16 @@ class AttendOptions(RunOptions):
 
 @retry_if_removed
 def main(argv: list[str]) -> None:
-    if argv and argv[0] in COMMANDS:
-        run_command(argv[0], argv[1:])
-    else:
-        check_command(argv)
-        show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
+    try:
+        if argv and argv[0] in COMMANDS:
+            run_command(argv[0], argv[1:])
+        else:
+            check_command(argv)
+            show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
+    except UserError as error:
+        if error.exit_code != DISK_OR_MEMORY or argv[0] == "ablate":
+            raise
+        raise UserError(f"{error}; choose another place with --out", DISK_OR_MEMORY) from error
 
 
 def check_command(argv: list[str]) -> None:

@@ -182,6 +182,13 @@ def test_encoding_is_guessed_and_decoded(tmp_path: Path, encoding: str) -> None:
     assert documents([text_range(plain_text(path, encoding, "off", tmp_path / "cache"))]) == [text]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "big5", "cp1252", "utf-16"])
+def test_utf8_text_read_in_another_encoding_is_recognised(tmp_path: Path, encoding: str) -> None:
+    path = write(tmp_path / "book.txt", "Wir hören „ja“, und alles wird gut.\n" * 20 + "चुना गया है\n")
+    with pytest.raises(UserError, match=r"it looks like utf-8: give --data\.encoding utf-8 "):
+        plain_text(path, encoding, "off", tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["foo", "hex", "rot13", "", "a\0", "undefined"])
 def test_unknown_encoding_is_refused(name: str) -> None:
     assert "must be a text encoding of Python" in DataConfig(encoding=name).problems()[0]
