@@ -1,5 +1,6 @@
 """Metrics of a run: `metrics.jsonl`, `samples.txt`, and the progress bar or plain lines."""
 
+import errno
 import json
 import os
 import resource
@@ -38,6 +39,7 @@ class MetricsLogger(Callback):
         write_atomic(self.path, ((json.dumps(line) + "\n").encode() for line in lines))
         samples = "".join(format_sample(line) for line in lines if "sample" in line)
         write_atomic(self.samples, [samples.encode("utf-8", "replace")])
+        self.opened = folder.stat()
         self.last_step, self.last_seconds, self.peak_flops = state.step, 0.0, 0.0
 
     def on_start(self, trainer: Trainer) -> None:
@@ -54,18 +56,31 @@ class MetricsLogger(Callback):
         metrics["tokens_per_second"] = round(steps_per_second * config.train.batch_size * config.model.context)
         metrics["mfu"] = round(steps_per_second * flops / self.peak_flops, 4)
         metrics["peak_memory_mb"] = round(peak_memory(device) / 1e6)
-        append(self.path, json.dumps(metrics) + "\n")
+        self.append(self.path, json.dumps(metrics) + "\n")
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         if "sample" in metrics:
-            append(self.samples, format_sample(metrics))
-        append(self.path, json.dumps(metrics) + "\n")
+            self.append(self.samples, format_sample(metrics))
+        self.append(self.path, json.dumps(metrics) + "\n")
 
     def on_save(self, trainer: Trainer) -> None:
-        append(self.path, "", sync=True)  # a checkpoint must not outlive the metrics of its steps
+        self.append(self.path, "", sync=True)  # a checkpoint must not outlive the metrics of its steps
 
     def on_end(self, trainer: Trainer) -> None:
-        append(self.path, json.dumps({"step": trainer.state.step, **trainer.final_metrics}) + "\n")
+        self.append(self.path, json.dumps({"step": trainer.state.step, **trainer.final_metrics}) + "\n")
+
+    def append(self, path: Path, text: str, sync: bool = False) -> None:
+        """Append to a file, and wait for the disk if `sync`. Raises UserError (6) if it is gone or cannot be written."""
+        try:
+            if not os.path.samestat(self.opened, path.parent.stat()):
+                raise OSError(errno.ESTALE, "another folder has taken the place of the run's")
+            with path.open("r+", encoding="utf-8") as file:
+                file.seek(0, os.SEEK_END)
+                file.write(text)
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
 
 
 class ProgressBar(Callback):
@@ -136,18 +151,6 @@ def print_line(text: str) -> None:
         sys.stdout.flush()
     except OSError:  # the terminal or the reader of a pipe is gone; training continues
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
-def append(path: Path, text: str, sync: bool = False) -> None:
-    """Append to a file, and wait for the disk if `sync`. Raises UserError (6) if it is gone or cannot be written."""
-    try:
-        with path.open("r+", encoding="utf-8") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(text)
-            if sync:
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
 
 
 def format_sample(metrics: Mapping[str, Any]) -> str:

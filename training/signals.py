@@ -24,6 +24,7 @@ class SignalHandler:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._parent = os.getppid()
         self._received_at = 0.0
         self._interruptible = False
 
@@ -49,6 +50,12 @@ class SignalHandler:
         if self._interruptible:
             self._interruptible = False
             raise ShutdownRequested
+
+    def poll(self) -> int:
+        """`signum`. If torchrun was killed, which then stops none of its processes, that counts as a SIGTERM."""
+        if not self.signum and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
+            self.signum = signal.SIGTERM
+        return self.signum
 
     def run_interruptible(self, action: Callable[[], None]) -> bool:
         """Run an action that can be repeated later; False if a signal interrupted it, or had come before."""

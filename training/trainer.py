@@ -143,7 +143,7 @@ class Trainer:
             state, train, run = self.state, self.config.train, self.config.run
             is_due = state.step % train.eval_every == 0 or state.step >= train.steps
             is_best = is_due and max(state.last_eval_step, 0) < state.step and self.evaluate()
-            signum = self.ctx.all_reduce_max(self.stop.signum)
+            signum = self.ctx.all_reduce_max(self.stop.poll())
             self.is_stopped = signum > 0 or 0 < run.stop_at_step <= state.step
             is_last = self.is_done()
             if is_best or self.is_stopped or is_last or state.step % train.save_every == 0:

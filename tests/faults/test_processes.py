@@ -186,6 +186,18 @@ def test_torchrun_ends_with_its_processes(number: int, references: References, r
     resume_and_check(run, references("none"))
 
 
+@EACH_SHARDING
+def test_processes_stop_once_torchrun_is_killed(sharding: str, references: References, run: Path) -> None:
+    """They save, as after SIGTERM, and the run can be resumed."""
+    started = torchrun(2, *references(sharding).argv, f"--run.dir={run}")
+    started.until(lambda: steps_done(run) >= 12, "the thirteenth step")
+    started.send(KILLED)
+    started.end(SOON)
+    nobody_left(SOON)
+    assert 12 <= committed(run) == steps_done(run) < 40
+    resume_and_check(run, references(sharding))
+
+
 @pytest.mark.parametrize(
     ("has_run_dir", "rank", "sharding"),
     [(True, 1, "none"), (False, 0, "fsdp")],

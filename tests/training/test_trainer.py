@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
+from common.files import read_metrics
 from tests.training.helpers import TRAIN, make_trainer
 from training.checkpoint import TrainState
 from training.metrics import MetricsLogger
@@ -167,14 +169,17 @@ def test_telemetry_in_metrics_jsonl(tmp_path: Path) -> None:
     assert [list(line) for line in lines if "val_loss" in line] == [["step", "val_loss", "tokens_seen"]] * 2
 
 
-def test_run_stops_once_its_folder_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_run_stops_once_its_folder_is_gone(is_replaced: bool, tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
     trainer = make_trainer(EIGHT)
     trainer.config = replace(trainer.config, log=replace(trainer.config.log, every=1))
-    mover = SimpleNamespace(on_step=lambda _, line: (tmp_path / "run").rename(tmp_path / "moved"))
-    trainer.callbacks = [mover, MetricsLogger(tmp_path / "run", TrainState())]
+    mover = SimpleNamespace(on_step=lambda _, line: run.rename(moved) and is_replaced and shutil.copytree(moved, run))
+    trainer.callbacks = [mover, MetricsLogger(run, TrainState())]
     with pytest.raises(UserError, match="cannot write") as caught:
         trainer.run()
-    assert caught.value.exit_code == DISK_OR_MEMORY and trainer.state.step == 1 and not (tmp_path / "run").exists()
+    assert caught.value.exit_code == DISK_OR_MEMORY and trainer.state.step == 1
+    assert run.exists() == is_replaced and not read_metrics(run / "metrics.jsonl")
 
 
 def test_running_out_of_memory_is_advice() -> None:
