@@ -1,4 +1,4 @@
-"""Files that are written atomically, and the reader of `metrics.jsonl`."""
+"""Files that are written atomically, and the readers of JSON files and of `metrics.jsonl`."""
 
 import contextlib
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, is_out_of_memory
+
+MAX_JSON_BYTES = 1 << 25
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -85,6 +87,15 @@ def remove_temporary_files(folder: Path) -> None:
         if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of bounded size; raises ValueError or OSError."""
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes of JSON")
+    return json.loads(data)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import CONFIG, DATA, UserError, escape_control_chars
-from common.files import reading
+from common.files import read_json, reading
 
 if TYPE_CHECKING:
     import tiktoken
@@ -33,8 +33,6 @@ MAX_PRETOKEN_BYTES = 252
 of 2, 3 and 4, so that a run of characters of one length in UTF-8 is cut between them."""
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """GPT-2's pre-tokenization pattern, with possessive quantifiers as in tiktoken: same matches, faster."""
-
-_MAX_FILE_BYTES = 64 * 1024 * 1024
 
 
 class Tokenizer(ABC):
@@ -228,8 +226,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises `UserError`: missing or damaged (4), a tiktoken encoding that cannot be downloaded (3).
     """
-    with reading(path, "tokenizer", "use another checkpoint"), path.open("rb") as file:
-        return from_dict(json.loads(file.read(_MAX_FILE_BYTES)))
+    with reading(path, "tokenizer", "use another checkpoint"):
+        return from_dict(read_json(path))
 
 
 def from_dict(saved: Any) -> Tokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.files import reading, write_atomic
+from common.files import read_json, reading, write_atomic
 
 FORMAT = "glassgpt-ablations-1"
 RESAMPLES = 1000
@@ -77,7 +77,7 @@ class AblationResults:
         Raises UserError (exit code 4) if the file is missing, damaged, or has no ablation results.
         """
         with reading(path, "file of ablation results", "delete it and run attend.py ablate again"):
-            data = json.loads(Path(path).read_text("utf-8"))
+            data = read_json(Path(path))
             if data.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             measures = {name: AblationEffects.from_dict(entry) for name, entry in data.pop("measures").items()}

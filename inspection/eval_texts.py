@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import CONFIG, UserError, escape_control_chars
-from common.files import reading, write_atomic
+from common.files import read_json, reading, write_atomic
 from data.tokenizer import Tokenizer
 from inspection.contrast_pairs import ContrastPair, make_contrast_pair
 from model.config import ModelConfig
@@ -127,7 +127,7 @@ class EvalTexts:
         Raises UserError (exit code 4) if the file is missing or damaged.
         """
         with reading(path, "file of evaluation texts"):
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             if data["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             texts = tuple((str(name), tuple(map(int, tokens))) for name, tokens in data["texts"])

@@ -12,7 +12,6 @@ Needs NumPy only, apart from `RunFiles.eval_texts`.
 from __future__ import annotations
 
 import difflib
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CHECKPOINT, CONFIG, RemovedError, UserError, escape_control_chars
-from common.files import read_metrics, reading
+from common.files import read_json, read_metrics, reading
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
 from inspection.findings import Head
@@ -142,7 +141,7 @@ class RunFiles:
         if not path.is_file():
             return None
         with reading(path, "file of findings", "delete it to continue without it"):
-            findings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            findings: dict[str, Any] = read_json(path)
             if not isinstance(findings["headline"], str) or not isinstance(findings["findings"], list):
                 raise ValueError("no headline or no list of findings")
             named = findings.get("antecedents", {}).items()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from common.files import reading, write_atomic
+from common.files import read_json, reading, write_atomic
 from model.config import PRESETS, AttentionImplementation, ModelConfig
 from model.gpt import GPT
 
@@ -202,5 +202,5 @@ def save_huggingface(model: GPT, folder: str | Path) -> None:
 def load_huggingface(folder: str | Path, attention: AttentionImplementation = "eager") -> GPT:
     """`from_huggingface` of the files of a folder; raises UserError (exit code 4) if it cannot be loaded."""
     with reading(folder, f"Hugging Face model ({CONFIG_FILE} and an unsharded {WEIGHTS_FILE})"):
-        config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(Path(folder) / CONFIG_FILE)
         return from_huggingface(config, load_file(Path(folder) / WEIGHTS_FILE), attention)

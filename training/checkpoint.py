@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, RemovedError, UserError, escape_control_chars
-from common.files import reading
+from common.files import read_json, reading
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -37,7 +37,6 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 WRITING, REMOVING = ".writing-", ".removing-"
 ANOTHER = "take another checkpoint, or one from a backup"
-MAX_JSON_BYTES = 1 << 22
 
 
 @dataclass
@@ -175,7 +174,7 @@ def step_of_folder(folder: Path) -> int | None:
 def verify_checkpoint(folder: Path) -> None:
     """Raise UserError (4) unless each file of a checkpoint has the sha256 of the manifest."""
     with reading(folder, "checkpoint", ANOTHER):
-        listed = _read_json(folder / MANIFEST)["files"]
+        listed = read_json(folder / MANIFEST)["files"]
         for name in FILES:
             if sha256_of_file(folder / name) != listed[name]["sha256"]:
                 raise ValueError(f"{name} does not have the sha256 of its manifest")
@@ -185,7 +184,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """A verified checkpoint; raises UserError (4) if it is damaged, of another version, or named after another step."""
     verify_checkpoint(folder)
     with reading(folder / STATE, "state of a run", ANOTHER):
-        saved = _read_json(folder / STATE)
+        saved = read_json(folder / STATE)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         state, environment = TrainState(**saved["state"]), RunEnvironment(**saved["environment"])
@@ -205,13 +204,6 @@ class _SkipInit(TorchFunctionMode):
         if getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
-
-
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file of bounded size; raises ValueError or OSError."""
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"it has {size} bytes of JSON")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -351,6 +351,29 @@ def test_damaged_files_are_one_line(run: Path, name: str, damage: str) -> None:
         assert name in error_line(script("attend.py", command, run), 4)
 
 
+@pytest.mark.parametrize("command", [*attend.COMMANDS, ""])
+def test_attention_file_that_is_removed_while_it_is_read(
+    run: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By training that is resumed from an earlier step: what is left is listed again, and nothing is called damaged."""
+    listed = [run / "attention" / "000006.safetensors"]
+
+    def read(path: Path) -> AttentionFile:
+        while listed:
+            listed.pop().unlink()
+        return read_attention_file(path)
+
+    monkeypatch.setattr("inspection.run_reader.read_attention_file", read)
+    done = script("attend.py", *command.split(), run)
+    assert done.returncode == 0 and "damaged" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_json_is_parsed_up_to_a_size(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.files.MAX_JSON_BYTES", 100)
+    for name, *argv in (("attend.py", "summary"), ("sample.py",)):
+        assert "more than 100 bytes of JSON" in error_line(script(name, *argv, run), 4)
+
+
 WITHOUT_TORCH = "import sys, attend, common.errors as e; e.run_main(attend.main); sys.exit('torch' in sys.modules)"
 
 
