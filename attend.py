@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 if sys.flags.safe_path:  # python -P, python -I
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, run_main
 from common.files import retry_if_removed

@@ -15,7 +15,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 if sys.flags.safe_path:  # python -P, python -I
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common.errors import run_main
 from common.files import retry_if_removed
@@ -54,7 +54,7 @@ class SampleConfig:
         """What is wrong with these values, one line each."""
         problems = []
         if not 0 <= self.temperature < float("inf"):
-            problems.append(f"--temperature is {self.temperature}; it must be 0 (greedy) or more")
+            problems.append(f"--temperature is {self.temperature}; it must be at least 0 (greedy) and finite")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
         for name, minimum in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):

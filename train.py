@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if sys.flags.safe_path:  # python -P, python -I
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common.errors import run_main
 from training.config import RunConfig, given_options, name_source, parse_train

@@ -86,6 +86,18 @@ def test_closed_pipe_is_not_an_error(run: Path) -> None:
 
 @pytest.mark.parametrize("argv", [("-P", "train.py"), ("-I", "sample.py"), ("-I", "attend.py")])
 def test_scripts_find_their_modules_with_a_safe_path(argv: tuple[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, argv[0], str(ROOT / argv[1]), "--help"]
+    (tmp_path / argv[1]).symlink_to(ROOT / argv[1])
+    command = [sys.executable, argv[0], argv[1], "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
+WITHOUT_FCNTL = "import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path('train.py', run_name='__main__')"
+
+
+def test_training_needs_fcntl_and_help_does_not(tmp_path: Path) -> None:
+    """Windows has no such module."""
+    for argv, code, words in (("--help", 0, ""), (f"--run.dir={tmp_path / 'run'}", 2, "on Windows, use WSL")):
+        command = [sys.executable, "-c", WITHOUT_FCNTL, argv]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and words in done.stderr and len(done.stderr.splitlines()) == bool(code)

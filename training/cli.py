@@ -37,7 +37,7 @@ NO_EQUIVALENT = {
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
     "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
 }
-PATHS = ("run.dir", "run.resume", "data.source", "log.prompts", "out", "against", "attend")
+PATHS = ("run.dir", "run.resume", "data.source", "data.val", "log.prompts", "out", "against", "attend")
 OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")
 """Unlike `-- said the bird`, which is a value."""
 S = TypeVar("S")

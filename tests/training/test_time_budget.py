@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from tests.runs import script
+from tests.training.helpers import TRAIN, make_trainer
 from training import time_budget as budget
 from training.checkpoint import open_checkpoint
 from training.config import RunConfig, TrainConfig, parse_train, read_toml, replace_options, to_toml
 from training.device import DistContext
 from training.flops import step_flops
 from training.optimizer import get_lr_scale
+from training.setup import Checkpointer, describe_resuming
 from training.time_budget import (
     MIN_STEPS,
     OPTIM,
@@ -222,6 +224,18 @@ def look_at_step_60(self: Deadline, trainer: Any, metrics: object) -> None:
     if trainer.state.step == 60:
         assert trainer.config.train.steps > 150
         trainer.config = plan_decay(trainer.config, 60, 130)
+
+
+def test_killed_run_is_resumed_with_the_options_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(replace(TRAIN, save_every=3))
+    trainer.config = config = replace_options(trainer.config, {"run.dir": str(tmp_path)})
+    plan = SimpleNamespace(on_step=lambda *_: setattr(trainer, "config", plan_decay(config, 2, 9)))
+    kill = SimpleNamespace(on_step=lambda *_: 1 / (trainer.state.step < 5))
+    trainer.callbacks = [plan, kill, Checkpointer(config, trainer.ctx)]
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    resumed: Any = SimpleNamespace(config=parse_train([f"--run.resume={tmp_path}"])[0])
+    assert resumed.config.train.steps == 9 and not describe_resuming(resumed, open_checkpoint(tmp_path, "last"))
 
 
 @pytest.mark.slow
