@@ -144,9 +144,12 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
 
 
 def guess_encoding(data: bytes) -> str:
-    """The most likely encoding by the frequencies of letters; empty if the bytes are no text."""
+    """UTF-8 if the bytes are, else the most likely encoding by the frequencies of letters; empty if they are no text."""
     from charset_normalizer import from_bytes
 
+    with contextlib.suppress(UnicodeError):  # the last line may be cut within a character
+        if "\0" not in (data.rpartition(b"\n")[0] or data).decode():
+            return "utf-8"
     matches = from_bytes(data[:65536], cp_isolation=_ENCODINGS, preemptive_behaviour=False)
     if not (best := matches.best()):
         return ""
