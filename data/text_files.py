@@ -27,10 +27,11 @@ BLOCK_BYTES = 1024 * 1024
 # The newline after a separator is not consumed: it may be the one before the next separator.
 _SEPARATOR = re.compile(rf"\n{re.escape(SEPARATOR)}(?=\n)")
 _LONGEST = len(SEPARATOR) + 2
-# Without Latin-1: its text is cp1252 too, where bytes 0x80 to 0x9f are quotes and dashes.
+# Without Latin-1: its text is cp1252 too, where bytes 0x80 to 0x9f are quotes and dashes. Without Mac Roman, which
+# short texts in cp1252 or cp1254 resemble.
 _ENCODINGS = [
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "cp866", "cp437", "koi8_r",
-    "mac_roman", "iso8859_2", "iso8859_5", "gb18030", "big5", "cp932", "euc_jp", "cp949", "utf_16_le", "utf_16_be",
+    "iso8859_2", "iso8859_5", "gb18030", "big5", "cp932", "euc_jp", "cp949", "utf_16_le", "utf_16_be",
 ]  # fmt: skip
 
 
@@ -137,7 +138,11 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
             if where:
                 guess = guess_encoding(data)
                 advice = f"it looks like {guess}: give" if guess else "if it is text, name its encoding:"
-                option = f"--data.encoding {guess or 'NAME'} (others: cp1252, gbk, shift_jis, koi8_r, utf-16-le, ...)"
+                words = re.search(r".{,20}[^\0-\x7f].{,20}", data.decode(guess, "replace") if guess else "")
+                read = f'it then reads "{escape_control_chars(words[0].strip())}"; ' if words else ""
+                option = (
+                    f"--data.encoding {guess or 'NAME'} ({read}others: cp1252, gbk, shift_jis, koi8_r, utf-16-le, ...)"
+                )
                 name = escape_control_chars(text.path)
                 raise UserError(f"{name} is not {encoding.upper()} ({where}); {advice} {option}", DATA)
             yield block.removeprefix("\ufeff") if at_start else block

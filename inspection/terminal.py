@@ -50,14 +50,16 @@ def token_text(token: bytes, space: str = "·") -> str:
     """
     if not token:
         return "<end>"
-    pieces = []
+    pieces: list[str] = []
     for c in token.decode("utf-8", "surrogateescape"):  # each invalid byte b becomes U+DC00 + b
+        is_mark = c in "\u200c\u200d" or unicodedata.category(c)[0] == "M"  # it joins the character before it
+        has_base = bool(pieces) and pieces[-1] != space and len(pieces[-1]) == 1
         if "\udc80" <= c <= "\udcff":
             pieces.append(f"\\x{ord(c) - 0xDC00:02x}")
         elif c == " ":
             pieces.append(space)
-        elif c != "\\" and c.isprintable() and unicodedata.category(c)[0] != "M":
-            pieces.append(c)  # a combining mark (category M) would merge with the character before it
+        elif has_base if is_mark else c != "\\" and c.isprintable():
+            pieces.append(c)
         else:
             pieces.append(c.encode("unicode_escape").decode("ascii"))
     return "".join(pieces)
@@ -106,7 +108,8 @@ def clearest_head(pattern: ArrayLike) -> tuple[int, int]:
 
 def display_width(text: str) -> int:
     """Columns of a terminal that a text takes."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    joined = ("Mn", "Me", "Cf")  # the categories of marks and joiners, which take none of their own
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text if unicodedata.category(c) not in joined)
 
 
 def heat_map(pattern: ArrayLike, tokens: Sequence[bytes], width: int) -> list[str]:

@@ -242,7 +242,13 @@ def test_plot(run: Path, tmp_path: Path) -> None:
     assert all((run / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
     text("plot", run, "--format=svg", f"--out={tmp_path / 'svg'}", "--score=entropy")
     assert "entropy of its attention" in (tmp_path / "svg" / "timeline.svg").read_text("utf-8")
-    assert "cannot write" in error_line(script("attend.py", "plot", run, "--out=/proc/nowhere"), 6)
+
+
+@pytest.mark.parametrize("options", [["plot"], ["page"], ["--prompt=The hen"]])
+def test_folder_that_cannot_be_written(run: Path, options: list[str]) -> None:
+    """A run of someone else's: another place is advised."""
+    done = script("attend.py", *options, run, "--out=/proc/nowhere")
+    assert re.search("cannot write /proc/nowhere.*; choose another place with --out", error_line(done, 6))
 
 
 def test_ablate_rewrites_findings_and_page(run: Path) -> None:

@@ -37,6 +37,15 @@ def test_token_text() -> None:
     assert token_text("é日\u202e\u200b\u0301".encode()) == r"é日\u202e\u200b\u0301"
 
 
+@pytest.mark.parametrize(
+    ("word", "mark", "width"),
+    [("नमस्ते", "\u094d", 4), ("re\u0301", "\u0301", 2), ("می\u200cروم", "\u200c", 5), ("👩\u200d👧", "\u200d", 4)],
+)
+def test_marks_and_joiners_belong_to_the_character_before_them(word: str, mark: str, width: int) -> None:
+    assert token_text(word.encode()) == word and display_width(word) == width
+    assert token_text(f" {mark}".encode()) == "·" + ascii(mark)[1:-1]
+
+
 def test_shades_and_blocks_become_ascii_where_the_encoding_lacks_them() -> None:
     lines = [f"{SHADES} \x1b ", BLOCKS]
     assert printable(lines, "utf-8") == f"{SHADES} \\x1b\n{BLOCKS}"
