@@ -62,17 +62,15 @@ class AntecedentScore:
 def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[AntecedentScore]:
     """One `AntecedentScore` for each kind of contrast pair, in the order in which the kinds first occur.
 
-    Kinds with fewer than two pairs are left out.
+    No head is chosen on a single pair.
     """
     logit_diffs, attention = score_pairs(model, pairs)
     scores = []
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         ours = [k for k, pair in enumerate(pairs) if pair.kind == kind]
-        if len(ours) < 2:
-            continue
         accuracy = float((logit_diffs[ours] > 0).mean())
         known = [k for k in ours if pairs[k].antecedent]
-        if not known:
+        if not known or len(ours) < 2:
             scores.append(AntecedentScore(kind, len(ours), accuracy))
             continue
         choose, judge = halves(known) if len(known) >= MIN_HELD_OUT else (known, known)

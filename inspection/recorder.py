@@ -174,8 +174,8 @@ class AttentionRecorder:
         if antecedents:
             lines += ["", "contrast pairs"]
         for score in antecedents:
-            effects = ablations.measures[f"logit_diff.{score.kind}"]
-            largest = describe_largest(effects, score.head, last.scores.get(ANTECEDENT + score.kind))
+            effects = ablations.measures.get(f"logit_diff.{score.kind}")  # None for a single pair
+            largest = describe_largest(effects, score.head, last.scores.get(ANTECEDENT + score.kind)) if effects else ""
             lines.append(f"  {score.summary}" + (f"; {largest}" if largest else ""))
         figures = draw_figures(run, self.run_dir, "png", step, guard=report_failure)
         page = self.run_dir / "attention.html"

@@ -141,7 +141,9 @@ def test_smallest_models_run_to_the_end(new: tuple[str, ...], tmp_path: Path) ->
     train(*new, "--model.context=1", "--log.sample_tokens=0", f"--run.dir={tmp_path / 'short'}")
     assert not (tmp_path / "short" / "attention.html").exists()
     (tmp_path / "lines.txt").write_text("the lazy dog\nthe fox\t fox\t dog\n")
-    train(*new, "--model.n_heads=1", f"--log.prompts={tmp_path / 'lines.txt'}", f"--run.dir={tmp_path / 'run'}")
+    prompts = f"--log.prompts={tmp_path / 'lines.txt'}"
+    out = train(*new, "--model.n_heads=1", prompts, f"--run.dir={tmp_path / 'run'}")
+    assert re.search(r"contrast pairs\n  own: right in [\d.]+% of 1\n", out)
     recorded = read_attention_file(tmp_path / "run" / "attention" / "000006.safetensors")
     assert {"line 1", "own 1"} <= {text.name for text in recorded.texts} and (
         tmp_path / "run" / "attention.html"
