@@ -7,6 +7,7 @@ line is known to be valid.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import run_main
+from common.errors import UserError, run_main
 from training.config import RunConfig, given_options, name_source, parse_train
 from training.hardware import parse_plan_option
 from training.recipe import describe, read_recipe
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> None:
     defaults, max_epochs, size = read_recipe(config, options)
     if defaults:
         config, name = parse_train([*defaults, *options])
+    if importlib.util.find_spec("fcntl") is None:
+        raise UserError("training needs Linux or macOS; on Windows, use WSL")
     if target is not None:
         from training.plan import plan
 

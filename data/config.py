@@ -34,7 +34,7 @@ class DataConfig:
         if not self.source:
             problems.append("data.source is empty; name a corpus, a file, a folder or a glob")
         try:
-            "a".encode(self.encoding)
+            b"\xff".decode(self.encoding, "ignore")  # not so idna and punycode, which are for names of hosts
         except (LookupError, ValueError):
             problems.append(f"data.encoding is {self.encoding!r}; it must be a text encoding of Python, such as cp1252")
         if not 257 <= self.vocab_size <= 1_000_000:

@@ -88,10 +88,8 @@ def _lock_owner(folder: Path) -> list[str]:
 
 def lock_folder(folder: Path) -> IO[str]:
     """Create and lock the folder until the lock is closed or the process ends. Raises UserError (2, 6 or 7)."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise UserError("training needs Linux or macOS; on Windows, use WSL") from error
+    import fcntl  # missing on Windows, where --help should work
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

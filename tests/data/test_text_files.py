@@ -191,7 +191,7 @@ def test_utf8_text_read_in_another_encoding_is_recognised(tmp_path: Path, encodi
         plain_text(path, encoding, "off", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["foo", "hex", "rot13", "", "a\0", "undefined"])
+@pytest.mark.parametrize("name", ["foo", "hex", "rot13", "", "a\0", "undefined", "idna", "punycode"])
 def test_unknown_encoding_is_refused(name: str) -> None:
     assert "must be a text encoding of Python" in DataConfig(encoding=name).problems()[0]
 
