@@ -149,6 +149,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
 
         prompt <TAB> right answer <TAB> wrong answer [<TAB> antecedent]
 
+    A line begins a document, with or without `<|endoftext|>`; spaces at the end of a text are left out, as by `sample.py`.
     The prompt ends where the answer is due; spaces belong to the answers, as in ` he`. Without a fourth column, every
     earlier mention of the right answer is the antecedent; without any, only the answers are scored.
 
@@ -156,7 +157,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
     """
     name = escape_control_chars(path)
     try:
-        rows = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = [row.removeprefix("<|endoftext|>") for row in path.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
         raise UserError(f"cannot read prompts from {name}: {error.strerror}", CONFIG) from error
     except UnicodeDecodeError as error:
@@ -168,7 +169,8 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
             if "\t" in row:
                 pairs.append(_user_pair(row.split("\t"), tokenizer, context))
             elif row.strip():
-                texts.append((f"line {number}", (tokenizer.end_of_text, *tokenizer.encode(row).tolist())[:context]))
+                tokens = tokenizer.encode(row.rstrip(" ")).tolist()
+                texts.append((f"line {number}", (tokenizer.end_of_text, *tokens)[:context]))
         except ValueError as error:
             raise UserError(f"{name}, line {number}: {error}", CONFIG) from error
     if len(texts) > MAX_USER_TEXTS:

@@ -102,6 +102,7 @@ def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     assert mention.antecedent == (1, 2, 3) and reason.antecedent == (4, 5, 6, 7)
     assert prompts(tmp_path, "\ufeffTom")[0] == [("line 1", (256, *b"Tom"))]  # a byte-order mark
     assert len(prompts(tmp_path, "x" * 200)[0][0][1]) == 64
+    assert prompts(tmp_path, "<|endoftext|>Tom ran  \n")[0] == [("line 1", (256, *b"Tom ran"))]
     (unknown,) = prompts(tmp_path, "2 + 2 =\t 4\t 5\n")[1]  # the answer is not in the prompt
     assert unknown.antecedent == () and unknown.right == tuple(b" 4")
 
