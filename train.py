@@ -47,11 +47,10 @@ def main(argv: list[str]) -> None:
 
         plan(config, target, name)
         return
-    from data.corpora import NAMED
-    from data.text_files import find_files
+    from data import corpora, text_files
 
-    for source in {config.data.source, config.data.val} - {"", *NAMED}:
-        find_files(source)  # a missing text is reported before torch is loaded
+    for source in {config.data.source, config.data.val} - {"", *corpora.NAMED}:
+        text_files.find_files(source)  # a missing text is reported before torch is loaded
     if defaults and os.environ.get("RANK", "0") == "0":
         print(describe(config, max_epochs, size), flush=True)
     with open_run_dir(config, name) as config:

@@ -134,7 +134,7 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
             except UnicodeError as error:
                 data, at = getattr(error, "object", data), getattr(error, "start", 0)
                 where = f"byte 0x{data[at]:02x} at offset {position - len(data) + at}"
-                data = data[data.rfind(b"\n", 0, at) + 1 :]
+                data = data if b"\0" in data else data[data.rfind(b"\n", 0, at) + 1 :]  # not inside of UTF-16
             if where:
                 guess = guess_encoding(data)
                 advice = f"it looks like {guess}: give" if guess else "if it is text, name its encoding:"
@@ -155,7 +155,9 @@ def guess_encoding(data: bytes) -> str:
     with contextlib.suppress(UnicodeError):  # the last line may be cut within a character
         if "\0" not in (data.rpartition(b"\n")[0] or data).decode():
             return "utf-8"
-    matches = from_bytes(data[:65536], cp_isolation=_ENCODINGS, preemptive_behaviour=False)
+    data = data[:65536]
+    end = len(data) // 2 * 2 if b"\0" in data else data.rfind(b"\n") + 1  # not inside of a character
+    matches = from_bytes(data[:end] or data, cp_isolation=_ENCODINGS, preemptive_behaviour=False)
     if not (best := matches.best()):
         return ""
     equal = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.errors import DATA, UserError
 from data.config import DataConfig
 from data.text_copy import plain_text
-from data.text_files import SEPARATOR, TextRange, find_files, read_documents
+from data.text_files import SEPARATOR, TextRange, find_files, guess_encoding, read_documents
 from tests.data.texts import data_error, documents, write, write_range
 
 FRAGMENTS = [
@@ -170,7 +170,7 @@ SAMPLES = {
     "big5": "人人生而自由,在尊嚴和權利上一律平等。他們賦有理性和良心。\n",
     "cp932": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
     "cp949": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.\n",
-    "utf_16_le": "Plain English text.\n",
+    "utf_16_le": "Plain café text.\n",
 }
 
 
@@ -181,6 +181,9 @@ def test_encoding_is_guessed_and_decoded(tmp_path: Path, encoding: str) -> None:
     message = data_error(path, tmp_path / "cache")
     assert f"it looks like {encoding}: give --data.encoding {encoding} " in message
     assert text.isascii() or re.search(f'it then reads "[^"]*{text[:9]}', message)  # a wrong guess is seen
+    assert guess_encoding(path.read_bytes()[:-2]) == encoding  # the held-out text may begin inside of a character
+    later = write(tmp_path / "later.txt", f"\n{text}".encode(encoding))
+    assert f"it looks like {encoding}: give" in data_error(later, tmp_path / "cache")
     assert documents([text_range(plain_text(path, encoding, "off", tmp_path / "cache"))]) == [text]
 
 
