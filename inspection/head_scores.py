@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     Tokens = Int[Tensor, " T"]
     Values = Float[Tensor, "*heads Q"]  # of the queries of a text that the score is about
 
-REPEATS, HELD_OUT, PARAMETERS, CONTRAST_PAIRS = "random repeats", "held-out texts", "parameters", "contrast pairs"
+REPEATS, HELD_OUT, PARAMETERS = "random repeats", "held-out texts", "parameters"
+CONTRAST_PAIRS = "at most 16 contrast pairs (findings and report: all)"
 ANTECEDENT = "antecedent."
 """Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`."""
 ANTECEDENTS: dict[str, str] = {
