@@ -55,7 +55,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     (`training/signals.py`). A closed pipe (`| head`) ends the program quietly.
     """
     os.environ["MPLBACKEND"] = "agg"  # matplotlib cannot be imported with a backend that it does not know
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads that spin longer stall beside other programs
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads that spin longer stall while other programs run
     # Collect garbage rarely, and not at exit: the hundreds of thousands of objects of torch cost a third of a start.
     gc.set_threshold(100_000, 20, 100)
     atexit.register(gc.freeze)

@@ -13,7 +13,7 @@ RECIPES = (
     (1_000_000, 1024, 0.2, 0.5, 30),
     (2_000_000, 2048, 0.0, 0.5, 20),
     (10_000_000, 2048, 0.0, 0.2, 20),
-    (math.inf, 4096, 0.0, 0.1, 20),
+    (math.inf, 4096, 0.0, 0.3, 20),
 )
 """Below so many bytes of text: vocabulary, dropout, weight decay, and the most epochs that are worth training.
 
