@@ -27,7 +27,7 @@ from training.trainer import micro_batch_rows
 
 USABLE_MEMORY = {"cuda": 0.8, "cpu": 0.6}  # share; the rest is for libraries, the allocator, on a CPU other programs
 ASSUMED_MFU = 0.4  # what a large GPT reaches on a GPU; a small one reaches less
-MEASURE_SECONDS = 4.0
+MEASURE_SECONDS = 0.8
 format_sizeof = tqdm.format_sizeof  # three digits and a decimal prefix: 1,234,567 is 1.23M
 
 
