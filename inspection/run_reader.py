@@ -118,8 +118,7 @@ class RunFiles:
         """
         tables = {line["step"]: line["head_scores"] for line in self.evaluations()}
         tables |= {s: file.scores for s in self.steps if s not in tables and (file := self.read_intact(s))}
-        with reading(self.folder / "metrics.jsonl", "file of metrics"):
-            arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
+        arrays = {step: {k: np.asarray(v, np.float32) for k, v in t.items()} for step, t in sorted(tables.items())}
         shapes = {array.shape for scores in arrays.values() for array in scores.values()}
         if len(shapes) > 1:
             raise UserError(f"the head scores of {self.folder} are of models of different shape", CHECKPOINT)
@@ -162,14 +161,22 @@ class RunFiles:
         return EvalTexts.load(path, vocab_size, context) if path.is_file() else None
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that have head scores."""
-        return [line for line in read_metrics(self.folder / "metrics.jsonl") if "head_scores" in line]
+        """The lines of metrics.jsonl that have head scores, without those that are malformed."""
+        return [line for line in read_metrics(self.folder / "metrics.jsonl") if _has_scores(line)]
 
 
 def find_attention_files(folder: Path) -> dict[int, Path]:
     """The attention files of a run's steps, in order. Files of prompts, which `attend.py` writes, have other names."""
     paths = folder.glob("*.safetensors") if folder.is_dir() else ()
     return dict(sorted((int(path.stem), path) for path in paths if _is_step(path.stem)))
+
+
+def _has_scores(line: Mapping[str, Any]) -> bool:
+    try:
+        tables = [np.asarray(table) for table in line["head_scores"].values()]
+    except (KeyError, AttributeError, ValueError):
+        return False
+    return all(table.ndim == 2 and table.dtype.kind in "fi" for table in tables)
 
 
 def _is_step(name: str) -> bool:

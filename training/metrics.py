@@ -1,6 +1,5 @@
 """Metrics of a run: `metrics.jsonl`, `samples.txt`, and the progress bar or plain lines."""
 
-import errno
 import json
 import os
 import resource
@@ -73,7 +72,7 @@ class MetricsLogger(Callback):
         """Append to a file, and wait for the disk if `sync`. Raises UserError (6) if it is gone or cannot be written."""
         try:
             if not os.path.samestat(self.opened, path.parent.stat()):
-                raise OSError(errno.ESTALE, "another folder has taken the place of the run's")
+                raise OSError(0, "another folder has taken the place of the run's")
             with path.open("r+", encoding="utf-8") as file:
                 file.seek(0, os.SEEK_END)
                 file.write(text)

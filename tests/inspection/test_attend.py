@@ -180,8 +180,6 @@ def test_timeline_comes_from_metrics(run: Path) -> None:
     assert found["steps"] == [0, 1, 2, 3, 6]  # step 0 has an attention file only
     (l1h1,) = [each for each in found["timelines"] if each["head"] == "L1H1"]
     assert l1h1["values"][1:] == pytest.approx([0.9] * 4) and l1h1["threshold_step"] == 1
-    (run / "metrics.jsonl").write_text('{"step": 3, "head_scores": {"induction": [[0.1], "x"]}}\n')
-    assert "not a readable file of metrics" in error_line(script("attend.py", "timeline", run), 4)
 
 
 def test_compare_subtracts_the_second_from_the_first(trained: Path) -> None:
@@ -372,6 +370,13 @@ def test_attention_file_that_is_removed_while_it_is_read(
     monkeypatch.setattr("inspection.run_reader.read_attention_file", read)
     done = script("attend.py", *command.split(), run)
     assert done.returncode == 0 and "damaged" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("scores", ["3", "[]", '{"a": 1}', '{"a": [["x"]]}', '{"a": [[1, 2], [3]]}', '{"a": [[null]]}'])
+def test_malformed_head_scores_are_left_out(run: Path, scores: str) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 4, "head_scores": {scores}}}\n')
+    assert "step 4" not in text("timeline", run) and text("page", run)
 
 
 def test_json_is_parsed_up_to_a_size(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
