@@ -40,6 +40,7 @@ class Losses(NamedTuple):
     val: float
     num_targets: int
     train: float
+    epochs: float  # times that the training text was read
 
 
 class LossReport(Callback):
@@ -75,7 +76,8 @@ def measure(trainer: Trainer) -> Losses:
     """The losses of the present weights; every process takes part."""
     val, num_targets = trainer.validation_loss(trainer.final_subset)
     subset = eval_indices(trainer.train_sequences, TRAIN_TARGETS)
-    return Losses(trainer.state.step, val, num_targets, trainer.validation_loss(subset, split="train")[0])
+    train, _ = trainer.validation_loss(subset, split="train")
+    return Losses(trainer.state.step, val, num_targets, train, trainer.state.tokens_seen / len(trainer.data.train))
 
 
 def load_best(trainer: Trainer) -> bool:
@@ -134,7 +136,9 @@ def advice(
     regular = (
         f"--model.dropout {config.model.dropout + 0.2:g}, more text" if config.model.dropout < 0.4 else "more text"
     )
-    overfits = model.train < FAR_BELOW * model.val
+    differs = model.train < FAR_BELOW * model.val
+    overfits = differs and last.epochs > 1
+    gap = ("overfitting", regular) if last.epochs > 1 else ("held-out text unlike the rest", "another --data.val")
     for name in ("uniform", "unigram", "trigram"):
         if not model.val < references[name]:
             losses = f"{model.val:.4f} against {references[name]:.4f} nats/token"
@@ -146,11 +150,11 @@ def advice(
     if last.val > model.val + RISE:
         rose = f"held-out loss is lowest at step {model.step} ({model.val:.4f}), and {last.val:.4f} at step {last.step}"
         is_learned = last.train < model.val
-        problem, remedy = ("overfitting", f"{regular}, fewer steps") if is_learned else ("unstable", lower)
+        problem, remedy = (gap[0], f"{gap[1]}, fewer steps") if is_learned else ("unstable", lower)
         lines.append(f"{problem}: {rose}, where training loss is {last.train:.4f}; try {remedy}")
-    elif overfits:
+    elif differs:
         losses = f"training loss {model.train:.4f} is far below held-out loss {model.val:.4f}"
-        lines.append(f"overfitting: {losses}; try {regular}")
+        lines.append(f"{gap[0]}: {losses} after {last.epochs:.1f} epochs; try {gap[1]}")
     if copies[0] >= max(10, 2 * copies[1]):
         longest = f"{copies[0]} tokens of a sample are in the training text word for word"
         lines.append(f"memorised: {longest}, of as much held-out text at most {copies[1]}; try {regular}, fewer steps")

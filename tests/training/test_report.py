@@ -19,10 +19,10 @@ from training.device import get_dist_context
 from training.report import Losses, advice, load_best, longest_run, table
 
 REFERENCES = {"uniform": 7.0, "unigram": 6.0, "trigram": 5.0}
-GOOD = Losses(step=60, val=4.5, num_targets=100, train=4.4)
+GOOD = Losses(step=60, val=4.5, num_targets=100, train=4.4, epochs=2)
 
 
-LATER = Losses(step=540, val=10.3, num_targets=100, train=0.1)
+LATER = Losses(step=540, val=10.3, num_targets=100, train=0.1, epochs=18)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,14 @@ LATER = Losses(step=540, val=10.3, num_targets=100, train=0.1)
         (GOOD._replace(val=5.5), None, (0, 0), ["worse than trigram"]),
         (GOOD, LATER, (0, 0), ["overfitting: held-out loss is lowest at step 60 (4.5000), and 10.3000 at step 540"]),
         (GOOD, LATER._replace(train=8.8), (0, 0), ["unstable: held-out loss is lowest at step 60"]),
-        (GOOD._replace(train=2.0), None, (40, 9), ["training loss 2.0000 is far below", "memorised: 40 tokens"]),
+        (GOOD, LATER._replace(epochs=0.9), (0, 0), ["held-out text unlike the rest: held-out loss is lowest"]),
+        (GOOD._replace(train=2.0, epochs=0.9), None, (0, 0), ["held-out text unlike the rest: training loss 2.0000"]),
+        (
+            GOOD._replace(train=2.0),
+            None,
+            (40, 9),
+            ["overfitting: training loss 2.0000 is far below", "memorised: 40 tokens"],
+        ),
     ],
 )
 def test_a_line_for_each_problem(model: Losses, last: Losses | None, copies: tuple[int, int], words: list[str]) -> None:
