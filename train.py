@@ -42,15 +42,16 @@ def main(argv: list[str]) -> None:
         config, name = parse_train([*defaults, *options])
     if importlib.util.find_spec("fcntl") is None:
         raise UserError("training needs Linux or macOS; on Windows, use WSL")
+    from data import corpora, text_files, tokenizer
+
+    tokenizer.check_tokenizer_name(config.data.tokenizer)  # mistakes are reported before torch is loaded
     if target is not None:
         from training.plan import plan
 
         plan(config, target, name)
         return
-    from data import corpora, text_files
-
     for source in {config.data.source, config.data.val} - {"", *corpora.NAMED}:
-        text_files.find_files(source)  # a missing text is reported before torch is loaded
+        text_files.find_files(source)
     if defaults and os.environ.get("RANK", "0") == "0":
         print(describe(config, max_epochs, size), flush=True)
     with open_run_dir(config, name) as config:

@@ -164,11 +164,7 @@ class BPETokenizer(Tokenizer):
         """An encoding from tiktoken's cache, downloaded the first time. Raises `UserError` (2, 3)."""
         import tiktoken
 
-        known = ["char", "byte", "bpe", *tiktoken.list_encoding_names()]
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
-            message = f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(nearest)}"
-            raise UserError(message, CONFIG)
+        check_tokenizer_name(name)
         try:
             encoding = tiktoken.get_encoding(name)
         except Exception as error:
@@ -198,6 +194,19 @@ class BPETokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         return self._saved
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Raises `UserError` (2), which names the nearest ones, if there is no such tokenizer."""
+    known = ["char", "byte", "bpe"]
+    if name not in known:
+        import tiktoken
+
+        known += tiktoken.list_encoding_names()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
+        message = f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(nearest)}"
+        raise UserError(message, CONFIG)
 
 
 def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: bool = False) -> Tokenizer:

@@ -1,9 +1,10 @@
 """`train.py --plan`: parameters, FLOPs, memory and time of a run on this machine or on GPUs by name, without training.
 
 It reads the config and a corpus that is prepared already, and prints one page. Memory is a formula; time
-is measured here (`time_budget.measure_step`), or assumes a share of a GPU's peak.
+is measured here (`time_budget.measure_step`), or assumes a share of the peak of a GPU, or of this machine for a large model.
 """
 
+import math
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -172,17 +173,20 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
 
 def print_time(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContext, vocab_size: int) -> None:
     """Time of a step and of the run, without compiling."""
-    step_tokens, flops = config.train.batch_size * config.model.context, step_flops(config, vocab_size)
-    if gpu is None:
-        step, peak = measure_step(config, vocab_size, ctx, MEASURE_SECONDS), measure_matmul_flops(ctx)
-        how = f"measured here; MFU {flops / step / peak:.0%} of {format_sizeof(peak)}FLOP/s, a large matrix product"
+    train, flops = config.train, step_flops(config, vocab_size)
+    peak = measure_matmul_flops(ctx) if gpu is None else gpu.bf16 if ctx.dtype == torch.bfloat16 else gpu.fp32
+    rate = f"{format_sizeof(peak)}FLOP/s"
+    if gpu is None and flops / train.batch_size < ASSUMED_MFU * peak * MEASURE_SECONDS / 5:  # 5 sequences at least
+        step = measure_step(config, vocab_size, ctx, MEASURE_SECONDS)
+        how = f"measured here; MFU {flops / step / peak:.0%} of {rate}, a large matrix product"
     else:
-        peak = gpu.bf16 if ctx.dtype == torch.bfloat16 else gpu.fp32
         step = flops / count / (ASSUMED_MFU * peak)
-        how = f"assuming an MFU of {ASSUMED_MFU:.0%} of {format_sizeof(peak)}FLOP/s; a small model reaches less"
-    seconds = config.train.steps * step
+        how = f"assuming an MFU of {ASSUMED_MFU:.0%} of {rate}; a small model reaches less"
+    step_tokens, evals = train.batch_size * config.model.context, math.ceil(train.steps / train.eval_every)
+    eval_seconds = step * train.eval_tokens / step_tokens / 3  # a forward pass is a third of a step
+    run = timedelta(seconds=round(train.steps * step + evals * eval_seconds))
     print(
         f"\ntime       {how}\n"
         f"  a step   {step:.3g} s: {step_tokens / step:,.0f} tokens/s\n"
-        f"  the run  {timedelta(seconds=round(seconds))}; without start, compiling, evaluations, samples and checkpoints"
+        f"  the run  {run} with {evals:,} evaluations; without start, compiling, samples and checkpoints"
     )
