@@ -72,8 +72,9 @@ def find_files(source: str) -> list[Path]:
         where = escape_control_chars(getattr(error, "filename", None) or source)
         raise UserError(f"cannot read {where}: {os_reason(error)}", DATA) from error
     if not non_empty:
-        accepted = "name a text file, a folder of texts or a glob (or for --data.source: stories, repeats, shakespeare)"
-        raise UserError(f"no text found for {name}: {accepted}, at its new place if it was moved", DATA)
+        hint = "name a text file, a folder of texts or a glob (or for --data.source: stories, repeats, shakespeare)"
+        moved = "after a move give --data.source or --data.val the new place"
+        raise UserError(f"no text found for {name}: {hint}; {moved}", DATA)
     return non_empty
 
 

@@ -126,8 +126,8 @@ class TextFinding(Finding):
     @property
     def summary(self) -> str:
         """What ablating the head does, and what it attends to; or that no head stands out."""
-        name, effect = head_name(*self.head), "raises held-out loss by {:.2f} [{:.2f}, {:.2f}]".format(*self.zero)
-        effect += f", another head of its layer by {self.control[0]:.2f}" if self.control else ""
+        name, effect = head_name(*self.head), "raises held-out loss by {:z.2f} [{:z.2f}, {:z.2f}]".format(*self.zero)
+        effect += f", another head of its layer by {self.control[0]:z.2f}" if self.control else ""
         if not self.is_supported:
             start = f"No head stands out on this text: on half of it ablating {name} hurts most"
             return f"{start}, but on the other half it {effect}."
