@@ -81,7 +81,7 @@ def precompute_rope(
     """Cosines and sines of the angles position * theta^(-2i/D) of pair i of the features (Su et al. 2021, equation 15).
 
     The pairs are (i, i + D/2), as in Hugging Face, not neighbours."""
-    frequencies = theta ** (-torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32) / d_head)
+    frequencies = 1 / theta ** (torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32) / d_head)
     angles = positions[:, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.errors import CHECKPOINT, UserError
 from model.config import ATTENTION_IMPLEMENTATIONS
+from model.functional import precompute_rope
 from model.gpt import GPT
 from model.huggingface import (
     config_from_huggingface,
@@ -61,6 +62,16 @@ def test_patterns_match_transformers(preset: str) -> None:
     for a, b in zip(ours, theirs, strict=True):
         same(a, b, 1e-6)
         assert a[..., -1, :].amax(-1).mean() > 2.5 / model.config.context  # nearly uniform attention proves little
+
+
+@pytest.mark.parametrize("d_head", [64, 128])
+def test_rotary_angles_equal_those_of_transformers(d_head: int) -> None:
+    model = random_model("qwen3", d_head=d_head)
+    positions = torch.arange(5000)
+    theirs = transformers_model(model).model.rotary_emb(normal(1), positions[None])
+    ours = precompute_rope(positions, d_head, model.config.architecture.rope_theta)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b[0])
 
 
 def test_logits_match_transformers_in_fp64() -> None:
