@@ -27,8 +27,9 @@ FORMAT = "glassgpt-eval-texts-1"
 NamedText = tuple[str, tuple[int, ...]]  # (name, tokens)
 OWN = "own"  # the kind of the user's contrast pairs
 HELD_OUT = "held-out"  # prefix of the names of held-out texts; the others are the user's
-HELD_OUT_TEXTS, MIN_HELD_OUT = 32, 128  # texts at most; a short split is cut into more texts of at least 128 tokens
-HELD_OUT_TOKENS = 4096  # at most, which bounds the time of ablation: 32 texts of 128 tokens or 16 of 256
+MIN_HELD_OUT = 128  # a short split is cut into more texts, of at least so many tokens
+HELD_OUT_TEXTS = 32, 64  # at most: of MIN_HELD_OUT tokens or more, and shorter ones
+HELD_OUT_TOKENS = 4096  # at most, which bounds the time of ablation: 64 texts of 64 tokens, 32 of 128 or 16 of 256
 SCORED_HELD_OUT = 12  # of these for head scores at each evaluation; heads are ablated on all
 RECORDED_HELD_OUT = 2  # of these in an attention file
 MAX_USER_TEXTS = 8
@@ -48,9 +49,10 @@ def held_out_texts(tokens: np.ndarray, document_starts: np.ndarray, length: int)
 
     Each begins with a document where one is near, and ends with it unless that is short.
     """
-    length = min(length, max(MIN_HELD_OUT, len(tokens) // HELD_OUT_TEXTS))
+    length = min(length, max(MIN_HELD_OUT, len(tokens) // HELD_OUT_TEXTS[0]))
     bounds, texts, end = np.append(document_starts, len(tokens)), [], 0
-    for part in range(0, len(tokens), max(length, math.ceil(len(tokens) / HELD_OUT_TEXTS))):
+    n_texts = HELD_OUT_TEXTS[length < MIN_HELD_OUT]
+    for part in range(0, len(tokens), max(length, math.ceil(len(tokens) / n_texts))):
         first = max(part, end)
         near = int(bounds[np.searchsorted(bounds, first)])
         start = near if near < first + length else first

@@ -50,7 +50,7 @@ ASSUMED_MFU = 0.3  # until a step is measured
 EVAL_TOKENS = 20_000
 EVAL_SECONDS = 0.3  # of an evaluation besides its forward passes: a sample, an attention file, a checkpoint
 FIXED_SECONDS = 2.0  # of the start and the end besides forward passes: baselines, plots, the page
-ABLATION_PASSES = 49  # forward passes of a sequence for the ablation of one head, about
+ABLATION_TOKENS = 6300  # of the forward passes for the ablation of one head, about
 MIN_STEPS = 50
 ROUNDS = 6  # of measuring, for 0.5% of the time each
 FALLS = 20  # of the learning rate to 0, the last at the end
@@ -135,7 +135,7 @@ def fit_steps(
     token_seconds = step_seconds / (3 * step_tokens)  # the forward pass is a third of a step
     evals = min(20, max(4, round(seconds / 12)))
     eval_seconds = EVAL_SECONDS + min(EVAL_TOKENS, n_val) * token_seconds
-    ablations = ABLATION_PASSES * model.n_layers * model.n_heads * model.context
+    ablations = ABLATION_TOKENS * model.n_layers * model.n_heads
     final_seconds = FIXED_SECONDS + (min(FINAL_TARGETS, n_val) + ablations) * token_seconds
     most = max(MIN_STEPS, max_tokens / step_tokens)
     steps = math.floor(min(most, (seconds - evals * eval_seconds - final_seconds) / step_seconds))
