@@ -125,9 +125,7 @@ class Worker:
 
     def ask(self, line: object) -> dict[str, Any]:
         """Let it work; its answer."""
-        stdin = cast(IO[str], self.process.stdin)
-        stdin.write(f"{line}\n")
-        stdin.flush()
+        print(line, file=self.process.stdin, flush=True)
         return self.answer()
 
     def __enter__(self) -> Worker:

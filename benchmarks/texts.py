@@ -35,8 +35,10 @@ def train_ours(parts: tuple[Path, Path], minutes: float, *recipe: str) -> tuple[
         options = [f"--data.source={parts[0]}", f"--data.val={parts[1]}", f"--train.minutes={minutes:g}"]
         result = common.run_command([sys.executable, "train.py", *recipe, *options, f"--run.dir={folder}/run"])
     print(result.output, file=sys.stderr)
-    rows = re.findall(r"^  (this model|trigram|unigram|uniform) .* (\d+\.\d+)$", result.output, re.M)
-    return {name: float(bits) for name, bits in rows}, result.seconds
+    rows = re.findall(r"^  (this model|trigram|unigram|uniform) .* (\d+\.\d+) +\d+\.\d+$", result.output, re.M)
+    n_tokens = int(re.findall(r"([\d,]+) held out", result.output)[0].replace(",", "")) - 1
+    bits = n_tokens / math.log(2) / sum(file.stat().st_size for file in parts[1].iterdir())  # line breaks included
+    return {name: bits * float(nats) for name, nats in rows}, result.seconds
 
 
 def train_nanogpt(clone: Path, parts: tuple[Path, Path], minutes: float) -> tuple[float, float]:

@@ -10,7 +10,8 @@ from training.config import RunConfig, option_names
 
 RECIPES = (
     (200_000, 512, 0.2, 2.0, 30),
-    (1_000_000, 1024, 0.2, 0.5, 30),
+    (500_000, 1024, 0.2, 0.5, 30),
+    (1_000_000, 1024, 0.0, 0.5, 20),
     (2_000_000, 2048, 0.0, 0.5, 20),
     (10_000_000, 2048, 0.0, 0.2, 20),
     (math.inf, 4096, 0.0, 0.3, 20),
@@ -18,7 +19,7 @@ RECIPES = (
 """Below so many bytes of text: vocabulary, dropout, weight decay, and the most epochs that are worth training.
 
 A small text is repeated often, which overfits without dropout and strong weight decay, and has few examples of each token.
-Measured on ten texts up to 55 MB (benchmarks/NOTES.md)."""
+Measured on texts up to 55 MB (benchmarks/NOTES.md)."""
 MANY_CHARACTERS, SAMPLE_BYTES = 1000, 200_000
 """A text with more different characters at its start, as Chinese and Japanese have, is encoded by character."""
 
