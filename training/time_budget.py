@@ -50,7 +50,7 @@ ASSUMED_MFU = 0.3  # until a step is measured
 EVAL_TOKENS = 20_000
 EVAL_SECONDS = 0.3  # of an evaluation besides its forward passes: a sample, an attention file, a checkpoint
 FIXED_SECONDS = 2.0  # of the start and the end besides forward passes: baselines, plots, the page
-ABLATION_TOKENS = 6300  # of the forward passes for the ablation of one head, about
+ABLATION_PASSES, ABLATION_TOKENS = 98, 6300  # at most, of forward passes for the ablation of one head, about
 MIN_STEPS = 50
 ROUNDS = 6  # of measuring, for 0.5% of the time each
 FALLS = 20  # of the learning rate to 0, the last at the end
@@ -135,7 +135,7 @@ def fit_steps(
     token_seconds = step_seconds / (3 * step_tokens)  # the forward pass is a third of a step
     evals = min(20, max(4, round(seconds / 12)))
     eval_seconds = EVAL_SECONDS + min(EVAL_TOKENS, n_val) * token_seconds
-    ablations = ABLATION_TOKENS * model.n_layers * model.n_heads
+    ablations = min(ABLATION_PASSES * model.context, ABLATION_TOKENS) * model.n_layers * model.n_heads
     final_seconds = FIXED_SECONDS + (min(FINAL_TARGETS, n_val) + ablations) * token_seconds
     most = max(MIN_STEPS, max_tokens / step_tokens)
     steps = math.floor(min(most, (seconds - evals * eval_seconds - final_seconds) / step_seconds))
@@ -202,14 +202,18 @@ class Deadline(Callback):
 
     def __init__(self, end: float, most: float) -> None:
         self.start, self.end, self.most = time.perf_counter(), end, most
-        self.next_look = FIRST_LOOK
+        self.next_look, self.first_step_end = FIRST_LOOK, 0.0
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        config, step = trainer.config, trainer.state.step
-        used = (time.perf_counter() - self.start) / (self.end - self.start)
+        config, step, now = trainer.config, trainer.state.step, time.perf_counter()
+        if step == 1:  # it compiles, which says nothing about the others
+            self.first_step_end = now
+            return
+        used = (now - self.start) / (self.end - self.start)
         if used >= self.next_look and config.optim.schedule == "linear":
             self.next_look = used + LOOK_EVERY
-            trainer.config = plan_decay(config, step, max(step, int(min(self.most, step / used))))
+            left = (self.end - now) * (step - 1) / (now - self.first_step_end)
+            trainer.config = plan_decay(config, step, max(step, int(min(self.most, step + left))))
 
 
 def plan_decay(config: RunConfig, step: int, steps: int) -> RunConfig:

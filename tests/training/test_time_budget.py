@@ -199,6 +199,7 @@ SPEEDS = {
     "slow for a while": lambda time: 2.0 if 40 < time < 80 else 1.0,
     "slow in the decay": lambda time: 2.0 if time > 52 else 1.0,
     "fast in the decay": lambda time: 0.5 if time > 52 else 1.0,
+    "long to compile": lambda time: 40.0 if time == 0 else 0.5,
 }
 
 
