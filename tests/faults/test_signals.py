@@ -29,7 +29,7 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["
 @pytest.fixture(scope="session")
 def slow(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A run whose steps take a second or two."""
-    options = ("--train.batch_size=800", "--train.micro_batch_size=1", "--train.steps=3", "--train.save_every=3")
+    options = ("--train.batch_size=1600", "--train.micro_batch_size=1", "--train.steps=3", "--train.save_every=3")
     argv = (*FAULTY, *options, "--train.eval_every=3", f"--data.source={corpus}")
     return Reference.make(tmp_path_factory.mktemp("reference") / "slow", argv)
 
