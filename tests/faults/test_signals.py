@@ -121,6 +121,7 @@ def start_slow(slow: Reference, run: Path) -> Running:
     """The run in its second step."""
     running = start(*slow.argv, f"--run.dir={run}")
     running.until(lambda: steps_done(run) == 1, "the second step")
+    time.sleep(0.2)  # the first ends a little after its metrics are written
     return running
 
 
