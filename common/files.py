@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, is_out_of_memory
 
-MAX_JSON_BYTES = 1 << 25
+MAX_JSON_BYTES = 1 << 25  # of a file that is parsed: a damaged or foreign one could take all memory
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:

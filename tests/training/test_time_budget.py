@@ -227,7 +227,7 @@ def look_at_step_60(self: Deadline, trainer: Any, metrics: object) -> None:
         trainer.config = plan_decay(trainer.config, 60, 130)
 
 
-def test_killed_run_is_resumed_with_the_options_of_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_killed_run_resumes_with_its_saved_options(tmp_path: Path) -> None:
     trainer = make_trainer(replace(TRAIN, save_every=3))
     trainer.config = config = replace_options(trainer.config, {"run.dir": str(tmp_path)})
     plan = SimpleNamespace(on_step=lambda *_: setattr(trainer, "config", plan_decay(config, 2, 9)))
