@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
-from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, open_text, read_blocks
+from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, guess_encoding, open_text, read_blocks
 from data.tokenizer import progress_bar
 
 _MARKS = (  # the mark of UTF-32 starts with that of UTF-16
@@ -39,6 +39,9 @@ def plain_text(path: Path, encoding: str, lines: str, cache: Path) -> Path:
         has_lines = lines == "on" or (lines == "auto" and is_list(start.decode(codec, "replace").splitlines()[:-1]))
         if codec == "utf-8" and not has_rows and not has_lines:
             return path
+        is_wide = codec.startswith(("utf-16", "utf-32"))  # ASCII is the same text in the other encodings
+        if (is_wide or not start.isascii()) and not codec.startswith("utf-8") and guess_encoding(start) == "utf-8":
+            print(escape_control_chars(f"{path} is UTF-8, but is read as {encoding}"), file=sys.stderr)
         file.seek(0)
         key = hashlib.file_digest(file, "sha256")
         size = file.tell()

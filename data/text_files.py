@@ -31,8 +31,10 @@ _LONGEST = len(SEPARATOR) + 2
 # short texts in cp1252 or cp1254 resemble.
 _ENCODINGS = [
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "cp866", "cp437", "koi8_r",
-    "iso8859_2", "iso8859_5", "gb18030", "big5", "cp932", "euc_jp", "cp949", "utf_16_le", "utf_16_be",
+    "iso2022_jp", "iso8859_2", "iso8859_5", "gb18030", "big5", "cp932", "euc_jp", "cp949", "utf_16_le", "utf_16_be",
 ]  # fmt: skip
+
+_NOT_UTF8 = {"\0": "a NUL byte", "\x1b$B": "an escape of ISO-2022-JP"}  # valid UTF-8, but no text
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
             at_start, position = position == 0, position + len(data)
             try:
                 block = decoder.decode(data, final=position == text.end)
-                where = "a NUL byte" if "\0" in block else ""
+                where = next((what for mark, what in _NOT_UTF8.items() if mark in block), "")
             except UnicodeError as error:
                 data, at = getattr(error, "object", data), getattr(error, "start", 0)
                 where = f"byte 0x{data[at]:02x} at offset {position - len(data) + at}"
@@ -154,7 +156,8 @@ def guess_encoding(data: bytes) -> str:
     from charset_normalizer import from_bytes
 
     with contextlib.suppress(UnicodeError):  # the last line may be cut within a character
-        if "\0" not in (data.rpartition(b"\n")[0] or data).decode():
+        text = (data.rpartition(b"\n")[0] or data).decode()
+        if not any(mark in text for mark in _NOT_UTF8):
             return "utf-8"
     data = data[:65536]
     end = len(data) // 2 * 2 if b"\0" in data else data.rfind(b"\n") + 1  # not inside of a character

@@ -7,6 +7,7 @@ the help. Imports no torch: a mistake is answered within a fraction of a second.
 import contextlib
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Collection, Iterator, Sequence
@@ -54,13 +55,14 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
         UserError: with a line for each problem (exit code 2).
         SystemExit: after `--help`.
     """
-    if "--help" in args or "-h" in args:
-        tyro.cli(settings, args=["--help"], description=description)
     types = {name: kind for name, kind in option_types(settings).items() if name not in positional[:1]}
     values: dict[str, Any] = {}
     wrong: list[str] = []
     words: list[str] = []
-    for option, value in split_options(args, [name for name, kind in types.items() if kind is bool]):
+    pairs = list(split_options(args, [name for name, kind in types.items() if kind is bool]))
+    if "--help" in args or ("", "-h") in pairs:
+        tyro.cli(settings, args=["--help"], description=description)
+    for option, value in pairs:
         try:
             if option:
                 values[field_name(option)] = _convert(option, value, types)
@@ -72,6 +74,7 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
             wrong.append(str(problem))
     if words:
         hint = f"did you mean --{words[0]}? " if field_name(words[0].partition("=")[0]) in types else ""
+        hint = f"did you mean ./{words[0]}? " if os.path.exists(words[0]) else hint
         hint += "options begin with two dashes, a config file comes first, patterns and texts with spaces need quotes"
         wrong.append(f"unexpected {' '.join(words[:3])!r}; {hint}")
     for name in positional[:1]:

@@ -148,6 +148,8 @@ def read_toml(path: Path) -> list[str]:
             text = file.read(MAX_CONFIG_CHARS + 1)
         if len(text) > MAX_CONFIG_CHARS:
             raise UserError(f"{where} is too long for a config file: more than {MAX_CONFIG_CHARS:,} characters")
+        if "\0" in text:
+            raise UserError(f"{where} is no text in UTF-8; save it as UTF-8")
         return as_arguments(tomllib.loads(text), where)
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)

@@ -169,6 +169,7 @@ SAMPLES = {
     "gb18030": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心。\n",
     "big5": "人人生而自由,在尊嚴和權利上一律平等。他們賦有理性和良心。\n",
     "cp932": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "iso2022_jp": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
     "cp949": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.\n",
     "utf_16_le": "Plain café text.\n",
 }
@@ -192,6 +193,19 @@ def test_utf8_text_read_in_another_encoding_is_recognised(tmp_path: Path, encodi
     path = write(tmp_path / "book.txt", "Wir hören „ja“, und alles wird gut.\n" * 20 + "चुना गया है\n")
     with pytest.raises(UserError, match=r"it looks like utf-8: give --data\.encoding utf-8 "):
         plain_text(path, encoding, "off", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-8"])
+def test_utf8_text_read_in_another_encoding_is_noted(
+    tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it can be decoded, as garbage."""
+    plain_text(write(tmp_path / "a.txt", "wild garden\n" * 20), "cp1252", "off", tmp_path / "cache")
+    assert not capsys.readouterr().err
+    path = write(tmp_path / "book.txt", "Grüße und Küsse\n" * 20)
+    plain_text(path, encoding, "off", tmp_path / "cache")
+    noted = f"{path} is UTF-8, but is read as {encoding}\n"
+    assert capsys.readouterr().err == (noted if encoding != "utf-8" else "")
 
 
 @pytest.mark.parametrize("name", ["foo", "hex", "rot13", "", "a\0", "undefined", "idna", "punycode"])

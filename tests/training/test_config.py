@@ -66,9 +66,14 @@ def test_nearest_option_is_named(typed: str, answer: str) -> None:
         (["--train.steps=3", "x.toml"], "a config file comes first"),
         (["--data.source"], "--data.source needs a value: text; if it begins with dashes, write --data.source=--..."),
         (["--run.dir=s3://bucket/run"], "give a local path"),
+        (["-book.txt"], "did you mean ./-book.txt? "),
     ],
 )
-def test_misplaced_words_are_one_line(argv: list[str], words: str) -> None:
+def test_misplaced_words_are_one_line(
+    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-book.txt").touch()
     (line,) = problems(*argv)
     assert words in line
 
@@ -92,6 +97,12 @@ def test_run_is_named_after_the_text(source: str, name: str, tmp_path: Path, mon
     Path("b[1].txt").write_text("text")
     assert parse_train([f"--data.source={source}"])[1] == name
     assert parse_train([source]) == parse_train([f"--data.source={source}"])
+
+
+def test_value_may_look_like_the_short_help_option() -> None:
+    assert parse_train(["--log.wandb_project", "-h"])[0].log.wandb_project == "-h"
+    with pytest.raises(SystemExit):
+        parse_train(["-h"])
 
 
 def test_dashes_equal_underscores() -> None:
@@ -123,6 +134,8 @@ def test_bad_config_file_is_one_line(tmp_path: Path, text: str) -> None:
     file.write_bytes(text.encode("latin-1"))
     (line,) = problems(str(file))
     assert len(line) < 400
+    file.write_text("[train]\nsteps = 7", encoding="utf-16")
+    assert problems(str(file)) == [f"{file} is no text in UTF-8; save it as UTF-8"]
     (line,) = problems(str(tmp_path / "brokn.toml"))
     assert line.endswith(f"No such file or directory; did you mean {file}?")
 
