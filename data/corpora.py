@@ -154,10 +154,14 @@ def download_shakespeare(cache: Path) -> Path:
 
 def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRange]:
     """Hold out the last documents of a file if they are about `val_fraction` of it, else that part of the text."""
-    size = text.end
-    low, high = int(size * max(1 - 2 * val_fraction, (1 - val_fraction) / 2)), int(size * (1 - val_fraction / 2))
-    cut = min(int(size * (1 - val_fraction)), size - 1)
     with open_text(text.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        size = last = text.end
+        while last > 1 and data[last - 1 : last].isspace():
+            last -= 1
+        if size - last > val_fraction / 2 * size:  # so many blank lines at the end are no text to hold out
+            size = last
+        low, high = int(size * max(1 - 2 * val_fraction, (1 - val_fraction) / 2)), int(size * (1 - val_fraction / 2))
+        cut = min(int(size * (1 - val_fraction)), size - 1)
         # Not in a separator: one that begins a little before the cut counts as after it.
         after = _DOCUMENT_START.search(data, max(cut - len(SEPARATOR) - 4, 0), high)
         start = (

@@ -46,6 +46,11 @@ def test_end_of_a_plain_file_is_held_out(tmp_path: Path, cache: Path, fraction: 
     assert abs(len(val.encode()) - fraction * len(text.encode())) < 8
 
 
+def test_blank_lines_at_the_end_are_not_held_out_alone(tmp_path: Path, cache: Path) -> None:
+    corpus = open_corpus(write(tmp_path / "book.txt", "word " * 200 + " \r\n" * 300), 0.1, cache)
+    assert len("".join(documents(corpus.val)).split()) == 20
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.95])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_last_documents_of_a_file_are_held_out(tmp_path: Path, cache: Path, fraction: float, newline: str) -> None:
