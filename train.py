@@ -45,14 +45,17 @@ def main(argv: list[str]) -> None:
     from data import corpora, text_files, tokenizer
 
     tokenizer.check_tokenizer_name(config.data.tokenizer)  # mistakes are reported before torch is loaded
+    source, is_main_process = config.data.source, os.environ.get("RANK", "0") == "0"
+    if source in corpora.NAMED and os.path.exists(source) and is_main_process:
+        print(f"{source} is a built-in corpus; for your own text of that name: --data.source ./{source}", flush=True)
     if target is not None:
         from training.plan import plan
 
         plan(config, target, name)
         return
-    for source in {config.data.source, config.data.val} - {"", *corpora.NAMED}:
-        text_files.find_files(source)
-    if defaults and os.environ.get("RANK", "0") == "0":
+    for text in {source, config.data.val} - {"", *corpora.NAMED}:
+        text_files.find_files(text)
+    if defaults and is_main_process:
         print(describe(config, max_epochs, size), flush=True)
     with open_run_dir(config, name) as config:
         from training.distributed import process_group

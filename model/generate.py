@@ -59,7 +59,7 @@ def sample_token(
     The cumulative distribution is inverted at one random number per row. torch.multinomial draws V of them instead,
     which takes a millisecond for 50,257 tokens.
     """
-    if params.temperature == 0:
+    if params.temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(dim=-1)
     probabilities = filter_logits(logits.float() / params.temperature, params.top_k, params.top_p).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)

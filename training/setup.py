@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars
-from data.corpora import NAMED
 from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
@@ -228,8 +226,6 @@ def print_header(trainer: Trainer) -> None:
     compiled = "compiled" if now["compiled"] == "yes" else "not compiled"
     start = f"from step {trainer.state.step} " if trainer.state.step else ""
     n_documents, n_train, n_val = data.train.n_documents, len(data.train), len(data.val) - 1
-    if data.name in NAMED and os.path.exists(data.name):
-        print_line(f"{data.name} is a built-in corpus; for your own text of that name: --data.source ./{data.name}")
     print_line(
         f"data    {data.name}: {n_documents:,} document{'s' * (n_documents != 1)}, {n_train:,} training tokens, {n_val:,} "
         f"held out ({n_val / (n_train + n_val):.1%}){data.how and ': '}{data.how}; {data.tokenizer.name} vocabulary of "

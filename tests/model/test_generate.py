@@ -110,6 +110,12 @@ def test_filter_keeps_top_k_and_nucleus(
     assert kept(torch.tensor(probabilities).log().tolist(), top_k=top_k, top_p=top_p) == expected
 
 
+def test_smallest_temperatures_are_greedy() -> None:
+    logits, generator = torch.tensor([[3.0, -40.0, 3.1, 0.0]]), torch.Generator()
+    for temperature in (0.0, 1e-45, 1e-30, 1e-6):
+        assert sample_token(logits, generator, SamplingParams(temperature)).item() == 2
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_token_frequencies_match_probabilities(temperature: float) -> None:
     """Chi-square test of 40,000 samples at p = 1e-4."""

@@ -165,6 +165,13 @@ def test_page_of_eight_gpus(folder: Path) -> None:
         assert "assuming an MFU" in page(ROOT / "configs/gpt2_124m.toml", "--plan")
 
 
+def test_folder_that_a_built_in_corpus_hides_is_named(folder: Path) -> None:
+    (folder / "stories").mkdir()
+    first = page(*TINY, "--plan").splitlines()[0]
+    assert first == "stories is a built-in corpus; for your own text of that name: --data.source ./stories"
+    assert "built-in" not in page(*TINY, "--plan", "--data.source=repeats")
+
+
 def test_what_would_fit_is_named(folder: Path) -> None:
     options = (*TINY, "--plan=t4", "--train.batch_size=64", "--model.attention=eager", "--model.context=16384")
     rows = int(number(r"it would with --train.micro_batch_size (\d+);", page(*options)))
