@@ -84,9 +84,10 @@ def main(argv: list[str]) -> None:
             check_command(argv)
             show_prompt(parse(AttendOptions, argv, __doc__ or "", positional=["run"]))
     except UserError as error:
-        if error.exit_code != DISK_OR_MEMORY or argv[0] == "ablate":
+        if not str(error).startswith("cannot write"):
             raise
-        raise UserError(f"{error}; choose another place with --out", DISK_OR_MEMORY) from error
+        place = "copy the run to a folder of your own" if argv[0] == "ablate" else "choose another place with --out"
+        raise UserError(f"{error}; {place}", DISK_OR_MEMORY) from error
 
 
 def check_command(argv: list[str]) -> None:

@@ -242,7 +242,8 @@ def advise_on_oom(micro_batch_size: int, batch_size: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         if micro_batch_size > 1:
-            advice = f"try --train.micro_batch_size {micro_batch_size // 2}; the batch of {batch_size} stays the same"
+            advice = f"try --train.micro_batch_size {micro_batch_size // 2}, with the same batch of {batch_size}"
+            advice += ", or a smaller model"
         else:
             advice = "lower model.context or the model's size, or shard it over processes with --train.sharding fsdp"
         raise UserError(f"out of memory with {micro_batch_size} sequences at once: {advice}", DISK_OR_MEMORY) from error

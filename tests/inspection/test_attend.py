@@ -9,11 +9,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import attend
+from common.errors import UserError
 from inspection.ablation_results import TABLES
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
 from inspection.run_reader import RunFiles
@@ -247,6 +249,21 @@ def test_folder_that_cannot_be_written(run: Path, options: list[str]) -> None:
     """A run of someone else's: another place is advised."""
     done = script("attend.py", *options, run, "--out=/proc/nowhere")
     assert re.search("cannot write /proc/nowhere.*; choose another place with --out", error_line(done, 6))
+
+
+@pytest.mark.parametrize("name", ["attention/ablations.json", "attention.html"])
+def test_ablate_run_that_cannot_be_written(run: Path, name: str) -> None:
+    (run / name).unlink()
+    (run / name).mkdir()
+    line = error_line(script("attend.py", "ablate", run), 6)
+    assert re.search(f"cannot write .*{name}.*; copy the run to a folder of your own", line)
+    (run / name).rmdir()
+    text("ablate", run)
+
+
+def test_memory_is_not_a_matter_of_place(run: Path) -> None:
+    with mock.patch("attend.show_prompt", side_effect=UserError("out of memory", 6)):
+        assert error_line(script("attend.py", run), 6) == "error: out of memory"
 
 
 def test_ablate_rewrites_findings_and_page(run: Path) -> None:

@@ -69,7 +69,7 @@ def fail(error: Exception) -> None:
     ],
 )
 def test_out_of_memory_names_the_micro_batch_to_try(exhaust: Callable[[], object]) -> None:
-    for rows, advice in ((16, r"--train\.micro_batch_size 8.*64"), (1, r"at once: lower .*sharding")):
+    for rows, advice in ((16, r"--train\.micro_batch_size 8, .* 64, or a sm"), (1, r"at once: lower .*sharding")):
         with pytest.raises(UserError, match=advice) as caught, advise_on_oom(rows, 64):
             exhaust()
         assert caught.value.exit_code == DISK_OR_MEMORY
