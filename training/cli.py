@@ -73,10 +73,7 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
         except ValueError as problem:
             wrong.append(str(problem))
     if words:
-        hint = f"did you mean --{words[0]}? " if field_name(words[0].partition("=")[0]) in types else ""
-        hint = f"did you mean ./{words[0]}? " if os.path.exists(words[0]) else hint
-        hint += "options begin with two dashes, a config file comes first, patterns and texts with spaces need quotes"
-        wrong.append(f"unexpected {' '.join(words[:3])!r}; {hint}")
+        wrong.append(_describe_unexpected(words, types))
     for name in positional[:1]:
         if name not in values:
             wrong.append(f"{name} is missing; --help shows the usage")
@@ -114,6 +111,14 @@ def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tupl
         else:
             alone = field_name(word) in flags or not rest or bool(OPTION.match(rest[0]))
             yield word, None if alone else rest.pop(0)
+
+
+def _describe_unexpected(words: list[str], types: dict[str, Any]) -> str:
+    """The line about words that are neither options nor values."""
+    hint = f"did you mean --{words[0]}? " if field_name(words[0].partition("=")[0]) in types else ""
+    hint = f"did you mean ./{words[0]}? " if os.path.exists(words[0]) else hint
+    hint += "options begin with two dashes, a config file comes first, patterns and texts with spaces need quotes"
+    return f"unexpected {' '.join(words[:3])!r}; {hint}"
 
 
 def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
