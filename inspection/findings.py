@@ -20,6 +20,7 @@ from inspection.head_scores import ANTECEDENT, HELD_OUT, REPEATS, SCORES, score_
 from inspection.terminal import head_name
 
 ATTENTION_THRESHOLD = 0.5  # a head with at least this share of its attention on the tested tokens qualifies
+MIN_EFFECT = 0.02  # nats/token: the least effect on held-out loss, by its lower bound, of a head that stands out
 MIN_DISTINCT = 0.1  # a score this far above that of uniform attention describes a head
 FINDING_SCORES = (
     "induction",
@@ -120,8 +121,8 @@ class TextFinding(Finding):
 
     @property
     def is_supported(self) -> bool:
-        """Whether ablations support that the head matters more than the others of its layer."""
-        return self.label == "supported"
+        """Whether ablations support that the head matters, and more than the others of its layer."""
+        return self.label == "supported" and self.zero[1] >= MIN_EFFECT
 
     @property
     def summary(self) -> str:

@@ -156,6 +156,7 @@ def test_head_that_matters_most_on_text_is_the_headline() -> None:
         (effects(1.0, 1.0, 0.1), effects(0.04, 0.04, 0.3), 0),  # on the other half another head is better
         (effects(0.5, 0.0, 0.4), effects(0.5, 0.0, 0.4), 0),  # by zero ablation only
         (effects(0.0, 0.0, 0.01), effects(0.01, 0.01, 0.0), 1),
+        (effects(1.0, 1.0, 0.1), effects(0.11, 0.11, 0.0), 0),  # by 0.01 at least, which is hardly anything
     ],
 )
 def test_no_head_stands_out_on_text(choose: AblationEffects, judge: AblationEffects, head: int) -> None:
