@@ -120,14 +120,15 @@ def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
         for story in (stories("val", CONTRAST_STORIES) if data.name == "stories" else ())
         for label in story.labels
     ]
+    used = np.unique(data.train.tokens[:200_000]).tolist()
     texts: list[tuple[str, tuple[int, ...]]] = []
     if config.log.prompts:
-        texts, own = build.read_user_prompts(Path(config.log.prompts), tokenizer, context)
+        has_backslashes = any(b"\\" in tokenizer.token_bytes(token) for token in used)
+        texts, own = build.read_user_prompts(Path(config.log.prompts), tokenizer, context, has_backslashes)
         pairs += own
     length = build.max_text_length(config.model, len(texts) + build.RECORDED_HELD_OUT + len(KINDS) + 2)
     texts = [(name, tokens[:length]) for name, tokens in texts]
     texts += build.held_out_texts(data.val.tokens, data.val.document_starts, length)
-    used = np.unique(data.train.tokens[:200_000]).tolist()
     repeats = build.repeated_sequences(used, tokenizer.end_of_text, length, config.run.seed)
     return build.EvalTexts(tuple(texts), repeats, tuple(pair for pair in pairs if pair.length <= context))
 

@@ -144,7 +144,9 @@ class EvalTexts:
         return EvalTexts(texts, repeats, pairs)
 
 
-def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[list[NamedText], list[ContrastPair]]:
+def read_user_prompts(
+    path: Path, tokenizer: Tokenizer, context: int, has_backslashes: bool
+) -> tuple[list[NamedText], list[ContrastPair]]:
     """The texts, at most `MAX_USER_TEXTS`, and the contrast pairs of a user's UTF-8 file; longer texts are cut.
 
     A line is a text, or a contrast pair of three or four tab-separated columns:
@@ -152,6 +154,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
         prompt <TAB> right answer <TAB> wrong answer [<TAB> antecedent]
 
     A line begins a document, with or without `<|endoftext|>`; spaces at the end of a text are left out, as by `sample.py`.
+    `\\n` in it is a line break unless the training text `has_backslashes`.
     The prompt ends where the answer is due; spaces belong to the answers, as in ` he`. Without a fourth column, every
     earlier mention of the right answer is the antecedent; without any, only the answers are scored.
 
@@ -167,6 +170,7 @@ def read_user_prompts(path: Path, tokenizer: Tokenizer, context: int) -> tuple[l
     texts: list[NamedText] = []
     pairs: list[ContrastPair] = []
     for number, row in enumerate(rows, 1):
+        row = row if has_backslashes else row.replace("\\n", "\n")
         try:
             if "\t" in row:
                 pairs.append(_user_pair(row.split("\t"), tokenizer, context))

@@ -89,9 +89,11 @@ def test_damaged_file_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) 
     assert error.value.exit_code == 4 and "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def prompts(tmp_path: Path, text: str) -> tuple[list[tuple[str, tuple[int, ...]]], list[ContrastPair]]:
+def prompts(
+    tmp_path: Path, text: str, has_backslashes: bool = False
+) -> tuple[list[tuple[str, tuple[int, ...]]], list[ContrastPair]]:
     (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
-    return read_user_prompts(tmp_path / "prompts.txt", ByteTokenizer(), 64)
+    return read_user_prompts(tmp_path / "prompts.txt", ByteTokenizer(), 64, has_backslashes)
 
 
 def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
@@ -103,6 +105,8 @@ def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     assert prompts(tmp_path, "\ufeffTom")[0] == [("line 1", (256, *b"Tom"))]  # a byte-order mark
     assert len(prompts(tmp_path, "x" * 200)[0][0][1]) == 64
     assert prompts(tmp_path, "<|endoftext|>Tom ran  \n")[0] == [("line 1", (256, *b"Tom ran"))]
+    assert prompts(tmp_path, r"Tom\nran")[0] == [("line 1", (256, *b"Tom\nran"))]
+    assert prompts(tmp_path, r"Tom\nran", has_backslashes=True)[0] == [("line 1", (256, *rb"Tom\nran"))]  # as in code
     (unknown,) = prompts(tmp_path, "2 + 2 =\t 4\t 5\n")[1]  # the answer is not in the prompt
     assert unknown.antecedent == () and unknown.right == tuple(b" 4")
 
@@ -128,4 +132,4 @@ def test_unreadable_prompts_are_named(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
     for path, message in ((tmp_path / "prompts.txt", "not UTF-8"), (tmp_path / "none.txt", "cannot read")):
         with pytest.raises(UserError, match=message):
-            read_user_prompts(path, ByteTokenizer(), 64)
+            read_user_prompts(path, ByteTokenizer(), 64, False)
