@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         plan(config, target, name)
         return
     for text in {source, config.data.val} - {"", *corpora.NAMED}:
-        text_files.find_files(text)
+        text_files.find_files(text, config.data.encoding)
     if defaults and is_main_process:
         print(describe(config, max_epochs, size), flush=True)
     with open_run_dir(config, name) as config:
@@ -122,7 +122,9 @@ def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     ]
     used = np.unique(data.train.tokens[:200_000]).tolist()
     texts: list[tuple[str, tuple[int, ...]]] = []
-    if config.log.prompts:
+    if config.log.prompts and (
+        not config.run.resume or os.path.isfile(config.log.prompts)
+    ):  # they are saved with a run
         has_backslashes = any(b"\\" in tokenizer.token_bytes(token) for token in used)
         texts, own = build.read_user_prompts(Path(config.log.prompts), tokenizer, context, has_backslashes)
         pairs += own

@@ -77,7 +77,10 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
 
 
 def _open_texts(source: str, config: DataConfig, cache: Path) -> list[TextRange]:
-    return [_open_file(plain_text(path, config.encoding, config.lines, cache)) for path in find_files(source)]
+    paths = [plain_text(path, config.encoding, config.lines, cache) for path in find_files(source, config.encoding)]
+    if not (texts := [text for text in map(_open_file, paths) if text.n_bytes]):
+        raise UserError(f"{escape_control_chars(source)} contains no text", DATA)
+    return texts
 
 
 def _hold_out(source: str, texts: Sequence[TextRange], val_fraction: float) -> Corpus:

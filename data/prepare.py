@@ -201,7 +201,7 @@ def _train_tokenizer(corpus: Corpus, config: DataConfig, progress: bool) -> Toke
 
 def sample_text(texts: Sequence[TextRange], n_bytes: int) -> Iterator[str]:
     """About `n_bytes` of the text, in pieces spread evenly over it; all of it if there is no more."""
-    share = min(1.0, n_bytes / sum(text.n_bytes for text in texts))
+    share = min(1.0, n_bytes / max(1, sum(text.n_bytes for text in texts)))
     read = taken = 0
     for text in texts:
         for piece in read_documents(text):

@@ -1,4 +1,4 @@
-"""Text in other encodings, rows of JSON and lists of lines are copied into the cache once: `text-<key>/rows.jsonl`.
+"""Text in other encodings, rows of JSON and lists of lines are copied into the cache once: `text-<key>/NAME`.
 
 A copy is UTF-8 text. Its documents are the rows or lines, with a separator after each.
 """
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
-from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, guess_encoding, open_text, read_blocks
+from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, is_utf8, open_text, read_blocks
 from data.tokenizer import progress_bar
 
+START_BYTES = 65_536  # of a file that say how it is read
 _MARKS = (  # the mark of UTF-32 starts with that of UTF-16
     *((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
@@ -26,21 +27,22 @@ _ENTRY = re.compile(r"(?=.*[^\W\d_])\w[^\t,;:=<>{}|\u3000-\u303f\uff01-\uff1f]*(
 
 
 def plain_text(path: Path, encoding: str, lines: str, cache: Path) -> Path:
-    """The file itself if it is UTF-8 text, else its copy; a byte-order mark goes before `encoding`.
+    """The file itself if it is UTF-8 text, else its copy; a byte-order mark overrides `encoding`.
 
     Each line is a document if `lines` is `on`, or `auto` and the file begins as a list.
 
     Raises `UserError`: a text that cannot be decoded, a bad row (3); no space (6).
     """
     with open_text(path) as file:
-        start = file.read(65_536)
-        codec = next((name for mark, name in _MARKS if start.startswith(mark)), codecs.lookup(encoding).name)
+        start = file.read(START_BYTES)
+        codec = find_codec(start, encoding)
         has_rows = path.suffix.lower() == ".jsonl"
-        has_lines = lines == "on" or (lines == "auto" and is_list(start.decode(codec, "replace").splitlines()[:-1]))
+        whole = start.decode(codec, "replace").splitlines()[: -1 if len(start) == START_BYTES else None]
+        has_lines = lines == "on" or (lines == "auto" and is_list(whole))
         if codec == "utf-8" and not has_rows and not has_lines:
             return path
         is_wide = codec.startswith(("utf-16", "utf-32"))  # ASCII is the same text in the other encodings
-        if (is_wide or not start.isascii()) and not codec.startswith("utf-8") and guess_encoding(start) == "utf-8":
+        if (is_wide or not start.isascii()) and not codec.startswith("utf-8") and is_utf8(start):
             print(escape_control_chars(f"{path} is UTF-8, but is read as {encoding}"), file=sys.stderr)
         file.seek(0)
         key = hashlib.file_digest(file, "sha256")
@@ -56,6 +58,11 @@ def plain_text(path: Path, encoding: str, lines: str, cache: Path) -> Path:
         else:
             write_atomic(copy, (block.encode() for block in blocks))
     return copy
+
+
+def find_codec(start: bytes, encoding: str) -> str:
+    """The name of Python's codec for a text that begins with `start`."""
+    return next((name for mark, name in _MARKS if start.startswith(mark)), codecs.lookup(encoding).name)
 
 
 def is_list(lines: list[str]) -> bool:
@@ -87,8 +94,8 @@ def _shuffled_lines(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
 
 
 def _rows(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
-    """The text in each row of JSON and a separator. It is in the field `text` or `content`, or in that with the longest
-    string in the first row. Raises `UserError` (3)."""
+    """The text in each row of JSON and a separator. It is in the field `text` or `content`, or in the longest one
+    of the first row, which must be a string. Raises `UserError` (3)."""
     field = ""
     for number, line in enumerate(_lines(blocks), 1):
         if not line.strip():
@@ -97,7 +104,8 @@ def _rows(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
             row = json.loads(line)
             texts = {k: v for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else {}
             if texts and not field:
-                field = next((k for k in ("text", "content") if k in texts), max(texts, key=lambda k: len(texts[k])))
+                longest = max(row, key=lambda k: len(row[k] if k in texts else json.dumps(row[k])))
+                field = next((k for k in ("text", "content") if k in row), longest)
                 print(escape_control_chars(f"{path}: each row is a document, its '{field}'"), file=sys.stderr)
             document = texts[field].encode()
             if b"\0" in document:

@@ -19,8 +19,8 @@ from common.errors import DATA, UserError, escape_control_chars
 
 SEPARATOR = "<|endoftext|>"
 """On a line of its own it ends one document and starts the next."""
-PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
-"""Suffixes of the files that are read from a folder."""
+PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".jsonl")
+"""Suffixes of the files that are read from a folder, unless it has more of other text."""
 BLOCK_BYTES = 1024 * 1024
 """Text that is read at a time."""
 
@@ -58,15 +58,17 @@ class Piece:
     ends_document: bool
 
 
-def find_files(source: str) -> list[Path]:
+def find_files(source: str, encoding: str) -> list[Path]:
     """The files that a path, a folder or a glob names, sorted; empty ones are skipped.
+
+    Of a folder those of prose if they have most of its text, else all that begin as UTF-8 text, or as text in `encoding`.
 
     Raises `UserError` (3) if there are none.
     """
     path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
     try:
         paths = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
-        candidates: Iterable[Path] = _texts_below(path) if path.is_dir() else paths
+        candidates: Iterable[Path] = _texts_below(path, encoding) if path.is_dir() else paths
         # Each file once, however many links lead to it.
         files = {file.resolve(): file for file in sorted(candidates, reverse=True) if file.is_file()}
         non_empty = sorted(file for file in files.values() if file.stat().st_size)
@@ -80,23 +82,31 @@ def find_files(source: str) -> list[Path]:
     return non_empty
 
 
-def _texts_below(folder: Path) -> list[Path]:
-    """The files of prose in a folder, else its other texts; none hidden. Raises OSError if an inner folder cannot be read."""
+def _texts_below(folder: Path, encoding: str) -> list[Path]:
+    """The files of text in a folder; none hidden. Raises OSError if an inner folder cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    files: list[Path] = []
+    prose: list[Path] = []
+    others: list[Path] = []
     for inner, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += (Path(inner, name) for name in names if not name.startswith("."))
-    prose = [path for path in files if path.suffix.lower() in PROSE and path.is_file()]
-    return prose or [path for path in files if path.is_file() and _begins_with_utf8(path)]
+        for path in (Path(inner, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in PROSE and path.is_file():
+                prose.append(path)
+            elif path.is_file() and _begins_as_text(path, encoding):
+                others.append(path)
+    n_prose, n_others = (sum(path.stat().st_size for path in paths) for paths in (prose, others))
+    return prose if n_prose >= n_others else prose + others
 
 
-def _begins_with_utf8(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
-        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(file.read(4096))
+def _begins_as_text(path: Path, encoding: str) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(4096)
+        for codec in ("utf-8", encoding):
+            with contextlib.suppress(ValueError):
+                return "\0" not in codecs.getincrementaldecoder(codec)().decode(start)
     return False
 
 
@@ -139,26 +149,41 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
                 where = f"byte 0x{data[at]:02x} at offset {position - len(data) + at}"
                 data = data if b"\0" in data else data[data.rfind(b"\n", 0, at) + 1 :]  # not inside of UTF-16
             if where:
-                guess = guess_encoding(data)
-                advice = f"it looks like {guess}: give" if guess else "if it is text, name its encoding:"
-                words = re.search(r".{,20}[^\0-\x7f].{,20}", data.decode(guess, "replace") if guess else "")
-                read = f'it then reads "{escape_control_chars(words[0].strip())}"; ' if words else ""
-                option = (
-                    f"--data.encoding {guess or 'NAME'} ({read}others: cp1252, gbk, shift_jis, koi8_r, utf-16-le, ...)"
-                )
-                name = escape_control_chars(text.path)
-                raise UserError(f"{name} is not {encoding.upper()} ({where}); {advice} {option}", DATA)
+                raise UserError(_describe_not_decoded(text.path, encoding, data, where), DATA)
             yield block.removeprefix("\ufeff") if at_start else block
+
+
+def _describe_not_decoded(path: Path, encoding: str, data: bytes, where: str) -> str:
+    """The line about `data` from the file at `path`, which are no text in `encoding`."""
+    start, replaced = (
+        f"{escape_control_chars(path)} is not {encoding.upper()} ({where})",
+        data.decode("utf-8", "replace"),
+    )
+    n_wrong = replaced.count("\ufffd")
+    if encoding == "utf-8" and 0 < 10 * n_wrong < len(data) - len(replaced):  # two bytes or more for most other letters
+        return f"{start}, although the text around is: correct or remove it"
+    guess = guess_encoding(data)
+    advice = f"it looks like {guess}: give" if guess else "if it is text, name its encoding:"
+    words = re.search(r".{,20}[^\0-\x7f].{,20}", data.decode(guess, "replace") if guess else "")
+    read = f'it then reads "{escape_control_chars(words[0].strip())}"; ' if words else ""
+    others = "others: cp1252, gbk, shift_jis, koi8_r, utf-16-le, ..."
+    return f"{start}; {advice} --data.encoding {guess or 'NAME'} ({read}{others})"
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether the bytes, whose last line may be cut within a character, are text in UTF-8."""
+    with contextlib.suppress(UnicodeError):
+        text = (data.rpartition(b"\n")[0] or data).decode()
+        return not any(mark in text for mark in _NOT_UTF8)
+    return False
 
 
 def guess_encoding(data: bytes) -> str:
     """UTF-8 if the bytes are, else the most likely encoding by the frequencies of letters; empty if they are no text."""
     from charset_normalizer import from_bytes
 
-    with contextlib.suppress(UnicodeError):  # the last line may be cut within a character
-        text = (data.rpartition(b"\n")[0] or data).decode()
-        if not any(mark in text for mark in _NOT_UTF8):
-            return "utf-8"
+    if is_utf8(data):
+        return "utf-8"
     data = data[:65536]
     end = len(data) // 2 * 2 if b"\0" in data else data.rfind(b"\n") + 1  # not inside of a character
     matches = from_bytes(data[:end] or data, cp_isolation=_ENCODINGS, preemptive_behaviour=False)

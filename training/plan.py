@@ -70,7 +70,7 @@ def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) 
     epochs, known = "", "not prepared yet"
     try:
         if config.data.source not in NAMED:
-            find_files(config.data.source)
+            find_files(config.data.source, config.data.encoding)
     except UserError:
         known = "no such text on this machine"
     if corpus is not None:

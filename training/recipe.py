@@ -31,8 +31,11 @@ def recipe(n_bytes: int) -> tuple[int, float, float, int]:
 
 def has_many_characters(files: Iterable[Path], encoding: str) -> bool:
     """Whether the largest file begins with more than `MANY_CHARACTERS` different ones, of two bytes or more on average."""
+    from data.text_copy import find_codec
+
     with contextlib.suppress(OSError), max(files, key=lambda file: file.stat().st_size).open("rb") as largest:
-        text = largest.read(SAMPLE_BYTES).decode(encoding, "ignore")
+        start = largest.read(SAMPLE_BYTES)
+        text = start.decode(find_codec(start, encoding), "ignore")
         return len(set(text)) > MANY_CHARACTERS and len(text.encode(errors="ignore")) > 2 * len(text)
     return False
 
@@ -48,7 +51,7 @@ def read_recipe(config: RunConfig, argv: list[str]) -> tuple[list[str], float, s
     has_file = bool(argv) and not argv[0].startswith("-")
     if has_file or config.run.resume or config.data.source in NAMED:
         return [], math.inf, ""
-    files, given = find_files(config.data.source), option_names(argv)
+    files, given = find_files(config.data.source, config.data.encoding), option_names(argv)
     n_bytes = sum(path.stat().st_size for path in files)
     vocab_size, dropout, weight_decay, epochs = recipe(n_bytes)
     options = [f"--model.dropout={dropout}", f"--optim.weight_decay={weight_decay}"]

@@ -124,6 +124,7 @@ def test_last_document_may_begin_before_the_fraction(tmp_path: Path, cache: Path
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprstz" for b in ("a", "é", "io") for c in ("n", "ra", "ldo", "str")]
 LISTS = {
     "names": "\n".join(WORDS),
+    "a hundred": "\n".join(WORDS[:100]),
     "full names": "\r\n".join(f"{a} O'{b}-{a} Jr" for a, b in pairwise(WORDS)),
 }
 NO_LISTS = {
@@ -131,7 +132,7 @@ NO_LISTS = {
     "verses": "\n".join(f"the {a} and the {b} are {a}" for a, b in pairwise(WORDS)),
     "Chinese verses": "\n".join(f"{word}\uff0c兰叶春" for word in WORDS),
     "chat": "\n".join(f"ann: {word}" for word in WORDS),
-    "few": "\n".join(WORDS[:90]),
+    "few": "\n".join(WORDS[:99]),
     "repeated": "\n".join(WORDS[:20] * 9),
     "sentences": "\n".join(f"{word} is it." for word in WORDS),
 }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import DATA, UserError
 from data.config import DataConfig
+from data.prepare import prepare
 from data.text_copy import plain_text
 from data.text_files import SEPARATOR, TextRange, find_files, guess_encoding, read_documents
 from tests.data.texts import data_error, documents, write, write_range
@@ -110,6 +111,18 @@ def test_unusable_file_is_one_clear_line(tmp_path: Path, data: bytes, expected: 
     assert re.search(expected, message) and r"odd\x1b[31m\n.txt" in message
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "blank.txt", "mark.txt", "letter.txt"])
+def test_text_that_is_empty_when_read_is_one_clear_line(tmp_path: Path, name: str) -> None:
+    data = {"rows.jsonl": b"\n\n", "blank.txt": b" \n\n\t\n", "mark.txt": b"\xff\xfe", "letter.txt": b"x"}[name]
+    config = DataConfig(
+        source=str(write(tmp_path / name, data)), tokenizer="bpe", lines="off" if name == "letter.txt" else "on"
+    )
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"contains no text") as caught:
+        patch.setenv("GLASSGPT_CACHE", str(tmp_path / "cache"))
+        prepare(config, progress=False)
+    assert caught.value.exit_code == DATA
+
+
 def test_source_without_files_says_what_is_accepted(tmp_path: Path) -> None:
     write(tmp_path / "code" / "main.pyc", b"\xff\0")
     write(tmp_path / "code" / "empty.txt", "")
@@ -158,7 +171,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_files_of_a_folder_or_a_glob(folder: Path, pattern: str, expected: list[str]) -> None:
-    assert find_files(f"{folder}/{pattern}".rstrip("/")) == [folder / name for name in expected]
+    assert find_files(f"{folder}/{pattern}".rstrip("/"), "utf-8") == [folder / name for name in expected]
 
 
 SAMPLES = {
@@ -193,6 +206,13 @@ def test_utf8_text_read_in_another_encoding_is_recognised(tmp_path: Path, encodi
     path = write(tmp_path / "book.txt", "Wir hören „ja“, und alles wird gut.\n" * 20 + "चुना गया है\n")
     with pytest.raises(UserError, match=r"it looks like utf-8: give --data\.encoding utf-8 "):
         plain_text(path, encoding, "off", tmp_path / "cache")
+
+
+def test_wrong_byte_in_utf8_is_not_another_encoding(tmp_path: Path) -> None:
+    line = "« Été » — l’œuvre d’un garçon naïf\n".encode()  # noqa: RUF001
+    path = write(tmp_path / "book.txt", line * 20 + b"caf\xe9\n" + line * 20)
+    message = f"book.txt is not UTF-8 (byte 0xe9 at offset {20 * len(line) + 3}), although the text around is: correct"
+    assert message in data_error(path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-8"])
@@ -250,22 +270,44 @@ def test_rows_of_json_are_documents(
 @pytest.mark.parametrize(
     "row",
     [
-        *("{", '{"text": 1}', '{"other": "text"}', "[]", '{"text": "\\ud800"}', '{"text": "\\u0000"}', "[" * 99999),
+        *(
+            "{",
+            '{"text": null, "id": "abc"}',
+            '{"text": 1}',
+            '{"other": "text"}',
+            "[]",
+            '{"text": "\\ud800"}',
+            '{"text": "\\u0000"}',
+            "[" * 99999,
+        ),
     ],
 )
 def test_bad_row_is_one_clear_line(tmp_path: Path, row: str) -> None:
     path = write(tmp_path / "rows.jsonl", '{"text": "good"}\n\n' + row + "\n")
     assert "rows.jsonl, line 3 is not a row of JSON with text in 'text'" in data_error(path, tmp_path / "cache")
     assert not [*tmp_path.glob("cache/*/*")]
+    path = write(tmp_path / "rows.jsonl", '{"messages": [{"role": "user"}], "id": "abc"}')  # not the ids
+    assert "rows.jsonl, line 1 is not a row of JSON with text in 'messages'" in data_error(path, tmp_path / "cache")
     path = write(tmp_path / "rows.jsonl", '{"n": 1}')
     assert "rows.jsonl, line 1 is not a row of JSON with a field of text" in data_error(path, tmp_path / "cache")
 
 
-def test_folder_without_prose_is_read(tmp_path: Path) -> None:
+def test_folder_is_read_as_what_most_of_it_is(tmp_path: Path) -> None:
+    """Prose, or source code with a README."""
+    folder = tmp_path / "src"
     for name in ("main.py", "inner/a.py", "lib.C", "Makefile", ".hidden.py"):
-        write(tmp_path / "src" / name, "text")
-    write(tmp_path / "src" / "picture.png", b"\x89PNG\0")
-    expected = [tmp_path / "src" / name for name in ("Makefile", "inner/a.py", "lib.C", "main.py")]
-    assert find_files(str(tmp_path / "src")) == expected
-    write(tmp_path / "src" / "notes.md", "text")
-    assert find_files(str(tmp_path / "src")) == [tmp_path / "src" / "notes.md"]
+        write(folder / name, "text")
+    write(folder / "picture.png", b"\x89PNG\0")
+    code = [folder / name for name in ("Makefile", "inner/a.py", "lib.C", "main.py")]
+    assert find_files(str(folder), "utf-8") == code
+    write(folder / "README.md", "text")
+    assert find_files(str(folder), "utf-8") == sorted([*code, folder / "README.md"])
+    write(folder / "rows.jsonl", "text" * 3)
+    assert find_files(str(folder), "utf-8") == [folder / "README.md", folder / "rows.jsonl"]
+
+
+def test_folder_in_another_encoding_is_read(tmp_path: Path) -> None:
+    for name, text in (("a.srt", "Grüße"), ("b.srt", "plain")):
+        write(tmp_path / "src" / name, text.encode("cp1252"))
+    assert find_files(str(tmp_path / "src"), "utf-8") == [tmp_path / "src" / "b.srt"]
+    assert len(find_files(str(tmp_path / "src"), "cp1252")) == 2
