@@ -121,8 +121,6 @@ class RunConfig:
                     value = getattr(settings, name)
                     if not holds(value):
                         found.append(f"{section}.{name} is {value!r}; it must be {text}")
-        if self.log.prompts and not os.path.isfile(self.log.prompts):
-            found.append(f"log.prompts is {self.log.prompts!r}; there is no such file")
         return found
 
 
@@ -187,7 +185,10 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     file = file or QUICKSTART
     from_file = read_toml(file)
     config = parse(RunConfig, from_file + typed, description)
-    if config.run.threads > (cores := os.cpu_count() or 1):  # not in `problems`: a checkpoint may be read elsewhere
+    # Not in `problems`: a checkpoint may be read elsewhere.
+    if config.log.prompts and not resumed and not os.path.isfile(config.log.prompts):
+        raise UserError(f"log.prompts is {config.log.prompts!r}; there is no such file")
+    if config.run.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
     if config.train.minutes:
         check_minutes(typed, from_file, bool(resumed))

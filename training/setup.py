@@ -166,8 +166,8 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
     """
     before, now = dataclasses.asdict(saved.config), dataclasses.asdict(config)
     fixed = [("model", key) for key in now["model"] if key != "attention"]
-    fixed += [("run", "seed"), ("optim", "optimizer"), ("train", "batch_size")]
-    fixed += [("data", key) for key in now["data"] if key not in ("workers", "source", "val")]  # a text may move
+    fixed += [("run", "seed"), ("optim", "optimizer"), ("train", "batch_size"), ("log", "prompts")]
+    fixed += [("data", key) for key in now["data"] if key not in ("source", "val")]  # a text may move
     for section, key in fixed:
         if before[section][key] != now[section][key]:
             raise UserError(

@@ -150,6 +150,21 @@ def test_smallest_models_run_to_the_end(new: tuple[str, ...], tmp_path: Path) ->
     ).is_file()
 
 
+def test_prompts_may_be_removed_but_not_replaced(new: tuple[str, ...], tmp_path: Path) -> None:
+    """They are saved with the run."""
+    file = tmp_path / "lines.txt"
+    file.write_text("the lazy dog\n")
+    train(*new, f"--log.prompts={file}", f"--run.dir={tmp_path / 'run'}", "--run.stop_at_step=3")
+    file.rename(tmp_path / "moved.txt")
+    assert script("sample.py", tmp_path / "run", "--tokens=2").returncode == 0
+    resume = f"--run.resume={tmp_path / 'run'}"
+    line = error_line(script("train.py", resume, f"--log.prompts={tmp_path / 'moved.txt'}"), 2)
+    assert "log.prompts was" in line and "cannot become" in line
+    train(resume)
+    recorded = read_attention_file(tmp_path / "run" / "attention" / "000006.safetensors")
+    assert "line 1" in {text.name for text in recorded.texts}
+
+
 def test_all_that_is_reported_is_of_the_best_step(new: tuple[str, ...], tmp_path: Path) -> None:
     options = ("--optim.lr=3", "--optim.muon_lr=3", "--train.steps=40", "--train.eval_every=2", "--train.save_every=2")
     output = train(*new, *options, f"--run.dir={tmp_path}")
