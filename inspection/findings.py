@@ -37,7 +37,7 @@ LABELS = {
     "supported": "ablating it hurts more than ablating another head, by zero and by mean ablation",
     "disputed": "only one of zero and mean ablation hurts more than ablating another head",
     "same as control": "ablating it hurts no more than ablating another head",
-    "no effect": "ablating it alone does not hurt",
+    "no effect": "zero and mean ablation of it alone do not both hurt",
 }
 """What each label means."""
 LABEL_NOTES = {label: f"high attention, {label}: {what}" for label, what in LABELS.items() if label != "supported"}
@@ -97,17 +97,15 @@ class Finding:
     @property
     def summary(self) -> str:
         """The finding in two sentences: the statement, and what ablating the head does."""
-        is_loss = self.measure == "repeats"
-
-        def change(effect: float, what: str) -> str:
-            return f"{'raises' if (effect >= 0) == is_loss else 'lowers'} {what} by {abs(effect):.2f}"
-
-        what = "the loss on repeated tokens" if is_loss else "the logit difference of the right answer"
-        interval = f"95% CI {self.zero[1]:.2f} to {self.zero[2]:.2f}; mean ablation {self.mean[0]:.2f}"
+        verb, what = ("raises", "the loss on repeated tokens")
+        if self.measure != "repeats":
+            verb, what = "lowers", "the logit difference of the right answer"
+        effect = f"{self.zero[0]:z.2f} {self.unit} [95% CI {self.zero[1]:z.2f} to {self.zero[2]:z.2f}; "
+        effect += f"mean ablation {self.mean[0]:z.2f}]"
         control = "its layer has no other head to compare with"
         if self.control:
-            control = f"ablating a random other head of its layer {change(self.control[0], 'it')}"
-        return f"{self.statement}. Ablating it {change(self.zero[0], what)} {self.unit} [{interval}]; {control}."
+            control = f"ablating a random other head of its layer {verb} it by {self.control[0]:z.2f}"
+        return f"{self.statement}. Ablating it {verb} {what} by {effect}; {control}."
 
 
 @dataclass(frozen=True)
@@ -206,12 +204,14 @@ def describe_largest(effects: AblationEffects, named: Head | None = None, attent
     with much attention (of all heads: (L, H)) to the antecedent, or if it costs nothing."""
     zero = effects.tables["zero"]
     head = divmod(int(zero[..., 0].argmax()), effects.shape[1])
+    if zero[head][1] <= 0:
+        return ""
     text = f"ablating {head_name(*head)} lowers the logit difference most, by "
     text += "{:.2f} [{:.2f}, {:.2f}] nats".format(*zero[head])
     if named is None or attention is None:
         return text
     share = float(np.asarray(attention)[head])
-    if head == named or share >= ATTENTION_THRESHOLD or zero[head][1] <= 0:
+    if head == named or share >= ATTENTION_THRESHOLD:
         return ""
     return f"{text} ({head_name(*named)}: {zero[named][0]:.2f}), with {share:.2f} of its attention there"
 

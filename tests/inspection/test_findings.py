@@ -54,6 +54,22 @@ def test_larger_effect_of_a_head_with_little_attention_is_noted(attention: list[
     )
 
 
+def test_no_head_that_costs_nothing_is_noted() -> None:
+    assert describe_largest(effects(-0.01, -0.01, -0.02)) == ""
+    assert describe_largest(effects(1.0, 1.0, 0.0)).startswith("ablating L0H0 lowers the logit difference most")
+
+
+def test_ablation_that_helps_has_a_negative_effect_within_its_interval() -> None:
+    for measure, verb in (
+        ("logit_diff_own", "lowers the logit difference of the right answer"),
+        ("repeats", "raises the"),
+    ):
+        scores = {10: {"antecedent.own" if "own" in measure else "induction": np.array([[HIGH, LOW]])}}
+        (finding,) = compute_findings(scores, results(**{measure: effects(-0.3, -0.2, 0.0)}))
+        assert f"Ablating it {verb}" in finding.summary and " by -0.30 " in finding.summary
+        assert "CI -0.40 to -0.20; mean ablation -0.20]" in finding.summary
+
+
 def test_supported_finding_is_the_headline(tmp_path: Path) -> None:
     ablations = results(repeats=effects(1.8, 1.5, 0.02, "nats/token"))
     (finding,) = compute_findings(timeline(LOW, HIGH, HIGH), ablations)
