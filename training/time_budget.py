@@ -16,6 +16,7 @@ import torch
 
 from common.errors import UserError
 from data.prepare import TokenizedCorpus, check_min_length
+from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import RunConfig, replace_options
 from training.device import DistContext, clock, measure_matmul_flops, resolve_attention, should_compile
@@ -37,7 +38,7 @@ SIZES = (
     (12, 12, 768, 512, 16),
 )
 """Layers, heads, d_model, context and batch size. The loss formula was fitted to the first and the third to sixth, with
-smaller batches."""
+batches of 16, 8, 12, 8 and 8."""
 LOSS_FIT = (1.32828, 102.276, 0.52, 1164.24, 0.63)
 """E, A, alpha, B, beta of `expected_loss`, fitted to Tiny Shakespeare by character; error 0.4% median, 2.8% at most."""
 OPTIM: dict[str, Any] = {
@@ -99,11 +100,15 @@ def search(
     if missing and "train.minutes" in given:
         least = math.ceil(10 * minutes + missing / 6) / 10
         raise UserError(f"train.minutes is {minutes:g}, too short for {MIN_STEPS} steps: give at least {least}")
-    shape = f"{model.n_layers} layers and d_model {model.d_model}"
-    print_line(f"plan    {minutes:g} min (--train.minutes for more or less): the best model has {shape}")
+    length = f"about {minutes + missing / 60:.0f} min for {MIN_STEPS} steps" if missing else f"{minutes:g} min"
+    print_line(f"plan    {length} (--train.minutes for more or less): {describe_shape(model)}")
     compiled = should_compile(chosen.train, steps * flops[best], ctx.device)  # `Deadline` uses the time that it saves
     chosen = replace_options(chosen, {"train.compile": "on" if compiled else "off"})
     return plan_decay(chosen, 0, steps), Deadline(last_step + missing, most)
+
+
+def describe_shape(model: ModelConfig) -> str:
+    return f"the best model has {model.n_layers} layers and d_model {model.d_model}"
 
 
 def with_size(
@@ -136,7 +141,7 @@ def fit_steps(
     model, step_tokens, seconds = size.model, size.train.batch_size * size.model.context, end - time.perf_counter()
     token_seconds = step_seconds / (3 * step_tokens)  # the forward pass is a third of a step
     evals = min(20, max(4, round(seconds / 12)))
-    eval_seconds = EVAL_SECONDS + min(EVAL_TOKENS, n_val) * token_seconds
+    eval_seconds = EVAL_SECONDS + min(size.train.eval_tokens, n_val) * token_seconds
     ablations = min(ABLATION_PASSES * model.context, ABLATION_TOKENS) * model.n_layers * model.n_heads
     final_seconds = FIXED_SECONDS + (min(FINAL_TARGETS, n_val) + ablations) * token_seconds
     most = max(MIN_STEPS, max_tokens / step_tokens)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -139,13 +140,19 @@ def test_disturbed_round_does_not_choose_the_size(monkeypatch: pytest.MonkeyPatc
     assert choose(minutes(5), corpus(100_000_000))[0].model == quiet.model
 
 
-def test_too_little_time_names_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_time_names_the_least(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fake_speed(monkeypatch)
     with pytest.raises(
         UserError, match=r"train.minutes is 0.05, too short for 50 steps: give at least 0\.\d$"
     ) as error:
         choose(minutes(0.05), corpus())
     assert search(minutes(0.05), CPU, corpus(), 3.0, set(), math.inf)[0].train.steps == MIN_STEPS  # by default
+    fake_speed(monkeypatch, 1e8)
+    capsys.readouterr()
+    search(minutes(2), CPU, corpus(), 3.0, set(), math.inf)
+    seconds = MIN_STEPS * step_flops(with_size(minutes(2), set(), *SIZES[0]), 65) / 1e8
+    assert int(re.search(r"about (\d+) min for 50 steps", capsys.readouterr().out)[1]) > seconds / 60 > 3  # type: ignore[index]
+    fake_speed(monkeypatch)
     enough = float(str(error.value).split()[-1])
     assert choose(minutes(enough), corpus())[0].train.steps >= MIN_STEPS
 
