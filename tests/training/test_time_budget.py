@@ -69,7 +69,9 @@ def fake_speed(monkeypatch: pytest.MonkeyPatch, flops: float = 1e11) -> list[Run
 
 
 def test_formula_fits_the_measured_losses() -> None:
-    for size, batch_size, losses in zip((SIZES[0], *SIZES[2:]), (16, 8, 12, 8, 8), LOSSES, strict=False):
+    for size, batch_size, losses in zip(
+        (SIZES[0], (4, 4, 128, 128), *SIZES[3:]), (16, 8, 12, 8, 8), LOSSES, strict=False
+    ):
         for steps, loss in losses:
             run = with_size(RunConfig(train=TrainConfig(steps=steps)), set(), *size[:4], batch_size)
             assert expected_loss(run, 1_003_854) == pytest.approx(loss, rel=0.03)
@@ -97,8 +99,8 @@ def test_time_is_filled_and_more_of_it_takes_larger_models(
 
 
 def test_choice_is_that_of_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bits/byte of Python's library with one thread: 4 layers 1.70, 2 layers 1.65 in a minute; 1.42 and 1.55 in two."""
-    speeds = {(3, 64): 38_000, (2, 128): 35_000, (4, 128): 21_000, (4, 192): 11_000}  # tokens/s
+    """With one thread 2 layers are better in a minute on most texts, 3 in two (Python's library 1.39 and 1.55 bits/byte)."""
+    speeds = {(3, 64): 38_000, (2, 128): 35_000, (3, 128): 26_000, (4, 192): 11_000}  # tokens/s
 
     def measure(config: RunConfig, *rest: object) -> float:
         shape = config.model
@@ -106,7 +108,7 @@ def test_choice_is_that_of_measured_runs(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(budget, "measure_step", measure)
     monkeypatch.setattr(budget, "measure_matmul_flops", lambda ctx: 1e11)
-    assert [choose(minutes(m), corpus(1_313_576))[0].model.n_layers for m in (1, 2)] == [2, 4]
+    assert [choose(minutes(m), corpus(1_313_576))[0].model.n_layers for m in (1, 2)] == [2, 3]
 
 
 @pytest.mark.parametrize("epochs", [5.0, math.inf])
