@@ -100,7 +100,7 @@ def train(config: RunConfig, started: float, given: set[str], max_epochs: float)
         summary = f"  python attend.py summary {run}\n" if recorder else ""
         seconds = time.perf_counter() - started
         step, last = trainer.state.step, trainer.saved[0] if trainer.saved else 0
-        which = f"   (the best checkpoint, of step {step}; --checkpoint last: step {last})" if step != last else ""
+        which = f"   # the best checkpoint, of step {step}; --checkpoint last: step {last}" if step != last else ""
         print_line(
             f"\n{seconds:.0f} s in all; the run is in {config.run.dir}\n{page}{summary}  python sample.py {run}{which}"
         )
@@ -122,9 +122,8 @@ def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:
     ]
     used = np.unique(data.train.tokens[:200_000]).tolist()
     texts: list[tuple[str, tuple[int, ...]]] = []
-    if config.log.prompts and (
-        not config.run.resume or os.path.isfile(config.log.prompts)
-    ):  # they are saved with a run
+    saved = Path(config.run.dir) / "attention" / "eval_texts.json"
+    if config.log.prompts and not (config.run.resume and saved.is_file()):
         has_backslashes = any(b"\\" in tokenizer.token_bytes(token) for token in used)
         texts, own = build.read_user_prompts(Path(config.log.prompts), tokenizer, context, has_backslashes)
         pairs += own

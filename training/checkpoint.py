@@ -305,7 +305,8 @@ class CheckpointWriter:
         except (OSError, SafetensorError, UserError) as error:
             self.cleanup()
             reason = getattr(error, "strerror", None) or error
-            advice = "earlier checkpoints are unchanged: free some space, then continue with --run.resume"
+            again = "continue with --run.resume" if list_checkpoints(self.root) else "give the same command again"
+            advice = f"earlier checkpoints are unchanged: free some space, then {again}"
             raise UserError(f"cannot write the checkpoint {final}: {reason}; {advice}", DISK_OR_MEMORY) from error
         self.apply_retention(state.step, state.step if state.best_loss is None else state.best_step)
         return final

@@ -116,7 +116,7 @@ def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tupl
 def _describe_unexpected(words: list[str], types: dict[str, Any]) -> str:
     """The line about words that are neither options nor values."""
     hint = f"did you mean --{words[0]}? " if field_name(words[0].partition("=")[0]) in types else ""
-    hint = f"did you mean ./{words[0]}? " if os.path.exists(words[0]) else hint
+    hint = f"did you mean ./{words[0]}? " if words[0].startswith("-") and os.path.exists(words[0]) else hint
     hint += "options begin with two dashes, a config file comes first, patterns and texts with spaces need quotes"
     return f"unexpected {' '.join(words[:3])!r}; {hint}"
 
@@ -139,7 +139,7 @@ def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
     if name in PATHS and re.match(r"\w[\w+.-]+://", value):
         raise ValueError(f"{option} is {value}; give a local path")
     if kind is str or value in choices:
-        return value
+        return os.path.expanduser(value) if name in PATHS and not name.startswith("data.") else value
     if kind in numbers:
         with contextlib.suppress(ValueError):
             return kind(value)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +119,7 @@ class RunConfig:
             settings = getattr(self, section)
             for name, kind in get_type_hints(type(settings), include_extras=True).items():
                 for text, holds in getattr(kind, "__metadata__", ()):
-                    value = getattr(settings, name)
-                    if not holds(value):
+                    if not holds(value := getattr(settings, name)):
                         found.append(f"{section}.{name} is {value!r}; it must be {text}")
         return found
 
@@ -172,9 +172,17 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     UserError with a line for each problem (2), or for a folder that is not a run (4)."""
     typed = name_source(argv)
     file = Path(typed.pop(0)) if typed and typed[0].endswith(".toml") and not typed[0].startswith("-") else None
-    resumed = dict(split_options(typed)).get("--run.resume")
+    options = dict(split_options(typed))
+    resumed = options.get("--run.resume")
+    if resumed == "":
+        raise UserError("--run.resume is empty: name a run folder")
     if resumed:
-        resumed = run_of(resumed)
+        resumed = run_of(os.path.expanduser(resumed))
+        if os.path.realpath(options.get("--run.dir") or resumed) != os.path.realpath(resumed):
+            where = escape_control_chars(resumed)
+            raise UserError(
+                f"--run.resume continues in {where}: leave out --run.dir, or copy that folder and resume the copy"
+            )
         saved = Path(resumed) / "config.toml"
         if file is not None:
             name = escape_control_chars(file)
@@ -190,6 +198,9 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         raise UserError(f"log.prompts is {config.log.prompts!r}; there is no such file")
     if config.run.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
+    if os.path.isfile(os.path.join(config.data.source, "config.toml")):
+        run = escape_control_chars(shlex.quote(config.data.source))
+        raise UserError(f"{run} is a run, not a text: continue it with --run.resume {run}")
     if config.train.minutes:
         check_minutes(typed, from_file, bool(resumed))
     if config.run.resume and not resumed:

@@ -38,6 +38,18 @@ LOST = re.compile(
 torch/csrc/distributed/c10d/NCCLUtils.cpp and ProcessGroupNCCL.cpp)."""
 
 
+def check_environment() -> None:
+    """Raise `UserError` (2) if torchrun's environment is incomplete, or this process has no GPU where there are some."""
+    if missing := [
+        name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
+    if 0 < (gpus := torch.cuda.device_count()) <= int(os.environ["LOCAL_RANK"]):
+        raise UserError(
+            f"this machine has {gpus} GPU{'s' * (gpus > 1)}: start torchrun with --nproc_per_node={gpus} or less"
+        )
+
+
 @contextlib.contextmanager
 def process_group(timeout: float) -> Iterator[None]:
     """Initialize torchrun's process group for the body; does nothing without torchrun.
@@ -46,11 +58,13 @@ def process_group(timeout: float) -> Iterator[None]:
         timeout: seconds to wait for other processes, at the start and in each collective.
 
     Raises:
-        UserError: if another process ended or froze (exit code 8).
+        UserError: if torchrun's environment is incomplete or a process has no GPU (exit code 2), or another process ended
+            or froze (8).
     """
     if "RANK" not in os.environ:
         yield
         return
+    check_environment()
     limit = timedelta(seconds=timeout)
     try:
         if torch.cuda.is_available():

@@ -82,6 +82,19 @@ class MetricsLogger(Callback):
             raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
 
 
+class FolderCheck(Callback):
+    """Stops a run whose folder has moved before the other callbacks write to a new or another one at its place."""
+
+    def __init__(self, logger: MetricsLogger) -> None:
+        self.logger = logger
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.logger.append(self.logger.path, "")
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.logger.append(self.logger.path, "")
+
+
 class ProgressBar(Callback):
     """A bar on a terminal; elsewhere a line every `PLAIN_SECONDS`. Prints a line at each evaluation."""
 

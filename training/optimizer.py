@@ -111,10 +111,8 @@ class Optimizer:
         for parameter, name in self.names.items():
             for entry, value in self.state.get(parameter, {}).items():
                 value = full_tensor(value)
-                if not is_sharded:
-                    state[f"{name}/{entry}"] = value
-                elif dist.get_rank() == 0:
-                    state[f"{name}/{entry}"] = value.cpu()
+                if not is_sharded or dist.get_rank() == 0:
+                    state[f"{name}/{entry}"] = value.cpu() if is_sharded else value
         return state
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:

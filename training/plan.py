@@ -111,7 +111,7 @@ def print_memory(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContex
         print(f"  it would with --train.micro_batch_size {best}; the batch stays the same")
     if not best:
         print("  not even a micro-batch of 1 fits: lower model.context or the size of the model")
-    if count > 1:
+    if count > 1 and config.train.sharding == "none":
         print("  --train.sharding fsdp divides parameters, gradients and optimizer state among the processes")
     return best == rows
 

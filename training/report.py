@@ -133,9 +133,7 @@ def advice(
     """A line for each thing that is wrong with the model, and what to try; `copies` as by `longest_copies`."""
     optim, lines = config.optim, []
     lower = f"--optim.lr {optim.lr / 10:g} --optim.muon_lr {optim.muon_lr / 10:g}"
-    regular = (
-        f"--model.dropout {config.model.dropout + 0.2:g}, more text" if config.model.dropout < 0.4 else "more text"
-    )
+    regular = f"--model.dropout {config.model.dropout + 0.2:g}, " * (config.model.dropout < 0.4) + "more text"
     differs = model.train < FAR_BELOW * model.val
     overfits = differs and last.epochs > 1
     gap = ("overfitting", regular) if last.epochs > 1 else ("held-out text unlike the rest", "another --data.val")

@@ -26,11 +26,11 @@ from training.config import RunConfig, to_toml
 from training.device import DistContext, advise_on_oom, compile_model, resolve_attention, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
 from training.flops import step_flops
-from training.metrics import MetricsLogger, ProgressBar, print_line
+from training.metrics import FolderCheck, MetricsLogger, ProgressBar, print_line
 from training.optimizer import Optimizer, get_lr_scale
 from training.report import LossReport
 from training.run_dir import save_config
-from training.text_generation import decode, encode_prompt, generate_tokens
+from training.text_generation import encode_prompt, generate_tokens
 from training.trackers import WandbTracker
 from training.trainer import Callback, Trainer, derive_seed, micro_batch_rows
 
@@ -66,7 +66,7 @@ class Checkpointer(Callback):
             self.update_config(trainer.config)  # after the checkpoint: a folder with a config can be resumed
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
-        if self.saver is not None and trainer.is_stopped:
+        if self.saved_config is not None and (trainer.is_stopped or exit_code > 128):  # also during the report
             print_line(f"stopped; resume with: python train.py --run.resume {shlex.quote(trainer.config.run.dir)}")
 
 
@@ -83,7 +83,7 @@ class TextSample(Callback):
         steps = generate_tokens(model, tokenizer, start, config.log.sample_tokens, seed)
         tokens = [token for (token,) in steps]
         model.train()
-        trainer.sample_tokens, metrics["sample"] = start + tokens, decode(tokenizer, tokens)
+        trainer.sample_tokens, metrics["sample"] = start + tokens, tokenizer.decode(tokens)
 
     def on_end(self, trainer: Trainer) -> None:
         if trainer.sample_tokens is None:  # the best weights were loaded: the sample is that of their evaluation again
@@ -95,9 +95,10 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
     if not trainer.ctx.is_main_process:
         return [LossReport(), checkpointer]
     config, state = trainer.config, trainer.state
-    loggers = [MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps)]
+    metrics, bar = MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps)
     wandb = [WandbTracker()] if config.log.wandb != "disabled" else []
-    return [LossReport(), TextSample(), *([recorder] if recorder else []), *loggers, checkpointer, *wandb]
+    recorders = [LossReport(), TextSample(), *([recorder] if recorder else [])]
+    return [FolderCheck(metrics), *recorders, metrics, bar, checkpointer, *wandb]
 
 
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
@@ -204,15 +205,16 @@ def describe_resuming(trainer: Trainer, saved: Checkpoint) -> list[str]:
     """What a resumed run does otherwise than its checkpoint: other options, another learning rate, or nothing to do."""
     old, new, step, lines = saved.config, trainer.config, saved.state.step, []
     before, now = dataclasses.asdict(old), dataclasses.asdict(new)
+    if step < new.train.steps:
+        was, is_now = (get_lr_scale(max(step - 1, 0), c.train.steps, c.optim) * c.optim.lr for c in (old, new))
+        if abs(is_now - was) > 0.01 * max(is_now, was):
+            lines.append(f"the learning rate jumps from {was:.2g} to {is_now:.2g} at step {step}")
     options = [(section, key) for section in now if section != "run" for key in now[section]]
     pairs = {f"{section}.{key}": (before[section][key], now[section][key]) for section, key in options}
     if changed := [f"{name} {was!r} -> {value!r}" for name, (was, value) in pairs.items() if was != value]:
         lines.append(f"resumed with other options: {', '.join(changed)}")
     if step >= new.train.steps:
-        return [*lines, f"the run has done its {step} steps; continue with --train.steps N"]
-    was, is_now = (get_lr_scale(max(step - 1, 0), each.train.steps, each.optim) * each.optim.lr for each in (old, new))
-    if abs(is_now - was) > 0.01 * max(is_now, was):
-        lines.append(f"the learning rate jumps from {was:.2g} to {is_now:.2g} at step {step}")
+        lines.append(f"the run has done its {step} steps; continue with --train.steps N")
     return lines
 
 

@@ -31,10 +31,8 @@ class SignalHandler:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Handle the signals while the body runs. Signals that were ignored before (`nohup`) stay ignored."""
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-        for number in previous:
-            signal.signal(number, self._handle)
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._handle) for number in handled}
         try:
             yield
         finally:

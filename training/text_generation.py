@@ -2,17 +2,18 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from common.errors import UserError, escape_control_chars
+from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars
 from data.text_files import SEPARATOR
 from data.tokenizer import Tokenizer
 from model.generate import SamplingParams, generate
 from model.gpt import GPT
 from training.checkpoint import RunEnvironment
 
+MAX_NEW_TOKENS = 100_000_000  # of all texts; their number takes memory, and more would take days
 DEFAULT_PARAMS = SamplingParams(temperature=0.8)
 
 
@@ -46,8 +47,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[in
 
     Args:
         documents: whether the training documents began with end-of-text; then the prompt does too. In a model of one
-            long text, for which end-of-text is out of distribution, an empty prompt becomes a line break if the
-            vocabulary has one.
+            long text, for which end-of-text is out of distribution, an empty prompt becomes a line break.
 
     Raises:
         UserError: if the prompt is not valid UTF-8, or the vocabulary lacks a character of it (exit code 2).
@@ -58,10 +58,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[in
         raise UserError(f"the prompt is not valid UTF-8: invalid byte at character {error.start}") from error
     if documents:
         return [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
-    if prompt:
-        return tokenizer.encode(prompt).tolist()
-    has_newline = any(tokenizer.token_bytes(token) == b"\n" for token in range(min(tokenizer.vocab_size, 512)))
-    return tokenizer.encode("\n").tolist() if has_newline else [tokenizer.end_of_text]
+    return tokenizer.encode(prompt or "\n").tolist()  # it has lines: else its documents begin with end-of-text
+
+
+def check_amount(n_samples: int, max_new_tokens: int) -> None:
+    """Raise `UserError` (6) for more than `MAX_NEW_TOKENS` in all."""
+    if (total := n_samples * max_new_tokens) > MAX_NEW_TOKENS:
+        text = f"{n_samples:,} text{'s' * (n_samples > 1)} of {max_new_tokens:,} tokens are {total:,} tokens"
+        raise UserError(f"{text}: ask for at most {MAX_NEW_TOKENS:,} at once", DISK_OR_MEMORY)
 
 
 def generate_tokens(
@@ -87,11 +91,6 @@ def generate_tokens(
         has_ended = tokens == end_of_text
         if has_ended.all():
             return
-
-
-def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
-    """The text of `tokens`; end-of-text is empty."""
-    return b"".join(tokenizer.token_bytes(token) for token in tokens).decode("utf-8", "replace")
 
 
 def escape_text(text: str) -> str:

@@ -71,6 +71,16 @@ def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> 
         assert wrap_model(model, get_dist_context("fp32"), "fsdp") is model
 
 
+def test_incomplete_environment_and_missing_gpu_are_one_line(torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="this machine has 1 GPU: start torchrun with"), process_group(60):
+        pass
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(UserError, match="RANK is set, but not LOCAL_RANK: start with torchrun"), process_group(60):
+        pass
+
+
 def test_missing_process_is_a_lost_process(torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as caught, process_group(1):

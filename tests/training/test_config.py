@@ -67,13 +67,19 @@ def test_nearest_option_is_named(typed: str, answer: str) -> None:
         (["--data.source"], "--data.source needs a value: text; if it begins with dashes, write --data.source=--..."),
         (["--run.dir=s3://bucket/run"], "give a local path"),
         (["-book.txt"], "did you mean ./-book.txt? "),
+        (["a.txt", "b.txt"], "unexpected 'b.txt'; options begin"),
+        (["run"], "run is a run, not a text: continue it with --run.resume run"),
+        (["--run.resume="], "--run.resume is empty"),
+        (["--run.resume=run", "--run.dir=other"], "--run.resume continues in run: leave out --run.dir, or copy"),
     ],
 )
 def test_misplaced_words_are_one_line(
     argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("-book.txt").touch()
+    Path("run").mkdir()
+    for name in ("-book.txt", "b.txt", "run/config.toml"):
+        Path(name).touch()
     (line,) = problems(*argv)
     assert words in line
 
@@ -103,6 +109,10 @@ def test_value_may_look_like_the_short_help_option() -> None:
     assert parse_train(["--log.wandb_project", "-h"])[0].log.wandb_project == "-h"
     with pytest.raises(SystemExit):
         parse_train(["-h"])
+
+
+def test_home_folder_is_expanded() -> None:
+    assert parse_train(["--run.dir=~/runs/x"])[0].run.dir == os.path.expanduser("~/runs/x")
 
 
 def test_dashes_equal_underscores() -> None:

@@ -159,6 +159,9 @@ def test_page_of_eight_gpus(folder: Path) -> None:
     assert (
         "micro-batch of 32" in out and "it fits into the 64.0GB of H100 SXM" in out and "--train.sharding fsdp" in out
     )
+    assert "--train.sharding fsdp" not in page(
+        ROOT / "configs/gpt2_124m.toml", "--plan=8xh100", "--train.sharding=fsdp"
+    )
     seconds = number(r"  a step +([\d.]+)T\n", out) * 1e12 / (8 * 0.4 * 989e12)
     assert number(r"  a step +([\d.e-]+) s:", out) == pytest.approx(seconds, rel=0.01)
     if not torch.cuda.is_available():  # a step would take minutes

@@ -156,6 +156,7 @@ def test_prompts_may_be_removed_but_not_replaced(new: tuple[str, ...], tmp_path:
     file.write_text("the lazy dog\n")
     train(*new, f"--log.prompts={file}", f"--run.dir={tmp_path / 'run'}", "--run.stop_at_step=3")
     file.rename(tmp_path / "moved.txt")
+    file.write_text("other\n" * 9)  # too many for a new run
     assert script("sample.py", tmp_path / "run", "--tokens=2").returncode == 0
     resume = f"--run.resume={tmp_path / 'run'}"
     line = error_line(script("train.py", resume, f"--log.prompts={tmp_path / 'moved.txt'}"), 2)

@@ -20,7 +20,7 @@ from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
 from common.files import read_metrics
 from tests.training.helpers import TRAIN, make_trainer
 from training.checkpoint import TrainState
-from training.metrics import MetricsLogger
+from training.metrics import FolderCheck, MetricsLogger
 from training.trainer import Prefetcher, Trainer, derive_seed
 
 EIGHT = replace(TRAIN, steps=8, batch_size=4, eval_every=4, save_every=100)
@@ -167,6 +167,17 @@ def test_telemetry_in_metrics_jsonl(tmp_path: Path) -> None:
         assert list(line) == ["step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_mb"]
         assert line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1.5 and line["peak_memory_mb"] > 50
     assert [list(line) for line in lines if "val_loss" in line] == [["step", "val_loss", "tokens_seen"]] * 2
+
+
+def test_nothing_is_written_where_a_moved_folder_was(tmp_path: Path) -> None:
+    run, trainer = tmp_path / "run", make_trainer(EIGHT)
+    mover = SimpleNamespace(on_step=lambda *_: trainer.state.step == 1 and run.rename(tmp_path / "moved"))
+    recorder = SimpleNamespace(on_eval=lambda *_: (run / "attention").mkdir(parents=True))
+    logger = MetricsLogger(run, TrainState())
+    trainer.callbacks = [mover, FolderCheck(logger), recorder, logger]
+    with pytest.raises(UserError, match="cannot write"):
+        trainer.run()
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
