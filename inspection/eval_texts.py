@@ -177,7 +177,7 @@ def read_user_prompts(
             elif row.strip():
                 tokens = tokenizer.encode(row.rstrip(" ")).tolist()
                 texts.append((f"line {number}", (tokenizer.end_of_text, *tokens)[:context]))
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             raise UserError(f"{name}, line {number}: {error}", CONFIG) from error
     if len(texts) > MAX_USER_TEXTS:
         raise UserError(f"{name} has {len(texts)} texts; at most {MAX_USER_TEXTS} can be recorded", CONFIG)
@@ -192,7 +192,10 @@ def _user_pair(columns: list[str], tokenizer: Tokenizer, context: int) -> Contra
         raise ValueError(f"{len(columns)} columns; write a text, or prompt, right answer, wrong answer[, antecedent]")
     prompt, right, wrong, *word = columns
     antecedent = word[0] if word else right.strip()
-    spans = [match.span() for match in re.finditer(re.escape(antecedent), prompt)] if antecedent else []
+    part = re.escape(antecedent)
+    if not word:  # the answer is a word of the prompt, not a part of one; ASCII, since Chinese has no spaces
+        part = rf"(?:\b|(?!\w)){part}(?:\b|(?<!\w))"
+    spans = [match.span() for match in re.finditer(part, prompt, re.ASCII)] if antecedent else []
     if not right or (word and not spans):
         raise ValueError(f"{antecedent!r} is not in the prompt" if right else "the right answer is empty")
     pair = make_contrast_pair(tokenizer, OWN, prompt + right, (len(prompt), len(prompt + right)), spans, wrong)

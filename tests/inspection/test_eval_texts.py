@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.tokenizer import ByteTokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import (
     HELD_OUT_TEXTS,
@@ -107,6 +107,12 @@ def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     assert prompts(tmp_path, "<|endoftext|>Tom ran  \n")[0] == [("line 1", (256, *b"Tom ran"))]
     assert prompts(tmp_path, r"Tom\nran")[0] == [("line 1", (256, *b"Tom\nran"))]
     assert prompts(tmp_path, r"Tom\nran", has_backslashes=True)[0] == [("line 1", (256, *rb"Tom\nran"))]  # as in code
+    (word,) = prompts(tmp_path, "When the cat met the dog, then he ran. And\t he\t she\n")[1]
+    assert (
+        word.antecedent == (32, 33) == (1 + len("When the cat met the dog, then "), 33)
+    )  # not "When", "the" or "then"
+    (hanzi,) = prompts(tmp_path, "小明说明天来\t明\t天\n")[1]
+    assert len(hanzi.antecedent) == 2 * 3
     (unknown,) = prompts(tmp_path, "2 + 2 =\t 4\t 5\n")[1]  # the answer is not in the prompt
     assert unknown.antecedent == () and unknown.right == tuple(b" 4")
 
@@ -126,6 +132,12 @@ def test_unusable_prompt_is_named(tmp_path: Path, text: str, message: str) -> No
     with pytest.raises(UserError, match=message) as error:
         prompts(tmp_path, text)
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+def test_unknown_character_of_a_prompt_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("ab\ncab\n")
+    with pytest.raises(UserError, match=r"prompts\.txt, line 2: .*'c'"):
+        read_user_prompts(tmp_path / "prompts.txt", CharTokenizer("ab"), 64, False)
 
 
 def test_unreadable_prompts_are_named(tmp_path: Path) -> None:
