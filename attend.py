@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -92,8 +93,8 @@ def main(argv: list[str]) -> None:
 
 def check_command(argv: list[str]) -> None:
     """Raise `UserError` for a first word that is neither a command nor a path, if it looks like a command."""
-    words = [value or "" for option, value in split_options(argv) if not option]
-    if words and not Path(words[0]).exists() and (len(words) > 1 or "/" not in words[0]):
+    words = [value or "" for option, value in split_options(argv) if not option and value != "-h"]
+    if words and not os.path.exists(words[0]) and (len(words) > 1 or "/" not in words[0]):
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
@@ -151,8 +152,9 @@ def show_prompt(options: AttendOptions) -> None:
     """Print the attention on one text and write an attention file, a figure and a page."""
     from inspection.activation_cache import run_with_cache_batch
     from training.checkpoint import open_checkpoint
-    from training.text_generation import generate_tokens, read_prompt
+    from training.text_generation import check_amount, generate_tokens, read_prompt
 
+    check_amount(1, options.tokens)
     checkpoint = open_checkpoint(Path(options.run), options.checkpoint)
     tokenizer = checkpoint.tokenizer()
     text, tokens = read_prompt(tokenizer, options.prompt, checkpoint.environment)

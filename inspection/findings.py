@@ -34,8 +34,8 @@ Head = tuple[int, int]  # (layer, head)
 Interval = tuple[float, float, float]  # a mean over items, and the bounds of its 95% confidence interval
 Timeline = Mapping[int, Mapping[str, ArrayLike]]  # head scores (L, H) by step and name
 LABELS = {
-    "supported": "ablating it hurts more than ablating another head, by zero and by mean ablation",
-    "disputed": "only one of zero and mean ablation hurts more than ablating another head",
+    "supported": "ablating it hurts more than ablating another head, if its layer has one, by zero and by mean ablation",
+    "disputed": "only one of zero and mean ablation hurts more than ablating another head, if its layer has one",
     "same as control": "ablating it hurts no more than ablating another head",
     "no effect": "zero and mean ablation of it alone do not both hurt",
 }
@@ -150,7 +150,7 @@ def first_step_above(timeline: Timeline, score: str, head: Head) -> int:
 def compute_findings(
     timeline: Timeline, ablations: AblationResults, chosen: Mapping[str, tuple[Head, float, float | None]] | None = None
 ) -> list[Finding]:
-    """A finding for each score on which some head qualifies, in the order of `FINDING_SCORES`.
+    """A finding for each score on which some head qualifies, supported ones first, then in the order of `FINDING_SCORES`.
 
     Args:
         ablations: measured at the last step of the timeline.
@@ -170,7 +170,7 @@ def compute_findings(
         if value >= ATTENTION_THRESHOLD:
             since, measure = first_step_above(timeline, score, best), measure_for_score(score)
             findings.append(Finding(best, score, value, since, measure, **_effects(effects, best), baseline=baseline))
-    return findings
+    return sorted(findings, key=lambda finding: (not finding.is_supported, finding.label != "supported"))
 
 
 def text_finding(timeline: Timeline, ablations: AblationResults, uniform: Mapping[str, float]) -> TextFinding | None:

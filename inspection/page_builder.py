@@ -100,7 +100,8 @@ def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[int, int, int]]:
 def _notes(runs: Sequence[PageRun], names: Sequence[str], every: int, tokens: int) -> list[str]:
     """What was left out, a sentence each."""
     texts = [text for run in runs for file in run.files for text in file.texts]
-    notes = []
+    starts = {f.metadata.get("weights_sha256") for run in runs for f in run.files if f.metadata.get("step") == "0"}
+    notes = ["The runs began with other weights: their head numbers do not correspond."] * (len(starts) > 1)
     if every != 1 and any(len(run.files) > 1 for run in runs):
         if any(text.queries is not None for text in texts):
             notes.append("Queries, keys and values are stored only for the last step.")

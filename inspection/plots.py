@@ -137,7 +137,7 @@ def repeats_loss(run: RunFiles) -> Series | None:
     """Mean loss, in nats/token, on the second copy of repeated random tokens, without the copy's first token."""
     losses: dict[int, float] = {}
     for step in run.steps:
-        for text in run.read(step).texts:
+        for text in file.texts if (file := run.read_intact(step)) else ():
             n = (len(text.tokens) - 1) // 2
             if text.name == "repeat 1" and n >= 2:
                 losses[step] = float(text.loss[n + 1 :].mean())  # loss[k] is of token k + 1

@@ -12,6 +12,7 @@ Needs NumPy only, apart from `RunFiles.eval_texts`.
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -51,16 +52,18 @@ class RunFiles:
         """Open a run folder, or the run of a checkpoint or an attention file. `UserError` if it has no attention files (exit
         code 4)."""
         folder, opened = Path(path), DEFAULT
-        if folder.parent.name in (FOLDER, "checkpoints") and _is_step(folder.stem) and folder.exists():
+        if folder.parent.name in (FOLDER, "checkpoints") and _is_step(folder.stem) and os.path.exists(folder):
             folder, opened = folder.parents[1], int(folder.stem)
-        elif folder.is_file():  # the attention of a prompt
+        elif os.path.isfile(
+            folder
+        ):  # not Path.is_file, which raises for a folder that may not be read; the attention of a prompt
             step = read_attention_file(folder).metadata.get("step", "")
             opened = int(step) if _is_step(step) else 0
             return RunFiles(folder, {opened: folder}, opened)
         paths = find_attention_files(folder / FOLDER)
         if not paths:
             raise UserError(_not_a_run(folder), CHECKPOINT)
-        return RunFiles(folder, paths, opened if opened in paths else DEFAULT)
+        return RunFiles(folder, paths, opened)
 
     @property
     def base_folder(self) -> Path:
@@ -85,8 +88,9 @@ class RunFiles:
 
     def step(self, step: int = DEFAULT) -> int:
         """`step`, or the one that was opened, or `reported_step`; raises `UserError` without a file of it (exit code 2)."""
+        step = self.opened_step if step == DEFAULT else step
         if step == DEFAULT:
-            return self.reported_step if self.opened_step == DEFAULT else self.opened_step
+            return self.reported_step
         if step in self.paths:
             return step
         nearest = sorted(sorted(self.steps, key=lambda other: abs(other - step))[:3])
@@ -167,7 +171,7 @@ class RunFiles:
 
 def find_attention_files(folder: Path) -> dict[int, Path]:
     """The attention files of a run's steps, in order. Files of prompts, which `attend.py` writes, have other names."""
-    paths = folder.glob("*.safetensors") if folder.is_dir() else ()
+    paths = folder.glob("*.safetensors") if os.path.isdir(folder) else ()
     return dict(sorted((int(path.stem), path) for path in paths if _is_step(path.stem)))
 
 
@@ -185,7 +189,7 @@ def _is_step(name: str) -> bool:
 
 def _not_a_run(path: Path) -> str:
     """The message for a path without attention files."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return f"{path} is not a folder; give a run folder such as runs/quickstart"
     if inside := sorted(path.glob(f"*/{FOLDER}")):
         return f"{path} is not a run but contains {len(inside)}; give one of them, such as {inside[0].parent}"

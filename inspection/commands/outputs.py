@@ -76,7 +76,7 @@ class Ablate(RunOptions):
         if texts is None:
             raise UserError(f"{folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
         recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
-        if loaded.step not in run.steps:
+        if loaded.step not in run.steps or run.read_intact(loaded.step) is None:
             recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
         report, written = recorder.report(loaded.model, loaded.step, loaded.metadata["weights_sha256"])
         lines = [part for line in report for part in paragraph(line, context.width) or [""]]

@@ -160,7 +160,8 @@ class Compare(OutputOptions):
             shapes = f"{sides[0]} has {a[0]} layers of {a[1]} heads, {sides[1]} has {b[0]} layers of {b[1]} heads"
             raise UserError(f"{shapes}: they cannot be compared head by head", CONFIG)
         shares = [name for name in files[0].scores if name in files[1].scores and score_info(name).is_share]
-        starts = {run.read(0).metadata.get("weights_sha256") for run in runs if 0 in run.paths} - {None}
+        first = [file for run in runs if 0 in run.paths and (file := run.read_intact(0))]
+        starts = {file.metadata.get("weights_sha256") for file in first} - {None}
         matched = bool(shares) and len(starts) == 2
         second, heads = _match_heads(*files, shares) if matched else (files[1], np.moveaxis(np.indices(a), 0, -1))
         other = {head: head_name(*heads[head].tolist()) for head in np.ndindex(a)}

@@ -156,9 +156,7 @@ class Timeline(OutputOptions):
                     shown.append((name, each["head"], line, each["first"], each["last"], each["max"], reached))
         lines = [f"{run.folder}, steps {steps[0]} to {steps[-1]}, {len(steps)} evaluations"]
         if not self.score:
-            lines.append(
-                "the best head of each score at the last step, or the one in the report; --score all: every head"
-            )
+            lines.append("the best head of each score at the last step, or the report's; --score all: every head")
         titles = ("score", "head", "over the steps", "first", "last", "max", "threshold at step")
         about = f"threshold: the first step with a score of {ATTENTION_THRESHOLD} or more, for shares of attention"
         lines += ["", *table(titles, shown, max(context.width, 80), fixed=3), "", about]
@@ -228,11 +226,11 @@ def _notes(rows: Rows, run: RunFiles, step: int, file: AttentionFile) -> list[st
     where ablation effects are missing, or belong to other weights than the scores."""
     lines = [f"! {row['head']} {row['score']} {row['value']:.2f}: {row['note']}" for row in rows if row["note"]]
     results = run.ablation
-    if results is None:
+    if results is None and run.folder.is_dir():
         command = f"python attend.py ablate {shlex.quote(str(run.folder))}"
         lines.append(f"no ablation effects were measured; measure them with: {command}")
-    elif results.step != step:
+    elif results is not None and results.step != step:
         lines.append(f"ablation effects are of step {results.step}, scores of step {step}")
-    elif file.metadata.get("weights_sha256") != results.weights_sha256:
+    elif results is not None and file.metadata.get("weights_sha256") != results.weights_sha256:
         lines.append(f"ablation effects are of other weights: step {step} was written again after they were measured")
     return [*lines, DISCLAIMER]

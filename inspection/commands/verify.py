@@ -37,7 +37,7 @@ class Verify(OutputOptions):
         root = run.folder if run.folder.is_dir() else run.folder.parent.parent  # of the attention file of a prompt
         checks: list[Check] = []
         without_checkpoint: list[int] = []
-        for step in run.steps if run.opened_step == DEFAULT else [run.opened_step]:
+        for step in run.steps if run.opened_step == DEFAULT else [run.step()]:
             try:
                 file = run.read(step)
             except RemovedError:  # by a run that was resumed

@@ -232,6 +232,7 @@ def test_page(run: Path, tmp_path: Path) -> None:
     page = (run / "attention.html").read_text("utf-8")
     assert "line 1" in page
     text("page", run, f"--against={run}", f"--out={tmp_path / 'two.html'}")
+    assert "began with other weights" not in (tmp_path / "two.html").read_text()
     assert (tmp_path / "two.html").stat().st_size > len(page)
 
 
@@ -370,6 +371,26 @@ def test_damaged_files_are_one_line(run: Path, name: str, damage: str) -> None:
     (run / "attention" / name).write_text(damage)
     for command in ("summary", "page"):
         assert name in error_line(script("attend.py", command, run), 4)
+
+
+@pytest.mark.parametrize(
+    ("command", "step"), [("plot RUN", 0), ("compare RUN RUN", 0), ("summary RUN", 0), ("ablate RUN --checkpoint=6", 6)]
+)
+def test_damaged_file_is_left_out_or_written_again(run: Path, command: str, step: int) -> None:
+    (run / "attention" / f"{step:06d}.safetensors").write_text("damage")
+    text(*(run if word == "RUN" else word for word in command.split()))
+
+
+def test_checkpoint_without_attention_file_is_not_another_step(run: Path) -> None:
+    (run / "attention" / "000003.safetensors").unlink()
+    line = error_line(script("attend.py", "heads", run / "checkpoints" / "000003"), 2)
+    assert "has no attention file of step 3; the nearest are 0, 6" in line
+
+
+@pytest.mark.parametrize("path", ["字" * 90, "x" * 300])
+def test_path_that_is_too_long_is_one_line(path: str) -> None:
+    assert "Traceback" not in script("attend.py", path).stderr
+    assert "is not a folder" in error_line(script("attend.py", "summary", path), 4)
 
 
 @pytest.mark.parametrize("command", [*attend.COMMANDS, ""])

@@ -130,7 +130,7 @@ def test_headline_skips_unsupported_findings() -> None:
     scores = {10: {"induction": np.array([[HIGH, LOW]]), "antecedent.pronoun": np.array([[LOW, 0.7]])}}
     ablations = results(repeats=effects(0.0, 0.0, 0.0), logit_diff_pronoun=effects(0.0, 0.0, 2.0))
     findings = compute_findings(scores, ablations)
-    assert [finding.label for finding in findings] == ["no effect", "supported"]
+    assert [finding.label for finding in findings] == ["supported", "no effect"]  # the page begins with the first
     assert "head L0H1 attends to a pronoun's antecedent (0.70)" in headline(findings)
     assert "lowers the logit difference of the right answer by 2.00 nats" in headline(findings)
 
@@ -139,10 +139,10 @@ def test_chosen_head_must_beat_its_baseline() -> None:
     scores = {10: {"antecedent.place": np.array([[0.9, LOW]]), "antecedent.cause": np.array([[0.8, 0.9]])}}
     ablations = results(logit_diff_place=effects(2.0, 2.0, 0.0), logit_diff_cause=effects(1.0, 1.0, 0.0))
     chosen = {"antecedent.place": ((0, 0), 0.9, 1.0), "antecedent.cause": ((0, 0), 0.6, 0.5)}
-    place, cause = compute_findings(scores, ablations, chosen)
+    cause, place = compute_findings(scores, ablations, chosen)
     assert (place.is_supported, cause.is_supported) == (False, True)
     assert (cause.head, cause.value) == ((0, 0), 0.6)  # not the best head of all pairs
-    assert "the feeling" in headline([place, cause])
+    assert "the feeling" in headline([cause, place])
     assert headline([place]).endswith("but a fixed offset or the nearest noun scores 1.00.")
 
 
