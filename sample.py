@@ -70,8 +70,9 @@ def main(argv: list[str]) -> None:
     from model.quantize import quantize_
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
-    from training.text_generation import decode, escape_text, generate_tokens, read_prompt
+    from training.text_generation import check_amount, escape_text, generate_tokens, read_prompt
 
+    check_amount(config.samples, config.tokens)
     checkpoint = open_checkpoint(Path(config.run), config.checkpoint)
     tokenizer = checkpoint.tokenizer()
     text, prompt = read_prompt(tokenizer, config.prompt, checkpoint.environment)
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> None:
     model = checkpoint.load_model(get_dist_context("fp32"))
     if len(prompt) > (context := model.config.context):
         print(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used", file=sys.stderr)
+        prompt = prompt[-context:]
     quantize_(model, config.dtype)
     params = SamplingParams(config.temperature, config.top_k, config.top_p)
     if config.samples > 1:
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> None:
             n, seed = min(rows, config.samples - first), (config.seed + first * 0x9E3779B97F4A7C15) % (1 << 63)
             steps = generate_tokens(model, tokenizer, prompt, config.tokens, seed, params, n)
             for number, sample in enumerate(list(zip(*steps, strict=True)) or [()] * n, first + 1):
-                print(f"--- {number} ---\n{shown(text + decode(tokenizer, sample))}")
+                print(f"--- {number} ---\n{shown(text + tokenizer.decode(sample))}")
         return
     steps = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
     print(shown(text), end="", flush=True)

@@ -13,7 +13,7 @@ from tests.model.helpers import normal, random_model
 from tests.runs import TINY, error_line, script
 from training.checkpoint import RunEnvironment, open_checkpoint
 from training.device import get_dist_context
-from training.text_generation import decode, encode_prompt, escape_text, generate_tokens, read_prompt
+from training.text_generation import encode_prompt, escape_text, generate_tokens, read_prompt
 
 
 def train(folder: Path, text: str, *options: str) -> Path:
@@ -84,6 +84,28 @@ def test_many_samples_come_in_batches(run: Path, monkeypatch: pytest.MonkeyPatch
     assert len(texts) == len(set(texts)) == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sample.py", ("--samples=100000000", "--tokens=5")),
+        ("sample.py", ("--tokens=1000000000000",)),
+        ("sample.py", (f"--samples={2**63 - 1}",)),
+        ("attend.py", ("--tokens=1000000000000",)),
+    ],
+)
+def test_more_text_than_could_be_kept_is_one_line(run: Path, name: str, options: tuple[str, ...]) -> None:
+    assert re.search(
+        r" are [\d,]+ tokens: ask for at most 100,000,000 at once", error_line(script(name, run, *options), 6)
+    )
+
+
+def test_prompt_longer_than_the_context_is_its_end(run: Path) -> None:
+    prompt = "The fox met the hen at the well. " * 9
+    shorter = prompt[-open_checkpoint(run).config.model.context :]  # by character
+    outs = [script("sample.py", run, "--prompt", text, "--tokens=1", "--temperature=0") for text in (prompt, shorter)]
+    assert outs[0].stdout.endswith(outs[1].stdout) and "only the last" in outs[0].stderr
+
+
 def test_encode_prompt() -> None:
     cases = ((True, "a", [256, 97]), (False, "a", [97]), (False, "", [10]))
     assert all(encode_prompt(ByteTokenizer(), prompt, documents) == tokens for documents, prompt, tokens in cases)
@@ -96,7 +118,7 @@ def test_streamed_text_is_the_decoded_tokens(run: Path) -> None:
     prompt, params = encode_prompt(tokenizer, "é", checkpoint.environment.starts_with_eot), SamplingParams(9.0)
     tokens = [token for (token,) in generate_tokens(model, tokenizer, prompt, 60, 1, params)]
     done = script("sample.py", run, "--prompt=é", "--tokens=60", "--temperature=9")
-    assert done.stdout == f"é{decode(tokenizer, tokens)}\n" and "\ufffd" in done.stdout
+    assert done.stdout == f"é{tokenizer.decode(tokens)}\n" and "\ufffd" in done.stdout
 
 
 def test_generation_ends_with_every_texts_end_of_text() -> None:
