@@ -167,14 +167,10 @@ def _split_file(text: TextRange, val_fraction: float) -> tuple[TextRange, TextRa
         cut = min(int(size * (1 - val_fraction)), size - 1)
         # Not in a separator: one that begins a little before the cut counts as after it.
         after = _DOCUMENT_START.search(data, max(cut - len(SEPARATOR) - 4, 0), high)
-        start = (
-            after.start() if after else max((m.start() for m in _DOCUMENT_START.finditer(data, low, cut)), default=0)
-        )
-        if start:
-            cut = start
-        else:
-            while cut and data[cut] & 0xC0 == 0x80:  # inside of a character
-                cut -= 1
+        starts = [after] if after else _DOCUMENT_START.finditer(data, low, cut)
+        cut = max((match.start() for match in starts), default=0) or cut
+        while cut and data[cut] & 0xC0 == 0x80:  # inside of a character
+            cut -= 1
     return replace(text, end=cut), replace(text, start=cut)
 
 

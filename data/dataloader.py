@@ -98,8 +98,6 @@ def get_batch(
     Row r of step s is entry s * batch_size + r of an endless stream of epochs; each epoch is a permutation of all
     sequences drawn from (seed, epoch).
     """
-    if batch_size % world_size:
-        raise UserError(f"a batch of {batch_size} sequences cannot be divided evenly among {world_size} processes")
     rows = batch_size // world_size
     return read_sequences(split, sequences, sample_indices(sequences, seed, step, batch_size)[rank * rows :][:rows])
 
@@ -119,11 +117,6 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     Two are cached, for a batch that spans two epochs.
     """
     return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def num_valid_tokens(sequences: PackedSequences, seed: int, step: int, batch_size: int) -> int:
-    """Number of valid targets in the whole batch of a step; needs no communication between processes."""
-    return int(sequences.counts[sample_indices(sequences, seed, step, batch_size)].sum())
 
 
 def read_sequences(split: TokenSplit, sequences: PackedSequences, indices: np.ndarray) -> Batch:

@@ -174,7 +174,7 @@ def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress:
         partial = Path(name) / "tokens"
         partial.mkdir()
         tokenizer = _train_tokenizer(corpus, config, progress)
-        tokenizer.save(partial / VOCABULARY)
+        (partial / VOCABULARY).write_bytes(tokenizer.to_json())
         text_bytes = _write_splits(corpus, tokenizer, partial, progress)
         if _cache_key(corpus, config, progress) != key:
             raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)

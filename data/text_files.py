@@ -155,10 +155,8 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
 
 def _describe_not_decoded(path: Path, encoding: str, data: bytes, where: str) -> str:
     """The line about `data` from the file at `path`, which are no text in `encoding`."""
-    start, replaced = (
-        f"{escape_control_chars(path)} is not {encoding.upper()} ({where})",
-        data.decode("utf-8", "replace"),
-    )
+    start = f"{escape_control_chars(path)} is not {encoding.upper()} ({where})"
+    replaced = data.decode("utf-8", "replace")
     n_wrong = replaced.count("\ufffd")
     if encoding == "utf-8" and 0 < 10 * n_wrong < len(data) - len(replaced):  # two bytes or more for most other letters
         return f"{start}, although the text around is: correct or remove it"

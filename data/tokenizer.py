@@ -76,10 +76,6 @@ class Tokenizer(ABC):
         """The saved form: JSON, one value a line."""
         return json.dumps({"format": FORMAT, **self.to_dict()}, ensure_ascii=False, indent=0).encode() + b"\n"
 
-    def save(self, path: Path) -> None:
-        """Write the JSON that `load_tokenizer` reads."""
-        path.write_bytes(self.to_json())
-
     def fingerprint(self) -> str:
         """sha256 of the saved form: equal for tokenizers that encode alike."""
         return hashlib.sha256(self.to_json()).hexdigest()

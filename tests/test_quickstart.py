@@ -14,7 +14,7 @@ from tests.data.story_parser import derivations
 from tests.runs import process
 from training.checkpoint import open_checkpoint
 from training.device import get_dist_context
-from training.text_generation import decode, encode_prompt, generate_tokens
+from training.text_generation import encode_prompt, generate_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_samples_are_sentences_of_the_grammar(quickstart: tuple[Path, str], temp
     prompt = encode_prompt(tokenizer, "", checkpoint.environment.starts_with_eot)
     params, count = SamplingParams(temperature), model.config.context - 1
     steps = generate_tokens(model, tokenizer, prompt, count, 1, params, n_samples=200)
-    texts = [decode(tokenizer, tokens) for tokens in zip(*steps, strict=True)]
+    texts = [tokenizer.decode(tokens) for tokens in zip(*steps, strict=True)]
     assert sum(any(derivations(story, POOLS, text)) for text in texts) >= least
     assert len(set(texts)) > 190
 

@@ -74,7 +74,7 @@ def test_only_end_of_text_has_no_bytes(any_tokenizer: Tokenizer) -> None:
 
 def test_saved_and_loaded_tokenizer_is_equal(any_tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
-    any_tokenizer.save(path)
+    path.write_bytes(any_tokenizer.to_json())
     loaded = load_tokenizer(path)
     for name in ("name", "vocab_size", "end_of_text"):
         assert getattr(loaded, name) == getattr(any_tokenizer, name)
