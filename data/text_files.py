@@ -34,7 +34,7 @@ _ENCODINGS = [
     "iso2022_jp", "iso8859_2", "iso8859_5", "gb18030", "big5", "cp932", "euc_jp", "cp949", "utf_16_le", "utf_16_be",
 ]  # fmt: skip
 
-_NOT_UTF8 = {"\0": "a NUL byte", "\x1b$B": "an escape of ISO-2022-JP"}  # valid UTF-8, but no text
+_NO_TEXT = {"\0": "a NUL byte", "\x1b$B": "an escape of ISO-2022-JP"}  # valid UTF-8, but no text
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
             at_start, position = position == 0, position + len(data)
             try:
                 block = decoder.decode(data, final=position == text.end)
-                where = next((what for mark, what in _NOT_UTF8.items() if mark in block), "")
+                where = next((what for mark, what in _NO_TEXT.items() if mark in block), "")
             except UnicodeError as error:
                 data, at = getattr(error, "object", data), getattr(error, "start", 0)
                 where = f"byte 0x{data[at]:02x} at offset {position - len(data) + at}"
@@ -172,7 +172,7 @@ def is_utf8(data: bytes) -> bool:
     """Whether the bytes, whose last line may be cut within a character, are text in UTF-8."""
     with contextlib.suppress(UnicodeError):
         text = (data.rpartition(b"\n")[0] or data).decode()
-        return not any(mark in text for mark in _NOT_UTF8)
+        return not any(mark in text for mark in _NO_TEXT)
     return False
 
 

@@ -25,6 +25,7 @@ from model.config import ModelConfig
 
 FORMAT = "glassgpt-eval-texts-1"
 NamedText = tuple[str, tuple[int, ...]]  # (name, tokens)
+LETTER = r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]"  # of a script with spaces: not Thai, Lao, Japanese, Chinese
 OWN = "own"  # the kind of the user's contrast pairs
 HELD_OUT = "held-out"  # prefix of the names of held-out texts; the others are the user's
 MIN_HELD_OUT = 128  # a short split is cut into more texts, of at least so many tokens
@@ -193,9 +194,9 @@ def _user_pair(columns: list[str], tokenizer: Tokenizer, context: int) -> Contra
     prompt, right, wrong, *word = columns
     antecedent = word[0] if word else right.strip()
     part = re.escape(antecedent)
-    if not word:  # the answer is a word of the prompt, not a part of one; ASCII, since Chinese has no spaces
-        part = rf"(?:\b|(?!\w)){part}(?:\b|(?<!\w))"
-    spans = [match.span() for match in re.finditer(part, prompt, re.ASCII)] if antecedent else []
+    if not word:  # the answer is a word of the prompt, not a part of one
+        part = f"(?:(?<!{LETTER})|(?!{LETTER})){part}(?:(?!{LETTER})|(?<!{LETTER}))"
+    spans = [match.span() for match in re.finditer(part, prompt)] if antecedent else []
     if not right or (word and not spans):
         raise ValueError(f"{antecedent!r} is not in the prompt" if right else "the right answer is empty")
     pair = make_contrast_pair(tokenizer, OWN, prompt + right, (len(prompt), len(prompt + right)), spans, wrong)

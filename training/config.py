@@ -178,7 +178,7 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         raise UserError("--run.resume is empty: name a run folder")
     if resumed:
         resumed = run_of(os.path.expanduser(resumed))
-        if os.path.realpath(options.get("--run.dir") or resumed) != os.path.realpath(resumed):
+        if os.path.realpath(os.path.expanduser(options.get("--run.dir") or resumed)) != os.path.realpath(resumed):
             where = escape_control_chars(resumed)
             raise UserError(
                 f"--run.resume continues in {where}: leave out --run.dir, or copy that folder and resume the copy"
@@ -198,7 +198,7 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
         raise UserError(f"log.prompts is {config.log.prompts!r}; there is no such file")
     if config.run.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
-    if os.path.isfile(os.path.join(config.data.source, "config.toml")):
+    if all(os.path.exists(os.path.join(config.data.source, name)) for name in ("config.toml", "checkpoints")):
         run = escape_control_chars(shlex.quote(config.data.source))
         raise UserError(f"{run} is a run, not a text: continue it with --run.resume {run}")
     if config.train.minutes:

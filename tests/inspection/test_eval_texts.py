@@ -111,6 +111,8 @@ def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     assert (
         word.antecedent == (32, 33) == (1 + len("When the cat met the dog, then "), 33)
     )  # not "When", "the" or "then"
+    (russian,) = prompts(tmp_path, "Оно, она, оно и он,\t он\t она\n".lower())[1]
+    assert len(russian.antecedent) == 2 * 2  # not in "оно"
     (hanzi,) = prompts(tmp_path, "小明说明天来\t明\t天\n")[1]
     assert len(hanzi.antecedent) == 2 * 3
     (unknown,) = prompts(tmp_path, "2 + 2 =\t 4\t 5\n")[1]  # the answer is not in the prompt

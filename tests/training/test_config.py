@@ -77,7 +77,7 @@ def test_misplaced_words_are_one_line(
     argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("run").mkdir()
+    Path("run/checkpoints").mkdir(parents=True)
     for name in ("-book.txt", "b.txt", "run/config.toml"):
         Path(name).touch()
     (line,) = problems(*argv)
@@ -101,6 +101,7 @@ def test_run_is_named_after_the_text(source: str, name: str, tmp_path: Path, mon
     (tmp_path / "corpus" / "texts" / "v1.5").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "corpus")
     Path("b[1].txt").write_text("text")
+    Path("config.toml").touch()  # also of other programs: this folder is not a run
     assert parse_train([f"--data.source={source}"])[1] == name
     assert parse_train([source]) == parse_train([f"--data.source={source}"])
 
