@@ -95,7 +95,7 @@ def test_many_samples_come_in_batches(run: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_more_text_than_could_be_kept_is_one_line(run: Path, name: str, options: tuple[str, ...]) -> None:
     assert re.search(
-        r" are [\d,]+ tokens: ask for at most 100,000,000 at once", error_line(script(name, run, *options), 6)
+        r" [\d,]+ tokens are too many: ask for at most 100,000,000 at once", error_line(script(name, run, *options), 6)
     )
 
 

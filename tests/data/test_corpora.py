@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import time
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,6 @@ from common.errors import UserError
 from data import corpora, stories
 from data.config import DataConfig
 from data.corpora import Corpus
-from data.text_files import TextRange
 from tests.data.texts import data_error, documents, write
 
 
@@ -106,13 +104,6 @@ def test_about_the_fraction_is_held_out(files: list[list[int]], fraction: float)
         assert fraction / 2 - 20 / (train + val) <= val / (train + val) <= 2 * fraction + 20 / (train + val)
         assert sum(map(len, documents(corpus.train + corpus.val))) == sum(9 * 5 * n for sizes in files for n in sizes)
         assert len({text.path for text in corpus.train}) >= (1 - 2 * fraction) * len(files)
-
-
-def test_time_is_linear_in_the_number_of_files() -> None:
-    files = [TextRange(Path(f"{i}.txt"), 0, 1000) for i in range(20_000)]
-    start = time.perf_counter()
-    corpus = corpora._hold_out("files", files, 0.1)
-    assert len(corpus.val) == 2000 and time.perf_counter() - start < 2
 
 
 def test_last_document_may_begin_before_the_fraction(tmp_path: Path, cache: Path) -> None:

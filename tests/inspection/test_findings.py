@@ -59,7 +59,7 @@ def test_no_head_that_costs_nothing_is_noted() -> None:
     assert describe_largest(effects(1.0, 1.0, 0.0)).startswith("ablating L0H0 lowers the logit difference most")
 
 
-def test_ablation_that_helps_has_a_negative_effect_within_its_interval() -> None:
+def test_ablation_that_helps_has_a_negative_effect() -> None:
     for measure, verb in (
         ("logit_diff_own", "lowers the logit difference of the right answer"),
         ("repeats", "raises the"),

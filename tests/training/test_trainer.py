@@ -20,8 +20,9 @@ from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
 from common.files import read_metrics
 from tests.training.helpers import TRAIN, make_trainer
 from training.checkpoint import TrainState
-from training.metrics import FolderCheck, MetricsLogger
-from training.trainer import Prefetcher, Trainer, derive_seed
+from training.metrics import MetricsLogger
+from training.setup import Checkpointer, get_callbacks
+from training.trainer import Callback, Prefetcher, Trainer, derive_seed
 
 EIGHT = replace(TRAIN, steps=8, batch_size=4, eval_every=4, save_every=100)
 
@@ -173,11 +174,22 @@ def test_nothing_is_written_where_a_moved_folder_was(tmp_path: Path) -> None:
     run, trainer = tmp_path / "run", make_trainer(EIGHT)
     mover = SimpleNamespace(on_step=lambda *_: trainer.state.step == 1 and run.rename(tmp_path / "moved"))
     recorder = SimpleNamespace(on_eval=lambda *_: (run / "attention").mkdir(parents=True))
-    logger = MetricsLogger(run, TrainState())
-    trainer.callbacks = [mover, FolderCheck(logger), recorder, logger]
+    trainer.config = replace(trainer.config, run=replace(trainer.config.run, dir=str(run)))
+    trainer.callbacks = [mover, *get_callbacks(trainer, Callback(), recorder)]
     with pytest.raises(UserError, match="cannot write"):
         trainer.run()
     assert not run.exists()
+
+
+@pytest.mark.parametrize(("exit_code", "is_told"), [(143, True), (1, False)])
+def test_signal_after_the_last_step_is_told_how_to_resume(
+    exit_code: int, is_told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(EIGHT)
+    checkpointer = Checkpointer(trainer.config, trainer.ctx)
+    checkpointer.saved_config = trainer.config
+    checkpointer.on_exit(trainer, exit_code)
+    assert ("resume with" in capsys.readouterr().out) == is_told
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
