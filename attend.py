@@ -152,9 +152,9 @@ def show_prompt(options: AttendOptions) -> None:
     """Print the attention on one text and write an attention file, a figure and a page."""
     from inspection.activation_cache import run_with_cache_batch
     from training.checkpoint import open_checkpoint
-    from training.text_generation import check_amount, generate_tokens, read_prompt
+    from training.text_generation import check_token_count, generate_tokens, read_prompt
 
-    check_amount(1, options.tokens)
+    check_token_count(1, options.tokens)
     checkpoint = open_checkpoint(Path(options.run), options.checkpoint)
     tokenizer = checkpoint.tokenizer()
     text, tokens = read_prompt(tokenizer, options.prompt, checkpoint.environment)

@@ -70,9 +70,9 @@ def main(argv: list[str]) -> None:
     from model.quantize import quantize_
     from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
-    from training.text_generation import check_amount, escape_text, generate_tokens, read_prompt
+    from training.text_generation import check_token_count, escape_text, generate_tokens, read_prompt
 
-    check_amount(config.samples, config.tokens)
+    check_token_count(config.samples, config.tokens)
     checkpoint = open_checkpoint(Path(config.run), config.checkpoint)
     tokenizer = checkpoint.tokenizer()
     text, prompt = read_prompt(tokenizer, config.prompt, checkpoint.environment)

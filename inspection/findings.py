@@ -97,9 +97,9 @@ class Finding:
     @property
     def summary(self) -> str:
         """The finding in two sentences: the statement, and what ablating the head does."""
-        verb, what = ("raises", "the loss on repeated tokens")
-        if self.measure != "repeats":
-            verb, what = "lowers", "the logit difference of the right answer"
+        is_loss = self.measure == "repeats"
+        verb = "raises" if is_loss else "lowers"
+        what = "the loss on repeated tokens" if is_loss else "the logit difference of the right answer"
         effect = f"{self.zero[0]:z.2f} {self.unit} [95% CI {self.zero[1]:z.2f} to {self.zero[2]:z.2f}; "
         effect += f"mean ablation {self.mean[0]:z.2f}]"
         control = "its layer has no other head to compare with"

@@ -54,9 +54,7 @@ class RunFiles:
         folder, opened = Path(path), DEFAULT
         if folder.parent.name in (FOLDER, "checkpoints") and _is_step(folder.stem) and os.path.exists(folder):
             folder, opened = folder.parents[1], int(folder.stem)
-        elif os.path.isfile(
-            folder
-        ):  # not Path.is_file, which raises for a folder that may not be read; the attention of a prompt
+        elif os.path.isfile(folder):  # not Path.is_file, which raises for a folder that may not be read
             step = read_attention_file(folder).metadata.get("step", "")
             opened = int(step) if _is_step(step) else 0
             return RunFiles(folder, {opened: folder}, opened)

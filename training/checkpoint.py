@@ -78,10 +78,6 @@ class Checkpoint:
     state: TrainState
     environment: RunEnvironment
 
-    def weights(self) -> dict[str, Tensor]:
-        """The parameters by name."""
-        return _read_tensors(self.folder / MODEL)
-
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer state, named as by `Optimizer.state_dict`: `parameter/entry`."""
         return _read_tensors(self.folder / OPTIMIZER)
@@ -97,7 +93,7 @@ class Checkpoint:
 
     def build_model(self, config: ModelConfig) -> GPT:
         """The saved model on the CPU, with the attention implementation and dropout of `config`."""
-        weights = self.weights()
+        weights = _read_tensors(self.folder / MODEL)
         with reading(self.folder / MODEL, "model", ANOTHER):
             if config.n_layers > len(weights):
                 raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")

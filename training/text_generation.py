@@ -61,11 +61,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[in
     return tokenizer.encode(prompt or "\n").tolist()  # it has lines: else its documents begin with end-of-text
 
 
-def check_amount(n_samples: int, max_new_tokens: int) -> None:
+def check_token_count(n_samples: int, max_new_tokens: int) -> None:
     """Raise `UserError` (6) for more than `MAX_NEW_TOKENS` in all."""
     if (total := n_samples * max_new_tokens) > MAX_NEW_TOKENS:
-        text = f"{n_samples:,} text{'s' * (n_samples > 1)} of {max_new_tokens:,} tokens are {total:,} tokens"
-        raise UserError(f"{text}: ask for at most {MAX_NEW_TOKENS:,} at once", DISK_OR_MEMORY)
+        raise UserError(f"{total:,} tokens are too many: ask for at most {MAX_NEW_TOKENS:,} at once", DISK_OR_MEMORY)
 
 
 def generate_tokens(

@@ -189,9 +189,8 @@ class Trainer:
         """This process's rows of a step's batch, and how many valid targets the whole batch has."""
         seed, size, ctx = self.config.run.seed, self.config.train.batch_size, self.ctx
         rows = dataloader.get_batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
-        return rows, int(
-            self.train_sequences.counts[dataloader.sample_indices(self.train_sequences, seed, step, size)].sum()
-        )
+        indices = dataloader.sample_indices(self.train_sequences, seed, step, size)
+        return rows, int(self.train_sequences.counts[indices].sum())
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its loss (before the update), learning rate and gradient norm."""
