@@ -1,6 +1,7 @@
 """Model configuration. Does not import torch, so that errors in options are reported at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 AttentionImplementation = Literal["eager", "sdpa", "chunked"]
@@ -31,6 +32,8 @@ PRESETS = {
     "gpt2": Architecture("layer", "learned", "gelu", False, True, 0.02, 1.0, False, 4, 1e-5, 0.0),
     # Exactly Qwen3 (Qwen team 2025), dense and with tied embeddings.
     "qwen3": Architecture("rms", "rotary", "swiglu", True, False, 0.02, 1.0, False, 3, 1e-6, 1_000_000.0),
+    # Exactly Llama (Touvron et al. 2023), without scaled rotary positions.
+    "llama": Architecture("rms", "rotary", "swiglu", False, False, 0.02, 1.0, False, 3, 1e-6, 10_000.0),
 }
 
 
@@ -38,7 +41,9 @@ PRESETS = {
 class ModelConfig:
     """Model settings."""
 
-    preset: Literal["glass", "gpt2", "qwen3"] = "glass"  # glass learns fastest; gpt2 and qwen3 match Hugging Face's.
+    preset: Literal["glass", "gpt2", "qwen3", "llama"] = (
+        "glass"  # glass learns fastest; the others match Hugging Face's.
+    )
     n_layers: int = 4  # Number of transformer blocks.
     n_heads: int = 4  # Number of attention heads per block.
     n_kv_heads: int = 0  # Number of key/value heads (grouped-query attention); 0 means n_heads.
@@ -50,6 +55,10 @@ class ModelConfig:
     attention: Literal["auto", AttentionImplementation] = "auto"
     """Attention implementation. `eager`: every operation written out; `sdpa`: PyTorch's fused kernels; `chunked`:
     memory-efficient, 128 queries at a time; `auto`: the best for this machine."""
+    tie_embeddings: Literal["on", "off"] = "on"  # Whether the LM head is the token embedding.
+    norm_eps: float = 0.0  # Epsilon of the norms; 0 means the preset's.
+    rope_theta: float = 0.0  # Base of the rotary angles; 0 means the preset's.
+    init: str = ""  # Start from the weights of a run, a checkpoint, a Hugging Face folder or a name on its hub.
 
     def __post_init__(self) -> None:
         """Resolve sizes given as 0. Invalid sizes are left for `problems` to report."""
@@ -60,9 +69,12 @@ class ModelConfig:
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
-        return PRESETS[self.preset]
+        """The preset's, with the epsilon and the rotary base of this config."""
+        preset = PRESETS[self.preset]
+        theta = (self.rope_theta or preset.rope_theta) if preset.positions == "rotary" else 0.0
+        return replace(preset, norm_eps=self.norm_eps or preset.norm_eps, rope_theta=theta)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
@@ -83,6 +95,9 @@ class ModelConfig:
             )
         if self.architecture.positions == "rotary" and self.d_head % 2:
             problems.append(f"the head size is {self.d_head}; rotary positions need an even one (set model.d_head)")
+        for name, value in (("norm_eps", self.norm_eps), ("rope_theta", self.rope_theta)):
+            if not 0 <= value < float("inf"):
+                problems.append(f"model.{name} is {value}; it must be positive and finite, or 0 for the preset's")
         if not 0 <= self.dropout < 1:
             problems.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         return problems

@@ -174,9 +174,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = make_norm(config)
         self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
-        self.lm_head.weight = self.token_embedding.weight  # weight tying (Press & Wolf 2017)
+        self.tie_weights()
         if not self.lm_head.weight.is_meta:
             self.init_weights(seed)
+
+    def tie_weights(self) -> None:
+        """Let the LM head be the token embedding (Press & Wolf 2017), unless the config says otherwise."""
+        if self.config.tie_embeddings == "on":
+            self.lm_head.weight = self.token_embedding.weight
 
     def init_weights(self, seed: int) -> None:
         """Initialize matrices from N(0, 0.02²), biases with 0, norm weights with 1 (Radford et al. 2019, section 2.3).

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints to and from `GPT`: a folder with `config.json` and `model.safetensors`.
+"""Hugging Face checkpoints to and from `GPT`: a folder with `config.json` and `model.safetensors`, or shards of it.
 
-The presets `gpt2` and `qwen3` are exactly `GPT2LMHeadModel` and `Qwen3ForCausalLM`; `glass` has no counterpart. What the
-other side does not compute exactly raises ValueError. Dropout is not carried over in either direction.
+The presets `gpt2`, `qwen3` and `llama` are exactly `GPT2LMHeadModel`, `Qwen3ForCausalLM` and `LlamaForCausalLM`; `glass` has no
+counterpart. What the other side does not compute exactly raises ValueError. Dropout is not carried over in either direction.
 """
 
 import json
@@ -18,7 +18,8 @@ from common.files import read_json, reading, write_atomic
 from model.config import PRESETS, AttentionImplementation, ModelConfig
 from model.gpt import GPT
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,59 @@ class Layout:
 
     architecture: str
     prefix: str  # of all names but the LM head's; some files omit it
+    is_tied: bool  # whether the LM head is the token embedding if the file does not say
     sizes: dict[str, str]  # ours -> theirs
+    numbers: dict[str, str]  # ours -> theirs: settings that may differ from the preset's
     required: dict[str, tuple[Any, ...]]  # settings that change what is computed, and no tensor -> allowed values
     exported: dict[str, Any]  # settings that only an export needs
     modules: dict[str, str]  # ours -> theirs; "*" is the layer, and several names share our rows
 
 
+ROTARY_LAYOUT: dict[str, Any] = dict(
+    prefix="model.",
+    is_tied=False,
+    sizes={
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "d_model": "hidden_size",
+        "d_head": "head_dim",
+        "d_mlp": "intermediate_size",
+        "context": "max_position_embeddings",
+    },
+    numbers={"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"},
+    required={
+        "hidden_act": ("silu", "swish"),
+        "rope_type": (None, "default"),
+        "type": (None, "default"),  # the same in older files
+        "partial_rotary_factor": (None, 1),
+        "use_sliding_window": (False,),
+    },
+    exported={},
+    modules={
+        "token_embedding": "embed_tokens",
+        "blocks.*.norm1": "layers.*.input_layernorm",
+        "blocks.*.attention.qkv": "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj",
+        "blocks.*.attention.out": "layers.*.self_attn.o_proj",
+        "blocks.*.norm2": "layers.*.post_attention_layernorm",
+        "blocks.*.mlp.up": "layers.*.mlp.gate_proj layers.*.mlp.up_proj",
+        "blocks.*.mlp.down": "layers.*.mlp.down_proj",
+        "final_norm": "norm",
+    },
+)
+QK_NORM = {
+    "blocks.*.attention.q_norm": "layers.*.self_attn.q_norm",
+    "blocks.*.attention.k_norm": "layers.*.self_attn.k_norm",
+}
 LAYOUTS = {
     "gpt2": Layout(
         architecture="GPT2LMHeadModel",
         prefix="transformer.",
+        is_tied=True,
         sizes=dict(n_layers="n_layer", n_heads="n_head", d_model="n_embd", d_mlp="n_inner", context="n_positions"),
+        numbers={"norm_eps": "layer_norm_epsilon"},
         required={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "layer_norm_epsilon": (PRESETS["gpt2"].norm_eps,),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
         },
@@ -57,44 +97,8 @@ LAYOUTS = {
             "final_norm": "ln_f",
         },
     ),
-    "qwen3": Layout(
-        architecture="Qwen3ForCausalLM",
-        prefix="model.",
-        sizes={
-            "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads",
-            "n_kv_heads": "num_key_value_heads",
-            "d_model": "hidden_size",
-            "d_head": "head_dim",
-            "d_mlp": "intermediate_size",
-            "context": "max_position_embeddings",
-        },
-        required={
-            "hidden_act": ("silu", "swish"),
-            "rms_norm_eps": (PRESETS["qwen3"].norm_eps,),
-            "rope_theta": (PRESETS["qwen3"].rope_theta,),
-            "rope_type": (None, "default"),
-            "type": (None, "default"),  # the same in older files
-            "partial_rotary_factor": (None, 1),
-            "use_sliding_window": (False,),
-        },
-        exported={  # transformers 4 reads rope_theta above
-            "rope_parameters": {"rope_type": "default", "rope_theta": PRESETS["qwen3"].rope_theta},
-            "tie_word_embeddings": True,
-        },
-        modules={
-            "token_embedding": "embed_tokens",
-            "blocks.*.norm1": "layers.*.input_layernorm",
-            "blocks.*.attention.qkv": "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj",
-            "blocks.*.attention.q_norm": "layers.*.self_attn.q_norm",
-            "blocks.*.attention.k_norm": "layers.*.self_attn.k_norm",
-            "blocks.*.attention.out": "layers.*.self_attn.o_proj",
-            "blocks.*.norm2": "layers.*.post_attention_layernorm",
-            "blocks.*.mlp.up": "layers.*.mlp.gate_proj layers.*.mlp.up_proj",
-            "blocks.*.mlp.down": "layers.*.mlp.down_proj",
-            "final_norm": "norm",
-        },
-    ),
+    "llama": Layout(architecture="LlamaForCausalLM", **ROTARY_LAYOUT),
+    "qwen3": Layout(architecture="Qwen3ForCausalLM", **ROTARY_LAYOUT | {"modules": ROTARY_LAYOUT["modules"] | QK_NORM}),
 }
 
 
@@ -111,6 +115,8 @@ def named_views(model: GPT) -> dict[str, Tensor]:
                 tensor = parameter.detach().t() if ".c_" in theirs else parameter.detach()
                 parts = tensor.split([q, kv, kv] if len(names) == 3 else len(tensor) // len(names))
                 views |= {f"{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
+    if config.tie_embeddings == "off":
+        views[LM_HEAD] = model.lm_head.weight.detach()
     return views
 
 
@@ -119,7 +125,7 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = model.config
     if config.preset not in LAYOUTS:
         raise ValueError(
-            f"preset {config.preset} has no Hugging Face equivalent; train with model.preset gpt2 or qwen3"
+            f"preset {config.preset} has no Hugging Face equivalent; train with model.preset gpt2, qwen3 or llama"
         )
     standard = config.n_kv_heads == config.n_heads and config.n_heads * config.d_head == config.d_model
     if config.preset == "gpt2" and not standard:
@@ -127,7 +133,7 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "GPT-2 has no grouped key/value heads and no head size other than d_model / n_heads; "
             "train with model.preset qwen3, or leave model.n_kv_heads and model.d_head at 0"
         )
-    layout = LAYOUTS[config.preset]
+    layout, architecture = LAYOUTS[config.preset], config.architecture
     content = {
         "model_type": config.preset,
         "architectures": [layout.architecture],
@@ -135,12 +141,16 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "dtype": str(model.token_embedding.weight.dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None,
+        "tie_word_embeddings": config.tie_embeddings == "on",
         **{theirs: getattr(config, ours) for ours, theirs in layout.sizes.items()},
         **{name: allowed[0] for name, allowed in layout.required.items() if allowed[0] is not None},
+        **{theirs: getattr(architecture, ours) for ours, theirs in layout.numbers.items()},
         **layout.exported,
     }
-    views = named_views(model)
-    return content, {layout.prefix + n: v.clone(memory_format=torch.contiguous_format) for n, v in views.items()}
+    if architecture.positions == "rotary":  # transformers 4 reads rope_theta above
+        content["rope_parameters"] = {"rope_type": "default", "rope_theta": architecture.rope_theta}
+    views = {(n if n == LM_HEAD else layout.prefix + n): v for n, v in named_views(model).items()}
+    return content, {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
 
 
 def from_huggingface(
@@ -151,7 +161,13 @@ def from_huggingface(
     layout = LAYOUTS[shape.preset]
     masks = (".attn.bias", ".attn.masked_bias")  # constants in old files of GPT-2
     weights = {name.removeprefix(layout.prefix): x for name, x in weights.items() if not name.endswith(masks)}
-    lm_head = weights.pop("lm_head.weight", None)
+    if shape.n_layers > len(weights):
+        raise ValueError(f"config.json has {shape.n_layers} layers, but there are {len(weights)} tensors")
+    lm_head = weights.get(LM_HEAD)
+    if lm_head is not None and shape.tie_embeddings == "on":
+        if not torch.equal(lm_head, weights[layout.modules["token_embedding"] + ".weight"]):
+            raise ValueError(f"{LM_HEAD} differs from the token embedding, but config.json ties them")
+        del weights[LM_HEAD]
     with torch.device("meta"):  # so that memory is allocated only once the shapes are right
         expected = {name: tuple(x.shape) for name, x in named_views(GPT(shape, vocab_size)).items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
@@ -161,9 +177,8 @@ def from_huggingface(
         if found.get(name) != expected.get(name)
     ]
     if problems:
-        raise ValueError("; ".join(problems[:6]))
-    if lm_head is not None and not torch.equal(lm_head, weights[layout.modules["token_embedding"] + ".weight"]):
-        raise ValueError("lm_head.weight differs from the token embedding; only tied embeddings are supported")
+        more = [f"{len(problems) - 6} more"] if len(problems) > 6 else []
+        raise ValueError("; ".join(problems[:6] + more))
     model = GPT(replace(shape, attention=attention), vocab_size)
     for name, view in named_views(model).items():
         view.copy_(weights[name])
@@ -174,7 +189,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int
     """Model config and vocabulary size from the content of `config.json`."""
     preset = config["model_type"]
     if preset not in tuple(LAYOUTS):
-        raise ValueError(f"model_type is {preset!r}; only {' and '.join(LAYOUTS)} are supported")
+        raise ValueError(f"model_type is {preset!r}; only {', '.join(LAYOUTS)} are supported")
     layout = LAYOUTS[preset]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     config = {"rope_theta": 10_000.0, **config, **rope}  # transformers assumes 10,000
@@ -186,7 +201,13 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         problems.append("layer_types has other values than 'full_attention'")
     sizes: dict[str, Any] = {ours: int(config.get(theirs) or 0) for ours, theirs in layout.sizes.items()}
-    shape = ModelConfig(preset, **sizes)  # resolves sizes of 0, which are null or missing in the file
+    for ours, theirs in layout.numbers.items():
+        default = getattr(PRESETS[preset], ours)
+        if (value := float(config.get(theirs, default))) != default:
+            sizes[ours] = value
+    is_tied = config.get("tie_word_embeddings", layout.is_tied)
+    # Sizes of 0, which are null or missing in the file, are resolved.
+    shape = ModelConfig(preset, tie_embeddings="on" if is_tied else "off", **sizes)
     if problems := problems + shape.problems():
         raise ValueError("; ".join(problems))
     return shape, int(config["vocab_size"])
@@ -201,6 +222,22 @@ def save_huggingface(model: GPT, folder: str | Path) -> None:
 
 def load_huggingface(folder: str | Path, attention: AttentionImplementation = "eager") -> GPT:
     """`from_huggingface` of the files of a folder; raises UserError (exit code 4) if it cannot be loaded."""
-    with reading(folder, f"Hugging Face model ({CONFIG_FILE} and an unsharded {WEIGHTS_FILE})"):
-        config = read_json(Path(folder) / CONFIG_FILE)
-        return from_huggingface(config, load_file(Path(folder) / WEIGHTS_FILE), attention)
+    with reading(folder, f"Hugging Face model ({CONFIG_FILE} and {WEIGHTS_FILE}, or shards with an index)"):
+        return from_huggingface(read_json(Path(folder) / CONFIG_FILE), read_weights(Path(folder)), attention)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder, by name. Raises ValueError or OSError if there are none; files that execute code are not read."""
+    if (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+        names = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"its index names {outside[0]!r}, which is not in the folder")
+    else:
+        names = [WEIGHTS_FILE]
+        pickles = [path.name for kind in ("bin", "pt", "pth", "ckpt") for path in sorted(folder.glob(f"*.{kind}"))]
+        if pickles and not (folder / WEIGHTS_FILE).is_file():
+            raise ValueError(
+                f"{pickles[0]} is a pickle, which executes code when it is read; if you trust it, load it with transformers "
+                "and save it with save_pretrained(folder, safe_serialization=True)"
+            )
+    return {name: tensor for file in names for name, tensor in load_file(folder / file).items()}

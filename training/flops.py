@@ -12,8 +12,9 @@ from training.config import RunConfig
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters by part; the LM head is the token embedding and counts once."""
-    words = {"norm": "norms", "embedding": "embeddings", "attention": "attention", "mlp": "MLP"}  # the first one counts
+    """Parameters by part; the LM head counts as an embedding, once if it is the token embedding."""
+    words = {"norm": "norms", "embedding": "embeddings", "lm_head": "embeddings"}  # the first one counts
+    words |= {"attention": "attention", "mlp": "MLP"}
     with torch.device("meta"):
         model = GPT(config, vocab_size)
     parts = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)

@@ -24,8 +24,18 @@ from model.huggingface import (
 from tests.model import helpers
 from tests.model.helpers import SHAPES, VOCAB, normal, random_model, random_tokens, same, transformers_model
 
-each_preset = pytest.mark.parametrize("preset", ["gpt2", "qwen3"])
-each_pair = pytest.mark.parametrize(("preset", "attention"), [("gpt2", "eager"), ("qwen3", "sdpa"), ("qwen3", "eager")])
+each_preset = pytest.mark.parametrize("preset", ["gpt2", "qwen3", "llama", "untied"])
+each_pair = pytest.mark.parametrize(
+    ("preset", "attention"),
+    [
+        ("gpt2", "eager"),
+        ("qwen3", "sdpa"),
+        ("qwen3", "eager"),
+        ("llama", "eager"),
+        ("llama", "sdpa"),
+        ("untied", "eager"),
+    ],
+)
 
 
 @each_pair
@@ -105,7 +115,8 @@ def test_round_trip(preset: str, dtype: torch.dtype, tmp_path: Path) -> None:
     ours = random_model(preset, d_mlp=37).to(dtype)
     save_huggingface(ours, tmp_path)
     again = load_huggingface(tmp_path)
-    assert again.config == ours.config and again.lm_head.weight is again.token_embedding.weight
+    assert again.config == ours.config
+    assert (again.lm_head.weight is again.token_embedding.weight) == (preset != "untied")
     for (name, a), b in zip(again.named_parameters(), ours.parameters(), strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b.float()), name
 
@@ -140,6 +151,21 @@ def test_qwen3_config_of_transformers_4_is_read() -> None:
     assert shape.d_head == 10 and shape.n_kv_heads == 2
 
 
+@each_preset
+def test_shards_and_other_dtypes_are_read(preset: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours, tokens = random_model(preset), random_tokens(2, SHAPES[preset].context)
+    theirs = transformers_model(ours)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    with torch.no_grad():
+        same(load_huggingface(tmp_path / "shards").eval()(tokens), ours(tokens), 1e-5)
+        theirs.bfloat16().save_pretrained(tmp_path / "half")
+        half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
+        same(load_huggingface(tmp_path / "half").eval()(tokens), half(tokens).logits, 1e-5)
+
+
 # Unsupported models and damaged folders.
 
 
@@ -151,9 +177,10 @@ def check_rejected(config: dict[str, Any], weights: dict[str, Tensor], words: st
 @pytest.mark.parametrize(
     ("preset", "changes", "word"),
     [
-        ("gpt2", {"model_type": "llama"}, "model_type is 'llama'"),
+        ("gpt2", {"model_type": "bert"}, "model_type is 'bert'"),
+        ("gpt2", {"n_layer": 1 << 40}, "config.json has 1099511627776 layers, but there are 28 tensors"),
         ("gpt2", {"activation_function": "gelu"}, "activation_function is 'gelu'"),
-        ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ("gpt2", {"layer_norm_epsilon": -1.0}, "model.norm_eps is -1.0"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("gpt2", {"n_head": 5}, "not divisible by 5 heads"),
         ("gpt2", {"n_layer": "two"}, "'two'"),
@@ -162,7 +189,8 @@ def check_rejected(config: dict[str, Any], weights: dict[str, Tensor], words: st
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is 10000.0"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "llama3"),
+        ("untied", {"tie_word_embeddings": True}, "lm_head.weight differs from the token embedding"),
         ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
         ("qwen3", {"head_dim": 9}, "rotary positions need an even one"),
         ("qwen3", {"num_key_value_heads": 4}, "4 key/value heads"),
@@ -181,7 +209,8 @@ def test_wrong_tensors_are_named(preset: str) -> None:
         check_rejected(config, {n: w for n, w in weights.items() if n != name}, f"{bare} is missing, but config.json")
         check_rejected(config, weights | {name: weights[name][:-1]}, f"{bare} is (")
         check_rejected(config, weights | {f"{name}.extra": weights[name]}, "implies no such tensor")
-    check_rejected(config, weights | {"lm_head.weight": normal(VOCAB, 48)}, "lm_head.weight differs")
+    if preset in ("gpt2", "qwen3"):
+        check_rejected(config, weights | {"lm_head.weight": normal(VOCAB, 48)}, "lm_head.weight differs")
     if preset == "gpt2":
         name = "transformer.h.1.mlp.c_fc.weight"
         check_rejected(config, weights | {name: weights[name].t()}, "h.1.mlp.c_fc.weight is (192, 48), but")
@@ -214,3 +243,15 @@ def test_damaged_folder_is_one_line(file: str, content: bytes | None, tmp_path: 
         load_huggingface(tmp_path)
     assert caught.value.exit_code == CHECKPOINT and str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_shards_outside_of_the_folder_and_pickles_are_refused(tmp_path: Path) -> None:
+    transformers_model(random_model("gpt2")).save_pretrained(tmp_path, max_shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(UserError, match="which is not in the folder"):
+        load_huggingface(tmp_path)
+    index.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle"):
+        load_huggingface(tmp_path)
