@@ -57,7 +57,7 @@ class AttendOptions(RunOptions):
     """Options of `attend.py RUN`."""
 
     run: Positional[str]
-    """A run folder, or one of its checkpoints."""
+    """A run folder, one of its checkpoints, a Hugging Face folder, or a name on its hub."""
     checkpoint: str = "best"
     """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
     prompt: str = ""
@@ -94,8 +94,9 @@ def main(argv: list[str]) -> None:
 def check_command(argv: list[str]) -> None:
     """Raise `UserError` for a first word that is neither a command nor a path, if it looks like a command."""
     words = [value or "" for option, value in split_options(argv) if not option and value != "-h"]
-    if words and not os.path.exists(words[0]) and (len(words) > 1 or "/" not in words[0]):
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
+    is_name = bool(words) and "/" not in words[0] and not (not near and re.fullmatch(r"[\w.-]+", words[0], re.ASCII))
+    if words and not os.path.exists(words[0]) and (len(words) > 1 or is_name):
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
     if len(words) > 1 and words[1] in COMMANDS:
@@ -130,9 +131,9 @@ def run_command(name: str, argv: list[str]) -> None:
 
 def load_model(path: Path, which: str) -> LoadedModel:
     """The model of a checkpoint, or of the checkpoint `best`, `last` or of a step of a run."""
-    from training.checkpoint import open_checkpoint
+    from training.pretrained import open_model
 
-    return load(open_checkpoint(path, which))
+    return load(open_model(path, which))
 
 
 def load(checkpoint: Checkpoint) -> LoadedModel:
@@ -142,7 +143,7 @@ def load(checkpoint: Checkpoint) -> LoadedModel:
 
     model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
     metadata = provenance(model, tokenizer, checkpoint.state)
-    return LoadedModel(model, checkpoint.state.step, metadata, tokenizer.token_bytes)
+    return LoadedModel(model, checkpoint.state.step, metadata, tokenizer)
 
 
 # A prompt
@@ -151,11 +152,11 @@ def load(checkpoint: Checkpoint) -> LoadedModel:
 def show_prompt(options: AttendOptions) -> None:
     """Print the attention on one text and write an attention file, a figure and a page."""
     from inspection.activation_cache import run_with_cache_batch
-    from training.checkpoint import open_checkpoint
+    from training.pretrained import open_model
     from training.text_generation import check_token_count, generate_tokens, read_prompt
 
     check_token_count(1, options.tokens)
-    checkpoint = open_checkpoint(Path(options.run), options.checkpoint)
+    checkpoint = open_model(options.run, options.checkpoint)
     tokenizer = checkpoint.tokenizer()
     text, tokens = read_prompt(tokenizer, options.prompt, checkpoint.environment)
     loaded = load(checkpoint)
@@ -218,7 +219,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
     from inspection.recorder import capture_texts
     from training.checkpoint import list_checkpoints, read_checkpoint
 
-    run, tokens = checkpoint.folder.parent.parent, cache.tokens.tolist()
+    run, tokens = checkpoint.run_dir, cache.tokens.tolist()
     name = options.prompt or f"generated, seed {options.seed}"
     slug = "-".join(re.findall(r"[a-z0-9]+", name.lower()))[:24].strip("-")
     digest = hashlib.sha256(repr(tokens).encode()).hexdigest()[:6]
@@ -227,7 +228,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
     write_attention_file(Path(f"{path}.safetensors"), [record], loaded.metadata, dtype=options.dtype)
     draw_patterns(Path(f"{path}.png"), cache.pattern.numpy(), record.token_bytes, f"step {loaded.step}: {name[:60]}")
     files = []
-    for folder in list_checkpoints(checkpoint.folder.parent):
+    for folder in list_checkpoints(run / "checkpoints"):
         if int(folder.name) < loaded.step:
             try:
                 earlier = load(read_checkpoint(folder))

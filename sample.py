@@ -1,6 +1,6 @@
 """Generate text with a trained model:  python sample.py RUN [--prompt TEXT] [--option value ...]
 
-RUN is a run folder or a checkpoint folder.
+RUN is a run folder, a checkpoint folder, a Hugging Face folder (GPT-2, Qwen3, Llama), or a name on its hub.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SampleConfig:
     """Sampling settings."""
 
     run: Positional[str]
-    """Run folder or checkpoint folder."""
+    """Run folder, checkpoint folder, Hugging Face folder, or a name on its hub."""
     checkpoint: str = "best"
     """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
     prompt: str = ""
@@ -68,12 +68,12 @@ def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "Generate text with a trained model.", positional=["run"])
     from model.generate import SamplingParams
     from model.quantize import quantize_
-    from training.checkpoint import open_checkpoint
     from training.device import get_dist_context
+    from training.pretrained import open_model
     from training.text_generation import check_token_count, escape_text, generate_tokens, read_prompt
 
     check_token_count(config.samples, config.tokens)
-    checkpoint = open_checkpoint(Path(config.run), config.checkpoint)
+    checkpoint = open_model(config.run, config.checkpoint)
     tokenizer = checkpoint.tokenizer()
     text, prompt = read_prompt(tokenizer, config.prompt, checkpoint.environment)
     shown: Callable[[str], str] = escape_text if sys.stdout.isatty() else str  # a file gets the text as it is

@@ -19,7 +19,7 @@ if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common.errors import UserError, run_main
-from training.config import RunConfig, given_options, name_source, parse_train
+from training.config import RunConfig, given_options, name_source, parse_train, replace_options
 from training.hardware import parse_plan_option
 from training.recipe import describe, read_recipe
 from training.run_dir import open_run_dir
@@ -38,12 +38,19 @@ def main(argv: list[str]) -> None:
     options = name_source(argv)
     config, name = parse_train(options, usage)
     defaults, max_epochs, size = read_recipe(config, options)
-    if defaults:
+    if config.model.init and not config.run.resume:
+        from training.pretrained import describe_init, init_options
+
+        n_files = int(bool(options) and not options[0].startswith("-"))
+        options[n_files:n_files] = init_options(config, options[n_files:])
+    if defaults or config.model.init:
         config, name = parse_train([*defaults, *options])
     if importlib.util.find_spec("fcntl") is None:
         raise UserError("training needs Linux or macOS; on Windows, use WSL")
     from data import corpora, text_files, tokenizer
 
+    if config.run.resume and os.sep in config.data.tokenizer and not os.path.exists(config.data.tokenizer):
+        config = replace_options(config, {"data.tokenizer": config.run.resume})  # the run has it as well
     tokenizer.check_tokenizer_name(config.data.tokenizer)  # mistakes are reported before torch is loaded
     source, is_main_process = config.data.source, os.environ.get("RANK", "0") == "0"
     if source in corpora.NAMED and os.path.exists(source) and is_main_process:
@@ -57,6 +64,8 @@ def main(argv: list[str]) -> None:
         text_files.find_files(text, config.data.encoding)
     if defaults and is_main_process:
         print(describe(config, max_epochs, size), flush=True)
+    if config.model.init and not config.run.resume and is_main_process:
+        print(describe_init(config), flush=True)
     with open_run_dir(config, name) as config:
         from training.distributed import process_group
 

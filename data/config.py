@@ -17,7 +17,8 @@ class DataConfig:
     encoding: str = "utf-8"
     """Encoding of text of your own, such as `cp1252`, `gbk`, `shift_jis`, `koi8_r`; a byte-order mark goes before it."""
     tokenizer: str = "bpe"
-    """`char`, `byte`, `bpe` (trained on the corpus), or a tiktoken encoding such as `gpt2` or `cl100k_base`."""
+    """`char`, `byte`, `bpe` (trained on the corpus), a tiktoken encoding such as `gpt2` or `cl100k_base`, or a folder: a run, a
+    checkpoint or a Hugging Face folder, whose tokenizer is used."""
     vocab_size: int = 1024
     """Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text."""
     val_fraction: float = 0.1

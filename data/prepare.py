@@ -129,8 +129,10 @@ def _cache_key(corpus: Corpus, config: DataConfig, progress: bool = False) -> st
     texts = corpus.train + corpus.val
     with progress_bar("reading the text", sum(text.n_bytes for text in texts), progress) as bar:
         hashes = {path: _sha256(path, bar) for path in {text.path for text in texts}}
-    vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
-    content: dict[str, Any] = {"format": FORMAT, "tokenizer": config.tokenizer, "vocab_size": vocab_size}
+    vocab_size, name = config.vocab_size if config.tokenizer == "bpe" else None, config.tokenizer
+    if os.path.isdir(name):
+        name = train_tokenizer(name, config.vocab_size, ()).fingerprint()
+    content: dict[str, Any] = {"format": FORMAT, "tokenizer": name, "vocab_size": vocab_size}
     for split, texts in (("train", corpus.train), ("val", corpus.val)):
         content[split] = [(hashes[text.path], text.start, text.end) for text in texts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]

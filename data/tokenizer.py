@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -35,12 +37,18 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 """GPT-2's pre-tokenization pattern, with possessive quantifiers as in tiktoken: same matches, faster."""
 
 
+HUGGINGFACE_FILE = "tokenizer.json"
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # in foreign files that do not say which token it is
+
+
 class Tokenizer(ABC):
     """Interface of all tokenizers."""
 
     name: str
     vocab_size: int
     end_of_text: int
+    prompt_prefix: tuple[int, ...] = ()
+    """What a foreign tokenizer puts before a prompt, such as Llama's `<s>`."""
 
     @abstractmethod
     def _encode(self, text: str) -> np.ndarray:
@@ -140,6 +148,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, encoding: tiktoken.Encoding, saved: dict[str, Any]) -> None:
         self.name, self.vocab_size, self.end_of_text = encoding.name, encoding.n_vocab, encoding.eot_token
         self._encoding, self._saved = encoding, saved
+        self.pattern: str = encoding._pat_str  # of pre-tokens; tiktoken has no public name for it
         self._special = {encoding.encode_single_token(special) for special in encoding.special_tokens_set}
 
     @classmethod
@@ -192,9 +201,69 @@ class BPETokenizer(Tokenizer):
         return self._saved
 
 
+class HuggingFaceTokenizer(Tokenizer):
+    """The tokenizer of a `tokenizer.json`: byte-level BPE (GPT-2, Qwen, Llama 3), or of pieces with "▁" for a space (Llama 2).
+
+    Text never encodes to special tokens, so that `encode` equals that of `tokenizers` without them.
+
+    Args:
+        text: the content of `tokenizer.json`.
+        vocab_size: the model's, which may be larger than the tokenizer's.
+        end_of_text: the id of the end-of-text token, which Hugging Face calls `eos_token`.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, text: str, vocab_size: int, end_of_text: int) -> None:
+        from tokenizers import Tokenizer as HFTokenizer
+
+        try:
+            self._tokenizer = HFTokenizer.from_str(text)
+        except Exception as error:  # the package raises no other kind
+            raise ValueError(str(error)) from error
+        self._saved = {"kind": "huggingface", "tokenizer": text, "vocab_size": vocab_size, "end_of_text": end_of_text}
+        self.vocab_size, self.end_of_text = vocab_size, end_of_text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if (n_ids := max(self._tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
+            raise ValueError(f"it has {n_ids} tokens, the model {vocab_size}")
+        if not 0 <= end_of_text < vocab_size:
+            raise ValueError(f"end-of-text is token {end_of_text} of {vocab_size}")
+        content = json.loads(text)
+        parts = str([content.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
+        self._is_byte_level, self._has_marks = "ByteLevel" in parts, "▁" in parts
+        if (kind := content["model"].get("type")) not in ("BPE", "Unigram"):
+            raise ValueError(f"it is of kind {kind}; only BPE and Unigram are supported")
+        self._bytes = gpt2_byte_decoder()
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        marked = self._tokenizer.encode("a", add_special_tokens=True).ids
+        self.prompt_prefix = tuple(marked[: marked.index(plain[0])]) if plain and plain[0] in marked else ()
+        self._tokenizer.encode_special_tokens = True
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int64)
+
+    def _token_bytes(self, token: int) -> bytes:
+        if (added := self._added.get(token)) is not None:
+            return b"" if added.special else added.content.encode()
+        if token == self.end_of_text or (piece := self._tokenizer.id_to_token(token)) is None:
+            return b""
+        if self._is_byte_level:
+            return bytes(self._bytes[character] for character in piece)
+        if self._has_marks and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return (piece.replace("▁", " ") if self._has_marks else piece).encode()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._saved
+
+
 def check_tokenizer_name(name: str) -> None:
-    """Raises `UserError` (2), which names the nearest ones, if there is no such tokenizer."""
+    """Raises `UserError` (2), which names the nearest ones, if there is neither such a tokenizer nor a folder of the name."""
     known = ["char", "byte", "bpe"]
+    if os.path.isdir(name):
+        return
     if name not in known:
         import tiktoken
 
@@ -214,6 +283,8 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: 
 
     Raises `UserError`: unknown name (2), an encoding that cannot be downloaded (3).
     """
+    if os.path.isdir(name):
+        return tokenizer_of_folder(Path(name), vocab_size)
     if name == "byte":
         return ByteTokenizer()
     if name == "char":
@@ -226,6 +297,16 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: 
     return BPETokenizer.from_tiktoken(name)
 
 
+def tokenizer_of_folder(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run, of a checkpoint, or of a Hugging Face folder for a model of `vocab_size`.
+
+    Raises `UserError` (4) if the folder has none, or it is damaged.
+    """
+    if found := [*folder.glob("vocabulary.json"), *sorted(folder.glob("checkpoints/*/vocabulary.json"))]:
+        return load_tokenizer(found[-1])
+    return load_huggingface_tokenizer(folder, vocab_size)
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read what `Tokenizer.save` wrote.
 
@@ -233,6 +314,62 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     with reading(path, "tokenizer", "use another checkpoint"):
         return from_dict(read_json(path))
+
+
+def load_huggingface_tokenizer(folder: Path, vocab_size: int) -> HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face folder, for a model of `vocab_size`.
+
+    Raises `UserError` (4) if there is none, it is damaged, or it does not fit the model.
+    """
+    with reading(
+        folder / HUGGINGFACE_FILE,
+        "Hugging Face tokenizer",
+        f"save {HUGGINGFACE_FILE} there with transformers: save_pretrained",
+    ):
+        text = (
+            (folder / HUGGINGFACE_FILE).read_text("utf-8")
+            if (folder / HUGGINGFACE_FILE).exists()
+            else _from_merges(folder)
+        )
+        return HuggingFaceTokenizer(text, vocab_size, _find_end_of_text(folder, text))
+
+
+def _find_end_of_text(folder: Path, text: str) -> int:
+    """The id of `eos_token`, which one of several files names."""
+    ids = {entry["content"]: int(entry["id"]) for entry in json.loads(text).get("added_tokens", [])}
+    ids |= {token: i for token, i in json.loads(text)["model"]["vocab"].items() if token in END_OF_TEXT}
+    settings: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    token = settings.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token in ids:
+        return ids[token]
+    found = settings.get("eos_token_id")
+    found = found[0] if isinstance(found, list) and found else found
+    if isinstance(found, int):
+        return found
+    for token in END_OF_TEXT:
+        if token in ids:
+            return ids[token]
+    raise ValueError("no file names its end-of-text token (eos_token)")
+
+
+def _from_merges(folder: Path) -> str:
+    """The content of `tokenizer.json` for GPT-2's older files, `vocab.json` and `merges.txt`."""
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    names = [str(folder / name) for name in ("vocab.json", "merges.txt")]
+    if not all(map(Path.is_file, map(Path, names))):
+        raise ValueError("there is no such file")
+    tokenizer = HFTokenizer(models.BPE.from_file(*names))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    text: str = tokenizer.to_str()
+    return text
 
 
 def from_dict(saved: Any) -> Tokenizer:
@@ -251,6 +388,8 @@ def from_dict(saved: Any) -> Tokenizer:
             if saved["name"] not in tiktoken.list_encoding_names():
                 raise ValueError(f"tiktoken has no encoding {saved['name']!r}")
             tokenizer = BPETokenizer.from_tiktoken(saved["name"])
+        case "huggingface":
+            tokenizer = HuggingFaceTokenizer(saved["tokenizer"], saved["vocab_size"], saved["end_of_text"])
         case kind:
             raise ValueError(f"unknown kind {kind!r}")
     if {"format": FORMAT, **tokenizer.to_dict()} != saved:  # another format, or tiktoken has changed the encoding
@@ -271,7 +410,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, progress: bool) -> list[by
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
 
-    byte_of = _gpt2_byte_decoder()
+    byte_of = gpt2_byte_decoder()
     trained = HFTokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     parts = pre_tokenizers.Split(Regex(f".{{{MAX_PRETOKEN_BYTES}}}"), "isolated")
@@ -308,7 +447,7 @@ def progress_bar(description: str, n_bytes: int | None, progress: bool) -> tqdm:
     return tqdm(None, description, n_bytes, disable=disable, bar_format=shown, **options)
 
 
-def _gpt2_byte_decoder() -> dict[str, int]:
+def gpt2_byte_decoder() -> dict[str, int]:
     """GPT-2's mapping of visible characters to bytes, which `tokenizers` uses: visible Latin-1 characters are
     themselves, the other bytes are U+0100 and following."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

@@ -35,6 +35,7 @@ SCORED_HELD_OUT = 12  # of these for head scores at each evaluation; heads are a
 RECORDED_HELD_OUT = 2  # of these in an attention file
 MAX_USER_TEXTS = 8
 N_REPEATS, REPEAT_LENGTH = 8, 50  # repeated sequences, and tokens of each copy
+LARGE, LARGE_REPEATS, LARGE_LENGTH = 30_000_000, 2, 41  # parameters of pretrained blocks; sequences and tokens for more
 MAX_TOKENS = 256  # of a recorded text
 MAX_FILE_BYTES = 64_000_000  # of the patterns in an attention file: models with very many heads get shorter texts
 
@@ -143,6 +144,24 @@ class EvalTexts:
                 if not 1 <= len(tokens) <= context or not all(0 <= token < vocab_size for token in tokens):
                     raise ValueError("it has a text that does not fit the model")
         return EvalTexts(texts, repeats, pairs)
+
+
+def pretrained_texts(tokenizer: Tokenizer, config: ModelConfig, prompts: str = "") -> EvalTexts:
+    """Texts for a model whose training text is not at hand: repeated random tokens, and a user's prompts.
+
+    A model of more than `LARGE` parameters in its blocks gets few and short ones, so that ablation takes minutes.
+
+    Raises UserError as `read_user_prompts` does.
+    """
+    own: tuple[list[NamedText], list[ContrastPair]] = ([], [])
+    if prompts:
+        own = read_user_prompts(Path(prompts), tokenizer, config.context, has_backslashes=False)
+    words = [token for token in range(tokenizer.vocab_size) if tokenizer.token_bytes(token).strip()]
+    is_large = 12 * config.n_layers * config.d_model**2 > LARGE
+    first = [*tokenizer.prompt_prefix, tokenizer.end_of_text][0]
+    length = min(max_text_length(config, len(own[0]) + 2), LARGE_LENGTH if is_large else MAX_TOKENS)
+    repeats = repeated_sequences(words, first, length, seed=1)[: LARGE_REPEATS if is_large else N_REPEATS]
+    return EvalTexts(tuple((name, tokens[:length]) for name, tokens in own[0]), repeats, tuple(own[1]))
 
 
 def read_user_prompts(

@@ -194,6 +194,9 @@ def _not_a_run(path: Path) -> str:
     if (path / "config.toml").is_file():
         hint = f"look at a prompt with: python attend.py {shlex.quote(str(path))} --prompt TEXT"
         return f"{path} has no attention files (it was trained with --log.attention off); {hint}"
+    if (path / "config.json").is_file():
+        command = f"python attend.py ablate {shlex.quote(str(path))}"
+        return f"{path} is a Hugging Face folder without recorded attention; record it with: {command}"
     return f"{path} is not a run folder; python train.py makes a run folder"
 
 

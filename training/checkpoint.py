@@ -78,6 +78,15 @@ class Checkpoint:
     state: TrainState
     environment: RunEnvironment
 
+    @property
+    def run_dir(self) -> Path:
+        """The folder in which files about the model are written."""
+        return self.folder.parents[1]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, in fp32."""
+        return _read_tensors(self.folder / MODEL)
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer state, named as by `Optimizer.state_dict`: `parameter/entry`."""
         return _read_tensors(self.folder / OPTIMIZER)
@@ -92,15 +101,18 @@ class Checkpoint:
         return tokenizer
 
     def build_model(self, config: ModelConfig) -> GPT:
-        """The saved model on the CPU, with the attention implementation and dropout of `config`."""
-        weights = _read_tensors(self.folder / MODEL)
+        """The saved model on the CPU, with attention implementation, dropout and context (at most the saved) of `config`."""
+        weights = self.weights()
+        name = "position_embedding.weight"
+        if name in weights and config.context < self.config.model.context == len(weights[name]):
+            weights[name] = weights[name][: config.context].clone()
         with reading(self.folder / MODEL, "model", ANOTHER):
             if config.n_layers > len(weights):
                 raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")
             with torch.device("meta"), _SkipInit():  # shapes only: no memory before they are compared
                 model = GPT(config, self.vocab_size)
-            model.load_state_dict({**weights, "lm_head.weight": weights["token_embedding.weight"]}, assign=True)
-        model.lm_head.weight = model.token_embedding.weight
+            model.load_state_dict({"lm_head.weight": weights["token_embedding.weight"], **weights}, assign=True)
+        model.tie_weights()
         return model
 
     def load_model(self, ctx: DistContext) -> GPT:
@@ -213,7 +225,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:
-    """Every parameter once (the LM head is the token embedding); the model's own memory, not a copy."""
+    """Every parameter once (a tied LM head is the token embedding); the model's own memory, not a copy."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

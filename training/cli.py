@@ -24,7 +24,8 @@ ALIASES = {
     "head_dim": "model.d_head",
     "intermediate_size": "model.d_mlp",
     "output_dir": "run.dir",
-    **dict.fromkeys(("init_from", "resume_from_checkpoint"), "run.resume"),
+    "init_from": "model.init",
+    "resume_from_checkpoint": "run.resume",
     "learning_rate": "optim.lr",
     "max_grad_norm": "optim.grad_clip",
     "gradient_accumulation_steps": "train.micro_batch_size",
@@ -38,7 +39,10 @@ NO_EQUIVALENT = {
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
     "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
 }
-PATHS = ("run.dir", "run.resume", "data.source", "data.val", "log.prompts", "out", "against", "attend")
+PATHS = (
+    *("run.dir", "run.resume", "model.init", "data.tokenizer", "data.source", "data.val", "log.prompts", "prompts"),
+    *("out", "against", "attend"),
+)
 OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")
 """Unlike `-- said the bird`, which is a value."""
 S = TypeVar("S")

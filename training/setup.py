@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from training.distributed import gather_weights, is_fsdp, wrap_model
 from training.flops import step_flops
 from training.metrics import FolderCheck, MetricsLogger, ProgressBar, print_line
 from training.optimizer import Optimizer, get_lr_scale
+from training.pretrained import initial_model
 from training.report import LossReport
 from training.run_dir import save_config
 from training.text_generation import encode_prompt, generate_tokens
@@ -128,7 +130,10 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
         ctx.check_same_everywhere("the checkpoint", str(saved.state))
     with advise_on_oom(rows, config.train.batch_size):
         shape, vocab_size = resolve_attention(config.model, ctx.device, ctx.dtype), data.tokenizer.vocab_size
-        model = GPT(shape, vocab_size, seed=config.run.seed) if saved is None else saved.build_model(shape)
+        if saved is not None:
+            model = saved.build_model(shape)
+        else:
+            model = initial_model(shape, data.tokenizer) if shape.init else GPT(shape, vocab_size, config.run.seed)
         wrapped = wrap_model(model, ctx, config.train.sharding)
         optimizer = Optimizer(wrapped if is_fsdp(wrapped) else model, config.optim)
         if saved is not None and saved.state.tokens_seen:  # the optimizer has no state before its first step
@@ -170,6 +175,8 @@ def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus)
     fixed += [("run", "seed"), ("optim", "optimizer"), ("train", "batch_size"), ("log", "prompts")]
     fixed += [("data", key) for key in now["data"] if key not in ("source", "val")]  # a text may move
     for section, key in fixed:
+        if key == "tokenizer" and os.path.isdir(now[section][key]):
+            continue  # a folder may move; the tokenizers are compared below
         if before[section][key] != now[section][key]:
             raise UserError(
                 f"{section}.{key} was {before[section][key]} in {saved.folder} and cannot become "
@@ -227,13 +234,14 @@ def print_header(trainer: Trainer) -> None:
     now = trainer.environment.settings
     compiled = "compiled" if now["compiled"] == "yes" else "not compiled"
     start = f"from step {trainer.state.step} " if trainer.state.step else ""
+    exports = "; exports with custom code (gpt2, qwen3, llama: without)" * (shape.preset == "glass")
     n_documents, n_train, n_val = data.train.n_documents, len(data.train), len(data.val) - 1
     print_line(
         f"data    {data.name}: {n_documents:,} document{'s' * (n_documents != 1)}, {n_train:,} training tokens, {n_val:,} "
         f"held out ({n_val / (n_train + n_val):.1%}){data.how and ': '}{data.how}; {data.tokenizer.name} vocabulary of "
         f"{data.tokenizer.vocab_size:,}; {train.steps * train.batch_size * shape.context / n_train:.2f} epochs\n"
         f"model   {shape.preset}: {shape.n_layers} layers, {shape.n_heads} heads, d_model {shape.d_model}, "
-        f"context {shape.context}; {parameters:,} parameters\n"
+        f"context {shape.context}; {parameters:,} parameters{exports}\n"
         f"device  {trainer.ctx.describe()}, {shape.attention} attention, {compiled}\n"
         f"run     {trainer.config.run.dir}: {start}to step {train.steps}, "
         f"{train.batch_size} x {shape.context} tokens per step"

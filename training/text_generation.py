@@ -34,7 +34,8 @@ def read_prompt(tokenizer: Tokenizer, prompt: str, trained: RunEnvironment) -> t
         print(
             "note: spaces at the end of the prompt are dropped; they belong to the next word's token", file=sys.stderr
         )
-    tokens = encode_prompt(tokenizer, text, trained.starts_with_eot)
+    is_unknown = not trained.corpus  # of a pretrained model
+    tokens = encode_prompt(tokenizer, text, trained.starts_with_eot or (is_unknown and not text))
     if unseen := [token for token in dict.fromkeys(tokens) if token not in seen]:
         words = [tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in unseen[:8]]
         shown = ", ".join(f'"{escape_control_chars(word)}"' for word in words)
@@ -58,6 +59,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[in
         raise UserError(f"the prompt is not valid UTF-8: invalid byte at character {error.start}") from error
     if documents:
         return [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
+    if tokenizer.prompt_prefix:
+        return [*tokenizer.prompt_prefix, *tokenizer.encode(prompt).tolist()]
     return tokenizer.encode(prompt or "\n").tolist()  # it has lines: else its documents begin with end-of-text
 
 

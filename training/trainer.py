@@ -142,7 +142,8 @@ class Trainer:
         while True:
             state, train, run = self.state, self.config.train, self.config.run
             is_due = state.step % train.eval_every == 0 or state.step >= train.steps
-            is_best = is_due and max(state.last_eval_step, 0) < state.step and self.evaluate()
+            evaluated = state.last_eval_step if self.config.model.init else max(state.last_eval_step, 0)
+            is_best = is_due and evaluated < state.step and self.evaluate()
             signum = self.ctx.all_reduce_max(self.stop.poll())
             self.is_stopped = signum > 0 or 0 < run.stop_at_step <= state.step
             is_last = self.is_done()

@@ -1,14 +1,19 @@
 """`attend.py page RUN`, `plot RUN` and `ablate RUN`: write the page, the figures, or new ablation effects of a run."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from common.errors import CHECKPOINT, UserError
-from inspection.commands.shared import Context, Result, RunOptions
+from common.errors import CHECKPOINT, CONFIG, UserError
+from inspection.commands.shared import Context, LoadedModel, Result, RunOptions
 from inspection.plots import draw_figures
-from inspection.run_reader import DEFAULT, RunFiles
+from inspection.run_reader import DEFAULT, FOLDER, RunFiles, find_attention_files
 from inspection.terminal import paragraph
+
+if TYPE_CHECKING:
+    from inspection.eval_texts import EvalTexts
 
 
 @dataclass(frozen=True)
@@ -57,27 +62,47 @@ class Plot(RunOptions):
 
 @dataclass(frozen=True)
 class Ablate(RunOptions):
-    """Ablate each head of a checkpoint, as training does at its end; for a run that was stopped early."""
+    """Ablate each head of a checkpoint, as training does at its end; for a run that was stopped early, or a Hugging Face
+    folder."""
 
     checkpoint: str = "best"
     """The checkpoint of the run: `best` (lowest validation loss), `last`, or a step."""
+    prompts: str = ""
+    """For a Hugging Face folder: a file of texts and contrast pairs, as for `train.py --log.prompts`."""
 
     def result(self, context: Context) -> Result:
         """Rewrite ablations, findings, figures and page; a step without an attention file gets one."""
         from inspection.recorder import AttentionRecorder
 
-        run = RunFiles.open(self.run)
-        folder = run.folder
-        if not folder.is_dir():
-            raise UserError(f"{folder} is an attention file; ablation needs a run folder with a checkpoint", CHECKPOINT)
-        is_checkpoint = (Path(self.run) / "manifest.json").is_file()
-        loaded = context.load_model(Path(self.run) if is_checkpoint else folder, self.checkpoint)
-        texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
-        if texts is None:
-            raise UserError(f"{folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
+        folder, loaded, texts = self.load(context)
         recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
+        run = RunFiles(folder, find_attention_files(folder / FOLDER))
         if loaded.step not in run.steps or run.read_intact(loaded.step) is None:
             recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
         report, written = recorder.report(loaded.model, loaded.step, loaded.metadata["weights_sha256"])
         lines = [part for line in report for part in paragraph(line, context.width) or [""]]
         return Result([*lines, "", *(f"written  {path}" for path in written)])
+
+    def load(self, context: Context) -> tuple[Path, LoadedModel, EvalTexts]:
+        """The run folder, the model, and the texts on which its heads are ablated."""
+        if (Path(self.run) / "config.json").is_file():
+            from inspection.eval_texts import pretrained_texts
+
+            loaded = context.load_model(Path(self.run), self.checkpoint)
+            texts = pretrained_texts(loaded.tokenizer, loaded.model.config, self.prompts)
+            texts.save(Path(self.run) / FOLDER / "eval_texts.json")
+            return Path(self.run), loaded, texts
+        if self.prompts:
+            raise UserError(
+                "--prompts is for a Hugging Face folder; a run keeps the texts of its --log.prompts", CONFIG
+            )
+        run = RunFiles.open(self.run)
+        if not run.folder.is_dir():
+            problem = f"{run.folder} is an attention file; ablation needs a run folder with a checkpoint"
+            raise UserError(problem, CHECKPOINT)
+        is_checkpoint = (Path(self.run) / "manifest.json").is_file()
+        loaded = context.load_model(Path(self.run) if is_checkpoint else run.folder, self.checkpoint)
+        saved = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
+        if saved is None:
+            raise UserError(f"{run.folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
+        return run.folder, loaded, saved

@@ -1,6 +1,8 @@
 """`attend.py token RUN` and `compare RUN`: what one token attends to, and how two steps or runs differ."""
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,14 +149,20 @@ class Compare(OutputOptions):
     """Step of the first run; by default the one whose heads were ablated."""
     against: int = DEFAULT
     """Step of the second run; by default as for the first, or the oldest of the same run."""
+    against_init: bool = False
+    """Compare with the weights that `train.py --model.init` started from: which heads did fine-tuning change?"""
+
+    def problems(self) -> list[str]:
+        if self.against_init and (self.other or self.against != DEFAULT):
+            return [*super().problems(), "--against_init compares with step 0 of the same run: leave out the other one"]
+        return super().problems()
 
     def result(self, context: Context) -> Result:
         """Differences of scores and patterns, head by head."""
-        runs = RunFiles.open(self.run), RunFiles.open(self.other or self.run)
-        steps = runs[0].step(self.step), runs[1].step(self.against)
-        if not self.other and self.against == DEFAULT:
-            steps = steps[0], runs[0].steps[0]
+        runs, steps = self.sides()
         files = runs[0].read(steps[0]), runs[1].read(steps[1])
+        if self.against_init and not json.loads(files[1].metadata.get("config", "{}")).get("init"):
+            raise UserError(f"{runs[0].folder} did not start from --model.init; its first step: --against 0", CONFIG)
         sides = f"{runs[0].folder} step {steps[0]}", f"{runs[1].folder} step {steps[1]}"
         if (a := model_shape(files[0])) != (b := model_shape(files[1])):
             shapes = f"{sides[0]} has {a[0]} layers of {a[1]} heads, {sides[1]} has {b[0]} layers of {b[1]} heads"
@@ -172,24 +180,41 @@ class Compare(OutputOptions):
         left_out = ", ".join(name for name in names if name not in scores and name not in moved)
         notes = [f"only in one of the two, or a text of different tokens: {left_out}"] if left_out else []
         notes += [MATCHED] * matched
-        rows = [
-            {"kind": kind, "name": name, "head": head_name(*head), "matched": other[head], "difference": float(value)}
-            for kind, tables in (("score", scores), ("moved", moved))
-            for name, table in tables.items()
-            for head, value in np.ndenumerate(table)
-        ]
+        rows = _compare_rows(scores, moved, other)
         sources = [{"run": str(run.folder), "step": step} for run, step in zip(runs, steps, strict=True)]
         identical = not any(row["difference"] for row in rows)
         data = {"first": sources[0], "second": sources[1], "identical": identical, "differences": rows, "notes": notes}
-        cells = []
-        for head in np.ndindex(a):
-            mean = number(float(np.mean([table[head] for table in moved.values()])), 3) if moved else "-"
+        cells, means = [], np.mean(list(moved.values()), axis=0) if moved else np.full(a, np.nan)
+        order = sorted(np.ndindex(a), key=lambda head: -means[head] if self.against_init else 0)
+        if self.against_init:
+            most = ", ".join(f"{head_name(*head)} ({means[head]:.2f})" for head in order[:3])
+            notes.append(f"fine-tuning moved the attention of these heads most: {most}")
+        for head in order:
+            mean = number(float(means[head]), 3) if moved else "-"
             differences = [number(float(table[head]), signed=True) for table in scores.values()]
             cells.append([head_name(*head), *[other[head]] * matched, mean, *differences])
         lines = [f"{sides[0]} minus {sides[1]}", *["all numbers are equal"] * identical, *notes, ""]
         lines += [*table(["head", *["matched"] * matched, "moved", *scores], cells, context.width), ""]
         about = f"moved: the share of a token's attention that goes elsewhere, over {', '.join(moved) or 'no text'}"
         return Result([*lines, *paragraph(about, context.width), DISCLAIMER], data)
+
+    def sides(self) -> tuple[tuple[RunFiles, RunFiles], tuple[int, int]]:
+        """The two runs, and the step of each."""
+        runs = RunFiles.open(self.run), RunFiles.open(self.other or self.run)
+        first, second = runs[0].step(self.step), runs[1].step(self.against)
+        if not self.other and self.against == DEFAULT:
+            second = runs[0].step(0) if self.against_init else runs[0].steps[0]
+        return runs, (first, second)
+
+
+def _compare_rows(scores: Tables, moved: Tables, other: Mapping[tuple[int, ...], str]) -> Rows:
+    """A row of `--json` for each score or text and each head; `other` names the head that it is compared with."""
+    return [
+        {"kind": kind, "name": name, "head": head_name(*head), "matched": other[head], "difference": float(value)}
+        for kind, tables in (("score", scores), ("moved", moved))
+        for name, table in tables.items()
+        for head, value in np.ndenumerate(table)
+    ]
 
 
 def _match_heads(

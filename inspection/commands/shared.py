@@ -15,6 +15,7 @@ from inspection.attention_file import AttentionFile
 from inspection.terminal import head_name
 
 if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
     from model.gpt import GPT
 
 LEAST = {"step": -1, "against": -1, "position": -1, "seed": 0, "top": 1, "tokens": 1}  # -1 is a default
@@ -63,7 +64,12 @@ class LoadedModel:
     model: GPT
     step: int
     metadata: Mapping[str, str]
-    token_bytes: Callable[[int], bytes]
+    tokenizer: Tokenizer
+
+    @property
+    def token_bytes(self) -> Callable[[int], bytes]:
+        """The bytes of a token id."""
+        return self.tokenizer.token_bytes
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.tokenizer import ByteTokenizer
 from inspection.activation_cache import run_with_cache_batch
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
 from inspection.commands.shared import LoadedModel
@@ -23,6 +24,10 @@ METADATA = {"weights_sha256": "w" * 64, "tokenizer_sha256": "t" * 64}
 
 def token_bytes(token: int) -> bytes:
     return b"%d " % token
+
+
+class Words(ByteTokenizer):
+    token_bytes = staticmethod(token_bytes)  # type: ignore[assignment]
 
 
 def capture(model: GPT, path: Any, dtype: str = "f16") -> AttentionFile:
@@ -45,7 +50,7 @@ def file(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> AttentionFile:
 
 
 def verify(file: AttentionFile, model: GPT) -> list[dict[str, Any]]:
-    return list(verify_attention_file(file, LoadedModel(model, 8, METADATA, token_bytes), TEXTS))
+    return list(verify_attention_file(file, LoadedModel(model, 8, METADATA, Words()), TEXTS))
 
 
 def failed(file: AttentionFile, model: GPT) -> set[str]:
