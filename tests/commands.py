@@ -3,6 +3,7 @@
 import shlex
 
 import attend
+import export
 import sample
 from tests.runs import ROOT
 from training.cli import parse
@@ -21,6 +22,8 @@ def check_command(command: str) -> None:
             parse_train([str(ROOT / word) if word.endswith(".toml") else word for word in argv])
     elif script == "sample.py":
         parse(sample.SampleConfig, argv, "", positional=["run"])
+    elif script == "export.py":
+        parse(export.ExportConfig, argv, "", positional=["run", "out"])
     elif script == "attend.py" and argv[0] in attend.COMMANDS:
         parse(attend.COMMANDS[argv[0]], argv[1:], "", positional=["run"])
     elif script == "attend.py":

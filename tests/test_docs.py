@@ -7,12 +7,13 @@ import pytest
 from tests.commands import check_command
 from tests.runs import ROOT
 
+GUIDES = ("fine_tuning", "exporting", "large_data", "from_nanogpt", "troubleshooting")
 NAMES = ("README.md", "CONTRIBUTING.md", "docs/guarantees.md", "docs/running.md", "docs/attention.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README, CONTRIBUTING, GUARANTEES, RUNNING, ATTENTION = TEXTS.values()
-LINES = (
-    "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)).splitlines() + (RUNNING + ATTENTION).splitlines()
-)
+TEXTS |= {f"docs/{name}.md": (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in GUIDES}
+CODE = {name: "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)) for name, text in TEXTS.items()}
+LINES = [line for name, code in CODE.items() if name != "CONTRIBUTING.md" for line in code.splitlines()]
 PARTS = [part.strip() for line in LINES for part in line.split("#")[0].split("&&")]
 TORCHRUN = re.findall(r"^(?:srun )?torchrun .*?(train\.py [^\n]*)$", RUNNING.replace("\\\n", " "), re.M)
 COMMANDS = [part for part in PARTS if part.startswith(("python ", "pip "))] + [f"python {each}" for each in TORCHRUN]
@@ -37,7 +38,7 @@ def test_every_guarantee_names_an_existing_test() -> None:
         assert files and all((ROOT / file).is_file() for file in files), row
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEXTS)
 def test_links_lead_to_files(name: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8"))
     assert not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]

@@ -36,7 +36,7 @@ def test_threads_wait_without_long_spinning(given: str | None, used: str, monkey
     monkeypatch.setenv("GOMP_SPINCOUNT", given or "")  # restored at the end of the test
     if given is None:
         monkeypatch.delenv("GOMP_SPINCOUNT")
-    for name in ("train.py", "sample.py", "attend.py"):
+    for name in ("train.py", "sample.py", "attend.py", "export.py"):
         assert script(name, "--help").returncode == script(name, "-h").returncode == 0
         assert os.environ["GOMP_SPINCOUNT"] == used
 

@@ -1,0 +1,221 @@
+"""Checkpoints in other programs' formats: a Hugging Face folder, and GGUF for llama.cpp. Each is read back and compared."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.errors import CHECKPOINT, CONFIG, UserError
+from data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_huggingface_tokenizer
+from data.tokenizer_export import to_tokenizer_json, tokenizer_config
+from model import config as model_config
+from model.gpt import GPT
+from model.huggingface import LAYOUTS, load_huggingface, to_huggingface
+from training.checkpoint import Checkpoint, model_weights
+from training.config import to_toml
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODELING_FILE = "modeling_glass.py"
+SAMPLE = 'One day, the fox\'s 3 hens met: "Où?" 字 🌳\n\n  They ran.\t<end>'  # text on which token ids are compared
+LOGIT_TOLERANCE = 1e-4
+
+
+def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[str]:
+    """Write a Hugging Face folder and check it; returns what to print, with OUT for the folder.
+
+    Raises UserError: what was written computes something else (exit code 4), or a package that checks it is missing (2).
+    """
+    tokenizer, model = checkpoint.tokenizer(), checkpoint.build_model(with_eager(checkpoint)).eval()
+    for parameter in model.parameters():  # so that the logits below are those of the rounded weights
+        parameter.data = parameter.data.to(DTYPES[dtype]).float()
+    is_glass, end = model.config.preset not in LAYOUTS, tokenizer.end_of_text
+    config, weights = _glass_files(model) if is_glass else to_huggingface(model)
+    config |= {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "bos_token_id": end, "eos_token_id": end}
+    folder.mkdir()
+    save_file(
+        {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    (folder / "model.safetensors").chmod(0o644)
+    settings = {"do_sample": True, "temperature": 0.8, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    contents = {
+        "config.json": config,
+        "generation_config.json": settings | ({"use_cache": False} if is_glass else {}),
+        "tokenizer_config.json": tokenizer_config(tokenizer, model.config.context),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    (folder / "tokenizer.json").write_text(
+        to_tokenizer_json(tokenizer, checkpoint.environment.starts_with_eot), "utf-8"
+    )
+    (folder / "README.md").write_text(model_card(checkpoint, is_glass), "utf-8")
+    if is_glass:
+        shutil.copy(Path(model_config.__file__).parent / MODELING_FILE, folder)
+    check_huggingface(model, tokenizer, folder)
+    trust = ", trust_remote_code=True" if is_glass else ""
+    custom = [f"preset glass is no architecture of transformers: OUT/{MODELING_FILE} computes it, and must be trusted"]
+    return [
+        "checked: the same logits and token ids as the checkpoint",
+        *(custom if is_glass else []),
+        f'load it with AutoModelForCausalLM.from_pretrained("OUT"{trust}) and AutoTokenizer.from_pretrained("OUT")',
+    ]
+
+
+def with_eager(checkpoint: Checkpoint) -> model_config.ModelConfig:
+    """The checkpoint's model config with eager attention and without dropout."""
+    return replace(checkpoint.config.model, attention="eager", dropout=0.0)
+
+
+def _glass_files(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`config.json` and the weights for `modeling_glass.py`."""
+    shape = model.config
+    if shape.tie_embeddings == "off":
+        raise UserError("preset glass with an untied LM head can't be exported; take preset qwen3", CONFIG)
+    names = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "context")
+    classes = {"AutoConfig": "GlassConfig", "AutoModelForCausalLM": "GlassForCausalLM"}
+    module = MODELING_FILE.removesuffix(".py")
+    content = {
+        "model_type": "glass",
+        "architectures": ["GlassForCausalLM"],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": False,  # there is one tensor for both
+        **{name: getattr(shape, name) for name in names},
+        "norm_eps": shape.architecture.norm_eps,
+        "rope_theta": shape.architecture.rope_theta,
+    }
+    return content, {name: tensor.clone() for name, tensor in model_weights(model).items()}
+
+
+def check_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Load what was written, and compare logits and token ids. Raises UserError (4) if they differ."""
+    if model.config.preset in LAYOUTS:
+        loaded: Any = load_huggingface(folder).eval()
+    else:
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise UserError("preset glass is checked with transformers: pip install transformers", CONFIG) from error
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (2, min(64, model.config.context)), generator=generator)
+    with torch.no_grad():
+        expected, found = model(tokens), loaded(tokens)
+    difference = float((getattr(found, "logits", found) - expected).abs().max())
+    if not difference <= LOGIT_TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise UserError(f"the exported model's logits differ by {difference:.2g}: nothing was exported", CHECKPOINT)
+    again = load_huggingface_tokenizer(folder, tokenizer.vocab_size)
+    text = tokenizer.decode(tokens.flatten().tolist()) + ("" if tokenizer.name == "char" else SAMPLE)
+    if again.encode(text).tolist() != tokenizer.encode(text).tolist() or again.end_of_text != tokenizer.end_of_text:
+        raise UserError("the exported tokenizer gives other token ids: nothing was exported", CHECKPOINT)
+
+
+def model_card(checkpoint: Checkpoint, is_glass: bool) -> str:
+    """README.md: what the model is, its loss, how to load it, and its config."""
+    state, shape = checkpoint.state, checkpoint.config.model
+    loss = "unknown" if state.best_loss is None else f"{state.best_loss:.4f} nats/token (step {state.best_step})"
+    trust = ", trust_remote_code=True" if is_glass else ""
+    config = to_toml(checkpoint.config).replace("```", "")
+    return f"""# A GPT trained with GlassGPT
+
+* architecture: `{shape.preset}`, {shape.n_layers} layers, {shape.n_heads} heads, d_model {shape.d_model}, context {shape.context}
+* step {state.step}, {state.tokens_seen:,} tokens seen
+* lowest validation loss: {loss}
+* each text begins with end-of-text: {"yes, the tokenizer adds it" if checkpoint.environment.starts_with_eot else "no"}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder"{trust})
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+
+## Config
+
+```toml
+{config}```
+"""
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str) -> list[str]:
+    """Write a GGUF file and read it back; returns what to print, with OUT for the file.
+
+    Raises UserError: the model or tokenizer has no form in llama.cpp, or the package gguf is missing (exit code 2); what is
+    read back differs (4).
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("GGUF files are written by the package gguf: pip install gguf", CONFIG) from error
+    tokenizer, shape = checkpoint.tokenizer(), checkpoint.config.model
+    if shape.preset not in ("gpt2", "qwen3"):
+        raise UserError(f"llama.cpp has no preset {shape.preset}; train with model.preset gpt2 or qwen3", CONFIG)
+    if not isinstance(tokenizer, ByteTokenizer) and not is_gpt2_like(tokenizer):
+        raise UserError(
+            f"llama.cpp has no {tokenizer.name} tokenizer like this one; train with bpe, byte or gpt2", CONFIG
+        )
+    model = checkpoint.build_model(with_eager(checkpoint))
+    arch = gguf.MODEL_ARCH.GPT2 if shape.preset == "gpt2" else gguf.MODEL_ARCH.QWEN3
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    _write_gguf_config(writer, gguf, shape, dtype)
+    _write_gguf_tokenizer(writer, gguf, tokenizer, checkpoint.environment.starts_with_eot)
+    names = gguf.get_tensor_name_map(arch, shape.n_layers)
+    kind = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[dtype]
+    written: dict[str, np.ndarray] = {}
+    for name, tensor in to_huggingface(model)[1].items():
+        if ".c_" in name:
+            tensor = tensor.t()  # GPT-2's Conv1D modules store (in, out), llama.cpp (out, in)
+        ours = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        quantization = getattr(gguf.GGMLQuantizationType, kind if tensor.dim() == 2 and ".wpe." not in name else "F32")
+        written[ours] = gguf.quants.quantize(tensor.contiguous().numpy(), quantization)
+        writer.add_tensor(ours, written[ours], raw_dtype=quantization)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    if found.keys() != written.keys() or not all(np.array_equal(found[n], data) for n, data in written.items()):
+        raise UserError("the tensors that were read back from the GGUF file differ: nothing was exported", CHECKPOINT)
+    return [f"checked: {len(found)} tensors read back equal", "run it with llama.cpp: llama-cli -m OUT"]
+
+
+def is_gpt2_like(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer splits text as GPT-2 does, which llama.cpp calls the pre-tokenizer gpt-2."""
+    return isinstance(tokenizer, BPETokenizer) and tokenizer.name in ("bpe", "gpt2")
+
+
+def _write_gguf_config(writer: Any, gguf: Any, shape: model_config.ModelConfig, dtype: str) -> None:
+    writer.add_block_count(shape.n_layers)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.d_model)
+    writer.add_feed_forward_length(shape.d_mlp)
+    writer.add_head_count(shape.n_heads)
+    types = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16"}
+    writer.add_file_type(getattr(gguf.LlamaFileType, types[dtype]))
+    if shape.preset == "gpt2":
+        writer.add_layer_norm_eps(shape.architecture.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(shape.architecture.norm_eps)
+    writer.add_head_count_kv(shape.n_kv_heads)
+    writer.add_key_length(shape.d_head)
+    writer.add_value_length(shape.d_head)
+    writer.add_rope_freq_base(shape.architecture.rope_theta)
+
+
+def _write_gguf_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, starts_with_eot: bool) -> None:
+    content = json.loads(to_tokenizer_json(tokenizer))
+    vocab = {i: token for token, i in content["model"]["vocab"].items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([vocab[i] for i in range(tokenizer.vocab_size)])
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_token_types([normal if tokenizer.token_bytes(i) else control for i in range(tokenizer.vocab_size)])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.end_of_text)
+    writer.add_eos_token_id(tokenizer.end_of_text)
+    writer.add_add_bos_token(starts_with_eot)
