@@ -5,21 +5,25 @@ RUN is a run folder, a checkpoint folder, a Hugging Face folder (GPT-2, Qwen3, L
 
 from __future__ import annotations
 
-import codecs
+import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import run_main
+from common.errors import DATA, UserError, escape_control_chars, run_main
 from common.files import retry_if_removed
 from training.cli import parse
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+    from model.generate import SamplingParams
+    from model.gpt import GPT
 
 BATCH_BYTES = 1 << 29  # of keys, values and probabilities of the texts that are generated at once
 
@@ -33,7 +37,9 @@ class SampleConfig:
     checkpoint: str = "best"
     """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
     prompt: str = ""
-    """Beginning of the text."""
+    """Beginning of the text; `-` reads it from standard input."""
+    prompt_file: str = ""
+    """A UTF-8 file with the beginning of the text."""
     tokens: int = 200
     """Maximum number of new tokens; generation stops at end-of-text."""
     samples: int = 1
@@ -44,8 +50,20 @@ class SampleConfig:
     """Sample from the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Sample from the smallest set of most likely tokens with this total probability; 1 keeps all."""
+    min_p: float = 0.0
+    """Sample from the tokens with at least this fraction of the highest probability; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the text has become less likely."""
+    stop: tuple[str, ...] = ()
+    """Stop before this text; may be given several times."""
     seed: int = 1
     """Random seed; the same seed gives the same text."""
+    interactive: bool = False
+    """Read prompts from the terminal; each continues the text so far."""
+    score: str = ""
+    """Instead of generating: a UTF-8 file whose loss, perplexity and most surprising words are printed."""
+    json: bool = False
+    """Print a line of JSON for each text: tokens, log-probabilities, why it ended."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
     """Storage of the weights. fp16 halves the time per token of a large model and changes its loss by less than
     0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
@@ -57,48 +75,132 @@ class SampleConfig:
             problems.append(f"--temperature is {self.temperature}; it must be at least 0 (greedy) and finite")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            problems.append(f"--min_p is {self.min_p}; it must be between 0 and 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            problems.append(f"--repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite")
+        if "" in self.stop:
+            problems.append("--stop is empty; name the text to stop before")
         for name, minimum in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
             if not minimum <= getattr(self, name) < 1 << 63:
                 problems.append(f"--{name} is {getattr(self, name)}; it must be at least {minimum} and below 2**63")
+        changed = {field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default}
+        generating = changed - {"checkpoint", "dtype", "json", "score", "run"}
+        exclusive = {
+            "prompt": {"prompt_file"},
+            "interactive": {"prompt", "prompt_file", "samples", "json", "score"},
+            "score": generating,
+        }
+        for name in exclusive.keys() & changed:
+            if others := sorted(exclusive[name] & changed):
+                problems.append(f"--{name} and --{others[0]} exclude each other")
         return problems
 
 
 @retry_if_removed
 def main(argv: list[str]) -> None:
     config = parse(SampleConfig, argv, "Generate text with a trained model.", positional=["run"])
-    from model.generate import SamplingParams
+    typed = read_text(config)
     from model.quantize import quantize_
     from training.device import get_dist_context
     from training.pretrained import open_model
-    from training.text_generation import check_token_count, escape_text, generate_tokens, read_prompt
+    from training.text_generation import check_token_count, read_prompt
 
     check_token_count(config.samples, config.tokens)
     checkpoint = open_model(config.run, config.checkpoint)
-    tokenizer = checkpoint.tokenizer()
-    text, prompt = read_prompt(tokenizer, config.prompt, checkpoint.environment)
-    shown: Callable[[str], str] = escape_text if sys.stdout.isatty() else str  # a file gets the text as it is
+    tokenizer, trained = checkpoint.tokenizer(), checkpoint.environment
+    is_typed = typed == config.prompt
+    text, prompt = ("", []) if config.score else read_prompt(tokenizer, typed, trained, is_typed)
     model = checkpoint.load_model(get_dist_context("fp32"))
+    quantize_(model, config.dtype)
+    if config.score:
+        from training.scoring import print_score, score_text
+
+        print_score(score_text(model, tokenizer, typed, trained.starts_with_eot), config.json)
+    elif config.interactive:
+        from training.interactive import run_interactive
+
+        start = [tokenizer.end_of_text] if trained.starts_with_eot else list(tokenizer.prompt_prefix)
+
+        def write(settings: SampleConfig, history: list[int]) -> list[int]:
+            return write_text(model, tokenizer, settings, history)
+
+        run_interactive(config, start, lambda line: tokenizer.encode(line).tolist(), write)
+    else:
+        write_samples(model, tokenizer, config, text, cut_prompt(prompt, model))
+
+
+def read_text(config: SampleConfig) -> str:
+    """The prompt, or the text to score, from wherever it comes; one line break at the end of a file is not part of it.
+
+    Raises UserError (3) if it cannot be read, is not UTF-8, or standard input is empty.
+    """
+    path = config.score or config.prompt_file
+    if not path and config.prompt != "-":
+        return config.prompt
+    name = escape_control_chars(path or "standard input")
+    try:
+        data = Path(path).read_bytes() if path else sys.stdin.buffer.read() if sys.stdin else b""
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}", DATA) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}", DATA) from error
+    if not text.strip():
+        raise UserError(f"{name} is empty", DATA)
+    return text.replace("\r\n", "\n").removesuffix("\n")
+
+
+def cut_prompt(prompt: list[int], model: GPT) -> list[int]:
+    """The end of the prompt that fits into the context."""
     if len(prompt) > (context := model.config.context):
         print(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used", file=sys.stderr)
-        prompt = prompt[-context:]
-    quantize_(model, config.dtype)
-    params = SamplingParams(config.temperature, config.top_k, config.top_p)
-    if config.samples > 1:
-        shape = model.config
-        text_bytes = 8 * shape.n_layers * shape.n_kv_heads * shape.d_head * context + 40 * model.vocab_size
-        rows = max(1, BATCH_BYTES // text_bytes)
-        for first in range(0, config.samples, rows):
-            n, seed = min(rows, config.samples - first), (config.seed + first * 0x9E3779B97F4A7C15) % (1 << 63)
-            steps = generate_tokens(model, tokenizer, prompt, config.tokens, seed, params, n)
-            for number, sample in enumerate(list(zip(*steps, strict=True)) or [()] * n, first + 1):
-                print(f"--- {number} ---\n{shown(text + tokenizer.decode(sample))}")
+    return prompt[-context:]
+
+
+def sampling_params(config: SampleConfig) -> SamplingParams:
+    from model.generate import SamplingParams
+
+    return SamplingParams(**{field.name: getattr(config, field.name) for field in fields(SamplingParams)})
+
+
+def write_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: list[int]) -> list[int]:
+    """Print a continuation of the prompt while it is generated; returns its tokens."""
+    from training.text_generation import GeneratedText, escape_text, generate_texts
+
+    def show(piece: str) -> None:
+        print(escape_text(piece) if sys.stdout.isatty() else piece, end="", flush=True)  # a file gets the text as it is
+
+    sample = GeneratedText(tokenizer, config.stop, show)
+    generate_texts(model, prompt, config.tokens, config.seed, sampling_params(config), [sample])
+    print()
+    return sample.tokens
+
+
+def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: str, prompt: list[int]) -> None:
+    """Print all texts: one as it is generated, several in batches of bounded memory."""
+    from training.text_generation import GeneratedText, escape_text, generate_texts
+
+    is_terminal, shape = sys.stdout.isatty(), model.config
+    if config.samples == 1 and not config.json:
+        print(escape_text(text) if is_terminal else text, end="", flush=True)
+        write_text(model, tokenizer, config, prompt)
         return
-    steps = generate_tokens(model, tokenizer, prompt, config.tokens, config.seed, params)
-    print(shown(text), end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    for (token,) in steps:
-        print(shown(decoder.decode(tokenizer.token_bytes(token))), end="", flush=True)
-    print(shown(decoder.decode(b"", final=True)))
+    text_bytes = 8 * shape.n_layers * shape.n_kv_heads * shape.d_head * shape.context + 40 * model.vocab_size
+    rows = max(1, BATCH_BYTES // text_bytes)
+    for first in range(0, config.samples, rows):
+        n, seed = min(rows, config.samples - first), (config.seed + first * 0x9E3779B97F4A7C15) % (1 << 63)
+        samples = [GeneratedText(tokenizer, config.stop) for _ in range(n)]
+        generate_texts(model, prompt, config.tokens, seed, sampling_params(config), samples)
+        for number, sample in enumerate(samples, first + 1):
+            if config.json:
+                line = {"prompt": text, "text": sample.text, "tokens": sample.tokens, "logprobs": sample.logprobs}
+                print(
+                    json.dumps({**line, "finish_reason": sample.finish_reason, "seed": config.seed, "sample": number})
+                )
+            else:
+                whole = text + sample.text
+                print(f"--- {number} ---\n{escape_text(whole) if is_terminal else whole}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ class SamplingParams:
     temperature: float = 1.0  # the logits are divided by it; 0 is greedy
     top_k: int = 0  # sample from the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # sample from the smallest set of most likely tokens with this total probability; 1 keeps all
+    min_p: float = 0.0  # sample from the tokens with at least this fraction of the highest probability; 0 keeps all
+    repetition_penalty: float = 1.0  # above 1, tokens of the text become less likely
 
 
 def context_start(length: int, context: int) -> int:
@@ -33,11 +35,13 @@ def context_start(length: int, context: int) -> int:
     return max(0, -(-(length - context) // half) * half)
 
 
-def filter_logits(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
-    """Set the logits outside the top k, and outside the nucleus of probability `top_p`, to -inf.
+def filter_logits(
+    logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Float[Tensor, "B V"]:
+    """Set the logits outside the top k, outside the nucleus of probability `top_p`, and of improbable tokens to -inf.
 
     Tokens tied for the k-th place are all kept. The most likely token is always in the nucleus (Holtzman et al. 2020,
-    section 3.1).
+    section 3.1). `min_p` is relative to the most likely token (Nguyen et al. 2024). The order is that of transformers.
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]
@@ -48,7 +52,17 @@ def filter_logits(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1
         outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # more likely tokens already reach top_p
         outside[:, 0] = False
         logits = logits.masked_fill(outside.gather(-1, order.argsort(dim=-1)), -torch.inf)
+    if min_p > 0:
+        probabilities = logits.softmax(dim=-1)
+        is_improbable = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(is_improbable, -torch.inf)
     return logits
+
+
+def penalize_repetition(logits: Float[Tensor, "B V"], text: Int[Tensor, "B N"], penalty: float) -> Float[Tensor, "B V"]:
+    """Divide positive logits of the tokens in `text` by `penalty`, multiply negative ones (Keskar et al. 2019, section 4.1)."""
+    seen = logits.gather(-1, text)
+    return logits.scatter(-1, text, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def sample_token(
@@ -61,7 +75,8 @@ def sample_token(
     """
     if params.temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(dim=-1)
-    probabilities = filter_logits(logits.float() / params.temperature, params.top_k, params.top_p).softmax(dim=-1)
+    logits = filter_logits(logits.float() / params.temperature, params.top_k, params.top_p, params.min_p)
+    probabilities = logits.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     uniform = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
     threshold = uniform * cumulative[:, -1:]
@@ -85,6 +100,25 @@ def next_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = No
 
 
 @torch.inference_mode()
+def generate_with_logits(
+    model: GPT,
+    prompt: Int[Tensor, "B N"],
+    max_new_tokens: int,
+    generator: torch.Generator,
+    params: SamplingParams = SamplingParams(),
+) -> Iterator[tuple[Int[Tensor, "B"], Float[Tensor, "B V"]]]:
+    """As `generate`; yields the model's logits, before any filter, as well."""
+    cache = KVCache(model.config, len(prompt), model.token_embedding.weight)
+    text = prompt
+    for _ in range(max_new_tokens):
+        logits = penalized = next_logits(model, text, cache)
+        if params.repetition_penalty != 1:
+            penalized = penalize_repetition(logits.float(), text, params.repetition_penalty)
+        tokens = sample_token(penalized, generator, params)
+        text = torch.cat([text, tokens[:, None]], dim=1)
+        yield tokens, logits
+
+
 def generate(
     model: GPT,
     prompt: Int[Tensor, "B N"],
@@ -93,9 +127,5 @@ def generate(
     params: SamplingParams = SamplingParams(),
 ) -> Iterator[Int[Tensor, "B"]]:
     """Yield the next token (B) of each row of `prompt`, which has at least one token, `max_new_tokens` times."""
-    cache = KVCache(model.config, len(prompt), model.token_embedding.weight)
-    text = prompt
-    for _ in range(max_new_tokens):
-        tokens = sample_token(next_logits(model, text, cache), generator, params)
-        text = torch.cat([text, tokens[:, None]], dim=1)
+    for tokens, _ in generate_with_logits(model, prompt, max_new_tokens, generator, params):
         yield tokens

@@ -1,9 +1,12 @@
 """sample.py: weight dtypes, prompts and batches (more of it is in test_scripts.py)."""
 
+import io
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +16,7 @@ from tests.model.helpers import normal, random_model
 from tests.runs import TINY, error_line, script
 from training.checkpoint import RunEnvironment, open_checkpoint
 from training.device import get_dist_context
-from training.text_generation import encode_prompt, escape_text, generate_tokens, read_prompt
+from training.text_generation import StopFilter, encode_prompt, escape_text, generate_tokens, read_prompt
 
 
 def train(folder: Path, text: str, *options: str) -> Path:
@@ -128,3 +131,106 @@ def test_generation_ends_with_every_texts_end_of_text() -> None:
     ends = [tokens.index(256) for tokens in zip(*steps, strict=True)]
     assert len(steps) == max(ends) + 1 and len(set(ends)) == 3
     assert all(set(tokens[end:]) == {256} for tokens, end in zip(zip(*steps, strict=True), ends, strict=True))
+
+
+def test_stop_text_is_not_written(run: Path) -> None:
+    """Also one that is spread over several tokens, with several of them, and one that never comes."""
+    options = ("--prompt=The fox", "--tokens=60", "--temperature=2")
+    whole = script("sample.py", run, *options).stdout.rstrip("\n")
+    stop = whole[20:23]
+    end = whole.index(stop, len("The fox"))
+    for stops in ([f"--stop={stop}"], [f"--stop={stop}", "--stop=@@never@@"]):
+        assert script("sample.py", run, *options, *stops).stdout == whole[:end] + "\n"
+    assert script("sample.py", run, *options, "--stop=@@never@@").stdout == whole + "\n"
+    two = script("sample.py", run, *options, f"--stop={stop}", "--samples=2").stdout
+    assert two.startswith("--- 1 ---\nThe fox") and stop not in two.removeprefix("--- 1 ---\nThe fox").split("\n---")[0]
+
+
+@pytest.mark.parametrize("stops", [["ab"], ["aab", "b"], ["aaa"], ["xyz", "ya"]])
+def test_stop_filter_is_a_search_in_the_whole_text(stops: list[str]) -> None:
+    for number in range(3**7):
+        text, digits = "", number
+        for _ in range(7):
+            text, digits = text + "abx"[digits % 3], digits // 3
+        stop_filter = StopFilter(stops)
+        shown = "".join(stop_filter.feed(letter) for letter in text if not stop_filter.is_stopped)
+        shown += "" if stop_filter.is_stopped else stop_filter.feed("", is_last=True)
+        ends = [text.index(stop) for stop in stops if stop in text]
+        expected = text[: min((text.index(s) + len(s) for s in stops if s in text), default=7)]
+        assert shown == (text if not ends else expected[: min(expected.index(s) for s in stops if s in expected)])
+
+
+def test_json_lines(run: Path) -> None:
+    done = script("sample.py", run, "--prompt=The fox", "--tokens=5", "--samples=2", "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["sample"] for row in rows] == [1, 2] and {row["finish_reason"] for row in rows} == {"length"}
+    checkpoint = open_checkpoint(run)
+    model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
+    prompt = encode_prompt(tokenizer, "The fox", checkpoint.environment.starts_with_eot)
+    for row in rows:
+        assert row["text"] == tokenizer.decode(row["tokens"])
+        logits = model(torch.tensor([[*prompt, *row["tokens"]]]))[0].log_softmax(-1)
+        expected = [float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(row["tokens"])]
+        assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_prompt_from_a_file_or_standard_input(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompt.txt").write_text("The fox\n")
+    options = (run, "--tokens=9", "--seed=3")
+    expected = script("sample.py", *options, "--prompt=The fox").stdout
+    assert script("sample.py", *options, f"--prompt_file={tmp_path / 'prompt.txt'}").stdout == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The fox\n")))
+    assert script("sample.py", *options, "--prompt=-").stdout == expected
+    for data, words in ((b"", "standard input is empty"), (b"a\xff", "byte 0xff at offset 1")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert words in error_line(script("sample.py", *options, "--prompt=-"), 3)
+    monkeypatch.setattr("sys.stdin", None)  # closed
+    assert "standard input is empty" in error_line(script("sample.py", *options, "--prompt=-"), 3)
+    assert "cannot read" in error_line(script("sample.py", *options, "--prompt_file=/nowhere"), 3)
+
+
+def test_interactive(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(
+        ["/set temperature 0", "The fox", " met", "/set tokens x", "/set", "/reset", "The fox", "/quit", "never"]
+    )
+    monkeypatch.setattr("training.interactive.read_lines", lambda: lines)
+    _, first, second, *errors, again = script("sample.py", run, "--interactive", "--tokens=6").stdout.splitlines()
+    assert first == again and len(errors) == 2 and all(error.startswith("error: /set") for error in errors)
+    greedy = script("sample.py", run, f"--prompt=The fox{first} met", "--tokens=6", "--temperature=0").stdout
+    assert greedy == f"The fox{first} met{second}\n"
+
+
+def test_score_is_the_loss_of_the_text(run: Path, tmp_path: Path) -> None:
+    """In windows of the context, each token once."""
+    text = "The fox met the hen. The hen saw a zebra. " * 3
+    (tmp_path / "text.txt").write_text(text)
+    row = json.loads(script("sample.py", run, f"--score={tmp_path / 'text.txt'}", "--json").stdout)
+    checkpoint = open_checkpoint(run)
+    model, ids = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer().encode(text).tolist()
+    assert row["token_ids"] == ids and len(row["losses"]) == len(ids)
+    ids = [checkpoint.tokenizer().end_of_text, *ids] if checkpoint.environment.starts_with_eot else ids
+    for position, loss in enumerate(row["losses"][-len(ids) + 1 :], 1):
+        start = max(0, (position - 1 - 8) // 8 * 8) if position > 16 else 0  # half of the context of 16
+        logits = model(torch.tensor([ids[start:position]]))[0, -1]
+        assert loss == pytest.approx(-float(logits.log_softmax(-1)[ids[position]]), abs=1e-4), position
+    plain = script("sample.py", run, f"--score={tmp_path / 'text.txt'}").stdout
+    assert f"{row['loss']:.4f} nats/token" in plain and f"{row['bits_per_byte']:.4f} bits/byte" in plain
+    assert "zebra." in plain and "\x1b[" not in plain
+    assert "\x1b[" in script("sample.py", run, f"--score={tmp_path / 'text.txt'}", terminal=True).stdout
+    (tmp_path / "text.txt").write_text(" ")
+    assert "is empty" in error_line(script("sample.py", run, f"--score={tmp_path / 'text.txt'}"), 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--prompt=a --prompt_file=b", "--prompt and --prompt_file exclude each other"),
+        ("--interactive --json", "--interactive and --json exclude each other"),
+        ("--score=a --temperature=0", "--score and --temperature exclude each other"),
+        ("--stop=", "--stop is empty"),
+        ("--min_p=1.5", "--min_p is 1.5"),
+        ("--repetition_penalty=0", "--repetition_penalty is 0.0"),
+    ],
+)
+def test_options_that_exclude_each_other(options: str, words: str) -> None:
+    assert words in error_line(script("sample.py", "nowhere", *options.split()), 2)

@@ -45,6 +45,7 @@ PATHS = (
 )
 OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")
 """Unlike `-- said the bird`, which is a value."""
+TEXTS = tuple[str, ...]  # the type of an option that may be given several times
 S = TypeVar("S")
 
 
@@ -69,7 +70,8 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
     for option, value in pairs:
         try:
             if option:
-                values[field_name(option)] = _convert(option, value, types)
+                name, converted = field_name(option), _convert(option, value, types)
+                values[name] = (*values.get(name, ()), converted) if types[name] == TEXTS else converted
             elif free := [name for name in positional if name not in values]:
                 values[free[0]] = value
             else:
@@ -130,7 +132,7 @@ def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
     name = field_name(option)
     if name not in types:
         raise ValueError(f"unknown option {escape_control_chars(option)}; {_suggestion(name, types)}")
-    kind, choices = types[name], typing.get_args(types[name])
+    kind, choices = (str, ()) if types[name] == TEXTS else (types[name], typing.get_args(types[name]))
     numbers = {int: "a whole number", float: "a number"}
     expected = f"one of {', '.join(choices)}" if choices else numbers.get(kind, "text")
     if kind is bool:

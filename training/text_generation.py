@@ -1,15 +1,16 @@
 """From a prompt to text: the generation that `sample.py`, `attend.py` and the samples during training share."""
 
+import codecs
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars
 from data.text_files import SEPARATOR
 from data.tokenizer import Tokenizer
-from model.generate import SamplingParams, generate
+from model.generate import SamplingParams, generate, generate_with_logits
 from model.gpt import GPT
 from training.checkpoint import RunEnvironment
 
@@ -17,16 +18,18 @@ MAX_NEW_TOKENS = 100_000_000  # of all texts; their number takes memory, and mor
 DEFAULT_PARAMS = SamplingParams(temperature=0.8)
 
 
-def read_prompt(tokenizer: Tokenizer, prompt: str, trained: RunEnvironment) -> tuple[str, list[int]]:
+def read_prompt(
+    tokenizer: Tokenizer, prompt: str, trained: RunEnvironment, is_typed: bool = True
+) -> tuple[str, list[int]]:
     r"""The text that a prompt means, and the tokens that generation starts from; stderr says what differs.
 
-    `<|endoftext|>` at the beginning is the start of a document. `\n` and `\t` are a line break and a tab unless the
+    `<|endoftext|>` at the beginning is the start of a document. Typed `\n` and `\t` are a line break and a tab unless the
     training text has backslashes. Spaces at the end, which belong to the next word's token, are dropped unless it has
     them alone. Tokens that it never had are named. Raises `UserError` as `encode_prompt` does.
     """
     text = prompt.removeprefix(SEPARATOR).replace("\r\n", "\n").replace("\r", "\n")  # as the training text was read
     seen = {tokenizer.end_of_text, *filter(trained.has_token, range(tokenizer.vocab_size))}
-    if re.search(r"\\[nt]", text) and not any(b"\\" in tokenizer.token_bytes(token) for token in seen):
+    if is_typed and re.search(r"\\[nt]", text) and not any(b"\\" in tokenizer.token_bytes(token) for token in seen):
         text = text.replace("\\n", "\n").replace("\\t", "\t")
         print(r"note: \n and \t in the prompt are read as a line break and a tab", file=sys.stderr)
     if text.endswith(" ") and int(tokenizer.encode(text)[-1]) not in seen:
@@ -93,6 +96,82 @@ def generate_tokens(
         has_ended = tokens == end_of_text
         if has_ended.all():
             return
+
+
+class StopFilter:
+    """Passes text on up to the first of some stop texts; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.held, self.is_stopped = stops, "", False
+
+    def feed(self, text: str, is_last: bool = False) -> str:
+        """The text that can be shown now."""
+        self.held += text
+        if found := [self.held.index(stop) for stop in self.stops if stop in self.held]:
+            shown, self.held, self.is_stopped = self.held[: min(found)], "", True
+            return shown
+        starts = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+        end = len(self.held) - (0 if is_last else max(starts, default=0))
+        shown, self.held = self.held[:end], self.held[end:]
+        return shown
+
+
+class GeneratedText:
+    """A text while it is generated: its tokens, their log-probabilities, and why it ended."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], show: Callable[[str], object] | None = None) -> None:
+        self.tokenizer, self.filter, self.show = tokenizer, StopFilter(stops), show
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
+        self.text, self.tokens, self.logprobs = "", list[int](), list[float]()
+        self.finish_reason = ""  # while the text goes on
+
+    def add(self, token: int, logprob: float) -> None:
+        """Append a token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self._extend(self.decoder.decode(self.tokenizer.token_bytes(token)))
+        if self.filter.is_stopped:
+            self.finish_reason = "stop"
+        elif token == self.tokenizer.end_of_text:
+            self.finish("end_of_text")
+
+    def finish(self, reason: str) -> None:
+        """End the text."""
+        self._extend(self.decoder.decode(b"", final=True), is_last=True)
+        self.finish_reason = "stop" if self.filter.is_stopped else reason
+
+    def _extend(self, text: str, is_last: bool = False) -> None:
+        shown = self.filter.feed(text, is_last)
+        self.text += shown
+        if self.show and shown:
+            self.show(shown)
+
+
+def generate_texts(
+    model: GPT,
+    prompt: list[int],
+    max_new_tokens: int,
+    seed: int,
+    params: SamplingParams,
+    texts: Sequence[GeneratedText],
+) -> None:
+    """Continue `prompt` once for each of `texts`, until all have ended, and add the tokens to them.
+
+    The log-probabilities are those of the model, before temperature, filters and penalty.
+    """
+    device = model.token_embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    batch = torch.tensor(prompt, device=device).expand(len(texts), -1)
+    for tokens, logits in generate_with_logits(model, batch, max_new_tokens, generator, params):
+        logprobs = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
+        for text, token, logprob in zip(texts, tokens.tolist(), logprobs, strict=True):
+            if not text.finish_reason:
+                text.add(token, logprob)
+        if all(text.finish_reason for text in texts):
+            return
+    for text in texts:
+        if not text.finish_reason:
+            text.finish("length")
 
 
 def escape_text(text: str) -> str:
