@@ -2,16 +2,16 @@
 
 `tokens-<key>/` holds meta.json, vocabulary.json, and train.bin, train_documents.npy, val.bin, val_documents.npy. The key is a
 hash of what the tokens depend on: the sha256 of every text, the byte ranges of the splits, and the tokenizer. The sha256 of
-every file is in meta.json and checked at every start; a damaged folder is prepared again.
+every file is in meta.json and checked at every start; a damaged folder is prepared again. `tokens-<key>.partial/` is unfinished.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
+from common.files import remove_temporary_files, write_atomic
 from data.config import DataConfig, cache_folder
 from data.corpora import Corpus, open_corpus
 from data.text_files import BLOCK_BYTES, Piece, TextRange, open_text, os_reason, read_documents
-from data.token_dataset import TokenSplit, load_split, token_dtype, write_split
+from data.token_dataset import PROGRESS, TokenSplit, load_split, token_dtype, write_split
 from data.tokenizer import Tokenizer, load_tokenizer, progress_bar, train_tokenizer
 
 FORMAT = 5
@@ -170,26 +172,39 @@ def _open(folder: Path, key: str, corpus: Corpus) -> TokenizedCorpus:
 
 
 def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress: bool) -> None:
-    """Write a prepared folder under a temporary name and rename it when it is complete."""
+    """Write a prepared folder under a temporary name and rename it when it is complete.
+
+    What a killed process has written there is continued; a process that comes second waits for the first.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".partial", f"{folder.name}.", folder.parent, ignore_cleanup_errors=True) as name:
-        partial = Path(name) / "tokens"
-        partial.mkdir()
-        tokenizer = _train_tokenizer(corpus, config, progress)
-        (partial / VOCABULARY).write_bytes(tokenizer.to_json())
-        text_bytes = _write_splits(corpus, tokenizer, partial, progress)
-        if _cache_key(corpus, config, progress) != key:
-            raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
-        with progress_bar("checking the prepared tokens", None, progress) as bar:
-            hashes = {path.name: _sha256(path, bar) for path in sorted(partial.iterdir())}
-        meta = {"key": key, "text_bytes": text_bytes, "sha256": hashes}
-        (partial / META).write_text(json.dumps(meta, indent=1))
+    partial, lock = folder.with_name(f"{folder.name}.partial"), FileLock(folder.with_name(f"{folder.name}.lock"))
+    with lock:
         try:
-            partial.rename(folder)
-        except OSError:
-            # Another process may have finished first; its folder is as good.
             if not folder.exists():
-                raise
+                _write_folder(partial, key, corpus, config, progress)
+                partial.rename(folder)
+        except (OSError, UserError):  # a full disk, or a text that cannot be used
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _write_folder(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress: bool) -> None:
+    folder.mkdir(exist_ok=True)
+    if not (folder / VOCABULARY).exists():
+        write_atomic(folder / VOCABULARY, [_train_tokenizer(corpus, config, progress).to_json()])
+    text_bytes = _write_splits(corpus, load_tokenizer(folder / VOCABULARY), folder, progress)
+    if _cache_key(corpus, config, progress) != key:
+        raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
+    for path in folder.glob(f"*{PROGRESS}"):
+        path.unlink()
+    remove_temporary_files(folder)
+    with progress_bar("checking the prepared tokens", None, progress) as bar:
+        hashes = {path.name: _sha256(path, bar) for path in sorted(folder.iterdir())}
+    write_atomic(
+        folder / META, [json.dumps({"key": key, "text_bytes": text_bytes, "sha256": hashes}, indent=1).encode()]
+    )
 
 
 def _train_tokenizer(corpus: Corpus, config: DataConfig, progress: bool) -> Tokenizer:
@@ -225,16 +240,19 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: 
             return result
 
         for split, texts in (("train", corpus.train), ("val", corpus.val)):
-            results = map(advance, encode_all(texts, tokenizer))
-            n_documents, text_bytes[split] = write_split(folder, split, results, dtype, tokenizer.end_of_text)
+
+            def read(first: int, texts: Sequence[TextRange] = texts) -> Iterator[tuple[np.ndarray, int]]:
+                return map(advance, encode_all(texts, tokenizer, first))
+
+            n_documents, text_bytes[split] = write_split(folder, split, read, dtype, tokenizer.end_of_text)
             if not n_documents:
                 name = escape_control_chars(corpus.name)
                 raise UserError(f"the {split} split of {name} contains no text: give it more", DATA)
     return text_bytes
 
 
-def encode_all(texts: Iterable[TextRange], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    """The tokens of texts in order, a megabyte at a time, and the bytes of UTF-8 text that they encode.
+def encode_all(texts: Iterable[TextRange], tokenizer: Tokenizer, first: int = 0) -> Iterator[tuple[np.ndarray, int]]:
+    """The tokens of texts in order, a megabyte at a time from the `first` on, and the bytes of UTF-8 text that they encode.
 
     Threads are enough to use all cores, because tiktoken releases Python's lock.
     """
@@ -242,7 +260,7 @@ def encode_all(texts: Iterable[TextRange], tokenizer: Tokenizer) -> Iterator[tup
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[tuple[np.ndarray, int]]] = deque()
         try:
-            for job in _jobs(texts):
+            for job in itertools.islice(_jobs(texts), first, None):
                 pending.append(pool.submit(encode, tokenizer, job))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()

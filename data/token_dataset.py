@@ -4,12 +4,19 @@ The tokens of a split are `EOT d1 EOT d2 EOT ... dn EOT`, with EOT the end-of-te
 before it, so that its first token is predicted from something; the EOT after it is its last target.
 """
 
-import itertools
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from common.files import write_atomic
+
+PROGRESS = ".progress"  # suffix of the file that says how far a split is written
+SAVE_EVERY = 64  # results, of about a megabyte of text each
+BLOCK = 1 << 24  # tokens that are searched at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +44,39 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_split(
-    folder: Path, split: str, results: Iterable[tuple[np.ndarray, int]], dtype: np.dtype, end_of_text: int
+    folder: Path,
+    split: str,
+    read: Callable[[int], Iterable[tuple[np.ndarray, int]]],
+    dtype: np.dtype,
+    end_of_text: int,
 ) -> tuple[int, int]:
     """Write the two files of a split; returns its number of documents and of bytes of text.
 
-    `results` are tokens, each document followed by `end_of_text`, and the number of bytes that they encode.
+    Every `SAVE_EVERY` results the file is synced and its length noted, so that a later call continues after a kill.
+
+    Args:
+        read: the results from the n-th on: tokens, each document followed by `end_of_text`, and the bytes that they encode.
     """
-    ends, length, n_bytes = [], 0, 0
-    with (folder / f"{split}.bin").open("wb") as file:
-        for tokens, n in itertools.chain([(np.array([end_of_text]), 0)], results):
+    path, progress = folder / f"{split}.bin", folder / f"{split}{PROGRESS}"
+    n_results, length, n_bytes = json.loads(progress.read_bytes()) if progress.exists() else (0, 1, 0)
+    with path.open("r+b" if progress.exists() else "wb") as file:
+        if n_results == 0:
+            file.write(np.array([end_of_text], dtype).data)
+        file.truncate(length * dtype.itemsize)
+        file.seek(0, os.SEEK_END)
+        for tokens, n in read(n_results):
             file.write(tokens.astype(dtype).data)
-            ends.append(np.flatnonzero(tokens == end_of_text) + length)
-            length += len(tokens)
-            n_bytes += n
+            n_results, length, n_bytes = n_results + 1, length + len(tokens), n_bytes + n
+            if n_results % SAVE_EVERY == 0:
+                file.flush()
+                os.fsync(file.fileno())
+                write_atomic(progress, [json.dumps([n_results, length, n_bytes]).encode()])
+    saved, ends = np.memmap(path, dtype, "r"), []
+    for start in range(0, length, BLOCK):
+        ends.append(np.flatnonzero(saved[start : start + BLOCK] == end_of_text) + start)
     starts = np.concatenate(ends)[:-1]  # nothing starts at the last EOT
     np.save(folder / f"{split}_documents.npy", starts)
+    write_atomic(progress, [json.dumps([n_results, length, n_bytes]).encode()])
     return len(starts), n_bytes
 
 

@@ -1,7 +1,8 @@
 """Preparing: the token files are the text, whole and once, whatever happens on the way."""
 
 import os
-import threading
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,15 +217,47 @@ def test_too_short_text_says_how_much_is_needed(tmp_path: Path) -> None:
     assert caught.value.exit_code == DATA
 
 
-def test_two_at_once_agree(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    barrier = threading.Barrier(2)
+def test_second_process_waits_for_the_first(book: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[Any]()
 
-    def encode_together(*arguments: Any) -> Iterator[Any]:
-        barrier.wait(10)
+    def encode_slowly(*arguments: Any) -> Iterator[Any]:
+        calls.append(arguments)
+        time.sleep(0.2)
         return encode_all(*arguments)
 
-    monkeypatch.setattr(data.prepare, "encode_all", encode_together)
+    monkeypatch.setattr(data.prepare, "encode_all", encode_slowly)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(prepared, [book, book])
-    assert first.folder == second.folder and [*cache.iterdir()] == [first.folder]
+    assert first.folder == second.folder and [*cache.iterdir()] == [first.folder] and len(calls) == 2
     assert tokens_of(first.train) == tokens_of(second.train)
+
+
+@pytest.mark.parametrize("after", [1, 5, 9, 19])
+def test_preparing_continues_where_it_was_killed(
+    after: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are those of one go, and no text is encoded twice."""
+    text = "\n<|endoftext|>\n".join(f"Tale {i}. " + "The fox met the hen. " * 60 for i in range(20))
+    path = write(tmp_path / "tales.txt", text)
+    monkeypatch.setattr(data.prepare, "JOB_CHARACTERS", 1000)
+    monkeypatch.setattr("data.token_dataset.SAVE_EVERY", 4)
+    whole = prepared(path)
+    expected = files_of(whole.folder)
+    shutil.rmtree(whole.folder)
+    encoded = list[int]()
+
+    def encode_and_die(texts: Any, tokenizer: Any, first: int = 0) -> Iterator[Any]:
+        for number, result in enumerate(encode_all(texts, tokenizer, first), first):
+            if len(encoded) == after:
+                raise KeyboardInterrupt
+            encoded.append(number)
+            yield result
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.prepare, "encode_all", encode_and_die)
+        prepared(path)
+    first_calls = list[int]()
+    monkeypatch.setattr(data.prepare, "encode_all", lambda *a: (first_calls.append(a[2]), encode_all(*a))[1])
+    again = prepared(path)
+    assert files_of(again.folder) == expected and [*cache.iterdir()] == [again.folder]
+    assert first_calls[0] == (18 if after > 18 else after // 4 * 4)
