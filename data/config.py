@@ -13,7 +13,8 @@ class DataConfig:
     """Data settings."""
 
     source: str = "stories"
-    """Training text: `stories`, `repeats`, `shakespeare`, a text file, a folder, or a glob such as 'texts/*.txt'."""
+    """Training text: `stories`, `repeats`, `shakespeare`, a text file, a file of rows (.jsonl, .json, .csv, .parquet; also .gz
+    or .zst), a folder, a glob such as 'texts/*.txt', or hf:NAME[:CONFIG][:SPLIT] for a dataset of the Hugging Face hub."""
     encoding: str = "utf-8"
     """Encoding of text of your own, such as `cp1252`, `gbk`, `shift_jis`, `koi8_r`; a byte-order mark goes before it."""
     tokenizer: str = "bpe"
@@ -26,6 +27,8 @@ class DataConfig:
     long text. Named corpora have a split of their own."""
     val: str = ""
     """Validation text: a file, a folder or a glob. Then all other text of data.source is for training."""
+    field: str = ""
+    """The field of the text in rows of JSON, CSV or parquet; by default `text`, `content`, or the longest of the first row."""
     lines: Literal["auto", "on", "off"] = "auto"
     """Whether each line is a document, and lines are held out; `auto`: in a list of short lines, such as names."""
 

@@ -19,6 +19,7 @@ from common.errors import DATA, UserError, escape_control_chars
 from common.files import write_atomic
 from data import repeated_tokens, stories, story_grammar
 from data.config import DataConfig
+from data.hub import PREFIX, hub_files
 from data.text_copy import plain_text
 from data.text_files import SEPARATOR, TextRange, find_files, open_text, os_reason
 
@@ -65,19 +66,22 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     if source == "shakespeare":
         first, last = _split_file(_open_file(download_shakespeare(cache)), SHAKESPEARE_VAL_FRACTION)
         return Corpus(source, (first,), (last,))
-    texts = _open_texts(source, config, cache)
-    if not config.val:
+    texts = _open_texts(find_files(source, config.encoding), source, config, cache)
+    if config.val:
+        val = _open_texts(find_files(config.val, config.encoding), config.val, config, cache)
+    elif source.startswith(PREFIX) and (files := hub_files(source, "validation")):
+        val = _open_texts(files, source, config, cache)
+    else:
         return _hold_out(source, texts, config.val_fraction)
-    val = _open_texts(config.val, config, cache)
     paths = {text.path.resolve() for text in val}
     train = tuple(text for text in texts if text.path.resolve() not in paths)
     if not train:
         raise UserError(f"--data.val {escape_control_chars(config.val)} is all of data.source: name another text", DATA)
-    return Corpus(source, train, tuple(val), how="data.val")
+    return Corpus(source, train, tuple(val), how="data.val" if config.val else "its validation split")
 
 
-def _open_texts(source: str, config: DataConfig, cache: Path) -> list[TextRange]:
-    paths = [plain_text(path, config.encoding, config.lines, cache) for path in find_files(source, config.encoding)]
+def _open_texts(files: Sequence[Path], source: str, config: DataConfig, cache: Path) -> list[TextRange]:
+    paths = [plain_text(path, config.encoding, config.lines, cache, config.field) for path in files]
     if not (texts := [text for text in map(_open_file, paths) if text.n_bytes]):
         raise UserError(f"{escape_control_chars(source)} contains no text", DATA)
     return texts

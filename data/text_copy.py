@@ -1,19 +1,19 @@
-"""Text in other encodings, rows of JSON and lists of lines are copied into the cache once: `text-<key>/NAME`.
+"""Compressed text, text in other encodings, rows and lists of lines are copied into the cache once: `text-<key>/NAME`.
 
 A copy is UTF-8 text. Its documents are the rows or lines, with a separator after each.
 """
 
 import codecs
 import hashlib
-import itertools
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import DATA, UserError, escape_control_chars
+from common.errors import escape_control_chars
 from common.files import write_atomic
+from data.compression import decompress
+from data.rows import ROWS, lines_of, read_rows
 from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, is_utf8, open_text, read_blocks
 from data.tokenizer import progress_bar
 
@@ -26,19 +26,20 @@ _MARKS = (  # the mark of UTF-32 starts with that of UTF-16
 _ENTRY = re.compile(r"(?=.*[^\W\d_])\w[^\t,;:=<>{}|\u3000-\u303f\uff01-\uff1f]*(?<![.!?\u2026\u0964])")
 
 
-def plain_text(path: Path, encoding: str, lines: str, cache: Path) -> Path:
+def plain_text(path: Path, encoding: str, lines: str, cache: Path, field: str = "") -> Path:
     """The file itself if it is UTF-8 text, else its copy; a byte-order mark overrides `encoding`.
 
-    Each line is a document if `lines` is `on`, or `auto` and the file begins as a list.
+    Each line is a document if `lines` is `on`, or `auto` and the file begins as a list; so is each row, by its `field`.
 
     Raises `UserError`: a text that cannot be decoded, a bad row (3); no space (6).
     """
+    path = decompress(path, cache)
     with open_text(path) as file:
         start = file.read(START_BYTES)
         codec = find_codec(start, encoding)
-        has_rows = path.suffix.lower() == ".jsonl"
+        has_rows = path.suffix.lower() in ROWS and (path.suffix.lower() != ".json" or is_json_list(start, codec))
         whole = start.decode(codec, "replace").splitlines()[: -1 if len(start) == START_BYTES else None]
-        has_lines = lines == "on" or (lines == "auto" and is_list(whole))
+        has_lines = not has_rows and (lines == "on" or (lines == "auto" and is_list(whole)))
         if codec == "utf-8" and not has_rows and not has_lines:
             return path
         is_wide = codec.startswith(("utf-16", "utf-32"))  # ASCII is the same text in the other encodings
@@ -47,12 +48,13 @@ def plain_text(path: Path, encoding: str, lines: str, cache: Path) -> Path:
         file.seek(0)
         key = hashlib.file_digest(file, "sha256")
         size = file.tell()
-    key.update(f"{codec} {has_rows} {has_lines}".encode())
+    key.update(f"{codec} {has_rows} {has_lines} {field}".encode())
     copy = cache / f"text-{key.hexdigest()[:20]}" / path.name
     if not copy.exists():
         blocks = _read(TextRange(path, 0, size), codec)
         if has_rows:
-            write_atomic(copy, _rows(blocks, path))
+            end = f"\n{SEPARATOR}\n"
+            write_atomic(copy, (f"{row}{end}".encode() for row in read_rows(path, blocks, field)))
         elif has_lines:
             write_atomic(copy, _shuffled_lines(blocks, path))
         else:
@@ -63,6 +65,11 @@ def plain_text(path: Path, encoding: str, lines: str, cache: Path) -> Path:
 def find_codec(start: bytes, encoding: str) -> str:
     """The name of Python's codec for a text that begins with `start`."""
     return next((name for mark, name in _MARKS if start.startswith(mark)), codecs.lookup(encoding).name)
+
+
+def is_json_list(start: bytes, codec: str) -> bool:
+    """Whether a `.json` file begins as a list of objects or texts; another one is text as it is."""
+    return bool(re.match(r"\s*\[\s*[{\"]", start.decode(codec, "replace").removeprefix("\ufeff")))
 
 
 def is_list(lines: list[str]) -> bool:
@@ -78,41 +85,9 @@ def _read(text: TextRange, codec: str) -> Iterator[str]:
             bar.update(BLOCK_BYTES)
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    rest = ""
-    for block in itertools.chain(blocks, ["\n"]):
-        *lines, rest = (rest + block).split("\n")
-        yield from lines
-
-
 def _shuffled_lines(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
     """The lines that are not blank and a separator after each, by their hash: a part of a sorted list is like the rest."""
     print(escape_control_chars(f"{path}: each line is a document"), file=sys.stderr)
-    lines = (line.encode() for line in _lines(blocks) if line.strip() and line != SEPARATOR)
+    lines = (line.encode() for line in lines_of(blocks) if line.strip() and line != SEPARATOR)
     for line in sorted(lines, key=lambda line: hashlib.sha256(line).digest()):
         yield line + f"\n{SEPARATOR}\n".encode()
-
-
-def _rows(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
-    """The text in each row of JSON and a separator. It is in the field `text` or `content`, or in the longest one
-    of the first row, which must be a string. Raises `UserError` (3)."""
-    field = ""
-    for number, line in enumerate(_lines(blocks), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts = {k: v for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else {}
-            if texts and not field:
-                longest = max(row, key=lambda k: len(row[k] if k in texts else json.dumps(row[k])))
-                field = next((k for k in ("text", "content") if k in row), longest)
-                print(escape_control_chars(f"{path}: each row is a document, its '{field}'"), file=sys.stderr)
-            document = texts[field].encode()
-            if b"\0" in document:
-                raise ValueError("a NUL character")
-        except (ValueError, KeyError, RecursionError) as error:
-            what = f"text in '{field}'" if field else "a field of text"
-            why = "" if isinstance(error, KeyError) else f" ({error})"
-            message = f"{path}, line {number} is not a row of JSON with {what}{why}: correct or remove it"
-            raise UserError(escape_control_chars(message), DATA) from None
-        yield document + f"\n{SEPARATOR}\n".encode()

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DATA, UserError, escape_control_chars
+from data.hub import PREFIX, hub_files
 
 SEPARATOR = "<|endoftext|>"
 """On a line of its own it ends one document and starts the next."""
-PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".jsonl")
-"""Suffixes of the files that are read from a folder, unless it has more of other text."""
+PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".jsonl", ".csv", ".parquet")
+"""Suffixes of the files that are read from a folder, also compressed, unless it has more of other text."""
+COMPRESSED = (".gz", ".zst")
 BLOCK_BYTES = 1024 * 1024
 """Text that is read at a time."""
 
@@ -59,12 +61,14 @@ class Piece:
 
 
 def find_files(source: str, encoding: str) -> list[Path]:
-    """The files that a path, a folder or a glob names, sorted; empty ones are skipped.
+    """The files that a path, a folder, a glob or `hf:NAME` names, sorted; empty ones are skipped.
 
     Of a folder those of prose if they have most of its text, else all that begin as UTF-8 text, or as text in `encoding`.
 
     Raises `UserError` (3) if there are none.
     """
+    if source.startswith(PREFIX):
+        return hub_files(source)
     path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
     try:
         paths = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
@@ -93,7 +97,8 @@ def _texts_below(folder: Path, encoding: str) -> list[Path]:
     for inner, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(inner, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in PROSE and path.is_file():
+            suffix = Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
+            if suffix in (*PROSE, *([".json"] if suffix != path.suffix.lower() else [])) and path.is_file():
                 prose.append(path)
             elif path.is_file() and _begins_as_text(path, encoding):
                 others.append(path)

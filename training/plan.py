@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, escape_control_chars
 from data.corpora import NAMED
+from data.hub import PREFIX
 from data.prepare import TokenizedCorpus, expected_vocab_size, find_prepared
 from data.text_files import find_files
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
@@ -50,7 +51,8 @@ def plan(config: RunConfig, target: tuple[GPU | None, int], name: str) -> None:
         ctx = replace(ctx, device=torch.device("cuda"), dtype=torch.bfloat16 if use_bf16 else torch.float32)
         where = f"{count} x {gpu.name}, {'bf16' if use_bf16 else 'fp32'}"
     config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
-    corpus = find_prepared(config.data)
+    is_remote = config.data.source.startswith(PREFIX)  # a plan downloads nothing
+    corpus = None if is_remote else find_prepared(config.data)
     vocab_size, source = (corpus.tokenizer.vocab_size, "") if corpus else expected_vocab_size(config.data)
     print(f"plan       {escape_control_chars(name)} on {where}, {config.model.attention} attention")
     print(heading(config, corpus, f"{vocab_size:,}" + (f" ({source})" if source else "")))
@@ -69,7 +71,7 @@ def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) 
     tokens = train.steps * train.batch_size * model.context
     epochs, known = "", "not prepared yet"
     try:
-        if config.data.source not in NAMED:
+        if config.data.source not in NAMED and not config.data.source.startswith(PREFIX):
             find_files(config.data.source, config.data.encoding)
     except UserError:
         known = "no such text on this machine"

@@ -191,7 +191,7 @@ def test_values_out_of_range_are_reported() -> None:
         ["attend.py"],
         ["train.py", "--help"],
         ["train.py", "no.toml"],
-        ["train.py", "configs/gpt2_124m.toml"],  # its source is a folder of the user's
+        ["train.py", "configs/gpt2_124m.toml", "--data.source=texts"],  # a folder that is not there
         ["train.py", "README.md", "--data.val", "none.txt"],
         ["train.py", "--data.tokenizer=gtp2"],
     ],

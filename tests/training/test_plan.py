@@ -155,7 +155,7 @@ def test_page_of_this_machine_and_a_corpus(folder: Path) -> None:
 def test_page_of_eight_gpus(folder: Path) -> None:
     out = page(ROOT / "configs/gpt2_124m.toml", "--model.n_layers=2", "--data.tokenizer=byte", "--plan", "8xh100")
     assert "8 x H100 SXM, bf16, sdpa attention" in out and "vocabulary of 257 (256 bytes and end-of-text)" in out
-    assert "data       texts: no such text on this machine; " in out
+    assert "data       hf:HuggingFaceFW/fineweb-edu:sample/10BT: not prepared yet; " in out
     assert (
         "micro-batch of 32" in out and "it fits into the 64.0GB of H100 SXM" in out and "--train.sharding fsdp" in out
     )

@@ -1,0 +1,196 @@
+"""Rows and compressed files: the same text through each door, and what is wrong with a file in one line."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data.config import DataConfig
+from data.prepare import TokenizedCorpus, prepare
+from data.text_copy import plain_text
+from data.text_files import SEPARATOR
+from tests.data.texts import data_error, write
+
+DOCUMENTS = [f'Row {i}: the "fox", the hen,\nand a 🌳 {"x" * i}.' for i in range(40)]
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def parquet_bytes(table: dict[str, list[Any]]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(table), file, row_group_size=7)
+    return file.getvalue()
+
+
+ROWS = [{"id": i, "body": document} for i, document in enumerate(DOCUMENTS)]
+FILES = {
+    "a.txt": f"\n{SEPARATOR}\n".join(DOCUMENTS).encode(),
+    "a.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+    "a.json": json.dumps(ROWS, indent=1).encode(),
+    "texts.json": json.dumps(DOCUMENTS).encode(),
+    "a.csv": csv_text(ROWS).encode(),
+    "a.parquet": parquet_bytes({"id": list(range(40)), "body": DOCUMENTS}),
+}
+PACK = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".zst": lambda d: zstandard.compress(d[:99]) + zstandard.compress(d[99:]),
+}
+
+
+def tokens(source: Path, cache: Path, **options: Any) -> TokenizedCorpus:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSGPT_CACHE", str(cache))
+        return prepare(DataConfig(source=str(source), tokenizer="byte", **options), progress=False)
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("name", FILES)
+def test_every_door_leads_to_the_same_tokens(name: str, packed: str, tmp_path: Path) -> None:
+    expected = tokens(write(tmp_path / "plain.txt", FILES["a.txt"]), tmp_path / "cache")
+    path = write(tmp_path / "in" / f"{name}{packed}", PACK[packed](FILES[name]))
+    for source in (path, path.parent, path.parent / "*"):
+        if (name.endswith(".json") and source == path.parent and not packed) or (name, source) == ("a.txt", path):
+            continue  # in a folder, plain .json is code
+        found = tokens(source, tmp_path / "cache")
+        assert np.array_equal(found.train.tokens, expected.train.tokens)
+        assert np.array_equal(found.val.tokens, expected.val.tokens)
+
+
+def test_field_is_chosen_or_named(tmp_path: Path) -> None:
+    rows = [{"title": f"T{i}" * 9, "text": f"text {i}", "n": i} for i in range(9)]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert b"text 0" in bytes(tokens(path, tmp_path / "c").train.tokens.astype(np.uint8))
+    assert b"T0T0" in bytes(tokens(path, tmp_path / "c", field="title").train.tokens.astype(np.uint8))
+
+
+def test_json_that_is_no_list_of_rows_is_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "package.json", json.dumps({"name": "fox", "numbers": list(range(99))}, indent=1))
+    assert b'"numbers"' in bytes(tokens(path, tmp_path / "c").train.tokens.astype(np.uint8))
+
+
+def test_memory_of_a_long_list_is_constant(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = write(tmp_path / "a.json", "[" + ",\n".join(json.dumps({"text": "fox " * 250}) for _ in range(20_000)) + "]")
+    tracemalloc.start()
+    plain_text(path, "utf-8", "off", tmp_path / "c")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 19e6 and peak < 12e6
+
+
+GOOD = b'{"text": "good"}\n'
+BAD = {
+    "field of no row": (
+        "a.jsonl",
+        GOOD,
+        {"field": "body"},
+        "line 1 cannot be read: it has no field 'body' but text; name one",
+    ),
+    "field of no column": ("a.parquet", FILES["a.parquet"], {"field": "txt"}, "no field 'txt' but id, body"),
+    "broken json": ("a.jsonl", GOOD * 4 + b'{"text": "x', {}, "line 5 cannot be read: Unterminated string"),
+    "broken list": (
+        "a.json",
+        b'[{"text": "a"}, {"text": 3',
+        {},
+        "row 2 cannot be read: the list is broken or cut there",
+    ),
+    "missing comma": ("a.json", b'[{"text": "a"} {"text": "b"}]', {}, "row 1 cannot be read: expected , or ]"),
+    "open quote": ("a.csv", b'text\n"abc\n', {}, "line 2 cannot be read: unexpected end of data"),
+    "short row": ("a.csv", b"id,text\n1,a\n2\n", {}, "line 3 cannot be read: its 'text' is no text"),
+    "null": ("a.parquet", parquet_bytes({"text": ["a", None]}), {}, "row 2 cannot be read: its 'text' is no text"),
+    "truncated parquet": ("a.parquet", FILES["a.parquet"][:200], {}, "row 1 cannot be read: "),
+    "truncated gz": ("a.txt.gz", gzip.compress(b"text " * 999)[:40], {}, "a.txt.gz is damaged: Compressed file ended"),
+    "no gz": ("a.txt.gz", b"text " * 99, {}, "a.txt.gz is damaged: Not a gzipped file"),
+    "truncated zst": (
+        "a.txt.zst",
+        zstandard.compress(b"text " * 999)[:-3],
+        {},
+        "a.txt.zst is damaged: its last frame is cut",
+    ),
+    "no zst": ("a.txt.zst", b"text " * 99, {}, "a.txt.zst is damaged: "),
+    "no rows": ("a.jsonl.gz", gzip.compress(b""), {}, "contains no text"),
+    "empty shard": ("a.parquet", parquet_bytes({"text": []}), {}, "contains no text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file_is_one_clear_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, data, options, words = BAD[name]
+    monkeypatch.setattr("tests.data.texts.DataConfig", lambda **given: DataConfig(**{**given, **options}))
+    assert words in data_error(write(tmp_path / file, data), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.txt.zst")])
+def test_missing_package_is_named(package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    assert f"pip install {package}" in data_error(write(tmp_path / name, b"x" * 9), tmp_path / "cache")
+
+
+# The hub
+
+
+REPOSITORY = {
+    None: [
+        "README.md",
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/validation-00000.parquet",
+        "sample/10BT/000_00000.parquet",
+    ],
+    "refs/convert/parquet": ["small/partial-train/0000.parquet", "small/test/0000.parquet"],
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the hub: one dataset, whose every file has a row with the file's name."""
+
+    def list_files(name: str, repo_type: str, revision: str | None) -> list[str]:
+        if name != "me/tales":
+            raise OSError("404 Client Error: Repository Not Found\nmore")
+        return REPOSITORY[revision]
+
+    def download(name: str, file: str, repo_type: str, revision: str | None) -> str:
+        data = parquet_bytes({"text": [f"{file} row {i}" for i in range(20)]})
+        return str(write(tmp_path / "hub" / file, data))
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_files)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "train", "val"),
+    [
+        ("hf:me/tales", "data/train-00001-of-00002.parquet", "data/validation-00000.parquet"),
+        ("hf:me/tales:sample/10BT", "sample/10BT/000_00000.parquet", "sample/10BT/000_00000.parquet"),
+        ("hf:me/tales:small", "small/partial-train/0000.parquet", "small/test/0000.parquet"),
+        ("hf:me/tales:validation", "data/validation-00000.parquet", "data/validation-00000.parquet"),
+    ],
+)
+def test_dataset_of_the_hub(source: str, train: str, val: str, hub: Path) -> None:
+    corpus = tokens(source, hub / "cache")  # type: ignore[arg-type]
+    texts = [bytes(split.tokens.astype(np.uint8)).decode("latin-1") for split in (corpus.train, corpus.val)]
+    assert train in texts[0] and val in texts[1]
+
+
+def test_dataset_that_is_not_there(hub: Path) -> None:
+    assert "hf:you/tales cannot be fetched from the hub: 404 Client Error" in data_error("hf:you/tales", hub / "cache")
+    message = data_error("hf:me/tales:large", hub / "cache")
+    assert "no parquet files of that configuration and split; the dataset has the folders small/" in message
