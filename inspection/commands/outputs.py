@@ -1,14 +1,19 @@
 """`attend.py page RUN`, `plot RUN` and `ablate RUN`: write the page, the figures, or new ablation effects of a run."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import CHECKPOINT, UserError
-from inspection.commands.shared import Context, Result, RunOptions
+from inspection.commands.shared import Context, LoadedModel, Result, RunOptions, parse_heads
 from inspection.plots import draw_figures
 from inspection.run_reader import DEFAULT, RunFiles
-from inspection.terminal import paragraph
+from inspection.terminal import head_name, interval, paragraph, table
+
+if TYPE_CHECKING:
+    from inspection.eval_texts import EvalTexts
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,10 @@ class Plot(RunOptions):
 
 @dataclass(frozen=True)
 class Ablate(RunOptions):
-    """Ablate each head of a checkpoint, as training does at its end; for a run that was stopped early."""
+    """Ablate each head of a checkpoint, as training does at its end, for a run that was stopped early; or some together."""
+
+    heads: str = ""
+    """Heads to ablate together, such as L1H0,L1H3: prints the effects and writes nothing."""
 
     checkpoint: str = "best"
     """The checkpoint of the run: `best` (lowest validation loss), `last`, or a step."""
@@ -75,9 +83,32 @@ class Ablate(RunOptions):
         texts = run.eval_texts(loaded.model.vocab_size, loaded.model.config.context)
         if texts is None:
             raise UserError(f"{folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
+        if self.heads:
+            return self.together(loaded, texts, context.width)
         recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
         if loaded.step not in run.steps or run.read_intact(loaded.step) is None:
             recorder.write(loaded.model, loaded.step, dict(loaded.metadata))
         report, written = recorder.report(loaded.model, loaded.step, loaded.metadata["weights_sha256"])
         lines = [part for line in report for part in paragraph(line, context.width) or [""]]
         return Result([*lines, "", *(f"written  {path}" for path in written)])
+
+    def together(self, loaded: LoadedModel, texts: EvalTexts, width: int) -> Result:
+        """The effects of ablating `heads` at once, on each measure."""
+        from inspection.ablation import CONTROLS, ablate_together
+
+        config = loaded.model.config
+        heads = parse_heads(self.heads.split(","), (config.n_layers, config.n_heads))
+        rows: list[list[Any]] = []
+        for name, effects in ablate_together(loaded.model, texts, heads).items():
+            cells = [
+                interval(None if (t := effects.tables.get(key)) is None else t.tolist())
+                for key in ("zero", "control_zero", "mean", "control_mean")
+            ]
+            rows.append([name, effects.count, effects.unit, effects.baseline, *cells])
+        titles = ["measure", "items", "unit", "whole", "zero ablation", "control", "mean ablation", "control"]
+        about = (
+            "effects with 95% intervals, positive where ablating hurts; control: as many random other heads of the same "
+            f"layers (mean of {CONTROLS} draws), - where a layer has too few others"
+        )
+        title = f"step {loaded.step}: {', '.join(head_name(*head) for head in heads)} ablated together"
+        return Result([title, "", *table(titles, rows, max(width, 160)), "", *paragraph(about, width)])

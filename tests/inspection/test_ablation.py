@@ -174,7 +174,7 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], list[str]]] = {
     "not ablated": ("ablate", lambda real, z, *_: z, ["zero", "brute force, gpt2"]),
     "zero for mean": ("ablate", lambda real, z, head, d_head, *_: real(z, head, d_head), ["mean"]),
     "other layer's means": ("mean_head_outputs", lambda real, *args: real(*args).flip(0), ["mean"]),
-    "control includes head": ("control_effects", lambda real, e: e.mean(axis=2, keepdims=True) + 0 * e, ["zero"]),
+    "control includes head": ("control_effects", lambda real, e: e.mean(axis=-1, keepdims=True) + 0 * e, ["zero"]),
     "sign": ("eval_tasks", partial(change_weights, lambda weight: -weight), ["zero"]),
     "wrong is right": ("eval_tasks", partial(change_weights, abs), ["brute force, glass"]),
 }
