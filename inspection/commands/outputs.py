@@ -100,6 +100,8 @@ class Ablate(RunOptions):
         heads = parse_heads(self.heads.split(","), (config.n_layers, config.n_heads))
         rows: list[list[Any]] = []
         for name, effects in ablate_together(loaded.model, texts, heads).items():
+            if name.startswith("corpus."):  # halves of the held-out texts, which only the findings need
+                continue
             cells = [
                 interval(None if (t := effects.tables.get(key)) is None else t.tolist())
                 for key in ("zero", "control_zero", "mean", "control_mean")
