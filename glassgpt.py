@@ -33,9 +33,10 @@ def _check_not_hidden(*names: str) -> None:
     """
     for name in names:
         spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec and spec.origin else ROOT
-        if not origin.is_relative_to(ROOT):
-            raise ImportError(f"{origin} hides GlassGPT's own {name!r}: rename it, or start Python in another folder")
+        if spec and spec.origin and ROOT not in Path(spec.origin).resolve().parents[:2]:
+            raise ImportError(
+                f"{spec.origin} hides GlassGPT's own {name!r}: rename it, or start Python in another folder"
+            )
 
 
 _check_not_hidden("common", "data", "inspection", "model", "training")

@@ -135,7 +135,7 @@ def patched(
     results = []
     for mask in masks.to(source.device).split(ROWS):
 
-        def replace(module: object, args: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
+        def replace(module: object, args: tuple[Any, ...], mask: Tensor = mask) -> tuple[Any, ...]:
             return torch.where(mask, source, args[0]), *args[1:]
 
         with module.register_forward_pre_hook(replace):  # after those of an ablation
