@@ -8,7 +8,7 @@ show what a run recorded at its evaluations:
     heads     every score of every head                           plot     figures: PNG, SVG, PDF
     token     what one token attends to in every head             page     build attention.html
     timeline  when in training each head learned what it does     verify   recompute attention files and compare
-    compare   two steps, or two runs, head by head
+    compare   two steps, or two runs, head by head                patch    activation patching between two texts
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +35,7 @@ from common.files import retry_if_removed
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
 from inspection.commands.outputs import Ablate, Page, Plot
+from inspection.commands.patch import Patch
 from inspection.commands.patterns import Compare, Token
 from inspection.commands.scores import Heads, Summary, Timeline
 from inspection.commands.shared import Context, LoadedModel, RunOptions, parse_head
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from model.gpt import GPT
     from training.checkpoint import Checkpoint
 
-CLASSES = Summary, Heads, Token, Timeline, Compare, Ablate, Plot, Page, Verify
+CLASSES = Summary, Heads, Token, Timeline, Compare, Ablate, Patch, Plot, Page, Verify
 COMMANDS: dict[str, Any] = {command.__name__.lower(): command for command in CLASSES}
 MAX_PARTS = 6  # of a logit that are listed; the others are added up
 
@@ -140,10 +142,12 @@ def load(checkpoint: Checkpoint) -> LoadedModel:
     """The model of a checkpoint in fp32."""
     from training.checkpoint import provenance
     from training.device import get_dist_context
+    from training.text_generation import encode_prompt
 
     model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
     metadata = provenance(model, tokenizer, checkpoint.state)
-    return LoadedModel(model, checkpoint.state.step, metadata, tokenizer)
+    encode = partial(encode_prompt, tokenizer, documents=checkpoint.environment.starts_with_eot)
+    return LoadedModel(model, checkpoint.state.step, metadata, tokenizer, encode)
 
 
 # A prompt

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 CONTRAST_STORIES = 200
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], callbacks: Sequence[object] = ()) -> str:
+    """Run the command, with further callbacks; returns the run folder, "" for a plan."""
     started = time.perf_counter()
     argv, target = parse_plan_option(argv)
     usage = (__doc__ or "").partition("\n\n")[0].replace("\n", "\n\n")
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
         from training.plan import plan
 
         plan(config, target, name)
-        return
+        return ""
     for text in {source, config.data.val} - {"", *corpora.NAMED}:
         text_files.find_files(text, config.data.encoding)
     if defaults and is_main_process:
@@ -70,11 +72,14 @@ def main(argv: list[str]) -> None:
         from training.distributed import process_group
 
         with process_group(config.run.dist_timeout):
-            train(config, started, given_options(options), max_epochs)
+            return train(config, started, given_options(options), max_epochs, callbacks)
 
 
-def train(config: RunConfig, started: float, given: set[str], max_epochs: float) -> None:
-    """One run, from text to a report of the loss and of the attention heads. `given` and `max_epochs`: of `search`."""
+def train(config: RunConfig, started: float, given: set[str], max_epochs: float, more: Sequence[object]) -> str:
+    """One run, from text to a report of the loss and of the attention heads; returns its folder.
+
+    `given` and `max_epochs`: of `search`; `more`: callbacks.
+    """
     from data.prepare import check_min_length
     from training.device import get_dist_context
     from training.distributed import prepare_once
@@ -100,7 +105,7 @@ def train(config: RunConfig, started: float, given: set[str], max_epochs: float)
         recorder = AttentionRecorder(eval_texts, data.tokenizer.token_bytes, Path(config.run.dir), print_line)
     checkpointer = Checkpointer(config, ctx)  # before the newest checkpoint is opened: it cleans up after a kill
     trainer = build_trainer(config, ctx, data)
-    trainer.callbacks = callbacks + get_callbacks(trainer, checkpointer, recorder)
+    trainer.callbacks = [*callbacks, *more, *get_callbacks(trainer, checkpointer, recorder)]
     print_header(trainer)
     trainer.run()
     if ctx.is_main_process:
@@ -113,6 +118,7 @@ def train(config: RunConfig, started: float, given: set[str], max_epochs: float)
         print_line(
             f"\n{seconds:.0f} s in all; the run is in {config.run.dir}\n{page}{summary}  python sample.py {run}{which}"
         )
+    return config.run.dir
 
 
 def build_eval_texts(data: TokenizedCorpus, config: RunConfig) -> EvalTexts:

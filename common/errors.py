@@ -48,7 +48,7 @@ def is_out_of_memory(error: Exception) -> bool:  # torch raises a RuntimeError w
     return isinstance(error, MemoryError) or bool(re.search("(allocate|out of|not enough) memory", str(error)))
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
+def run_main(main: Callable[[list[str]], object]) -> None:
     """Run a script. A `UserError` becomes one line on stderr and its exit code; any other error is a bug.
 
     SIGINT and SIGTERM exit with 130 and 143 and without a traceback; the training loop handles them itself
@@ -100,7 +100,7 @@ def exit_without_teardown(error: BaseException | None) -> NoReturn:
     os._exit(code)
 
 
-def _run(main: Callable[[list[str]], None]) -> None:
+def _run(main: Callable[[list[str]], object]) -> None:
     """Call `main` and turn its errors into exit codes."""
     try:
         main(sys.argv[1:])

@@ -5,7 +5,9 @@ layers what they are used to (Wang et al. 2022, section 3.1). Effects are positi
 effect may still do something: another one may do the same (Wang et al. 2022, "backup" heads).
 """
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -24,7 +26,9 @@ from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
 Scores = NDArray[np.float64]
-SEED = 1  # of the bootstrap resamples
+SEED = 1  # of the bootstrap resamples, and of the random heads of a control
+CONTROLS = 4  # random sets of heads, over which the control of several heads is averaged
+Head = tuple[int, int]  # (layer, head)
 
 
 def ablate(
@@ -34,6 +38,20 @@ def ablate(
     per_head = z.unflatten(-1, (-1, d_head)).clone()
     per_head[..., head, :] = 0 if mean is None else mean.to(per_head)
     return per_head.flatten(-2)
+
+
+@contextmanager
+def ablated(model: GPT, heads: Iterable[Head], means: Float[Tensor, "L H D"] | None = None) -> Iterator[None]:
+    """Replace the outputs of some heads by 0, or by their `means`, in every forward pass of the body; can be nested."""
+    with ExitStack() as handles:
+        for layer, head in heads:
+
+            def replace(module: object, args: tuple[Tensor, ...], layer: int = layer, head: int = head) -> Tensor:
+                return ablate(args[0], head, model.config.d_head, None if means is None else means[layer, head])
+
+            out = blocks_of(model)[layer].attention.out
+            handles.enter_context(out.register_forward_pre_hook(replace))
+        yield
 
 
 def mean_head_outputs(model: GPT, texts: Sequence[Sequence[int]]) -> Float[Tensor, "L H D"]:
@@ -96,22 +114,18 @@ def ablation_effects(model: GPT, task: EvalTask, on_pass: Callable[[], object] =
 
 def loss_increases(model: GPT, texts: Sequence[Sequence[int]], layer: int, head: int) -> list[NDArray[np.float32]]:
     """How much zero ablation of a head raises the loss of each token after the first, (T-1,) in nats, of each text."""
-
-    def zero(module: object, args: tuple[Tensor, ...]) -> Tensor:
-        return ablate(args[0], head, model.config.d_head)
-
     rows = [torch.tensor([text], device=model.token_embedding.weight.device) for text in texts]
     with inference_mode(model) as model:
         before = [F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in rows]
-        with blocks_of(model)[layer].attention.out.register_forward_pre_hook(zero):
+        with ablated(model, [(layer, head)]):
             after = [F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in rows]
     return [np.asarray((b - a).cpu()) for a, b in zip(before, after, strict=True)]
 
 
 def control_effects(effects: Scores) -> Scores | None:
-    """The control: the mean effect (N, L, H) over the other heads of the layer; None where there is no other."""
-    others = effects.shape[2] - 1
-    return (effects.sum(axis=2, keepdims=True) - effects) / others if others else None
+    """The control: the mean effect (..., H) over the other heads of the layer; None where there is no other."""
+    others = effects.shape[-1] - 1
+    return (effects.sum(axis=-1, keepdims=True) - effects) / others if others else None
 
 
 def run_ablations(model: GPT, eval_texts: EvalTexts, step: int = 0, weights_sha256: str = "") -> AblationResults:
@@ -130,15 +144,65 @@ def run_ablations(model: GPT, eval_texts: EvalTexts, step: int = 0, weights_sha2
         for task in tasks:
             scores, effects = ablation_effects(model, task, bar.update)
             for name, items in task.measures.items():
-                measures[name] = _summarize(task.unit, scores[items], effects[items])
+                effect = effects[items]
+                measures[name] = _summarize(task.unit, scores[items], effect, control_effects(effect))
     return AblationResults(step, weights_sha256, SEED, measures)
 
 
-def _summarize(unit: str, scores: Scores, effects: Scores) -> AblationEffects:
-    """Means and intervals from the scores (N,) and effects (N, 2, L, H) of N items; a loss is a negative score."""
+def ablate_together(model: GPT, eval_texts: EvalTexts, heads: Sequence[Head]) -> dict[str, AblationEffects]:
+    """The effect of ablating some heads at once, by measure; its tables are (3,): value and interval.
+
+    The control is the same ablation of as many other heads of the same layers, the mean over `CONTROLS` random draws;
+    there is none where a layer has too few others. Raises UserError (exit code 5) if a score is not finite.
+    """
+    controls = random_others(heads, model.config.n_heads)
+    results = {}
+    for task in eval_tasks(eval_texts):
+        means, before = mean_head_outputs(model, task.reference), _task_scores(model, task)
+
+        effects = []
+        for chosen in (heads, *controls):
+            for replacement in (None, means):
+                with ablated(model, chosen, replacement):
+                    effects.append(before - _task_scores(model, task))
+        own, *others = np.reshape(effects, (-1, 2, len(before))).swapaxes(1, 2)
+        control = np.mean(others, axis=0) if others else None
+        for name, items in task.measures.items():
+            summary = before[items], own[items], None if control is None else control[items]
+            results[name] = _summarize(task.unit, *summary)
+    return results
+
+
+def random_others(heads: Sequence[Head], n_heads: int) -> list[list[Head]]:
+    """`CONTROLS` random draws of as many other heads of the same layers; none if a layer has too few others."""
+    rng, chosen = random.Random(SEED), [layer for layer, _ in heads]
+    pools = {layer: [(layer, h) for h in range(n_heads) if (layer, h) not in heads] for layer in chosen}
+    if any(len(pool) < chosen.count(layer) for layer, pool in pools.items()):
+        return []
+    return [
+        [head for layer, pool in pools.items() for head in rng.sample(pool, chosen.count(layer))]
+        for _ in range(CONTROLS)
+    ]
+
+
+def _task_scores(model: GPT, task: EvalTask) -> Scores:
+    """The scores (N,) of a task's items."""
+    scores = np.zeros(task.n_items)
+    with inference_mode(model) as model:
+        for batch in batches(model, task.texts):
+            tokens = pad([task.texts[row] for row in batch]).to(model.token_embedding.weight.device)
+            index = GatherIndex(task, batch, tokens.shape[1], tokens.device)
+            scores += index.score(model.lm_head(index.gather(model.hidden_states(tokens))), task.n_items)
+    if not np.isfinite(scores).all():
+        raise UserError("the model's predictions are not finite, so its heads can't be ablated", NON_FINITE)
+    return scores
+
+
+def _summarize(unit: str, scores: Scores, effects: Scores, control: Scores | None) -> AblationEffects:
+    """Means and intervals from the scores (N,) and effects (N, 2, ...) of N items; a loss is a negative score."""
     values = {"zero": effects[:, 0], "mean": effects[:, 1]}
-    for name, effect in list(values.items()):
-        if (control := control_effects(effect)) is not None:
-            values |= {f"control_{name}": control, f"difference_{name}": effect - control}
+    if control is not None:
+        for k, name in enumerate(("zero", "mean")):
+            values |= {f"control_{name}": control[:, k], f"difference_{name}": effects[:, k] - control[:, k]}
     baseline = float(scores.mean()) * (-1 if unit == "nats/token" else 1)
     return AblationEffects(unit, baseline, len(scores), {name: bootstrap(v, SEED) for name, v in values.items()})

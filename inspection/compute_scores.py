@@ -48,6 +48,21 @@ def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenByt
     return {name: table for name, table in scores.items() if table.isfinite().all()}
 
 
+def compute_head_score(
+    model: GPT, texts: Sequence[Sequence[int]], score: Callable[[Tensor, Tensor], Tensor]
+) -> Float[Tensor, "L H"]:
+    """One score of every head, like those of `head_scores.py`: the mean over the queries of all texts."""
+    layers: list[Tensor] = []
+
+    def hook(layer: int, activations: dict[str, Tensor]) -> None:
+        pairs = zip(activations["pattern"].cpu(), texts, strict=True)
+        values = [score(pattern[:, : len(text), : len(text)], torch.tensor(text)) for pattern, text in pairs]
+        layers.append(torch.cat(values, dim=-1).mean(dim=-1))
+
+    run_with_hooks(model, pad(texts), hook)
+    return torch.stack(layers)
+
+
 def uniform_scores(eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, float]:
     """What uniform attention, A[i, j] = 1 / (i + 1), scores on the same queries, of scores with enough of them."""
     scores: dict[str, Tensor] = {}

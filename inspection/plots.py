@@ -1,7 +1,7 @@
 """Attention and head scores as figures, PNG, SVG or PDF by the suffix of the path.
 
-`draw_figures` draws all figures of a run; `draw_patterns`, `score_timeline` and `phase_change` draw one each from arrays:
-they raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6).
+`draw_figures` draws all figures of a run; `draw_patterns`, `draw_patching`, `score_timeline` and `phase_change` draw one each
+from arrays: they raise `UserError` for another suffix (exit code 2) and if the file cannot be written (6).
 Every size is given in inches: a layout that matplotlib finds by itself takes longer than the drawing.
 """
 
@@ -24,6 +24,8 @@ from inspection.terminal import clearest_head, display_width, head_name, token_t
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from inspection.patching import PatchingResult
 
 MAX_LAYERS = MAX_HEADS = 8  # in a grid: the first ones
 MAX_TOKENS = 64  # the last ones
@@ -204,6 +206,44 @@ def _draw_cells(axes: Axes, patterns: NDArray[Any], side: float, lefts: list[flo
     width, height = lefts[-1] + side, tops[-1] + side
     scale = axes.inset_axes((1 + 0.2 / width, 1 - 1.5 / height, 0.12 / width, 1.5 / height))
     scale.figure.colorbar(ScalarMappable(cmap=colors), cax=scale, label="attention weight")
+
+
+# Patching
+
+
+def draw_patching(path: Path, patching: PatchingResult, token_bytes: Callable[[int], bytes], title: str) -> None:
+    """The share of the logit difference that comes back: by layer and position, and by head, each above its control.
+
+    At most the last 64 tokens are shown.
+    """
+    tokens = zip(patching.clean_tokens[-MAX_TOKENS:], patching.corrupt_tokens[-MAX_TOKENS:], strict=True)
+    words = [[drawable(token_text(token_bytes(t)), LABEL_LENGTH) for t in dict.fromkeys(pair)] for pair in tokens]
+    labels, heads = [" / ".join(pair) for pair in words], [str(head) for head in range(patching.heads.shape[1])]
+    panels = [
+        ("residual stream before each layer (rows), at one position (columns)", patching.residual, labels),
+        ("control: from the clean tokens in a random order", patching.residual_control, labels),
+        ("output of each head (columns) of each layer (rows), at all positions", patching.heads, heads),
+        ("control: from the clean tokens in a random order", patching.heads_control, heads),
+    ]
+    cell, room = 0.22, 0.45 + 0.07 * max(map(display_width, labels))
+    rooms = [room if names is labels else 0.6 for *_, names in panels]
+    height = sum(rooms) + len(panels) * len(patching.heads) * cell
+    width, y = max(4.5, cell * max(len(labels), len(heads))), height - 0.2
+    note = (
+        "1 (blue): all of the logit difference comes back, 0 (white): none, below 0 (red): it falls; clipped to -1 to 1"
+    )
+    with figure(path, title, note, (width, height), (0.5, 0.1, 0.6)) as axes:
+        axes.set(xlim=(0, width), ylim=(0, height))
+        axes.set_axis_off()
+        for (name, shares, names), below in zip(panels, rooms, strict=True):
+            shown = shares[:, -MAX_TOKENS:]
+            L, columns = shown.shape
+            panel = axes.inset_axes((0, y - L * cell, columns * cell, L * cell), transform=axes.transData)
+            panel.imshow(shown, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+            panel.set_xticks(range(columns), names[:columns], rotation=90 if names is labels else 0, fontsize=6.5)
+            panel.set_yticks(range(L), [f"L{layer}" for layer in range(L)], fontsize=6.5)
+            axes.text(0, y + 0.06, name, va="bottom")
+            y -= L * cell + below
 
 
 # Series

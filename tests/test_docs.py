@@ -7,7 +7,7 @@ import pytest
 from tests.commands import check_command
 from tests.runs import ROOT
 
-GUIDES = ("fine_tuning", "exporting", "large_data", "from_nanogpt", "troubleshooting")
+GUIDES = ("python", "fine_tuning", "exporting", "large_data", "from_nanogpt", "troubleshooting")
 NAMES = ("README.md", "CONTRIBUTING.md", "docs/guarantees.md", "docs/running.md", "docs/attention.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README, CONTRIBUTING, GUARANTEES, RUNNING, ATTENTION = TEXTS.values()

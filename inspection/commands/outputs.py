@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import CHECKPOINT, CONFIG, UserError
-from inspection.commands.shared import Context, LoadedModel, Result, RunOptions
+from inspection.commands.shared import Context, LoadedModel, Result, RunOptions, parse_heads
 from inspection.plots import draw_figures
 from inspection.run_reader import DEFAULT, FOLDER, RunFiles, find_attention_files
-from inspection.terminal import paragraph
+from inspection.terminal import head_name, interval, paragraph, table
 
 if TYPE_CHECKING:
     from inspection.eval_texts import EvalTexts
@@ -62,8 +62,11 @@ class Plot(RunOptions):
 
 @dataclass(frozen=True)
 class Ablate(RunOptions):
-    """Ablate each head of a checkpoint, as training does at its end; for a run that was stopped early, or a Hugging Face
-    folder."""
+    """Ablate each head of a checkpoint, as training does at its end, for a run that was stopped early or a Hugging Face folder;
+    or some heads together."""
+
+    heads: str = ""
+    """Heads to ablate together, such as L1H0,L1H3: prints the effects and writes nothing."""
 
     checkpoint: str = "best"
     """The checkpoint of the run: `best` (lowest validation loss), `last`, or a step."""
@@ -75,6 +78,8 @@ class Ablate(RunOptions):
         from inspection.recorder import AttentionRecorder
 
         folder, loaded, texts = self.load(context)
+        if self.heads:
+            return self.together(loaded, texts, context.width)
         recorder = AttentionRecorder(texts, loaded.token_bytes, folder)
         run = RunFiles(folder, find_attention_files(folder / FOLDER))
         if loaded.step not in run.steps or run.read_intact(loaded.step) is None:
@@ -90,7 +95,8 @@ class Ablate(RunOptions):
 
             loaded = context.load_model(Path(self.run), self.checkpoint)
             texts = pretrained_texts(loaded.tokenizer, loaded.model.config, self.prompts)
-            texts.save(Path(self.run) / FOLDER / "eval_texts.json")
+            if not self.heads:
+                texts.save(Path(self.run) / FOLDER / "eval_texts.json")
             return Path(self.run), loaded, texts
         if self.prompts:
             raise UserError(
@@ -106,3 +112,26 @@ class Ablate(RunOptions):
         if saved is None:
             raise UserError(f"{run.folder} has no attention/eval_texts.json to ablate on", CHECKPOINT)
         return run.folder, loaded, saved
+
+    def together(self, loaded: LoadedModel, texts: EvalTexts, width: int) -> Result:
+        """The effects of ablating `heads` at once, on each measure."""
+        from inspection.ablation import CONTROLS, ablate_together
+
+        config = loaded.model.config
+        heads = parse_heads(self.heads.split(","), (config.n_layers, config.n_heads))
+        rows: list[list[Any]] = []
+        for name, effects in ablate_together(loaded.model, texts, heads).items():
+            if name.startswith("corpus."):  # halves of the held-out texts, which only the findings need
+                continue
+            cells = [
+                interval(None if (t := effects.tables.get(key)) is None else t.tolist())
+                for key in ("zero", "control_zero", "mean", "control_mean")
+            ]
+            rows.append([name, effects.count, effects.unit, effects.baseline, *cells])
+        titles = ["measure", "items", "unit", "whole", "zero ablation", "control", "mean ablation", "control"]
+        about = (
+            "effects with 95% intervals, positive where ablating hurts; control: as many random other heads of the same "
+            f"layers (mean of {CONTROLS} draws), - where a layer has too few others"
+        )
+        title = f"step {loaded.step}: {', '.join(head_name(*head) for head in heads)} ablated together"
+        return Result([title, "", *table(titles, rows, max(width, 160)), "", *paragraph(about, width)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from model.gpt import GPT
 
+HEAD = r"L\d{1,6}H\d{1,6}"
 LEAST = {"step": -1, "against": -1, "position": -1, "seed": 0, "top": 1, "tokens": 1}  # -1 is a default
 
 
@@ -33,7 +34,7 @@ class RunOptions:
         values = {name: value for name in LEAST if isinstance(value := getattr(self, name, None), int)}
         small = {name: value for name, value in values.items() if value < LEAST[name]}
         problems = [f"--{name} is {value}; it must be at least {LEAST[name]}" for name, value in small.items()]
-        if (head := getattr(self, "head", "")) and not re.fullmatch(r"L\d{1,6}H\d{1,6}", head):
+        if (head := getattr(self, "head", "")) and not re.fullmatch(HEAD, head):
             problems.append(f"--head is {head!r}; it must be a layer and a head, such as L1H2")
         return problems
 
@@ -65,6 +66,8 @@ class LoadedModel:
     step: int
     metadata: Mapping[str, str]
     tokenizer: Tokenizer
+    encode: Callable[[str], list[int]]
+    """Text -> tokens, after end-of-text if the training documents began with it."""
 
     @property
     def token_bytes(self) -> Callable[[int], bytes]:
@@ -86,8 +89,19 @@ def parse_head(name: str, shape: tuple[int, int]) -> tuple[int, int]:
     """`L1H2` as (layer, head); `UserError` if a model of that shape (layers, heads) has no such head (exit code 2)."""
     layer, head = map(int, re.findall(r"\d+", name))
     if layer >= shape[0] or head >= shape[1]:
-        raise UserError(f"--head is {name}; the model has L0H0 to {head_name(shape[0] - 1, shape[1] - 1)}", CONFIG)
+        raise UserError(
+            f"there is no head {name}; the model has L0H0 to {head_name(shape[0] - 1, shape[1] - 1)}", CONFIG
+        )
     return layer, head
+
+
+def parse_heads(names: Iterable[str], shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """Names such as `L1H2` as (layer, head), each once; `UserError` if one names no head of the model (exit code 2)."""
+    chosen = list(names)
+    for name in chosen:
+        if not re.fullmatch(HEAD, name):
+            raise UserError(f"{name!r} is not a head; name a layer and a head, such as L1H2", CONFIG)
+    return list(dict.fromkeys(parse_head(name, shape) for name in chosen))
 
 
 def model_shape(file: AttentionFile) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import NON_FINITE, UserError
 from inspection import ablation, eval_items
-from inspection.ablation import loss_increases, run_ablations
+from inspection.ablation import ablate_together, loss_increases, random_others, run_ablations
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_items import EvalTask
 from inspection.eval_texts import EvalTexts
@@ -174,7 +174,7 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], list[str]]] = {
     "not ablated": ("ablate", lambda real, z, *_: z, ["zero", "brute force, gpt2"]),
     "zero for mean": ("ablate", lambda real, z, head, d_head, *_: real(z, head, d_head), ["mean"]),
     "other layer's means": ("mean_head_outputs", lambda real, *args: real(*args).flip(0), ["mean"]),
-    "control includes head": ("control_effects", lambda real, e: e.mean(axis=2, keepdims=True) + 0 * e, ["zero"]),
+    "control includes head": ("control_effects", lambda real, e: e.mean(axis=-1, keepdims=True) + 0 * e, ["zero"]),
     "sign": ("eval_tasks", partial(change_weights, lambda weight: -weight), ["zero"]),
     "wrong is right": ("eval_tasks", partial(change_weights, abs), ["brute force, glass"]),
 }
@@ -200,3 +200,26 @@ def test_non_finite_model_is_an_error() -> None:
     with pytest.raises(UserError, match="not finite") as error:
         run_ablations(model, eval_texts())
     assert error.value.exit_code == NON_FINITE
+
+
+def test_heads_ablated_together() -> None:
+    """One head has the effect of `run_ablations`; both heads of the handmade model, ln V; others nothing."""
+    model, texts = random_model("glass", attention="eager"), eval_texts()
+    alone, every = ablate_together(model, texts, [(1, 2)]), run_ablations(model, texts).measures
+    assert list(alone) == list(every)
+    for name, effects in alone.items():
+        assert effects.baseline == pytest.approx(every[name].baseline, abs=1e-6)
+        for kind in ("zero", "mean"):
+            assert effects.tables[kind] == pytest.approx(every[name].tables[kind][1, 2], abs=1e-5)
+    tables = ablate_together(handmade(V), EvalTexts(repeats=REPEATS), [PREVIOUS, INDUCTION])["repeats"].tables
+    assert tables["zero"][0] == pytest.approx(math.log(V), abs=1e-4)
+    assert not tables["control_zero"].any() and not tables["control_mean"].any()
+
+
+def test_control_of_several_heads() -> None:
+    draws = random_others([(0, 1), (2, 0), (2, 3)], 6)
+    assert len({tuple(draw) for draw in draws}) > 1 and draws == random_others([(0, 1), (2, 0), (2, 3)], 6)
+    for draw in draws:
+        assert [layer for layer, _ in draw] == [0, 2, 2] and len(set(draw)) == 3
+        assert not {(0, 1), (2, 0), (2, 3)} & set(draw)
+    assert random_others([(0, 0), (0, 1)], 3) == []

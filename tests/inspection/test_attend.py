@@ -267,6 +267,17 @@ def test_memory_is_not_a_matter_of_place(run: Path) -> None:
         assert error_line(script("attend.py", run), 6) == "error: out of memory"
 
 
+def test_ablate_some_heads_together(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    output = text("ablate", run, "--heads=L0H1,L1H0")
+    assert "step 6: L0H1, L1H0 ablated together" in output and "corpus.judge" not in output
+    rows = [line.split()[0] for line in output.splitlines() if "nats" in line]
+    assert rows[:2] == ["repeats", "corpus"] and "+" in output
+    assert "no head L2H0" in error_line(script("attend.py", "ablate", run, "--heads=L0H1,L2H0"), 2)
+    assert "'L0' is not a head" in error_line(script("attend.py", "ablate", run, "--heads=L0"), 2)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_ablate_rewrites_findings_and_page(run: Path) -> None:
     before = (run / "attention" / "ablations.json").read_bytes()
     for name in ("attention/ablations.json", "attention/findings.json", "attention.html"):
@@ -393,7 +404,7 @@ def test_path_that_is_too_long_is_one_line(path: str) -> None:
     assert "is not a folder" in error_line(script("attend.py", "summary", path), 4)
 
 
-@pytest.mark.parametrize("command", [*attend.COMMANDS, ""])
+@pytest.mark.parametrize("command", sorted({*attend.COMMANDS, ""} - {"patch"}))
 def test_attention_file_that_is_removed_while_it_is_read(
     run: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def file(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> AttentionFile:
 
 
 def verify(file: AttentionFile, model: GPT) -> list[dict[str, Any]]:
-    return list(verify_attention_file(file, LoadedModel(model, 8, METADATA, Words()), TEXTS))
+    return list(verify_attention_file(file, LoadedModel(model, 8, METADATA, Words(), list), TEXTS))
 
 
 def failed(file: AttentionFile, model: GPT) -> set[str]:
