@@ -46,6 +46,8 @@ class SampleConfig:
     """Sample from the smallest set of most likely tokens with this total probability; 1 keeps all."""
     seed: int = 1
     """Random seed; the same seed gives the same text."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; `auto` is a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
     """Storage of the weights. fp16 halves the time per token of a large model and changes its loss by less than
     0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
     tokenizer = checkpoint.tokenizer()
     text, prompt = read_prompt(tokenizer, config.prompt, checkpoint.environment)
     shown: Callable[[str], str] = escape_text if sys.stdout.isatty() else str  # a file gets the text as it is
-    model = checkpoint.load_model(get_dist_context("fp32"))
+    model = checkpoint.load_model(get_dist_context("fp32", device=config.device))
     if len(prompt) > (context := model.config.context):
         print(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used", file=sys.stderr)
         prompt = prompt[-context:]

@@ -56,11 +56,12 @@ def sample_token(
 ) -> Int[Tensor, "B"]:
     """Sample one token per row from softmax(logits / temperature) after `filter_logits`; at temperature 0 the argmax.
 
-    The cumulative distribution is inverted at one random number per row. torch.multinomial draws V of them instead,
-    which takes a millisecond for 50,257 tokens.
+    It is drawn on the generator's device. The cumulative distribution is inverted at one random number per row.
+    torch.multinomial draws V of them instead, which takes a millisecond for 50,257 tokens.
     """
     if params.temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(dim=-1)
+    logits = logits.to(generator.device)
     probabilities = filter_logits(logits.float() / params.temperature, params.top_k, params.top_p).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     uniform = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
@@ -97,5 +98,5 @@ def generate(
     text = prompt
     for _ in range(max_new_tokens):
         tokens = sample_token(next_logits(model, text, cache), generator, params)
-        text = torch.cat([text, tokens[:, None]], dim=1)
+        text = torch.cat([text, tokens[:, None].to(text.device)], dim=1)
         yield tokens

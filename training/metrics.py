@@ -1,8 +1,8 @@
 """Metrics of a run: `metrics.jsonl`, `samples.txt`, and the progress bar or plain lines."""
 
+import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +19,10 @@ from training.device import measure_matmul_flops
 from training.flops import step_flops
 from training.text_generation import escape_text
 from training.trainer import Callback, Trainer
+
+resource: Any = None
+with contextlib.suppress(ImportError):  # Windows
+    import resource
 
 PLAIN_SECONDS = 10.0  # between two progress lines, at least, where there is no terminal
 
@@ -54,7 +58,8 @@ class MetricsLogger(Callback):
         flops = step_flops(config, trainer.model.vocab_size)
         metrics["tokens_per_second"] = round(steps_per_second * config.train.batch_size * config.model.context)
         metrics["mfu"] = round(steps_per_second * flops / self.peak_flops, 4)
-        metrics["peak_memory_mb"] = round(peak_memory(device) / 1e6)
+        if memory := peak_memory(device):
+            metrics["peak_memory_mb"] = round(memory / 1e6)
         self.append(self.path, json.dumps(metrics) + "\n")
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
@@ -73,7 +78,7 @@ class MetricsLogger(Callback):
         try:
             if not os.path.samestat(self.opened, path.parent.stat()):
                 raise OSError(0, "another folder has taken the place of the run's")
-            with path.open("r+", encoding="utf-8") as file:
+            with path.open("r+", encoding="utf-8", newline="\n") as file:
                 file.seek(0, os.SEEK_END)
                 file.write(text)
                 if sync:
@@ -112,7 +117,12 @@ class ProgressBar(Callback):
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self.bar.total = trainer.config.train.steps
         self.bar.update(metrics["step"] - self.bar.n)
-        if "skipped" in metrics:
+        if "loss_scale" in metrics:
+            scale = metrics["loss_scale"]
+            print_line(
+                f"step {metrics['step']} skipped: its gradient overflowed in fp16; loss scale {scale:g} from now on"
+            )
+        elif "skipped" in metrics:
             print_line(f"step {metrics['step']} skipped: loss or gradient not finite ({metrics['skipped']} so far)")
         elif trainer.should_log(metrics):
             self.latest = metrics
@@ -149,9 +159,11 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU, else the peak resident memory of this process."""
+    """Bytes: allocated on a CUDA GPU, else the peak resident memory of this process; 0 on Windows, which has no `resource`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

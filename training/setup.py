@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars
+from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars, quote_arg
 from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
@@ -67,7 +66,7 @@ class Checkpointer(Callback):
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
         if self.saved_config is not None and (trainer.is_stopped or exit_code > 128):  # also during the report
-            print_line(f"stopped; resume with: python train.py --run.resume {shlex.quote(trainer.config.run.dir)}")
+            print_line(f"stopped; resume with: python train.py --run.resume {quote_arg(trainer.config.run.dir)}")
 
 
 class TextSample(Callback):

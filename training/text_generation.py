@@ -81,7 +81,7 @@ def generate_tokens(
     A text that has reached it earlier continues with end-of-text, whose bytes are empty.
     """
     device, end_of_text = model.token_embedding.weight.device, tokenizer.end_of_text
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: not every device has float64, which sampling needs
     has_ended = torch.zeros(n_samples, dtype=torch.bool)
     batch = torch.tensor(prompt, device=device).expand(n_samples, -1)
     for tokens in generate(model, batch, max_new_tokens, generator, params):

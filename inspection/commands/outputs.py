@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import CHECKPOINT, UserError
-from inspection.commands.shared import Context, Result, RunOptions
+from inspection.commands.shared import Context, DeviceOptions, Result, RunOptions
 from inspection.plots import draw_figures
 from inspection.run_reader import DEFAULT, RunFiles
 from inspection.terminal import paragraph
@@ -56,7 +56,7 @@ class Plot(RunOptions):
 
 
 @dataclass(frozen=True)
-class Ablate(RunOptions):
+class Ablate(DeviceOptions):
     """Ablate each head of a checkpoint, as training does at its end; for a run that was stopped early."""
 
     checkpoint: str = "best"

@@ -31,11 +31,15 @@ def corpus() -> TokenizedCorpus:
 
 
 def make_trainer(
-    train: TrainConfig = TRAIN, dropout: float = 0.0, state: TrainState | None = None, stop_at_step: int = 0
+    train: TrainConfig = TRAIN,
+    dropout: float = 0.0,
+    state: TrainState | None = None,
+    stop_at_step: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Trainer:
     model_config = ModelConfig("gpt2", 1, n_heads=2, d_model=8, context=12, attention="eager", dropout=dropout)
     run = RunSettings(stop_at_step=stop_at_step)
     config = RunConfig(run=run, model=model_config, optim=OPTIM, train=train)
     model = GPT(model_config, corpus().tokenizer.vocab_size, seed=3)
-    ctx = DistContext(torch.device("cpu"), torch.float32)
+    ctx = DistContext(torch.device("cpu"), dtype)
     return Trainer(config, ctx, corpus(), model, model, Optimizer(model, OPTIM), state or TrainState())

@@ -26,6 +26,7 @@ VARIANTS = {
     "dropout": ("--model.dropout=0.2", OFF),
     "accumulation": ("--train.micro_batch_size=3", OFF),
     "adamw": ("--optim.optimizer=adamw", "--model.dropout=0.1", "--train.micro_batch_size=1", OFF),
+    "fp16": ("--train.dtype=fp16", OFF),
 }
 TIMING = {"tokens_per_second", "mfu", "peak_memory_mb"}
 

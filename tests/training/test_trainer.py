@@ -20,7 +20,7 @@ from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
 from common.files import read_metrics
 from tests.training.helpers import TRAIN, make_trainer
 from training.checkpoint import TrainState
-from training.metrics import MetricsLogger
+from training.metrics import MetricsLogger, ProgressBar
 from training.setup import Checkpointer, get_callbacks
 from training.trainer import Callback, Prefetcher, Trainer, derive_seed
 
@@ -63,6 +63,37 @@ def test_non_finite_steps_are_skipped_or_end_the_run(allowed: int) -> None:
     assert trainer.state.step == 8 and trainer.state.skipped_steps == 2 and kept.exit_code == 0
     assert [line["step"] for line in kept.steps if "skipped" in line] == [3, 6]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_gradients_that_overflow_in_fp16_lower_the_loss_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    """Such steps are not counted; at a scale of 1 they are those of a model that diverges."""
+    torch.manual_seed(0)
+    trainer = make_trainer(EIGHT, dtype=torch.float16)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    before = copy.deepcopy(trainer.model.state_dict())
+    metrics, scale = trainer.train_step(), 2.0**39
+    while "skipped" in metrics:
+        assert metrics["loss_scale"] == scale and trainer.state.skipped_steps == 0 == trainer.state.tokens_seen
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        trainer.state.step, scale = 0, scale / 2
+        metrics = trainer.train_step()
+    assert 1 < trainer.scaler.get_scale() < 2.0**30 and trainer.state.tokens_seen
+    plain = make_trainer(EIGHT).train_step()
+    assert metrics == pytest.approx(plain, rel=0.01)
+    again = make_trainer(
+        EIGHT, state=TrainState(scaler={**trainer.scaler.state_dict(), "scale": 4.0}), dtype=torch.float16
+    )
+    again.model.register_forward_hook(
+        lambda model, inputs, logits: logits.register_hook(lambda g: g * math.inf) and None
+    )
+    again.callbacks = [ProgressBar(again.state, 8)]
+    with pytest.raises(UserError, match=r"the loss is 3\.\d+ and the gradient norm nan at step 2 ") as caught:
+        again.run()
+    assert caught.value.exit_code == NON_FINITE
+    skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert (
+        len(skipped) == 2 and skipped[1] == "step 2 skipped: its gradient overflowed in fp16; loss scale 1 from now on"
+    )
 
 
 def test_skipped_step_changes_neither_weights_nor_optimizer_state() -> None:
