@@ -7,6 +7,7 @@ before them: defaults < file < command line. Imports no torch, so that a mistype
 import dataclasses
 import difflib
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -45,8 +46,8 @@ class RunSettings:
     dir: str = ""  # Run folder, new or empty; by default runs/ and the name of the config or text, perhaps numbered.
     resume: str = ""  # A run folder to continue from its newest intact checkpoint.
     seed: Seed = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
-    threads: NonNegativeInt = 0  # CPU threads; 0: torch's default.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # `auto`: a CUDA GPU if there is one, else the CPU.
+    threads: NonNegativeInt = 0  # CPU threads; 0: torch's default.
     stop_at_step: NonNegativeInt = 0  # Save and stop after this step, as after a signal; 0: train to the end.
     dist_timeout: Seconds = 600.0  # Seconds that a process of torchrun waits for the others before it exits.
 
@@ -97,8 +98,9 @@ class LogConfig:
     sample_tokens: NonNegativeInt = 100  # Tokens of the text sample at each evaluation; 0: none.
     prompts: str = ""  # A file of prompts to monitor: texts, or prompt, right and wrong answer separated by tabs.
     attention: Literal["on", "off"] = "on"  # Record attention and head scores at each evaluation and write the page.
+    tensorboard: Literal["on", "off"] = "off"  # Event files for TensorBoard in the run folder.
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; `offline`: for `wandb sync`.
-    wandb_project: str = "glassgpt"  # Weights & Biases project.
+    wandb_project: str = ""  # Weights & Biases project; by default WANDB_PROJECT of the environment, else glassgpt.
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     # Not in `problems`: a checkpoint may be read elsewhere.
     if config.log.prompts and not resumed and not os.path.isfile(config.log.prompts):
         raise UserError(f"log.prompts is {config.log.prompts!r}; there is no such file")
+    if config.log.tensorboard == "on" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("log.tensorboard needs a package that is not installed: pip install tensorboard")
     if config.run.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
     if all(os.path.exists(os.path.join(config.data.source, name)) for name in ("config.toml", "checkpoints")):

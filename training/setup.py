@@ -30,7 +30,7 @@ from training.optimizer import Optimizer, get_lr_scale
 from training.report import LossReport
 from training.run_dir import save_config
 from training.text_generation import encode_prompt, generate_tokens
-from training.trackers import WandbTracker
+from training.trackers import TensorBoardTracker, WandbTracker
 from training.trainer import Callback, Trainer, derive_seed, micro_batch_rows
 
 
@@ -95,9 +95,10 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
         return [LossReport(), checkpointer]
     config, state = trainer.config, trainer.state
     metrics, bar = MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps)
-    wandb = [WandbTracker()] if config.log.wandb != "disabled" else []
+    trackers: list[object] = [TensorBoardTracker()] if config.log.tensorboard == "on" else []
+    trackers += [WandbTracker()] if config.log.wandb != "disabled" else []
     recorders = [LossReport(), TextSample(), *([recorder] if recorder else [])]
-    return [FolderCheck(metrics), *recorders, metrics, bar, checkpointer, *wandb]
+    return [FolderCheck(metrics), *recorders, metrics, bar, checkpointer, *trackers]
 
 
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
