@@ -20,10 +20,6 @@ from training.flops import step_flops
 from training.text_generation import escape_text
 from training.trainer import Callback, Trainer
 
-resource: Any = None
-with contextlib.suppress(ImportError):  # Windows
-    import resource
-
 PLAIN_SECONDS = 10.0  # between two progress lines, at least, where there is no terminal
 
 
@@ -117,13 +113,10 @@ class ProgressBar(Callback):
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self.bar.total = trainer.config.train.steps
         self.bar.update(metrics["step"] - self.bar.n)
-        if "loss_scale" in metrics:
-            scale = metrics["loss_scale"]
-            print_line(
-                f"step {metrics['step']} skipped: its gradient overflowed in fp16; loss scale {scale:g} from now on"
-            )
-        elif "skipped" in metrics:
-            print_line(f"step {metrics['step']} skipped: loss or gradient not finite ({metrics['skipped']} so far)")
+        if "skipped" in metrics:
+            overflow = "its gradient overflowed in fp16; the loss scale falls to {loss_scale:g}"
+            other = "loss or gradient not finite ({skipped} so far)"
+            print_line(("step {step} skipped: " + (overflow if "loss_scale" in metrics else other)).format(**metrics))
         elif trainer.should_log(metrics):
             self.latest = metrics
             self.bar.set_postfix_str(format_metrics(metrics))
@@ -162,10 +155,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: allocated on a CUDA GPU, else the peak resident memory of this process; 0 on Windows, which has no `resource`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def print_line(text: str) -> None:

@@ -27,8 +27,7 @@ from training.loss import CHUNK
 from training.time_budget import measure_step
 from training.trainer import micro_batch_rows
 
-USABLE_MEMORY = {"cuda": 0.8, "cpu": 0.6, "mps": 0.6}
-"""Share of the memory; the rest is for libraries, the allocator, and where the system uses it too, other programs."""
+USABLE_MEMORY = {"cuda": 0.8, "cpu": 0.6, "mps": 0.6}  # share; the rest is for libraries, the allocator, other programs
 ASSUMED_MFU = 0.4  # what a large GPT reaches on a GPU; a small one reaches less
 MEASURE_SECONDS = 0.8
 format_sizeof = tqdm.format_sizeof  # three digits and a decimal prefix: 1,234,567 is 1.23M
@@ -48,8 +47,7 @@ def plan(config: RunConfig, target: tuple[GPU | None, int], name: str) -> None:
     ctx = get_dist_context(config.train.dtype, config.run.threads, config.run.device if gpu is None else "auto")
     where = f"this machine: {ctx.describe()}"
     if gpu is not None:
-        best_dtype = "bf16" if gpu.has_bf16 else "fp16"
-        dtype = best_dtype if config.train.dtype == "auto" else config.train.dtype
+        dtype = gpu.half_dtypes[0] if config.train.dtype == "auto" else config.train.dtype
         ctx = replace(ctx, device=torch.device("cuda"), dtype=DTYPES[dtype])
         where = f"{count} x {gpu.name}, {dtype}"
     config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
@@ -186,11 +184,8 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
 def print_time(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContext, vocab_size: int) -> None:
     """Time of a step and of the run, without compiling."""
     train, flops = config.train, step_flops(config, vocab_size)
-    if gpu is None:
-        peak = measure_matmul_flops(ctx)
-    else:
-        is_emulated = ctx.dtype == torch.bfloat16 and not gpu.has_bf16
-        peak = gpu.fp32 if ctx.dtype == torch.float32 or is_emulated else gpu.half
+    fast = [DTYPES[name] for name in gpu.half_dtypes] if gpu else []
+    peak = measure_matmul_flops(ctx) if gpu is None else gpu.half if ctx.dtype in fast else gpu.fp32
     rate = f"{format_sizeof(peak)}FLOP/s"
     if gpu is None and flops / train.batch_size < ASSUMED_MFU * peak * MEASURE_SECONDS / 5:  # 5 sequences at least
         step = measure_step(config, vocab_size, ctx, MEASURE_SECONDS)

@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from training.checkpoint import TrainState
 from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
-from training.device import DistContext
+from training.device import DTYPES, DistContext
 from training.optimizer import Optimizer
 from training.trainer import Trainer
 
@@ -31,15 +31,11 @@ def corpus() -> TokenizedCorpus:
 
 
 def make_trainer(
-    train: TrainConfig = TRAIN,
-    dropout: float = 0.0,
-    state: TrainState | None = None,
-    stop_at_step: int = 0,
-    dtype: torch.dtype = torch.float32,
+    train: TrainConfig = TRAIN, dropout: float = 0.0, state: TrainState | None = None, stop_at_step: int = 0
 ) -> Trainer:
     model_config = ModelConfig("gpt2", 1, n_heads=2, d_model=8, context=12, attention="eager", dropout=dropout)
     run = RunSettings(stop_at_step=stop_at_step)
     config = RunConfig(run=run, model=model_config, optim=OPTIM, train=train)
     model = GPT(model_config, corpus().tokenizer.vocab_size, seed=3)
-    ctx = DistContext(torch.device("cpu"), dtype)
+    ctx = DistContext(torch.device("cpu"), DTYPES.get(train.dtype, torch.float32))
     return Trainer(config, ctx, corpus(), model, model, Optimizer(model, OPTIM), state or TrainState())

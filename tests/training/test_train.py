@@ -210,7 +210,7 @@ def test_existing_run_is_not_overwritten(run: Path, new: tuple[str, ...]) -> Non
     [
         ("--model.context=100000", 3, "100001"),
         ("--data.source=/nowhere/text.txt", 3, "/nowhere/text.txt"),
-        ("--run.dir=/proc/nowhere", 6, "/proc/nowhere"),
+        ("--run.dir=train.py/nowhere", 6, "nowhere"),
         ("--model.d_model=17", 2, "model.d_model is 17"),
         ("--train.micro_batch_size=-1", 2, "train.micro_batch_size"),
         ("--log.prompts=nowhere.txt", 2, "no such file"),
