@@ -239,6 +239,7 @@ def test_interrupted_run_ends_with_the_same_bits(
     for stop in (*stops[1:], 12):
         train(f"--run.resume={tmp_path}", f"--run.stop_at_step={stop}")
     assert_same(tmp_path, uninterrupted(variant))
+    assert bool(open_checkpoint(tmp_path, "last").state.scaler) == (variant == "fp16")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [*range(1, 13)]
 
 
