@@ -14,10 +14,10 @@ show what a run recorded at its evaluations:
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from tyro.conf import Positional
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, run_main
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, quote_arg, run_main
 from common.files import retry_if_removed
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
@@ -38,7 +38,7 @@ from inspection.commands.outputs import Ablate, Page, Plot
 from inspection.commands.patch import Patch
 from inspection.commands.patterns import Compare, Token
 from inspection.commands.scores import Heads, Summary, Timeline
-from inspection.commands.shared import Context, LoadedModel, RunOptions, parse_head
+from inspection.commands.shared import Context, DeviceOptions, LoadedModel, parse_head
 from inspection.commands.verify import Verify
 from inspection.plots import draw_patterns
 from training.cli import parse, split_options
@@ -55,7 +55,7 @@ MAX_PARTS = 6  # of a logit that are listed; the others are added up
 
 
 @dataclass(frozen=True)
-class AttendOptions(RunOptions):
+class AttendOptions(DeviceOptions):
     """Options of `attend.py RUN`."""
 
     run: Positional[str]
@@ -102,7 +102,7 @@ def check_command(argv: list[str]) -> None:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
     if len(words) > 1 and words[1] in COMMANDS:
-        raise UserError(f"the command comes first: python attend.py {words[1]} {shlex.quote(words[0])}")
+        raise UserError(f"the command comes first: python attend.py {words[1]} {quote_arg(words[0])}")
 
 
 def print_lines(*lines: str) -> None:
@@ -122,7 +122,8 @@ def run_command(name: str, argv: list[str]) -> None:
     words = ["run", "other"] if command is Compare else ["run"]
     usage = f"python attend.py {name} RUN" + " [OTHER]" * (command is Compare)
     options = parse(command, argv, f"{command.__doc__}  {usage}", words)
-    result = options.result(Context(terminal_width(), load_model))
+    load_on_device = functools.partial(load_model, device=getattr(options, "device", "auto"))
+    result = options.result(Context(terminal_width(), load_on_device))
     if getattr(options, "json", False):
         print(terminal.to_json(result.data))
     else:
@@ -131,20 +132,20 @@ def run_command(name: str, argv: list[str]) -> None:
         raise UserError("some attention files differ from their checkpoints; restore or rewrite them", CHECKPOINT)
 
 
-def load_model(path: Path, which: str) -> LoadedModel:
+def load_model(path: Path, which: str, device: str = "auto") -> LoadedModel:
     """The model of a checkpoint, or of the checkpoint `best`, `last` or of a step of a run."""
     from training.pretrained import open_model
 
-    return load(open_model(path, which))
+    return load(open_model(path, which), device)
 
 
-def load(checkpoint: Checkpoint) -> LoadedModel:
+def load(checkpoint: Checkpoint, device: str = "auto") -> LoadedModel:
     """The model of a checkpoint in fp32."""
     from training.checkpoint import provenance
     from training.device import get_dist_context
     from training.text_generation import encode_prompt
 
-    model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
+    model, tokenizer = checkpoint.load_model(get_dist_context("fp32", device=device)), checkpoint.tokenizer()
     metadata = provenance(model, tokenizer, checkpoint.state)
     encode = partial(encode_prompt, tokenizer, documents=checkpoint.environment.starts_with_eot)
     return LoadedModel(model, checkpoint.state.step, metadata, tokenizer, encode)
@@ -163,7 +164,7 @@ def show_prompt(options: AttendOptions) -> None:
     checkpoint = open_model(options.run, options.checkpoint)
     tokenizer = checkpoint.tokenizer()
     text, tokens = read_prompt(tokenizer, options.prompt, checkpoint.environment)
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, options.device)
     model, config = loaded.model, loaded.model.config
     head = parse_head(options.head, (config.n_layers, config.n_heads)) if options.head else None
     if not text:
@@ -235,7 +236,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
     for folder in list_checkpoints(run / "checkpoints"):
         if int(folder.name) < loaded.step:
             try:
-                earlier = load(read_checkpoint(folder))
+                earlier = load(read_checkpoint(folder), options.device)
             except UserError as error:
                 if not isinstance(error, RemovedError):
                     print(escape_control_chars(f"skipping a damaged checkpoint: {error}"), file=sys.stderr)

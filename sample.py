@@ -64,6 +64,8 @@ class SampleConfig:
     """Instead of generating: a UTF-8 file whose loss, perplexity and most surprising words are printed."""
     json: bool = False
     """Print a line of JSON for each text: tokens, log-probabilities, why it ended."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; `auto` is a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
     """Storage of the weights. fp16 halves the time per token of a large model and changes its loss by less than
     0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> None:
     tokenizer, trained = checkpoint.tokenizer(), checkpoint.environment
     is_typed = typed == config.prompt
     text, prompt = ("", []) if config.score else read_prompt(tokenizer, typed, trained, is_typed)
-    model = checkpoint.load_model(get_dist_context("fp32"))
+    model = checkpoint.load_model(get_dist_context("fp32", device=config.device))
     quantize_(model, config.dtype)
     if config.score:
         from training.scoring import print_score, score_text

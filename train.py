@@ -7,9 +7,7 @@ line is known to be valid.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import UserError, run_main
+from common.errors import quote_arg, run_main
 from training.config import RunConfig, given_options, name_source, parse_train, replace_options
 from training.hardware import parse_plan_option
 from training.recipe import describe, read_recipe
@@ -47,8 +45,6 @@ def main(argv: list[str], callbacks: Sequence[object] = ()) -> str:
         options[n_files:n_files] = init_options(config, options[n_files:])
     if defaults or config.model.init:
         config, name = parse_train([*defaults, *options])
-    if importlib.util.find_spec("fcntl") is None:
-        raise UserError("training needs Linux or macOS; on Windows, use WSL")
     from data import corpora, text_files, tokenizer
 
     if config.run.resume and os.sep in config.data.tokenizer and not os.path.exists(config.data.tokenizer):
@@ -71,7 +67,7 @@ def main(argv: list[str], callbacks: Sequence[object] = ()) -> str:
     with open_run_dir(config, name) as config:
         from training.distributed import process_group
 
-        with process_group(config.run.dist_timeout):
+        with process_group(config.run.dist_timeout, config.run.device):
             return train(config, started, given_options(options), max_epochs, callbacks)
 
 
@@ -86,7 +82,7 @@ def train(config: RunConfig, started: float, given: set[str], max_epochs: float,
     from training.metrics import print_line
     from training.setup import Checkpointer, broadcast_config, build_trainer, get_callbacks, print_header
 
-    ctx = get_dist_context(config.train.dtype, config.run.threads)
+    ctx = get_dist_context(config.train.dtype, config.run.threads, config.run.device)
     config = broadcast_config(config, ctx)
     data = prepare_once(config.data, ctx)
     callbacks: list[object] = []
@@ -109,8 +105,8 @@ def train(config: RunConfig, started: float, given: set[str], max_epochs: float,
     print_header(trainer)
     trainer.run()
     if ctx.is_main_process:
-        run, html = shlex.quote(config.run.dir), Path(config.run.dir) / "attention.html"
-        page = f"  open {shlex.quote(str(html))}\n" if recorder and html.is_file() else ""
+        run, html = quote_arg(config.run.dir), Path(config.run.dir) / "attention.html"
+        page = f"  open {quote_arg(html)}\n" if recorder and html.is_file() else ""
         summary = f"  python attend.py summary {run}\n" if recorder else ""
         seconds = time.perf_counter() - started
         step, last = trainer.state.step, trainer.saved[0] if trainer.saved else 0

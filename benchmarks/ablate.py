@@ -70,7 +70,7 @@ def train(change: Change, recipe: Sequence[str], seed: int) -> Result:
 
     with patch.dict(PRESETS, glass=replace(PRESETS["glass"], **change.architecture)):
         config, _ = parse_train([*recipe, *change.options, f"--run.seed={seed}"])
-        data, ctx = prepare(config.data), get_dist_context(config.train.dtype, config.run.threads)
+        data, ctx = prepare(config.data), get_dist_context(config.train.dtype, config.run.threads, config.run.device)
         trainer = build_trainer(config, ctx, data)
         start = time.perf_counter()
         while trainer.state.step < config.train.steps:

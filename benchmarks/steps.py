@@ -40,7 +40,7 @@ def run(argv: list[str]) -> None:
     tokens, vocab_size, *options = argv
     with tempfile.TemporaryDirectory() as folder:
         config, _ = parse_train([*options, f"--run.dir={folder}"])
-        ctx = get_dist_context(config.train.dtype, config.run.threads)
+        ctx = get_dist_context(config.train.dtype, config.run.threads, config.run.device)
         trainer = build_trainer(config, ctx, load_corpus(Path(tokens), int(vocab_size)))
         for _ in range(2):
             trainer.train_step()

@@ -7,7 +7,9 @@ import gc
 import io
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +44,11 @@ class RemovedError(UserError):
 def escape_control_chars(text: object, keep: str = "") -> str:
     """`text` with escapes for what could steer a terminal or end a line, but for the characters in `keep`."""
     return STEERS_TERMINAL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], str(text))
+
+
+def quote_arg(word: object) -> str:
+    """`word` as one argument of a command that the user may type, in the shell of this system."""
+    return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
 
 
 def is_out_of_memory(error: Exception) -> bool:  # torch raises a RuntimeError where CPU memory ran out

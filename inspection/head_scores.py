@@ -213,12 +213,12 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
         embedding = embedding - embedding.mean(dim=-1, keepdim=True)
         unembedding = unembedding - unembedding.mean(dim=-1, keepdim=True)
     products = []
-    between = (embedding.T @ unembedding).double().cpu()  # W_E W_U (C, C), shared by all heads
+    between = (embedding.T @ unembedding).cpu().double()  # W_E W_U (C, C), shared by all heads
     for block in blocks_of(model):
         H, G, D = block.attention.n_heads, block.attention.n_kv_heads, block.attention.d_head
-        values = block.attention.qkv.weight.detach().double().cpu()[(H + G) * D :].unflatten(0, (G, D))
-        values = (values * block.norm1.weight.detach().double().cpu()).repeat_interleave(H // G, dim=0)
-        outputs = block.attention.out.weight.detach().double().cpu().unflatten(1, (H, D)).transpose(0, 1)
+        values = block.attention.qkv.weight.detach().cpu().double()[(H + G) * D :].unflatten(0, (G, D))
+        values = (values * block.norm1.weight.detach().cpu().double()).repeat_interleave(H // G, dim=0)
+        outputs = block.attention.out.weight.detach().cpu().double().unflatten(1, (H, D)).transpose(0, 1)
         products.append(values @ between @ outputs)
     circuits = torch.stack(products)
     if not circuits.isfinite().all():

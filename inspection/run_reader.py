@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CHECKPOINT, CONFIG, RemovedError, UserError, escape_control_chars
+from common.errors import CHECKPOINT, CONFIG, RemovedError, UserError, escape_control_chars, quote_arg
 from common.files import read_json, read_metrics, reading
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
@@ -192,10 +191,10 @@ def _not_a_run(path: Path) -> str:
     if inside := sorted(path.glob(f"*/{FOLDER}")):
         return f"{path} is not a run but contains {len(inside)}; give one of them, such as {inside[0].parent}"
     if (path / "config.toml").is_file():
-        hint = f"look at a prompt with: python attend.py {shlex.quote(str(path))} --prompt TEXT"
+        hint = f"look at a prompt with: python attend.py {quote_arg(path)} --prompt TEXT"
         return f"{path} has no attention files (it was trained with --log.attention off); {hint}"
     if (path / "config.json").is_file():
-        command = f"python attend.py ablate {shlex.quote(str(path))}"
+        command = f"python attend.py ablate {quote_arg(path)}"
         return f"{path} is a Hugging Face folder without recorded attention; record it with: {command}"
     return f"{path} is not a run folder; python train.py makes a run folder"
 

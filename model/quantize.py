@@ -92,7 +92,7 @@ def quantize_(model: GPT, dtype: WeightDtype) -> None:
     if dtype == "fp32" and (not has_kernel or n_bytes < PREPACK_ABOVE):
         return
     if not has_kernel:
-        raise UserError(f"--dtype {dtype} needs an x86 CPU; use fp32, or hide the GPU with CUDA_VISIBLE_DEVICES=")
+        raise UserError(f"--dtype {dtype} needs an x86 CPU; use fp32, or --device cpu")
     replacement: Any = {"fp32": PrepackedLinear, "fp16": HalfLinear, "int8": Int8Linear}[dtype]
     parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]  # keeps no weights alive
     for parent in parents:

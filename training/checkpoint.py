@@ -50,6 +50,7 @@ class TrainState:
     evals_without_improvement: int = 0
     last_eval_step: int = -1
     skipped_steps: int = 0  # because their loss or gradient was not finite
+    scaler: dict[str, float] = field(default_factory=dict)  # `GradScaler.state_dict`; empty without fp16
 
 
 @dataclass(frozen=True)
@@ -361,10 +362,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _fsync(path: Path) -> None:
     """Force a file or folder to the disk, and out of the page cache, so that reading it back reads the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if (is_folder := path.is_dir()) and os.name == "nt":  # Windows cannot open folders, and syncs only writable files
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
-        if sys.platform == "linux":
+        if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)

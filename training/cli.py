@@ -35,7 +35,6 @@ ALIASES = {
 }
 """Options of nanoGPT and Hugging Face, by their last part, whose counterpart here is not the most similar name."""
 NO_EQUIVALENT = {
-    "device": "a CUDA GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= in the environment",
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
     "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
 }

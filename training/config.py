@@ -7,17 +7,17 @@ before them: defaults < file < command line. Imports no torch, so that a mistype
 import dataclasses
 import difflib
 import glob
+import importlib.util
 import json
 import math
 import os
 import re
-import shlex
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from common.errors import CHECKPOINT, UserError, escape_control_chars
+from common.errors import CHECKPOINT, UserError, escape_control_chars, quote_arg
 from data.config import DataConfig
 from model.config import ModelConfig
 from training.cli import field_name, parse, split_options
@@ -46,6 +46,7 @@ class RunSettings:
     dir: str = ""  # Run folder, new or empty; by default runs/ and the name of the config or text, perhaps numbered.
     resume: str = ""  # A run folder to continue from its newest intact checkpoint.
     seed: Seed = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # `auto`: a CUDA GPU if there is one, else the CPU.
     threads: NonNegativeInt = 0  # CPU threads; 0: torch's default.
     stop_at_step: NonNegativeInt = 0  # Save and stop after this step, as after a signal; 0: train to the end.
     dist_timeout: Seconds = 600.0  # Seconds that a process of torchrun waits for the others before it exits.
@@ -85,7 +86,7 @@ class TrainConfig:
     patience: Patience = -1  # Evaluations without improvement until the end; 0: any number; -1: 5 on your own text.
     skip_nonfinite_steps: NonNegativeInt = 0  # Steps with a non-finite loss or gradient to skip before the run stops.
     sharding: Literal["none", "fsdp"] = "none"  # `none`: DDP; `fsdp`: parameters and optimizer state are sharded.
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # Of matrix products; `auto`: bf16 where it is well supported.
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # Of matrix products; `auto`: a 16-bit one where fast.
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; `auto`: for long runs if a compiler is installed.
 
 
@@ -97,8 +98,9 @@ class LogConfig:
     sample_tokens: NonNegativeInt = 100  # Tokens of the text sample at each evaluation; 0: none.
     prompts: str = ""  # A file of prompts to monitor: texts, or prompt, right and wrong answer separated by tabs.
     attention: Literal["on", "off"] = "on"  # Record attention and head scores at each evaluation and write the page.
+    tensorboard: Literal["on", "off"] = "off"  # Event files for TensorBoard in the run folder.
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; `offline`: for `wandb sync`.
-    wandb_project: str = "glassgpt"  # Weights & Biases project.
+    wandb_project: str = ""  # Weights & Biases project; by default WANDB_PROJECT of the environment, else glassgpt.
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,12 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     # Not in `problems`: a checkpoint may be read elsewhere.
     if config.log.prompts and not resumed and not os.path.isfile(config.log.prompts):
         raise UserError(f"log.prompts is {config.log.prompts!r}; there is no such file")
+    if config.log.tensorboard == "on" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("log.tensorboard needs a package that is not installed: pip install tensorboard")
     if config.run.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
     if all(os.path.exists(os.path.join(config.data.source, name)) for name in ("config.toml", "checkpoints")):
-        run = escape_control_chars(shlex.quote(config.data.source))
+        run = escape_control_chars(quote_arg(config.data.source))
         raise UserError(f"{run} is a run, not a text: continue it with --run.resume {run}")
     if config.train.minutes:
         check_minutes(typed, from_file, bool(resumed))

@@ -25,6 +25,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import TrainConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_FLOPS = 4.5e13
 """On a CPU, `compile = "auto"` compiles runs of five minutes and more: compiling takes up to a minute."""
 COMPILE_STEPS = 1000
@@ -54,9 +55,9 @@ class DistContext:
         return torch.autocast(self.device.type, self.dtype)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy a CPU tensor to the device, asynchronously on a GPU."""
-        if self.device.type == "cpu":
-            return tensor
+        """Copy a CPU tensor to the device, asynchronously to a CUDA GPU."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
@@ -107,39 +108,58 @@ class DistContext:
 
     def describe(self) -> str:
         """The choices in words, such as `cpu, 2 threads, bf16 (AVX512-BF16)`."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.world_size} processes" if self.world_size > 1 else ""
         reason = f" ({self.dtype_reason})" if self.dtype_reason else ""
-        return f"{name}{threads}{processes}, {'bf16' if self.dtype == torch.bfloat16 else 'fp32'}{reason}"
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return f"{name}{threads}{processes}, {dtype}{reason}"
 
 
-def get_dist_context(dtype: str = "auto", threads: int = 0) -> DistContext:
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device of this process; `auto` is a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: if PyTorch finds no such device (exit code 2).
+    """
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if found["cuda"] else "cpu"
+    if not found[name]:
+        raise UserError(f"there is no {name} device: PyTorch {torch.__version__} finds none here; use auto or cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def get_dist_context(dtype: str = "auto", threads: int = 0, device: str = "auto") -> DistContext:
     """Choose device and dtype for this process; under torchrun it must be in `distributed.process_group`.
 
     Args:
-        dtype: `auto` takes bf16 where the hardware multiplies it natively, else fp32.
+        dtype: `fp32`, `bf16`, `fp16` or `auto`, see `auto_dtype`.
         threads: CPU threads; 0 leaves torch's default.
+        device: `auto`, `cpu`, `cuda` or `mps`, see `resolve_device`, which raises UserError.
     """
     if threads:
         torch.set_num_threads(threads)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
+    chosen = resolve_device(device)
+    if chosen.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
-    support = native_bf16(device)
-    use_bf16 = bool(support) if dtype == "auto" else dtype == "bf16"
-    reason = (support or "no native bf16") if dtype == "auto" else "train.dtype"
+    dtype, reason = auto_dtype(chosen) if dtype == "auto" else (dtype, "train.dtype")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return DistContext(device, torch.bfloat16 if use_bf16 else torch.float32, rank, world_size, local_rank, reason)
+    return DistContext(chosen, DTYPES[dtype], rank, world_size, local_rank, reason)
 
 
-def native_bf16(device: torch.device) -> str:
-    """The hardware feature that multiplies bf16 matrices, or "" where bf16 is emulated, which is slow."""
+def auto_dtype(device: torch.device) -> tuple[str, str]:
+    """The dtype of matrix products and why: bf16 where the hardware multiplies it natively, else fp16 on a CUDA GPU with
+    tensor cores (V100, T4), else fp32."""
     if device.type == "cuda":
-        return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    features = torch.cpu.get_capabilities()
-    return "AMX" if features.get("amx_tile") else "AVX512-BF16" if features.get("avx512_bf16") else ""
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "native"
+        has_tensor_cores = torch.cuda.get_device_capability(device) >= (7, 0)
+        return ("fp16", "no native bf16") if has_tensor_cores else ("fp32", "no tensor cores")
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = "AMX" if features.get("amx_tile") else "AVX512-BF16" if features.get("avx512_bf16") else ""
+    return ("bf16", native) if native else ("fp32", "no native bf16")
 
 
 def resolve_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
@@ -200,14 +220,14 @@ def compile_blocks(model: nn.Module) -> nn.Module:
 
 def clock(ctx: DistContext) -> float:
     """The time in seconds, once a GPU has finished its queued work."""
-    if ctx.device.type == "cuda":
-        torch.cuda.synchronize(ctx.device)
+    if ctx.device.type != "cpu":
+        torch.accelerator.synchronize(ctx.device)
     return time.perf_counter()
 
 
 def measure_matmul_flops(ctx: DistContext) -> float:
     """FLOP/s of a large matrix product in `ctx.dtype`: the best of five, in about 0.1 s."""
-    size = 4096 if ctx.device.type == "cuda" else 1024
+    size = 1024 if ctx.device.type == "cpu" else 4096
     a, b = torch.ones(2, size, size, device=ctx.device, dtype=ctx.dtype)
     times = []
     for _ in range(6):  # the first one loads libraries

@@ -7,7 +7,6 @@ and optimizer state sharded over them (FSDP2, `train.sharding = "fsdp"`). All th
 
 import contextlib
 import copy
-import fcntl
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -28,7 +28,7 @@ from common.errors import LOST_PROCESS, UserError
 from data.config import DataConfig
 from data.prepare import TokenizedCorpus, prepare
 from model.gpt import GPT
-from training.device import DistContext
+from training.device import DistContext, resolve_device
 
 LOST = re.compile(
     "(gloo|nccl).*(closed|reset|aborted|timed out|timeout|broken pipe|refused|unreachable|no route|remoteerror|systemerror)",
@@ -38,24 +38,27 @@ LOST = re.compile(
 torch/csrc/distributed/c10d/NCCLUtils.cpp and ProcessGroupNCCL.cpp)."""
 
 
-def check_environment() -> None:
-    """Raise `UserError` (2) if torchrun's environment is incomplete, or this process has no GPU where there are some."""
+def check_environment(device: str) -> None:
+    """Raise `UserError` (2) if torchrun's environment is incomplete, or this process has no device of its own."""
     if missing := [
         name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
     ]:
         raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
-    if 0 < (gpus := torch.cuda.device_count()) <= int(os.environ["LOCAL_RANK"]):
+    if device == "mps":
+        raise UserError("run.device mps is for one process: start without torchrun, or use --run.device cpu")
+    if device != "cpu" and 0 < (gpus := torch.cuda.device_count()) <= int(os.environ["LOCAL_RANK"]):
         raise UserError(
             f"this machine has {gpus} GPU{'s' * (gpus > 1)}: start torchrun with --nproc_per_node={gpus} or less"
         )
 
 
 @contextlib.contextmanager
-def process_group(timeout: float) -> Iterator[None]:
+def process_group(timeout: float, device: str = "auto") -> Iterator[None]:
     """Initialize torchrun's process group for the body; does nothing without torchrun.
 
     Args:
         timeout: seconds to wait for other processes, at the start and in each collective.
+        device: `run.device`; NCCL connects GPUs where it is available, else gloo.
 
     Raises:
         UserError: if torchrun's environment is incomplete or a process has no GPU (exit code 2), or another process ended
@@ -64,12 +67,13 @@ def process_group(timeout: float) -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
-    check_environment()
+    check_environment(device)
     limit = timedelta(seconds=timeout)
     try:
-        if torch.cuda.is_available():
+        on_gpu = resolve_device(device).type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else the ended processes of a restarted job are found there
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -104,13 +108,14 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
     if ctx.world_size == 1:
         return prepare(config)
     # of this job and node; several nodes of torchrun can run on one machine
-    name = f"glassgpt-{os.getuid()}-{os.environ['MASTER_PORT']}-{os.environ.get('GROUP_RANK', '0')}.lock"
-    with (Path(tempfile.gettempdir()) / name).open("a") as lock:
-        if ctx.local_rank == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    user = os.getuid() if hasattr(os, "getuid") else "user"  # Windows has a folder for each user
+    name = f"glassgpt-{user}-{os.environ['MASTER_PORT']}-{os.environ.get('GROUP_RANK', '0')}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    with lock if ctx.local_rank == 0 else contextlib.nullcontext():
         ctx.all_reduce_max(0)  # whoever prepares has the lock now
         if ctx.local_rank:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            with lock:  # wait for it, then read the cache beside the others
+                pass
         return prepare(config, progress=ctx.is_main_process, verify=ctx.local_rank == 0)
 
 

@@ -11,9 +11,10 @@ class GPU(NamedTuple):
     """Peaks from the maker's data sheet, without sparsity."""
 
     name: str
-    bf16: float  # FLOP/s of bf16 products summed in fp32; 0 without bf16 hardware
+    half: float  # FLOP/s of bf16 or fp16 products summed in fp32
     fp32: float  # FLOP/s outside the tensor cores
     memory: float  # bytes
+    half_dtypes: tuple[str, ...] = ("bf16", "fp16")  # that it multiplies at the rate `half`, the best first
 
 
 GPUS = {
@@ -24,12 +25,13 @@ GPUS = {
     "h200": GPU("H200", 989e12, 67e12, 141e9),
     "b200": GPU("B200", 2250e12, 75e12, 180e9),
     "l4": GPU("L4", 121e12, 30.3e12, 24e9),
-    "t4": GPU("T4", 0.0, 8.1e12, 16e9),
+    "t4": GPU("T4", 65e12, 8.1e12, 16e9, ("fp16",)),
+    "v100": GPU("V100 16 GB", 125e12, 15.7e12, 16e9, ("fp16",)),
     "rtx3090": GPU("RTX 3090", 71e12, 35.6e12, 24e9),
     "rtx4090": GPU("RTX 4090", 165.2e12, 82.6e12, 24e9),
     "rtx5090": GPU("RTX 5090", 209.5e12, 104.8e12, 32e9),
 }
-"""From NVIDIA's data sheets (A100, H100, H200, L4, T4, DGX B200) and white papers (GA102, AD102, GB202); SXM versions."""
+"""From NVIDIA's data sheets (A100, H100, H200, L4, T4, V100, DGX B200) and white papers (GA102, AD102, GB202); SXM versions."""
 
 
 def parse_plan_option(argv: list[str]) -> tuple[list[str], tuple[GPU | None, int] | None]:

@@ -1,8 +1,8 @@
 """Metrics of a run: `metrics.jsonl`, `samples.txt`, and the progress bar or plain lines."""
 
+import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -54,7 +54,8 @@ class MetricsLogger(Callback):
         flops = step_flops(config, trainer.model.vocab_size)
         metrics["tokens_per_second"] = round(steps_per_second * config.train.batch_size * config.model.context)
         metrics["mfu"] = round(steps_per_second * flops / self.peak_flops, 4)
-        metrics["peak_memory_mb"] = round(peak_memory(device) / 1e6)
+        if memory := peak_memory(device):
+            metrics["peak_memory_mb"] = round(memory / 1e6)
         self.append(self.path, json.dumps(metrics) + "\n")
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ class MetricsLogger(Callback):
         try:
             if not os.path.samestat(self.opened, path.parent.stat()):
                 raise OSError(0, "another folder has taken the place of the run's")
-            with path.open("r+", encoding="utf-8") as file:
+            with path.open("r+", encoding="utf-8", newline="\n") as file:
                 file.seek(0, os.SEEK_END)
                 file.write(text)
                 if sync:
@@ -113,7 +114,9 @@ class ProgressBar(Callback):
         self.bar.total = trainer.config.train.steps
         self.bar.update(metrics["step"] - self.bar.n)
         if "skipped" in metrics:
-            print_line(f"step {metrics['step']} skipped: loss or gradient not finite ({metrics['skipped']} so far)")
+            overflow = "its gradient overflowed in fp16; the loss scale falls to {loss_scale:g}"
+            other = "loss or gradient not finite ({skipped} so far)"
+            print_line(("step {step} skipped: " + (overflow if "loss_scale" in metrics else other)).format(**metrics))
         elif trainer.should_log(metrics):
             self.latest = metrics
             self.bar.set_postfix_str(format_metrics(metrics))
@@ -149,11 +152,14 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU, else the peak resident memory of this process."""
+    """Bytes: allocated on a CUDA GPU, else the peak resident memory of this process; 0 on Windows, which has no `resource`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def print_line(text: str) -> None:

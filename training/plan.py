@@ -4,6 +4,7 @@ It reads the config and a corpus that is prepared already, and prints one page. 
 is measured here (`time_budget.measure_step`), or assumes a share of the peak of a GPU, or of this machine for a large model.
 """
 
+import ctypes
 import math
 import os
 from dataclasses import replace
@@ -20,14 +21,14 @@ from data.text_files import find_files
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
 from model.config import ModelConfig
 from training.config import RunConfig
-from training.device import DistContext, get_dist_context, measure_matmul_flops, resolve_attention
+from training.device import DTYPES, DistContext, get_dist_context, measure_matmul_flops, resolve_attention
 from training.flops import block_matrices, count_parameters, step_flops
 from training.hardware import GPU
 from training.loss import CHUNK
 from training.time_budget import measure_step
 from training.trainer import micro_batch_rows
 
-USABLE_MEMORY = {"cuda": 0.8, "cpu": 0.6}  # share; the rest is for libraries, the allocator, on a CPU other programs
+USABLE_MEMORY = {"cuda": 0.8, "cpu": 0.6, "mps": 0.6}  # share; the rest is for libraries, the allocator, other programs
 ASSUMED_MFU = 0.4  # what a large GPT reaches on a GPU; a small one reaches less
 MEASURE_SECONDS = 0.8
 format_sizeof = tqdm.format_sizeof  # three digits and a decimal prefix: 1,234,567 is 1.23M
@@ -44,12 +45,12 @@ def plan(config: RunConfig, target: tuple[GPU | None, int], name: str) -> None:
         raise UserError("--plan needs --train.steps: with train.minutes a run chooses its model, and prints it")
     gpu, count = target
     micro_batch_rows(config, count)  # refuses a batch that cannot be divided
-    ctx = get_dist_context(config.train.dtype, config.run.threads)
+    ctx = get_dist_context(config.train.dtype, config.run.threads, config.run.device if gpu is None else "auto")
     where = f"this machine: {ctx.describe()}"
     if gpu is not None:
-        use_bf16 = config.train.dtype != "fp32" and gpu.bf16 > 0
-        ctx = replace(ctx, device=torch.device("cuda"), dtype=torch.bfloat16 if use_bf16 else torch.float32)
-        where = f"{count} x {gpu.name}, {'bf16' if use_bf16 else 'fp32'}"
+        dtype = gpu.half_dtypes[0] if config.train.dtype == "auto" else config.train.dtype
+        ctx = replace(ctx, device=torch.device("cuda"), dtype=DTYPES[dtype])
+        where = f"{count} x {gpu.name}, {dtype}"
     config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
     is_remote = config.data.source.startswith(PREFIX)  # a plan downloads nothing
     corpus = None if is_remote else find_prepared(config.data)
@@ -104,7 +105,7 @@ def print_memory(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContex
     elif ctx.device.type == "cuda":
         total = torch.cuda.get_device_properties(ctx.device).total_memory
     else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = physical_memory()
     available = USABLE_MEMORY[ctx.device.type] * total
     best = next((n for n in memory if memory[n]["peak"] <= available), 0)
     where = f"the {format_sizeof(available, 'B')} of {gpu.name if gpu else 'this machine'} that can be used"
@@ -116,6 +117,15 @@ def print_memory(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContex
     if count > 1 and config.train.sharding == "none":
         print("  --train.sharding fsdp divides parameters, gradients and optimizer state among the processes")
     return best == rows
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX of Windows: its length, then the total
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return status[1]
 
 
 def estimate_memory(
@@ -133,7 +143,7 @@ def estimate_memory(
         "gradients": 4 * total,
         # AdamW keeps two values per parameter, Muon one
         "optimizer": 8 * total - (4 * matrices if config.optim.optimizer == "muon" else 0),
-        "bf16 copies": size * (matrices + vocab_size * model.d_model) if size < 4 else 0,
+        "16-bit copies": size * (matrices + vocab_size * model.d_model) if size < 4 else 0,
         "activations": tokens * (model.n_layers * activation_bytes(model, rows, size) + rest),
         "logits": size * logits + 3 * 4 * min(logits, CHUNK),
     }
@@ -142,7 +152,7 @@ def estimate_memory(
     features, gradients = memory["activations"] + memory["logits"], memory["gradients"]
     accumulates = config.train.batch_size > rows * world_size
     largest = features + gradients if accumulates else max(features, gradients)
-    return {**memory, "peak": memory["parameters"] + memory["optimizer"] + memory["bf16 copies"] + largest}
+    return {**memory, "peak": memory["parameters"] + memory["optimizer"] + memory["16-bit copies"] + largest}
 
 
 def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
@@ -176,7 +186,8 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
 def print_time(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContext, vocab_size: int) -> None:
     """Time of a step and of the run, without compiling."""
     train, flops = config.train, step_flops(config, vocab_size)
-    peak = measure_matmul_flops(ctx) if gpu is None else gpu.bf16 if ctx.dtype == torch.bfloat16 else gpu.fp32
+    fast = [DTYPES[name] for name in gpu.half_dtypes] if gpu else []
+    peak = measure_matmul_flops(ctx) if gpu is None else gpu.half if ctx.dtype in fast else gpu.fp32
     rate = f"{format_sizeof(peak)}FLOP/s"
     if gpu is None and flops / train.batch_size < ASSUMED_MFU * peak * MEASURE_SECONDS / 5:  # 5 sequences at least
         step = measure_step(config, vocab_size, ctx, MEASURE_SECONDS)

@@ -4,16 +4,15 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError, escape_control_chars
+from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError, escape_control_chars, quote_arg
 from common.files import write_atomic
 from training.config import RunConfig, to_toml
 
+LOCK, OWNER = "lock", "lock-owner"  # two files: on Windows nobody else can read a locked one
 CONFIG_FILE = "config.toml"  # makes a folder a run that can be resumed; written after the first checkpoint
 
 
@@ -47,8 +46,9 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
             yield dataclasses.replace(config, run=run)
         except BaseException:  # a start that failed leaves no folder
             with contextlib.suppress(OSError):
-                if made and os.listdir(folder) == ["lock"]:
-                    (folder / "lock").unlink()
+                if made and {*os.listdir(folder)} == {LOCK, OWNER}:
+                    (folder / OWNER).unlink()
+                    (folder / LOCK).unlink()
                     for path in made:
                         path.rmdir()
             raise
@@ -60,7 +60,7 @@ def is_restart(folder: Path) -> bool:
     Raises:
         UserError: if it holds another run (2), or checkpoints without a config (4), but for step 0's.
     """
-    shown, quoted = escape_control_chars(folder), escape_control_chars(shlex.quote(str(folder)))
+    shown, quoted = escape_control_chars(folder), escape_control_chars(quote_arg(folder))
     if os.path.exists(folder / CONFIG_FILE):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]:
             return True
@@ -80,28 +80,25 @@ def _job_name() -> str:
 
 
 def _lock_owner(folder: Path) -> list[str]:
-    """What the last owner of the folder wrote to its lock: process id and job."""
+    """Process id and job of the last owner of the folder."""
     with contextlib.suppress(OSError):
-        return (folder / "lock").read_text(encoding="utf-8", errors="replace").splitlines()
+        return (folder / OWNER).read_text(encoding="utf-8", errors="replace").splitlines()
     return []
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Create and lock the folder until the lock is closed or the process ends. Raises UserError (2, 6 or 7)."""
-    import fcntl  # missing on Windows, where --help should work
+def lock_folder(folder: Path) -> contextlib.AbstractContextManager[object]:
+    """Create and lock the folder, until `with` the result ends or the process does. Raises UserError (2, 6 or 7)."""
+    from filelock import FileLock, Timeout  # `--help` does not wait for it
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if names and not {"lock", CONFIG_FILE} & {*names}:  # a start that was killed has left a lock
+        if names and not {LOCK, CONFIG_FILE} & {*names}:  # a start that was killed has left a lock
             message = f"{folder} holds other files, such as {names[0]}; choose a new or empty folder with --run.dir"
             raise UserError(message, CONFIG)
-        lock = (folder / "lock").open("a+", encoding="utf-8")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n{_job_name()}\n")
-        lock.flush()
-    except BlockingIOError as error:
+        lock = FileLock(folder / LOCK, blocking=False).acquire()
+        (folder / OWNER).write_text(f"{os.getpid()}\n{_job_name()}\n", encoding="utf-8")
+    except Timeout as error:
         process = (_lock_owner(folder) or ["unknown"])[0]
         message = f"{folder} is in use by process {process}; wait for it, or choose another --run.dir"
         raise UserError(message, IN_USE) from error

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars
+from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars, quote_arg
 from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
@@ -33,7 +32,7 @@ from training.pretrained import initial_model
 from training.report import LossReport
 from training.run_dir import save_config
 from training.text_generation import encode_prompt, generate_tokens
-from training.trackers import WandbTracker
+from training.trackers import TensorBoardTracker, WandbTracker
 from training.trainer import Callback, Trainer, derive_seed, micro_batch_rows
 
 
@@ -69,7 +68,7 @@ class Checkpointer(Callback):
 
     def on_exit(self, trainer: Trainer, exit_code: int) -> None:
         if self.saved_config is not None and (trainer.is_stopped or exit_code > 128):  # also during the report
-            print_line(f"stopped; resume with: python train.py --run.resume {shlex.quote(trainer.config.run.dir)}")
+            print_line(f"stopped; resume with: python train.py --run.resume {quote_arg(trainer.config.run.dir)}")
 
 
 class TextSample(Callback):
@@ -98,9 +97,10 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
         return [LossReport(), checkpointer]
     config, state = trainer.config, trainer.state
     metrics, bar = MetricsLogger(Path(config.run.dir), state), ProgressBar(state, config.train.steps)
-    wandb = [WandbTracker()] if config.log.wandb != "disabled" else []
+    trackers: list[object] = [TensorBoardTracker()] if config.log.tensorboard == "on" else []
+    trackers += [WandbTracker()] if config.log.wandb != "disabled" else []
     recorders = [LossReport(), TextSample(), *([recorder] if recorder else [])]
-    return [FolderCheck(metrics), *recorders, metrics, bar, checkpointer, *wandb]
+    return [FolderCheck(metrics), *recorders, metrics, bar, checkpointer, *trackers]
 
 
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; `kill`, a scheduler's warning; a closed terminal
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""Ctrl-C; `kill`, a scheduler's warning; a closed terminal, which is SIGBREAK on Windows."""
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 DUPLICATE_SECONDS = 0.3  # a second SIGINT within it is the same Ctrl-C, which the terminal and torchrun both deliver
 
 

@@ -87,7 +87,7 @@ def generate_tokens(
     A text that has reached it earlier continues with end-of-text, whose bytes are empty.
     """
     device, end_of_text = model.token_embedding.weight.device, tokenizer.end_of_text
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = make_generator(device, seed)
     has_ended = torch.zeros(n_samples, dtype=torch.bool)
     batch = torch.tensor(prompt, device=device).expand(n_samples, -1)
     for tokens in generate(model, batch, max_new_tokens, generator, params):
@@ -96,6 +96,11 @@ def generate_tokens(
         has_ended = tokens == end_of_text
         if has_ended.all():
             return
+
+
+def make_generator(device: torch.device, seed: int) -> torch.Generator:
+    """The generator for sampling on a device; for mps on the CPU, since mps has no float64, which sampling needs."""
+    return torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)
 
 
 class StopFilter:
@@ -160,10 +165,10 @@ def generate_texts(
     The log-probabilities are those of the model, before temperature, filters and penalty.
     """
     device = model.token_embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = make_generator(device, seed)
     batch = torch.tensor(prompt, device=device).expand(len(texts), -1)
     for tokens, logits in generate_with_logits(model, batch, max_new_tokens, generator, params):
-        logprobs = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
+        logprobs = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].tolist()
         for text, token, logprob in zip(texts, tokens.tolist(), logprobs, strict=True):
             if not text.finish_reason:
                 text.add(token, logprob)

@@ -47,7 +47,8 @@ class Callback:
         """Before the first step of a new or resumed run; a new run has saved its initial weights."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After every step: `step` (1 after the first), `loss`, `lr`, `grad_norm`; if skipped, `skipped`."""
+        """After every step: `step` (1 after the first), `loss`, `lr`, `grad_norm`; if skipped, `skipped`, and the next
+        `loss_scale` if the gradient overflowed in fp16."""
 
     def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """After an evaluation, before its checkpoint: `step`, `val_loss`, `tokens_seen`; repeated if a signal interrupts it."""
@@ -99,6 +100,10 @@ class Trainer:
     ) -> None:
         self.config, self.ctx, self.data = config, ctx, data
         self.model, self.wrapped_model, self.optimizer, self.state = model, wrapped_model, optimizer, state
+        # Scales the loss, so that small gradients do not underflow in fp16 (Micikevicius et al. 2018, section 3.2).
+        self.scaler = torch.amp.GradScaler(ctx.device.type, enabled=ctx.dtype == torch.float16)
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
         self.callbacks: Sequence[Any] = ()  # those that log exist on the main process only
         self.resumed_from: Checkpoint | None = None
         self.environment = RunEnvironment(starts_with_eot=True)
@@ -183,6 +188,7 @@ class Trainer:
         """Write a checkpoint, unless the newest one is of this very state."""
         position = (self.state.step, self.state.last_eval_step)
         if self.saved != position:
+            self.state.scaler = self.scaler.state_dict()
             self.notify("on_save")
             self.saved = position
 
@@ -202,6 +208,7 @@ class Trainer:
         if self.config.model.dropout:  # seeded by the step, so that a resumed run drops the same activations
             torch.manual_seed(derive_seed(seed, "dropout", state.step, self.ctx.rank))
         mean_loss = self.forward_backward(rows, num_targets)
+        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         norm = clip_grad_norm(self.wrapped_model, optim.grad_clip)
         loss, grad_norm = torch.stack([mean_loss, norm]).tolist()  # the only wait for the device in a step
         metrics: dict[str, Any] = {"loss": loss, "lr": self.optimizer.lr_scale * optim.lr, "grad_norm": grad_norm}
@@ -210,6 +217,7 @@ class Trainer:
             state.tokens_seen += num_targets
         else:
             metrics = self.skip_step(loss, grad_norm)
+        self.scaler.update()
         state.step += 1
         self.train_seconds += time.perf_counter() - start
         return {"step": state.step, **metrics}
@@ -226,18 +234,23 @@ class Trainer:
                 with ctx.autocast():
                     logits = self.wrapped_model(inputs)
                 loss = cross_entropy_sum(logits, labels) / num_targets
-                (loss * ctx.world_size).backward()  # DDP and FSDP average gradients over processes; the loss is a sum
+                # DDP and FSDP average gradients over processes; the loss is a sum.
+                self.scaler.scale(loss * ctx.world_size).backward()
             total += loss.detach()
         return ctx.all_reduce_sum(total)
 
     def skip_step(self, loss: float, grad_norm: float) -> dict[str, Any]:
         """Drop a gradient that is not finite. Loss and norm are the same on every process, so all decide alike.
 
+        In fp16 a gradient may only have overflowed: its step is not counted, and the loss scale is halved, down to 1.
+
         Raises:
             UserError: if no more steps may be skipped (exit code 5).
         """
         state, train, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
+        if math.isfinite(loss) and (scale := self.scaler.get_scale()) > 1:
+            return {"skipped": state.skipped_steps, "loss_scale": scale * self.scaler.get_backoff_factor()}
         if state.skipped_steps >= train.skip_nonfinite_steps:
             newest = self.saved[0] if self.saved else 0
             raise UserError(
@@ -283,7 +296,7 @@ class Trainer:
         data, sequences = getattr(self.data, split), getattr(self, f"{split}_sequences")
         ctx, rows = self.ctx, self.micro_batch_size
         model = self.wrapped_model if is_fsdp(self.wrapped_model) else self.model
-        totals = torch.zeros(2, dtype=torch.float64, device=ctx.device)  # sum of losses, number of targets
+        totals = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of targets
         own = indices[ctx.rank :: ctx.world_size]
         model.eval()
         try:
@@ -296,8 +309,8 @@ class Trainer:
                     logits = model(ctx.to_device(batch.tokens))
                 if len(chosen):
                     targets = ctx.to_device(batch.targets)
-                    totals[0] += cross_entropy_sum(logits, targets)
-                    totals[1] += (targets != IGNORE_INDEX).sum()
+                    totals[0] += cross_entropy_sum(logits, targets).cpu()  # not every device has float64
+                    totals[1] += (batch.targets != IGNORE_INDEX).sum()
             loss_sum, num_targets = ctx.all_reduce_sum(totals).tolist()
             return loss_sum / num_targets, int(num_targets)
         finally:

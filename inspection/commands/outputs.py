@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import CHECKPOINT, CONFIG, UserError
-from inspection.commands.shared import Context, LoadedModel, Result, RunOptions, parse_heads
+from inspection.commands.shared import Context, DeviceOptions, LoadedModel, Result, RunOptions, parse_heads
 from inspection.plots import draw_figures
 from inspection.run_reader import DEFAULT, FOLDER, RunFiles, find_attention_files
 from inspection.terminal import head_name, interval, paragraph, table
@@ -61,7 +61,7 @@ class Plot(RunOptions):
 
 
 @dataclass(frozen=True)
-class Ablate(RunOptions):
+class Ablate(DeviceOptions):
     """Ablate each head of a checkpoint, as training does at its end, for a run that was stopped early or a Hugging Face folder;
     or some heads together."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import escape_control_chars
-from inspection.commands.shared import Context, OutputOptions, Result
+from inspection.commands.shared import Context, DeviceOptions, OutputOptions, Result
 from inspection.plots import draw_patching
 from inspection.terminal import head_name, paragraph, quote_token, table
 
@@ -22,7 +22,7 @@ EXPLANATION = (
 
 
 @dataclass(frozen=True)
-class Patch(OutputOptions):
+class Patch(OutputOptions, DeviceOptions):
     """Put activations of a clean text into a corrupt one, and see where the right answer comes back."""
 
     clean: str = ""

@@ -1,7 +1,6 @@
 """`attend.py summary RUN`, `heads RUN` and `timeline RUN`: head scores, next to the effects of ablating the heads."""
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CHECKPOINT, UserError
+from common.errors import CHECKPOINT, UserError, quote_arg
 from inspection.ablation_results import TABLES, AblationResults
 from inspection.attention_file import AttentionFile
 from inspection.commands.shared import Context, OutputOptions, Result, model_shape
@@ -184,7 +183,7 @@ def _timeline(name: str, head: tuple[int, ...], steps: list[int], scores: NDArra
 def _choose_scores(name: str, scores: Mapping[str, Any], run: RunFiles, where: str) -> list[str]:
     """The score of that name, or all; raises `UserError` if there are none (exit code 4) or not that one (2)."""
     if not scores:
-        hint = f"look at single tokens with: python attend.py token {shlex.quote(str(run.folder))}"
+        hint = f"look at single tokens with: python attend.py token {quote_arg(run.folder)}"
         raise UserError(f"{run.folder} has no head scores; {hint}", CHECKPOINT)
     return [match_name(name, scores, "score", where)] if name else list(scores)
 
@@ -227,7 +226,7 @@ def _notes(rows: Rows, run: RunFiles, step: int, file: AttentionFile) -> list[st
     lines = [f"! {row['head']} {row['score']} {row['value']:.2f}: {row['note']}" for row in rows if row["note"]]
     results = run.ablation
     if results is None and run.folder.is_dir():
-        command = f"python attend.py ablate {shlex.quote(str(run.folder))}"
+        command = f"python attend.py ablate {quote_arg(run.folder)}"
         lines.append(f"no ablation effects were measured; measure them with: {command}")
     elif results is not None and results.step != step:
         lines.append(f"ablation effects are of step {results.step}, scores of step {step}")

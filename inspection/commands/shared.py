@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -45,6 +45,14 @@ class OutputOptions(RunOptions):
 
     json: bool = False
     """Print JSON instead of text."""
+
+
+@dataclass(frozen=True)
+class DeviceOptions(RunOptions):
+    """Options of a command that loads the model."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; `auto` is a CUDA GPU if there is one, else the CPU."""
 
 
 @dataclass(frozen=True)

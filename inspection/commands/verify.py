@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from common.errors import RemovedError, UserError
 from inspection.attention_file import AttentionFile
-from inspection.commands.shared import Context, LoadedModel, OutputOptions, Result
+from inspection.commands.shared import Context, DeviceOptions, LoadedModel, OutputOptions, Result
 from inspection.run_reader import DEFAULT, RunFiles
 from inspection.terminal import paragraph
 
@@ -28,7 +28,7 @@ Check = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Verify(OutputOptions):
+class Verify(OutputOptions, DeviceOptions):
     """Recompute attention files from their checkpoints and compare; the exit code is 4 if something differs."""
 
     def result(self, context: Context) -> Result:

@@ -183,7 +183,7 @@ def test_equal_input_gives_equal_bytes_whatever_the_users_style(tmp_path: Path, 
     assert all(word not in data for data in plain.values() for word in (b"Date", b"date>", b"Software"))
 
 
-@pytest.mark.parametrize(("path", "code"), [("/proc/x/one.png", DISK_OR_MEMORY), ("one.bmp", CONFIG)])
+@pytest.mark.parametrize(("path", "code"), [("train.py/one.png", DISK_OR_MEMORY), ("one.bmp", CONFIG)])
 def test_wrong_suffix_and_folder_are_user_errors(path: str, code: int) -> None:
     with pytest.raises(UserError, match="one") as caught:
         draw_patterns(path, np.ones((1, 1, 1, 1)), [b"a"], "t")

@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from training.checkpoint import TrainState
 from training.config import DataConfig, OptimConfig, RunConfig, RunSettings, TrainConfig
-from training.device import DistContext
+from training.device import DTYPES, DistContext
 from training.optimizer import Optimizer
 from training.trainer import Trainer
 
@@ -37,5 +37,5 @@ def make_trainer(
     run = RunSettings(stop_at_step=stop_at_step)
     config = RunConfig(run=run, model=model_config, optim=OPTIM, train=train)
     model = GPT(model_config, corpus().tokenizer.vocab_size, seed=3)
-    ctx = DistContext(torch.device("cpu"), torch.float32)
+    ctx = DistContext(torch.device("cpu"), DTYPES.get(train.dtype, torch.float32))
     return Trainer(config, ctx, corpus(), model, model, Optimizer(model, OPTIM), state or TrainState())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import DISK_OR_MEMORY, UserError
+from common.errors import CONFIG, DISK_OR_MEMORY, UserError
 from model.config import ModelConfig
 from model.gpt import GPT
 from training import device
@@ -24,6 +24,33 @@ def test_attention_implementation_is_chosen_unless_named() -> None:
     assert device.resolve_attention(auto, CPU, torch.float32).attention == "sdpa"
     assert device.resolve_attention(auto, CUDA, torch.bfloat16).attention == "sdpa"
     assert device.resolve_attention(MODEL, CUDA, torch.bfloat16).attention == "eager"
+
+
+def test_device_is_chosen_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, found in (("mps", torch.backends.mps), ("cuda", torch.cuda)):
+        monkeypatch.setattr(found, "is_available", lambda: False)
+        with pytest.raises(UserError, match=f"there is no {name} device: PyTorch .* use auto or cpu") as caught:
+            device.get_dist_context(device=name)
+        assert caught.value.exit_code == CONFIG and device.resolve_device() == CPU
+        monkeypatch.setattr(found, "is_available", lambda: True)
+        assert device.resolve_device(name).type == name and device.resolve_device("cpu") == CPU
+    assert device.resolve_device() == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "capability", "expected"), [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")]
+)
+def test_dtype_is_what_the_gpu_multiplies_natively(
+    bf16: bool, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert device.auto_dtype(CUDA)[0] == expected and device.auto_dtype(torch.device("mps"))[0] == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    ctx = device.get_dist_context(device="cpu")
+    assert ctx.dtype == (torch.bfloat16 if bf16 else torch.float32) and ("bf16 (AVX512" in ctx.describe()) == bf16
+    assert "fp16 (train.dtype)" in device.get_dist_context("fp16").describe()
 
 
 def test_only_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,14 @@ def test_what_would_fit_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "shown", "peak"), [("auto", "fp16", "65.0T"), ("fp32", "fp32", "8.10T"), ("bf16", "bf16", "8.10T")]
+)
+def test_gpus_without_bf16_use_fp16(folder: Path, dtype: str, shown: str, peak: str) -> None:
+    text = page(*TINY, "--plan=t4", f"--train.dtype={dtype}")
+    assert f"1 x T4, {shown}," in text and f"of {peak}FLOP/s" in text
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ((*TINY, "--plan", "3xh100"), "train.batch_size is 4; it must be a multiple of the 3 processes"),

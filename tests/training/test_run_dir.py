@@ -60,7 +60,8 @@ def test_folder_in_use_is_refused_before_torch_is_imported(tmp_path: Path) -> No
     with lock_folder(tmp_path):
         out = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout
     assert out.startswith(f"{IN_USE} False ") and f"in use by process {os.getpid()};" in out
-    lock_folder(tmp_path).close()
+    with lock_folder(tmp_path):
+        pass
 
 
 def test_restarted_job_resumes_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,21 @@
-"""wandb: what is logged arrives, and none of its failures stops training."""
+"""Trackers: what is logged arrives, and none of their failures stops training."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+from matplotlib.image import imsave
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.runs import TINY, script
 from tests.training.helpers import make_trainer
-from training.trackers import WandbTracker
+from training.checkpoint import TrainState
+from training.trackers import TensorBoardTracker, WandbTracker
 from training.trainer import Trainer
 
 
@@ -67,6 +72,47 @@ def test_keys_and_steps(trainer: Trainer, tmp_path: Path, wandb: MagicMock) -> N
     assert final[1].keys() == {"val/final_loss", "train/final_loss", "baseline/unigram", "plots/loss"}
     assert final[1]["val/final_loss"] == 1.5
     run.finish.assert_called_once_with(exit_code=0)
+
+
+def test_tensorboard_reads_back_what_was_logged(trainer: Trainer, tmp_path: Path) -> None:
+    """Also of a run that was resumed at step 4 after it had logged step 6."""
+    imsave(tmp_path / "loss.png", np.zeros((4, 6, 3)))
+    for step in (0, 4):
+        run = make_trainer(state=TrainState(step, last_eval_step=step))
+        run.config, run.final_metrics = trainer.config, {"final_val_loss": 1.5, "unigram": 2.0}
+        sample = SimpleNamespace(on_eval=lambda trainer, metrics: metrics.update(sample="<b>"))
+        run.callbacks = [sample, TensorBoardTracker()]
+        run.run()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("val/final_loss")] == [1.5] * len(events.Images("plots/loss"))
+    assert events.Tensors("sample/text_summary")[0].tensor_proto.string_val == [b"<pre>&lt;b&gt;</pre>"]
+
+
+def test_variables_of_wandb_take_precedence(
+    trainer: Trainer, tmp_path: Path, wandb: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    trainer.run()
+    given = wandb.init.call_args.kwargs
+    assert {name: given[name] for name in ("project", "name", "mode", "resume")} == {
+        **{"project": "glassgpt", "name": tmp_path.name, "mode": "offline", "resume": "allow"}
+    }
+    for name in ("PROJECT", "NAME", "DIR", "MODE", "RESUME", "SILENT", "RUN_ID"):
+        monkeypatch.setenv(f"WANDB_{name}", name)
+    for mode, project in (("online", ""), ("offline", "typed")):
+        log = replace(trainer.config.log, wandb=mode, wandb_project=project)
+        trainer.config, trainer.callbacks = replace(trainer.config, log=log), [WandbTracker()]
+        trainer.run()
+        own = {"mode", "project"} if project else set()
+        assert wandb.init.call_args.kwargs.keys() == {"config", "allow_val_change", "id", "settings"} | own
+        assert wandb.init.call_args.kwargs["id"] == "RUN_ID" and "silent" not in wandb.Settings.call_args.kwargs
+    monkeypatch.delenv("WANDB_RUN_ID")
+    trainer.callbacks = [WandbTracker()]
+    trainer.run()
+    assert wandb.init.call_args.kwargs["id"] == "RUN_ID"  # the same run again
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ VARIANTS = {
     "dropout": ("--model.dropout=0.2", OFF),
     "accumulation": ("--train.micro_batch_size=3", OFF),
     "adamw": ("--optim.optimizer=adamw", "--model.dropout=0.1", "--train.micro_batch_size=1", OFF),
+    "fp16": ("--train.dtype=fp16", OFF),
 }
 TIMING = {"tokens_per_second", "mfu", "peak_memory_mb"}
 
@@ -209,7 +210,7 @@ def test_existing_run_is_not_overwritten(run: Path, new: tuple[str, ...]) -> Non
     [
         ("--model.context=100000", 3, "100001"),
         ("--data.source=/nowhere/text.txt", 3, "/nowhere/text.txt"),
-        ("--run.dir=/proc/nowhere", 6, "/proc/nowhere"),
+        ("--run.dir=train.py/nowhere", 6, "nowhere"),
         ("--model.d_model=17", 2, "model.d_model is 17"),
         ("--train.micro_batch_size=-1", 2, "train.micro_batch_size"),
         ("--log.prompts=nowhere.txt", 2, "no such file"),
@@ -238,6 +239,7 @@ def test_interrupted_run_ends_with_the_same_bits(
     for stop in (*stops[1:], 12):
         train(f"--run.resume={tmp_path}", f"--run.stop_at_step={stop}")
     assert_same(tmp_path, uninterrupted(variant))
+    assert bool(open_checkpoint(tmp_path, "last").state.scaler) == (variant == "fp16")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [*range(1, 13)]
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -20,8 +19,9 @@ from common.errors import DISK_OR_MEMORY, NON_FINITE, UserError
 from common.files import read_metrics
 from tests.training.helpers import TRAIN, make_trainer
 from training.checkpoint import TrainState
-from training.metrics import MetricsLogger
+from training.metrics import MetricsLogger, ProgressBar
 from training.setup import Checkpointer, get_callbacks
+from training.signals import SIGNALS
 from training.trainer import Callback, Prefetcher, Trainer, derive_seed
 
 EIGHT = replace(TRAIN, steps=8, batch_size=4, eval_every=4, save_every=100)
@@ -65,6 +65,29 @@ def test_non_finite_steps_are_skipped_or_end_the_run(allowed: int) -> None:
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+def test_gradients_that_overflow_in_fp16_lower_the_loss_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    """Such steps are not counted; at a scale of 1 they are those of a model that diverges."""
+    train = replace(EIGHT, dtype="fp16")
+    trainer = make_trainer(train)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    before, scale = copy.deepcopy(trainer.model.state_dict()), 2.0**40
+    while "skipped" in (metrics := trainer.train_step()):
+        assert metrics["loss_scale"] == (scale := scale / 2) and trainer.state.skipped_steps == 0
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        trainer.state.step = 0
+    assert 1 < scale < 2.0**30 and metrics == pytest.approx(make_trainer(EIGHT).train_step(), rel=0.01)
+    diverging = make_trainer(train, state=TrainState(scaler={**trainer.scaler.state_dict(), "scale": 4.0}))
+    next(diverging.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    diverging.callbacks = [ProgressBar(diverging.state, 8)]
+    with pytest.raises(UserError, match=r"the loss is 3\.\d+ and the gradient norm \w+ at step 2 ") as caught:
+        diverging.run()
+    assert caught.value.exit_code == NON_FINITE
+    skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert (
+        len(skipped) == 2 and skipped[1] == "step 2 skipped: its gradient overflowed in fp16; the loss scale falls to 1"
+    )
+
+
 def test_skipped_step_changes_neither_weights_nor_optimizer_state() -> None:
     trainer = make_trainer(replace(EIGHT, skip_nonfinite_steps=1))
     break_steps(trainer, {1})
@@ -90,7 +113,7 @@ def test_evaluations_saves_and_hooks() -> None:
     assert kept.steps[0].keys() == {"step", "loss", "lr", "grad_norm"}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, 0])
+@pytest.mark.parametrize("signum", [*SIGNALS, 0])
 def test_stopped_run_finishes_the_step_and_saves(signum: int) -> None:
     """By a signal, or by `run.stop_at_step`, which is no failure."""
     trainer = make_trainer(EIGHT, stop_at_step=0 if signum else 3)
@@ -114,7 +137,7 @@ def test_signal_interrupts_an_evaluation_which_is_repeated() -> None:
         nonlocal calls
         calls += not module.training
         if calls == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     trainer.model.register_forward_hook(count)
     with pytest.raises(SystemExit):
