@@ -23,6 +23,7 @@ ALIASES = {
     "num_attention_heads": "model.n_heads",
     "head_dim": "model.d_head",
     "intermediate_size": "model.d_mlp",
+    "tie_word_embeddings": "model.tie_embeddings",
     "output_dir": "run.dir",
     **dict.fromkeys(("init_from", "resume_from_checkpoint"), "run.resume"),
     "learning_rate": "optim.lr",
@@ -36,7 +37,7 @@ ALIASES = {
 NO_EQUIVALENT = {
     "device": "a CUDA GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES= in the environment",
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
-    "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
+    "bias": "model.preset decides: gpt2 has biases, the others have none",
 }
 PATHS = ("run.dir", "run.resume", "data.source", "data.val", "log.prompts", "out", "against", "attend")
 OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")

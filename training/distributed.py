@@ -149,7 +149,7 @@ def wrap_fsdp(model: GPT, ctx: DistContext) -> GPT:
         fully_shard(module, mesh=mesh)
     if not ctx.is_main_process:
         model.to("meta")
-        model.lm_head.weight = model.token_embedding.weight  # moving to `meta` unties them
+        model.tie_weights()  # moving to `meta` unties them
     return sharded
 
 

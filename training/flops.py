@@ -4,30 +4,27 @@ A multiplication and an addition count as two FLOPs, as on data sheets. Norms, a
 mille of the FLOPs (though not of the time) and are left out.
 """
 
-import torch
-
 from model.config import ModelConfig
-from model.gpt import GPT
+from model.gpt import meta_model
 from training.config import RunConfig
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters by part; the LM head is the token embedding and counts once."""
-    words = {"norm": "norms", "embedding": "embeddings", "attention": "attention", "mlp": "MLP"}  # the first one counts
-    with torch.device("meta"):
-        model = GPT(config, vocab_size)
-    parts = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
-    for name, parameter in model.named_parameters():
-        parts[next(part for word, part in words.items() if word in name)] += parameter.numel()
-    return parts
+    """Parameters by part; an LM head that is the token embedding counts once."""
+    words = {"norm": "norms", "embedding": "embeddings", "attention": "attention", "mlp": "MLP", "lm_head": "LM head"}
+    parts = dict.fromkeys(("embeddings", "attention", "MLP", "norms", "LM head"), 0)
+    for name, parameter in meta_model(config, vocab_size).named_parameters():
+        parts[next(part for word, part in words.items() if word in name)] += parameter.numel()  # the first word counts
+    return {part: count for part, count in parts.items() if count}
 
 
 def block_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """Shapes of a block's matrices: queries, keys and values; output; MLP up, with the gate if there is one; MLP down."""
+    """Shapes of a block's matrices: queries, keys and values; output; if there is an MLP, up (with a gate's) and down."""
     d_model, d_mlp = config.d_model, config.d_mlp
     q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
     gates = 2 if config.architecture.activation == "swiglu" else 1
-    return [(d_model, q + 2 * kv), (q, d_model), (d_model, gates * d_mlp), (d_mlp, d_model)]
+    attention = [(d_model, q + 2 * kv), (q, d_model)]
+    return attention + [(d_model, gates * d_mlp), (d_mlp, d_model)] * config.architecture.has_mlp
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
