@@ -118,7 +118,9 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 problems.append(f"model.{name} is {getattr(self, name)}; it must be positive, or 0 for the preset's")
         if self.rope_theta and self.architecture.positions != "rotary":
-            problems.append(f"model.rope_theta is {self.rope_theta}, but the model has no rotary positions; leave it at 0")
+            problems.append(
+                f"model.rope_theta is {self.rope_theta}, but the model has no rotary positions; leave it at 0"
+            )
         if self.d_mlp and not self.architecture.has_mlp:
             problems.append(f"model.d_mlp is {self.d_mlp}, but model.mlp is none; leave it at 0")
         if not 0 <= self.dropout < 1:

@@ -168,7 +168,9 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     hidden = {"gelu": (4, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
     kept += size * (pattern + hidden * d_mlp)
     if config.dropout:
-        kept += size * (sublayers * d_model + (2 * pattern if eager else 0)) + (config.n_heads * context // 2 if chunked else 0)
+        kept += size * (sublayers * d_model + (2 * pattern if eager else 0)) + (
+            config.n_heads * context // 2 if chunked else 0
+        )
     return kept
 
 
