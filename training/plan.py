@@ -155,7 +155,9 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     norm = 0 if preset.norm == "none" else 8 if eager or preset.norm == "rms" else 4
     sublayers = 1 + preset.has_mlp
     kept = sublayers * (norm + size) * d_model + size * (2 * q + 2 * kv)
-    if eager or kv < q:
+    if eager and not preset.qk_norm:
+        kept += size * 2 * (q - kv)  # repeated keys and values
+    elif eager or kv < q:
         kept += size * (3 * q if eager else 2 * q)  # copies of queries, or repeated keys and values
     if preset.qk_norm:
         kept += (size if eager else 8 + size) * (q + kv)
@@ -165,7 +167,7 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     elif chunked and rows * config.n_heads * context**2 <= RECOMPUTE_ABOVE:
         pattern = config.n_heads * (context + min(context, CHUNK_SIZE)) // 2
     recomputed = chunked and rows * context * d_mlp > RECOMPUTE_ABOVE
-    hidden = {"gelu": (4, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
+    hidden = {"gelu": (5, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
     kept += size * (pattern + hidden * d_mlp)
     if config.dropout:
         kept += size * (sublayers * d_model + (2 * pattern if eager else 0)) + (
