@@ -15,7 +15,6 @@ class Architecture:
     norm: Literal["none", "layer", "rms"]
     positions: Literal["none", "learned", "rotary"]
     activation: Literal["gelu", "relu2", "swiglu"]
-    has_mlp: bool
     qk_norm: bool  # RMS norm of queries and keys (Henry et al. 2020)
     biases: bool
     embedding_std: float  # of the initial token embeddings; larger ones keep tokens distinguishable early in training
@@ -24,17 +23,18 @@ class Architecture:
     mlp_ratio: int  # d_mlp / d_model, where d_mlp is not given
     norm_eps: float
     rope_theta: float
+    has_mlp: bool = True
 
 
 PRESETS = {
     # Ours: learns fastest on two CPU cores (measurements in benchmarks/NOTES.md).
-    "glass": Architecture("layer", "rotary", "relu2", True, True, False, 0.2, 0.25, True, 4, 1e-5, 10_000.0),
+    "glass": Architecture("layer", "rotary", "relu2", True, False, 0.2, 0.25, True, 4, 1e-5, 10_000.0),
     # Exactly GPT-2 (Radford et al. 2019).
-    "gpt2": Architecture("layer", "learned", "gelu", True, False, True, 0.02, 1.0, False, 4, 1e-5, 10_000.0),
+    "gpt2": Architecture("layer", "learned", "gelu", False, True, 0.02, 1.0, False, 4, 1e-5, 10_000.0),
     # Exactly Llama 2 (Touvron et al. 2023).
-    "llama": Architecture("rms", "rotary", "swiglu", True, False, False, 0.02, 1.0, False, 3, 1e-5, 10_000.0),
+    "llama": Architecture("rms", "rotary", "swiglu", False, False, 0.02, 1.0, False, 3, 1e-5, 10_000.0),
     # Exactly Qwen3 (Qwen team 2025), dense.
-    "qwen3": Architecture("rms", "rotary", "swiglu", True, True, False, 0.02, 1.0, False, 3, 1e-6, 1_000_000.0),
+    "qwen3": Architecture("rms", "rotary", "swiglu", True, False, 0.02, 1.0, False, 3, 1e-6, 1_000_000.0),
 }
 
 
@@ -51,7 +51,7 @@ class ModelConfig:
     d_mlp: int = 0  # Hidden size of the MLP; 0 means the preset's multiple of d_model.
     context: int = 128  # Context length in tokens.
     dropout: float = 0.0  # Dropout probability during training.
-    norm: Literal["preset", "none", "layer", "rms"] = "preset"  # Layer norm, RMS norm, or none, of q and k neither.
+    norm: Literal["preset", "none", "layer", "rms"] = "preset"  # none: without norm of queries and keys, too.
     positions: Literal["preset", "none", "learned", "rotary"] = "preset"  # Position embeddings.
     mlp: Literal["preset", "none"] = "preset"  # none: an attention-only model.
     tie_embeddings: bool = True  # The LM head shares its weights with the token embedding.
@@ -74,16 +74,11 @@ class ModelConfig:
     @property
     def architecture(self) -> Architecture:
         """The preset's, with the options that differ from it."""
-        preset = PRESETS[self.preset]
-        return replace(
-            preset,
-            norm=preset.norm if self.norm == "preset" else self.norm,
-            positions=preset.positions if self.positions == "preset" else self.positions,
-            has_mlp=preset.has_mlp and self.mlp == "preset",
-            qk_norm=preset.qk_norm and self.norm != "none",
-            norm_eps=self.norm_eps or preset.norm_eps,
-            rope_theta=self.rope_theta or preset.rope_theta,
+        options = {name: getattr(self, name) for name in ("norm", "positions", "norm_eps", "rope_theta")}
+        preset = replace(
+            PRESETS[self.preset], **{k: value for k, value in options.items() if value not in ("preset", 0)}
         )
+        return replace(preset, has_mlp=self.mlp == "preset", qk_norm=preset.qk_norm and preset.norm != "none")
 
     @property
     def description(self) -> str:

@@ -24,8 +24,7 @@ from model.config import PRESETS, AttentionImplementation, ModelConfig
 from model.gpt import GPT, meta_model
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-HEAD = "lm_head.weight"
-DTYPES = ("F32", "F16", "BF16")
+HEAD, DTYPES = "lm_head.weight", ("F32", "F16", "BF16")
 TO_CONVERT = (
     "it has pickled weights ({}), which can execute code and are never loaded; where you trust them, convert them with "
     "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
@@ -128,7 +127,7 @@ def named_views(model: GPT) -> dict[str, Tensor]:
                 tensor = parameter.detach().t() if ".c_" in theirs else parameter.detach()
                 parts = tensor.split([q, kv, kv] if len(names) == 3 else len(tensor) // len(names))
                 views |= {f"{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
-    return views if config.tie_embeddings else {**views, "lm_head.weight": model.lm_head.weight.detach()}
+    return views if config.tie_embeddings else {**views, HEAD: model.lm_head.weight.detach()}
 
 
 def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -139,8 +138,9 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"preset {config.preset} has no Hugging Face equivalent; train with model.preset {' or '.join(LAYOUTS)}"
         )
     layout, architecture = LAYOUTS[config.preset], config.architecture
-    numbers = {ours: getattr(architecture, ours) for ours in layout.numbers}
-    if architecture != replace(PRESETS[config.preset], **numbers):
+    numbers = {theirs: getattr(architecture, ours) for ours, (theirs, _) in layout.numbers.items()}
+    free = replace(PRESETS[config.preset], norm_eps=architecture.norm_eps, rope_theta=architecture.rope_theta)
+    if architecture != free:
         raise ValueError(f"Hugging Face's {config.preset} has no options norm, positions and mlp; leave them at preset")
     standard = config.n_kv_heads == config.n_heads and config.n_heads * config.d_head == config.d_model
     if config.preset == "gpt2" and not standard:
@@ -157,14 +157,12 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "eos_token_id": None,
         "tie_word_embeddings": config.tie_embeddings,
         **{theirs: getattr(config, ours) for ours, theirs in layout.sizes.items()},
-        **{
-            theirs: numbers[ours] for ours, (theirs, _) in layout.numbers.items()
-        },  # transformers 4 reads rope_theta here
+        **numbers,
         **{name: allowed[0] for name, allowed in layout.required.items() if allowed[0] is not None},
         **layout.exported,
     }
-    if "rope_theta" in content:
-        content["rope_parameters"] = {"rope_type": "default", "rope_theta": content["rope_theta"]}
+    if "rope_theta" in numbers:  # transformers 4 reads it above
+        content["rope_parameters"] = {"rope_type": "default", "rope_theta": numbers["rope_theta"]}
     weights = {n if n == HEAD else layout.prefix + n: view for n, view in named_views(model).items()}
     return content, {name: view.clone(memory_format=torch.contiguous_format) for name, view in weights.items()}
 
@@ -242,7 +240,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int
     for ours, (theirs, _) in layout.numbers.items():
         values[ours] = 0.0 if config[theirs] == getattr(PRESETS[preset], ours) else float(config[theirs])
     # resolves sizes of 0, which are null or missing in the file
-    shape = ModelConfig(preset, **values, tie_embeddings=config["tie_word_embeddings"])
+    shape = ModelConfig(preset, **values, tie_embeddings=bool(config["tie_word_embeddings"]))
     if problems := shape.problems():
         raise ValueError("; ".join(problems))
     return shape, int(config["vocab_size"])

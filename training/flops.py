@@ -19,12 +19,11 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
 
 
 def block_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """Shapes of a block's matrices: queries, keys and values; output; if there is an MLP, up (with a gate's) and down."""
+    """Shapes of a block's matrices: queries, keys and values; output; MLP up, with the gate if there is one; MLP down."""
     d_model, d_mlp = config.d_model, config.d_mlp
     q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
     gates = 2 if config.architecture.activation == "swiglu" else 1
-    attention = [(d_model, q + 2 * kv), (q, d_model)]
-    return attention + [(d_model, gates * d_mlp), (d_mlp, d_model)] * config.architecture.has_mlp
+    return [(d_model, q + 2 * kv), (q, d_model), (d_model, gates * d_mlp), (d_mlp, d_model)]
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:

@@ -119,13 +119,14 @@ def test_untied_head_and_what_is_left_out_have_no_parameters_of_their_own() -> N
     assert names == {"token_embedding", "qkv", "out"}
 
 
-def test_attention_only_model_is_the_sum_of_its_heads() -> None:
-    """Without MLP and norms, the paths of Elhage et al. 2021, section "Zero-Layer Transformers", add up: the logits are
-    linear in the last layer's attention, and zero attention outputs leave the bigram table."""
-    model, tokens = random_model("attention only"), random_tokens(1, 9)
-    for block in model.blocks:
-        torch.nn.init.zeros_(block.attention.out.weight)  # type: ignore[union-attr, arg-type]
+def test_attention_without_positions_and_mlp_sees_a_bag_of_tokens() -> None:
+    """The order of earlier tokens does not matter to one layer; without its output, the logits are WE WU (Elhage et al.
+    2021, "Zero-Layer Transformers")."""
+    model, tokens = random_model("attention only", n_layers=1), random_tokens(1, 9)
+    reordered = tokens[:, [3, 1, 7, 0, 2, 6, 5, 4, 8]]
     with torch.no_grad():
+        same(model(tokens)[:, -1], model(reordered)[:, -1], 1e-5)
+        model.blocks[0].attention.out.weight.zero_()  # type: ignore[union-attr, operator]
         embedding = model.token_embedding.weight
         same(model(tokens)[0], (embedding @ embedding.T)[tokens[0]], 1e-6)
 
