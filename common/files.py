@@ -56,7 +56,7 @@ def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
     except _damage_errors() as error:
         if is_out_of_memory(error):
             raise
-        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:2000]
         message = f"{path} is not a readable {what}: {reason}" + (f"; {hint}" if hint else "")
         raise UserError(message, CHECKPOINT) from error
 

@@ -77,7 +77,7 @@ def _logits(
     if not later:  # no later layer attends to the other positions
         x, z = index.gather(x), index.gather(z)
     x = x + block.attention.out(z)
-    x = x + block.mlp(block.norm2(x))
+    x = x + block.mlp_out(x)
     for next_block in later:
         x = next_block(x, layer.rope)
     logits: Tensor = model.lm_head(model.final_norm(index.gather(x) if later else x))

@@ -11,10 +11,9 @@ from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from inspection.activation_cache import blocks_of, check_tokens, inference_mode
-from model import functional
 from model.gpt import GPT, LayerNorm, Rope
 
 
@@ -32,16 +31,14 @@ class LayerActivations:
 def run_layers(model: GPT, tokens: Int[Tensor, "B T"]) -> Iterator[LayerActivations]:
     """Run the blocks one by one; yields each layer's activations. Raises ValueError like `check_tokens`."""
     check_tokens(model, tokens)
-    tokens, config, rope = tokens.to(model.token_embedding.weight.device), model.config, None
-    if model.position_embedding is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        rope = functional.precompute_rope(positions, config.d_head, config.architecture.rope_theta)
+    tokens = tokens.to(model.token_embedding.weight.device)
+    rope = model.rope(torch.arange(tokens.shape[1], device=tokens.device))
     x = reduce(torch.add, _embeddings(model, tokens).values())
     for block in blocks_of(model):
         z: list[Tensor] = []
         with block.attention.out.register_forward_pre_hook(lambda module, args, z=z: z.append(args[0])):  # type: ignore[misc]
             resid_mid = x + block.attention(block.norm1(x), rope)
-        mlp_out = block.mlp(block.norm2(resid_mid))
+        mlp_out = block.mlp_out(resid_mid)
         yield LayerActivations(x, z[0], mlp_out, resid_mid + mlp_out, rope)
         x = resid_mid + mlp_out
 
@@ -61,6 +58,8 @@ def _direction(model: GPT, x: Float[Tensor, " C"], token: int) -> tuple[Float[Te
     The final norm is linear once its divisor is known; subtracting the mean from the direction does so for `x`.
     """
     norm, unembedding = model.final_norm, model.lm_head.weight[token]
+    if isinstance(norm, nn.Identity):
+        return unembedding, None
     direction = unembedding * norm.weight
     if not isinstance(norm, LayerNorm):
         return direction * torch.rsqrt(x.square().mean() + norm.eps), None
@@ -101,7 +100,8 @@ def direct_logit_attribution(
             parts |= {f"L{number}H{head}": share for head, share in enumerate(by_head)}
             if out.bias is not None:
                 parts[f"L{number} attention bias"] = out.bias @ direction
-            parts[f"L{number} MLP"] = mlp_out @ direction
+            if block.mlp is not None:
+                parts[f"L{number} MLP"] = mlp_out @ direction
         if norm_bias is not None:
             parts["final norm bias"] = norm_bias
     return chosen, {name: float(part) for name, part in parts.items()}

@@ -207,8 +207,11 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
 
     from inspection.activation_cache import blocks_of
 
+    def norm_weight(norm: Any) -> Tensor:
+        return getattr(norm, "weight", torch.ones(())).detach().float()
+
     embedding = model.token_embedding.weight.detach().float()
-    unembedding = embedding * model.final_norm.weight.detach().float()
+    unembedding = model.lm_head.weight.detach().float() * norm_weight(model.final_norm)
     if model.config.architecture.norm == "layer":
         embedding = embedding - embedding.mean(dim=-1, keepdim=True)
         unembedding = unembedding - unembedding.mean(dim=-1, keepdim=True)
@@ -217,7 +220,7 @@ def copying(model: GPT) -> Float[Tensor, "L H"]:
     for block in blocks_of(model):
         H, G, D = block.attention.n_heads, block.attention.n_kv_heads, block.attention.d_head
         values = block.attention.qkv.weight.detach().cpu().double()[(H + G) * D :].unflatten(0, (G, D))
-        values = (values * block.norm1.weight.detach().cpu().double()).repeat_interleave(H // G, dim=0)
+        values = (values * norm_weight(block.norm1).cpu().double()).repeat_interleave(H // G, dim=0)
         outputs = block.attention.out.weight.detach().cpu().double().unflatten(1, (H, D)).transpose(0, 1)
         products.append(values @ between @ outputs)
     circuits = torch.stack(products)

@@ -1,7 +1,7 @@
 """Model configuration. Does not import torch, so that errors in options are reported at once."""
 
+import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal, get_args
 
 AttentionImplementation = Literal["eager", "sdpa", "chunked"]
@@ -12,8 +12,8 @@ ATTENTION_IMPLEMENTATIONS: tuple[AttentionImplementation, ...] = get_args(Attent
 class Architecture:
     """What a preset decides."""
 
-    norm: Literal["layer", "rms"]
-    positions: Literal["learned", "rotary"]
+    norm: Literal["none", "layer", "rms"]
+    positions: Literal["none", "learned", "rotary"]
     activation: Literal["gelu", "relu2", "swiglu"]
     qk_norm: bool  # RMS norm of queries and keys (Henry et al. 2020)
     biases: bool
@@ -23,17 +23,18 @@ class Architecture:
     mlp_ratio: int  # d_mlp / d_model, where d_mlp is not given
     norm_eps: float
     rope_theta: float
+    has_mlp: bool = True
 
 
 PRESETS = {
     # Ours: learns fastest on two CPU cores (measurements in benchmarks/NOTES.md).
     "glass": Architecture("layer", "rotary", "relu2", True, False, 0.2, 0.25, True, 4, 1e-5, 10_000.0),
     # Exactly GPT-2 (Radford et al. 2019).
-    "gpt2": Architecture("layer", "learned", "gelu", False, True, 0.02, 1.0, False, 4, 1e-5, 0.0),
-    # Exactly Qwen3 (Qwen team 2025), dense and with tied embeddings.
+    "gpt2": Architecture("layer", "learned", "gelu", False, True, 0.02, 1.0, False, 4, 1e-5, 10_000.0),
+    # Exactly Llama 2 (Touvron et al. 2023).
+    "llama": Architecture("rms", "rotary", "swiglu", False, False, 0.02, 1.0, False, 3, 1e-5, 10_000.0),
+    # Exactly Qwen3 (Qwen team 2025), dense.
     "qwen3": Architecture("rms", "rotary", "swiglu", True, False, 0.02, 1.0, False, 3, 1e-6, 1_000_000.0),
-    # Exactly Llama (Touvron et al. 2023), without scaled rotary positions.
-    "llama": Architecture("rms", "rotary", "swiglu", False, False, 0.02, 1.0, False, 3, 1e-6, 10_000.0),
 }
 
 
@@ -41,9 +42,7 @@ PRESETS = {
 class ModelConfig:
     """Model settings."""
 
-    preset: Literal["glass", "gpt2", "qwen3", "llama"] = (
-        "glass"  # glass learns fastest; the others match Hugging Face's.
-    )
+    preset: Literal["glass", "gpt2", "llama", "qwen3"] = "glass"  # glass learns fastest; the others are Hugging Face's.
     n_layers: int = 4  # Number of transformer blocks.
     n_heads: int = 4  # Number of attention heads per block.
     n_kv_heads: int = 0  # Number of key/value heads (grouped-query attention); 0 means n_heads.
@@ -52,12 +51,15 @@ class ModelConfig:
     d_mlp: int = 0  # Hidden size of the MLP; 0 means the preset's multiple of d_model.
     context: int = 128  # Context length in tokens.
     dropout: float = 0.0  # Dropout probability during training.
+    norm: Literal["preset", "none", "layer", "rms"] = "preset"  # none: without norm of queries and keys, too.
+    positions: Literal["preset", "none", "learned", "rotary"] = "preset"  # Position embeddings.
+    mlp: Literal["preset", "none"] = "preset"  # none: an attention-only model.
+    tie_embeddings: bool = True  # The LM head shares its weights with the token embedding.
+    norm_eps: float = 0.0  # Added to the variance in norms; 0 means the preset's.
+    rope_theta: float = 0.0  # Base of the rotary angles; 0 means the preset's.
     attention: Literal["auto", AttentionImplementation] = "auto"
     """Attention implementation. `eager`: every operation written out; `sdpa`: PyTorch's fused kernels; `chunked`:
     memory-efficient, 128 queries at a time; `auto`: the best for this machine."""
-    tie_embeddings: Literal["on", "off"] = "on"  # Whether the LM head is the token embedding.
-    norm_eps: float = 0.0  # Epsilon of the norms; 0 means the preset's.
-    rope_theta: float = 0.0  # Base of the rotary angles; 0 means the preset's.
     init: str = ""  # Start from the weights of a run, a checkpoint, a Hugging Face folder or a name on its hub.
 
     def __post_init__(self) -> None:
@@ -65,16 +67,29 @@ class ModelConfig:
         if self.n_heads < 1 or self.d_model < 1:
             return
         d_head = self.d_model // self.n_heads if self.d_model % self.n_heads == 0 else 0
-        defaults = {"n_kv_heads": self.n_heads, "d_head": d_head, "d_mlp": self.architecture.mlp_ratio * self.d_model}
+        d_mlp = self.architecture.mlp_ratio * self.d_model if self.architecture.has_mlp else 0
+        defaults = {"n_kv_heads": self.n_heads, "d_head": d_head, "d_mlp": d_mlp}
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
 
-    @cached_property
+    @property
     def architecture(self) -> Architecture:
-        """The preset's, with the epsilon and the rotary base of this config."""
-        preset = PRESETS[self.preset]
-        theta = (self.rope_theta or preset.rope_theta) if preset.positions == "rotary" else 0.0
-        return replace(preset, norm_eps=self.norm_eps or preset.norm_eps, rope_theta=theta)
+        """The preset's, with the options that differ from it."""
+        options = {name: getattr(self, name) for name in ("norm", "positions", "norm_eps", "rope_theta")}
+        preset = replace(
+            PRESETS[self.preset], **{k: value for k, value in options.items() if value not in ("preset", 0)}
+        )
+        return replace(preset, has_mlp=self.mlp == "preset", qk_norm=preset.qk_norm and preset.norm != "none")
+
+    @property
+    def description(self) -> str:
+        """The preset, options that differ from it, and sizes."""
+        options = {"norm": self.norm, "positions": self.positions, "MLP": self.mlp}
+        changes = ", ".join(f"{name} {value}" for name, value in options.items() if value != "preset")
+        return (
+            f"{self.preset}{changes and f' ({changes})'}: {self.n_layers} layers, {self.n_heads} heads, "
+            f"d_model {self.d_model}, context {self.context}"
+        )
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
@@ -95,9 +110,15 @@ class ModelConfig:
             )
         if self.architecture.positions == "rotary" and self.d_head % 2:
             problems.append(f"the head size is {self.d_head}; rotary positions need an even one (set model.d_head)")
-        for name, value in (("norm_eps", self.norm_eps), ("rope_theta", self.rope_theta)):
-            if not 0 <= value < float("inf"):
-                problems.append(f"model.{name} is {value}; it must be positive and finite, or 0 for the preset's")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 <= getattr(self, name) < math.inf:
+                problems.append(f"model.{name} is {getattr(self, name)}; it must be positive, or 0 for the preset's")
+        if self.rope_theta and self.architecture.positions != "rotary":
+            problems.append(
+                f"model.rope_theta is {self.rope_theta}, but the model has no rotary positions; leave it at 0"
+            )
+        if self.d_mlp and not self.architecture.has_mlp:
+            problems.append(f"model.d_mlp is {self.d_mlp}, but model.mlp is none; leave it at 0")
         if not 0 <= self.dropout < 1:
             problems.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         return problems

@@ -6,11 +6,13 @@ Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D = d_hea
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model import functional
 from model.chunked_attention import checkpointed_mlp, chunked_attention
@@ -49,9 +51,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm | nn.Identity:
     """The norm before attention, MLP and LM head."""
     preset, eager = config.architecture, config.attention == "eager"
+    if preset.norm == "none":
+        return nn.Identity()
     if preset.norm == "rms":
         return RMSNorm(config.d_model, preset.norm_eps, eager)
     return LayerNorm(config.d_model, preset.norm_eps, preset.biases, eager)
@@ -138,21 +142,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
+    """Pre-norm transformer block: attention, then MLP if there is one, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.norm1 = make_norm(config)
         self.attention = CausalSelfAttention(config, layer)
-        self.norm2 = make_norm(config)
-        self.mlp = MLP(config)
+        self.norm2 = make_norm(config) if config.architecture.has_mlp else nn.Identity()
+        self.mlp = MLP(config) if config.architecture.has_mlp else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Float[Tensor, "B T C"], rope: Rope | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T C"]:
         x = x + self.dropout(self.attention(self.norm1(x), rope, cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        return x + self.dropout(self.mlp_out(x))
+
+    def mlp_out(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        """What the MLP adds to the residual stream `x`; zeros if there is none."""
+        return torch.zeros_like(x) if self.mlp is None else self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
@@ -179,8 +187,8 @@ class GPT(nn.Module):
             self.init_weights(seed)
 
     def tie_weights(self) -> None:
-        """Let the LM head be the token embedding (Press & Wolf 2017), unless the config says otherwise."""
-        if self.config.tie_embeddings == "on":
+        """Let the LM head share the token embedding's weights, unless the config unties them (Press & Wolf 2017)."""
+        if self.config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
 
     def init_weights(self, seed: int) -> None:
@@ -199,7 +207,8 @@ class GPT(nn.Module):
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 std = 0.0 if preset.zero_outputs else 0.02 / math.sqrt(2 * self.config.n_layers)
             nn.init.normal_(parameter, std=std, generator=generator)
-        nn.init.constant_(self.final_norm.weight, preset.final_norm_weight)
+        if not isinstance(self.final_norm, nn.Identity):
+            nn.init.constant_(self.final_norm.weight, preset.final_norm_weight)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
         """Logits of the next token, of which row t depends on tokens[:, : t + 1] and the positions in the cache only."""
@@ -213,12 +222,32 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=tokens.device)
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
-            x, rope = x + self.position_embedding(positions), None
-        else:
-            rope = functional.precompute_rope(positions, self.config.d_head, self.config.architecture.rope_theta)
-        x = self.dropout(x)
+            x = x + self.position_embedding(positions)
+        x, rope = self.dropout(x), self.rope(positions)
         for block in self.blocks:
             x = block(x, rope, cache)
         if cache is not None:
             cache.length += T
         return self.final_norm(x)
+
+    def rope(self, positions: Int[Tensor, "T"]) -> Rope | None:
+        """The rotary angles of these positions, if the model has any."""
+        preset = self.config.architecture
+        if preset.positions != "rotary":
+            return None
+        return functional.precompute_rope(positions, self.config.d_head, preset.rope_theta)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips `torch.nn.init`: on the meta device it would import torch's compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def meta_model(config: ModelConfig, vocab_size: int) -> GPT:
+    """A model on the `meta` device: names and shapes without memory."""
+    with torch.device("meta"), _SkipInit():
+        return GPT(config, vocab_size)

@@ -1,25 +1,34 @@
-"""Hugging Face checkpoints to and from `GPT`: a folder with `config.json` and `model.safetensors`, or shards of it.
+"""Hugging Face checkpoints to and from `GPT`: a folder with `config.json` and safetensors, in one file or in shards.
 
-The presets `gpt2`, `qwen3` and `llama` are exactly `GPT2LMHeadModel`, `Qwen3ForCausalLM` and `LlamaForCausalLM`; `glass` has no
-counterpart. What the other side does not compute exactly raises ValueError. Dropout is not carried over in either direction.
+The presets `gpt2`, `llama` and `qwen3` are exactly `GPT2LMHeadModel`, `LlamaForCausalLM` and `Qwen3ForCausalLM`; `glass`
+is `modeling_glass.py`. What the other side does not compute exactly raises ValueError. Files hold float32, float16 or
+bfloat16 and are read as float32; a model is written in its own dtype. Dropout is not carried over in either direction.
 """
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import read_json, reading, write_atomic
 from model.config import PRESETS, AttentionImplementation, ModelConfig
-from model.gpt import GPT
+from model.gpt import GPT, meta_model
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-LM_HEAD = "lm_head.weight"
+HEAD, DTYPES = "lm_head.weight", ("F32", "F16", "BF16")
+TO_CONVERT = (
+    "it has pickled weights ({}), which can execute code and are never loaded; where you trust them, convert them with "
+    "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -28,17 +37,17 @@ class Layout:
 
     architecture: str
     prefix: str  # of all names but the LM head's; some files omit it
-    is_tied: bool  # whether the LM head is the token embedding if the file does not say
     sizes: dict[str, str]  # ours -> theirs
-    numbers: dict[str, str]  # ours -> theirs: settings that may differ from the preset's
+    numbers: dict[str, tuple[str, float]]  # ours -> theirs, and its value where a file does not have it
+    tied: bool  # where a file does not say
     required: dict[str, tuple[Any, ...]]  # settings that change what is computed, and no tensor -> allowed values
     exported: dict[str, Any]  # settings that only an export needs
     modules: dict[str, str]  # ours -> theirs; "*" is the layer, and several names share our rows
 
 
-ROTARY_LAYOUT: dict[str, Any] = dict(
+QWEN3 = Layout(
+    architecture="Qwen3ForCausalLM",
     prefix="model.",
-    is_tied=False,
     sizes={
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
@@ -48,7 +57,8 @@ ROTARY_LAYOUT: dict[str, Any] = dict(
         "d_mlp": "intermediate_size",
         "context": "max_position_embeddings",
     },
-    numbers={"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"},
+    numbers={"norm_eps": ("rms_norm_eps", 1e-6), "rope_theta": ("rope_theta", 10_000.0)},
+    tied=False,
     required={
         "hidden_act": ("silu", "swish"),
         "rope_type": (None, "default"),
@@ -61,6 +71,8 @@ ROTARY_LAYOUT: dict[str, Any] = dict(
         "token_embedding": "embed_tokens",
         "blocks.*.norm1": "layers.*.input_layernorm",
         "blocks.*.attention.qkv": "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj",
+        "blocks.*.attention.q_norm": "layers.*.self_attn.q_norm",
+        "blocks.*.attention.k_norm": "layers.*.self_attn.k_norm",
         "blocks.*.attention.out": "layers.*.self_attn.o_proj",
         "blocks.*.norm2": "layers.*.post_attention_layernorm",
         "blocks.*.mlp.up": "layers.*.mlp.gate_proj layers.*.mlp.up_proj",
@@ -68,17 +80,13 @@ ROTARY_LAYOUT: dict[str, Any] = dict(
         "final_norm": "norm",
     },
 )
-QK_NORM = {
-    "blocks.*.attention.q_norm": "layers.*.self_attn.q_norm",
-    "blocks.*.attention.k_norm": "layers.*.self_attn.k_norm",
-}
 LAYOUTS = {
     "gpt2": Layout(
         architecture="GPT2LMHeadModel",
         prefix="transformer.",
-        is_tied=True,
         sizes=dict(n_layers="n_layer", n_heads="n_head", d_model="n_embd", d_mlp="n_inner", context="n_positions"),
-        numbers={"norm_eps": "layer_norm_epsilon"},
+        numbers={"norm_eps": ("layer_norm_epsilon", 1e-5)},
+        tied=True,
         required={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "scale_attn_weights": (True,),
@@ -97,8 +105,26 @@ LAYOUTS = {
             "final_norm": "ln_f",
         },
     ),
-    "llama": Layout(architecture="LlamaForCausalLM", **ROTARY_LAYOUT),
-    "qwen3": Layout(architecture="Qwen3ForCausalLM", **ROTARY_LAYOUT | {"modules": ROTARY_LAYOUT["modules"] | QK_NORM}),
+    "qwen3": QWEN3,
+    "llama": replace(
+        QWEN3,
+        architecture="LlamaForCausalLM",
+        modules={ours: theirs for ours, theirs in QWEN3.modules.items() if not ours.endswith(("q_norm", "k_norm"))},
+    ),
+    "glass": replace(
+        QWEN3,
+        architecture="GlassForCausalLM",
+        numbers={"norm_eps": ("rms_norm_eps", 1e-5), "rope_theta": ("rope_theta", 10_000.0)},
+        tied=True,
+        required=QWEN3.required | {"hidden_act": ("relu2",)},
+        exported={
+            "auto_map": {
+                "AutoConfig": "modeling_glass.GlassConfig",
+                "AutoModelForCausalLM": "modeling_glass.GlassForCausalLM",
+            }
+        },
+        modules=QWEN3.modules | {"blocks.*.mlp.up": "layers.*.mlp.up_proj"},
+    ),
 }
 
 
@@ -115,25 +141,23 @@ def named_views(model: GPT) -> dict[str, Tensor]:
                 tensor = parameter.detach().t() if ".c_" in theirs else parameter.detach()
                 parts = tensor.split([q, kv, kv] if len(names) == 3 else len(tensor) // len(names))
                 views |= {f"{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
-    if config.tie_embeddings == "off":
-        views[LM_HEAD] = model.lm_head.weight.detach()
-    return views
+    return views if config.tie_embeddings else {**views, HEAD: model.lm_head.weight.detach()}
 
 
 def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of `config.json`, and copies of the weights under Hugging Face's names."""
     config = model.config
-    if config.preset not in LAYOUTS:
-        raise ValueError(
-            f"preset {config.preset} has no Hugging Face equivalent; train with model.preset gpt2, qwen3 or llama"
-        )
+    layout, architecture = LAYOUTS[config.preset], config.architecture
+    numbers = {theirs: getattr(architecture, ours) for ours, (theirs, _) in layout.numbers.items()}
+    free = replace(PRESETS[config.preset], norm_eps=architecture.norm_eps, rope_theta=architecture.rope_theta)
+    if architecture != free:
+        raise ValueError(f"Hugging Face's {config.preset} has no options norm, positions and mlp; leave them at preset")
     standard = config.n_kv_heads == config.n_heads and config.n_heads * config.d_head == config.d_model
     if config.preset == "gpt2" and not standard:
         raise ValueError(
             "GPT-2 has no grouped key/value heads and no head size other than d_model / n_heads; "
-            "train with model.preset qwen3, or leave model.n_kv_heads and model.d_head at 0"
+            "train with model.preset llama or qwen3, or leave model.n_kv_heads and model.d_head at 0"
         )
-    layout, architecture = LAYOUTS[config.preset], config.architecture
     content = {
         "model_type": config.preset,
         "architectures": [layout.architecture],
@@ -141,74 +165,93 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "dtype": str(model.token_embedding.weight.dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None,
-        "tie_word_embeddings": config.tie_embeddings == "on",
+        "tie_word_embeddings": config.tie_embeddings,
         **{theirs: getattr(config, ours) for ours, theirs in layout.sizes.items()},
+        **numbers,
         **{name: allowed[0] for name, allowed in layout.required.items() if allowed[0] is not None},
-        **{theirs: getattr(architecture, ours) for ours, theirs in layout.numbers.items()},
         **layout.exported,
     }
-    if architecture.positions == "rotary":  # transformers 4 reads rope_theta above
-        content["rope_parameters"] = {"rope_type": "default", "rope_theta": architecture.rope_theta}
-    views = {(n if n == LM_HEAD else layout.prefix + n): v for n, v in named_views(model).items()}
-    return content, {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
+    if "rope_theta" in numbers:  # transformers 4 reads it above
+        content["rope_parameters"] = {"rope_type": "default", "rope_theta": numbers["rope_theta"]}
+    weights = {n if n == HEAD else layout.prefix + n: view for n, view in named_views(model).items()}
+    return content, {name: view.clone(memory_format=torch.contiguous_format) for name, view in weights.items()}
 
 
 def from_huggingface(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], attention: AttentionImplementation = "eager"
+    config: Mapping[str, Any], weights: Mapping[str, Any], attention: AttentionImplementation = "eager"
 ) -> GPT:
-    """The model of a `config.json` and its weights, in float32 on the CPU."""
+    """The model of a `config.json` and its weights, in float32 on the CPU.
+
+    `weights` are tensors, or slices of a safetensors file, of which one at a time is read. Raises ValueError if they
+    do not fit the config, before memory is allocated.
+    """
     shape, vocab_size = config_from_huggingface(config)
     layout = LAYOUTS[shape.preset]
-    masks = (".attn.bias", ".attn.masked_bias")  # constants in old files of GPT-2
-    weights = {name.removeprefix(layout.prefix): x for name, x in weights.items() if not name.endswith(masks)}
-    if shape.n_layers > len(weights):
-        raise ValueError(f"config.json has {shape.n_layers} layers, but there are {len(weights)} tensors")
-    lm_head = weights.get(LM_HEAD)
-    if lm_head is not None and shape.tie_embeddings == "on":
-        if not torch.equal(lm_head, weights[layout.modules["token_embedding"] + ".weight"]):
-            raise ValueError(f"{LM_HEAD} differs from the token embedding, but config.json ties them")
-        del weights[LM_HEAD]
-    with torch.device("meta"):  # so that memory is allocated only once the shapes are right
-        expected = {name: tuple(x.shape) for name, x in named_views(GPT(shape, vocab_size)).items()}
-    found = {name: tuple(x.shape) for name, x in weights.items()}
-    problems = [
-        f"{name} is {found.get(name, 'missing')}, but config.json implies {expected.get(name, 'no such tensor')}"
-        for name in {**expected, **found}
-        if found.get(name) != expected.get(name)
-    ]
-    if problems:
-        more = [f"{len(problems) - 6} more"] if len(problems) > 6 else []
-        raise ValueError("; ".join(problems[:6] + more))
-    model = GPT(replace(shape, attention=attention), vocab_size)
+    constants = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files
+    weights = {name.removeprefix(layout.prefix): x for name, x in weights.items() if not name.endswith(constants)}
+    if shape.n_layers > len(weights):  # a model of a billion layers takes forever to build
+        raise ValueError(f"config.json has {shape.n_layers} layers, the files {len(weights)} tensors")
+    model = meta_model(replace(shape, attention=attention), vocab_size)
+    tied_head = weights.pop(HEAD, None) if shape.tie_embeddings else None
+    check_tensors({name: list(x.shape) for name, x in named_views(model).items()}, weights)
+    model.to_empty(device="cpu")
+    model.tie_weights()
     for name, view in named_views(model).items():
-        view.copy_(weights[name])
+        view.copy_(weights[name][:])
+    if tied_head is not None and not torch.equal(tied_head[:].float(), model.lm_head.weight):
+        message = "lm_head.weight differs from the token embedding, to which config.json ties it"
+        raise ValueError(f"{message}; to use it, set tie_word_embeddings to false there")
     return model
+
+
+def check_tensors(expected: Mapping[str, list[int]], weights: Mapping[str, Any]) -> None:
+    """Raise ValueError that names each tensor that is missing, unknown, or of another shape or dtype."""
+    shapes = {name: list(x.shape if isinstance(x, Tensor) else x.get_shape()) for name, x in weights.items()}
+    dtypes = {name: x.get_dtype() for name, x in weights.items() if not isinstance(x, Tensor)}
+    both = [name for name in expected if name in shapes]
+    problems = {
+        "missing tensors": [name for name in expected if name not in shapes],
+        "tensors that the model does not have": [name for name in shapes if name not in expected],
+        "tensors of another shape than config.json implies": [
+            f"{name} is {shapes[name]}, not {expected[name]}" for name in both if shapes[name] != expected[name]
+        ],
+        "tensors that are not float32, float16 or bfloat16": [
+            f"{name} is {dtypes[name]}" for name in both if dtypes.get(name, DTYPES[0]) not in DTYPES
+        ],
+    }
+    lines = [f"{what}: {shorten(', '.join(names), 400)}" for what, names in problems.items() if names]
+    if lines:
+        raise ValueError(escape_control_chars("; ".join(lines)))
 
 
 def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     """Model config and vocabulary size from the content of `config.json`."""
     preset = config["model_type"]
     if preset not in tuple(LAYOUTS):
-        raise ValueError(f"model_type is {preset!r}; only {', '.join(LAYOUTS)} are supported")
+        raise ValueError(f"model_type is {preset!r}; it must be {' or '.join(LAYOUTS)}")
     layout = LAYOUTS[preset]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    config = {"rope_theta": 10_000.0, **config, **rope}  # transformers assumes 10,000
+    config = {**dict(layout.numbers.values()), "tie_word_embeddings": layout.tied, **config, **rope}
     problems = [
         f"{name} is {config[name]!r}; it must be {' or '.join(map(repr, allowed))}"
-        for name, allowed in layout.required.items()
+        for name, allowed in (layout.required | {"tie_word_embeddings": (True, False)}).items()
         if config.get(name, allowed[0]) not in allowed
     ]
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         problems.append("layer_types has other values than 'full_attention'")
-    sizes: dict[str, Any] = {ours: int(config.get(theirs) or 0) for ours, theirs in layout.sizes.items()}
-    for ours, theirs in layout.numbers.items():
-        default = getattr(PRESETS[preset], ours)
-        if (value := float(config.get(theirs, default))) != default:
-            sizes[ours] = value
-    is_tied = config.get("tie_word_embeddings", layout.is_tied)
-    # Sizes of 0, which are null or missing in the file, are resolved.
-    shape = ModelConfig(preset, tie_embeddings="on" if is_tied else "off", **sizes)
-    if problems := problems + shape.problems():
+    problems += [
+        f"{name} is {config[name]!r}; it must be a positive number"
+        for name, _ in layout.numbers.values()
+        if not (isinstance(config[name], (int, float)) and config[name] > 0)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    values: dict[str, Any] = {ours: int(config.get(theirs) or 0) for ours, theirs in layout.sizes.items()}
+    for ours, (theirs, _) in layout.numbers.items():
+        values[ours] = 0.0 if config[theirs] == getattr(PRESETS[preset], ours) else float(config[theirs])
+    # resolves sizes of 0, which are null or missing in the file
+    shape = ModelConfig(preset, **values, tie_embeddings=bool(config["tie_word_embeddings"]))
+    if problems := shape.problems():
         raise ValueError("; ".join(problems))
     return shape, int(config["vocab_size"])
 
@@ -220,24 +263,36 @@ def save_huggingface(model: GPT, folder: str | Path) -> None:
     write_atomic(Path(folder) / CONFIG_FILE, [json.dumps(config, indent=2).encode() + b"\n"])
 
 
+def read_huggingface_config(folder: str | Path) -> tuple[ModelConfig, int]:
+    """Model config and vocabulary size of a folder, whose weights are not read; raises UserError (exit code 4)."""
+    with reading(folder, f"Hugging Face model ({CONFIG_FILE})"):
+        return config_from_huggingface(read_json(Path(folder) / CONFIG_FILE))
+
+
 def load_huggingface(folder: str | Path, attention: AttentionImplementation = "eager") -> GPT:
-    """`from_huggingface` of the files of a folder; raises UserError (exit code 4) if it cannot be loaded."""
-    with reading(folder, f"Hugging Face model ({CONFIG_FILE} and {WEIGHTS_FILE}, or shards with an index)"):
-        return from_huggingface(read_json(Path(folder) / CONFIG_FILE), read_weights(Path(folder)), attention)
+    """`from_huggingface` of the files of a folder, one tensor at a time; raises UserError (exit code 4) if it cannot be
+    loaded, or its weights are pickled."""
+    with reading(folder, f"Hugging Face model ({CONFIG_FILE} and {WEIGHTS_FILE})"), ExitStack() as files:
+        config = read_json(Path(folder) / CONFIG_FILE)
+        return from_huggingface(config, open_tensors(Path(folder), files), attention)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder, by name. Raises ValueError or OSError if there are none; files that execute code are not read."""
-    if (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
-        names = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"its index names {outside[0]!r}, which is not in the folder")
-    else:
-        names = [WEIGHTS_FILE]
-        pickles = [path.name for kind in ("bin", "pt", "pth", "ckpt") for path in sorted(folder.glob(f"*.{kind}"))]
-        if pickles and not (folder / WEIGHTS_FILE).is_file():
-            raise ValueError(
-                f"{pickles[0]} is a pickle, which executes code when it is read; if you trust it, load it with transformers "
-                "and save it with save_pretrained(folder, safe_serialization=True)"
-            )
-    return {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The tensors of a folder by name, as slices that are not read yet, of files that `files` closes."""
+    has_index = not (folder / WEIGHTS_FILE).exists() and (folder / INDEX_FILE).exists()
+    weight_map = read_json(folder / INDEX_FILE)["weight_map"] if has_index else {}
+    names = sorted(set(weight_map.values())) if has_index else [WEIGHTS_FILE]
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickled and not has_index and not (folder / WEIGHTS_FILE).exists():
+        raise UserError(f"{folder}: {TO_CONVERT.format(escape_control_chars(', '.join(pickled[:3])))}", CHECKPOINT)
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{INDEX_FILE} names {outside[0]!r}, which is not the name of a file in the folder")
+    tensors: dict[str, Any] = {}
+    for name in names:
+        # Read, not mapped, for a mapped file that shrinks ends the process (SIGBUS).
+        file = files.enter_context(safe_open(folder / name, "pt", backend="pread"))
+        for key in file.keys():  # noqa: SIM118
+            if has_index and weight_map.get(key) != name:
+                raise ValueError(f"{escape_control_chars(key)} is in {name}, which is not where {INDEX_FILE} has it")
+            tensors[key] = file.get_slice(key)
+    return tensors

@@ -20,13 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, RemovedError, UserError, escape_control_chars
 from common.files import read_json, reading
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
-from model.gpt import GPT
+from model.gpt import GPT, meta_model
 from training.cli import parse
 from training.config import RunConfig, as_arguments
 from training.device import DistContext, resolve_attention
@@ -110,9 +109,10 @@ class Checkpoint:
         with reading(self.folder / MODEL, "model", ANOTHER):
             if config.n_layers > len(weights):
                 raise ValueError(f"it has {len(weights)} tensors, the model {config.n_layers} layers")
-            with torch.device("meta"), _SkipInit():  # shapes only: no memory before they are compared
-                model = GPT(config, self.vocab_size)
-            model.load_state_dict({"lm_head.weight": weights["token_embedding.weight"], **weights}, assign=True)
+            model = meta_model(config, self.vocab_size)  # no memory before shapes are compared
+            if config.tie_embeddings:
+                weights["lm_head.weight"] = weights["token_embedding.weight"]
+            model.load_state_dict(weights, assign=True)
         model.tie_weights()
         return model
 
@@ -204,15 +204,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         except UserError as error:
             raise ValueError(str(error)) from error
     return Checkpoint(folder, config, saved["vocab_size"], state, environment)
-
-
-class _SkipInit(TorchFunctionMode):
-    """Skips `torch.nn.init`: on the meta device it would import torch's compiler, which takes a second."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

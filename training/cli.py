@@ -23,6 +23,7 @@ ALIASES = {
     "num_attention_heads": "model.n_heads",
     "head_dim": "model.d_head",
     "intermediate_size": "model.d_mlp",
+    "tie_word_embeddings": "model.tie_embeddings",
     "output_dir": "run.dir",
     "init_from": "model.init",
     "resume_from_checkpoint": "run.resume",
@@ -36,7 +37,7 @@ ALIASES = {
 """Options of nanoGPT and Hugging Face, by their last part, whose counterpart here is not the most similar name."""
 NO_EQUIVALENT = {
     "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
-    "bias": "model.preset decides: gpt2 has biases, glass and qwen3 have none",
+    "bias": "model.preset decides: gpt2 has biases, the others have none",
 }
 PATHS = (
     *("run.dir", "run.resume", "model.init", "data.tokenizer", "data.source", "data.val", "log.prompts", "prompts"),
@@ -45,6 +46,7 @@ PATHS = (
 OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")
 """Unlike `-- said the bird`, which is a value."""
 TEXTS = tuple[str, ...]  # the type of an option that may be given several times
+BOOLEANS = ("True", "true", "False", "false")
 S = TypeVar("S")
 
 
@@ -65,7 +67,7 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
     words: list[str] = []
     pairs = list(split_options(args, [name for name, kind in types.items() if kind is bool]))
     if "--help" in args or ("", "-h") in pairs:
-        tyro.cli(settings, args=["--help"], description=description)
+        tyro.cli(settings, args=["--help"], description=description, config=(tyro.conf.FlagConversionOff,))
     for option, value in pairs:
         try:
             if option:
@@ -104,7 +106,7 @@ def option_types(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tuple[str, str | None]]:
     """(option, value) pairs: the option with its dashes, or '' for a word on its own; `flags` and options at the end of
-    `args` or before another option have no value, None."""
+    `args` or before another option have no value, None; of flags only `True` and `False` are values."""
     rest = list(args)
     while rest:
         word = rest.pop(0)
@@ -114,7 +116,8 @@ def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tupl
             option, value = word.split("=", 1)
             yield option, value
         else:
-            alone = field_name(word) in flags or not rest or bool(OPTION.match(rest[0]))
+            is_flag = field_name(word) in flags and (not rest or rest[0] not in BOOLEANS)
+            alone = is_flag or not rest or bool(OPTION.match(rest[0]))
             yield word, None if alone else rest.pop(0)
 
 
@@ -135,9 +138,9 @@ def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
     numbers = {int: "a whole number", float: "a number"}
     expected = f"one of {', '.join(choices)}" if choices else numbers.get(kind, "text")
     if kind is bool:
-        if value is None:
-            return True
-        expected = "no value"
+        if value is None or value in BOOLEANS:
+            return value in (None, "True", "true")
+        expected = "True or False"
     if value is None:
         dashes = f"; if it begins with dashes, write {option}=--..." if kind is str else ""
         raise ValueError(f"{option} needs a value: {expected}{dashes}")

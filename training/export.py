@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from common.errors import CHECKPOINT, CONFIG, UserError
+from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
+from common.files import read_metrics
 from data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_huggingface_tokenizer
 from data.tokenizer_export import to_tokenizer_json, tokenizer_config
 from model import config as model_config
 from model.gpt import GPT
-from model.huggingface import LAYOUTS, load_huggingface, to_huggingface
-from training.checkpoint import Checkpoint, model_weights
-from training.config import to_toml
+from model.huggingface import load_huggingface, to_huggingface
+from training.checkpoint import Checkpoint
+from training.config import RunConfig, RunSettings, to_toml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELING_FILE = "modeling_glass.py"
@@ -34,8 +34,11 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[
     tokenizer, model = checkpoint.tokenizer(), checkpoint.build_model(with_eager(checkpoint)).eval()
     for parameter in model.parameters():  # so that the logits below are those of the rounded weights
         parameter.data = parameter.data.to(DTYPES[dtype]).float()
-    is_glass, end = model.config.preset not in LAYOUTS, tokenizer.end_of_text
-    config, weights = _glass_files(model) if is_glass else to_huggingface(model)
+    is_glass, end = model.config.preset == "glass", tokenizer.end_of_text
+    try:
+        config, weights = to_huggingface(model)
+    except ValueError as error:
+        raise UserError(f"this model has no form in transformers: {error}", CONFIG) from error
     config |= {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "bos_token_id": end, "eos_token_id": end}
     folder.mkdir()
     save_file(
@@ -47,7 +50,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[
     settings = {"do_sample": True, "temperature": 0.8, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     contents = {
         "config.json": config,
-        "generation_config.json": settings | ({"use_cache": False} if is_glass else {}),
+        "generation_config.json": settings,
         "tokenizer_config.json": tokenizer_config(tokenizer, model.config.context),
     }
     for name, content in contents.items():
@@ -64,7 +67,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[
     return [
         "checked: the same logits and token ids as the checkpoint",
         *(custom if is_glass else []),
-        f'load it with AutoModelForCausalLM.from_pretrained("OUT"{trust}) and AutoTokenizer.from_pretrained("OUT")',
+        f'load it with AutoModelForCausalLM.from_pretrained("OUT"{trust}) and AutoTokenizer.from_pretrained("OUT"{trust})',
     ]
 
 
@@ -73,42 +76,13 @@ def with_eager(checkpoint: Checkpoint) -> model_config.ModelConfig:
     return replace(checkpoint.config.model, attention="eager", dropout=0.0)
 
 
-def _glass_files(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`config.json` and the weights for `modeling_glass.py`."""
-    shape = model.config
-    if shape.tie_embeddings == "off":
-        raise UserError("preset glass with an untied LM head can't be exported; take preset qwen3", CONFIG)
-    names = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_mlp", "context")
-    classes = {"AutoConfig": "GlassConfig", "AutoModelForCausalLM": "GlassForCausalLM"}
-    module = MODELING_FILE.removesuffix(".py")
-    content = {
-        "model_type": "glass",
-        "architectures": ["GlassForCausalLM"],
-        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": False,  # there is one tensor for both
-        **{name: getattr(shape, name) for name in names},
-        "norm_eps": shape.architecture.norm_eps,
-        "rope_theta": shape.architecture.rope_theta,
-    }
-    return content, {name: tensor.clone() for name, tensor in model_weights(model).items()}
-
-
 def check_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Load what was written, and compare logits and token ids. Raises UserError (4) if they differ."""
-    if model.config.preset in LAYOUTS:
-        loaded: Any = load_huggingface(folder).eval()
-    else:
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError as error:
-            raise UserError("preset glass is checked with transformers: pip install transformers", CONFIG) from error
-        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (2, min(64, model.config.context)), generator=generator)
     with torch.no_grad():
-        expected, found = model(tokens), loaded(tokens)
-    difference = float((getattr(found, "logits", found) - expected).abs().max())
+        expected, found = model(tokens), load_huggingface(folder).eval()(tokens)
+    difference = float((found - expected).abs().max())
     if not difference <= LOGIT_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise UserError(f"the exported model's logits differ by {difference:.2g}: nothing was exported", CHECKPOINT)
     again = load_huggingface_tokenizer(folder, tokenizer.vocab_size)
@@ -119,22 +93,29 @@ def check_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 def model_card(checkpoint: Checkpoint, is_glass: bool) -> str:
     """README.md: what the model is, its loss, how to load it, and its config."""
-    state, shape = checkpoint.state, checkpoint.config.model
-    loss = "unknown" if state.best_loss is None else f"{state.best_loss:.4f} nats/token (step {state.best_step})"
+    state, shape, data = checkpoint.state, checkpoint.config.model, checkpoint.config.data
+    losses: dict[str, float] = {}
+    for line in read_metrics(checkpoint.run_dir / "metrics.jsonl"):
+        losses |= {name: line[name] for name in ("uniform", "unigram", "trigram", "floor") if name in line}
+        if "val_loss" in line and line["step"] == state.step:
+            losses["this model"] = line["val_loss"]
     trust = ", trust_remote_code=True" if is_glass else ""
-    config = to_toml(checkpoint.config).replace("```", "")
+    data = replace(data, source=Path(data.source).name, val=Path(data.val).name, tokenizer=Path(data.tokenizer).name)
+    run, model = RunSettings(seed=checkpoint.config.run.seed), replace(shape, init=Path(shape.init).name)
+    config = to_toml(RunConfig(run, data, model, checkpoint.config.optim, checkpoint.config.train)).replace("```", "")
+    table = "".join(f"\n* held-out loss, {name}: {loss:.4f} nats/token" for name, loss in losses.items())
     return f"""# A GPT trained with GlassGPT
 
 * architecture: `{shape.preset}`, {shape.n_layers} layers, {shape.n_heads} heads, d_model {shape.d_model}, context {shape.context}
 * step {state.step}, {state.tokens_seen:,} tokens seen
-* lowest validation loss: {loss}
+* trained on `{escape_control_chars(data.source).replace("`", "")}`{table}
 * each text begins with end-of-text: {"yes, the tokenizer adds it" if checkpoint.environment.starts_with_eot else "no"}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this folder"{trust})
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})
 ```
 
 ## Config
@@ -215,7 +196,8 @@ def _write_gguf_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, starts_w
     writer.add_token_list([vocab[i] for i in range(tokenizer.vocab_size)])
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_token_types([normal if tokenizer.token_bytes(i) else control for i in range(tokenizer.vocab_size)])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    merges = [" ".join(pair) for pair in content["model"]["merges"]]
+    writer.add_token_merges(merges or [f"{vocab[tokenizer.end_of_text]} {vocab[tokenizer.end_of_text]}"])  # needs one
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(starts_with_eot)

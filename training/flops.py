@@ -4,23 +4,18 @@ A multiplication and an addition count as two FLOPs, as on data sheets. Norms, a
 mille of the FLOPs (though not of the time) and are left out.
 """
 
-import torch
-
 from model.config import ModelConfig
-from model.gpt import GPT
+from model.gpt import meta_model
 from training.config import RunConfig
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters by part; the LM head counts as an embedding, once if it is the token embedding."""
-    words = {"norm": "norms", "embedding": "embeddings", "lm_head": "embeddings"}  # the first one counts
-    words |= {"attention": "attention", "mlp": "MLP"}
-    with torch.device("meta"):
-        model = GPT(config, vocab_size)
-    parts = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
-    for name, parameter in model.named_parameters():
-        parts[next(part for word, part in words.items() if word in name)] += parameter.numel()
-    return parts
+    """Parameters by part; an LM head that is the token embedding counts once."""
+    words = {"norm": "norms", "embedding": "embeddings", "attention": "attention", "mlp": "MLP", "lm_head": "LM head"}
+    parts = dict.fromkeys(("embeddings", "attention", "MLP", "norms", "LM head"), 0)
+    for name, parameter in meta_model(config, vocab_size).named_parameters():
+        parts[next(part for word, part in words.items() if word in name)] += parameter.numel()  # the first word counts
+    return {part: count for part, count in parts.items() if count}
 
 
 def block_matrices(config: ModelConfig) -> list[tuple[int, int]]:

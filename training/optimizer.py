@@ -41,7 +41,7 @@ class Optimizer:
 
     | group    | parameters                                     | algorithm      | weight decay |
     |----------|------------------------------------------------|----------------|--------------|
-    | matrices | embeddings; with `adamw` every matrix          | AdamW          | yes          |
+    | matrices | embeddings, LM head; with `adamw` all matrices | AdamW          | yes          |
     | vectors  | norms and biases                               | AdamW          | no           |
     | hidden   | with `muon` the matrices inside the blocks     | Muon           | yes          |
 

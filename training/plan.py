@@ -81,8 +81,7 @@ def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) 
         epochs = f", {tokens / max(1, len(corpus.train)):.2f} epochs"
     return (
         f"data       {escape_control_chars(config.data.source)}: {known}; vocabulary of {vocabulary}\n"
-        f"model      {model.preset}: {model.n_layers} layers, {model.n_heads} heads, d_model {model.d_model}, "
-        f"context {model.context}\n"
+        f"model      {model.description}\n"
         f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: {tokens:,} tokens{epochs}"
     )
 
@@ -165,8 +164,12 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
     eager, chunked = config.attention == "eager", config.attention == "chunked"
     # Norms keep their inputs (and normalized inputs) in fp32; projections keep theirs, and attention q, k, v and output.
-    kept = (16 if eager or preset.norm == "rms" else 8) * d_model + size * (2 * d_model + 2 * q + 2 * kv)
-    if eager or kv < q:
+    norm = 0 if preset.norm == "none" else 8 if eager or preset.norm == "rms" else 4
+    sublayers = 1 + preset.has_mlp
+    kept = sublayers * (norm + size) * d_model + size * (2 * q + 2 * kv)
+    if eager and not preset.qk_norm:
+        kept += size * 2 * (q - kv)  # repeated keys and values
+    elif eager or kv < q:
         kept += size * (3 * q if eager else 2 * q)  # copies of queries, or repeated keys and values
     if preset.qk_norm:
         kept += (size if eager else 8 + size) * (q + kv)
@@ -176,10 +179,12 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     elif chunked and rows * config.n_heads * context**2 <= RECOMPUTE_ABOVE:
         pattern = config.n_heads * (context + min(context, CHUNK_SIZE)) // 2
     recomputed = chunked and rows * context * d_mlp > RECOMPUTE_ABOVE
-    hidden = {"gelu": (4, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
+    hidden = {"gelu": (5, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
     kept += size * (pattern + hidden * d_mlp)
     if config.dropout:
-        kept += size * (2 * d_model + (2 * pattern if eager else 0)) + (config.n_heads * context // 2 if chunked else 0)
+        kept += size * (sublayers * d_model + (2 * pattern if eager else 0)) + (
+            config.n_heads * context // 2 if chunked else 0
+        )
     return kept
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from common.errors import CHECKPOINT, UserError, escape_control_chars
-from common.files import read_json, reading
 from data.tokenizer import Tokenizer, load_huggingface_tokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.huggingface import CONFIG_FILE, config_from_huggingface, load_huggingface
+from model.huggingface import CONFIG_FILE, load_huggingface, read_huggingface_config
 from training.checkpoint import Checkpoint, RunEnvironment, TrainState, model_weights, open_checkpoint
 from training.config import RunConfig, option_names
 
@@ -52,8 +51,7 @@ def open_model(path: str | Path, which: str = "best") -> Checkpoint:
         folder = find_on_hub(name)
     if not os.path.isfile(folder / CONFIG_FILE):
         return open_checkpoint(folder, which)
-    with reading(folder / CONFIG_FILE, "config of a Hugging Face model"):
-        shape, vocab_size = config_from_huggingface(read_json(folder / CONFIG_FILE))
+    shape, vocab_size = read_huggingface_config(folder)
     return PretrainedModel(folder, RunConfig(model=shape), vocab_size, TrainState(), RunEnvironment(False))
 
 

@@ -28,7 +28,12 @@ from tests.model.helpers import random_model, random_tokens
 V, N, COUNT = 30, 12, 5
 """Vocabulary of the handmade model, tokens of a copy, and number of repeated sequences."""
 REPEATS = tuple(map(tuple, repeats(COUNT, N, V)))
-IMPLEMENTATIONS: dict[str, AttentionImplementation] = {"glass": "eager", "gpt2": "sdpa", "qwen3": "chunked"}
+IMPLEMENTATIONS: dict[str, AttentionImplementation] = {
+    "glass": "eager",
+    "gpt2": "sdpa",
+    "qwen3": "chunked",
+    "attention only": "eager",
+}
 ALL_HEADS = [(layer, head) for layer in range(2) for head in range(3)]
 
 

@@ -18,7 +18,7 @@ from inspection.eval_texts import EvalTexts
 from inspection.head_scores import REPEATS, SCORES
 from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, PREVIOUS, handmade, repeats
-from tests.model.helpers import random_model
+from tests.model.helpers import SHAPES, random_model
 
 Patch = pytest.MonkeyPatch
 N = 25
@@ -84,10 +84,10 @@ def copying_by_hand(
     config, p = model.config, {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     E, H, G, D = p["token_embedding.weight"], config.n_heads, config.n_kv_heads, config.d_head
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
+    def norm(x: Tensor, name: str) -> Tensor:
         if center and config.architecture.norm == "layer":
             x = x - x.mean(dim=-1, keepdim=True)
-        return x * weight if fold else x
+        return x * p.get(name, torch.ones(())) if fold else x
 
     scores = torch.zeros(config.n_layers, H)
     for layer in range(config.n_layers):
@@ -96,8 +96,8 @@ def copying_by_hand(
             start = ((H if keys else H + G) + head // (H // G)) * D
             W_V = p[block + "attention.qkv.weight"][start : start + D]
             W_O = p[block + "attention.out.weight"][:, head * D : (head + 1) * D]
-            written = norm(E, p[block + "norm1.weight"]) @ W_V.T @ W_O.T
-            eigenvalues = torch.linalg.eigvals(norm(written, p["final_norm.weight"]) @ E.T)
+            written = norm(E, block + "norm1.weight") @ W_V.T @ W_O.T
+            eigenvalues = torch.linalg.eigvals(norm(written, "final_norm.weight") @ p.get("lm_head.weight", E).T)
             total = eigenvalues.abs().sum()
             real = eigenvalues.real.sum() if signs else eigenvalues.real.abs().sum()
             scores[layer, head] = real / total if total > 1e-9 else 0.0
@@ -158,7 +158,7 @@ def check_all_scores() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     **{name: partial(check_closed_form, name) for name in EXPECTED},
     "ambiguous": check_ambiguous_text,
-    **{f"copying, {preset}": partial(check_copying, preset) for preset in ("glass", "gpt2", "qwen3")},
+    **{f"copying, {preset}": partial(check_copying, preset) for preset in SHAPES},
     "copying, known": check_copying_of_known_heads,
     "all": check_all_scores,
 }

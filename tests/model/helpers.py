@@ -19,8 +19,16 @@ SHAPES = {
     "glass": ModelConfig("glass", n_layers=2, n_heads=3, d_model=30, context=16),
     "gpt2": ModelConfig("gpt2", n_layers=2, n_heads=4, d_model=48, context=24),
     "qwen3": ModelConfig("qwen3", n_layers=2, n_heads=6, n_kv_heads=2, d_model=48, d_head=10, context=24),
-    "llama": ModelConfig("llama", n_layers=2, n_heads=6, n_kv_heads=3, d_model=48, context=24, rope_theta=5e5),
-    "untied": ModelConfig("qwen3", n_layers=2, n_heads=4, d_model=48, context=24, tie_embeddings="off", norm_eps=1e-5),
+    "llama": ModelConfig("llama", n_layers=2, n_heads=4, n_kv_heads=2, d_model=40, context=24, rope_theta=500.0),
+    "gpt2 untied": ModelConfig("gpt2", 2, n_heads=4, d_model=48, context=24, tie_embeddings=False, norm_eps=1e-3),
+    "qwen3 untied": ModelConfig(
+        "qwen3", 2, n_heads=4, d_model=40, context=24, tie_embeddings=False, norm_eps=1e-3, rope_theta=7000.0
+    ),
+    "llama untied": ModelConfig("llama", 2, n_heads=2, d_model=36, context=24, tie_embeddings=False, norm_eps=1e-3),
+    "attention only": ModelConfig(
+        "glass", 2, n_heads=3, d_model=30, context=16, mlp="none", norm="none", positions="none"
+    ),
+    "gpt2 rms rotary": ModelConfig("gpt2", 2, n_heads=3, d_model=36, context=16, norm="rms", positions="rotary"),
 }
 
 
@@ -56,11 +64,16 @@ def transformers_model(model: gpt.GPT) -> Any:
     """The transformers model with the same weights and eager attention, in eval mode."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+    from model.modeling_glass import GlassConfig, GlassForCausalLM
+
+    AutoModelForCausalLM.register(GlassConfig, GlassForCausalLM, exist_ok=True)
     config, weights = to_huggingface(model)
-    kind: Any = {"gpt2": GPT2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[config["model_type"]]
+    kind: Any = {"gpt2": GPT2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "glass": GlassConfig}[
+        config["model_type"]
+    ]
     theirs = AutoModelForCausalLM.from_config(kind.from_dict(config), attn_implementation="eager")
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert missing == ["lm_head.weight"] * ("lm_head.weight" not in weights) and not unexpected, (missing, unexpected)
+    assert missing == ["lm_head.weight"] * model.config.tie_embeddings and not unexpected, (missing, unexpected)
     return theirs.eval()
 
 

@@ -24,8 +24,10 @@ from tests.runs import ROOT
 from training.device import DistContext, compile_model
 
 each_preset = pytest.mark.parametrize("preset", PRESETS)
+each_shape = pytest.mark.parametrize("preset", SHAPES)
 each_pair = pytest.mark.parametrize(
-    ("preset", "attention"), [("gpt2", "eager"), ("glass", "sdpa"), ("qwen3", "chunked"), ("qwen3", "eager")]
+    ("preset", "attention"),
+    [("gpt2", "eager"), ("glass", "sdpa"), ("qwen3", "chunked"), ("qwen3", "eager"), ("attention only", "sdpa")],
 )
 
 
@@ -41,6 +43,13 @@ each_pair = pytest.mark.parametrize(
         ({"n_kv_heads": 3}, "model.n_heads is 4, which is not divisible by 3 key/value heads"),
         ({"d_head": 7}, "the head size is 7; rotary positions need an even one"),
         ({"dropout": math.nan}, "model.dropout is nan;"),
+        ({"norm_eps": math.nan}, "model.norm_eps is nan;"),
+        ({"rope_theta": -1.0}, "model.rope_theta is -1.0;"),
+        (
+            {"positions": "none", "rope_theta": 1e4},
+            "model.rope_theta is 10000.0, but the model has no rotary positions",
+        ),
+        ({"mlp": "none", "d_mlp": 64}, "model.d_mlp is 64, but model.mlp is none"),
     ],
 )
 def test_invalid_config_is_reported(changes: dict[str, Any], message: str) -> None:
@@ -63,6 +72,7 @@ def test_zero_sizes_are_resolved() -> None:
     [
         (("gpt2", 12, 12, 12, 768, 64, 3072, 1024), 50_257, 124_439_808),
         (("qwen3", 28, 16, 8, 1024, 128, 3072), 151_936, 596_049_920),
+        (("llama", 16, 32, 8, 2048, 64, 8192), 128_256, 1_235_814_400),  # Llama 3.2 1B
     ],
 )
 def test_published_parameter_counts(sizes: Any, vocab_size: int, n_parameters: int) -> None:
@@ -86,7 +96,7 @@ def test_initial_weights_have_documented_distribution(preset: Any) -> None:
         assert abs(parameter.mean().item()) <= 5 * std / math.sqrt(parameter.numel()), name
 
 
-@each_preset
+@each_shape
 def test_initialization_depends_on_seed_only(preset: str) -> None:
     torch.manual_seed(11)
     first, again, other = (GPT(SHAPES[preset], VOCAB, seed=seed).state_dict() for seed in (3, 3, 4))
@@ -102,10 +112,29 @@ def test_lm_head_is_tied(preset: str) -> None:
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 
+def test_untied_head_and_what_is_left_out_have_no_parameters_of_their_own() -> None:
+    model = random_model("gpt2 untied")
+    assert not torch.equal(model.lm_head.weight, model.token_embedding.weight)
+    names = {name.split(".")[-2] for name, _ in random_model("attention only").named_parameters()}
+    assert names == {"token_embedding", "qkv", "out"}
+
+
+def test_attention_without_positions_and_mlp_sees_a_bag_of_tokens() -> None:
+    """The order of earlier tokens does not matter to one layer; without its output, the logits are WE WU (Elhage et al.
+    2021, "Zero-Layer Transformers")."""
+    model, tokens = random_model("attention only", n_layers=1), random_tokens(1, 9)
+    reordered = tokens[:, [3, 1, 7, 0, 2, 6, 5, 4, 8]]
+    with torch.no_grad():
+        same(model(tokens)[:, -1], model(reordered)[:, -1], 1e-5)
+        model.blocks[0].attention.out.weight.zero_()  # type: ignore[union-attr, operator]
+        embedding = model.token_embedding.weight
+        same(model(tokens)[0], (embedding @ embedding.T)[tokens[0]], 1e-6)
+
+
 # Behaviour.
 
 
-@each_preset
+@each_shape
 def test_no_position_sees_the_future(preset: str) -> None:
     """Changing the token at position t changes the logits at t, and no bit of the logits before t."""
     model = random_model(preset)
@@ -150,7 +179,7 @@ def test_dropout_is_where_gpt2_has_it() -> None:
     assert shares == pytest.approx([0.5] * (1 + 2 * model.config.n_layers), abs=0.05)
 
 
-@each_preset
+@each_shape
 def test_hooks_see_the_pattern_that_is_used(preset: str) -> None:
     """The hooked pattern times the values is the output of attention."""
     model = random_model(preset)
@@ -216,7 +245,7 @@ def assert_same_gradients(model: GPT, other: GPT) -> None:
         assert relative_difference(a.grad, b.grad) <= 1e-5, name
 
 
-@each_preset
+@each_shape
 def test_implementations_agree(preset: str) -> None:
     """In fp32 with gradients; in bf16, under autocast and with bf16 weights, relative to the norm: single logits are off
     by up to 9e-2 there."""

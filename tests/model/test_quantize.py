@@ -63,7 +63,7 @@ def test_int8_linear_is_within_rounding() -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("fp32", 1e-5), pytest.param("fp16", 0.01, marks=needs_fp16), ("int8", 0.35)]
 )
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "llama untied", "attention only"])
 def test_quantized_logits_are_close(
     preset: str, dtype: WeightDtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def names(run: Path) -> list[str]:
 # ---- written and read back ----
 
 
-def test_checkpoint_roundtrip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_checkpoint_roundtrip(is_tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SHAPE", replace(SHAPE, tie_embeddings=is_tied))
     folder = saved(tmp_path)
     found = open_checkpoint(tmp_path)
     assert found.folder == folder and found.state.step == 3 and found.environment == ENVIRONMENT
@@ -103,7 +106,7 @@ def test_checkpoint_roundtrip(tmp_path: Path) -> None:
     assert now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
     model = found.load_model(CTX)
     assert sha256_of_weights(model) == sha256_of_weights(GPT(SHAPE, VOCAB, seed=0))
-    assert model.lm_head.weight is model.token_embedding.weight and not model.training
+    assert (model.lm_head.weight is model.token_embedding.weight) == is_tied and not model.training
     assert names(tmp_path) == ["000003"]
     assert sorted(p.name for p in folder.iterdir()) == sorted((*FILES, MANIFEST))
 

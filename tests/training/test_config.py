@@ -122,6 +122,16 @@ def test_home_folder_is_expanded() -> None:
     assert parse_train(["--run.dir=~/runs/x"])[0].run.dir == os.path.expanduser("~/runs/x")
 
 
+@pytest.mark.parametrize(
+    ("argv", "value"), [(["", "False"], False), (["=false"], False), (["=True"], True), ([""], True)]
+)
+def test_flag_takes_true_and_false(argv: list[str], value: bool) -> None:
+    option, *rest = argv
+    config, _ = parse_train([f"--model.tie_embeddings{option}", *rest, "--train.steps=5"])
+    assert config.model.tie_embeddings is value and config.train.steps == 5
+    assert problems("--model.tie_embeddings=no") == ["--model.tie_embeddings is 'no'; it takes True or False"]
+
+
 def test_dashes_equal_underscores() -> None:
     dashes, _ = parse_train(["--model.n-layers", "3", "--train.batch-size=6"])
     underscores, _ = parse_train(["--model.n_layers=3", "--train.batch_size", "6"])

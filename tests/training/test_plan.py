@@ -23,7 +23,8 @@ from training.hardware import GPU, GPUS, parse_plan_option
 from training.optimizer import Optimizer
 from training.plan import activation_bytes, estimate_memory
 
-PRESETS = ("glass", "gpt2", "qwen3")
+PRESETS = ("glass", "gpt2", "llama", "qwen3", "toy")
+TOY = {"preset": "glass", "norm": "none", "positions": "none", "mlp": "none", "d_mlp": 0, "tie_embeddings": False}
 V, T, B = 61, 24, 3
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = DistContext(torch.device("cpu"), FP32)
@@ -31,7 +32,8 @@ CPU = DistContext(torch.device("cpu"), FP32)
 
 def shape(preset: str, attention: str = "eager", n_kv_heads: int = 0, **settings: Any) -> ModelConfig:
     sizes = {"n_layers": 1, "n_heads": 4, "d_model": 32, "context": T, **settings}
-    return ModelConfig(preset=preset, attention=attention, n_kv_heads=n_kv_heads, **sizes)  # type: ignore[arg-type]
+    sizes |= TOY if preset == "toy" else {"preset": preset}
+    return ModelConfig(attention=attention, n_kv_heads=n_kv_heads, **sizes)  # type: ignore[arg-type]
 
 
 def run_config(model: ModelConfig, optimizer: str = "muon") -> RunConfig:
@@ -56,13 +58,15 @@ def test_flops_are_those_of_the_model(preset: str, attention: str) -> None:
     assert step_flops(run_config(config), V) == 3 * cost * B * T
 
 
-@pytest.mark.parametrize(("preset", "optimizer"), [("glass", "muon"), ("gpt2", "adamw"), ("qwen3", "muon")])
+@pytest.mark.parametrize(
+    ("preset", "optimizer"), [("glass", "muon"), ("gpt2", "adamw"), ("qwen3", "muon"), ("toy", "muon")]
+)
 def test_parameters_and_states_take_the_planned_memory(preset: str, optimizer: str) -> None:
     config = run_config(shape(preset, n_kv_heads=2), optimizer)
     parts, model = count_parameters(config.model, V), GPT(config.model, V)
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
     for part, word in (("MLP", ".mlp."), ("embeddings", "embedding")):
-        assert parts[part] == sum(p.numel() for name, p in model.named_parameters() if word in name)
+        assert parts.get(part, 0) == sum(p.numel() for name, p in model.named_parameters() if word in name)
     planned, state = estimate_memory(config, V, FP32, B), Optimizer(model, config.optim)
     model(torch.zeros(B, T, dtype=torch.long)).sum().backward()
     assert planned["parameters"] == n_bytes(model.parameters())

@@ -25,6 +25,7 @@ VARIANTS = {
     "plain": (),
     "dropout": ("--model.dropout=0.2", OFF),
     "accumulation": ("--train.micro_batch_size=3", OFF),
+    "toy": ("--model.mlp=none", "--model.norm=none", "--model.positions=none", "--model.tie_embeddings=False", OFF),
     "adamw": ("--optim.optimizer=adamw", "--model.dropout=0.1", "--train.micro_batch_size=1", OFF),
     "fp16": ("--train.dtype=fp16", OFF),
 }
