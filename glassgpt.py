@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32
     from numpy import ndarray
 
     from inspection.eval_texts import EvalTexts
@@ -27,10 +26,7 @@ Text = str | Sequence[int]
 
 
 def _check_not_hidden(*names: str) -> None:
-    """Raise ImportError if another module or package would be imported in place of one of ours.
-
-    A folder without `__init__.py`, such as one of data files, hides nothing.
-    """
+    """Raise ImportError if other modules would be imported in place of ours; a folder of data files hides nothing."""
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec and spec.origin and ROOT not in Path(spec.origin).resolve().parents[:2]:
@@ -43,13 +39,8 @@ _check_not_hidden("common", "data", "inspection", "model", "training")
 
 
 def open(path: str | Path, step: int | str | None = None) -> Run:
-    """A run folder, a checkpoint folder, a Hugging Face folder, or a name on its hub as a `Run`.
-
-    Args:
-        step: a step with a checkpoint (`Run.steps`), or "last"; by default the one of the lowest validation loss.
-
-    Raises UserError: no such step (exit code 2), or no intact checkpoint (4).
-    """
+    """A run folder, a checkpoint folder, a Hugging Face folder, or a name on its hub as a `Run`, at one of its steps, or
+    "last"; by default of the lowest validation loss. Raises UserError: no such step (exit code 2), or no intact one (4)."""
     from training.pretrained import open_model
 
     return Run(open_model(Path(path).expanduser(), "best" if step is None else str(step)))
@@ -118,8 +109,8 @@ class Run:
 
         return torch.tensor(self.tokens(text) if isinstance(text, str) else list(text))
 
-    def logits(self, text: Text) -> Float32[ndarray, "T V"]:
-        """The logits of the token after each one. Raises ValueError if the text is longer than the context."""
+    def logits(self, text: Text) -> ndarray:
+        """The logits (T, V) of the token after each one. Raises ValueError if the text is longer than the context."""
         from inspection.activation_cache import run_with_hooks
 
         return run_with_hooks(self.model, self._ids(text)[None], lambda layer, activations: None)[0].cpu().numpy()
@@ -167,10 +158,8 @@ class Run:
 
     @contextmanager
     def ablate(self, *heads: str, mode: Literal["zero", "mean"] = "zero") -> Iterator[Run]:
-        """Everything in the body sees the model without these heads, such as "L1H3"; can be nested.
-
-        Args:
-            mode: what replaces a head's output: 0, or its mean over the run's held-out texts (without: repeated tokens).
+        """Everything in the body sees the model without these heads, such as "L1H3"; can be nested. In place of a head's
+        output is 0, or its mean over the run's held-out texts (without: repeated tokens).
 
         Raises UserError for a head that the model does not have (exit code 2); mean ablation, without `eval_texts` (4).
         """

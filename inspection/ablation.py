@@ -158,18 +158,15 @@ def ablate_together(model: GPT, eval_texts: EvalTexts, heads: Sequence[Head]) ->
     controls = random_others(heads, model.config.n_heads)
     results = {}
     for task in eval_tasks(eval_texts):
-        means, before = mean_head_outputs(model, task.reference), _task_scores(model, task)
-
-        effects = []
-        for chosen in (heads, *controls):
+        means, before, effects = mean_head_outputs(model, task.reference), _task_scores(model, task), []
+        for chosen in tqdm((heads, *controls), desc="ablating heads", delay=3, leave=False, disable=None):
             for replacement in (None, means):
                 with ablated(model, chosen, replacement):
                     effects.append(before - _task_scores(model, task))
         own, *others = np.reshape(effects, (-1, 2, len(before))).swapaxes(1, 2)
-        control = np.mean(others, axis=0) if others else None
         for name, items in task.measures.items():
-            summary = before[items], own[items], None if control is None else control[items]
-            results[name] = _summarize(task.unit, *summary)
+            control = np.mean(others, axis=0)[items] if others else None
+            results[name] = _summarize(task.unit, before[items], own[items], control)
     return results
 
 
@@ -179,10 +176,8 @@ def random_others(heads: Sequence[Head], n_heads: int) -> list[list[Head]]:
     pools = {layer: [(layer, h) for h in range(n_heads) if (layer, h) not in heads] for layer in chosen}
     if any(len(pool) < chosen.count(layer) for layer, pool in pools.items()):
         return []
-    return [
-        [head for layer, pool in pools.items() for head in rng.sample(pool, chosen.count(layer))]
-        for _ in range(CONTROLS)
-    ]
+    draws = range(CONTROLS)
+    return [[head for layer, pool in pools.items() for head in rng.sample(pool, chosen.count(layer))] for _ in draws]
 
 
 def _task_scores(model: GPT, task: EvalTask) -> Scores:

@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common.errors import CONFIG, UserError
-from inspection.activation_cache import blocks_of, check_tokens, inference_mode
-from inspection.attribution import run_layers
+from inspection.activation_cache import blocks_of, inference_mode
+from inspection.attribution import LayerActivations, run_layers
 from model.gpt import GPT
 
-CONTROLS = 8  # shuffles of the clean text, over which the control is averaged
+CONTROLS = 4  # shuffles of the clean text, over which the control is averaged
 ROWS = 32  # texts in one forward pass
 MIN_DIFFERENCE = 1e-3  # of logit differences: less is rounding
 Answers = tuple[int, int]  # tokens: right, wrong
@@ -67,11 +68,8 @@ def patch_texts(
         raise UserError(f"the clean text has {n} tokens, the corrupt one {m}; patching needs as many in both", CONFIG)
     answers = [encode(clean + answer)[n:] for answer in (right, wrong)]
     for answer, tokens in zip((right, wrong), answers, strict=True):
-        for text, prompt in zip((clean, corrupt), prompts, strict=True):
-            if encode(text + answer) != prompt + tokens:
-                raise UserError(
-                    f"the tokenizer merges {answer!r} with the text before it; move a space or a word", CONFIG
-                )
+        if [encode(clean + answer), encode(corrupt + answer)] != [prompt + tokens for prompt in prompts]:
+            raise UserError(f"the tokenizer merges {answer!r} with the text before it; move a space or a word", CONFIG)
     pairs = enumerate(zip(*answers, strict=False))
     if (first := next((k for k, (one, other) in pairs if one != other), None)) is None:
         raise UserError(f"{right!r} and {wrong!r} do not differ in a token; neither may begin with the other", CONFIG)
@@ -89,37 +87,33 @@ def activation_patching(model: GPT, clean: Sequence[int], corrupt: Sequence[int]
     `check_tokens`.
     """
     with inference_mode(model) as model:
-        before, after = (float(_logit_diffs(model, torch.tensor([text]), answers)) for text in (clean, corrupt))
+        clean_layers, layers = (list(run_layers(model, torch.tensor([text]))) for text in (clean, corrupt))
+        before, after = (float(_logit_diffs(model, each[-1].resid_post, answers)) for each in (clean_layers, layers))
         if not abs(before - after) >= MIN_DIFFERENCE:
             what = f"the logit difference is {before:.3f} on both texts, so there is nothing to bring back"
             raise UserError(f"{what}; take texts with different answers", CONFIG)
 
-        def shares(source: Sequence[int]) -> list[NDArray[np.float64]]:
-            return [
-                (np.array(t, np.float64) - after) / (before - after)
-                for t in _patch_all(model, source, corrupt, answers)
-            ]
-
-        residual, heads = shares(clean)
-        rng, controls = random.Random("patching controls"), []
-        for _ in range(CONTROLS):
-            controls.append(shares([clean[0], *rng.sample(clean[1:], len(clean) - 1)]))
-        residual_control, heads_control = (np.mean(tables, axis=0) for tables in zip(*controls, strict=True))
-    texts = list(clean), list(corrupt)
-    return PatchingResult(*texts, answers, before, after, residual, residual_control, heads, heads_control)
+        rng = random.Random("patching controls")
+        sources = [clean, *([clean[0], *rng.sample(clean[1:], len(clean) - 1)] for _ in range(CONTROLS))]
+        bar = tqdm(sources, desc="patching", unit="text", delay=3, leave=False, disable=None)
+        patched_all = zip(*(_patch_all(model, source, layers, answers) for source in bar), strict=True)
+        shares = [(np.array(tables) - after) / (before - after) for tables in patched_all]
+    tables = [table for share in shares for table in (share[0], share[1:].mean(axis=0))]
+    return PatchingResult(list(clean), list(corrupt), answers, before, after, *tables)
 
 
 def _patch_all(
-    model: GPT, source: Sequence[int], corrupt: Sequence[int], answers: Answers
+    model: GPT, source: Sequence[int], layers: Sequence[LayerActivations], answers: Answers
 ) -> tuple[list[list[float]], list[list[float]]]:
     """The logit differences with activations of `source` at each position before each layer, (L, T), and in each head."""
     T, H, D = len(source), model.config.n_heads, model.config.d_head
     positions, heads = torch.eye(T, dtype=torch.bool)[:, :, None], torch.eye(H, dtype=torch.bool)
     head_columns = heads.repeat_interleave(D, dim=1)[:, None]
     residual, by_head = [], []
-    for block, layer in zip(blocks_of(model), run_layers(model, torch.tensor([source])), strict=True):
-        residual.append(patched(model, block, layer.resid_pre, positions, corrupt, answers).tolist())
-        by_head.append(patched(model, block.attention.out, layer.z, head_columns, corrupt, answers).tolist())
+    for number, new in enumerate(run_layers(model, torch.tensor([source]))):
+        block = blocks_of(model)[number]
+        residual.append(patched(model, block, new.resid_pre, positions, layers[number:], answers).tolist())
+        by_head.append(patched(model, block.attention.out, new.z, head_columns, layers[number:], answers).tolist())
     return residual, by_head
 
 
@@ -128,10 +122,13 @@ def patched(
     module: nn.Module,
     source: Float[Tensor, "1 T N"],
     masks: Bool[Tensor, "B _ _"],
-    corrupt: Sequence[int],
+    layers: Sequence[LayerActivations],
     answers: Answers,
 ) -> Float[Tensor, " B"]:
-    """The logit difference on `corrupt` with the module's input replaced by `source` where each of B masks is true."""
+    """The logit difference where the module's input is replaced by `source` where each of B masks is true.
+
+    `layers` are the corrupt text's activations from the module's layer on; the layers below are not run again.
+    """
     results = []
     for mask in masks.to(source.device).split(ROWS):
 
@@ -139,13 +136,14 @@ def patched(
             return torch.where(mask, source, args[0]), *args[1:]
 
         with module.register_forward_pre_hook(replace):  # after those of an ablation
-            results.append(_logit_diffs(model, torch.tensor([corrupt]).expand(len(mask), -1), answers))
+            x = layers[0].resid_pre.expand(len(mask), -1, -1)
+            for block in blocks_of(model)[-len(layers) :]:
+                x = block(x, layers[0].rope)
+        results.append(_logit_diffs(model, x, answers))
     return torch.cat(results)
 
 
-def _logit_diffs(model: GPT, tokens: Tensor, answers: Answers) -> Float[Tensor, " B"]:
-    """The logit of the right minus that of the wrong answer after each text (B, T)."""
-    check_tokens(model, tokens)
-    last = model.hidden_states(tokens.to(model.token_embedding.weight.device))[:, -1]
-    logits: Tensor = model.lm_head(last)
+def _logit_diffs(model: GPT, residual: Float[Tensor, "B T C"], answers: Answers) -> Float[Tensor, " B"]:
+    """The logit of the right minus that of the wrong answer after each text."""
+    logits: Tensor = model.lm_head(model.final_norm(residual[:, -1:]))[:, 0]
     return (logits[:, answers[0]] - logits[:, answers[1]]).cpu()

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import export
 from tests.runs import TINY, error_line, script
 from tests.test_pretrained import save_model
+from training.device import get_dist_context
+from training.pretrained import open_model
 
 TEXT = "\n<|endoftext|>\n".join(
     ["The fox met the hen. The hen saw the fox.", "Ünder the 🌳 a hen ran. The fox met it."] * 40
@@ -60,10 +63,13 @@ def test_transformers_writes_the_same_greedy_text(run: Path, tmp_path: Path, cap
     assert "held-out loss, this model: " in card and "trained on `text.txt`" in card and str(run.parent) not in card
     model, tokenizer = load_with_transformers(tmp_path / "out", caplog)
     ids = tokenizer(PROMPT, return_tensors="pt")
+    ours = open_model(run).load_model(get_dist_context("fp32"))
+    with torch.no_grad():
+        assert torch.allclose(model(**ids).logits, ours(ids["input_ids"]), atol=1e-5)
     n_tokens = 16 - ids["input_ids"].shape[1]  # what fits into the context
     written = model.generate(**ids, max_new_tokens=n_tokens, do_sample=False)[0]
-    ours = script("sample.py", run, f"--prompt={PROMPT}", "--temperature=0", f"--tokens={n_tokens}")
-    assert ours.stdout == tokenizer.decode(written, skip_special_tokens=True) + "\n"
+    text = script("sample.py", run, f"--prompt={PROMPT}", "--temperature=0", f"--tokens={n_tokens}").stdout
+    assert text == tokenizer.decode(written, skip_special_tokens=True) + "\n"
     assert script("sample.py", tmp_path / "out", f"--prompt={PROMPT}", "--tokens=3").returncode == 0
 
 

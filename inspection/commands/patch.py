@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXPLANATION = (
     "1: the patch brings the whole logit difference back, 0: nothing. control: the same patch from the clean text's "
-    "tokens in a random order (mean over 8 orders)."
+    "tokens in a random order (mean over 4 orders)."
 )
 
 

@@ -25,7 +25,8 @@ async function change(changes, scroll = true) {
   later(updateAddress, 400); // browsers limit how often it may change
 }
 
-const updateAddress = () => location.hash !== stateToHash() && history.replaceState(null, "", stateToHash());
+const hasAddress = location.protocol !== "about:"; // a notebook's frame has none
+const updateAddress = () => hasAddress && location.hash !== stateToHash() && history.replaceState(null, "", stateToHash());
 const announce = () => { byId("live").textContent = spokenSummary(); };
 
 const controls = document.querySelectorAll("select, input"); // the name of each is that of its part of the state

@@ -1,11 +1,14 @@
 """The page is safe, accessible, and readable in light and dark and in narrow windows."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+import glassgpt
 from inspection.attention_file import AttentionFile, AttentionRecord
 from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
@@ -114,3 +117,18 @@ def test_page_without_scores_predictions_or_ablation(open_page: OpenPage, tmp_pa
     largest = text.pattern()[:, :, 1:].max(axis=-1)
     assert view.grid() == pytest.approx(largest.mean(axis=-1).ravel(), abs=1e-3)
     assert "not stored" in view.text("#predictions") and "not measured" in view.text("#ablation")
+
+
+def test_page_in_a_notebook(browser: Any, page_path: Path, tmp_path: Path) -> None:
+    """It draws in the sandboxed frame without an error, and cannot reach the notebook."""
+    frame = glassgpt.Run._repr_html_(SimpleNamespace(folder=page_path.parent))  # type: ignore[arg-type]
+    (tmp_path / "notebook.html").write_text(frame, encoding="utf-8")
+    page, errors = browser.new_page(), list[str]()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((tmp_path / "notebook.html").as_uri())
+    frame = page.frames[1]
+    frame.wait_for_selector("html[data-ready]", timeout=20_000, state="attached")
+    page.wait_for_timeout(600)  # the address of a page changes after 400 ms
+    reached = frame.evaluate("() => { try { return parent.document.title; } catch { return null; } }")
+    assert not errors and reached is None
+    page.close()

@@ -48,10 +48,11 @@ def test_patching_everything_restores_the_clean_logit_difference(preset: str) ->
     model, (clean, corrupt) = random_model(preset), random_tokens(2, 9).tolist()
     result = activation_patching(model, clean, corrupt, (1, 2))
     with inference_mode(model) as model:
-        for block, layer in zip(blocks_of(model), run_layers(model, torch.tensor([clean])), strict=True):
+        layers = list(run_layers(model, torch.tensor([corrupt])))
+        for number, layer in enumerate(run_layers(model, torch.tensor([clean]))):
             for mask, expected in ((True, result.clean), (False, result.corrupt)):
                 masks = torch.full((1, 1, 1), mask)
-                difference = patched(model, block, layer.resid_pre, masks, corrupt, (1, 2))
+                difference = patched(model, blocks_of(model)[number], layer.resid_pre, masks, layers[number:], (1, 2))
                 assert float(difference) == pytest.approx(expected, abs=1e-4)
     last = result.residual[:, -1] - result.residual_control[:, -1]
     assert np.isfinite(result.residual).all() and last.any()

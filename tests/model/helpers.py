@@ -64,13 +64,8 @@ def transformers_model(model: gpt.GPT) -> Any:
     """The transformers model with the same weights and eager attention, in eval mode."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-    from model.modeling_glass import GlassConfig, GlassForCausalLM
-
-    AutoModelForCausalLM.register(GlassConfig, GlassForCausalLM, exist_ok=True)
     config, weights = to_huggingface(model)
-    kind: Any = {"gpt2": GPT2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "glass": GlassConfig}[
-        config["model_type"]
-    ]
+    kind: Any = {"gpt2": GPT2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[config["model_type"]]
     theirs = AutoModelForCausalLM.from_config(kind.from_dict(config), attn_implementation="eager")
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert missing == ["lm_head.weight"] * model.config.tie_embeddings and not unexpected, (missing, unexpected)
