@@ -178,7 +178,7 @@ class Run:
             yield self
 
     def patch(self, clean: str, corrupt: str, *, right: str, wrong: str) -> PatchingResult:
-        """Which activations of the clean text bring the right answer back on the corrupt one, each beside a control; see
+        """Which activations of the clean text bring the right answer back on the corrupt one, each with a control; see
         `inspection/patching.py`."""
         from inspection.patching import patch_texts
 

@@ -98,7 +98,7 @@ def _json_list(blocks: Iterable[str]) -> Iterator[tuple[int, Any]]:
             except (ValueError, RecursionError) as error:
                 if len(text) > MAX_ROW_CHARACTERS or isinstance(error, RecursionError):
                     raise RowError(number, error) from None
-                break  # the row goes on in the next block
+                break  # the row continues in the next block
             if (end := _skip_space(text, end)) == len(text):
                 break
             if text[end] not in ",]":

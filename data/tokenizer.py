@@ -219,7 +219,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             self._tokenizer = HFTokenizer.from_str(text)
-        except Exception as error:  # the package raises no other kind
+        except BaseException as error:  # a panic of the package is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ValueError(str(error)) from error
         self._saved = {"kind": "huggingface", "tokenizer": text, "vocab_size": vocab_size, "end_of_text": end_of_text}
         self.vocab_size, self.end_of_text = vocab_size, end_of_text
@@ -362,8 +364,8 @@ def _from_merges(folder: Path) -> str:
     from tokenizers import decoders, models, pre_tokenizers
 
     names = [str(folder / name) for name in ("vocab.json", "merges.txt")]
-    if not all(map(Path.is_file, map(Path, names))):
-        raise ValueError("there is no such file")
+    if not all(map(Path.is_file, map(Path, names))) or read_json(folder / "config.json")["model_type"] != "gpt2":
+        raise ValueError("there is no such file")  # other models split text otherwise
     tokenizer = HFTokenizer(models.BPE.from_file(*names))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

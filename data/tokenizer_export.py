@@ -3,8 +3,9 @@
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from data.tokenizer import (
     GPT2_PATTERN,
@@ -38,7 +39,7 @@ def to_tokenizer_json(tokenizer: Tokenizer, starts_with_eot: bool = False) -> st
         exported = _byte_level(tokenizer)
     exported.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     if starts_with_eot:
-        exported.post_processor = processors.TemplateProcessing(
+        exported.post_processor = TemplateProcessing(
             single=f"{END_OF_TEXT} $A",
             pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B",
             special_tokens=[(END_OF_TEXT, tokenizer.end_of_text)],

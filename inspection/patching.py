@@ -57,7 +57,7 @@ def patch_texts(
 ) -> PatchingResult:
     """`activation_patching` of two texts that `encode` turns into tokens.
 
-    The answers are told apart by the first token in which they differ; what they share before it is added to the texts.
+    The answers are distinguished by the first token in which they differ; what they share before it is added to the texts.
 
     Raises UserError (exit code 2) if the texts differ in their number of tokens or are too long, the tokenizer merges
     an answer with the text before it, or the answers do not differ; and as `activation_patching`.

@@ -114,7 +114,7 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
     with lock if ctx.local_rank == 0 else contextlib.nullcontext():
         ctx.all_reduce_max(0)  # whoever prepares has the lock now
         if ctx.local_rank:
-            with lock:  # wait for it, then read the cache beside the others
+            with lock:  # wait for it, then read the cache with the others
                 pass
         return prepare(config, progress=ctx.is_main_process, verify=ctx.local_rank == 0)
 

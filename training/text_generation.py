@@ -128,7 +128,7 @@ class GeneratedText:
         self.tokenizer, self.filter, self.show = tokenizer, StopFilter(stops), show
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
         self.text, self.tokens, self.logprobs = "", list[int](), list[float]()
-        self.finish_reason = ""  # while the text goes on
+        self.finish_reason = ""  # while it is generated
 
     def add(self, token: int, logprob: float) -> None:
         """Append a token."""

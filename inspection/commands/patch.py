@@ -67,7 +67,7 @@ class Patch(OutputOptions, DeviceOptions):
 
 
 def patching_tables(patching: PatchingResult, token_bytes: Callable[[int], bytes], width: int) -> list[str]:
-    """A row for each position, and one for each head, each share beside its control."""
+    """A row for each position, and one for each head, each share with its control."""
     L, T = patching.residual.shape
     titles = ["position", "clean", "corrupt", *(title for layer in range(L) for title in (f"L{layer}", "control"))]
     rows: list[list[Any]] = []
