@@ -157,9 +157,37 @@ def test_names_and_folders_without_a_model(tmp_path: Path, book: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     for command in (("sample.py", "gpt2-of-nobody"), ("attend.py", "gpt2-of-nobody")):
         line = error_line(script(*command), 4)
-        assert "there is no folder gpt2-of-nobody, and the model of that name cannot be fetched" in line
+        assert (
+            "there is no folder gpt2-of-nobody, and the model of that name cannot be fetched" in line
+            and "check the name" in line
+        )
     (tmp_path / "empty").mkdir()
     assert "has no checkpoint" in error_line(script("sample.py", "empty"), 4)
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
     assert "bert" in error_line(script("sample.py", "empty"), 4)
     assert "bert" in error_line(tune(tmp_path / "empty", book, tmp_path / "run"), 4)
+
+
+def test_name_on_the_hub_is_fetched_once(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its cache if it is there; what is written about it goes to runs/NAME."""
+    cache, calls = tmp_path / "hub" / "models--me--tales" / "snapshots" / "0123", list[bool]()
+
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        calls.append(local_files_only)
+        assert name == "me/tales" and "*.safetensors" in allow_patterns and not any("bin" in p for p in allow_patterns)
+        if local_files_only and not cache.exists():
+            raise OSError("not in the cache")
+        if not cache.exists():
+            shutil.copytree(foreign, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    for expected in ([True, False], [True]):
+        calls.clear()
+        assert script("sample.py", "me/tales", "--tokens=2").returncode == 0
+        assert calls == expected
+    assert script("attend.py", "me/tales", "--prompt=The fox").returncode == 0
+    assert list((tmp_path / "runs" / "me--tales" / "attention").glob("*.safetensors"))
+    (cache / "config.json").unlink()
+    assert "it has no config.json" in error_line(script("sample.py", "me/tales"), 4)

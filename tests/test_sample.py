@@ -169,7 +169,7 @@ def test_json_lines(run: Path) -> None:
     prompt = encode_prompt(tokenizer, "The fox", checkpoint.environment.starts_with_eot)
     for row in rows:
         assert row["text"] == tokenizer.decode(row["tokens"])
-        logits = model(torch.tensor([[*prompt, *row["tokens"]]]))[0].log_softmax(-1)
+        logits = model(torch.tensor([[*prompt, *row["tokens"]]]))[0].detach().log_softmax(-1)
         expected = [float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(row["tokens"])]
         assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
 

@@ -72,7 +72,8 @@ def find_on_hub(name: str) -> Path:
             if (folder / CONFIG_FILE).is_file():
                 return folder
             reason = f"it has no {CONFIG_FILE}"
-    raise UserError(escape_control_chars(f"{what} cannot be fetched from the hub: {reason}"), CHECKPOINT)
+    message = f"{what} cannot be fetched from the hub ({reason}); check the name, or copy the folder of the model here"
+    raise UserError(escape_control_chars(message), CHECKPOINT)
 
 
 def init_options(config: RunConfig, typed: list[str]) -> list[str]:
