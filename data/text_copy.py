@@ -22,6 +22,7 @@ _MARKS = (  # the mark of UTF-32 starts with that of UTF-16
     *((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
 )
+_SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)  # in a row, which is one document
 # A name, a word or a title of a list (of up to four words): not a verse, a sentence, code, a log or a table.
 _ENTRY = re.compile(r"(?=.*[^\W\d_])\w[^\t,;:=<>{}|\u3000-\u303f\uff01-\uff1f]*(?<![.!?\u2026\u0964])")
 
@@ -54,7 +55,8 @@ def plain_text(path: Path, encoding: str, lines: str, cache: Path, field: str = 
         blocks = _read(TextRange(path, 0, size), codec)
         if has_rows:
             end = f"\n{SEPARATOR}\n"
-            write_atomic(copy, (f"{row}{end}".encode() for row in read_rows(path, blocks, field)))
+            rows = (_SEPARATOR_LINE.sub(f"{SEPARATOR} ", row) for row in read_rows(path, blocks, field))
+            write_atomic(copy, (f"{row}{end}".encode() for row in rows))
         elif has_lines:
             write_atomic(copy, _shuffled_lines(blocks, path))
         else:

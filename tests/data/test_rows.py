@@ -78,6 +78,12 @@ def test_field_is_chosen_or_named(tmp_path: Path) -> None:
     assert b"T0T0" in bytes(tokens(path, tmp_path / "c", field="title").train.tokens.astype(np.uint8))
 
 
+def test_separator_in_a_row_does_not_split_it(tmp_path: Path) -> None:
+    rows = [{"text": f"one\n{SEPARATOR}\ntwo {i}"} for i in range(20)]
+    corpus = tokens(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), tmp_path / "c")
+    assert corpus.train.n_documents + corpus.val.n_documents == 20
+
+
 def test_json_that_is_no_list_of_rows_is_text(tmp_path: Path) -> None:
     path = write(tmp_path / "package.json", json.dumps({"name": "fox", "numbers": list(range(99))}, indent=1))
     assert b'"numbers"' in bytes(tokens(path, tmp_path / "c").train.tokens.astype(np.uint8))
