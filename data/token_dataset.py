@@ -16,7 +16,7 @@ from common.files import write_atomic
 
 PROGRESS = ".progress"  # suffix of the file that says how far a split is written
 SAVE_EVERY = 64  # results, of about a megabyte of text each
-BLOCK = 1 << 24  # tokens that are searched at a time
+BLOCK = 1 << 22  # tokens that are searched at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,10 @@ def write_split(
                 file.flush()
                 os.fsync(file.fileno())
                 write_atomic(progress, [json.dumps([n_results, length, n_bytes]).encode()])
-    saved, ends = np.memmap(path, dtype, "r"), []
-    for start in range(0, length, BLOCK):
-        ends.append(np.flatnonzero(saved[start : start + BLOCK] == end_of_text) + start)
+    ends = []
+    for start in range(0, length, BLOCK):  # read, not mapped: the pages of a map stay in memory
+        block = np.fromfile(path, dtype, BLOCK, offset=start * dtype.itemsize)
+        ends.append(np.flatnonzero(block == end_of_text) + start)
     starts = np.concatenate(ends)[:-1]  # nothing starts at the last EOT
     np.save(folder / f"{split}_documents.npy", starts)
     write_atomic(progress, [json.dumps([n_results, length, n_bytes]).encode()])
