@@ -168,7 +168,7 @@ def show_prompt(options: AttendOptions) -> None:
     model, config = loaded.model, loaded.model.config
     head = parse_head(options.head, (config.n_layers, config.n_heads)) if options.head else None
     if not text:
-        tokens += [token for (token,) in generate_tokens(model, tokenizer, tokens, options.tokens, options.seed)]
+        tokens += generate_tokens(model, tokenizer, tokens, options.tokens, options.seed)[0]
     if len(tokens) > config.context:
         print(f"the text has {len(tokens)} tokens; showing the last {config.context} (the context)", file=sys.stderr)
         tokens = tokens[-config.context :]

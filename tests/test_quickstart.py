@@ -47,8 +47,7 @@ def test_samples_are_sentences_of_the_grammar(quickstart: tuple[Path, str], temp
     model, tokenizer = checkpoint.load_model(get_dist_context("fp32")), checkpoint.tokenizer()
     prompt = encode_prompt(tokenizer, "", checkpoint.environment.starts_with_eot)
     params, count = SamplingParams(temperature), model.config.context - 1
-    steps = generate_tokens(model, tokenizer, prompt, count, 1, params, n_samples=200)
-    texts = [tokenizer.decode(tokens) for tokens in zip(*steps, strict=True)]
+    texts = list(map(tokenizer.decode, generate_tokens(model, tokenizer, prompt, count, 1, params, n_samples=200)))
     assert sum(any(derivations(story, POOLS, text)) for text in texts) >= least
     assert len(set(texts)) > 190
 

@@ -170,7 +170,7 @@ def longest_copies(trainer: Trainer) -> tuple[int, int]:
     start = encode_prompt(tokenizer, "", trainer.environment.starts_with_eot)
     seed = derive_seed(trainer.config.run.seed, "copies")
     model.eval()
-    sampled = list(zip(*generate_tokens(model, tokenizer, start, COPY_TOKENS, seed, n_samples=COPY_TEXTS), strict=True))
+    sampled = generate_tokens(model, tokenizer, start, COPY_TOKENS, seed, n_samples=COPY_TEXTS)
     model.train()
     firsts = np.linspace(0, max(0, len(val) - COPY_TOKENS), COPY_TEXTS).astype(int)
     corpus = trainer.data.train.tokens[:COPY_LIMIT]

@@ -81,8 +81,7 @@ class TextSample(Callback):
         start = encode_prompt(tokenizer, "", trainer.environment.starts_with_eot)
         seed = derive_seed(config.run.seed, "sample", trainer.state.step)
         model.eval()
-        steps = generate_tokens(model, tokenizer, start, config.log.sample_tokens, seed)
-        tokens = [token for (token,) in steps]
+        tokens = generate_tokens(model, tokenizer, start, config.log.sample_tokens, seed)[0]
         model.train()
         trainer.sample_tokens, metrics["sample"] = start + tokens, tokenizer.decode(tokens)
 

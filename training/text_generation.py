@@ -3,14 +3,14 @@
 import codecs
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars
 from data.text_files import SEPARATOR
 from data.tokenizer import Tokenizer
-from model.generate import SamplingParams, generate, generate_with_logits
+from model.generate import SamplingParams, generate_with_logits
 from model.gpt import GPT
 from training.checkpoint import RunEnvironment
 
@@ -71,31 +71,6 @@ def check_token_count(n_samples: int, max_new_tokens: int) -> None:
     """Raise `UserError` (6) for more than `MAX_NEW_TOKENS` in all."""
     if (total := n_samples * max_new_tokens) > MAX_NEW_TOKENS:
         raise UserError(f"{total:,} tokens are too many: ask for at most {MAX_NEW_TOKENS:,} at once", DISK_OR_MEMORY)
-
-
-def generate_tokens(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    max_new_tokens: int,
-    seed: int,
-    params: SamplingParams = DEFAULT_PARAMS,
-    n_samples: int = 1,
-) -> Iterator[list[int]]:
-    """Yield the next token of each of `n_samples` continuations of `prompt`, until all have reached end-of-text.
-
-    A text that has reached it earlier continues with end-of-text, whose bytes are empty.
-    """
-    device, end_of_text = model.token_embedding.weight.device, tokenizer.end_of_text
-    generator = make_generator(device, seed)
-    has_ended = torch.zeros(n_samples, dtype=torch.bool)
-    batch = torch.tensor(prompt, device=device).expand(n_samples, -1)
-    for tokens in generate(model, batch, max_new_tokens, generator, params):
-        tokens = tokens.cpu().masked_fill(has_ended, end_of_text)
-        yield tokens.tolist()
-        has_ended = tokens == end_of_text
-        if has_ended.all():
-            return
 
 
 def make_generator(device: torch.device, seed: int) -> torch.Generator:
@@ -177,6 +152,21 @@ def generate_texts(
     for text in texts:
         if not text.finish_reason:
             text.finish("length")
+
+
+def generate_tokens(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    max_new_tokens: int,
+    seed: int,
+    params: SamplingParams = DEFAULT_PARAMS,
+    n_samples: int = 1,
+) -> list[list[int]]:
+    """The tokens of `n_samples` continuations of `prompt`, each up to its end-of-text."""
+    texts = [GeneratedText(tokenizer, ()) for _ in range(n_samples)]
+    generate_texts(model, prompt, max_new_tokens, seed, params, texts)
+    return [text.tokens for text in texts]
 
 
 def escape_text(text: str) -> str:
