@@ -123,7 +123,8 @@ def expected_vocab_size(config: DataConfig) -> tuple[int, str]:
         case "char":
             return 97, "assumed: an English keyboard, a newline, end-of-text"
         case name:
-            return encodings.get(name) or train_tokenizer(name, 0, ()).vocab_size, "as in tiktoken"
+            where = "the tokenizer of that folder" if os.path.isdir(name) else "as in tiktoken"
+            return encodings.get(name) or train_tokenizer(name, config.vocab_size, ()).vocab_size, where
 
 
 def _cache_key(corpus: Corpus, config: DataConfig, progress: bool = False) -> str:

@@ -119,6 +119,12 @@ def test_fine_tuning_starts_with_the_loss_of_the_source(saved: Any, foreign: Pat
     assert script("sample.py", tmp_path / "run", "--prompt=The fox", "--tokens=3").returncode == 0
 
 
+def test_fine_tuning_can_be_planned(foreign: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path / "cache"))  # where the text is not prepared yet
+    done = tune(foreign, book, tmp_path / "run", "--plan=h100")
+    assert done.returncode == 0 and "(the tokenizer of that folder)" in done.stdout, done.stderr
+
+
 def test_run_is_continued_on_another_text(book: Path, tmp_path: Path) -> None:
     first = script("train.py", *TINY, f"--data.source={book}", f"--run.dir={tmp_path / 'first'}")
     assert first.returncode == 0, first.stderr
