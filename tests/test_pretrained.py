@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.errors import UserError
 from common.files import read_metrics
+from data.tokenizer import ByteTokenizer
 from tests.runs import TINY, error_line, script
-from training.pretrained import open_model
+from training.pretrained import initial_model, open_model
 
 TEXT = "The fox met the hen at the well. The hen saw the fox and ran. Ünder the 🌳 they met again.\n" * 40
 TUNE = ("--train.steps=3", "--train.eval_every=3", "--train.batch_size=2", "--log.sample_tokens=4", "--model.dropout=0")
@@ -197,3 +200,10 @@ def test_name_on_the_hub_is_fetched_once(foreign: Path, tmp_path: Path, monkeypa
     assert list((tmp_path / "runs" / "me--tales" / "attention").glob("*.safetensors"))
     (cache / "config.json").unlink()
     assert "it has no config.json" in error_line(script("sample.py", "me/tales"), 4)
+
+
+def test_shorter_context_and_another_tokenizer(foreign: Path, book: Path, tmp_path: Path) -> None:
+    done = tune(foreign, book, tmp_path / "run", "--model.context=32", "--log.attention=off")
+    assert done.returncode == 0 and open_model(tmp_path / "run").config.model.context == 32, done.stderr
+    with pytest.raises(UserError, match="is not the tokenizer of"):
+        initial_model(replace(open_model(foreign).config.model, init=str(foreign)), ByteTokenizer())
