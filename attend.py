@@ -58,24 +58,15 @@ MAX_PARTS = 6  # of a logit that are listed; the others are added up
 class AttendOptions(DeviceOptions):
     """Options of `attend.py RUN`."""
 
-    run: Positional[str]
-    """A run folder, one of its checkpoints, a Hugging Face folder, or a name on its hub."""
-    checkpoint: str = "best"
-    """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
-    prompt: str = ""
-    """The text to show; by default the model generates one."""
-    head: str = ""
-    """The head to draw as a heat map, such as L1H2; by default the one with the clearest pattern."""
-    top: int = 3
-    """Number of queries to list for each head."""
-    tokens: int = 60
-    """Length of the generated text without a prompt."""
-    seed: int = 1
-    """Seed of the generated text."""
-    out: str = ""
-    """Folder for the files; by default the run's attention folder."""
-    dtype: Literal["f16", "f32"] = "f16"
-    """Dtype of the attention weights in the file."""
+    run: Positional[str]  # A run folder, one of its checkpoints, a Hugging Face folder, or a name on its hub.
+    checkpoint: str = "best"  # The checkpoint of a run: `best` (lowest validation loss), `last`, or a step.
+    prompt: str = ""  # The text to show; by default the model generates one.
+    head: str = ""  # The head to draw as a heat map, such as L1H2; by default the one with the clearest pattern.
+    top: int = 3  # Number of queries to list for each head.
+    tokens: int = 60  # Length of the generated text without a prompt.
+    seed: int = 1  # Seed of the generated text.
+    out: str = ""  # Folder for the files; by default the run's attention folder.
+    dtype: Literal["f16", "f32"] = "f16"  # Dtype of the attention weights in the file.
 
 
 @retry_if_removed

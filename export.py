@@ -28,16 +28,12 @@ from training.cli import parse
 class ExportConfig:
     """Export settings."""
 
-    run: Positional[str]
-    """Run folder, checkpoint folder or Hugging Face folder."""
-    out: Positional[str] = ""
-    """The folder to write, or the file with --format gguf; it must not exist yet."""
-    checkpoint: str = "best"
-    """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
+    run: Positional[str]  # Run folder, checkpoint folder or Hugging Face folder.
+    out: Positional[str] = ""  # The folder to write, or the file with --format gguf; it must not exist yet.
+    checkpoint: str = "best"  # The checkpoint of a run: `best` (lowest validation loss), `last`, or a step.
     format: Literal["huggingface", "gguf"] = "huggingface"
     """`huggingface`: for transformers; `gguf`: for llama.cpp (presets gpt2 and qwen3)."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Dtype of the matrices."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Dtype of the matrices.
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""

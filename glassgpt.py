@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 ROOT = Path(__file__).resolve().parent
-Text = str | Sequence[int]
-"""A text, which `Run.tokens` turns into tokens, or its tokens."""
+Text = str | Sequence[int]  # A text, which `Run.tokens` turns into tokens, or its tokens.
 
 
 def _check_not_hidden(*names: str) -> None:

@@ -32,38 +32,22 @@ BATCH_BYTES = 1 << 29  # of keys, values and probabilities of the texts that are
 class SampleConfig:
     """Sampling settings."""
 
-    run: Positional[str]
-    """Run folder, checkpoint folder, Hugging Face folder, or a name on its hub."""
-    checkpoint: str = "best"
-    """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
-    prompt: str = ""
-    """Beginning of the text; `-` reads it from standard input."""
-    prompt_file: str = ""
-    """A UTF-8 file with the beginning of the text."""
-    tokens: int = 200
-    """Maximum number of new tokens; generation stops at end-of-text."""
-    samples: int = 1
-    """Number of texts."""
-    temperature: float = 0.8
-    """Sampling temperature; 0 is greedy."""
-    top_k: int = 0
-    """Sample from the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample from the smallest set of most likely tokens with this total probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Sample from the tokens with at least this fraction of the highest probability; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that the text has become less likely."""
-    stop: tuple[str, ...] = ()
-    """Stop before this text; may be given several times."""
-    seed: int = 1
-    """Random seed; the same seed gives the same text."""
-    interactive: bool = False
-    """Read prompts from the terminal; each continues the text so far."""
-    score: str = ""
-    """Instead of generating: a UTF-8 file whose loss, perplexity and most surprising words are printed."""
-    json: bool = False
-    """Print a line of JSON for each text: tokens, log-probabilities, why it ended."""
+    run: Positional[str]  # Run folder, checkpoint folder, Hugging Face folder, or a name on its hub.
+    checkpoint: str = "best"  # The checkpoint of a run: `best` (lowest validation loss), `last`, or a step.
+    prompt: str = ""  # Beginning of the text; `-` reads it from standard input.
+    prompt_file: str = ""  # A UTF-8 file with the beginning of the text.
+    tokens: int = 200  # Maximum number of new tokens; generation stops at end-of-text.
+    samples: int = 1  # Number of texts.
+    temperature: float = 0.8  # Sampling temperature; 0 is greedy.
+    top_k: int = 0  # Sample from the k most likely tokens; 0 keeps all.
+    top_p: float = 1.0  # Sample from the smallest set of most likely tokens with this total probability; 1 keeps all.
+    min_p: float = 0.0  # Sample from the tokens with at least this fraction of the highest probability; 0 keeps all.
+    repetition_penalty: float = 1.0  # Above 1, tokens that the text has become less likely.
+    stop: tuple[str, ...] = ()  # Stop before this text; may be given several times.
+    seed: int = 1  # Random seed; the same seed gives the same text.
+    interactive: bool = False  # Read prompts from the terminal; each continues the text so far.
+    score: str = ""  # Instead of generating: a UTF-8 file whose loss, perplexity and most surprising words are printed.
+    json: bool = False  # Print a line of JSON for each text: tokens, log-probabilities, why it ended.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; `auto` is a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"

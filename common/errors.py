@@ -30,10 +30,11 @@ RANK_ZERO_SECONDS = 3.0  # the other processes of torchrun wait so long for rank
 
 
 class UserError(Exception):
-    """Something the user can fix. `message` says in one line (or one a problem) what is wrong, where, what to do."""
+    """Something the user can fix. Each message is one line: what is wrong, where, what to do; it may quote any file."""
 
-    def __init__(self, message: str, exit_code: int = CONFIG) -> None:
-        super().__init__(message)
+    def __init__(self, message: str | list[str], exit_code: int = CONFIG) -> None:
+        messages = [message] if isinstance(message, str) else message
+        super().__init__("\n".join(map(escape_control_chars, messages)))
         self.exit_code = exit_code
 
 
@@ -44,6 +45,11 @@ class RemovedError(UserError):
 def escape_control_chars(text: object, keep: str = "") -> str:
     """`text` with escapes for what could steer a terminal or end a line, but for the characters in `keep`."""
     return STEERS_TERMINAL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], str(text))
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr."""
+    print(escape_control_chars(message), file=sys.stderr, flush=True)
 
 
 def quote_arg(word: object) -> str:
@@ -134,5 +140,5 @@ def _report(message: str, exit_code: int) -> NoReturn:
         time.sleep(RANK_ZERO_SECONDS)
     process = f" (process {os.environ.get('RANK')})" if is_late else ""
     for line in message.splitlines():
-        print(f"error{process}: {escape_control_chars(line)}", file=sys.stderr)
+        warn(f"error{process}: {line}")
     sys.exit(exit_code)

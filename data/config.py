@@ -20,13 +20,11 @@ class DataConfig:
     tokenizer: str = "bpe"
     """`char`, `byte`, `bpe` (trained on the corpus), a tiktoken encoding such as `gpt2` or `cl100k_base`, or a folder: a run, a
     checkpoint or a Hugging Face folder, whose tokenizer is used."""
-    vocab_size: int = 1024
-    """Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text."""
+    vocab_size: int = 1024  # Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text.
     val_fraction: float = 0.1
     """Fraction of the text that is held out for validation: whole files or the last documents of one, else the end of each
     long text. Named corpora have a split of their own."""
-    val: str = ""
-    """Validation text: a file, a folder or a glob. Then all other text of data.source is for training."""
+    val: str = ""  # Validation text: a file, a folder or a glob. Then all other text of data.source is for training.
     field: str = ""
     """The field of the text in rows of JSON, CSV or parquet; by default `text`, `content`, or the longest of the first row."""
     lines: Literal["auto", "on", "off"] = "auto"

@@ -23,12 +23,9 @@ from data.hub import PREFIX, hub_files
 from data.text_copy import plain_text
 from data.text_files import SEPARATOR, TextRange, find_files, open_text, os_reason
 
-GENERATED = {"stories": stories, "repeats": repeated_tokens}
-"""Generated corpora."""
-NAMED = (*GENERATED, "shakespeare")
-"""The values of `--data.source` that are no text of the user's own."""
-SHAKESPEARE_VAL_FRACTION = 0.1
-"""The last tenth is the validation split, as in nanoGPT, so that losses are comparable."""
+GENERATED = {"stories": stories, "repeats": repeated_tokens}  # Generated corpora.
+NAMED = (*GENERATED, "shakespeare")  # The values of `--data.source` that are no text of the user's own.
+SHAKESPEARE_VAL_FRACTION = 0.1  # The last tenth is the validation split, as in nanoGPT, so that losses are comparable.
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -46,8 +43,7 @@ class Corpus:
     val: tuple[TextRange, ...]
     nats_per_document: float | None = None
     """Entropy of a document, if it is known: no model can reach a lower mean loss per document."""
-    how: str = ""
-    """What of the user's text is held out, in words."""
+    how: str = ""  # What of the user's text is held out, in words.
 
 
 def open_corpus(config: DataConfig, cache: Path) -> Corpus:

@@ -17,18 +17,17 @@ from torch import Tensor
 from common.errors import DATA, UserError
 from data.token_dataset import TokenSplit
 
-IGNORE_INDEX = -1
-"""Target of a position without a loss: padding, or a part of a document that another sequence reads whole."""
+IGNORE_INDEX = (
+    -1
+)  # Target of a position without a loss: padding, or a part of a document that another sequence reads whole.
 
 
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
     """Where the training sequences of a split start, and how many targets of each are valid."""
 
-    starts: np.ndarray
-    """int64, position of each sequence's first input token, ascending."""
-    counts: np.ndarray
-    """int64, number of valid targets of each sequence, the first ones: 1 to `context`."""
+    starts: np.ndarray  # int64, position of each sequence's first input token, ascending.
+    counts: np.ndarray  # int64, number of valid targets of each sequence, the first ones: 1 to `context`.
     context: int
 
     def __len__(self) -> int:
@@ -40,8 +39,7 @@ class Batch:
     """The training sequences of one step, or one process's share of them: inputs and targets."""
 
     tokens: Int64[Tensor, "B T"]
-    targets: Int64[Tensor, "B T"]
-    """The next token at each position, or `IGNORE_INDEX`."""
+    targets: Int64[Tensor, "B T"]  # The next token at each position, or `IGNORE_INDEX`.
 
 
 def pack_documents(split: TokenSplit, context: int) -> PackedSequences:

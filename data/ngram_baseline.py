@@ -13,8 +13,7 @@ from data.token_dataset import TokenSplit
 
 TRAIN_LIMIT = 20_000_000
 """Maximum number of training tokens, from the start of the split. More would take memory and change little."""
-VAL_LIMIT = 2_000_000
-"""Maximum number of validation targets, from the start of the split."""
+VAL_LIMIT = 2_000_000  # Maximum number of validation targets, from the start of the split.
 
 
 def baselines(train: TokenSplit, val: TokenSplit, vocab_size: int) -> dict[str, float]:

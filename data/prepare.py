@@ -31,14 +31,12 @@ from data.text_files import BLOCK_BYTES, Piece, TextRange, open_text, os_reason,
 from data.token_dataset import PROGRESS, TokenSplit, load_split, token_dtype, write_split
 from data.tokenizer import Tokenizer, load_tokenizer, progress_bar, train_tokenizer
 
-FORMAT = 5
-"""Version of the folder, the tokens and the splitting into documents; folders of another one are ignored."""
+FORMAT = 5  # Version of the folder, the tokens and the splitting into documents; folders of another one are ignored.
 META, VOCABULARY = "meta.json", "vocabulary.json"
 
 SAMPLE_BYTES = 16_000_000
 """Training text, evenly spread, that a `bpe` vocabulary is trained on. More takes longer and changes little."""
-JOB_CHARACTERS = 1024 * 1024
-"""Text that a thread encodes at a time."""
+JOB_CHARACTERS = 1024 * 1024  # Text that a thread encodes at a time.
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +48,9 @@ class TokenizedCorpus:
     tokenizer: Tokenizer
     train: TokenSplit
     val: TokenSplit
-    fingerprint: str
-    """Equal for equal text, splits and tokenizer."""
-    nats_per_document: float | None
-    """Entropy of a document, if it is known (generated corpora)."""
-    how: str = ""
-    """What of the user's text is held out, in words."""
+    fingerprint: str  # Equal for equal text, splits and tokenizer.
+    nats_per_document: float | None  # Entropy of a document, if it is known (generated corpora).
+    how: str = ""  # What of the user's text is held out, in words.
 
 
 def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> TokenizedCorpus:

@@ -14,8 +14,7 @@ LETTERS = ascii_letters
 LENGTHS = range(16, 33)
 """Letters of a word. The distance to the match varies, so a head that attends a fixed number of tokens back is wrong in 16
 of 17 documents. The longest one, with end-of-text, fills a context of 65; no two documents fit in it."""
-WORDS_PER_LENGTH = {"train": 1200, "val": 60}
-"""Number of words of each length."""
+WORDS_PER_LENGTH = {"train": 1200, "val": 60}  # Number of words of each length.
 SEED = 1
 
 

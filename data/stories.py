@@ -12,8 +12,7 @@ from data import story_grammar
 from data.story_grammar import Pool, Split, Story, Writer, generate
 
 KINDS = ("pronoun", "agreement", "induction", "place", "cause", "crossing")
-STORIES: dict[Split, int] = {"train": 15_000, "val": 1_500}
-"""Number of stories in each split."""
+STORIES: dict[Split, int] = {"train": 15_000, "val": 1_500}  # Number of stories in each split.
 SEED = 1
 
 

@@ -28,14 +28,10 @@ class Label:
     """
 
     kind: str
-    answer: CharSpan
-    """The word that is determined by the text before it."""
-    antecedents: tuple[CharSpan, ...]
-    """Every earlier mention of the word that determines it, in order."""
-    wrong: str
-    """The wrong candidate in place of the answer, including its leading space."""
-    nouns: tuple[CharSpan, ...]
-    """Every mention of a noun before the answer, in order."""
+    answer: CharSpan  # The word that is determined by the text before it.
+    antecedents: tuple[CharSpan, ...]  # Every earlier mention of the word that determines it, in order.
+    wrong: str  # The wrong candidate in place of the answer, including its leading space.
+    nouns: tuple[CharSpan, ...]  # Every mention of a noun before the answer, in order.
 
 
 @dataclass(frozen=True)

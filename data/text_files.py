@@ -18,13 +18,11 @@ from pathlib import Path
 from common.errors import DATA, UserError, escape_control_chars
 from data.hub import PREFIX, hub_files
 
-SEPARATOR = "<|endoftext|>"
-"""On a line of its own it ends one document and starts the next."""
+SEPARATOR = "<|endoftext|>"  # On a line of its own it ends one document and starts the next.
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".jsonl", ".csv", ".parquet")
 """Suffixes of the files that are read from a folder, also compressed, unless it has more of other text."""
 COMPRESSED = (".gz", ".zst")
-BLOCK_BYTES = 1024 * 1024
-"""Text that is read at a time."""
+BLOCK_BYTES = 1024 * 1024  # Text that is read at a time.
 
 # The newline after a separator is not consumed: it may be the one before the next separator.
 _SEPARATOR = re.compile(rf"\n{re.escape(SEPARATOR)}(?=\n)")

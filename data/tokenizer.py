@@ -26,10 +26,8 @@ from common.files import read_json, reading
 if TYPE_CHECKING:
     import tiktoken
 
-FORMAT = 1
-"""Version of the saved JSON."""
-MAX_TOKEN_BYTES = 256
-"""Maximum length of a trained token; keeps long runs of dashes out of the vocabulary."""
+FORMAT = 1  # Version of the saved JSON.
+MAX_TOKEN_BYTES = 256  # Maximum length of a trained token; keeps long runs of dashes out of the vocabulary.
 MAX_PRETOKEN_BYTES = 252
 """A vocabulary is trained on parts of longer words and runs: its time grows with the square of their length. A multiple
 of 2, 3 and 4, so that a run of characters of one length in UTF-8 is cut between them."""
@@ -47,8 +45,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     end_of_text: int
-    prompt_prefix: tuple[int, ...] = ()
-    """What a foreign tokenizer puts before a prompt, such as Llama's `<s>`."""
+    prompt_prefix: tuple[int, ...] = ()  # What a foreign tokenizer puts before a prompt, such as Llama's `<s>`.
 
     @abstractmethod
     def _encode(self, text: str) -> np.ndarray:

@@ -24,8 +24,7 @@ from common.errors import CHECKPOINT, RemovedError, UserError
 from common.files import reading, write_atomic
 
 FORMAT = "glassgpt-attention-1"
-TOP_K = 5
-"""Number of most likely next tokens that are kept for each position."""
+TOP_K = 5  # Number of most likely next tokens that are kept for each position.
 SCORES = "scores."
 SHAPES = {
     "tokens": "T",  # i32, token ids
@@ -51,8 +50,7 @@ class AttentionRecord:
     """The captured attention of one text; see `SHAPES`."""
 
     name: str
-    vocabulary: Mapping[int, bytes]
-    """The bytes of every token id in `tokens` and `top_ids`."""
+    vocabulary: Mapping[int, bytes]  # The bytes of every token id in `tokens` and `top_ids`.
     tokens: NDArray[np.int32]
     loss: NDArray[np.float32]
     value_norms: NDArray[np.float32]

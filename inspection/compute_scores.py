@@ -21,8 +21,7 @@ from model.gpt import GPT
 SCORED_PAIRS = 16  # the first contrast pairs of each kind are measured
 PAIR_ROWS = 16  # texts in one forward pass of `score_pairs`
 MIN_QUERIES = 100  # a mean over fewer queries is often different on other text, by 0.1 and more
-TokenBytes = Callable[[int], bytes]
-"""The bytes of a token id."""
+TokenBytes = Callable[[int], bytes]  # The bytes of a token id.
 
 
 def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, Float[Tensor, "L H"]]:

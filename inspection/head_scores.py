@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 REPEATS, HELD_OUT, PARAMETERS = "random repeats", "held-out texts", "parameters"
 CONTRAST_PAIRS = "at most 16 contrast pairs (findings and report: all)"
-ANTECEDENT = "antecedent."
-"""Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`."""
+ANTECEDENT = "antecedent."  # Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`.
 ANTECEDENTS: dict[str, str] = {
     "pronoun": "a pronoun's antecedent",
     "agreement": "the verb's subject",
@@ -64,8 +63,7 @@ class HeadScore:
     score for PARAMETERS."""
 
 
-SCORES: dict[str, HeadScore] = {}
-"""All scores of this file by name, in order of definition."""
+SCORES: dict[str, HeadScore] = {}  # All scores of this file by name, in order of definition.
 
 
 def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -25,16 +25,12 @@ from inspection.terminal import DISCLAIMER
 
 __all__ = ["PageRun", "write_page"]
 
-BUDGET = 5_000_000
-"""Bytes of a page, as long as leaving out steps can achieve it."""
-MAX_BYTES = 40_000_000
-"""Bytes that no page exceeds; the beginnings of long texts are left out to achieve it."""
-FULL_TEXTS = 2
-"""The first texts keep every step when steps of the other texts are left out."""
+BUDGET = 5_000_000  # Bytes of a page, as long as leaving out steps can achieve it.
+MAX_BYTES = 40_000_000  # Bytes that no page exceeds; the beginnings of long texts are left out to achieve it.
+FULL_TEXTS = 2  # The first texts keep every step when steps of the other texts are left out.
 WEB = Path(__file__).parent / "web"
 NAMES = ("dom", "colours", "data", "state", "attention", "text", "matrix", "grid", "timeline", "walkthrough", "main")
-SCRIPTS = [f"{name}.js" for name in NAMES]
-"""The JavaScript files in the order in which they run."""
+SCRIPTS = [f"{name}.js" for name in NAMES]  # The JavaScript files in the order in which they run.
 
 
 def write_page(

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 DTYPES = {"float16": "<f2", "float32": "<f4", "uint32": "<u4"}
-JOINERS = "\u200c\u200d"
-"""Invisible characters that join letters or emoji."""
+JOINERS = "\u200c\u200d"  # Invisible characters that join letters or emoji.
 
 
 class Encoder:

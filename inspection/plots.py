@@ -35,8 +35,7 @@ FUTURE = "#e3e3e3"  # cells that causality excludes: gray, which is not a color 
 SERIES_COLORS = ("#00467f", "#c8102e", "#8a6d00")  # they differ in lightness too
 CLEAR_RISE = 0.2  # of a score that has at least doubled, for the plot of the phase change
 Guard = Callable[[Path], AbstractContextManager[object]]
-Series = tuple[str, Sequence[int], ArrayLike]
-"""A line over the training steps: name, steps, values."""
+Series = tuple[str, Sequence[int], ArrayLike]  # A line over the training steps: name, steps, values.
 
 
 # All figures of a run

@@ -43,8 +43,7 @@ PATHS = (
     *("run.dir", "run.resume", "model.init", "data.tokenizer", "data.source", "data.val", "log.prompts", "prompts"),
     *("out", "against", "attend"),
 )
-OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")
-"""Unlike `-- said the bird`, which is a value."""
+OPTION = re.compile(r"--[^\W\d][\w.-]*(=|\Z)")  # unlike `-- said the bird`, which is a value.
 TEXTS = tuple[str, ...]  # the type of an option that may be given several times
 BOOLEANS = ("True", "true", "False", "false")
 S = TypeVar("S")
@@ -92,7 +91,7 @@ def parse(settings: type[S], args: list[str], description: str, positional: Sequ
     own, kinds = sections.pop(""), typing.get_type_hints(settings)
     parsed: Any = settings(**own, **{section: kinds[section](**chosen) for section, chosen in sections.items()})
     if wrong := wrong + parsed.problems():
-        raise UserError("\n".join(wrong), CONFIG)
+        raise UserError(wrong, CONFIG)
     return parsed  # type: ignore[no-any-return]
 
 

@@ -26,10 +26,10 @@ from model.gpt import GPT
 from training.config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILE_FLOPS = 4.5e13
-"""On a CPU, `compile = "auto"` compiles runs of five minutes and more: compiling takes up to a minute."""
-COMPILE_STEPS = 1000
-"""The same on a GPU, in steps."""
+COMPILE_FLOPS = (
+    4.5e13  # On a CPU, `compile = "auto"` compiles runs of five minutes and more: compiling takes up to a minute.
+)
+COMPILE_STEPS = 1000  # The same on a GPU, in steps.
 
 
 @dataclass(frozen=True)

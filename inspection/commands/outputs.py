@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 class Page(RunOptions):
     """Build the page that shows a run's attention; it opens in a browser, offline."""
 
-    against: str = ""
-    """Another run to compare with."""
-    out: str = ""
-    """The file to write; by default attention.html in the run folder."""
+    against: str = ""  # Another run to compare with.
+    out: str = ""  # The file to write; by default attention.html in the run folder.
 
     def result(self, context: Context) -> Result:
         """Build the page and list what it holds."""
@@ -41,16 +39,11 @@ class Page(RunOptions):
 class Plot(RunOptions):
     """Draw all heads on a text, one head, a score over the steps, and the loss next to scores that formed."""
 
-    format: Literal["png", "svg", "pdf"] = "png"
-    """File format."""
-    out: str = ""
-    """Folder for the figures; by default figures/ in the run folder."""
-    text: str = ""
-    """Name of the text; by default the model's sample, and for one head a text where it matters."""
-    score: str = ""
-    """Score of the timeline; by default that of the finding."""
-    step: int = DEFAULT
-    """The step whose patterns are drawn; by default the one whose heads were ablated."""
+    format: Literal["png", "svg", "pdf"] = "png"  # File format.
+    out: str = ""  # Folder for the figures; by default figures/ in the run folder.
+    text: str = ""  # Name of the text; by default the model's sample, and for one head a text where it matters.
+    score: str = ""  # Score of the timeline; by default that of the finding.
+    step: int = DEFAULT  # The step whose patterns are drawn; by default the one whose heads were ablated.
 
     def result(self, context: Context) -> Result:
         """Draw the figures for which the run has data."""
@@ -65,13 +58,10 @@ class Ablate(DeviceOptions):
     """Ablate each head of a checkpoint, as training does at its end, for a run that was stopped early or a Hugging Face folder;
     or some heads together."""
 
-    heads: str = ""
-    """Heads to ablate together, such as L1H0,L1H3: prints the effects and writes nothing."""
+    heads: str = ""  # Heads to ablate together, such as L1H0,L1H3: prints the effects and writes nothing.
 
-    checkpoint: str = "best"
-    """The checkpoint of the run: `best` (lowest validation loss), `last`, or a step."""
-    prompts: str = ""
-    """For a Hugging Face folder: a file of texts and contrast pairs, as for `train.py --log.prompts`."""
+    checkpoint: str = "best"  # The checkpoint of the run: `best` (lowest validation loss), `last`, or a step.
+    prompts: str = ""  # For a Hugging Face folder: a file of texts and contrast pairs, as for `train.py --log.prompts`.
 
     def result(self, context: Context) -> Result:
         """Rewrite ablations, findings, figures and page; a step without an attention file gets one."""

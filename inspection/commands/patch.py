@@ -25,18 +25,12 @@ EXPLANATION = (
 class Patch(OutputOptions, DeviceOptions):
     """Put activations of a clean text into a corrupt one, and see where the right answer comes back."""
 
-    clean: str = ""
-    """A text that the right answer continues."""
-    corrupt: str = ""
-    """A text of as many tokens that the wrong answer continues."""
-    right: str = ""
-    """The right answer, such as " Ann", with its space."""
-    wrong: str = ""
-    """The wrong answer."""
-    checkpoint: str = "best"
-    """The checkpoint of a run: `best` (lowest validation loss), `last`, or a step."""
-    out: str = ""
-    """The figure to write; by default figures/patch.png in the run folder."""
+    clean: str = ""  # A text that the right answer continues.
+    corrupt: str = ""  # A text of as many tokens that the wrong answer continues.
+    right: str = ""  # The right answer, such as " Ann", with its space.
+    wrong: str = ""  # The wrong answer.
+    checkpoint: str = "best"  # The checkpoint of a run: `best` (lowest validation loss), `last`, or a step.
+    out: str = ""  # The figure to write; by default figures/patch.png in the run folder.
 
     def problems(self) -> list[str]:
         """One line for each option that is missing."""

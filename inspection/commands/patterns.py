@@ -30,18 +30,14 @@ Tables = dict[str, NDArray[np.float64]]  # (layers, heads), by name
 class Token(OutputOptions):
     """What a token attends to."""
 
-    text: str = ""
-    """Name of the text; by default the model's sample, else the first text."""
-    find: str = ""
-    """The token at which this word ends; the last one if there are several."""
-    position: int = -1
-    """Position of the token, counted from 0; by default the last."""
-    step: int = DEFAULT
-    """A training step with an attention file; by default the one whose heads were ablated."""
-    head: str = ""
-    """One head such as L1H2, with its ten strongest keys."""
-    value_weighted: bool = False
-    """Multiply each weight by the norm of the value vector and normalize (Kobayashi et al. 2020)."""
+    text: str = ""  # Name of the text; by default the model's sample, else the first text.
+    find: str = ""  # The token at which this word ends; the last one if there are several.
+    position: int = -1  # Position of the token, counted from 0; by default the last.
+    step: int = DEFAULT  # A training step with an attention file; by default the one whose heads were ablated.
+    head: str = ""  # One head such as L1H2, with its ten strongest keys.
+    value_weighted: bool = (
+        False  # Multiply each weight by the norm of the value vector and normalize (Kobayashi et al. 2020).
+    )
 
     def problems(self) -> list[str]:
         both = bool(self.find) and self.position != -1
@@ -143,12 +139,9 @@ def _token_lines(data: dict[str, Any], text: AttentionRecord, width: int) -> lis
 class Compare(OutputOptions):
     """Differences between two steps of a run, or two runs: the first minus the second. Heads of other seeds are matched."""
 
-    other: Positional[str] = ""
-    """The second run; by default the same run."""
-    step: int = DEFAULT
-    """Step of the first run; by default the one whose heads were ablated."""
-    against: int = DEFAULT
-    """Step of the second run; by default as for the first, or the oldest of the same run."""
+    other: Positional[str] = ""  # The second run; by default the same run.
+    step: int = DEFAULT  # Step of the first run; by default the one whose heads were ablated.
+    against: int = DEFAULT  # Step of the second run; by default as for the first, or the oldest of the same run.
     against_init: bool = False
     """Compare with the weights that `train.py --model.init` started from: which heads did fine-tuning change?"""
 

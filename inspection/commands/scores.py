@@ -81,10 +81,8 @@ def _best_heads(rows: Rows, width: int) -> list[str]:
 class Heads(OutputOptions):
     """The scores of all heads at one step, and the effects of ablating them."""
 
-    step: int = DEFAULT
-    """A training step with an attention file; by default the one whose heads were ablated."""
-    score: str = ""
-    """One score: heads sorted, all effects; by default all scores."""
+    step: int = DEFAULT  # A training step with an attention file; by default the one whose heads were ablated.
+    score: str = ""  # One score: heads sorted, all effects; by default all scores.
 
     def result(self, context: Context) -> Result:
         """All scores, or one in full."""
@@ -132,8 +130,9 @@ def _one_score(rows: Rows, width: int) -> list[str]:
 class Timeline(OutputOptions):
     """When in training each head learned what it does."""
 
-    score: str = ""
-    """One score, or `all`, of every head; by default text shows the best head of each score. JSON holds all."""
+    score: str = (
+        ""  # One score, or `all`, of every head; by default text shows the best head of each score. JSON holds all.
+    )
 
     def result(self, context: Context) -> Result:
         """A sparkline for each head, or for the best head of each score."""

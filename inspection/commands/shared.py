@@ -26,8 +26,7 @@ LEAST = {"step": -1, "against": -1, "position": -1, "seed": 0, "top": 1, "tokens
 class RunOptions:
     """Options of a command on a run."""
 
-    run: Positional[str]
-    """A run folder, one of its checkpoints, or an attention file."""
+    run: Positional[str]  # A run folder, one of its checkpoints, or an attention file.
 
     def problems(self) -> list[str]:
         """One line for each invalid value."""
@@ -43,8 +42,7 @@ class RunOptions:
 class OutputOptions(RunOptions):
     """Options of a command that prints text or JSON."""
 
-    json: bool = False
-    """Print JSON instead of text."""
+    json: bool = False  # Print JSON instead of text.
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,8 @@ class Result:
     """What a command prints."""
 
     lines: list[str]
-    data: dict[str, Any] = field(default_factory=dict)
-    """For `--json`."""
-    ok: bool = True
-    """False if a check failed: the result is printed, then the exit code is 4."""
+    data: dict[str, Any] = field(default_factory=dict)  # For `--json`.
+    ok: bool = True  # False if a check failed: the result is printed, then the exit code is 4.
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,7 @@ class LoadedModel:
     step: int
     metadata: Mapping[str, str]
     tokenizer: Tokenizer
-    encode: Callable[[str], list[int]]
-    """Text -> tokens, after end-of-text if the training documents began with it."""
+    encode: Callable[[str], list[int]]  # Text -> tokens, after end-of-text if the training documents began with it.
 
     @property
     def token_bytes(self) -> Callable[[int], bytes]:
@@ -87,8 +82,7 @@ class LoadedModel:
 class Context:
     """What `attend.py` hands to a command."""
 
-    width: int
-    """Of the terminal, in columns."""
+    width: int  # Of the terminal, in columns.
     load_model: Callable[[Path, str], LoadedModel]
     """(checkpoint, or run folder, and `best`, `last` or a step) -> the model; `UserError` if there is none."""
 

@@ -23,8 +23,7 @@ PATTERN_TOLERANCE = {2: 2.0**-11, 4: 1e-6}
 """By item size in bytes: rounding to f16, or the last bits of fp32, which depend on CPU and threads."""
 LOSS_TOLERANCE = 1e-4  # nats
 SCORE_TOLERANCE = 1e-5  # relative to the largest value of the score, if that is above 1
-Check = dict[str, Any]
-"""`check`, `ok`, `difference`, `tolerance`, and `where`: the text or score, or what is wrong."""
+Check = dict[str, Any]  # `check`, `ok`, `difference`, `tolerance`, and `where`: the text or score, or what is wrong.
 
 
 @dataclass(frozen=True)
