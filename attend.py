@@ -30,7 +30,7 @@ from tyro.conf import Positional
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, quote_arg, run_main
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, quote_arg, run_main, warn
 from common.files import retry_if_removed
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
@@ -91,7 +91,7 @@ def check_command(argv: list[str]) -> None:
     is_name = bool(words) and "/" not in words[0] and not (not near and re.fullmatch(r"[\w.-]+", words[0], re.ASCII))
     if words and not os.path.exists(words[0]) and (len(words) > 1 or is_name):
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise UserError(f"{escape_control_chars(words[0])!r} is neither a run folder nor a command; {hint}")
+        raise UserError(f"{words[0]!r} is neither a run folder nor a command; {hint}")
     if len(words) > 1 and words[1] in COMMANDS:
         raise UserError(f"the command comes first: python attend.py {words[1]} {quote_arg(words[0])}")
 
@@ -161,7 +161,7 @@ def show_prompt(options: AttendOptions) -> None:
     if not text:
         tokens += generate_tokens(model, tokenizer, tokens, options.tokens, options.seed)[0]
     if len(tokens) > config.context:
-        print(f"the text has {len(tokens)} tokens; showing the last {config.context} (the context)", file=sys.stderr)
+        warn(f"the text has {len(tokens)} tokens; showing the last {config.context} (the context)")
         tokens = tokens[-config.context :]
     cache = run_with_cache_batch(model, [tokens], details=True)[0]
     print_attention(cache, [tokenizer.token_bytes(token) for token in tokens], head, options.top)
@@ -230,7 +230,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
                 earlier = load(read_checkpoint(folder), options.device)
             except UserError as error:
                 if not isinstance(error, RemovedError):
-                    print(escape_control_chars(f"skipping a damaged checkpoint: {error}"), file=sys.stderr)
+                    warn(f"skipping a damaged checkpoint: {error}")
                 continue
             records = capture_texts(earlier.model, [(name, tokens)], earlier.token_bytes)
             files.append(AttentionFile(records, dict(earlier.metadata)))

@@ -39,8 +39,7 @@ class ExportConfig:
         """What is wrong with these values, one line each."""
         if not self.out:
             return ["out is missing: python export.py RUN OUT"]
-        out = escape_control_chars(self.out)
-        return [f"{out} exists already; name a new one"] if os.path.lexists(self.out) else []
+        return [f"{self.out} exists already; name a new one"] if os.path.lexists(self.out) else []
 
 
 @retry_if_removed
@@ -58,11 +57,10 @@ def main(argv: list[str]) -> None:
             partial = Path(name) / "export"
             lines = write(checkpoint, partial, config.dtype)
             if os.path.lexists(out):
-                raise UserError(f"{escape_control_chars(out)} exists already; name a new one", CONFIG)
+                raise UserError(f"{out} exists already; name a new one", CONFIG)
             shutil.move(partial, out)
     except OSError as error:
-        problem = f"cannot write {escape_control_chars(out)}: {error.strerror or error}"
-        raise UserError(problem, DISK_OR_MEMORY) from error
+        raise UserError(f"cannot write {out}: {error.strerror or error}", DISK_OR_MEMORY) from error
     for line in lines:
         print(line.replace("OUT", escape_control_chars(config.out)))
 

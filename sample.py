@@ -16,7 +16,7 @@ from tyro.conf import Positional
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import DATA, UserError, escape_control_chars, run_main
+from common.errors import DATA, UserError, run_main, warn
 from common.files import retry_if_removed
 from training.cli import parse
 
@@ -85,7 +85,7 @@ class SampleConfig:
 
 @retry_if_removed
 def main(argv: list[str]) -> None:
-    config = parse(SampleConfig, argv, "Generate text with a trained model.", positional=["run"])
+    config = parse_options(argv)
     typed = read_text(config)
     from model.quantize import quantize_
     from training.device import get_dist_context
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     if config.score:
         from training.scoring import print_score, score_text
 
-        print_score(score_text(model, tokenizer, typed, trained.starts_with_eot), config.json)
+        print_score(score_text(model, tokenizer, typed, trained.starts_with_eot), tokenizer, config.json)
     elif config.interactive:
         from training.interactive import run_interactive
 
@@ -111,9 +111,16 @@ def main(argv: list[str]) -> None:
         def write(settings: SampleConfig, history: list[int]) -> list[int]:
             return write_text(model, tokenizer, settings, history)
 
-        run_interactive(config, start, lambda line: tokenizer.encode(line).tolist(), write)
+        def read(options: list[str]) -> SampleConfig:
+            return parse_options([*argv, *options])
+
+        run_interactive(read, start, lambda line: tokenizer.encode(line).tolist(), write)
     else:
         write_samples(model, tokenizer, config, text, cut_prompt(prompt, model))
+
+
+def parse_options(argv: list[str]) -> SampleConfig:
+    return parse(SampleConfig, argv, "Generate text with a trained model.", positional=["run"])
 
 
 def read_text(config: SampleConfig) -> str:
@@ -124,7 +131,7 @@ def read_text(config: SampleConfig) -> str:
     path = config.score or config.prompt_file
     if not path and config.prompt != "-":
         return config.prompt
-    name = escape_control_chars(path or "standard input")
+    name = path or "standard input"
     try:
         data = Path(path).read_bytes() if path else sys.stdin.buffer.read() if sys.stdin else b""
         text = data.decode("utf-8-sig")
@@ -140,7 +147,7 @@ def read_text(config: SampleConfig) -> str:
 def cut_prompt(prompt: list[int], model: GPT) -> list[int]:
     """The end of the prompt that fits into the context."""
     if len(prompt) > (context := model.config.context):
-        print(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used", file=sys.stderr)
+        warn(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used")
     return prompt[-context:]
 
 

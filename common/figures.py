@@ -6,14 +6,13 @@ Sans lacks are drawn in fonts of the system. On one machine, the same figures ha
 
 import io
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import CONFIG, UserError, escape_control_chars
+from common.errors import CONFIG, UserError, escape_control_chars, warn
 from common.files import write_atomic
 
 ACCENT, GRAY, MUTED = "#c8102e", "#c9c9c9", "#666666"
@@ -79,7 +78,7 @@ def report_failure(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        print(escape_control_chars(f"cannot draw {path.name}: {reason}"), file=sys.stderr)
+        warn(f"cannot draw {path.name}: {reason}")
 
 
 def drawable(text: str, length: int = 200) -> str:

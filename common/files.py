@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, escape_control_chars, is_out_of_memory
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, is_out_of_memory
 
 MAX_JSON_BYTES = 1 << 25  # of a file that is parsed: a damaged or foreign one could take all memory
 
@@ -34,7 +34,7 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {escape_control_chars(path)}: {error.strerror}", DISK_OR_MEMORY) from error
+        raise UserError(f"cannot write {path}: {error.strerror}", DISK_OR_MEMORY) from error
 
 
 @contextlib.contextmanager

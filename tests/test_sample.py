@@ -189,11 +189,13 @@ def test_prompt_from_a_file_or_standard_input(run: Path, tmp_path: Path, monkeyp
 
 def test_interactive(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(
-        ["/set temperature 0", "The fox", " met", "/set tokens x", "/set", "/reset", "The fox", "/quit", "never"]
+        ["/set temperature 0", "The fox", " met", "/set tokens x", "/set stop", "/reset", "The fox", "/quit", "never"]
     )
     monkeypatch.setattr("training.interactive.read_lines", lambda: lines)
-    _, first, second, *errors, again = script("sample.py", run, "--interactive", "--tokens=6").stdout.splitlines()
-    assert first == again and len(errors) == 2 and all(error.startswith("error: /set") for error in errors)
+    help, first, second, error, *more, again = script(
+        "sample.py", run, "--interactive", "--tokens=6"
+    ).stdout.splitlines()
+    assert first == again and error == "error: --tokens is 'x'; it takes a whole number" and more == [help]
     greedy = script("sample.py", run, f"--prompt=The fox{first} met", "--tokens=6", "--temperature=0").stdout
     assert greedy == f"The fox{first} met{second}\n"
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, RemovedError, UserError, escape_control_chars
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, NON_FINITE, RemovedError, UserError, warn
 from common.files import read_json, reading
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
@@ -153,7 +152,7 @@ def open_checkpoint(path: Path, which: str = "best") -> Checkpoint:
         except UserError as error:
             if isinstance(error, RemovedError) and best_folder in folders:
                 raise
-            print(escape_control_chars(f"step {step} is used, not the best: {error}"), file=sys.stderr)
+            warn(f"step {step} is used, not the best: {error}")
     return newest
 
 
@@ -165,7 +164,7 @@ def _read_newest(folders: list[Path]) -> Checkpoint:
         except UserError as error:
             if isinstance(error, RemovedError):
                 raise
-            print(escape_control_chars(f"skipping a damaged checkpoint: {error}"), file=sys.stderr)
+            warn(f"skipping a damaged checkpoint: {error}")
     return read_checkpoint(folders[-1])
 
 
@@ -323,8 +322,7 @@ class CheckpointWriter:
             for folder in unwanted:  # renamed first: a folder with a step's name is never incomplete
                 _remove(_set_aside(folder))
         except OSError as error:
-            reason = escape_control_chars(f"{self.root}: {error.strerror or error}")
-            print(f"cannot remove an old checkpoint from {reason}", file=sys.stderr, flush=True)
+            warn(f"cannot remove an old checkpoint from {self.root}: {error.strerror or error}")
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

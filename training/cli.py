@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from common.errors import CONFIG, UserError, escape_control_chars
+from common.errors import CONFIG, UserError
 
 ALIASES = {
     **dict.fromkeys(("block_size", "n_ctx", "n_positions", "max_position_embeddings"), "model.context"),
@@ -132,7 +132,7 @@ def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
     """The value of an option. Raises ValueError that says in one line what is wrong with its name or value."""
     name = field_name(option)
     if name not in types:
-        raise ValueError(f"unknown option {escape_control_chars(option)}; {_suggestion(name, types)}")
+        raise ValueError(f"unknown option {option}; {_suggestion(name, types)}")
     kind, choices = (str, ()) if types[name] == TEXTS else (types[name], typing.get_args(types[name]))
     numbers = {int: "a whole number", float: "a number"}
     expected = f"one of {', '.join(choices)}" if choices else numbers.get(kind, "text")

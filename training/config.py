@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from common.errors import CHECKPOINT, UserError, escape_control_chars, quote_arg
+from common.errors import CHECKPOINT, UserError, quote_arg
 from data.config import DataConfig
 from model.config import ModelConfig
 from training.cli import field_name, parse, split_options
@@ -131,32 +131,30 @@ def as_arguments(table: dict[str, Any], where: str) -> list[str]:
     arguments = []
     for section, entries in table.items():
         if not isinstance(entries, dict):
-            problem = f"{section} is outside of a section; write [section] and key = value"
-            raise UserError(f"{where}: {escape_control_chars(problem)}")
+            raise UserError(f"{where}: {section} is outside of a section; write [section] and key = value")
         for key, value in entries.items():
             if isinstance(value, (dict, list)) or "\0" in str(value):
-                raise UserError(f"{where}: {escape_control_chars(f'{section}.{key}')} must be a number or plain text")
+                raise UserError(f"{where}: {section}.{key} must be a number or plain text")
             arguments.append(f"--{section}.{key}={value}")
     return arguments
 
 
 def read_toml(path: Path) -> list[str]:
     """The arguments of a config file; raises UserError (2) if it cannot be read or is not valid TOML."""
-    where = escape_control_chars(path)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             text = file.read(MAX_CONFIG_CHARS + 1)
         if len(text) > MAX_CONFIG_CHARS:
-            raise UserError(f"{where} is too long for a config file: more than {MAX_CONFIG_CHARS:,} characters")
+            raise UserError(f"{path} is too long for a config file: more than {MAX_CONFIG_CHARS:,} characters")
         if "\0" in text:
-            raise UserError(f"{where} is no text in UTF-8; save it as UTF-8")
-        return as_arguments(tomllib.loads(text), where)
+            raise UserError(f"{path} is no text in UTF-8; save it as UTF-8")
+        return as_arguments(tomllib.loads(text), str(path))
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"cannot read the config file {where}: {error.strerror}{hint}") from error
+        raise UserError(f"cannot read the config file {path}: {error.strerror}{hint}") from error
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits, nested too deeply
-        raise UserError(f"{where} is not valid TOML: {escape_control_chars(error)}") from error
+        raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
 def to_toml(config: RunConfig) -> str:
@@ -181,14 +179,12 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     if resumed:
         resumed = run_of(os.path.expanduser(resumed))
         if os.path.realpath(os.path.expanduser(options.get("--run.dir") or resumed)) != os.path.realpath(resumed):
-            where = escape_control_chars(resumed)
             raise UserError(
-                f"--run.resume continues in {where}: leave out --run.dir, or copy that folder and resume the copy"
+                f"--run.resume continues in {resumed}: leave out --run.dir, or resume a copy of that folder"
             )
         saved = Path(resumed) / "config.toml"
         if file is not None:
-            name = escape_control_chars(file)
-            raise UserError(f"--run.resume uses the config of that run; leave out {name}, or give single options")
+            raise UserError(f"--run.resume uses the config of that run; leave out {file}, or give single options")
         file, typed = saved, [*typed, f"--run.resume={resumed}", f"--run.dir={resumed}"]
     if "train.steps" in option_names(typed):  # another end: `decay_at` of a file leads to the old one
         typed = ["--optim.decay_at=", *typed]
@@ -203,13 +199,12 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     if config.run.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
     if all(os.path.exists(os.path.join(config.data.source, name)) for name in ("config.toml", "checkpoints")):
-        run = escape_control_chars(quote_arg(config.data.source))
+        run = quote_arg(config.data.source)
         raise UserError(f"{run} is a run, not a text: continue it with --run.resume {run}")
     if config.train.minutes:
         check_minutes(typed, from_file, bool(resumed))
     if config.run.resume and not resumed:
-        name = escape_control_chars(file)
-        raise UserError(f"{name} sets run.resume, which belongs on the command line: --run.resume RUN")
+        raise UserError(f"{file} sets run.resume, which belongs on the command line: --run.resume RUN")
     is_own_text = file == QUICKSTART and config.data.source != DataConfig().source
     return config, (text_name(config.data.source) if is_own_text else file.stem) or "run"
 
@@ -225,7 +220,7 @@ def run_of(path: str) -> str:
             return str(folder.parents[1])
         problem = f"{path} is not the newest checkpoint of its run, the one that is resumed (step {max(steps)}); to go "
         problem += f"back, move the later ones out of {folder.parent}"
-    raise UserError(escape_control_chars(problem), CHECKPOINT)
+    raise UserError(problem, CHECKPOINT)
 
 
 def name_source(argv: list[str]) -> list[str]:

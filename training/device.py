@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import deterministic
 
-from common.errors import DISK_OR_MEMORY, UserError, is_out_of_memory
+from common.errors import DISK_OR_MEMORY, UserError, is_out_of_memory, warn
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import TrainConfig
@@ -203,7 +203,7 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
             logits.float().sum().backward()
     except Exception as error:  # compilers fail in too many ways to list; training works without
         failed, reason = True, (str(error).splitlines() or [type(error).__name__])[0][:150]
-        print(f"torch.compile failed, training continues without it: {reason}", file=sys.stderr)
+        warn(f"torch.compile failed, training continues without it: {reason}")
     model.zero_grad(set_to_none=True)
     if ctx.all_reduce_max(int(failed)):
         torch.use_deterministic_algorithms(False)

@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from common.errors import UserError, escape_control_chars
+from common.errors import UserError
 
 
 class GPU(NamedTuple):
@@ -58,7 +58,5 @@ def parse_target(text: str) -> tuple[GPU, int]:
     if name not in GPUS:
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f"--plan does not know GPU {escape_control_chars(text)!r}; {hint}known: {', '.join(GPUS)}; 8xh100 for eight"
-        )
+        raise UserError(f"--plan does not know GPU {text!r}; {hint}known: {', '.join(GPUS)}; 8xh100 for eight")
     return GPUS[name], int(count or 1)

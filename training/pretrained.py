@@ -73,7 +73,7 @@ def find_on_hub(name: str) -> Path:
                 return folder
             reason = f"it has no {CONFIG_FILE}"
     message = f"{what} cannot be fetched from the hub ({reason}); check the name, or copy the folder of the model here"
-    raise UserError(escape_control_chars(message), CHECKPOINT)
+    raise UserError(message, CHECKPOINT)
 
 
 def init_options(config: RunConfig, typed: list[str]) -> list[str]:

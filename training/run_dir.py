@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError, escape_control_chars, quote_arg
+from common.errors import CHECKPOINT, CONFIG, DISK_OR_MEMORY, IN_USE, UserError, quote_arg
 from common.files import write_atomic
 from training.config import RunConfig, to_toml
 
@@ -60,15 +60,14 @@ def is_restart(folder: Path) -> bool:
     Raises:
         UserError: if it holds another run (2), or checkpoints without a config (4), but for step 0's.
     """
-    shown, quoted = escape_control_chars(folder), escape_control_chars(quote_arg(folder))
     if os.path.exists(folder / CONFIG_FILE):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]:
             return True
-        message = f"{shown} already holds a run; continue it with --run.resume {quoted}, or choose another --run.dir"
+        message = f"{folder} already holds a run; continue it with --run.resume {quote_arg(folder)}, or choose another --run.dir"
         raise UserError(message, CONFIG)
     steps = (folder / "checkpoints").glob("*") if os.access(folder, os.X_OK) else ()
     if any(path.name.isdecimal() and int(path.name) > 0 for path in steps):
-        message = f"{shown} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
+        message = f"{folder} has checkpoints but no {CONFIG_FILE}; restore that file, or choose another --run.dir"
         raise UserError(message, CHECKPOINT)
     return False
 

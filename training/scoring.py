@@ -1,9 +1,9 @@
-"""The loss of a text under a model, token by token, and its most surprising words."""
+"""`sample.py --score FILE`: the loss of a text, token by token, and its most surprising words."""
 
 import json
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,7 @@ from data.tokenizer import Tokenizer
 from model.gpt import GPT
 
 SHOWN_WORDS = 20
-COLOURS = (
-    (8.0, "\x1b[41;97m"),
-    (5.0, "\x1b[31m"),
-    (3.0, "\x1b[33m"),
-    (1.0, "\x1b[36m"),
-)  # nats of a token -> terminal colour
+RED, PLAIN = "\x1b[31m", "\x1b[0m"  # terminal colours
 
 
 @torch.inference_mode()
@@ -43,53 +38,9 @@ def token_losses(model: GPT, tokens: list[int]) -> Tensor:
     return torch.cat(losses)
 
 
-@dataclass(frozen=True)
-class Score:
-    """A scored text: its tokens, and the loss of each in nats; None for a first token that nothing predicts."""
-
-    words: list[bytes]
-    ids: list[int]
-    losses: list[float | None]
-    n_bytes: int
-
-    @property
-    def total(self) -> float:
-        return math.fsum(loss for loss in self.losses if loss is not None)
-
-    @property
-    def summary(self) -> dict[str, float]:
-        """Loss, perplexity and bits per byte."""
-        n_tokens = sum(loss is not None for loss in self.losses)
-        loss, bits = self.total / n_tokens, self.total / math.log(2) / self.n_bytes
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"tokens": n_tokens, "loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
-
-    def surprising_words(self) -> list[tuple[str, float]]:
-        """The words with the highest sums of losses, (word, nats); a word begins where white space does."""
-        words = list[tuple[bytes, float]]()
-        for word, loss in zip(self.words, self.losses, strict=True):
-            if words and word[:1].strip() and words[-1][0][-1:].strip():
-                words[-1] = words[-1][0] + word, words[-1][1] + (loss or 0.0)
-            elif word:
-                words.append((word, loss or 0.0))
-        ordered = sorted(words, key=lambda word: -word[1])[:SHOWN_WORDS]
-        return [(word.decode("utf-8", "replace").strip(), loss) for word, loss in ordered]
-
-    def coloured(self) -> str:
-        """The text with terminal colours: the more nats a token costs, the brighter."""
-        pieces = []
-        for word, loss in zip(self.words, self.losses, strict=True):
-            colour = next((code for least, code in COLOURS if (loss or 0.0) >= least), "")
-            text = escape_control_chars(word.decode("utf-8", "replace"), keep="\n\t")
-            pieces.append(f"{colour}{text}\x1b[0m" if colour else text)
-        return "".join(pieces)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.summary, "token_ids": self.ids, "losses": self.losses}
-
-
-def score_text(model: GPT, tokenizer: Tokenizer, text: str, starts_with_eot: bool) -> Score:
-    """Score a text; with `starts_with_eot` its first token is predicted from end-of-text.
+def score_text(model: GPT, tokenizer: Tokenizer, text: str, starts_with_eot: bool) -> dict[str, Any]:
+    """Number of tokens, loss in nats/token, perplexity, bits per byte, token ids, and the loss of each token: None for a
+    first one that nothing predicts. With `starts_with_eot` it is predicted from end-of-text.
 
     Raises UserError (3) if the text is too short.
     """
@@ -97,21 +48,36 @@ def score_text(model: GPT, tokenizer: Tokenizer, text: str, starts_with_eot: boo
     prefix = [tokenizer.end_of_text] if starts_with_eot else list(tokenizer.prompt_prefix)
     if len(prefix) + len(ids) < 2:
         raise UserError("the text to score is too short: it needs two tokens", DATA)
-    losses: list[float | None] = [*token_losses(model, prefix + ids).tolist()]
-    losses = losses if prefix else [None, *losses]
-    return Score([tokenizer.token_bytes(token) for token in ids], ids, losses, len(text.encode()))
+    losses = token_losses(model, prefix + ids).tolist()[max(0, len(prefix) - 1) :]
+    total, loss = math.fsum(losses), math.fsum(losses) / len(losses)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    bits_per_byte = total / math.log(2) / len(text.encode())
+    numbers = {"tokens": len(losses), "loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+    return {**numbers, "token_ids": ids, "losses": losses if prefix else [None, *losses]}
 
 
-def print_score(score: Score, as_json: bool) -> None:
-    """Print loss, perplexity, bits per byte and the most surprising words; on a terminal the text in colours."""
+def sum_over_words(tokens: Sequence[bytes], losses: Sequence[float | None]) -> list[tuple[str, float]]:
+    """The words of a text in order, each with the sum of its tokens' losses; a word begins where white space does."""
+    words = list[tuple[bytes, float]]()
+    for token, loss in zip(tokens, losses, strict=True):
+        if words and token[:1].strip() and words[-1][0][-1:].strip():
+            words[-1] = words[-1][0] + token, words[-1][1] + (loss or 0.0)
+        else:
+            words.append((token, loss or 0.0))
+    return [(escape_control_chars(word.decode("utf-8", "replace"), keep="\n\t"), loss) for word, loss in words]
+
+
+def print_score(score: dict[str, Any], tokenizer: Tokenizer, as_json: bool) -> None:
+    """Print loss, perplexity, bits per byte and the most surprising words; on a terminal also the text, with them in red."""
     if as_json:
-        print(json.dumps(score.to_dict()))
+        print(json.dumps(score))
         return
-    numbers = score.summary
+    words = sum_over_words([tokenizer.token_bytes(token) for token in score["token_ids"]], score["losses"])
+    surprising = sorted(range(len(words)), key=lambda k: -words[k][1])[:SHOWN_WORDS]
     if sys.stdout.isatty():
-        print(score.coloured(), end="\n\n")
-    loss = f"{numbers['loss']:.4f} nats/token, perplexity {numbers['perplexity']:,.2f}"
-    print(f"{numbers['tokens']:,} tokens: {loss}, {numbers['bits_per_byte']:.4f} bits/byte")
-    print("most surprising words, in nats:")
-    for word, nats in score.surprising_words():
-        print(f"  {nats:6.2f}  {escape_control_chars(word)}")
+        text = (f"{RED}{word}{PLAIN}" if k in surprising else word for k, (word, _) in enumerate(words))
+        print("".join(text), end="\n\n")
+    numbers = "{tokens:,} tokens: {loss:.4f} nats/token, perplexity {perplexity:,.2f}, {bits_per_byte:.4f} bits/byte"
+    print(numbers.format(**score), "most surprising words, in nats:", sep="\n")
+    for word, loss in (words[k] for k in surprising):
+        print(f"  {loss:6.2f}  {word.strip()}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import CHECKPOINT, DATA, UserError, escape_control_chars, quote_arg
+from common.errors import CHECKPOINT, DATA, UserError, quote_arg
 from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
@@ -139,8 +139,7 @@ def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) ->
             try:
                 optimizer.load_state_dict(saved.optimizer_state())
             except ValueError as error:
-                problem = escape_control_chars(f"cannot resume from {saved.folder}: {error}")
-                raise UserError(problem, CHECKPOINT) from error
+                raise UserError(f"cannot resume from {saved.folder}: {error}", CHECKPOINT) from error
         wrapped, is_compiled = maybe_compile(wrapped, config, ctx, vocab_size, saved)
     trainer = Trainer(config, ctx, data, model, wrapped, optimizer, TrainState() if saved is None else saved.state)
     if saved is not None:

@@ -2,12 +2,11 @@
 
 import codecs
 import re
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
 
-from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars
+from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars, warn
 from data.text_files import SEPARATOR
 from data.tokenizer import Tokenizer
 from model.generate import SamplingParams, generate_with_logits
@@ -31,18 +30,16 @@ def read_prompt(
     seen = {tokenizer.end_of_text, *filter(trained.has_token, range(tokenizer.vocab_size))}
     if is_typed and re.search(r"\\[nt]", text) and not any(b"\\" in tokenizer.token_bytes(token) for token in seen):
         text = text.replace("\\n", "\n").replace("\\t", "\t")
-        print(r"note: \n and \t in the prompt are read as a line break and a tab", file=sys.stderr)
+        warn(r"note: \n and \t in the prompt are read as a line break and a tab")
     if text.endswith(" ") and int(tokenizer.encode(text)[-1]) not in seen:
         text = text.rstrip(" ")
-        print(
-            "note: spaces at the end of the prompt are dropped; they belong to the next word's token", file=sys.stderr
-        )
+        warn("note: spaces at the end of the prompt are dropped; they belong to the next word's token")
     is_unknown = not trained.corpus  # of a pretrained model
     tokens = encode_prompt(tokenizer, text, trained.starts_with_eot or (is_unknown and not text))
     if unseen := [token for token in dict.fromkeys(tokens) if token not in seen]:
         words = [tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in unseen[:8]]
-        shown = ", ".join(f'"{escape_control_chars(word)}"' for word in words)
-        print(f"note: the training text never had these tokens of the prompt: {shown}", file=sys.stderr)
+        shown = ", ".join(f'"{word}"' for word in words)
+        warn(f"note: the training text never had these tokens of the prompt: {shown}")
     return text, tokens
 
 
