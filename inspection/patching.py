@@ -8,7 +8,7 @@ Shapes: B texts, L layers, H heads, T positions, C model width, D head size.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from inspection.activation_cache import blocks_of, inference_mode
 from inspection.attribution import LayerActivations, run_layers
 from model.gpt import GPT
 
-CONTROLS = 4  # shuffles of the clean text, over which the control is averaged
+CONTROLS = 8  # texts over which the control is averaged
 ROWS = 32  # texts in one forward pass
 MIN_DIFFERENCE = 1e-3  # of logit differences: less is rounding
 Answers = tuple[int, int]  # tokens: right, wrong
@@ -33,8 +33,7 @@ Answers = tuple[int, int]  # tokens: right, wrong
 class PatchingResult:
     """The share of the logit difference that each patch brings back, and that of its control.
 
-    The control is the same patch with the activations of an unrelated text: the clean text's tokens after the first, in
-    a random order (the mean over `CONTROLS` orders, the same every time). A patch says something where it exceeds it.
+    The control is the same patch with the activations of `control_texts`. A patch says something where it exceeds it.
     """
 
     clean_tokens: list[int]
@@ -47,9 +46,14 @@ class PatchingResult:
     heads: NDArray[np.float64]  # (L, H): a head's output, at all positions
     heads_control: NDArray[np.float64]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: arrays become lists."""
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(self).items()}
+
+def control_texts(clean: Sequence[int], corrupt: Sequence[int]) -> list[list[int]]:
+    """The clean text with other tokens of it, at random, wherever it differs from the corrupt one: `CONTROLS` times, always
+    the same. They change what the clean text changes, but to nothing that speaks for its answer."""
+    rng, pairs = random.Random("patching controls"), list(zip(clean, corrupt, strict=True))
+    changed = {token for pair in pairs if pair[0] != pair[1] for token in pair}
+    others = sorted({*clean[1:]} - changed) or clean
+    return [[a if a == b else rng.choice(others) for a, b in pairs] for _ in range(CONTROLS)]
 
 
 def patch_texts(
@@ -93,8 +97,7 @@ def activation_patching(model: GPT, clean: Sequence[int], corrupt: Sequence[int]
             what = f"the logit difference is {before:.3f} on both texts, so there is nothing to bring back"
             raise UserError(f"{what}; take texts with different answers", CONFIG)
 
-        rng = random.Random("patching controls")
-        sources = [clean, *([clean[0], *rng.sample(clean[1:], len(clean) - 1)] for _ in range(CONTROLS))]
+        sources = [clean, *control_texts(clean, corrupt)]
         bar = tqdm(sources, desc="patching", unit="text", delay=3, leave=False, disable=None)
         patched_all = zip(*(_patch_all(model, source, layers, answers) for source in bar), strict=True)
         shares = [(np.array(tables) - after) / (before - after) for tables in patched_all]

@@ -215,34 +215,33 @@ def draw_patching(path: Path, patching: PatchingResult, token_bytes: Callable[[i
 
     At most the last 64 tokens are shown.
     """
-    tokens = zip(patching.clean_tokens[-MAX_TOKENS:], patching.corrupt_tokens[-MAX_TOKENS:], strict=True)
-    words = [[drawable(token_text(token_bytes(t)), LABEL_LENGTH) for t in dict.fromkeys(pair)] for pair in tokens]
-    labels, heads = [" / ".join(pair) for pair in words], [str(head) for head in range(patching.heads.shape[1])]
+    pairs = zip(patching.clean_tokens, patching.corrupt_tokens, strict=True)
+    words = [[drawable(token_text(token_bytes(t)), LABEL_LENGTH) for t in dict.fromkeys(pair)] for pair in pairs]
+    labels, heads = [" / ".join(pair) for pair in words], [f"H{head}" for head in range(patching.heads.shape[1])]
+    control = "control: from texts with random tokens where the two differ"
     panels = [
         ("residual stream before each layer (rows), at one position (columns)", patching.residual, labels),
-        ("control: from the clean tokens in a random order", patching.residual_control, labels),
+        (control, patching.residual_control, labels),
         ("output of each head (columns) of each layer (rows), at all positions", patching.heads, heads),
-        ("control: from the clean tokens in a random order", patching.heads_control, heads),
+        (control, patching.heads_control, heads),
     ]
-    cell, room = 0.22, 0.45 + 0.07 * max(map(display_width, labels))
-    rooms = [room if names is labels else 0.6 for *_, names in panels]
-    height = sum(rooms) + len(panels) * len(patching.heads) * cell
-    width, y = max(4.5, cell * max(len(labels), len(heads))), height - 0.2
-    note = (
-        "1 (blue): all of the logit difference comes back, 0 (white): none, below 0 (red): it falls; clipped to -1 to 1"
-    )
+    cell, L = 0.22, len(patching.heads)
+    rooms = [0.5 + 0.07 * max(map(display_width, names)) for *_, names in panels]
+    height = sum(rooms) + len(panels) * L * cell
+    width, top = max(4.5, cell * min(MAX_TOKENS, max(len(labels), len(heads)))), height - 0.2
+    note = "1 (blue): all of it comes back, 0 (white): nothing, below 0 (red): it falls; clipped to -1 to 1"
     with figure(path, title, note, (width, height), (0.5, 0.1, 0.6)) as axes:
         axes.set(xlim=(0, width), ylim=(0, height))
         axes.set_axis_off()
-        for (name, shares, names), below in zip(panels, rooms, strict=True):
+        for (name, shares, names), room in zip(panels, rooms, strict=True):
             shown = shares[:, -MAX_TOKENS:]
-            L, columns = shown.shape
-            panel = axes.inset_axes((0, y - L * cell, columns * cell, L * cell), transform=axes.transData)
+            columns = shown.shape[1]
+            panel = axes.inset_axes((0, top - L * cell, columns * cell, L * cell), transform=axes.transData)
             panel.imshow(shown, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
-            panel.set_xticks(range(columns), names[:columns], rotation=90 if names is labels else 0, fontsize=6.5)
+            panel.set_xticks(range(columns), names[-columns:], rotation=90, fontsize=6.5)
             panel.set_yticks(range(L), [f"L{layer}" for layer in range(L)], fontsize=6.5)
-            axes.text(0, y + 0.06, name, va="bottom")
-            y -= L * cell + below
+            axes.text(0, top + 0.06, name, va="bottom")
+            top -= L * cell + room
 
 
 # Series

@@ -34,7 +34,7 @@ def guarded(hook: Callable[..., None]) -> Callable[..., None]:
                 hook(tracker, *args)
         except Exception as error:
             tracker.has_failed = True
-            reason = escape_control_chars((str(error).splitlines() or [""])[0][:150])
+            reason = escape_control_chars(str(error).partition("\n")[0][:150])
             line = f"{tracker.name} failed ({type(error).__name__}: {reason}); training continues without it"
             tqdm.write(line, file=sys.stderr)
 
@@ -125,11 +125,10 @@ class WandbTracker(Tracker):
         if (run_id := os.environ.get("WANDB_RUN_ID", "")) or not id_file.exists():
             write_atomic(id_file, [(run_id or secrets.token_hex(4)).encode()])
         timeouts: Any = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), TIMEOUT_SECONDS)
-        quiet = wandb_defaults(**timeouts, silent=True, console="off")
-        settings = wandb.Settings(**quiet, finish_timeout_raises=True)
+        settings = wandb.Settings(**wandb_defaults(**timeouts, silent=True, console="off"), finish_timeout_raises=True)
         wandb.setup(settings)
-        options = wandb_defaults(project="glassgpt", mode=log.wandb, dir=str(folder.absolute()), resume="allow")
-        options |= wandb_defaults(name=escape_control_chars(folder.name))
+        name, place = escape_control_chars(folder.name), str(folder.absolute())
+        options = wandb_defaults(project="glassgpt", name=name, mode=log.wandb, dir=place, resume="allow")
         if log.wandb_project:
             options["project"] = escape_control_chars(log.wandb_project)
         if log.wandb == "offline":  # then nothing is sent, whatever WANDB_MODE says

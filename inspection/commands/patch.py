@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import escape_control_chars
+import numpy as np
+from numpy.typing import NDArray
+
 from inspection.commands.shared import Context, DeviceOptions, OutputOptions, Result
 from inspection.plots import draw_patching
-from inspection.terminal import head_name, paragraph, quote_token, table
+from inspection.terminal import number, paragraph, quote_token, table
 
 if TYPE_CHECKING:
     from inspection.patching import PatchingResult
 
 EXPLANATION = (
-    "1: the patch brings the whole logit difference back, 0: nothing. control: the same patch from the clean text's "
-    "tokens in a random order (mean over 4 orders)."
+    "1: the patch brings the whole logit difference back, 0: nothing. In brackets the control: the same patch from texts "
+    "with random tokens wherever the clean and the corrupt text differ."
 )
 
 
@@ -56,23 +58,25 @@ class Patch(OutputOptions, DeviceOptions):
             *paragraph(EXPLANATION, context.width),
             f"figure  {figure}",
         ]
-        data: dict[str, Any] = {"run": str(folder), "step": loaded.step, "figure": str(figure), **patching.to_dict()}
-        return Result([escape_control_chars(line) for line in lines], data)
+        tables = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(patching).items()}
+        return Result(lines, {"run": str(folder), "step": loaded.step, "figure": str(figure), **tables})
 
 
 def patching_tables(patching: PatchingResult, token_bytes: Callable[[int], bytes], width: int) -> list[str]:
-    """A row for each position, and one for each head, each share with its control."""
-    L, T = patching.residual.shape
-    titles = ["position", "clean", "corrupt", *(title for layer in range(L) for title in (f"L{layer}", "control"))]
-    rows: list[list[Any]] = []
-    for t in range(T):
-        words = [quote_token(token_bytes(tokens[t])) for tokens in (patching.clean_tokens, patching.corrupt_tokens)]
-        pairs = zip(patching.residual[:, t], patching.residual_control[:, t], strict=True)
-        rows.append([t, *words, *(float(share) for pair in pairs for share in pair)])
-    pairs = zip(patching.heads.flat, patching.heads_control.flat, strict=True)
-    names = [head_name(*divmod(k, patching.heads.shape[1])) for k in range(patching.heads.size)]
-    heads: list[list[Any]] = [
-        [name, float(share), float(control)] for name, (share, control) in zip(names, pairs, strict=True)
+    """A row for each position with a column for each layer, and a row for each layer with a column for each head."""
+
+    def cells(shares: NDArray[np.float64], controls: NDArray[np.float64]) -> list[str]:
+        return [f"{number(share)} ({number(control)})" for share, control in zip(shares, controls, strict=True)]
+
+    clean, corrupt = (map(quote_token, map(token_bytes, t)) for t in (patching.clean_tokens, patching.corrupt_tokens))
+    columns = zip(patching.residual.T, patching.residual_control.T, strict=True)
+    positions: list[list[Any]] = [
+        [t, *words, *cells(*pair)] for t, (*words, pair) in enumerate(zip(clean, corrupt, columns, strict=True))
     ]
-    lines = ["", "residual stream before each layer, at one position", *table(titles, rows, width, fixed=3)]
-    return [*lines, "", "output of a head, at all positions", *table(["head", "patched", "control"], heads, width)]
+    layers = [f"L{layer}" for layer in range(len(patching.heads))]
+    rows = zip(layers, patching.heads, patching.heads_control, strict=True)
+    heads = [[layer, *cells(shares, controls)] for layer, shares, controls in rows]
+    names = [f"H{head}" for head in range(patching.heads.shape[1])]
+    lines = ["", "residual stream before each layer, at one position"]
+    lines += [*table(["position", "clean", "corrupt", *layers], positions, width, fixed=3), ""]
+    return [*lines, "output of each head, at all positions", *table(["", *names], heads, width)]

@@ -76,7 +76,10 @@ def test_nearest_option_is_named(typed: str, answer: str) -> None:
         (["a.txt", "b.txt"], "unexpected 'b.txt'; options begin"),
         (["run"], "run is a run, not a text: continue it with --run.resume run"),
         (["--run.resume="], "--run.resume is empty"),
-        (["--run.resume=run", "--run.dir=other"], "--run.resume continues in run: leave out --run.dir, or resume a copy"),
+        (
+            ["--run.resume=run", "--run.dir=other"],
+            "--run.resume continues in run: leave out --run.dir, or resume a copy",
+        ),
     ],
 )
 def test_misplaced_words_are_one_line(
