@@ -17,8 +17,7 @@ MAX_JSON_BYTES = 1 << 25  # of a file that is parsed: a damaged or foreign one c
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Replace a file in one step, once the chunks are on the disk; its folder is created if needed.
 
-    Raises:
-        UserError: if it cannot be written (exit code 6); the previous file stays.
+    Raises UserError if it cannot be written (exit code 6); the previous file stays.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +44,7 @@ def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
         what: the file should be, such as "attention file".
         hint: what to do about a damaged file.
 
-    Raises:
-        UserError: exit code 4; RemovedError if `path` does not exist.
+    Raises UserError (exit code 4); RemovedError if `path` does not exist.
     """
     try:
         yield

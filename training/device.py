@@ -119,8 +119,7 @@ class DistContext:
 def resolve_device(name: str = "auto") -> torch.device:
     """The device of this process; `auto` is a CUDA GPU if there is one, else the CPU.
 
-    Raises:
-        UserError: if PyTorch finds no such device (exit code 2).
+    Raises UserError if PyTorch finds no such device (exit code 2).
     """
     found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -253,8 +252,7 @@ def keep_freed_memory() -> None:
 def advise_on_oom(micro_batch_size: int, batch_size: int) -> Iterator[None]:
     """Turn running out of memory in the body into one line of advice.
 
-    Raises:
-        UserError: naming the micro-batch size to try (exit code 6).
+    Raises UserError, naming the micro-batch size to try (exit code 6).
     """
     try:
         yield

@@ -60,9 +60,8 @@ def process_group(timeout: float, device: str = "auto") -> Iterator[None]:
         timeout: seconds to wait for other processes, at the start and in each collective.
         device: `run.device`; NCCL connects GPUs where it is available, else gloo.
 
-    Raises:
-        UserError: if torchrun's environment is incomplete or a process has no GPU (exit code 2), or another process ended
-            or froze (8).
+    Raises UserError if torchrun's environment is incomplete or a process has no GPU (exit code 2), or another process ended
+    or froze (8).
     """
     if "RANK" not in os.environ:
         yield
@@ -102,8 +101,7 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
     They wait for a file lock and not for a message, because preparing may take longer than `run.dist_timeout`, and the
     system releases the lock of a process that ends. Machines that share a cache prepare it at the same time.
 
-    Raises:
-        UserError: as `data.prepare.prepare` does.
+    Raises UserError as `data.prepare.prepare` does.
     """
     if ctx.world_size == 1:
         return prepare(config)

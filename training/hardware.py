@@ -39,8 +39,7 @@ def parse_plan_option(argv: list[str]) -> tuple[list[str], tuple[GPU | None, int
 
     `--plan` alone means this machine; `--plan 8xh100` and `--plan=8xh100` name GPUs. A config file may follow.
 
-    Raises:
-        UserError: for an unknown GPU, with the nearest name (exit code 2).
+    Raises UserError for an unknown GPU, with the nearest name (exit code 2).
     """
     for i, word in enumerate(argv):
         option, _, name = word.partition("=")

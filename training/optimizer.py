@@ -118,8 +118,7 @@ class Optimizer:
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Load what `state_dict` returned; of sharded parameters this process's shard.
 
-        Raises:
-            ValueError: if it is of other parameters.
+        Raises ValueError if it is of other parameters.
         """
         parameters = {name: parameter for parameter, name in self.names.items()}
         for key, value in saved.items():

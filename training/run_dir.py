@@ -22,9 +22,8 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
 
     The folder is the resumed run's, `run.dir`, or the first free one of runs/NAME, runs/NAME-2, ...
 
-    Raises:
-        UserError: if the folder already holds a run or other files (2) or checkpoints without a config (4), cannot be
-            written (6), or is in use by another process (7).
+    Raises UserError if the folder already holds a run or other files (2) or checkpoints without a config (4), cannot be
+    written (6), or is in use by another process (7).
     """
     if os.environ.get("RANK", "0") != "0":
         yield config
@@ -57,8 +56,7 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
 def is_restart(folder: Path) -> bool:
     """Whether the folder holds the run of this same job, which torchrun has restarted; False if it is free.
 
-    Raises:
-        UserError: if it holds another run (2), or checkpoints without a config (4), but for step 0's.
+    Raises UserError if it holds another run (2), or checkpoints without a config (4), but for step 0's.
     """
     if os.path.exists(folder / CONFIG_FILE):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]:

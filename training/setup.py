@@ -105,8 +105,7 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
     """The config with the run folder of the main process.
 
-    Raises:
-        UserError: if the processes were started with different configs (exit code 2).
+    Raises UserError if the processes were started with different configs (exit code 2).
     """
     folder, resume = json.loads(ctx.broadcast_str(json.dumps([config.run.dir, config.run.resume])))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume))
@@ -117,9 +116,8 @@ def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
 def build_trainer(config: RunConfig, ctx: DistContext, data: TokenizedCorpus) -> Trainer:
     """The trainer of a new run, or of a resumed one from its newest checkpoint; without callbacks.
 
-    Raises:
-        UserError: if the batch cannot be divided among the processes (exit code 2), the checkpoint cannot be resumed
-            with this config (2) or corpus (3), is damaged (4), or memory is full (6).
+    Raises UserError if the batch cannot be divided among the processes (exit code 2), the checkpoint cannot be resumed
+    with this config (2) or corpus (3), is damaged (4), or memory is full (6).
     """
     rows = micro_batch_rows(config, ctx.world_size)
     ctx.check_same_everywhere("the corpus", data.fingerprint)
@@ -165,8 +163,7 @@ def maybe_compile(
 def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus) -> None:
     """Steps, learning rates, evaluation, memory and device may change on resuming; model, batches, seed and data not.
 
-    Raises:
-        UserError: naming the option that changed (exit code 2), or if the corpus changed (3).
+    Raises UserError, naming the option that changed (exit code 2), or if the corpus changed (3).
     """
     before, now = dataclasses.asdict(saved.config), dataclasses.asdict(config)
     fixed = [("model", key) for key in now["model"] if key != "attention"]

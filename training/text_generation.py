@@ -50,8 +50,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, documents: bool) -> list[in
         documents: whether the training documents began with end-of-text; then the prompt does too. In a model of one
             long text, for which end-of-text is out of distribution, an empty prompt becomes a line break.
 
-    Raises:
-        UserError: if the prompt is not valid UTF-8, or the vocabulary lacks a character of it (exit code 2).
+    Raises UserError if the prompt is not valid UTF-8, or the vocabulary lacks a character of it (exit code 2).
     """
     try:
         prompt.encode("utf-8")

@@ -70,8 +70,7 @@ def search(
         given: options that keep their value, such as `model.d_model`.
         max_epochs: of the text, unless these are fewer than `MIN_STEPS` steps.
 
-    Raises:
-        UserError: if the time that was given is too short, there are several processes (2), or the text is too short (3).
+    Raises UserError if the time that was given is too short, there are several processes (2), or the text is too short (3).
     """
     if ctx.world_size > 1:
         raise UserError("train.minutes is for one process: start without torchrun, or set train.steps")

@@ -244,8 +244,7 @@ class Trainer:
 
         In fp16 a gradient may only have overflowed: its step is not counted, and the loss scale is halved, down to 1.
 
-        Raises:
-            UserError: if no more steps may be skipped (exit code 5).
+        Raises UserError if no more steps may be skipped (exit code 5).
         """
         state, train, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
