@@ -1,11 +1,17 @@
 """The documents are true: commands parse, files and tests exist, the README's code lines are in the model."""
 
+import io
+import os
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.commands import check_command
-from tests.runs import ROOT
+from tests.runs import ROOT, TINY, script
+from tests.test_pretrained import TEXT, save_model
 
 GUIDES = ("python", "fine_tuning", "exporting", "large_data", "from_nanogpt", "troubleshooting")
 NAMES = ("README.md", "CONTRIBUTING.md", "docs/guarantees.md", "docs/running.md", "docs/attention.md")
@@ -19,9 +25,55 @@ TORCHRUN = re.findall(r"^(?:srun )?torchrun .*?(train\.py [^\n]*)$", RUNNING.rep
 COMMANDS = [part for part in PARTS if part.startswith(("python ", "pip "))] + [f"python {each}" for each in TORCHRUN]
 
 
-@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if "$" not in command}))
+RUNNABLE = sorted({command for command in COMMANDS if "$" not in command})
+NEED_NETWORK = ("pip ", "python -m pytest", "python train.py --model.init gpt2 ", "python train.py --data.source hf:")
+
+
+@pytest.mark.parametrize("command", RUNNABLE)
 def test_every_command_parses(command: str) -> None:
     check_command(command)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files and the runs that the documents speak of, the runs after a few steps."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "notes").mkdir()
+    for name in ("my_book.txt", "my_text.txt", "notes/monday.md"):
+        (place / name).write_text(TEXT, encoding="utf-8")
+    (place / "questions.txt").write_text("The fox met the hen. The hen met the\t fox\t hen\n")
+    save_model(place / "gpt2_folder", "gpt2")
+    short = ("--train.steps=20", "--train.eval_every=10", "--train.eval_tokens=500")
+    own = (*TINY, f"--data.source={place / 'my_book.txt'}")
+    tuned = (f"--model.init={place / 'gpt2_folder'}", *own[-1:], "--train.batch_size=2")
+    runs = {"quickstart": (), "book": own, "parts": own, "gpt2": (*own, "--model.preset=gpt2", "--data.tokenizer=byte")}
+    for name, options in {**runs, "my_book": tuned}.items():
+        done = script("train.py", *options, *short, f"--run.dir={place / 'runs' / name}")
+        assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in RUNNABLE if not command.startswith(NEED_NETWORK)])
+def test_every_command_runs(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training stops early, and the models of config files are small."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"One day")))
+    _, name, *argv = [str(ROOT / word) if word.endswith(".toml") else word for word in shlex.split(command)]
+    if name == "train.py" and "--plan" not in argv:
+        has_config = bool(argv) and argv[0].endswith(".toml")
+        argv += [*TINY, f"--data.source={place / 'my_book.txt'}"] if has_config else []
+        argv += (
+            ["--run.stop_at_step=22"]
+            if "--run.resume" in argv
+            else ["--run.stop_at_step=2", f"--run.dir={tmp_path}/run"]
+        )
+    if name == "export.py":
+        argv[1] = os.fspath(tmp_path / argv[1])
+    done = script(name, *argv)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    shutil.rmtree(tmp_path)  # dozens of runs
 
 
 def test_commands_are_found() -> None:
