@@ -15,10 +15,8 @@ MAX_JSON_BYTES = 1 << 25  # of a file that is parsed: a damaged or foreign one c
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Replace a file in one step, once the chunks are on the disk; its folder is created if needed.
-
-    Raises UserError if it cannot be written (exit code 6); the previous file stays.
-    """
+    """Replace a file in one step, once the chunks are on the disk; its folder is created if needed. If that fails, the previous
+    file stays, and UserError is raised (exit code 6)."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
@@ -38,14 +36,8 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path | str, what: str, hint: str = "") -> Iterator[None]:
-    """Turn what a missing or damaged file raises in the body, which reads it, into one line.
-
-    Args:
-        what: the file should be, such as "attention file".
-        hint: what to do about a damaged file.
-
-    Raises UserError (exit code 4); RemovedError if `path` does not exist.
-    """
+    """Turn what a missing or damaged file raises in the body, which reads it, into a UserError (exit code 4), or RemovedError if
+    `path` does not exist. `what` it should be, such as "attention file"; `hint` says what to do about a damaged one."""
     try:
         yield
     except OSError as error:

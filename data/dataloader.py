@@ -17,9 +17,7 @@ from torch import Tensor
 from common.errors import DATA, UserError
 from data.token_dataset import TokenSplit
 
-IGNORE_INDEX = (
-    -1
-)  # Target of a position without a loss: padding, or a part of a document that another sequence reads whole.
+IGNORE_INDEX = -1  # target without a loss: padding, or a part of a document that another sequence reads whole
 
 
 @dataclass(frozen=True, eq=False)

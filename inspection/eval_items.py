@@ -19,9 +19,7 @@ from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
 
-ABLATED_PAIRS = (
-    128  # Contrast pairs of each kind, at most. With 32 the intervals were too wide to tell a head from the others.
-)
+ABLATED_PAIRS = 128  # of each kind, at most; with 32 the intervals were too wide to tell a head from the others
 BATCH_TOKENS = 2048  # in one forward pass of an ablation
 BATCH_LOGITS = 1 << 25  # likewise; with a large vocabulary the logits are the largest tensor (128 MiB in fp32)
 

@@ -26,10 +26,8 @@ from model.gpt import GPT
 from training.config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILE_FLOPS = (
-    4.5e13  # On a CPU, `compile = "auto"` compiles runs of five minutes and more: compiling takes up to a minute.
-)
-COMPILE_STEPS = 1000  # The same on a GPU, in steps.
+COMPILE_FLOPS = 4.5e13  # of a run on a CPU that `auto` compiles, five minutes: compiling takes up to a minute
+COMPILE_STEPS = 1000  # of a run on a GPU that `auto` compiles
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,7 @@ class DistContext:
         return bytes(data.tolist()).decode("utf-8", "surrogateescape")
 
     def check_same_everywhere(self, what: str, text: str) -> None:
-        """Raise `UserError` (2) on every process, with the first different line, unless all have the same text.
-
-        Args:
-            what: what the text is, for the message.
-        """
+        """Raise `UserError` (2) on every process, with the first different line, unless `what` has the same text on all."""
         expected = self.broadcast_str(text)
         rank = self.all_reduce_max(self.rank if text != expected else 0)  # rank 0 never differs from itself
         if rank:
@@ -117,10 +111,7 @@ class DistContext:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device of this process; `auto` is a CUDA GPU if there is one, else the CPU.
-
-    Raises UserError if PyTorch finds no such device (exit code 2).
-    """
+    """The device of this process; `auto` is a CUDA GPU if there is one, else the CPU. Raises UserError (2) if there is none."""
     found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = "cuda" if found["cuda"] else "cpu"
@@ -130,13 +121,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def get_dist_context(dtype: str = "auto", threads: int = 0, device: str = "auto") -> DistContext:
-    """Choose device and dtype for this process; under torchrun it must be in `distributed.process_group`.
-
-    Args:
-        dtype: `fp32`, `bf16`, `fp16` or `auto`, see `auto_dtype`.
-        threads: CPU threads; 0 leaves torch's default.
-        device: `auto`, `cpu`, `cuda` or `mps`, see `resolve_device`, which raises UserError.
-    """
+    """Choose device (`resolve_device`) and dtype (`auto_dtype`) of this process, and its CPU threads unless `threads` is 0;
+    under torchrun it must be in `distributed.process_group`."""
     if threads:
         torch.set_num_threads(threads)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -250,10 +236,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def advise_on_oom(micro_batch_size: int, batch_size: int) -> Iterator[None]:
-    """Turn running out of memory in the body into one line of advice.
-
-    Raises UserError, naming the micro-batch size to try (exit code 6).
-    """
+    """Turn running out of memory in the body into a UserError (6) that names the micro-batch size to try."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

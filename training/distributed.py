@@ -54,11 +54,7 @@ def check_environment(device: str) -> None:
 
 @contextlib.contextmanager
 def process_group(timeout: float, device: str = "auto") -> Iterator[None]:
-    """Initialize torchrun's process group for the body; does nothing without torchrun.
-
-    Args:
-        timeout: seconds to wait for other processes, at the start and in each collective.
-        device: `run.device`; NCCL connects GPUs where it is available, else gloo.
+    """Initialize torchrun's process group for the body, with `timeout` in seconds; does nothing without torchrun.
 
     Raises UserError if torchrun's environment is incomplete or a process has no GPU (exit code 2), or another process ended
     or froze (8).
@@ -100,8 +96,6 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
 
     They wait for a file lock and not for a message, because preparing may take longer than `run.dist_timeout`, and the
     system releases the lock of a process that ends. Machines that share a cache prepare it at the same time.
-
-    Raises UserError as `data.prepare.prepare` does.
     """
     if ctx.world_size == 1:
         return prepare(config)
@@ -118,12 +112,8 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
 
 
 def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:
-    """The model to train.
-
-    Args:
-        sharding: `none` returns `model`, or DDP around it. `fsdp` returns a sharded copy and keeps `model` on the CPU of
-            the main process, to be filled by `gather_weights`; without torchrun it is the same as `none`.
-    """
+    """The model to train: with `sharding = "none"` it is `model`, or DDP around it. `fsdp` returns a sharded copy and keeps
+    `model` on the CPU of the main process, to be filled by `gather_weights`; without torchrun it is the same as `none`."""
     if sharding == "fsdp" and dist.is_initialized():
         return wrap_fsdp(model, ctx)
     model.to(ctx.device)

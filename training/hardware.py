@@ -37,9 +37,7 @@ GPUS = {
 def parse_plan_option(argv: list[str]) -> tuple[list[str], tuple[GPU | None, int] | None]:
     """The command line without `--plan`, and its target, a kind of GPU and their number; None without `--plan`.
 
-    `--plan` alone means this machine; `--plan 8xh100` and `--plan=8xh100` name GPUs. A config file may follow.
-
-    Raises UserError for an unknown GPU, with the nearest name (exit code 2).
+    `--plan` alone means this machine; `--plan 8xh100` and `--plan=8xh100` name GPUs. Raises UserError for an unknown one (2).
     """
     for i, word in enumerate(argv):
         option, _, name = word.partition("=")

@@ -116,10 +116,7 @@ class Optimizer:
         return state
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Load what `state_dict` returned; of sharded parameters this process's shard.
-
-        Raises ValueError if it is of other parameters.
-        """
+        """Load what `state_dict` returned; of sharded parameters this process's shard. ValueError if it is of other ones."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for key, value in saved.items():
             name, _, entry = key.partition("/")

@@ -58,16 +58,19 @@ class LossReport(Callback):
         gather_weights(trainer.wrapped_model, trainer.model)
         if not trainer.ctx.is_main_process:
             return
-        references = baseline_losses(trainer.data)
+        data = trainer.data
+        references = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
+        if data.nats_per_document is not None:  # every token after the first is a target once, also end-of-text
+            references["floor"] = data.nats_per_document * data.val.n_documents / (len(data.val) - 1)
         trainer.final_metrics = {"final_val_loss": model.val, "final_train_loss": model.train, **references}
         if state.step < config.train.steps:
             waited = f"no improvement for {state.evals_without_improvement} evaluations"
             print_line(f"stopped at step {state.step}: {waited} (--train.patience 0 trains on)")
-        print_line("\n" + table(model, last, references, trainer.data))
+        print_line("\n" + table(model, last, references, data))
         for line in advice(model, last, references, config, longest_copies(trainer)):
             print_line(line)
         folder = Path(config.run.dir)
-        title = escape_control_chars(f"{trainer.data.name}: {folder}")
+        title = escape_control_chars(f"{data.name}: {folder}")
         with report_failure(folder / "loss.png"):
             plot_loss(folder / "loss.png", read_metrics(folder / "metrics.jsonl"), references, title)
 
@@ -100,15 +103,6 @@ def load_best(trainer: Trainer) -> bool:
     trainer.model.load_state_dict(weights)
     trainer.state, trainer.sample_tokens = saved.state, None
     return True
-
-
-def baseline_losses(data: TokenizedCorpus) -> dict[str, float]:
-    """Losses in nats/token to compare the model's with; `floor` where the entropy of the corpus is known."""
-    losses = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
-    if data.nats_per_document is not None:
-        # Every token after the first is a target once, the end-of-text tokens included.
-        losses["floor"] = data.nats_per_document * data.val.n_documents / (len(data.val) - 1)
-    return losses
 
 
 def table(model: Losses, last: Losses, references: Mapping[str, float], data: TokenizedCorpus) -> str:

@@ -54,10 +54,8 @@ def open_run_dir(config: RunConfig, name: str) -> Iterator[RunConfig]:
 
 
 def is_restart(folder: Path) -> bool:
-    """Whether the folder holds the run of this same job, which torchrun has restarted; False if it is free.
-
-    Raises UserError if it holds another run (2), or checkpoints without a config (4), but for step 0's.
-    """
+    """Whether the folder holds the run of this same job, which torchrun has restarted; False if it is free. Raises UserError
+    if it holds another run (2), or checkpoints without a config (4), but for step 0's."""
     if os.path.exists(folder / CONFIG_FILE):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _lock_owner(folder)[1:] == [_job_name()]:
             return True

@@ -103,10 +103,7 @@ def get_callbacks(trainer: Trainer, checkpointer: Checkpointer, recorder: object
 
 
 def broadcast_config(config: RunConfig, ctx: DistContext) -> RunConfig:
-    """The config with the run folder of the main process.
-
-    Raises UserError if the processes were started with different configs (exit code 2).
-    """
+    """The config with the run folder of the main process. Raises UserError (2) if the processes have different configs."""
     folder, resume = json.loads(ctx.broadcast_str(json.dumps([config.run.dir, config.run.resume])))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume))
     ctx.check_same_everywhere("the configuration", f"torch {torch.__version__}\n{to_toml(config)}")
@@ -161,10 +158,8 @@ def maybe_compile(
 
 
 def check_resumable(config: RunConfig, saved: Checkpoint, data: TokenizedCorpus) -> None:
-    """Steps, learning rates, evaluation, memory and device may change on resuming; model, batches, seed and data not.
-
-    Raises UserError, naming the option that changed (exit code 2), or if the corpus changed (3).
-    """
+    """Steps, learning rates, evaluation, memory and device may change on resuming; raises UserError that names the option if
+    model, batches or seed changed (2), or the corpus (3)."""
     before, now = dataclasses.asdict(saved.config), dataclasses.asdict(config)
     fixed = [("model", key) for key in now["model"] if key != "attention"]
     fixed += [("run", "seed"), ("optim", "optimizer"), ("train", "batch_size"), ("log", "prompts")]

@@ -69,11 +69,6 @@ def check_token_count(n_samples: int, max_new_tokens: int) -> None:
         raise UserError(f"{total:,} tokens are too many: ask for at most {MAX_NEW_TOKENS:,} at once", DISK_OR_MEMORY)
 
 
-def make_generator(device: torch.device, seed: int) -> torch.Generator:
-    """The generator for sampling on a device; for mps on the CPU, since mps has no float64, which sampling needs."""
-    return torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)
-
-
 class StopFilter:
     """Passes text on up to the first of some stop texts; holds back what may be the beginning of one."""
 
@@ -136,7 +131,7 @@ def generate_texts(
     The log-probabilities are those of the model, before temperature, filters and penalty.
     """
     device = model.token_embedding.weight.device
-    generator = make_generator(device, seed)
+    generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)  # mps has no float64
     batch = torch.tensor(prompt, device=device).expand(len(texts), -1)
     for tokens, logits in generate_with_logits(model, batch, max_new_tokens, generator, params):
         logprobs = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].tolist()

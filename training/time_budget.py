@@ -16,7 +16,6 @@ import torch
 
 from common.errors import UserError
 from data.prepare import TokenizedCorpus, check_min_length
-from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import RunConfig, replace_options
 from training.device import DistContext, clock, measure_matmul_flops, resolve_attention, should_compile
@@ -100,14 +99,11 @@ def search(
         least = math.ceil(10 * minutes + missing / 6) / 10
         raise UserError(f"train.minutes is {minutes:g}, too short for {MIN_STEPS} steps: give at least {least}")
     length = f"about {minutes + missing / 60:.0f} min for {MIN_STEPS} steps" if missing else f"{minutes:g} min"
-    print_line(f"plan    {length} (--train.minutes for more or less): {describe_shape(model)}")
+    shape = f"the best model has {model.n_layers} layers and d_model {model.d_model}"
+    print_line(f"plan    {length} (--train.minutes for more or less): {shape}")
     compiled = should_compile(chosen.train, steps * flops[best], ctx.device)  # `Deadline` uses the time that it saves
     chosen = replace_options(chosen, {"train.compile": "on" if compiled else "off"})
     return plan_decay(chosen, 0, steps), Deadline(last_step + missing, most)
-
-
-def describe_shape(model: ModelConfig) -> str:
-    return f"the best model has {model.n_layers} layers and d_model {model.d_model}"
 
 
 def with_size(
@@ -124,8 +120,7 @@ def with_size(
 
 
 def estimate_speed(speeds: dict[int, list[float]], i: int, assumed: float) -> float:
-    """FLOP/s of the i-th size: the median of its rounds, or twice that of the nearest size, so that it
-    gets measured if it may be the best."""
+    """FLOP/s of the i-th size: the median of its rounds, or twice that of the nearest size, so that it is measured."""
     if not speeds:
         return assumed
     nearest = min(speeds, key=lambda k: abs(k - i))
@@ -169,10 +164,8 @@ def expected_loss(run: RunConfig, n_train: int) -> float:
 
 
 def measure_step(config: RunConfig, vocab_size: int, ctx: DistContext, seconds: float) -> float:
-    """Seconds of a training step, measured on random tokens for about `seconds`, without compiling.
-
-    A micro-batch that would take long is measured with fewer sequences and scaled.
-    """
+    """Seconds of a training step without compiling, measured on random tokens for about `seconds`; a micro-batch that would
+    take long is measured with fewer sequences and scaled."""
     model_config, context = resolve_attention(config.model, ctx.device, ctx.dtype), config.model.context
     sequence_flops = step_flops(config, vocab_size) / config.train.batch_size
     affordable = int(seconds / 4 * ASSUMED_MFU * measure_matmul_flops(ctx) / sequence_flops)

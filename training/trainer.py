@@ -242,9 +242,8 @@ class Trainer:
     def skip_step(self, loss: float, grad_norm: float) -> dict[str, Any]:
         """Drop a gradient that is not finite. Loss and norm are the same on every process, so all decide alike.
 
-        In fp16 a gradient may only have overflowed: its step is not counted, and the loss scale is halved, down to 1.
-
-        Raises UserError if no more steps may be skipped (exit code 5).
+        In fp16 a gradient may only have overflowed: its step is not counted, and the loss scale is halved, down to 1. Raises
+        UserError (5) if no more steps may be skipped.
         """
         state, train, seed = self.state, self.config.train, self.config.run.seed
         self.optimizer.zero_grad()
