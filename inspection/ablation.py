@@ -54,18 +54,24 @@ def ablated(model: GPT, heads: Iterable[Head], means: Float[Tensor, "L H D"] | N
         yield
 
 
-def mean_head_outputs(model: GPT, texts: Sequence[Sequence[int]]) -> Float[Tensor, "L H D"]:
-    """Each head's mean output over all positions of all texts, in the model's precision, on the CPU."""
+def mean_outputs(model: GPT, texts: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "L H D"], Float[Tensor, "L C"]]:
+    """The mean outputs of each head and of each MLP over all positions of all texts, in the model's precision, on the CPU."""
     with inference_mode(model) as model:
-        d_head = model.config.d_head
-        sums = torch.zeros(model.config.n_layers, model.config.n_heads * d_head, dtype=torch.float64)
+        L, H, D, C = model.config.n_layers, model.config.n_heads, model.config.d_head, model.config.d_model
+        heads, mlps = torch.zeros(L, H * D, dtype=torch.float64), torch.zeros(L, C, dtype=torch.float64)
         for batch in batches(model, texts):
             tokens = pad([texts[k] for k in batch])
             is_token = torch.arange(tokens.shape[1]) < torch.tensor([[len(texts[k])] for k in batch])
             for number, layer in enumerate(run_layers(model, tokens)):
-                sums[number] += layer.z.cpu()[is_token].double().sum(dim=0)
-    means = sums / sum(map(len, texts))
-    return means.unflatten(-1, (-1, d_head)).to(model.token_embedding.weight.dtype)
+                heads[number] += layer.z.cpu()[is_token].double().sum(dim=0)
+                mlps[number] += layer.mlp_out.cpu()[is_token].double().sum(dim=0)
+    total, dtype = sum(map(len, texts)), model.token_embedding.weight.dtype
+    return (heads / total).unflatten(-1, (H, D)).to(dtype), (mlps / total).to(dtype)
+
+
+def mean_head_outputs(model: GPT, texts: Sequence[Sequence[int]]) -> Float[Tensor, "L H D"]:
+    """Each head's mean output over all positions of all texts."""
+    return mean_outputs(model, texts)[0]
 
 
 def _logits(

@@ -10,6 +10,7 @@ import hashlib
 import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,35 @@ from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionRecord
 from inspection.page_data import PageRun, describe_scores, file_scores, finding_tables, numbers
 from inspection.page_encoding import Encoder, as_json
+from inspection.page_model import PageModel, encode_model
 from inspection.terminal import DISCLAIMER
 
 __all__ = ["PageRun", "write_page"]
 
-BUDGET = 5_000_000  # Bytes of a page, as long as leaving out steps can achieve it.
+PAGE_BYTES = 8_000_000  # of a page, as long as leaving out steps can achieve it
+MODEL_SHARE = 3 / 8  # of them for the weights of all steps
 MAX_BYTES = 40_000_000  # Bytes that no page exceeds; the beginnings of long texts are left out to achieve it.
 FULL_TEXTS = 2  # The first texts keep every step when steps of the other texts are left out.
+NO_MODEL = "The model is not in the page: to type your own text, run python attend.py serve RUN."
 WEB = Path(__file__).parent / "web"
-NAMES = ("dom", "colours", "data", "state", "attention", "text", "matrix", "grid", "timeline", "walkthrough", "main")
-SCRIPTS = [f"{name}.js" for name in NAMES]  # The JavaScript files in the order in which they run.
+NAMES = (
+    *(
+        "dom",
+        "colours",
+        "data",
+        "engine",
+        "tokenizer",
+        "backend",
+        "own",
+        "state",
+        "attention",
+        "text",
+        "matrix",
+        "grid",
+    ),
+    *("timeline", "walkthrough", "experiments", "lesson", "main"),
+)
+SCRIPTS = [f"{name}.js" for name in NAMES]  # in the order in which they run
 
 
 def write_page(
@@ -39,53 +59,69 @@ def write_page(
     findings: Mapping[str, Any] | None,
     ablations: AblationResults | None,
     title: str,
+    budget: int = PAGE_BYTES,
 ) -> list[str]:
-    """Write the page of a run, atomically. Returns notes on what was left out to keep the page small.
+    """`build_page` with the weights in the first run's folder; writes the file, atomically. Returns the notes.
+
+    Raises UserError as `build_page`, and if the file cannot be written (6).
+    """
+    model = encode_model(runs[0], int(budget * MODEL_SHARE))
+    page, notes = build_page(runs, findings, ablations, title, model, budget)
+    write_atomic(Path(path), [page])
+    return notes
+
+
+def build_page(
+    runs: Sequence[PageRun],
+    findings: Mapping[str, Any] | None,
+    ablations: AblationResults | None,
+    title: str,
+    model: PageModel = (None, []),
+    budget: int = PAGE_BYTES,
+) -> tuple[bytes, list[str]]:
+    """The page of a run, and notes on what was left out. Raises UserError (4) if there is nothing to show, or the findings are
+    malformed.
 
     Args:
         runs: the run to show, and optionally a second one to compare it with.
         findings: as in findings.json; its headline becomes the headline of the page.
         ablations: the effects of ablating heads of the first run.
-
-    Raises:
-        UserError: if there is nothing to show or the findings are malformed (exit code 4), or the file cannot be
-            written (6).
+        model: of the first run, to be run in the page or by a server.
+        budget: bytes of the page, as long as leaving out steps can achieve it.
     """
-    runs = [PageRun(run.label, [f for f in run.files if f.texts], run.evaluations) for run in runs]
-    runs = [run for run in runs if run.files]
-    if not runs:
+    kept = (replace(run, files=[f for f in run.files if f.texts]) for run in runs)
+    if not (runs := [run for run in kept if run.files]):
         raise UserError("no attention files with texts: there is nothing to show", CHECKPOINT)
     unsorted = dict.fromkeys(text.name for run in runs for file in run.files for text in file.texts)
     names = sorted(unsorted, key=lambda name: name != "sample")
     if ablations and any(e.shape != runs[0].shape for e in ablations.measures.values()):
         ablations = None  # of another model
-    table: dict[str, Any] = {
-        "title": escape_control_chars(title),
-        "texts": [escape_control_chars(name) for name in names],
-        "scores": describe_scores(runs, ablations),
-    }
+    table: dict[str, Any] = {"title": escape_control_chars(title), "model": model[0]}
+    table |= {"texts": list(map(escape_control_chars, names)), "scores": describe_scores(runs, ablations)}
     table |= finding_tables(findings, runs[0], table["scores"], names)
-    for every, tokens, limit in _contents(runs):
-        encoder, notes = Encoder(limit), _notes(runs, names, every, tokens)
+    model_bytes = len(as_json({"model": model[0]}))
+    for every, tokens, limit in _contents(runs, budget - model_bytes):
+        encoder, notes = Encoder(limit, model[1]), _notes(runs, names, every, tokens)
+        notes += [NO_MODEL] if runs[0].folder and not model[0] else []
         try:
             table["runs"] = [_run(run, names, every, tokens, encoder) for run in runs]
         except OverflowError:
             continue
-        page = _assemble(table | {"vocabulary": encoder.vocabulary(), "notes": notes})
-        if len(page) <= limit:
-            write_atomic(Path(path), [page])
-            return notes
+        vocabulary = encoder.vocabulary()
+        page = _assemble(table | {"vocabulary": vocabulary, "notes": notes})
+        if len(page) <= limit + model_bytes + len(as_json({"vocabulary": vocabulary})):
+            return page, notes
     raise UserError(f"the page would be larger than {MAX_BYTES:,} bytes; use fewer steps or texts", CHECKPOINT)
 
 
-def _contents(runs: Sequence[PageRun]) -> Iterator[tuple[int, int, int]]:
+def _contents(runs: Sequence[PageRun], budget: int) -> Iterator[tuple[int, int, int]]:
     """What a page may hold, fullest first: (every, tokens, bytes that it may take).
 
     Texts after the first keep every n-th step, or with 0 only the last; unless 1, queries, keys and values are those of
     the last step, in float16. Each text keeps its last `tokens` tokens without queries, keys and values, or with 0 all.
     """
     for every in (1, 2, 3, 4, 8, 0):
-        yield every, 0, BUDGET
+        yield every, 0, budget
     tokens = 0
     longest = max(len(text.tokens) for run in runs for file in run.files for text in file.texts)
     while tokens != 1:
@@ -158,6 +194,8 @@ def _assemble(table: Mapping[str, Any]) -> bytes:
     template, style, *scripts = ((WEB / name).read_text("utf-8") for name in ("page.html", "page.css", *SCRIPTS))
     script = '"use strict";\n' + "\n".join(scripts)
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
+    if table["model"] and "steps" in table["model"]:  # a server runs it
+        policy += "; connect-src 'self'"
     for name, source in (("script", script), ("style", style)):
         policy += f"; {name}-src 'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
     values = {

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class PageRun:
     label: str
     files: Sequence[AttentionFile]
     evaluations: Sequence[Mapping[str, Any]] = field(default=())
+    folder: Path | None = None  # of the run, whose weights the page holds too
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-DTYPES = {"float16": "<f2", "float32": "<f4", "uint32": "<u4"}
+DTYPES = {"int8": "i1", "float16": "<f2", "float32": "<f4", "uint32": "<u4"}
 JOINERS = "\u200c\u200d"  # Invisible characters that join letters or emoji.
 
 
 class Encoder:
-    """Encodes the arrays and tokens of one page, whose arrays take at most `limit` characters."""
+    """Encodes the arrays and tokens of one page, whose arrays take at most `limit` characters; tokens of `vocabulary` keep their
+    numbers in it."""
 
-    def __init__(self, limit: int) -> None:
-        self._token_ids: dict[bytes, int] = {}
+    def __init__(self, limit: int, vocabulary: Iterable[bytes] = ()) -> None:
+        self._tokens = list(vocabulary)
+        self._numbers = {token: k for k, token in enumerate(self._tokens)}
         self._left = limit
 
     def array(self, array: ArrayLike, dtype: str) -> list[str]:
@@ -36,11 +38,17 @@ class Encoder:
 
     def tokens(self, tokens: Iterable[bytes]) -> list[str]:
         """Tokens as an array of their numbers in the vocabulary of the page."""
-        return self.array([self._token_ids.setdefault(token, len(self._token_ids)) for token in tokens], "uint32")
+        numbers = []
+        for token in tokens:
+            if token not in self._numbers:
+                self._numbers[token] = len(self._tokens)
+                self._tokens.append(token)
+            numbers.append(self._numbers[token])
+        return self.array(numbers, "uint32")
 
     def vocabulary(self) -> list[list[str]]:
         """The pieces of each token."""
-        return [display_pieces(token) for token in self._token_ids]
+        return [display_pieces(token) for token in self._tokens]
 
 
 def display_pieces(token: bytes) -> list[str]:

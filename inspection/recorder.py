@@ -17,35 +17,42 @@ from common.errors import UserError, escape_control_chars
 from common.figures import report_failure
 from common.files import remove_temporary_files
 from inspection.ablation import loss_increases, run_ablations
+from inspection.ablation_results import AblationResults
 from inspection.activation_cache import run_with_cache_batch
-from inspection.antecedent_score import antecedent_scores
-from inspection.attention_file import AttentionRecord, read_attention_file, write_attention_file
+from inspection.antecedent_score import AntecedentScore, antecedent_scores
+from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
 from inspection.compute_scores import compute_head_scores, uniform_scores
 from inspection.eval_texts import OWN, EvalTexts
 from inspection.findings import compute_findings, describe_largest, headline, save_findings, text_finding
 from inspection.head_scores import ANTECEDENT
-from inspection.page_builder import PageRun, write_page
+from inspection.page_builder import MODEL_SHARE, PAGE_BYTES, PageRun, write_page
+from inspection.page_model import FOLDER, write_weights
 from inspection.plots import draw_figures
 from inspection.run_reader import RunFiles, find_attention_files
 from inspection.terminal import DISCLAIMER, token_text
 from model.gpt import GPT
 
 KEPT_BETWEEN = 32  # attention files between the first and the last one, at most
+SNAPSHOTS = 7  # of the weights before the last step, at most
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 60
 Example = dict[str, Any]
 """A token of a held-out text: `text` (its name), `position`, and `loss_increase` by ablating a head, in nats."""
 
 
-def keeps_attention(step: int, steps: int, eval_every: int) -> bool:
-    """Whether the evaluation at `step` of a run of `steps` writes an attention file.
-
-    The first and the last do, and at most `KEPT_BETWEEN` evenly spaced ones in between. Depends on the plan alone, so
-    that a resumed run keeps the same ones.
-    """
+def kept_steps(steps: int, eval_every: int) -> list[int]:
+    """The steps of a run of `steps` whose evaluations write an attention file: the first, the last, and at most `KEPT_BETWEEN`
+    evenly spaced ones in between. They depend on the plan alone, so that a resumed run keeps the same ones."""
     between = range(eval_every, steps, eval_every)
-    if step == 0 or step >= steps or len(between) <= KEPT_BETWEEN:
-        return True
-    return step in {between[k * (len(between) - 1) // (KEPT_BETWEEN - 1)] for k in range(KEPT_BETWEEN)}
+    if len(between) > KEPT_BETWEEN:
+        return [0, *(between[k * (len(between) - 1) // (KEPT_BETWEEN - 1)] for k in range(KEPT_BETWEEN)), steps]
+    return [0, *between, steps]
+
+
+def snapshot_steps(steps: int, eval_every: int) -> list[int]:
+    """The steps before the last whose weights are kept for the page: 0, and of `kept_steps` those nearest to halves, quarters,
+    ... of the run."""
+    kept = kept_steps(steps, eval_every)[:-1]
+    return [0, *(min(kept, key=lambda step: abs(step - steps / 2**k)) for k in range(1, SNAPSHOTS))]
 
 
 def capture_texts(
@@ -85,9 +92,10 @@ class AttentionRecorder:
             remove_temporary_files(folder)
         for name in ("ablations.json", "findings.json"):
             (self.folder / name).unlink(missing_ok=True)
-        for file_step, file in find_attention_files(self.folder).items():
-            if file_step > step:
-                file.unlink()
+        for folder in (self.folder, self.folder / FOLDER):
+            for file_step, file in find_attention_files(folder).items():
+                if file_step > step:
+                    file.unlink()
         if step and path.is_file():
             try:
                 self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
@@ -96,6 +104,7 @@ class AttentionRecorder:
         self.eval_texts.save(path)
         if step == 0:
             self.write(trainer.model, 0, trainer.provenance())
+            self.write_weights(trainer.model, 0, 8)
 
     def on_eval(self, trainer: Any, metrics: dict[str, Any]) -> None:
         """Add the head scores to the metrics, and write an attention file if the step is one of those to keep."""
@@ -105,8 +114,10 @@ class AttentionRecorder:
             name: [[float(str(value)) for value in row] for row in table.numpy()]  # the shortest decimals of a float32
             for name, table in scores.items()
         }
-        if keeps_attention(step, plan.steps, plan.eval_every):
+        if step >= plan.steps or step in kept_steps(plan.steps, plan.eval_every):
             self.write(trainer.model, step, trainer.provenance(), scores, trainer.sample_tokens or [])
+        if step in snapshot_steps(plan.steps, plan.eval_every):
+            self.write_weights(trainer.model, step, 8)
 
     def on_end(self, trainer: Any) -> None:
         """Ablate the heads, and write findings, figures and the page."""
@@ -136,6 +147,12 @@ class AttentionRecorder:
         records += capture_texts(model, self.eval_texts.recorded_texts(), self.token_bytes)
         scores = scores or compute_head_scores(model, self.eval_texts, self.token_bytes)
         write_attention_file(self.path(step), records, metadata, scores)
+
+    def write_weights(self, model: GPT, step: int, bits: int) -> None:
+        """Write the weights of a step for the page, unless they are too many for it."""
+        texts = self.eval_texts.scored_texts() or self.eval_texts.repeats
+        if texts and sum(parameter.numel() for parameter in model.parameters()) * bits / 8 <= MODEL_SHARE * PAGE_BYTES:
+            write_weights(self.folder / FOLDER / f"{step:06d}.safetensors", model, texts, bits)
 
     def report(self, model: GPT, step: int, weights_sha256: str) -> tuple[list[str], list[Path]]:
         """Ablate every head and write `ablations.json`, `findings.json`, figures and the page into the run folder.
@@ -171,16 +188,12 @@ class AttentionRecorder:
         save_findings(self.folder / "findings.json", findings, uniform=uniform, examples=examples, antecedents=named)
         if not last.texts:  # a context of one token, and no sample
             return [*lines, DISCLAIMER], []
-        if antecedents:
-            lines += ["", "contrast pairs"]
-        for score in antecedents:
-            effects = ablations.measures.get(f"logit_diff.{score.kind}")  # None for a single pair
-            largest = describe_largest(effects, score.head, last.scores.get(ANTECEDENT + score.kind)) if effects else ""
-            lines.append(f"  {score.summary}" + (f"; {largest}" if largest else ""))
+        lines += describe_pairs(antecedents, ablations, last)
         figures = draw_figures(run, self.run_dir, "png", step, guard=report_failure)
         page = self.run_dir / "attention.html"
-        page_run = PageRun(self.run_dir.name, files, evaluations)
-        write_page(page, [page_run], run.findings, ablations, self.run_dir.name)
+        self.write_weights(model, step, 16)
+        page_run = PageRun(self.run_dir.name, files, evaluations, self.run_dir)
+        write_page(page, [page_run], run.findings, ablations, page_run.label)
         return [*lines, DISCLAIMER], [*figures, page]
 
     def find_examples(self, model: GPT, head: tuple[int, int]) -> list[Example]:
@@ -197,3 +210,13 @@ class AttentionRecorder:
         *before, token = map(self.token_bytes, tokens)
         text = token_text(b"".join(before), " ")[-EXAMPLE_CHARACTERS:] if any(before) else ""
         return f"  {text}[{token_text(token, ' ')}]  +{example['loss_increase']:.2f} nats ({example['text']})"
+
+
+def describe_pairs(scores: Sequence[AntecedentScore], ablations: AblationResults, file: AttentionFile) -> list[str]:
+    """A line for each kind of contrast pair, below a title."""
+    lines = ["", "contrast pairs"] if scores else []
+    for score in scores:
+        effects = ablations.measures.get(f"logit_diff.{score.kind}")  # None for a single pair
+        largest = describe_largest(effects, score.head, file.scores.get(ANTECEDENT + score.kind)) if effects else ""
+        lines.append(f"  {score.summary}" + (f"; {largest}" if largest else ""))
+    return lines

@@ -22,6 +22,7 @@ class Page(RunOptions):
 
     against: str = ""  # Another run to compare with.
     out: str = ""  # The file to write; by default attention.html in the run folder.
+    megabytes: float = 8.0  # Size of the page: earlier steps are left out where it would be larger.
 
     def result(self, context: Context) -> Result:
         """Build the page and list what it holds."""
@@ -30,8 +31,8 @@ class Page(RunOptions):
         runs = [RunFiles.open(name) for name in (self.run, self.against) if name]
         first = runs[0]
         path = Path(self.out) if self.out else first.base_folder / "attention.html"
-        pages = [PageRun(str(run.folder), *run.history(run.reported_step)) for run in runs]
-        notes = write_page(path, pages, first.findings, first.ablation, str(first.folder))
+        pages = [PageRun(str(run.folder), *run.history(run.reported_step), run.folder) for run in runs]
+        notes = write_page(path, pages, first.findings, first.ablation, str(first.folder), int(1e6 * self.megabytes))
         return Result([f"page  {path}  {path.stat().st_size / 1e6:.1f} MB", *notes])
 
 

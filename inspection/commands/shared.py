@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionFile
+from inspection.loaded_model import LoadedModel
 from inspection.terminal import head_name
 
-if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
-    from model.gpt import GPT
-
 HEAD = r"L\d{1,6}H\d{1,6}"
-LEAST = {"step": -1, "against": -1, "position": -1, "seed": 0, "top": 1, "tokens": 1}  # -1 is a default
+LEAST = {"step": -1, "against": -1, "position": -1, "seed": 0, "top": 1, "tokens": 1, "port": 0}  # -1 is a default
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,6 @@ class Result:
     lines: list[str]
     data: dict[str, Any] = field(default_factory=dict)  # For `--json`.
     ok: bool = True  # False if a check failed: the result is printed, then the exit code is 4.
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """The model of a checkpoint, with what an attention file records about it."""
-
-    model: GPT
-    step: int
-    metadata: Mapping[str, str]
-    tokenizer: Tokenizer
-    encode: Callable[[str], list[int]]  # Text -> tokens, after end-of-text if the training documents began with it.
-
-    @property
-    def token_bytes(self) -> Callable[[int], bytes]:
-        """The bytes of a token id."""
-        return self.tokenizer.token_bytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ function comparedWith() {
 }
 
 // The parts of the state that decide which patterns are loaded.
-const viewKey = (text = state.text) => [text, state.step, state.layer, state.compare].join(" ");
+function viewKey(text = state.text) {
+  const own = text === OWN ? [state.query, state.off, state.mode, state.own] : [];
+  return [text, state.step, state.layer, state.compare, ...own].join(" ");
+}
 
 async function loadView(text = state.text) {
   const { layer, step } = state;

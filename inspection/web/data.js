@@ -5,6 +5,7 @@ const run = page.runs[0];
 const secondRun = page.runs[1] || null;
 
 const DECODERS = {
+  int8: (buffer) => new Int8Array(buffer),
   float32: (buffer) => new Float32Array(buffer),
   uint32: (buffer) => new Uint32Array(buffer),
   float16: (buffer) => Float32Array.from(new Float16Array(buffer)),
@@ -21,6 +22,7 @@ const storedText = (run, step, text) => page.runs[run].steps[step].texts[text];
 
 // The index of the stored step nearest to the given one at which the run has this text; -1 if it never has.
 function nearestStep(run, step, text) {
+  if (text === OWN) return run === 0 ? snapshotStep(step) : -1;
   const stored = range(page.runs[run].steps.length).filter((k) => storedText(run, k, text));
   return nearest(stored, (k) => Math.abs(k - step)) ?? -1;
 }
@@ -29,6 +31,7 @@ function nearestStep(run, step, text) {
 async function loadText(run, wantedStep, text, layer) {
   const step = nearestStep(run, wantedStep, text);
   if (step < 0) return null;
+  if (text === OWN) return loadOwn(step, layer);
   const { length: T, first, arrays, layers } = storedText(run, step, text);
   const encoded = Object.entries({ ...arrays, ...layers[layer] });
   const decoded = await Promise.all(encoded.map(async ([name, array]) => [name, await decode(array)]));

@@ -54,6 +54,7 @@ function drawGrid() {
     if (grid.drawn !== drawn) drawCell(grid.cells[k], { layer, head });
     const selected = layer === state.layer && head === state.head;
     grid.cells[k].ariaSelected = selected;
+    grid.cells[k].classList.toggle("off", state.text === OWN && namesOff().includes(headName(layer, head)));
     grid.cells[k].tabIndex = selected ? 0 : -1;
   });
   grid.drawn = drawn;

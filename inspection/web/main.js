@@ -11,12 +11,14 @@ async function change(changes, scroll = true) {
     if (changes.compare && changes.text === undefined && !loaded.other) loaded = await loadComparable() ?? loaded;
     if (request !== requests) return; // the state changed again meanwhile
     view = loaded;
+    if (state.text === OWN) state.query = view.shown;
+    view.key = viewKey();
     if (view.text !== state.text) Object.assign(state, { text: view.text, query: -1, key: -1 });
   }
-  if (state.query < 0) state.query = initialQuery();
+  if (state.query < 0 || state.query === Infinity) state.query = view.shown ?? initialQuery();
   state.query = Math.min(state.query, view.T - 1);
   if (state.key > state.query) state.key = -1;
-  for (const draw of [drawControls, drawText, drawQuery, drawMatrix, drawGrid, drawTimeline]) draw();
+  for (const draw of [drawControls, drawText, drawQuery, drawMatrix, drawGrid, drawTimeline, drawExperiments, drawLesson]) draw();
   if (scroll) scrollToQuery();
   root.dataset.drawn = stateToHash();
   const later = (action, milliseconds) => setTimeout(() => request === requests && action(), milliseconds);
@@ -29,10 +31,13 @@ const hasAddress = location.protocol !== "about:"; // a notebook's frame has non
 const updateAddress = () => hasAddress && location.hash !== stateToHash() && history.replaceState(null, "", stateToHash());
 const announce = () => { byId("live").textContent = spokenSummary(); };
 
-const controls = document.querySelectorAll("select, input"); // the name of each is that of its part of the state
+const controls = document.querySelectorAll("[name]:not(meta)"); // the name of each is that of its part of the state
 
 function drawControls() {
-  for (const control of controls) control[control.type === "checkbox" ? "checked" : "value"] = state[control.name];
+  for (const control of controls) {
+    const property = control.type === "checkbox" ? "checked" : "value";
+    if (control[property] !== state[control.name]) control[property] = state[control.name]; // keeps the cursor in a text
+  }
   const [wanted, shown] = [stepNumber(state.step), stepNumber(view.step)];
   byId("step").setAttribute("aria-valuetext", `step ${wanted}`);
   byId("step-number").textContent = wanted.toLocaleString("en");
@@ -82,6 +87,8 @@ const KEYS = {
   v: () => change({ value_weighted: !state.value_weighted }),
   c: () => change({ compare: state.compare ? "" : secondRun ? "run" : String(stepNumber(0)) }),
   d: downloadMatrix,
+  x: () => page.model && toggle(headName(state.layer, state.head)),
+  m: () => page.model && toggle(mlpName(state.layer)),
   "?": () => byId("help").showModal(),
 };
 const FIELD_KEYS = /^(Arrow.*|Enter|Home|End)$/;
@@ -89,6 +96,7 @@ const FIELD_KEYS = /^(Arrow.*|Enter|Home|End)$/;
 function onKey(event) {
   const { target, key } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
+  if (target.closest("textarea, input[type=number]")) return;
   if (FIELD_KEYS.test(key) && target.closest("select, input[type=range], button, .scroll")) return;
   const action = ARROWS[key] ? () => moveByArrow(target, ARROWS[key]) : KEYS[key];
   if (!action) return;
@@ -102,10 +110,12 @@ function onClick({ target }) {
   const element = target.closest("[data-change], [data-press]");
   if (element?.dataset.press) KEYS[element.dataset.press]();
   else if (element) change(JSON.parse(element.dataset.change));
+  else onExperiment(target);
 }
 
 function onInput({ target: { type, name, value, checked } }) {
   if (type === "checkbox") return change({ [name]: checked });
+  if (name === "own") return change({ text: OWN, own: value, query: Infinity, key: -1, pinned: false });
   if (name === "text") return change({ text: Number(value), query: -1, key: -1, pinned: false });
   return change({ [name]: name === "step" ? Number(value) : value });
 }
@@ -174,7 +184,7 @@ function fillPage() {
 async function start() {
   fillPage();
   listen();
-  await change(stateFromHash(location.hash));
+  await change(stateFromHash(location.hash || (page.hash ?? "")));
   root.dataset.ready = true;
 }
 

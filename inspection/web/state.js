@@ -15,7 +15,8 @@ function stateFromHash(hash) {
   const step = stepIndex(choose("step", steps, steps.at(-1)));
   const texts = page.texts.filter((_, k) => nearestStep(0, 0, k) >= 0);
   const text = page.texts.indexOf(choose("text", texts, page.texts[run.steps.at(-1).texts.findIndex(Boolean)]));
-  const { length: T } = storedText(0, nearestStep(0, step, text), text);
+  const T = text === OWN ? page.model.config.context : storedText(0, nearestStep(0, step, text), text).length;
+  const isName = (name) => page.model && /^L\d{1,3}(H\d{1,3}| MLP)$/.test(name);
   const query = integerBelow(params.get("query"), T); // -1: choose one
   return {
     text,
@@ -27,13 +28,17 @@ function stateFromHash(hash) {
     value_weighted: params.get("value_weighted") === "1",
     compare: choose("compare", secondRun ? ["run", ...steps] : steps, ""), // a step, the second run, or ""
     pinned: params.get("pinned") === "1",
+    own: params.get("own") ?? page.model?.text ?? "", // the own text
+    off: (params.get("off") ?? "").split(",").filter(isName).join(","), // heads and MLPs that are switched off in it
+    mode: choose("mode", ["zero", "mean"], "zero"),
   };
 }
 
 function stateToHash() {
-  const { layer, head, text, step, query, key, ...others } = state;
+  const { layer, head, text, step, query, key, own, off, mode, ...others } = state;
   const named = { text: page.texts[text], step: stepNumber(step), head: headName(layer, head), query };
   if (key >= 0) named.key = key;
+  if (text === OWN) Object.assign(named, { own }, off && { off, mode });
   const set = Object.entries(others).filter(([, value]) => value); // neither "" nor false
   return `#${new URLSearchParams([...Object.entries(named), ...set])}`.replaceAll("=true", "=1");
 }

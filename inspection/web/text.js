@@ -81,7 +81,7 @@ function drawQuery() {
   const list = (id, rows, absent) =>
     byId(id).replaceChildren(...(rows.length ? rows : [create("li", { class: "absent" }, absent)]));
   list("attends-to", attentionRows(), comparing() ? "no difference" : "nothing");
-  list("predictions", predictionRows(), "not stored in this file");
+  list("predictions", state.text === OWN ? ownPredictionRows() : predictionRows(), "not stored in this file");
 }
 
 // The nearest token in the line above (-1) or below (+1).

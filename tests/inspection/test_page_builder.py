@@ -100,13 +100,13 @@ def test_ablation_labels_come_from_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share, expected", [(0.6, "for one step in 2"), (0.45, "only for the last step")])
-def test_size_budget(share: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_budget(share: float, expected: str, tmp_path: Path) -> None:
     texts = [[example_run.record(f"text {k}", example_run.WORDS, 7 * s + k, True) for k in range(4)] for s in range(8)]
     files = [AttentionFile(texts[step], {"step": str(step)}) for step in range(8)]
-    monkeypatch.setattr(page_builder, "BUDGET", int(Page(tmp_path, files).bytes * share))
-    page = Page(tmp_path, files)
+    budget = int(Page(tmp_path, files).bytes * share)
+    page = Page(tmp_path, files, budget=budget)
     assert expected in " ".join(page.notes) and page.table["notes"] == page.notes
-    assert page.bytes <= page_builder.BUDGET
+    assert page.bytes <= budget
     assert all(page.steps[7]["texts"]) and all(all(step["texts"][:2]) for step in page.steps)
     assert page.steps[7]["texts"][0]["layers"][0]["queries"][0] == "float16"
 
@@ -114,9 +114,8 @@ def test_size_budget(share: float, expected: str, tmp_path: Path, monkeypatch: p
 def test_long_texts_are_cut_to_the_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = example_run.record("long", [bytes([65 + k % 20]) for k in range(150)], 1, True, (6, 5))
     files = [AttentionFile([text], {"step": "1"})]
-    monkeypatch.setattr(page_builder, "BUDGET", 0)
     monkeypatch.setattr(page_builder, "MAX_BYTES", Page(tmp_path, files).bytes // 4)
-    page = Page(tmp_path, files)
+    page = Page(tmp_path, files, budget=0)
     entry = page.steps[0]["texts"][0]
     kept = entry["length"]
     assert page.bytes <= page_builder.MAX_BYTES and 1 < kept < 150 and entry["first"] == 150 - kept
@@ -125,7 +124,7 @@ def test_long_texts_are_cut_to_the_maximum_size(tmp_path: Path, monkeypatch: pyt
     assert_equal(entry["layers"][0]["pattern"], expected[:, *np.tril_indices(kept)])
     monkeypatch.setattr(page_builder, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="larger than 1,000 bytes"):
-        Page(tmp_path, files)
+        Page(tmp_path, files, budget=0)
 
 
 def test_only_our_own_code_runs(tmp_path: Path) -> None:

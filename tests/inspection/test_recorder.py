@@ -15,7 +15,7 @@ from inspection.attention_file import read_attention_file
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_texts import EvalTexts
 from inspection.page_data import PageRun, finding_tables
-from inspection.recorder import KEPT_BETWEEN, AttentionRecorder, keeps_attention
+from inspection.recorder import KEPT_BETWEEN, AttentionRecorder, kept_steps, snapshot_steps
 from model.gpt import GPT
 from tests.inspection.handmade import handmade, repeats
 
@@ -64,7 +64,7 @@ def model_of(step: int) -> GPT:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "attention").iterdir())}
+    return {path.name: path.read_bytes() for path in sorted((folder / "attention").rglob("*.*"))}
 
 
 def test_run_writes_files_metrics_and_report(tmp_path: Path) -> None:
@@ -104,7 +104,10 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("steps", "eval_every"), [(330, 10), (340, 10), (1000, 7), (5, 9)])
 def test_attention_files_are_thinned_evenly(steps: int, eval_every: int) -> None:
     evaluations = [0, *range(eval_every, steps, eval_every), steps]
-    kept = [step for step in evaluations if keeps_attention(step, steps, eval_every)]
+    kept = kept_steps(steps, eval_every)
+    assert {*snapshot_steps(steps, eval_every)} <= {*kept[:-1]} <= {*evaluations} and 0 in snapshot_steps(
+        steps, eval_every
+    )
     assert kept[0] == 0 and kept[-1] == steps and len(kept) == min(len(evaluations), KEPT_BETWEEN + 2)
     if len(kept) > 3:
         gaps = np.diff(kept[1:-1]) // eval_every

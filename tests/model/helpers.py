@@ -32,9 +32,11 @@ SHAPES = {
 }
 
 
-def random_model(preset: str, attention: Any = "eager", seed: int = 1, **changes: Any) -> gpt.GPT:
+def random_model(
+    preset: str, attention: Any = "eager", seed: int = 1, vocab_size: int = VOCAB, **changes: Any
+) -> gpt.GPT:
     """A model in eval mode whose every parameter is random, large enough for attention far from uniform."""
-    model = gpt.GPT(replace(SHAPES[preset], attention=attention, **changes), VOCAB)
+    model = gpt.GPT(replace(SHAPES[preset], attention=attention, **changes), vocab_size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

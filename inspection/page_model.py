@@ -1,0 +1,104 @@
+"""The model inside of a page: weights that training keeps of some steps, and what `web/engine.js` needs to run them.
+
+`attention/weights/000540.safetensors` holds the parameters by name, and what ablation puts in place of heads and MLPs:
+`means.heads` (L, H D) and `means.mlps` (L, C), means over held-out texts. Weights are f16, or int8 with `NAME.scale`, f32, of
+each row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+
+from common.files import read_json, reading, write_atomic
+from inspection.page_data import PageRun
+from inspection.page_encoding import Encoder
+from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from inspection.loaded_model import LoadedModel
+    from model.gpt import GPT
+
+FOLDER = "weights"
+SIZES = "n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "context"
+PageModel = tuple[dict[str, Any] | None, list[bytes]]  # a table for the page, and the vocabulary
+
+
+def write_weights(path: Path, model: GPT, texts: Sequence[Sequence[int]], bits: int) -> None:
+    """Write the parameters with 8 or 16 bits, and the means over texts; raises UserError (exit code 6) if that fails."""
+    from inspection.ablation import mean_outputs
+
+    heads, mlps = mean_outputs(model, texts)
+    arrays: dict[str, NDArray[Any]] = {"means.heads": heads.flatten(1).numpy(), "means.mlps": mlps.numpy()}
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach().float().cpu().numpy()
+        if bits == 8 and weight.ndim == 2:
+            scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / 127
+            arrays |= {
+                name: np.rint(weight / scale[:, None]).astype(np.int8),
+                f"{name}.scale": scale.astype(np.float32),
+            }
+        else:
+            arrays[name] = weight.clip(-65504, 65504).astype(np.float16)
+    write_atomic(path, [save(arrays)])
+
+
+def encode_model(run: PageRun, limit: int) -> PageModel:
+    """The model of a run, with the weights of as many steps as fit into `limit` characters: those of the last step, of step 0,
+    then the newest. None if not even the first fit, or the run has none, or has a tokenizer that `web/tokenizer.js` does not
+    know."""
+    steps, folder = run.steps, run.folder
+    if folder is None or not (saved := sorted(folder.glob("checkpoints/*/state.json"))):
+        return None, []
+    with reading(saved[-1].parent, "checkpoint"):
+        tokenizer = read_json(saved[-1].with_name("vocabulary.json"))
+        starts_with_eot = bool(read_json(saved[-1])["environment"]["starts_with_eot"])
+    encoder, snapshots = Encoder(limit), list[dict[str, Any]]()
+    for step in dict.fromkeys([steps[-1], steps[0], *reversed(steps)]):
+        if (path := folder / "attention" / FOLDER / f"{step:06d}.safetensors").is_file():
+            with reading(path, "file of weights", "delete it"):
+                arrays = load_file(path)
+            try:
+                weights = {name: encoder.array(array, array.dtype.name) for name, array in arrays.items()}
+            except OverflowError:
+                break
+            snapshots.append({"step": step, "weights": weights})
+    vocabulary = _vocabulary(tokenizer)
+    if not snapshots or snapshots[0]["step"] != steps[-1] or not vocabulary:
+        return None, []
+    end, last = len(vocabulary) - 1, run.files[-1]
+    text = b"".join(last.texts[-1].token_bytes).decode("utf-8", "replace")
+    table = _describe(ModelConfig(**json.loads(last.metadata["config"])), end, [end] if starts_with_eot else [], text)
+    return {**table, "vocab_size": len(vocabulary), "tokenizer": tokenizer, "snapshots": snapshots}, vocabulary
+
+
+def describe_model(loaded: LoadedModel, steps: Sequence[int], text: str) -> PageModel:
+    """A model that a server runs at `steps`; `text` is the first that is shown."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prefix = loaded.encode("a")[: -len(tokenizer.encode("a"))]
+    table = _describe(model.config, tokenizer.end_of_text, prefix, text) | {"vocab_size": model.vocab_size}
+    return {**table, "steps": list(steps)}, [loaded.token_bytes(token) for token in range(model.vocab_size)]
+
+
+def _describe(config: ModelConfig, end_of_text: int, prefix: Sequence[int], text: str) -> dict[str, Any]:
+    """What is the same whoever runs the model; `prefix` are the tokens before each text."""
+    sizes = {name: getattr(config, name) for name in SIZES} | asdict(config.architecture)
+    return {"config": sizes, "end_of_text": end_of_text, "prefix": list(prefix), "text": text}
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> list[bytes]:
+    """The bytes of each token; empty for another kind of tokenizer."""
+    match tokenizer["kind"]:
+        case "char":
+            return [*(character.encode() for character in tokenizer["characters"]), b""]
+        case "byte" | "bpe":
+            merged = [token.encode("latin-1") for token in tokenizer.get("merged", ())]
+            return [*(bytes([byte]) for byte in range(256)), *merged, b""]
+    return []

@@ -1,0 +1,112 @@
+// Who runs the model: the engine in this page, or the server that sent it (`attend.py serve`). Both have
+//   steps: the training steps whose weights there are
+//   encode(text), decode(ids): token ids of a text, and back
+//   run({ step, ids, off, layer, query }): what the model computes on the tokens. `off` names heads and MLPs that are
+//     switched off, such as { L1H3: "zero", "L0 MLP": "mean" }. Always `logits` (V) after the query, and `lens`: the most likely
+//     token there from the residual stream before each layer and after the last. With a layer >= 0 also that layer's `pattern`,
+//     `queries`, `keys`, `values`, `value_norms`, `attn_out`, and `loss`, `top_tokens`, `top_probs` of every token, as
+//     `_text` in page_builder.py has them.
+
+function engineBackend({ config, vocab_size, tokenizer, snapshots }) {
+  const [encode, bytesOf] = createTokenizer(tokenizer);
+  const decoder = new TextDecoder();
+  const models = new Map(snapshots.map(({ step, weights }) => [step, decodeModel(config, vocab_size, weights)]));
+  return {
+    steps: snapshots.map(({ step }) => step),
+    encode,
+    decode: (ids) => decoder.decode(Uint8Array.from(ids.flatMap((id) => Array.from(bytesOf(id))))),
+    async run({ step, ids, off, layer, query }) {
+      const model = await models.get(step)();
+      const cache = runModel(model, off === null ? model.whole : model.ablated, ids, off ?? {});
+      const lens = cache.stream.map((x) => largest(unembed(model, rowAt(x, config.d_model, query))));
+      const logits = rowAt(cache.logits, vocab_size, query).slice();
+      return { logits, lens, ...(layer >= 0 ? layerArrays(model, cache, layer) : {}) };
+    },
+  };
+}
+
+function serverBackend({ steps }) {
+  const post = async (name, body) => {
+    const response = await fetch(name, { method: "POST", body: JSON.stringify(body) });
+    if (!response.ok) throw new Error(await response.text());
+    return response.json();
+  };
+  return {
+    steps,
+    encode: (text) => post("encode", { text }),
+    decode: (ids) => post("decode", { ids }),
+    async run(request) {
+      const entries = Object.entries(await post("run", request));
+      return Object.fromEntries(await Promise.all(entries.map(async ([name, array]) => [name, await decode(array)])));
+    },
+  };
+}
+
+const rowAt = (values, width, row) => values.subarray(row * width, (row + 1) * width);
+const largest = (values) => values.reduce((best, value, k) => (value > values[best] ? k : best), 0);
+
+// A function that returns the model, whose weights are decoded once. It has a cache for the whole model, and one for the model
+// with something switched off.
+function decodeModel(config, vocab_size, encoded) {
+  let model = null;
+  return async () => {
+    if (model) return model;
+    const entries = Object.entries(encoded).map(async ([name, array]) => [name, await decode(array)]);
+    const [arrays, weights] = [Object.fromEntries(await Promise.all(entries)), {}];
+    for (const [name, values] of Object.entries(arrays)) {
+      const scale = arrays[`${name}.scale`];
+      const K = scale && values.length / scale.length;
+      weights[name] = scale ? Float32Array.from(values, (value, k) => value * scale[Math.floor(k / K)]) : values;
+    }
+    const byLayer = (values) => range(config.n_layers).map((l) => rowAt(values, values.length / config.n_layers, l));
+    const means = { heads: byLayer(weights["means.heads"]), mlps: byLayer(weights["means.mlps"]) };
+    model = { config, vocab_size, weights, means };
+    return Object.assign(model, { whole: createCache(model), ablated: createCache(model) });
+  };
+}
+
+// What the page shows of one layer, and of every token.
+function layerArrays({ config, weights, vocab_size: V }, cache, layer) {
+  const { n_heads: H, n_kv_heads: G, d_head: D, d_model: C } = config;
+  const [T, kept] = [cache.tokens.length, cache.layers[layer]];
+  const byHead = (values, heads) => { // (T, heads, D) to (H, T, D), shared heads repeated
+    const result = new Float32Array(H * T * D);
+    range(H * T).forEach((row) => {
+      const [h, t] = [Math.floor(row / T), row % T];
+      result.set(rowAt(values, D, t * heads + Math.floor((h * heads) / H)), row * D);
+    });
+    return result;
+  };
+  const cells = (T * (T + 1)) / 2;
+  const [pattern, values] = [new Float32Array(H * cells), byHead(kept.values, G)];
+  kept.patterns.forEach((rows, h) => pattern.set(rows.subarray(0, cells), h * cells));
+  const probabilities = range(T).map((t) => softmax(Float64Array.from(rowAt(cache.logits, V, t))));
+  const top = probabilities.flatMap((p) => likely(p));
+  return {
+    pattern, values, queries: byHead(kept.queries, H), keys: byHead(kept.keys, G), attn_out: kept.attention.slice(0, T * C),
+    value_norms: valueNorms(values, weights[`blocks.${layer}.attention.out.weight`], config, T),
+    loss: Float32Array.from(probabilities, (_, t) => (t ? -Math.log(probabilities[t - 1][cache.tokens[t]]) : NaN)),
+    top_tokens: Uint32Array.from(top),
+    top_probs: Float32Array.from(top, (token, k) => probabilities[Math.floor((k * T) / top.length)][token]),
+  };
+}
+
+// |v_j W_O| of each head, (H, T) (Kobayashi et al. 2020, section 3).
+function valueNorms(values, W_O, { n_heads: H, d_head: D, d_model: C }, T) {
+  return Float32Array.from(range(H * T), (row) => {
+    const h = Math.floor(row / T);
+    const total = range(C).reduce((squares, c) => squares + dotAt(W_O, (c * H + h) * D, values, row * D, D) ** 2, 0);
+    return Math.sqrt(total);
+  });
+}
+
+// The indices of the five largest of some values, the largest first.
+function likely(values, count = 5) {
+  const best = [];
+  values.forEach((value, k) => {
+    if (best.length === count && value <= values[best[count - 1]]) return;
+    best.splice(best.findLastIndex((other) => values[other] >= value) + 1, 0, k);
+    best.length = Math.min(best.length, count);
+  });
+  return best;
+}

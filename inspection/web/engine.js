@@ -1,0 +1,233 @@
+// The forward pass of the model, one function an operation, in the order and with the names of model/functional.py and
+// model/gpt.py. An array of T rows of C numbers is a Float32Array with x[t * C + c].
+// Shapes: T new positions, S all positions so far, C model width, H heads, G key/value heads, D head size, V vocabulary.
+
+// functional.py
+
+// x Wᵀ + b, (T, K) -> (T, N), with W (N, K) as in nn.Linear.
+function linear(x, { weight, bias }, N) {
+  const K = weight.length / N;
+  const y = new Float32Array((x.length / K) * N);
+  for (let start = 0, out = 0; start < x.length; start += K) {
+    for (let n = 0, at = 0; n < N; n++, at += K) y[out++] = dotAt(weight, at, x, start, K) + (bias ? bias[n] : 0);
+  }
+  return y;
+}
+
+// The dot product of `length` numbers of a and b, in four sums, which is faster than in one.
+function dotAt(a, i, b, j, length) {
+  let [s0, s1, s2, s3] = [0, 0, 0, 0];
+  const even = length & ~3;
+  for (let k = 0; k < even; k += 4) {
+    s0 += a[i + k] * b[j + k];
+    s1 += a[i + k + 1] * b[j + k + 1];
+    s2 += a[i + k + 2] * b[j + k + 2];
+    s3 += a[i + k + 3] * b[j + k + 3];
+  }
+  for (let k = even; k < length; k++) s0 += a[i + k] * b[j + k];
+  return s0 + s1 + s2 + s3;
+}
+
+// Layer normalization of each row (Ba et al. 2016, equation 4).
+function layerNorm(x, { weight, bias }, eps) {
+  return mapRows(x, weight.length, (row) => {
+    const mean = sum(row) / row.length;
+    const scale = 1 / Math.sqrt(row.reduce((total, value) => total + (value - mean) ** 2, 0) / row.length + eps);
+    return row.map((value, c) => (value - mean) * scale * weight[c] + (bias ? bias[c] : 0));
+  });
+}
+
+// Root mean square normalization of each row (Zhang & Sennrich 2019, equation 4).
+function rmsNorm(x, { weight }, eps) {
+  return mapRows(x, weight.length, (row) => {
+    const scale = 1 / Math.sqrt(dotAt(row, 0, row, 0, row.length) / row.length + eps);
+    return row.map((value, c) => value * scale * weight[c]);
+  });
+}
+
+function mapRows(x, C, f) {
+  const y = new Float32Array(x.length);
+  for (let start = 0; start < x.length; start += C) y.set(f(x.subarray(start, start + C)), start);
+  return y;
+}
+
+// Rotate each pair (x_i, x_{i + D/2}) of each head by position * theta^(-2i/D) (Su et al. 2021, equation 15).
+function applyRope(x, heads, D, start, theta) {
+  const [y, half] = [new Float32Array(x.length), D / 2];
+  for (let at = 0; at < x.length; at += D) {
+    const position = start + Math.floor(at / (heads * D));
+    for (let i = 0; i < half; i++) {
+      const angle = position * theta ** ((-2 * i) / D);
+      const [cos, sin, a, b] = [Math.cos(angle), Math.sin(angle), x[at + i], x[at + half + i]];
+      y[at + i] = a * cos - b * sin;
+      y[at + half + i] = b * cos + a * sin;
+    }
+  }
+  return y;
+}
+
+// softmax(qKᵀ / √D) of one query over keys 0 to its own position: later ones are masked (Vaswani et al. 2017, equation 1).
+function attentionPattern(q, qAt, keys, kAt, kStride, D, position) {
+  const scores = new Float64Array(position + 1);
+  for (let j = 0; j <= position; j++) scores[j] = dotAt(q, qAt, keys, kAt + j * kStride, D) / Math.sqrt(D);
+  return softmax(scores);
+}
+
+function softmax(scores) {
+  const max = scores.reduce((a, b) => Math.max(a, b));
+  const exps = scores.map((score) => Math.exp(score - max));
+  const total = sum(exps);
+  return exps.map((value) => value / total);
+}
+
+const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
+const relu2 = (x) => Math.max(0, x) ** 2;
+const silu = (x) => x / (1 + Math.exp(-x));
+
+// gpt.py
+
+const modules = (weights, name) => ({ weight: weights[`${name}.weight`], bias: weights[`${name}.bias`] });
+
+function norm(config, weights, name, x) {
+  if (config.norm === "none") return x;
+  return (config.norm === "rms" ? rmsNorm : layerNorm)(x, modules(weights, name), config.norm_eps);
+}
+
+// Queries, keys and values of each head, with QK norm and rotary embeddings where the preset has them.
+function project(config, weights, name, x, start) {
+  const { n_heads: H, n_kv_heads: G, d_head: D } = config;
+  const N = (H + 2 * G) * D;
+  const qkv = linear(x, modules(weights, `${name}.qkv`), N);
+  const columns = (from, to) => {
+    const part = new Float32Array((qkv.length / N) * (to - from) * D);
+    for (let row = 0, at = 0; row < qkv.length; row += N, at += (to - from) * D) part.set(qkv.subarray(row + from * D, row + to * D), at);
+    return part;
+  };
+  let [q, k] = [columns(0, H), columns(H, H + G)];
+  if (config.qk_norm) {
+    q = rmsNorm(q, modules(weights, `${name}.q_norm`), config.norm_eps);
+    k = rmsNorm(k, modules(weights, `${name}.k_norm`), config.norm_eps);
+  }
+  if (config.positions === "rotary") {
+    q = applyRope(q, H, D, start, config.rope_theta);
+    k = applyRope(k, G, D, start, config.rope_theta);
+  }
+  return [q, k, columns(H + G, H + 2 * G)];
+}
+
+// Multi-head attention of the new positions over all so far: the heads' outputs (T, H D) before they are projected. The cache
+// of the layer keeps queries, keys, values and each head's pattern, row by row.
+function attention(config, weights, layer, x, start, cache) {
+  const { n_heads: H, n_kv_heads: G, d_head: D } = config;
+  const [q, k, v] = project(config, weights, `blocks.${layer}.attention`, x, start);
+  const T = q.length / (H * D);
+  cache.queries.set(q, start * H * D);
+  cache.keys.set(k, start * G * D);
+  cache.values.set(v, start * G * D);
+  const z = new Float32Array(T * H * D);
+  for (let t = 0; t < T; t++) {
+    for (let h = 0; h < H; h++) {
+      const [position, group] = [start + t, Math.floor((h * G) / H) * D];
+      const row = attentionPattern(q, (t * H + h) * D, cache.keys, group, G * D, D, position);
+      cache.patterns[h].set(row, (position * (position + 1)) / 2);
+      const out = (t * H + h) * D;
+      row.forEach((weight, j) => {
+        for (let d = 0; d < D; d++) z[out + d] += weight * cache.values[j * G * D + group + d];
+      });
+    }
+  }
+  return z;
+}
+
+function mlp(config, weights, layer, x) {
+  const name = `blocks.${layer}.mlp`;
+  const gates = config.activation === "swiglu" ? 2 : 1;
+  const F = config.d_mlp;
+  const hidden = linear(x, modules(weights, `${name}.up`), gates * F);
+  let active;
+  if (gates === 2) { // SiLU of one half times the other half (Shazeer 2020, equation 6)
+    active = new Float32Array(hidden.length / 2);
+    for (let k = 0; k < active.length; k++) {
+      const at = Math.floor(k / F) * 2 * F + (k % F);
+      active[k] = silu(hidden[at]) * hidden[at + F];
+    }
+  } else active = hidden.map(config.activation === "gelu" ? gelu : relu2);
+  return linear(active, modules(weights, `${name}.down`), config.d_model);
+}
+
+// Replaces the outputs z (T, H D) of the heads that are off by 0, or by their means (H, D).
+function ablate(z, layer, D, off, means) {
+  const H = means.length / D;
+  for (let h = 0; h < H; h++) {
+    const mode = off[headName(layer, h)];
+    if (!mode) continue;
+    const mean = mode === "mean" ? means.subarray(h * D, (h + 1) * D) : new Float32Array(D);
+    for (let at = h * D; at < z.length; at += H * D) z.set(mean, at);
+  }
+}
+
+const add = (a, b) => a.map((value, k) => value + b[k]);
+
+// The residual stream before each layer and after the last, (L + 1) arrays (T, C), of the tokens from `start` on; what is
+// before them is in the cache. `off` names heads and MLPs that are switched off, such as { L1H3: "zero", "L0 MLP": "mean" }.
+function residualStream(model, tokens, start, cache, off) {
+  const { config, weights, means } = model;
+  const C = config.d_model;
+  let x = new Float32Array(tokens.length * C);
+  tokens.forEach((token, t) => {
+    const embedding = weights["token_embedding.weight"].subarray(token * C, (token + 1) * C);
+    const position = weights["position_embedding.weight"]?.subarray((start + t) * C, (start + t + 1) * C);
+    x.set(position ? add(embedding, position) : embedding, t * C);
+  });
+  const stream = [x];
+  range(config.n_layers).forEach((layer) => {
+    const block = `blocks.${layer}`;
+    const z = attention(config, weights, layer, norm(config, weights, `${block}.norm1`, x), start, cache.layers[layer]);
+    ablate(z, layer, config.d_head, off, means.heads[layer]);
+    cache.layers[layer].heads.set(z, start * config.n_heads * config.d_head);
+    const attended = linear(z, modules(weights, `${block}.attention.out`), C);
+    cache.layers[layer].attention.set(attended, start * C);
+    x = add(x, attended);
+    if (config.has_mlp) {
+      const mode = off[`L${layer} MLP`];
+      if (!mode) x = add(x, mlp(config, weights, layer, norm(config, weights, `${block}.norm2`, x)));
+      else if (mode === "mean") x = x.map((value, k) => value + means.mlps[layer][k % C]);
+    }
+    stream.push(x);
+  });
+  return stream;
+}
+
+// The logits (T, V) of rows of the residual stream.
+function unembed({ config, weights, vocab_size: V }, x) {
+  const head = weights["lm_head.weight"] ?? weights["token_embedding.weight"];
+  return linear(norm(config, weights, "final_norm", x), { weight: head }, V);
+}
+
+function createCache({ config, vocab_size: V }) {
+  const { n_layers: L, n_heads: H, n_kv_heads: G, d_head: D, d_model: C, context } = config;
+  const layers = range(L).map(() => ({
+    queries: new Float32Array(context * H * D),
+    keys: new Float32Array(context * G * D),
+    values: new Float32Array(context * G * D),
+    heads: new Float32Array(context * H * D), // what the heads write, before it is projected
+    attention: new Float32Array(context * C), // what attention adds to the residual stream
+    patterns: range(H).map(() => new Float32Array((context * (context + 1)) / 2)), // A[i, j] at i (i + 1) / 2 + j
+  }));
+  const stream = range(L + 1).map(() => new Float32Array(context * C)); // the residual stream before each layer, and at the end
+  return { tokens: [], off: "{}", layers, stream, logits: new Float32Array(context * V) };
+}
+
+// Brings the cache to these tokens and this `off`: positions that are the same as before are kept.
+function runModel(model, cache, tokens, off = {}) {
+  if (JSON.stringify(off) !== cache.off) Object.assign(cache, { off: JSON.stringify(off), tokens: [] });
+  let start = 0;
+  while (start < tokens.length && tokens[start] === cache.tokens[start]) start++;
+  if (start < tokens.length) {
+    const stream = residualStream(model, tokens.slice(start), start, cache, off);
+    stream.forEach((x, layer) => cache.stream[layer].set(x, start * model.config.d_model));
+    cache.logits.set(unembed(model, stream.at(-1)), start * model.vocab_size);
+  }
+  cache.tokens = Array.from(tokens);
+  return cache;
+}

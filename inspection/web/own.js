@@ -1,0 +1,36 @@
+// Your own text as one more text of the page: what the model computes on it at the chosen step, with and without what is
+// switched off. `state.own` is the text, `state.off` what is switched off.
+
+const pristine = root.outerHTML; // the page before anything is drawn
+const OWN = page.model ? page.texts.push("your own text") - 1 : -1;
+const backend = page.model && (page.model.snapshots ? engineBackend : serverBackend)(page.model);
+const written = { text: null, ids: [] }; // a text that was continued token by token: its ids may not be those of `encode`
+
+const namesOff = () => state.off.split(",").filter(Boolean);
+const switchedOff = () => Object.fromEntries(namesOff().map((name) => [name, state.mode]));
+const ownIds = async () => (written.text === state.own ? written.ids : backend.encode(state.own));
+
+// The tokens that the model gets: those at the end of the text that fit into its context, after what texts begin with.
+async function ownTokens() {
+  const ids = [...page.model.prefix, ...await ownIds()];
+  return (ids.length ? ids : [0]).slice(-page.model.config.context);
+}
+
+// The index of the step nearest to the given one whose weights there are.
+function snapshotStep(step) {
+  const stored = range(run.steps.length).filter((k) => backend.steps.includes(run.steps[k].step));
+  return nearest(stored, (k) => Math.abs(k - step));
+}
+
+// The own text as `loadText` returns a stored one; and the logits and the logit lens at the query, `before` anything was off.
+async function loadOwn(wantedStep, layer) {
+  const [k, ids] = [snapshotStep(wantedStep), await ownTokens()];
+  const query = state.query < 0 ? ids.length - 1 : Math.min(state.query, ids.length - 1);
+  const request = { step: run.steps[k].step, ids, query, layer, off: state.off ? switchedOff() : null };
+  const computed = await backend.run(request);
+  const before = state.off ? await backend.run({ ...request, off: null, layer: -1 }) : null;
+  const value_norms = new Float32Array(run.layers * computed.value_norms.length);
+  value_norms.set(computed.value_norms, layer * computed.value_norms.length);
+  const view = { run: 0, step: k, text: OWN, layer, T: ids.length, first: 0, tokens: Uint32Array.from(ids) };
+  return { ...computed, ...view, value_norms, before, shown: query };
+}
