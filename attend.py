@@ -9,6 +9,7 @@ show what a run recorded at its evaluations:
     token     what one token attends to in every head             page     build attention.html
     timeline  when in training each head learned what it does     verify   recompute attention files and compare
     compare   two steps, or two runs, head by head                patch    activation patching between two texts
+    serve     type your own text into a model of any size
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from inspection.commands.outputs import Ablate, Page, Plot
 from inspection.commands.patch import Patch
 from inspection.commands.patterns import Compare, Token
 from inspection.commands.scores import Heads, Summary, Timeline
+from inspection.commands.serve import Serve
 from inspection.commands.shared import Context, DeviceOptions, LoadedModel, parse_head
 from inspection.commands.verify import Verify
 from inspection.plots import draw_patterns
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from model.gpt import GPT
     from training.checkpoint import Checkpoint
 
-CLASSES = Summary, Heads, Token, Timeline, Compare, Ablate, Patch, Plot, Page, Verify
+CLASSES = Summary, Heads, Token, Timeline, Compare, Ablate, Patch, Plot, Page, Serve, Verify
 COMMANDS: dict[str, Any] = {command.__name__.lower(): command for command in CLASSES}
 MAX_PARTS = 6  # of a logit that are listed; the others are added up
 

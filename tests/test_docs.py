@@ -26,7 +26,10 @@ COMMANDS = [part for part in PARTS if part.startswith(("python ", "pip "))] + [f
 
 
 RUNNABLE = sorted({command for command in COMMANDS if "$" not in command})
-NEED_NETWORK = ("pip ", "python -m pytest", "python train.py --model.init gpt2 ", "python train.py --data.source hf:")
+NOT_RUN = (  # they need a network, or do not end
+    *("pip ", "python -m pytest", "python train.py --model.init gpt2 ", "python train.py --data.source hf:"),
+    "python attend.py serve",
+)
 
 
 @pytest.mark.parametrize("command", RUNNABLE)
@@ -54,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in RUNNABLE if not command.startswith(NEED_NETWORK)])
+@pytest.mark.parametrize("command", [command for command in RUNNABLE if not command.startswith(NOT_RUN)])
 def test_every_command_runs(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training stops early, and the models of config files are small."""
     monkeypatch.chdir(place)

@@ -404,7 +404,7 @@ def test_path_that_is_too_long_is_one_line(path: str) -> None:
     assert "is not a folder" in error_line(script("attend.py", "summary", path), 4)
 
 
-@pytest.mark.parametrize("command", sorted({*attend.COMMANDS, ""} - {"patch"}))
+@pytest.mark.parametrize("command", sorted({*attend.COMMANDS, ""} - {"patch", "serve"}))
 def test_attention_file_that_is_removed_while_it_is_read(
     run: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
