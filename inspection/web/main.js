@@ -115,7 +115,7 @@ function onClick({ target }) {
 
 function onInput({ target: { type, name, value, checked } }) {
   if (type === "checkbox") return change({ [name]: checked });
-  if (name === "own") return change({ text: OWN, own: value, query: Infinity, key: -1, pinned: false });
+  if (name === "own") return change({ text: OWN, own: value.slice(0, 4000), query: Infinity, key: -1, pinned: false });
   if (name === "text") return change({ text: Number(value), query: -1, key: -1, pinned: false });
   return change({ [name]: name === "step" ? Number(value) : value });
 }

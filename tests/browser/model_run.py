@@ -38,7 +38,7 @@ def make_page(folder: Path, preset: str, kind: str) -> tuple[GPT, Tokenizer, dic
     (checkpoint / "state.json").write_text(json.dumps({"environment": {"starts_with_eot": True}}))
     tokens = [tokenizer.end_of_text, *tokenizer.encode(TEXT).tolist()][:12]
     for step in STEPS:
-        model = random_model(preset, seed=step, vocab_size=tokenizer.vocab_size, context=64)
+        model = random_model(preset, seed=step, vocab_size=tokenizer.vocab_size, context=128)
         path = folder / "attention" / "weights" / f"{step:06d}.safetensors"
         write_weights(path, model, [tokens, tokens[::-1]], 16 if step == STEPS[-1] else 8)
         records = capture_texts(model, [("pronoun 1", tokens)], tokenizer.token_bytes, details=True)

@@ -85,7 +85,7 @@ def test_greedy_text_is_that_of_python(made: Any, open_page: OpenPage) -> None:
     path, model, tokenizer, _ = made
     view = open_page(path)
     ids = [tokenizer.end_of_text, *tokenizer.encode("Mia the fox").tolist()]
-    steps = generate(model, torch.tensor([ids]), 64 - len(ids), torch.Generator(), SamplingParams(temperature=0.0))
+    steps = generate(model, torch.tensor([ids]), 128 - len(ids), torch.Generator(), SamplingParams(temperature=0.0))
     expected = [int(token) for token in steps]
     end = expected.index(tokenizer.end_of_text) if tokenizer.end_of_text in expected else len(expected)
     view.page.fill("#own", "Mia the fox")
@@ -104,7 +104,7 @@ def test_weights_in_8_bits_are_near(made: Any, open_page: OpenPage) -> None:
     )
     from tests.model.helpers import random_model
 
-    model = random_model(made[1].config.preset, seed=0, vocab_size=made[1].vocab_size, context=64)
+    model = random_model(made[1].config.preset, seed=0, vocab_size=made[1].vocab_size, context=128)
     weight = model.blocks[0].attention.out.weight.detach()
     error = (torch.tensor(weights).view_as(weight) - weight).abs()
     assert (error <= weight.abs().amax(dim=1, keepdim=True) / 253).all() and error.max() > 0

@@ -115,11 +115,10 @@ def test_link_and_saved_page_show_the_same(view: View, path: Path, open_page: Op
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_text(text: str, path: Path, open_page: OpenPage) -> None:
     view = open_page(path)
-    view.page.evaluate("(text) => change({ text: OWN, own: text, query: Infinity, key: -1 })", text)
     view.page.fill("#own", text)
     view.wait_for(OWN)
     assert view.page.evaluate("window.hacked") is None and view.page.locator("#text img").count() == 0
-    assert view.page.evaluate("view.T") <= 64
+    assert view.page.evaluate("view.T") <= 128
 
 
 def test_lone_surrogates_are_replaced(path: Path, open_page: OpenPage) -> None:
