@@ -13,7 +13,7 @@ function comparedWith() {
 
 // The parts of the state that decide which patterns are loaded.
 function viewKey(text = state.text) {
-  const own = text === OWN ? [state.query, state.off, state.mode, state.own] : [];
+  const own = text === OWN ? [state.query, state.off, state.mode, state.value_weighted, state.own] : [];
   return [text, state.step, state.layer, state.compare, ...own].join(" ");
 }
 

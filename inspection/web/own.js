@@ -26,11 +26,13 @@ function snapshotStep(step) {
 async function loadOwn(wantedStep, layer) {
   const [k, ids] = [snapshotStep(wantedStep), await ownTokens()];
   const query = state.query < 0 ? ids.length - 1 : Math.min(state.query, ids.length - 1);
-  const request = { step: run.steps[k].step, ids, query, layer, off: state.off ? switchedOff() : null };
+  const off = state.off ? switchedOff() : null;
+  const request = { step: run.steps[k].step, ids, query, layer, off, norms: state.value_weighted };
   const computed = await backend.run(request);
   const before = state.off ? await backend.run({ ...request, off: null, layer: -1 }) : null;
-  const value_norms = new Float32Array(run.layers * computed.value_norms.length);
-  value_norms.set(computed.value_norms, layer * computed.value_norms.length);
+  const { value_norms: norms = [] } = computed; // (H, T): those of the other layers are not needed
+  const value_norms = new Float32Array(run.layers * norms.length);
+  value_norms.set(norms, layer * norms.length);
   const view = { run: 0, step: k, text: OWN, layer, T: ids.length, first: 0, tokens: Uint32Array.from(ids) };
   return { ...computed, ...view, value_norms, before, shown: query };
 }

@@ -18,7 +18,7 @@ from tests.browser.model_run import TEXT, make_page, make_tokenizer
 pytestmark = pytest.mark.browser
 ALPHABET = "abTM the fox's 've 12 3 ½é字🌳\u0301\u200d\n\n  \t\u00a0\u3000\ufeff\x85\u2028'll!?.,<|endoftext|>שלום\x00\x1f\ud800"
 RUN = """async ([step, ids, off, layer, query]) => {
-  const result = await backend.run({ step, ids, off, layer, query });
+  const result = await backend.run({ step, ids, off, layer, query, norms: true });
   return Object.fromEntries(Object.entries(result).map(([name, values]) => [name, Array.from(values)]));
 }"""
 Run = Any
