@@ -72,14 +72,14 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     paths = {text.path.resolve() for text in val}
     train = tuple(text for text in texts if text.path.resolve() not in paths)
     if not train:
-        raise UserError(f"--data.val {escape_control_chars(config.val)} is all of data.source: name another text", DATA)
+        raise UserError(f"--data.val {config.val} is all of data.source: name another text", DATA)
     return Corpus(source, train, tuple(val), how="data.val" if config.val else "its validation split")
 
 
 def _open_texts(files: Sequence[Path], source: str, config: DataConfig, cache: Path) -> list[TextRange]:
     paths = [plain_text(path, config.encoding, config.lines, cache, config.field) for path in files]
     if not (texts := [text for text in map(_open_file, paths) if text.n_bytes]):
-        raise UserError(f"{escape_control_chars(source)} contains no text", DATA)
+        raise UserError(f"{source} contains no text", DATA)
     return texts
 
 
@@ -150,7 +150,7 @@ def download_shakespeare(cache: Path) -> Path:
         why = f"its sha256 differs, {len(data)} bytes"
     raise UserError(
         f"cannot use or download Tiny Shakespeare ({why}): download {SHAKESPEARE_URL} by other means to "
-        f"{escape_control_chars(path)}, or use --data.source stories, which needs no network",
+        f"{path}, or use --data.source stories, which needs no network",
         DATA,
     )
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.errors import DATA, UserError, escape_control_chars
+from common.errors import DATA, UserError
 
 PREFIX = "hf:"
 CONVERTED = "refs/convert/parquet"
@@ -28,20 +28,17 @@ def hub_files(source: str, kind: str = "train") -> list[Path]:
     try:
         for revision in (None, CONVERTED):
             names = [n for n in list_repo_files(name, repo_type="dataset", revision=revision) if n.endswith(".parquet")]
-            inside = sorted(n for n in names if _is_in(n, config))
+            inside = sorted(n for n in names if not config or n.startswith(f"{config}/"))
             if train := [n for n in inside if _is_of(n, (split,) if split else SPLITS["train"])]:
                 files = train if kind == "train" else [n for n in inside if not split and _is_of(n, SPLITS[kind])]
                 return [Path(hf_hub_download(name, file, repo_type="dataset", revision=revision)) for file in files]
     except Exception as error:  # of httpx and of the hub, which has a dozen kinds
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise UserError(escape_control_chars(f"{source} cannot be fetched from the hub: {reason}"), DATA) from error
+        raise UserError(f"{source} cannot be fetched from the hub: {reason}", DATA) from error
     folders = ", ".join(sorted({str(Path(n).parent) for n in names})[:12]) or "none"
-    problem = f"{source}: no parquet files of that configuration and split; the dataset has the folders {folders}"
-    raise UserError(escape_control_chars(problem), DATA)
-
-
-def _is_in(file: str, config: str) -> bool:
-    return not config or file.startswith(f"{config}/")
+    raise UserError(
+        f"{source}: no parquet files of that configuration and split; the dataset has the folders {folders}", DATA
+    )
 
 
 def _is_of(file: str, splits: tuple[str, ...]) -> bool:

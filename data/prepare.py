@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from common.errors import DATA, DISK_OR_MEMORY, UserError, escape_control_chars
+from common.errors import DATA, DISK_OR_MEMORY, UserError, warn
 from common.files import remove_temporary_files, write_atomic
 from data.config import DataConfig, cache_folder
 from data.corpora import Corpus, open_corpus
@@ -68,13 +67,13 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
         key = _cache_key(corpus, config, progress)
         folder = cache / f"tokens-{key}"
         if verify and folder.exists() and (damage := _find_damage(folder, key, progress)):
-            print(escape_control_chars(f"{folder} is damaged ({damage}); preparing it again"), file=sys.stderr)
+            warn(f"{folder} is damaged ({damage}); preparing it again")
             shutil.rmtree(folder)
         if not folder.exists():
             _build(folder, key, corpus, config, progress)
         return _open(folder, key, corpus)
     except OSError as error:
-        why = f"cannot write to the cache {escape_control_chars(cache)} ({os_reason(error)})"
+        why = f"cannot write to the cache {cache} ({os_reason(error)})"
     except UserError as error:
         if error.exit_code != DISK_OR_MEMORY:
             raise
@@ -192,7 +191,7 @@ def _write_folder(folder: Path, key: str, corpus: Corpus, config: DataConfig, pr
         write_atomic(folder / VOCABULARY, [_train_tokenizer(corpus, config, progress).to_json()])
     text_bytes = _write_splits(corpus, load_tokenizer(folder / VOCABULARY), folder, progress)
     if _cache_key(corpus, config, progress) != key:
-        raise UserError(f"{escape_control_chars(config.source)} changed while it was prepared: start again", DATA)
+        raise UserError(f"{config.source} changed while it was prepared: start again", DATA)
     for path in folder.glob(f"*{PROGRESS}"):
         path.unlink()
     remove_temporary_files(folder)
@@ -242,8 +241,7 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: 
 
             n_documents, text_bytes[split] = write_split(folder, split, read, dtype, tokenizer.end_of_text)
             if not n_documents:
-                name = escape_control_chars(corpus.name)
-                raise UserError(f"the {split} split of {name} contains no text: give it more", DATA)
+                raise UserError(f"the {split} split of {corpus.name} contains no text: give it more", DATA)
     return text_bytes
 
 

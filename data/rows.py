@@ -3,12 +3,12 @@
 import csv
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import DATA, UserError, escape_control_chars
+from common.errors import DATA, UserError, warn
+from data.text_files import import_pyarrow
 
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
 FIELDS = ("text", "content")  # taken if no field is named
@@ -32,18 +32,17 @@ def read_rows(path: Path, blocks: Iterable[str], field: str) -> Iterator[str]:
 
     Raises `UserError` (3): a row that cannot be read or has no such text, with its number; a missing package.
     """
-    name, kind = escape_control_chars(path), path.suffix.lower()
+    kind = path.suffix.lower()
     what = "line" if kind in (".jsonl", ".csv") else "row"
     reader = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv_rows}.get(kind)
     try:
         for number, row in reader(blocks) if reader else _parquet_rows(path, field):
             if not field:
                 field = _choose_field(row, number)
-                print(f"{name}: each row is a document, its '{escape_control_chars(field)}'", file=sys.stderr)
+                warn(f"{path}: each row is a document, its '{field}'")
             yield _document(row, field, number)
     except RowError as error:
-        problem = f"{path}, {what} {error.number} cannot be read: {str(error)[:300]}"
-        raise UserError(escape_control_chars(problem), DATA) from None
+        raise UserError(f"{path}, {what} {error.number} cannot be read: {str(error)[:300]}", DATA) from None
 
 
 def _document(row: Any, field: str, number: int) -> str:
@@ -125,14 +124,9 @@ def _csv_rows(blocks: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[int, Any]]:
+    pyarrow, parquet, number = import_pyarrow(path), import_pyarrow(path, "pyarrow.parquet"), 0
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{escape_control_chars(path)} needs the package pyarrow: pip install pyarrow", DATA) from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             if field and field not in file.schema_arrow.names:
                 yield 1, dict.fromkeys(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024, columns=[field] if field else None):

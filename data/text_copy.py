@@ -6,12 +6,11 @@ A copy is UTF-8 text. Its documents are the rows or lines, with a separator afte
 import codecs
 import hashlib
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import escape_control_chars
-from common.files import write_atomic
+from common.errors import warn
+from common.files import remove_temporary_files, write_atomic
 from data.compression import decompress
 from data.rows import ROWS, lines_of, read_rows
 from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, is_utf8, open_text, read_blocks
@@ -45,22 +44,21 @@ def plain_text(path: Path, encoding: str, lines: str, cache: Path, field: str = 
             return path
         is_wide = codec.startswith(("utf-16", "utf-32"))  # ASCII is the same text in the other encodings
         if (is_wide or not start.isascii()) and not codec.startswith("utf-8") and is_utf8(start):
-            print(escape_control_chars(f"{path} is UTF-8, but is read as {encoding}"), file=sys.stderr)
+            warn(f"{path} is UTF-8, but is read as {encoding}")
         file.seek(0)
         key = hashlib.file_digest(file, "sha256")
         size = file.tell()
     key.update(f"{codec} {has_rows} {has_lines} {field}".encode())
     copy = cache / f"text-{key.hexdigest()[:20]}" / path.name
     if not copy.exists():
-        blocks = _read(TextRange(path, 0, size), codec)
+        remove_temporary_files(copy.parent)
+        texts = _read(TextRange(path, 0, size), codec)
         if has_rows:
-            end = f"\n{SEPARATOR}\n"
-            rows = (_SEPARATOR_LINE.sub(f"{SEPARATOR} ", row) for row in read_rows(path, blocks, field))
-            write_atomic(copy, (f"{row}{end}".encode() for row in rows))
+            rows = (_SEPARATOR_LINE.sub(f"{SEPARATOR} ", row) for row in read_rows(path, texts, field))
+            texts = (f"{row}\n{SEPARATOR}\n" for row in rows)
         elif has_lines:
-            write_atomic(copy, _shuffled_lines(blocks, path))
-        else:
-            write_atomic(copy, (block.encode() for block in blocks))
+            texts = _shuffled_lines(texts, path)
+        write_atomic(copy, (text.encode() for text in texts))
     return copy
 
 
@@ -87,9 +85,9 @@ def _read(text: TextRange, codec: str) -> Iterator[str]:
             bar.update(BLOCK_BYTES)
 
 
-def _shuffled_lines(blocks: Iterable[str], path: Path) -> Iterator[bytes]:
+def _shuffled_lines(blocks: Iterable[str], path: Path) -> Iterator[str]:
     """The lines that are not blank and a separator after each, by their hash: a part of a sorted list is like the rest."""
-    print(escape_control_chars(f"{path}: each line is a document"), file=sys.stderr)
-    lines = (line.encode() for line in lines_of(blocks) if line.strip() and line != SEPARATOR)
-    for line in sorted(lines, key=lambda line: hashlib.sha256(line).digest()):
-        yield line + f"\n{SEPARATOR}\n".encode()
+    warn(f"{path}: each line is a document")
+    lines = (line for line in lines_of(blocks) if line.strip() and line != SEPARATOR)
+    for line in sorted(lines, key=lambda line: hashlib.sha256(line.encode()).digest()):
+        yield f"{line}\n{SEPARATOR}\n"

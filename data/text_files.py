@@ -7,6 +7,7 @@ belong to no document. Documents of white space alone are skipped.
 import codecs
 import contextlib
 import glob
+import importlib
 import io
 import itertools
 import os
@@ -14,8 +15,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.errors import DATA, UserError, escape_control_chars
+from common.errors import DATA, UserError
 from data.hub import PREFIX, hub_files
 
 SEPARATOR = "<|endoftext|>"  # On a line of its own it ends one document and starts the next.
@@ -67,7 +69,7 @@ def find_files(source: str, encoding: str) -> list[Path]:
     """
     if source.startswith(PREFIX):
         return hub_files(source)
-    path, name = Path(os.path.expanduser(source)), escape_control_chars(source)
+    path = Path(os.path.expanduser(source))
     try:
         paths = [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
         candidates: Iterable[Path] = _texts_below(path, encoding) if path.is_dir() else paths
@@ -75,12 +77,12 @@ def find_files(source: str, encoding: str) -> list[Path]:
         files = {file.resolve(): file for file in sorted(candidates, reverse=True) if file.is_file()}
         non_empty = sorted(file for file in files.values() if file.stat().st_size)
     except (OSError, ValueError) as error:
-        where = escape_control_chars(getattr(error, "filename", None) or source)
+        where = getattr(error, "filename", None) or source
         raise UserError(f"cannot read {where}: {os_reason(error)}", DATA) from error
     if not non_empty:
         hint = "name a text file, a folder of texts or a glob (or for --data.source: stories, repeats, shakespeare)"
         moved = "after a move give --data.source or --data.val the new place"
-        raise UserError(f"no text found for {name}: {hint}; {moved}", DATA)
+        raise UserError(f"no text found for {source}: {hint}; {moved}", DATA)
     return non_empty
 
 
@@ -158,7 +160,7 @@ def read_blocks(text: TextRange, block_bytes: int, encoding: str = "utf-8") -> I
 
 def _describe_not_decoded(path: Path, encoding: str, data: bytes, where: str) -> str:
     """The line about `data` from the file at `path`, which are no text in `encoding`."""
-    start = f"{escape_control_chars(path)} is not {encoding.upper()} ({where})"
+    start = f"{path} is not {encoding.upper()} ({where})"
     replaced = data.decode("utf-8", "replace")
     n_wrong = replaced.count("\ufffd")
     if encoding == "utf-8" and 0 < 10 * n_wrong < len(data) - len(replaced):  # two bytes or more for most other letters
@@ -166,7 +168,7 @@ def _describe_not_decoded(path: Path, encoding: str, data: bytes, where: str) ->
     guess = guess_encoding(data)
     advice = f"it looks like {guess}: give" if guess else "if it is text, name its encoding:"
     words = re.search(r".{,20}[^\0-\x7f].{,20}", data.decode(guess, "replace") if guess else "")
-    read = f'it then reads "{escape_control_chars(words[0].strip())}"; ' if words else ""
+    read = f'it then reads "{words[0].strip()}"; ' if words else ""
     others = "others: cp1252, gbk, shift_jis, koi8_r, utf-16-le, ..."
     return f"{start}; {advice} --data.encoding {guess or 'NAME'} ({read}{others})"
 
@@ -195,6 +197,14 @@ def guess_encoding(data: bytes) -> str:
     return "cp1252" if any("cp1252" in match.could_be_from_charset for match in equal) else best.encoding
 
 
+def import_pyarrow(path: Path, module: str = "pyarrow") -> Any:
+    """The package that reads the file at `path`. Raises `UserError` (3) if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{path} needs the package pyarrow: pip install pyarrow", DATA) from error
+
+
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file for its bytes. Raises `UserError` (3) if it cannot be read."""
@@ -202,9 +212,9 @@ def open_text(path: Path) -> Iterator[io.BufferedReader]:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise UserError(f"cannot read {escape_control_chars(path)}: {os_reason(error)}", DATA) from error
+        raise UserError(f"cannot read {path}: {os_reason(error)}", DATA) from error
 
 
 def os_reason(error: Exception) -> str:
     """The operating system's own description of an error."""
-    return escape_control_chars(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
+    return str(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import CONFIG, DATA, UserError, escape_control_chars
+from common.errors import CONFIG, DATA, UserError
 from common.files import read_json, reading
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class CharTokenizer(Tokenizer):
     def _encode(self, text: str) -> np.ndarray:
         ids = self._ids[_code_points(text)].astype(np.int64)
         if unknown := np.flatnonzero(ids < 0).tolist():
-            places = ", ".join(f"'{escape_control_chars(text[i])}' at position {i}" for i in unknown[:5])
+            places = ", ".join(f"'{text[i]}' at position {i}" for i in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise UserError(
                 f"characters that are not in the vocabulary: {places}{more}; leave them out, or train with "
@@ -269,8 +269,7 @@ def check_tokenizer_name(name: str) -> None:
         known += tiktoken.list_encoding_names()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
-        message = f"there is no tokenizer '{escape_control_chars(name)}'; nearest are: {', '.join(nearest)}"
-        raise UserError(message, CONFIG)
+        raise UserError(f"there is no tokenizer '{name}'; nearest are: {', '.join(nearest)}", CONFIG)
 
 
 def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: bool = False) -> Tokenizer:
@@ -320,16 +319,9 @@ def load_huggingface_tokenizer(folder: Path, vocab_size: int) -> HuggingFaceToke
 
     Raises `UserError` (4) if there is none, it is damaged, or it does not fit the model.
     """
-    with reading(
-        folder / HUGGINGFACE_FILE,
-        "Hugging Face tokenizer",
-        f"save {HUGGINGFACE_FILE} there with transformers: save_pretrained",
-    ):
-        text = (
-            (folder / HUGGINGFACE_FILE).read_text("utf-8")
-            if (folder / HUGGINGFACE_FILE).exists()
-            else _from_merges(folder)
-        )
+    path = folder / HUGGINGFACE_FILE
+    with reading(path, "Hugging Face tokenizer", f"save {path.name} there with transformers: save_pretrained"):
+        text = path.read_text("utf-8") if path.exists() else _from_merges(folder)
         return HuggingFaceTokenizer(text, vocab_size, _find_end_of_text(folder, text))
 
 
@@ -341,17 +333,13 @@ def _find_end_of_text(folder: Path, text: str) -> int:
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             settings |= read_json(folder / name)
-    token = settings.get("eos_token")
+    token, number = settings.get("eos_token"), settings.get("eos_token_id")
     token = token.get("content") if isinstance(token, dict) else token
-    if token in ids:
-        return ids[token]
-    found = settings.get("eos_token_id")
-    found = found[0] if isinstance(found, list) and found else found
-    if isinstance(found, int):
-        return found
-    for token in END_OF_TEXT:
-        if token in ids:
-            return ids[token]
+    number = number[0] if isinstance(number, list) and number else number
+    known = [ids[name] for name in END_OF_TEXT if name in ids]
+    for found in (ids.get(token), number, *known):
+        if isinstance(found, int):
+            return found
     raise ValueError("no file names its end-of-text token (eos_token)")
 
 
@@ -367,8 +355,7 @@ def _from_merges(folder: Path) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    text: str = tokenizer.to_str()
-    return text
+    return str(tokenizer.to_str())
 
 
 def from_dict(saved: Any) -> Tokenizer:

@@ -44,8 +44,7 @@ def to_tokenizer_json(tokenizer: Tokenizer, starts_with_eot: bool = False) -> st
             pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B",
             special_tokens=[(END_OF_TEXT, tokenizer.end_of_text)],
         )
-    text: str = exported.to_str(pretty=True)
-    return text
+    return str(exported.to_str(pretty=True))
 
 
 def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:

@@ -59,9 +59,7 @@ class LossReport(Callback):
         if not trainer.ctx.is_main_process:
             return
         data = trainer.data
-        references = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
-        if data.nats_per_document is not None:  # every token after the first is a target once, also end-of-text
-            references["floor"] = data.nats_per_document * data.val.n_documents / (len(data.val) - 1)
+        references = baseline_losses(data)
         trainer.final_metrics = {"final_val_loss": model.val, "final_train_loss": model.train, **references}
         if state.step < config.train.steps:
             waited = f"no improvement for {state.evals_without_improvement} evaluations"
@@ -103,6 +101,14 @@ def load_best(trainer: Trainer) -> bool:
     trainer.model.load_state_dict(weights)
     trainer.state, trainer.sample_tokens = saved.state, None
     return True
+
+
+def baseline_losses(data: TokenizedCorpus) -> dict[str, float]:
+    """Losses in nats/token to compare the model's with; `floor` where the entropy of the corpus is known."""
+    losses = dict(baselines(data.train, data.val, data.tokenizer.vocab_size))
+    if data.nats_per_document is not None:  # every token after the first is a target once, also end-of-text
+        losses["floor"] = data.nats_per_document * data.val.n_documents / (len(data.val) - 1)
+    return losses
 
 
 def table(model: Losses, last: Losses, references: Mapping[str, float], data: TokenizedCorpus) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
 from data.config import DataConfig
 from data.prepare import TokenizedCorpus, prepare
@@ -36,6 +35,10 @@ def parquet_bytes(table: dict[str, list[Any]]) -> bytes:
     return file.getvalue()
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pyarrow.compress(data, "zstd", asbytes=True))
+
+
 ROWS = [{"id": i, "body": document} for i, document in enumerate(DOCUMENTS)]
 FILES = {
     "a.txt": f"\n{SEPARATOR}\n".join(DOCUMENTS).encode(),
@@ -48,7 +51,7 @@ FILES = {
 PACK = {
     "": lambda data: data,
     ".gz": gzip.compress,
-    ".zst": lambda d: zstandard.compress(d[:99]) + zstandard.compress(d[99:]),
+    ".zst": lambda d: zstd(d[:99]) + zstd(d[99:]),
 }
 
 
@@ -125,9 +128,9 @@ BAD = {
     "no gz": ("a.txt.gz", b"text " * 99, {}, "a.txt.gz is damaged: Not a gzipped file"),
     "truncated zst": (
         "a.txt.zst",
-        zstandard.compress(b"text " * 999)[:-3],
+        zstd(b"text " * 999)[:-3],
         {},
-        "a.txt.zst is damaged: its last frame is cut",
+        "a.txt.zst is damaged: Truncated compressed stream",
     ),
     "no zst": ("a.txt.zst", b"text " * 99, {}, "a.txt.zst is damaged: "),
     "no rows": ("a.jsonl.gz", gzip.compress(b""), {}, "contains no text"),
@@ -142,10 +145,10 @@ def test_bad_file_is_one_clear_line(name: str, tmp_path: Path, monkeypatch: pyte
     assert words in data_error(write(tmp_path / file, data), tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.txt.zst")])
-def test_missing_package_is_named(package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    assert f"pip install {package}" in data_error(write(tmp_path / name, b"x" * 9), tmp_path / "cache")
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
+def test_missing_package_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    assert "pip install pyarrow" in data_error(write(tmp_path / name, b"x" * 9), tmp_path / "cache")
 
 
 # The hub
