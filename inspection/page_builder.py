@@ -20,7 +20,7 @@ from common.errors import CHECKPOINT, UserError, escape_control_chars
 from common.files import write_atomic
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionRecord
-from inspection.page_data import PageRun, describe_scores, file_scores, finding_tables, numbers
+from inspection.page_data import PageRun, describe_scores, file_scores, finding_tables, numbers, own_text
 from inspection.page_encoding import Encoder, as_json
 from inspection.page_model import PageModel, encode_model
 from inspection.terminal import DISCLAIMER
@@ -99,6 +99,7 @@ def build_page(
     table: dict[str, Any] = {"title": escape_control_chars(title), "model": model[0]}
     table |= {"texts": list(map(escape_control_chars, names)), "scores": describe_scores(runs, ablations)}
     table |= finding_tables(findings, runs[0], table["scores"], names)
+    table["own"] = own_text(table["findings"], names, runs[0].files[-1])
     model_bytes = len(as_json({"model": model[0]}))
     for every, tokens, limit in _contents(runs, budget - model_bytes):
         encoder, notes = Encoder(limit, model[1]), _notes(runs, names, every, tokens)

@@ -170,6 +170,15 @@ def finding_tables(
     return {"headline": headline, "findings": entries, "start": {"layer": layer, "head": head, "score": score}}
 
 
+def own_text(findings: Sequence[Mapping[str, Any]], names: Sequence[str], file: AttentionFile) -> str:
+    """What stands in the field for the user's own text at first: the text of the first finding, or the last of the file."""
+    texts = {text.name: text for text in file.texts}
+    places = [(names[entry["text"]], entry["query"]) for entry in findings if entry["text"] is not None]
+    name, query = next((place for place in places if place[0] in texts), (file.texts[-1].name, None))
+    end = None if query is None or query < 0 else query + 1
+    return b"".join(texts[name].token_bytes[:end]).decode("utf-8", "replace")
+
+
 def _finding(entry: Mapping[str, Any], texts: Sequence[str], example: Mapping[str, Any] | None) -> dict[str, Any]:
     """A finding, with the text on which the page shows it, and the query: null is the last token, -1 any."""
     score, (layer, head) = str(entry["score"]), entry["head"]

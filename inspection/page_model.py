@@ -74,23 +74,22 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
     if not snapshots or snapshots[0]["step"] != steps[-1] or not vocabulary:
         return None, []
     end, last = len(vocabulary) - 1, run.files[-1]
-    text = b"".join(last.texts[-1].token_bytes).decode("utf-8", "replace")
-    table = _describe(ModelConfig(**json.loads(last.metadata["config"])), end, [end] if starts_with_eot else [], text)
+    table = _describe(ModelConfig(**json.loads(last.metadata["config"])), end, [end] if starts_with_eot else [])
     return {**table, "vocab_size": len(vocabulary), "tokenizer": tokenizer, "snapshots": snapshots}, vocabulary
 
 
-def describe_model(loaded: LoadedModel, steps: Sequence[int], text: str) -> PageModel:
-    """A model that a server runs at `steps`; `text` is the first that is shown."""
+def describe_model(loaded: LoadedModel, steps: Sequence[int]) -> PageModel:
+    """A model that a server runs at `steps`."""
     model, tokenizer = loaded.model, loaded.tokenizer
     prefix = loaded.encode("a")[: -len(tokenizer.encode("a"))]
-    table = _describe(model.config, tokenizer.end_of_text, prefix, text) | {"vocab_size": model.vocab_size}
+    table = _describe(model.config, tokenizer.end_of_text, prefix) | {"vocab_size": model.vocab_size}
     return {**table, "steps": list(steps)}, [loaded.token_bytes(token) for token in range(model.vocab_size)]
 
 
-def _describe(config: ModelConfig, end_of_text: int, prefix: Sequence[int], text: str) -> dict[str, Any]:
+def _describe(config: ModelConfig, end_of_text: int, prefix: Sequence[int]) -> dict[str, Any]:
     """What is the same whoever runs the model; `prefix` are the tokens before each text."""
     sizes = {name: getattr(config, name) for name in SIZES} | asdict(config.architecture)
-    return {"config": sizes, "end_of_text": end_of_text, "prefix": list(prefix), "text": text}
+    return {"config": sizes, "end_of_text": end_of_text, "prefix": list(prefix)}
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> list[bytes]:

@@ -45,7 +45,7 @@ class Serve(DeviceOptions):
             page_run = PageRun(path.name, [AttentionFile(records, dict(newest.metadata))])
             findings = ablation = texts = None
         texts = texts or pretrained_texts(newest.tokenizer, newest.model.config)
-        model = describe_model(newest, sorted({newest.step} | ({*kept} & {*page_run.steps})), TEXT)
+        model = describe_model(newest, sorted({newest.step} | ({*kept} & {*page_run.steps})))
         page, _ = build_page([page_run], findings, ablation, path.name, model)
         try:
             server = PageServer(page, Backend(loaders, texts.scored_texts() or texts.repeats), self.port)

@@ -41,7 +41,8 @@ function ownPredictionRows() {
   return Array.from(tokens, (token) => {
     const button = (attributes, content) => create("button", { type: "button", ...attributes }, content);
     const write = button({ class: "plain", "data-write": token, title: "continue with this token" }, tokenLabel(token));
-    const pin = button({ class: "plain pin", "data-pin": token, "aria-pressed": pins.includes(token), title: "compare two tokens" }, "⚲");
+    const pin = button({ class: "plain pin", "data-pin": token, "aria-pressed": pins.includes(token),
+      title: "compare two tokens", "aria-label": `compare ${spokenToken(token)}` }, "⚲");
     const attributes = { "data-token": token, "data-value": now[token], class: before ? "changed" : null };
     const row = tokenRow(create("span", {}, write, pin), now[token], `${(100 * now[token]).toFixed(1)}\u00a0%`, attributes);
     if (before) {

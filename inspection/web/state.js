@@ -28,7 +28,7 @@ function stateFromHash(hash) {
     value_weighted: params.get("value_weighted") === "1",
     compare: choose("compare", secondRun ? ["run", ...steps] : steps, ""), // a step, the second run, or ""
     pinned: params.get("pinned") === "1",
-    own: (params.get("own") ?? page.model?.text ?? "").slice(0, 4000), // the own text
+    own: (params.get("own") ?? page.own).slice(0, 4000), // the own text
     off: (params.get("off") ?? "").split(",").filter(isName).join(","), // heads and MLPs that are switched off in it
     mode: choose("mode", ["zero", "mean"], "zero"),
   };
