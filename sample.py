@@ -97,7 +97,8 @@ def main(argv: list[str]) -> None:
     tokenizer, trained = checkpoint.tokenizer(), checkpoint.environment
     is_typed = typed == config.prompt
     text, prompt = ("", []) if config.score else read_prompt(tokenizer, typed, trained, is_typed)
-    model = checkpoint.load_model(get_dist_context("fp32", device=config.device))
+    on_cpu = config.device == "auto" and config.dtype != "fp32"  # the only device that has kernels for them
+    model = checkpoint.load_model(get_dist_context("fp32", device="cpu" if on_cpu else config.device))
     quantize_(model, config.dtype)
     if config.score:
         from training.scoring import print_score, score_text

@@ -1,7 +1,8 @@
 """Tokenizers: text to token ids and back.
 
 Ids are 0 to `vocab_size - 1`. `end_of_text` separates documents; text never encodes to it, also not the characters
-`<|endoftext|>`. To add one: subclass `Tokenizer`, then extend `train_tokenizer` and `from_dict`.
+`<|endoftext|>`. To add one: subclass `Tokenizer`, then extend `check_tokenizer_name`, `train_tokenizer` and `from_dict`; for
+exports `tokenizer_export.py`, for the page `inspection/web/tokenizer.js`.
 """
 
 from __future__ import annotations
@@ -306,7 +307,7 @@ def tokenizer_of_folder(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote.
+    """Read what `Tokenizer.to_json` wrote.
 
     Raises `UserError`: missing or damaged (4), a tiktoken encoding that cannot be downloaded (3).
     """

@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = (*TINY, f"--data.source={place / 'my_book.txt'}")
     tuned = (f"--model.init={place / 'gpt2_folder'}", *own[-1:], "--train.batch_size=2")
     runs = {"quickstart": (), "book": own, "parts": own, "gpt2": (*own, "--model.preset=gpt2", "--data.tokenizer=byte")}
-    for name, options in {**runs, "my_book": tuned}.items():
+    for name, options in {**runs, "tuned": tuned}.items():
         done = script("train.py", *options, *short, f"--run.dir={place / 'runs' / name}")
         assert done.returncode == 0, done.stderr
     return place

@@ -60,7 +60,6 @@ class Ablate(DeviceOptions):
     or some heads together."""
 
     heads: str = ""  # Heads to ablate together, such as L1H0,L1H3: prints the effects and writes nothing.
-
     checkpoint: str = "best"  # The checkpoint of the run: `best` (lowest validation loss), `last`, or a step.
     prompts: str = ""  # For a Hugging Face folder: a file of texts and contrast pairs, as for `train.py --log.prompts`.
 

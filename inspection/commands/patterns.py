@@ -35,9 +35,7 @@ class Token(OutputOptions):
     position: int = -1  # Position of the token, counted from 0; by default the last.
     step: int = DEFAULT  # A training step with an attention file; by default the one whose heads were ablated.
     head: str = ""  # One head such as L1H2, with its ten strongest keys.
-    value_weighted: bool = (
-        False  # Multiply each weight by the norm of the value vector and normalize (Kobayashi et al. 2020).
-    )
+    value_weighted: bool = False  # Weights times the norms of the value vectors, normalized (Kobayashi et al. 2020).
 
     def problems(self) -> list[str]:
         both = bool(self.find) and self.position != -1

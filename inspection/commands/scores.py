@@ -130,9 +130,7 @@ def _one_score(rows: Rows, width: int) -> list[str]:
 class Timeline(OutputOptions):
     """When in training each head learned what it does."""
 
-    score: str = (
-        ""  # One score, or `all`, of every head; by default text shows the best head of each score. JSON holds all.
-    )
+    score: str = ""  # One score, or `all`, of every head; by default the best head of each score. JSON holds all.
 
     def result(self, context: Context) -> Result:
         """A sparkline for each head, or for the best head of each score."""
