@@ -256,11 +256,12 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, int
     return shape, int(config["vocab_size"])
 
 
-def save_huggingface(model: GPT, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`, each atomically; raises UserError (exit code 6) if a disk is full."""
+def save_huggingface(model: GPT, folder: str | Path, **settings: Any) -> None:
+    """Write `config.json`, with further settings, and `model.safetensors`, each atomically; raises UserError (exit code 6) if a
+    disk is full, ValueError as `to_huggingface`."""
     config, weights = to_huggingface(model)
     write_atomic(Path(folder) / WEIGHTS_FILE, [save(weights, {"format": "pt"})])
-    write_atomic(Path(folder) / CONFIG_FILE, [json.dumps(config, indent=2).encode() + b"\n"])
+    write_atomic(Path(folder) / CONFIG_FILE, [json.dumps(config | settings, indent=2).encode() + b"\n"])
 
 
 def read_huggingface_config(folder: str | Path) -> tuple[ModelConfig, int]:

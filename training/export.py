@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from common.errors import CHECKPOINT, CONFIG, UserError, escape_control_chars
 from common.files import read_metrics
-from data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_huggingface_tokenizer
+from data.tokenizer import Tokenizer, load_huggingface_tokenizer
 from data.tokenizer_export import to_tokenizer_json, tokenizer_config
 from model import config as model_config
 from model.gpt import GPT
-from model.huggingface import load_huggingface, to_huggingface
+from model.huggingface import load_huggingface, save_huggingface, to_huggingface
 from training.checkpoint import Checkpoint
 from training.config import RunConfig, RunSettings, to_toml
 
@@ -31,37 +30,27 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[
 
     Raises UserError: what was written computes something else (exit code 4), or a package that checks it is missing (2).
     """
-    tokenizer, model = checkpoint.tokenizer(), checkpoint.build_model(with_eager(checkpoint)).eval()
-    for parameter in model.parameters():  # so that the logits below are those of the rounded weights
-        parameter.data = parameter.data.to(DTYPES[dtype]).float()
-    is_glass, end = model.config.preset == "glass", tokenizer.end_of_text
+    tokenizer, model = checkpoint.tokenizer(), checkpoint.build_model(with_eager(checkpoint)).eval().to(DTYPES[dtype])
+    is_glass, ends = (
+        model.config.preset == "glass",
+        dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text),
+    )
     try:
-        config, weights = to_huggingface(model)
+        save_huggingface(model, folder, **ends)
     except ValueError as error:
         raise UserError(f"this model has no form in transformers: {error}", CONFIG) from error
-    config |= {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "bos_token_id": end, "eos_token_id": end}
-    folder.mkdir()
-    save_file(
-        {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    (folder / "model.safetensors").chmod(0o644)
-    settings = {"do_sample": True, "temperature": 0.8, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    sampling = {"do_sample": True, "temperature": 0.8, "pad_token_id": tokenizer.end_of_text, **ends}
     contents = {
-        "config.json": config,
-        "generation_config.json": settings,
-        "tokenizer_config.json": tokenizer_config(tokenizer, model.config.context),
+        "generation_config.json": json.dumps(sampling, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(tokenizer_config(tokenizer, model.config.context), indent=2) + "\n",
+        "tokenizer.json": to_tokenizer_json(tokenizer, checkpoint.environment.starts_with_eot),
+        "README.md": model_card(checkpoint, is_glass),
     }
     for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    (folder / "tokenizer.json").write_text(
-        to_tokenizer_json(tokenizer, checkpoint.environment.starts_with_eot), "utf-8"
-    )
-    (folder / "README.md").write_text(model_card(checkpoint, is_glass), "utf-8")
+        (folder / name).write_text(content, "utf-8")
     if is_glass:
         shutil.copy(Path(model_config.__file__).parent / MODELING_FILE, folder)
-    check_huggingface(model, tokenizer, folder)
+    check_huggingface(model.float(), tokenizer, folder)
     trust = ", trust_remote_code=True" if is_glass else ""
     custom = [f"preset glass is no architecture of transformers: OUT/{MODELING_FILE} computes it, and must be trusted"]
     return [
@@ -138,10 +127,8 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str) -> list[str]:
     tokenizer, shape = checkpoint.tokenizer(), checkpoint.config.model
     if shape.preset not in ("gpt2", "qwen3"):
         raise UserError(f"llama.cpp has no preset {shape.preset}; train with model.preset gpt2 or qwen3", CONFIG)
-    if not isinstance(tokenizer, ByteTokenizer) and not is_gpt2_like(tokenizer):
-        raise UserError(
-            f"llama.cpp has no {tokenizer.name} tokenizer like this one; train with bpe, byte or gpt2", CONFIG
-        )
+    if tokenizer.name not in ("byte", "bpe", "gpt2"):  # those that split text as the pre-tokenizer gpt-2 of llama.cpp
+        raise UserError(f"llama.cpp has no {tokenizer.name} tokenizer; train with bpe, byte or gpt2", CONFIG)
     model = checkpoint.build_model(with_eager(checkpoint))
     arch = gguf.MODEL_ARCH.GPT2 if shape.preset == "gpt2" else gguf.MODEL_ARCH.QWEN3
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -163,11 +150,6 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str) -> list[str]:
     if found.keys() != written.keys() or not all(np.array_equal(found[n], data) for n, data in written.items()):
         raise UserError("the tensors that were read back from the GGUF file differ: nothing was exported", CHECKPOINT)
     return [f"checked: {len(found)} tensors read back equal", "run it with llama.cpp: llama-cli -m OUT"]
-
-
-def is_gpt2_like(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer splits text as GPT-2 does, which llama.cpp calls the pre-tokenizer gpt-2."""
-    return isinstance(tokenizer, BPETokenizer) and tokenizer.name in ("bpe", "gpt2")
 
 
 def _write_gguf_config(writer: Any, gguf: Any, shape: model_config.ModelConfig, dtype: str) -> None:
