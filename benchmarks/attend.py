@@ -1,13 +1,16 @@
-"""What inspecting attention costs: recording during training, and eager attention on long texts.
+"""What inspecting attention costs: recording during training, eager attention on long texts, typing into the page.
 
 python -m benchmarks.attend recording        # a whole quickstart: the share of its time spent on recording
 python -m benchmarks.attend quadratic        # eager attention from 128 to 4096 tokens: time and memory
+python -m benchmarks.attend page             # of a quickstart in runs/quickstart, in Chromium; needs playwright
 """
 
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,17 @@ from benchmarks.common import Report, parser, report, table
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 HEADS, D_HEAD = 4, 64
+TYPING = """async (T) => {
+  const ms = async (action) => { const start = performance.now(); await action(); return performance.now() - start; };
+  const show = (own) => change({ text: OWN, own, query: Infinity, key: -1 });
+  const drawn = (own) => ms(async () => { await show(own); await new Promise(requestAnimationFrame); });
+  let [text, atEnd, nearStart] = [page.own.repeat(5), [], []];
+  while (backend.encode(text).length > T - 8) text = text.slice(0, -1);
+  await show(text);
+  for (const letter of " and th") atEnd.push(await drawn(text += letter));
+  for (let k = 2; k < 9; k++) nearStart.push(await drawn(text.slice(0, k) + "x" + text.slice(k)));
+  return [atEnd, nearStart, [await ms(rankHeads)]];
+}"""
 
 
 def timed(method: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
@@ -66,12 +80,34 @@ def measure_quadratic(out: Report) -> None:
     out.add(table(("tokens", "ms", "MB of pattern", "ms, of half the tokens"), rows))
 
 
+def measure_page(out: Report) -> None:
+    """Milliseconds from a typed letter to the drawn page, at the end and near the beginning of texts of 90 and 160 tokens."""
+    from playwright.sync_api import sync_playwright
+
+    path = Path("runs/quickstart/attention.html").resolve()
+    with sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]).new_page()
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]", state="attached")
+        paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        rows = [(f"first paint of {path.stat().st_size / 1e6:.1f} MB", f"{paint:.0f}")]
+        for T in (90, 160):
+            at_end, near_start, heads = (statistics.median(ms) for ms in page.evaluate(TYPING, T))
+            rows += [(f"a letter at the end of {T} tokens", f"{at_end:.0f}")]
+            rows += [
+                (f"a letter near the start of {T} tokens", f"{near_start:.0f}"),
+                ("all heads ranked", f"{heads:.0f}"),
+            ]
+    out.add(table(("the page of a quickstart", "ms"), rows))
+
+
 def main() -> None:
     options = parser(__doc__, rounds=1)
-    options.add_argument("what", choices=["recording", "quadratic"])
+    options.add_argument("what", choices=["recording", "quadratic", "page"])
     args = options.parse_args()
+    measure = {"recording": measure_recording, "quadratic": measure_quadratic, "page": measure_page}[args.what]
     with report(f"attend-{args.what}", args.record) as out:
-        (measure_recording if args.what == "recording" else measure_quadratic)(out)
+        measure(out)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,8 @@ class Backend:
                 name: getattr(cache, name)[layer] for name in ("queries", "keys", "values", "value_norms", "attn_out")
             }
             arrays |= {"pattern": cache.pattern[layer, :, rows, columns], "loss": np.append(np.nan, cache.loss)}
-            arrays |= {"top_tokens": cache.top_ids, "top_probs": cache.top_probs}
         encoder = Encoder(1 << 30)
-        kinds = {name: "uint32" if name in ("lens", "top_tokens") else "float32" for name in arrays}
+        kinds = {name: "uint32" if name == "lens" else "float32" for name in arrays}
         return {name: encoder.array(array, kinds[name]) for name, array in arrays.items()}
 
     def switch_off(self, step: int, off: Mapping[str, str], stack: ExitStack) -> None:

@@ -4,8 +4,8 @@
 //   run({ step, ids, off, layer, query, norms }): what the model computes on the tokens. `off` names heads and MLPs that are
 //     switched off, such as { L1H3: "zero", "L0 MLP": "mean" }. Always `logits` (V) after the query, and `lens`: the most likely
 //     token there from the residual stream before each layer and after the last. With a layer >= 0 also that layer's `pattern`,
-//     `queries`, `keys`, `values`, `attn_out`, if `norms` is true `value_norms` (H, T), and `loss`, `top_tokens`, `top_probs` of
-//     every token, as `_text` in page_builder.py has them.
+//     `queries`, `keys`, `values`, `attn_out`, if `norms` is true `value_norms` (H, T), and `loss` (T), at least that of the
+//     query, as `_text` in page_builder.py has them.
 
 function engineBackend({ config, vocab_size, tokenizer, snapshots }) {
   const [encode, bytesOf] = createTokenizer(tokenizer);
@@ -18,9 +18,13 @@ function engineBackend({ config, vocab_size, tokenizer, snapshots }) {
     async run({ step, ids, off, layer, query, norms }) {
       const model = await models.get(step)();
       const cache = runModel(model, off === null ? model.whole : model.ablated, ids, off ?? {});
-      const lens = cache.stream.map((x) => largest(unembed(model, rowAt(x, config.d_model, query))));
-      const logits = rowAt(cache.logits, vocab_size, query).slice();
-      return { logits, lens, ...(layer >= 0 ? layerArrays(model, cache, layer, norms) : {}) };
+      const logitsAt = (x, t) => unembed(model, rowAt(x, config.d_model, t));
+      const stages = cache.stream.map((x) => logitsAt(x, query));
+      const result = { logits: stages.at(-1), lens: stages.map(largest) };
+      if (layer < 0) return result;
+      const loss = new Float32Array(ids.length).fill(NaN);
+      if (query > 0) loss[query] = -Math.log(softmax(Float64Array.from(logitsAt(cache.stream.at(-1), query - 1)))[ids[query]]);
+      return { ...result, loss, ...layerArrays(model, cache, layer, norms) };
     },
   };
 }
@@ -65,8 +69,8 @@ function decodeModel(config, vocab_size, encoded) {
   };
 }
 
-// What the page shows of one layer, and of every token.
-function layerArrays({ config, weights, vocab_size: V }, cache, layer, norms) {
+// What the page shows of one layer.
+function layerArrays({ config, weights }, cache, layer, norms) {
   const { n_heads: H, n_kv_heads: G, d_head: D, d_model: C } = config;
   const [T, kept] = [cache.tokens.length, cache.layers[layer]];
   const byHead = (values, heads) => { // (T, heads, D) to (H, T, D), shared heads repeated
@@ -80,21 +84,10 @@ function layerArrays({ config, weights, vocab_size: V }, cache, layer, norms) {
   const cells = (T * (T + 1)) / 2;
   const [pattern, values] = [new Float32Array(H * cells), byHead(kept.values, G)];
   kept.patterns.forEach((rows, h) => pattern.set(rows.subarray(0, cells), h * cells));
-  while (cache.readings.length < T) cache.readings.push(readPosition(cache, V, cache.readings.length));
-  const readings = (name) => cache.readings.flatMap((reading) => reading[name]);
   return {
     pattern, values, queries: byHead(kept.queries, H), keys: byHead(kept.keys, G), attn_out: kept.attention.slice(0, T * C),
     ...(norms ? { value_norms: valueNorms(values, weights[`blocks.${layer}.attention.out.weight`], config, T) } : {}),
-    loss: Float32Array.from([NaN, ...readings("next_loss").slice(0, -1)]),
-    top_tokens: Uint32Array.from(readings("top")), top_probs: Float32Array.from(readings("probs")),
   };
-}
-
-// The likely next tokens after position t, and the loss of the token that comes next.
-function readPosition(cache, V, t) {
-  const p = softmax(Float64Array.from(rowAt(cache.logits, V, t)));
-  const top = likely(p);
-  return { top, probs: top.map((token) => p[token]), next_loss: -Math.log(p[cache.tokens[t + 1]] ?? NaN) };
 }
 
 // |v_j W_O| of each head, (H, T) (Kobayashi et al. 2020, section 3).

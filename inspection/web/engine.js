@@ -204,7 +204,7 @@ function unembed({ config, weights, vocab_size: V }, x) {
   return linear(norm(config, weights, "final_norm", x), { weight: head }, V);
 }
 
-function createCache({ config, vocab_size: V }) {
+function createCache({ config }) {
   const { n_layers: L, n_heads: H, n_kv_heads: G, d_head: D, d_model: C, context } = config;
   const layers = range(L).map(() => ({
     queries: new Float32Array(context * H * D),
@@ -215,19 +215,18 @@ function createCache({ config, vocab_size: V }) {
     patterns: range(H).map(() => new Float32Array((context * (context + 1)) / 2)), // A[i, j] at i (i + 1) / 2 + j
   }));
   const stream = range(L + 1).map(() => new Float32Array(context * C)); // the residual stream before each layer, and at the end
-  return { tokens: [], off: "{}", layers, stream, logits: new Float32Array(context * V), readings: [] };
+  return { tokens: [], off: "{}", layers, stream };
 }
 
-// Brings the cache to these tokens and this `off`: positions that are the same as before are kept.
+// Brings the cache to these tokens and this `off`: positions that are the same as before are kept. `unembed` turns its residual
+// stream into logits.
 function runModel(model, cache, tokens, off = {}) {
   if (JSON.stringify(off) !== cache.off) Object.assign(cache, { off: JSON.stringify(off), tokens: [] });
   let start = 0;
   while (start < tokens.length && tokens[start] === cache.tokens[start]) start++;
-  cache.readings.length = Math.min(cache.readings.length, Math.max(0, start - 1)); // the one before speaks of the next token
   if (start < tokens.length) {
     const stream = residualStream(model, tokens.slice(start), start, cache, off);
     stream.forEach((x, layer) => cache.stream[layer].set(x, start * model.config.d_model));
-    cache.logits.set(unembed(model, stream.at(-1)), start * model.vocab_size);
   }
   cache.tokens = Array.from(tokens);
   return cache;
