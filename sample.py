@@ -18,6 +18,7 @@ if sys.flags.safe_path:  # python -P, python -I
 
 from common.errors import DATA, UserError, run_main, warn
 from common.files import retry_if_removed
+from common.ranges import AboveZero, Count, Fraction, NonNegativeFloat, PositiveCount, PositiveFloat, out_of_range
 from training.cli import parse
 
 if TYPE_CHECKING:
@@ -36,15 +37,15 @@ class SampleConfig:
     checkpoint: str = "best"  # The checkpoint of a run: `best` (lowest validation loss), `last`, or a step.
     prompt: str = ""  # Beginning of the text; `-` reads it from standard input.
     prompt_file: str = ""  # A UTF-8 file with the beginning of the text.
-    tokens: int = 200  # Maximum number of new tokens; generation stops at end-of-text.
-    samples: int = 1  # Number of texts.
-    temperature: float = 0.8  # Sampling temperature; 0 is greedy.
-    top_k: int = 0  # Sample from the k most likely tokens; 0 keeps all.
-    top_p: float = 1.0  # Sample from the smallest set of most likely tokens with this total probability; 1 keeps all.
-    min_p: float = 0.0  # Sample from the tokens with at least this fraction of the highest probability; 0 keeps all.
-    repetition_penalty: float = 1.0  # Above 1, tokens that the text has become less likely.
+    tokens: Count = 200  # Maximum number of new tokens; generation stops at end-of-text.
+    samples: PositiveCount = 1  # Number of texts.
+    temperature: NonNegativeFloat = 0.8  # Sampling temperature; 0 is greedy.
+    top_k: Count = 0  # Sample from the k most likely tokens; 0 keeps all.
+    top_p: AboveZero = 1.0  # Sample from the fewest tokens that together have this probability; 1 keeps all.
+    min_p: Fraction = 0.0  # Sample from the tokens with at least this fraction of the highest probability; 0 keeps all.
+    repetition_penalty: PositiveFloat = 1.0  # Above 1, tokens that the text has become less likely.
     stop: tuple[str, ...] = ()  # Stop before this text; may be given several times.
-    seed: int = 1  # Random seed; the same seed gives the same text.
+    seed: Count = 1  # Random seed; the same seed gives the same text.
     interactive: bool = False  # Read prompts from the terminal; each continues the text so far.
     score: str = ""  # Instead of generating: a UTF-8 file whose loss, perplexity and most surprising words are printed.
     json: bool = False  # Print a line of JSON for each text: tokens, log-probabilities, why it ended.
@@ -56,20 +57,8 @@ class SampleConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
-        problems = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"--temperature is {self.temperature}; it must be at least 0 (greedy) and finite")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            problems.append(f"--min_p is {self.min_p}; it must be between 0 and 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            problems.append(f"--repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite")
-        if "" in self.stop:
-            problems.append("--stop is empty; name the text to stop before")
-        for name, minimum in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
-            if not minimum <= getattr(self, name) < 1 << 63:
-                problems.append(f"--{name} is {getattr(self, name)}; it must be at least {minimum} and below 2**63")
+        problems = out_of_range(self, "--")
+        problems += ["--stop is empty; name the text to stop before"] if "" in self.stop else []
         changed = {field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default}
         generating = changed - {"checkpoint", "dtype", "json", "score", "run"}
         exclusive = {

@@ -3,9 +3,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.errors import DISK_OR_MEMORY, UserError
+from common.ranges import Range, out_of_range
+
+VocabSize = Annotated[int, Range("between 257 and 1,000,000", lambda value: 257 <= value <= 1_000_000)]
+ValFraction = Annotated[float, Range("between 0 and 1, such as 0.1", lambda value: 0 < value < 1)]
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class DataConfig:
     tokenizer: str = "bpe"
     """`char`, `byte`, `bpe` (trained on the corpus), a tiktoken encoding such as `gpt2` or `cl100k_base`, or a folder: a run, a
     checkpoint or a Hugging Face folder, whose tokenizer is used."""
-    vocab_size: int = 1024  # Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text.
-    val_fraction: float = 0.1
+    vocab_size: VocabSize = 1024  # Size of a trained `bpe` vocabulary, including the 256 bytes and end-of-text.
+    val_fraction: ValFraction = 0.1
     """Fraction of the text that is held out for validation: whole files or the last documents of one, else the end of each
     long text. Named corpora have a split of their own."""
     val: str = ""  # Validation text: a file, a folder or a glob. Then all other text of data.source is for training.
@@ -32,17 +36,13 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """One line for each invalid value."""
-        problems = []
+        problems = out_of_range(self, "data.")
         if not self.source:
             problems.append("data.source is empty; name a corpus, a file, a folder or a glob")
         try:
             b"\xff".decode(self.encoding, "ignore")  # not so idna and punycode, which are for names of hosts
         except (LookupError, ValueError):
             problems.append(f"data.encoding is {self.encoding!r}; it must be a text encoding of Python, such as cp1252")
-        if not 257 <= self.vocab_size <= 1_000_000:
-            problems.append(f"data.vocab_size is {self.vocab_size}; it must be between 257 and 1,000,000")
-        if not 0 < self.val_fraction < 1:
-            problems.append(f"data.val_fraction is {self.val_fraction}; it must be between 0 and 1, such as 0.1")
         return problems
 
 

@@ -1,8 +1,9 @@
 """Model configuration. Does not import torch, so that errors in options are reported at once."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
+
+from common.ranges import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt, out_of_range
 
 AttentionImplementation = Literal["eager", "sdpa", "chunked"]
 ATTENTION_IMPLEMENTATIONS: tuple[AttentionImplementation, ...] = get_args(AttentionImplementation)
@@ -43,20 +44,20 @@ class ModelConfig:
     """Model settings."""
 
     preset: Literal["glass", "gpt2", "llama", "qwen3"] = "glass"  # glass learns fastest; the others are Hugging Face's.
-    n_layers: int = 4  # Number of transformer blocks.
-    n_heads: int = 4  # Number of attention heads per block.
-    n_kv_heads: int = 0  # Number of key/value heads (grouped-query attention); 0 means n_heads.
-    d_model: int = 128  # Size of the residual stream.
-    d_head: int = 0  # Size of an attention head; 0 means d_model / n_heads.
-    d_mlp: int = 0  # Hidden size of the MLP; 0 means the preset's multiple of d_model.
-    context: int = 128  # Context length in tokens.
-    dropout: float = 0.0  # Dropout probability during training.
+    n_layers: PositiveInt = 4  # Number of transformer blocks.
+    n_heads: PositiveInt = 4  # Number of attention heads per block.
+    n_kv_heads: NonNegativeInt = 0  # Number of key/value heads (grouped-query attention); 0 means n_heads.
+    d_model: PositiveInt = 128  # Size of the residual stream.
+    d_head: NonNegativeInt = 0  # Size of an attention head; 0 means d_model / n_heads.
+    d_mlp: NonNegativeInt = 0  # Hidden size of the MLP; 0 means the preset's multiple of d_model.
+    context: PositiveInt = 128  # Context length in tokens.
+    dropout: BelowOne = 0.0  # Dropout probability during training.
     norm: Literal["preset", "none", "layer", "rms"] = "preset"  # none: without norm of queries and keys, too.
     positions: Literal["preset", "none", "learned", "rotary"] = "preset"  # Position embeddings.
     mlp: Literal["preset", "none"] = "preset"  # none: an attention-only model.
     tie_embeddings: bool = True  # The LM head shares its weights with the token embedding.
-    norm_eps: float = 0.0  # Added to the variance in norms; 0 means the preset's.
-    rope_theta: float = 0.0  # Base of the rotary angles; 0 means the preset's.
+    norm_eps: NonNegativeFloat = 0.0  # Added to the variance in norms; 0 means the preset's.
+    rope_theta: NonNegativeFloat = 0.0  # Base of the rotary angles; 0 means the preset's.
     attention: Literal["auto", AttentionImplementation] = "auto"
     """Attention implementation. `eager`: every operation written out; `sdpa`: PyTorch's fused kernels; `chunked`:
     memory-efficient, 128 queries at a time; `auto`: the best for this machine."""
@@ -93,13 +94,7 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
-        minimums = {"n_layers": 1, "n_heads": 1, "n_kv_heads": 0, "d_model": 1, "d_head": 0, "d_mlp": 0, "context": 1}
-        problems = [
-            f"model.{name} is {getattr(self, name)}; it must be at least {minimum}"
-            for name, minimum in minimums.items()
-            if getattr(self, name) < minimum
-        ]
-        if problems:
+        if problems := out_of_range(self, "model."):
             return problems
         C, H, G = self.d_model, self.n_heads, self.n_kv_heads
         if self.d_head == 0:
@@ -110,15 +105,10 @@ class ModelConfig:
             )
         if self.architecture.positions == "rotary" and self.d_head % 2:
             problems.append(f"the head size is {self.d_head}; rotary positions need an even one (set model.d_head)")
-        for name in ("norm_eps", "rope_theta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                problems.append(f"model.{name} is {getattr(self, name)}; it must be positive, or 0 for the preset's")
         if self.rope_theta and self.architecture.positions != "rotary":
             problems.append(
                 f"model.rope_theta is {self.rope_theta}, but the model has no rotary positions; leave it at 0"
             )
         if self.d_mlp and not self.architecture.has_mlp:
             problems.append(f"model.d_mlp is {self.d_mlp}, but model.mlp is none; leave it at 0")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         return problems

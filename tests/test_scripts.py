@@ -1,12 +1,14 @@
 """sample.py and the scripts as a user meets them: what they print and what they refuse."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import attend
 from common.errors import quote_arg
 from tests.runs import ROOT, TINY, error_line, process, script
 
@@ -69,6 +71,16 @@ def test_folder_without_a_run_is_named(name: str, tmp_path: Path) -> None:
     assert f"it contains {tmp_path / 'one'}" in error_line(script(name, tmp_path), 4)
     assert "is not a folder" in error_line(script(name, tmp_path / "nothing"), 4)
     assert "is not a run folder" in error_line(script("train.py", f"--run.resume={tmp_path}"), 4)
+
+
+@pytest.mark.parametrize(
+    "words", ["train", "sample", "export", "attend", *(f"attend {name}" for name in attend.COMMANDS)]
+)
+def test_every_option_has_its_help(words: str) -> None:
+    name, *command = words.split()
+    shown = script(f"{name}.py", *command, "--help").stdout
+    options = re.findall(r"(--[\w.-]+) [^\n]*?[\s│]+(\S[^\n]*)", shown)
+    assert options and not [option for option, text in options if text.startswith("(default")]
 
 
 def test_ascii_terminal(run: Path) -> None:

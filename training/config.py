@@ -9,14 +9,14 @@ import difflib
 import glob
 import importlib.util
 import json
-import math
 import os
 import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal
 
+from common import ranges
 from common.errors import CHECKPOINT, UserError, quote_arg
 from data.config import DataConfig
 from model.config import ModelConfig
@@ -26,30 +26,17 @@ MAX_CONFIG_CHARS = 1 << 14  # the memory that dotted keys take grows with their 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.toml"
 
 
-# Types of settings, each with its range: in words, and as a test that NaN fails.
-NonNegativeInt = Annotated[int, ("at least 0", lambda value: value >= 0)]
-PositiveInt = Annotated[int, ("at least 1", lambda value: value >= 1)]
-Seed = Annotated[int, ("at least 0 and below 2**63", lambda value: 0 <= value < 1 << 63)]
-NonNegativeFloat = Annotated[float, ("at least 0 and finite", lambda value: 0 <= value < math.inf)]
-Seconds = Annotated[float, ("at least 1 and below 10**9", lambda value: 1 <= value < 1e9)]
-Patience = Annotated[int, ("at least 0, or -1", lambda value: value >= -1)]
-Minutes = Annotated[float, ("at least 0 and below 100,000", lambda value: 0 <= value < 100_000)]
-Momentum = Annotated[float, ("at least 0 and below 1", lambda value: 0 <= value < 1)]
-Fraction = Annotated[float, ("between 0 and 1", lambda value: 0 <= value <= 1)]
-StepList = Annotated[str, ("such as '300 450' or empty", re.compile(r"(\d{1,12}( \d{1,12})*)?", re.ASCII).fullmatch)]
-
-
 @dataclass(frozen=True)
 class RunSettings:
     """Run folder, seed and processes."""
 
     dir: str = ""  # Run folder, new or empty; by default runs/ and the name of the config or text, perhaps numbered.
     resume: str = ""  # A run folder to continue from its newest intact checkpoint.
-    seed: Seed = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
+    seed: ranges.Count = 1  # Seed of the initial weights, the order of the batches, dropout and samples.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # `auto`: a CUDA GPU if there is one, else the CPU.
-    threads: NonNegativeInt = 0  # CPU threads; 0: torch's default.
-    stop_at_step: NonNegativeInt = 0  # Save and stop after this step, as after a signal; 0: train to the end.
-    dist_timeout: Seconds = 600.0  # Seconds that a process of torchrun waits for the others before it exits.
+    threads: ranges.NonNegativeInt = 0  # CPU threads; 0: torch's default.
+    stop_at_step: ranges.NonNegativeInt = 0  # Save and stop after this step, as after a signal; 0: train to the end.
+    dist_timeout: ranges.Seconds = 600.0  # Seconds that a process of torchrun waits for the others before it exits.
 
 
 @dataclass(frozen=True)
@@ -57,34 +44,34 @@ class OptimConfig:
     """Optimizer and learning rate schedule."""
 
     optimizer: Literal["muon", "adamw"] = "muon"  # `muon`: for the matrices of the blocks, with AdamW for the rest.
-    lr: NonNegativeFloat = 0.005  # Peak learning rate of AdamW.
-    muon_lr: NonNegativeFloat = 0.02  # Peak learning rate of Muon.
-    weight_decay: NonNegativeFloat = 0.1  # Weight decay of matrices and embeddings, not of norms and biases.
-    beta1: Momentum = 0.9  # AdamW beta1.
-    beta2: Momentum = 0.95  # AdamW beta2.
-    momentum: Momentum = 0.95  # Muon momentum.
-    warmup_steps: NonNegativeInt = 10  # Steps of linear warmup.
+    lr: ranges.NonNegativeFloat = 0.005  # Peak learning rate of AdamW.
+    muon_lr: ranges.NonNegativeFloat = 0.02  # Peak learning rate of Muon.
+    weight_decay: ranges.NonNegativeFloat = 0.1  # Weight decay of matrices and embeddings, not of norms and biases.
+    beta1: ranges.BelowOne = 0.9  # AdamW beta1.
+    beta2: ranges.BelowOne = 0.95  # AdamW beta2.
+    momentum: ranges.BelowOne = 0.95  # Muon momentum.
+    warmup_steps: ranges.NonNegativeInt = 10  # Steps of linear warmup.
     schedule: Literal["linear", "cosine"] = "linear"  # `linear`: constant, then linear decay; `cosine`: cosine decay.
-    decay_fraction: Fraction = 0.5  # Fraction of the steps over which `linear` decays.
-    decay_at: StepList = ""  # Steps at which `linear` falls by equal parts, if not steadily; train.minutes writes it.
-    min_lr_ratio: Fraction = 0.0  # Final learning rate as a fraction of the peak.
-    grad_clip: NonNegativeFloat = 1.0  # Maximum norm of the gradient; 0: no clipping.
+    decay_fraction: ranges.Fraction = 0.5  # Fraction of the steps over which `linear` decays.
+    decay_at: ranges.StepList = ""  # Steps at which `linear` falls by equal parts, as train.minutes writes it.
+    min_lr_ratio: ranges.Fraction = 0.0  # Final learning rate as a fraction of the peak.
+    grad_clip: ranges.NonNegativeFloat = 1.0  # Maximum norm of the gradient; 0: no clipping.
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Training loop."""
 
-    minutes: Minutes = 0.0  # Time of the whole command, for which all that is not given is chosen; 0: `steps` decides.
-    steps: PositiveInt = 1000  # Optimizer steps.
-    batch_size: PositiveInt = 16  # Sequences in a step, over all processes.
-    micro_batch_size: NonNegativeInt = 0  # Sequences of a process in a forward and backward pass; 0: all of its part.
-    eval_every: PositiveInt = 100  # Steps between evaluations.
-    eval_tokens: PositiveInt = 65_536  # Validation tokens of an evaluation, the same every time.
-    save_every: PositiveInt = 100  # Steps between checkpoints; the best evaluation and the last step are saved as well.
-    keep_checkpoints: PositiveInt = 2  # How many of the newest checkpoints are kept, besides the best.
-    patience: Patience = -1  # Evaluations without improvement until the end; 0: any number; -1: 5 on your own text.
-    skip_nonfinite_steps: NonNegativeInt = 0  # Steps with a non-finite loss or gradient to skip before the run stops.
+    minutes: ranges.Minutes = 0.0  # Time of the whole command; what is not given is chosen for it. 0: `steps` decides.
+    steps: ranges.PositiveInt = 1000  # Optimizer steps.
+    batch_size: ranges.PositiveInt = 16  # Sequences in a step, over all processes.
+    micro_batch_size: ranges.NonNegativeInt = 0  # Sequences of a process in one pass; 0: all of its part of the batch.
+    eval_every: ranges.PositiveInt = 100  # Steps between evaluations.
+    eval_tokens: ranges.PositiveInt = 65_536  # Validation tokens of an evaluation, the same every time.
+    save_every: ranges.PositiveInt = 100  # Steps between checkpoints; the best and the last step are saved as well.
+    keep_checkpoints: ranges.PositiveInt = 2  # How many of the newest checkpoints are kept, besides the best.
+    patience: ranges.Patience = -1  # Evaluations without improvement to the end; 0: any number; -1: 5 on your own text.
+    skip_nonfinite_steps: ranges.NonNegativeInt = 0  # Steps with a non-finite loss or gradient to skip before stopping.
     sharding: Literal["none", "fsdp"] = "none"  # `none`: DDP; `fsdp`: parameters and optimizer state are sharded.
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # Of matrix products; `auto`: a 16-bit one where fast.
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; `auto`: for long runs if a compiler is installed.
@@ -94,8 +81,8 @@ class TrainConfig:
 class LogConfig:
     """Logging, samples and inspection."""
 
-    every: PositiveInt = 10  # Steps between log lines.
-    sample_tokens: NonNegativeInt = 100  # Tokens of the text sample at each evaluation; 0: none.
+    every: ranges.PositiveInt = 10  # Steps between log lines.
+    sample_tokens: ranges.NonNegativeInt = 100  # Tokens of the text sample at each evaluation; 0: none.
     prompts: str = ""  # A file of prompts to monitor: texts, or prompt, right and wrong answer separated by tabs.
     attention: Literal["on", "off"] = "on"  # Record attention and head scores at each evaluation and write the page.
     tensorboard: Literal["on", "off"] = "off"  # Event files for TensorBoard in the run folder.
@@ -118,11 +105,7 @@ class RunConfig:
         """What is wrong, one line each."""
         found = self.data.problems() + self.model.problems()
         for section in ("run", "optim", "train", "log"):
-            settings = getattr(self, section)
-            for name, kind in get_type_hints(type(settings), include_extras=True).items():
-                for text, holds in getattr(kind, "__metadata__", ()):
-                    if not holds(value := getattr(settings, name)):
-                        found.append(f"{section}.{name} is {value!r}; it must be {text}")
+            found += ranges.out_of_range(getattr(self, section), f"{section}.")
         return found
 
 
