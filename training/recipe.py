@@ -20,6 +20,7 @@ RECIPES = (
 
 A small text is repeated often, which overfits without dropout and strong weight decay, and has few examples of each token.
 Measured on texts up to 55 MB (benchmarks/NOTES.md)."""
+PACKED = 3  # bytes of text in a byte of a compressed file, about
 MANY_CHARACTERS, SAMPLE_BYTES = 1000, 200_000
 """A text with more different characters at its start, as Chinese and Japanese have, is encoded by character."""
 
@@ -46,13 +47,14 @@ def read_recipe(config: RunConfig, argv: list[str]) -> tuple[list[str], float, s
     With a config file, a named corpus or a run to resume: none, infinity, "". Raises UserError if there is no such text (3).
     """
     from data.corpora import NAMED
-    from data.text_files import find_files
+    from data.text_files import COMPRESSED, find_files
 
     has_file = bool(argv) and not argv[0].startswith("-")
     if has_file or config.run.resume or config.data.source in NAMED:
         return [], math.inf, ""
     files, given = find_files(config.data.source, config.data.encoding), option_names(argv)
-    n_bytes = sum(path.stat().st_size for path in files)
+    packed = (*COMPRESSED, ".parquet")
+    n_bytes = sum(path.stat().st_size * (PACKED if path.suffix.lower() in packed else 1) for path in files)
     vocab_size, dropout, weight_decay, epochs = recipe(n_bytes)
     options = [f"--model.dropout={dropout}", f"--optim.weight_decay={weight_decay}"]
     if not given & {"data.vocab_size", "data.tokenizer"} and has_many_characters(files, config.data.encoding):

@@ -55,6 +55,9 @@ def test_config_files_and_named_corpora_have_no_recipe(text: Path, monkeypatch: 
     source = f"--data.source={text}"
     assert options(source)[-1] == "--train.minutes=2"
     assert options(source, "--train.steps", "5")[-1] == "--optim.weight_decay=2.0"
+    packed = text.with_name("b.txt.gz")
+    packed.write_bytes(b"x" * 100_000)  # about 300 kB of text
+    assert options(f"--data.source={packed}")[0] == "--data.vocab_size=1024"
     assert not options() and not options("--data.source=shakespeare")
     assert not any(options(str(file), source) for file in (ROOT / "configs").glob("*.toml"))
     with pytest.raises(UserError, match="no text found for nowhere"):
