@@ -88,7 +88,7 @@ class AttentionRecorder:
     def on_start(self, trainer: Any) -> None:
         """Record the untrained model; or continue a run, without what it wrote after the step from which it continues."""
         step, path = trainer.state.step, self.folder / "eval_texts.json"
-        for folder in (self.folder, self.run_dir):
+        for folder in (self.run_dir, self.folder, self.folder / FOLDER):
             remove_temporary_files(folder)
         for name in ("ablations.json", "findings.json"):
             (self.folder / name).unlink(missing_ok=True)
