@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import CONFIG, UserError, escape_control_chars
+from common.errors import CONFIG, UserError
 from common.files import read_json, reading, write_atomic
 from data.tokenizer import Tokenizer
 from inspection.contrast_pairs import ContrastPair, make_contrast_pair
@@ -180,13 +180,11 @@ def read_user_prompts(
 
     Raises UserError (exit code 2) naming the line that can't be used.
     """
-    name = escape_control_chars(path)
     try:
         rows = [row.removeprefix("<|endoftext|>") for row in path.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise UserError(f"cannot read prompts from {name}: {error.strerror}", CONFIG) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read prompts from {name}: it is not UTF-8", CONFIG) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"cannot read prompts from {path}: {reason}", CONFIG) from error
     texts: list[NamedText] = []
     pairs: list[ContrastPair] = []
     for number, row in enumerate(rows, 1):
@@ -198,11 +196,11 @@ def read_user_prompts(
                 tokens = tokenizer.encode(row.rstrip(" ")).tolist()
                 texts.append((f"line {number}", (tokenizer.end_of_text, *tokens)[:context]))
         except (ValueError, UserError) as error:
-            raise UserError(f"{name}, line {number}: {error}", CONFIG) from error
+            raise UserError(f"{path}, line {number}: {error}", CONFIG) from error
     if len(texts) > MAX_USER_TEXTS:
-        raise UserError(f"{name} has {len(texts)} texts; at most {MAX_USER_TEXTS} can be recorded", CONFIG)
+        raise UserError(f"{path} has {len(texts)} texts; at most {MAX_USER_TEXTS} can be recorded", CONFIG)
     if not texts and not pairs:
-        raise UserError(f"{name} has no prompts", CONFIG)
+        raise UserError(f"{path} has no prompts", CONFIG)
     return texts, pairs
 
 

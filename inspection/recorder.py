@@ -5,7 +5,6 @@ if the step is one of those to keep. Its `report` ablates every head, decides wh
 figures and the page.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from common.errors import UserError, escape_control_chars
+from common.errors import UserError, warn
 from common.figures import report_failure
 from common.files import remove_temporary_files
 from inspection.ablation import loss_increases, run_ablations
@@ -100,7 +99,7 @@ class AttentionRecorder:
             try:
                 self.eval_texts = EvalTexts.load(path, trainer.model.vocab_size, trainer.model.config.context)
             except UserError as error:
-                print(escape_control_chars(f"{error}; it is written again"), file=sys.stderr)
+                warn(f"{error}; it is written again")
         self.eval_texts.save(path)
         if step == 0:
             self.write(trainer.model, 0, trainer.provenance())

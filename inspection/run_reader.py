@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CHECKPOINT, CONFIG, RemovedError, UserError, escape_control_chars, quote_arg
+from common.errors import CHECKPOINT, CONFIG, RemovedError, UserError, quote_arg, warn
 from common.files import read_json, read_metrics, reading
 from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file
@@ -107,7 +106,7 @@ class RunFiles:
         except UserError as error:
             del self.paths[step]
             if not isinstance(error, RemovedError):
-                print(escape_control_chars(f"skipping a damaged attention file: {error}"), file=sys.stderr)
+                warn(f"skipping a damaged attention file: {error}")
             return None
 
     @cached_property
@@ -209,8 +208,8 @@ def match_name(name: str, names: Iterable[str], what: str, where: str) -> str:
         return name
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    options = f"it has {', '.join(map(escape_control_chars, known))}" if known else f"it has no {what}"
-    raise UserError(f"{where} has no {what} {escape_control_chars(name)!r}; {hint}{options}", CONFIG)
+    options = f"it has {', '.join(known)}" if known else f"it has no {what}"
+    raise UserError(f"{where} has no {what} {name!r}; {hint}{options}", CONFIG)
 
 
 def find_text(file: AttentionFile, name: str, where: str) -> AttentionRecord:
