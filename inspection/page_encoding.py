@@ -2,7 +2,6 @@
 
 import base64
 import json
-import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from inspection.terminal import display_pieces
+
 DTYPES = {"int8": "i1", "float16": "<f2", "float32": "<f4", "uint32": "<u4"}
-JOINERS = "\u200c\u200d"  # Invisible characters that join letters or emoji.
 
 
 class Encoder:
@@ -49,34 +49,6 @@ class Encoder:
     def vocabulary(self) -> list[list[str]]:
         """The pieces of each token."""
         return [display_pieces(token) for token in self._tokens]
-
-
-def display_pieces(token: bytes) -> list[str]:
-    r"""A token as pieces of text that are safe to show, the first character of each being its kind.
-
-    `s·` is a space, `n↵` a line break, `x\xc3` an escaped byte or control character, `tMia` text. The end-of-text
-    token, which has no bytes, is `x<end>`.
-    """
-    if not token:
-        return ["x<end>"]
-    pieces: list[str] = []
-    for c in token.decode("utf-8", "surrogateescape"):  # an undecodable byte b becomes U+DC00 + b
-        after_text = bool(pieces) and pieces[-1][0] == "t"
-        if c in " \n":
-            piece = "s·" if c == " " else "n↵"
-        elif "\udc80" <= c <= "\udcff":
-            piece = f"x\\x{ord(c) - 0xDC00:02x}"
-        elif unicodedata.category(c).startswith("M"):  # combining marks need a character to combine with
-            piece = f"t{c}" if after_text else f"t\N{DOTTED CIRCLE}{c}"
-        elif c.isprintable() or (c in JOINERS and after_text):
-            piece = f"t{c}"
-        else:
-            piece = "x" + c.encode("unicode_escape").decode("ascii")
-        if piece[0] == "t" and after_text:
-            pieces[-1] += piece[1:]
-        else:
-            pieces.append(piece)
-    return pieces
 
 
 def as_json(value: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from common.errors import escape_control_chars
 SHADES = "·░▒▓█"
 BLOCKS = "▁▂▃▄▅▆▇█"
 TO_ASCII = str.maketrans(SHADES + BLOCKS[:-1], "_:+*#" + "_.-=+*%")
+JOINERS = "\u200c\u200d"  # invisible characters that join letters or emoji
 LABEL_WIDTH = 12
 MAX_WIDTH = 200  # columns of a terminal that are used
 DISCLAIMER = "An attention weight shows what a head attends to, not why."
@@ -44,25 +45,41 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-def token_text(token: bytes, space: str = "·") -> str:
-    r"""A token's bytes as printable text: ` She` as `·She`, a line break as `\n`, an incomplete UTF-8 sequence as `\xc3`,
-    and end-of-text, which has no bytes, as `<end>`.
+def display_pieces(token: bytes) -> list[str]:
+    r"""A token as pieces of text that are safe to show, the first character of each being its kind.
+
+    `s·` is a space, `n↵` a line break, `x\xc3` an escaped byte or control character, `tMia` text. The end-of-text
+    token, which has no bytes, is `x<end>`.
     """
     if not token:
-        return "<end>"
+        return ["x<end>"]
     pieces: list[str] = []
-    for c in token.decode("utf-8", "surrogateescape"):  # each invalid byte b becomes U+DC00 + b
-        is_mark = c in "\u200c\u200d" or unicodedata.category(c)[0] == "M"  # it joins the character before it
-        has_base = bool(pieces) and pieces[-1] != space and len(pieces[-1]) == 1
-        if "\udc80" <= c <= "\udcff":
-            pieces.append(f"\\x{ord(c) - 0xDC00:02x}")
-        elif c == " ":
-            pieces.append(space)
-        elif has_base if is_mark else c != "\\" and c.isprintable():
-            pieces.append(c)
+    for c in token.decode("utf-8", "surrogateescape"):  # an undecodable byte b becomes U+DC00 + b
+        after_text = bool(pieces) and pieces[-1][0] == "t"
+        if c in " \n":
+            piece = "s·" if c == " " else "n↵"
+        elif "\udc80" <= c <= "\udcff":
+            piece = f"x\\x{ord(c) - 0xDC00:02x}"
+        elif unicodedata.category(c).startswith("M"):  # combining marks need a character to combine with
+            piece = f"t{c}" if after_text else f"t\N{DOTTED CIRCLE}{c}"
+        elif c.isprintable() or (c in JOINERS and after_text):
+            piece = f"t{c}"
         else:
-            pieces.append(c.encode("unicode_escape").decode("ascii"))
-    return "".join(pieces)
+            piece = "x" + c.encode("unicode_escape").decode("ascii")
+        if piece[0] == "t" and after_text:
+            pieces[-1] += piece[1:]
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+def token_text(token: bytes, space: str = "·") -> str:
+    r"""A token as printable text: ` She` as `·She`, a line break as `\n`, an incomplete UTF-8 sequence as `\xc3`."""
+    text = ""
+    for piece in display_pieces(token):
+        kind, shown = piece[0], piece[1:]
+        text += {"s": space, "n": r"\n", "t": shown.replace("\\", r"\\")}.get(kind, shown)
+    return text
 
 
 def quote_token(token: bytes) -> str:

@@ -20,7 +20,8 @@ from common.errors import CHECKPOINT, UserError
 from inspection import page_builder
 from inspection.attention_file import AttentionFile
 from inspection.page_builder import PageRun, write_page
-from inspection.page_encoding import DTYPES, display_pieces
+from inspection.page_encoding import DTYPES
+from inspection.terminal import display_pieces
 from tests.browser import example_run
 
 
