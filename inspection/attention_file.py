@@ -110,6 +110,12 @@ class AttentionFile:
     """Such as step, tokens_seen, config (JSON), vocab_size, weights_sha256, tokenizer_sha256, versions (JSON)."""
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # by name, (L, H) each
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, heads) of the model; (0, 0) for an empty file."""
+        shapes = [*(text.value_norms.shape for text in self.texts), *(values.shape for values in self.scores.values())]
+        return (shapes[0][0], shapes[0][1]) if shapes else (0, 0)
+
 
 def write_attention_file(
     path: Path | str,

@@ -50,8 +50,7 @@ class PageRun:
     @property
     def shape(self) -> tuple[int, int]:
         """Layers and heads."""
-        layers, heads, _ = self.files[-1].texts[0].value_norms.shape
-        return layers, heads
+        return self.files[-1].shape
 
     @property
     def steps(self) -> list[int]:

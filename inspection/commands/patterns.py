@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from common.errors import CONFIG, UserError
 from inspection.attention_file import AttentionFile, AttentionRecord
-from inspection.commands.shared import Context, OutputOptions, Result, model_shape, parse_head
+from inspection.commands.shared import Context, OutputOptions, Result, parse_head
 from inspection.head_scores import score_info, value_weighted
 from inspection.run_reader import DEFAULT, RunFiles, find_text
 from inspection.terminal import DISCLAIMER, head_name, number, paragraph, quote_token, table, token_text
@@ -155,7 +155,7 @@ class Compare(OutputOptions):
         if self.against_init and not json.loads(files[1].metadata.get("config", "{}")).get("init"):
             raise UserError(f"{runs[0].folder} did not start from --model.init; its first step: --against 0", CONFIG)
         sides = f"{runs[0].folder} step {steps[0]}", f"{runs[1].folder} step {steps[1]}"
-        if (a := model_shape(files[0])) != (b := model_shape(files[1])):
+        if (a := files[0].shape) != (b := files[1].shape):
             shapes = f"{sides[0]} has {a[0]} layers of {a[1]} heads, {sides[1]} has {b[0]} layers of {b[1]} heads"
             raise UserError(f"{shapes}: they cannot be compared head by head", CONFIG)
         shares = [name for name in files[0].scores if name in files[1].scores and score_info(name).is_share]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.errors import CHECKPOINT, UserError, quote_arg
 from inspection.ablation_results import TABLES, AblationResults
 from inspection.attention_file import AttentionFile
-from inspection.commands.shared import Context, OutputOptions, Result, model_shape
+from inspection.commands.shared import Context, OutputOptions, Result
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, ablation_label, measure_for_score
 from inspection.head_scores import score_info
 from inspection.plots import score_range
@@ -42,7 +42,7 @@ class Summary(OutputOptions):
         named = run.named_heads(step, file.scores)
         rows = score_rows(file, run.ablation, list(named), named)
         rows = [{**row, "uniform": (findings or {}).get("uniform", {}).get(row["score"])} for row in rows]
-        L, H = model_shape(file)
+        L, H = file.shape
         data: dict[str, Any] = {
             "run": str(run.folder),
             "step": step,

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from common.errors import CONFIG, UserError
-from inspection.attention_file import AttentionFile
 from inspection.loaded_model import LoadedModel
 from inspection.terminal import head_name
 
@@ -85,9 +84,3 @@ def parse_heads(names: Iterable[str], shape: tuple[int, int]) -> list[tuple[int,
         if not re.fullmatch(HEAD, name):
             raise UserError(f"{name!r} is not a head; name a layer and a head, such as L1H2", CONFIG)
     return list(dict.fromkeys(parse_head(name, shape) for name in chosen))
-
-
-def model_shape(file: AttentionFile) -> tuple[int, int]:
-    """(layers, heads) of the model of an attention file; (0, 0) for an empty file."""
-    shapes = [text.value_norms.shape[:2] for text in file.texts] + [values.shape for values in file.scores.values()]
-    return (shapes[0][0], shapes[0][1]) if shapes else (0, 0)
