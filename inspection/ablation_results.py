@@ -72,10 +72,7 @@ class AblationResults:
 
     @staticmethod
     def load(path: Path | str) -> AblationResults:
-        """Read the results that `save` wrote.
-
-        Raises UserError (exit code 4) if the file is missing, damaged, or has no ablation results.
-        """
+        """Read the results that `save` wrote; raises UserError (exit code 4) if they are missing or damaged."""
         with reading(path, "file of ablation results", "delete it and run attend.py ablate again"):
             data = read_json(Path(path))
             if data.pop("format") != FORMAT:
@@ -91,12 +88,8 @@ def bootstrap(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     too narrow: for normally distributed items they cover the true mean in 94% of cases at 32 items, 88% at 8, 75% at 3
     and 50% at 2 (20,000 trials each).
 
-    Args:
-        values: (N, ...), one row for each of N >= 2 items.
-        seed: of the generator that draws the resamples.
-
-    Returns:
-        (..., 3): value, low, high. Low and high are extended to include the value where rounding excludes it.
+    From `values` (N, ...) of N >= 2 items to (..., 3): value, low, high. Low and high are extended to include the value
+    where rounding excludes it.
     """
     N = len(values)
     assert N >= 2 and np.isfinite(values).all(), "an interval needs two items and finite numbers"

@@ -51,10 +51,8 @@ def blocks_of(model: GPT) -> list[Block]:
 
 @contextmanager
 def inference_mode(model: GPT) -> Iterator[GPT]:
-    """The model with eager attention, without dropout, autograd and autocast; all flags are restored afterwards.
-
-    A model in half precision is copied to fp32.
-    """
+    """The model with eager attention, without dropout, autograd and autocast; all flags are restored afterwards. A model in
+    half precision is copied to fp32."""
     if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
         model = copy.deepcopy(model).float()
     implementations = [(block.attention, block.attention.attention_implementation) for block in blocks_of(model)]
@@ -84,12 +82,8 @@ def check_tokens(model: GPT, tokens: Int[Tensor, "B T"]) -> None:
 def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hook: LayerHook) -> Float32[Tensor, "B T V"]:
     """Run the model in fp32 with eager attention, without autograd, calling the hook for each layer.
 
-    The hook should keep only what it needs: the activations of all layers together are large.
-
-    Args:
-        tokens: B texts of one length; shorter ones padded on the right, which no earlier position attends to.
-
-    Raises ValueError like `check_tokens`.
+    The hook should keep only what it needs: the activations of all layers together are large. Shorter texts are padded
+    on the right, which no earlier position attends to. Raises ValueError like `check_tokens`.
     """
     check_tokens(model, tokens)
     with inference_mode(model) as model, ExitStack() as handles:
@@ -134,10 +128,7 @@ def value_norms(values: Float[Tensor, "B H T D"], out: Float[Tensor, "C HD"]) ->
 def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bool = False) -> list[ActivationCache]:
     """Run the model on texts of any lengths; cache attention patterns, value norms, losses and likely next tokens.
 
-    Args:
-        details: cache queries, keys, values and attention outputs too.
-
-    Raises ValueError like `check_tokens`.
+    With `details` queries, keys, values and attention outputs too. Raises ValueError like `check_tokens`.
     """
     tokens, lengths = pad(texts), list(map(len, texts))
     names = ("pattern", "value_norms", *(DETAILS if details else ()))

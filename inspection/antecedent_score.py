@@ -60,10 +60,7 @@ class AntecedentScore:
 
 
 def antecedent_scores(model: GPT, pairs: Sequence[ContrastPair]) -> list[AntecedentScore]:
-    """One `AntecedentScore` for each kind of contrast pair, in the order in which the kinds first occur.
-
-    No head is chosen on a single pair.
-    """
+    """The score of each kind of contrast pair, in the order in which they first occur. No head is chosen on a single pair."""
     logit_diffs, attention = score_pairs(model, pairs)
     scores = []
     for kind in dict.fromkeys(pair.kind for pair in pairs):

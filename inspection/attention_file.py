@@ -126,9 +126,8 @@ def write_attention_file(
 ) -> None:
     """Write an attention file atomically; `metadata` and `scores` as in `AttentionFile`.
 
-    The patterns are stored as `dtype`: `f16` (each value within 2^-12 of the fp32 one) or `f32`.
-
-    Raises UserError (exit code 6) if the file cannot be written.
+    The patterns are stored as `dtype`: `f16` (each value within 2^-12 of the fp32 one) or `f32`. Raises UserError (exit
+    code 6) if the file cannot be written.
     """
     arrays = {SCORES + name: np.asarray(table, dtype=np.float32) for name, table in (scores or {}).items()}
     for k, text in enumerate(texts):
@@ -145,10 +144,8 @@ def write_attention_file(
 
 
 def read_attention_file(path: Path | str) -> AttentionFile:
-    """Read an attention file, and check that the shapes of its arrays fit together.
-
-    Raises UserError (exit code 4) if the file is missing, damaged, or not an attention file.
-    """
+    """Read an attention file, and check that the shapes of its arrays fit together. Raises UserError (exit code 4) if it is
+    missing, damaged, or not an attention file."""
     if not Path(path).is_file():  # a pipe or device may never end
         raise (UserError if Path(path).exists() else RemovedError)(f"{path} is not a file", CHECKPOINT)
     with reading(path, "attention file"), safe_open(path, framework="numpy") as file:

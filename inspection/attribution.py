@@ -75,14 +75,9 @@ def direct_logit_attribution(
     The bias of the values is part of each head, those of the MLP part of the MLP; the biases of the attention output and
     of the final norm are parts of their own.
 
-    Args:
-        token: by default the most likely one.
-
-    Returns:
-        The token, and what each part adds: `token embedding`, `L0H1`, `L0 attention bias`, `L0 MLP`, `final norm bias`,
-        ... The parts add up to the model's logit within 1e-4 in fp32 and 1e-9 in double precision.
-
-    Raises ValueError like `check_tokens`.
+    Returns the token, by default the most likely one, and what each part adds: `token embedding`, `L0H1`,
+    `L0 attention bias`, `L0 MLP`, `final norm bias`, ... They add up to the model's logit within 1e-4 in fp32 and 1e-9
+    in double precision. Raises ValueError like `check_tokens`.
     """
     with inference_mode(model) as model:
         # Only the last position is kept: all positions of all layers would be large.

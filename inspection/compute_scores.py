@@ -25,10 +25,8 @@ TokenBytes = Callable[[int], bytes]  # The bytes of a token id.
 
 
 def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenBytes) -> dict[str, Float[Tensor, "L H"]]:
-    """Every score of every head, f32 on the CPU: means over the queries of all texts.
-
-    A score without queries, or that is not finite, is left out.
-    """
+    """Every score of every head, f32 on the CPU: means over the queries of all texts. A score without queries, or that is not
+    finite, is left out."""
     layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.n_layers)]
     for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
 
@@ -91,7 +89,6 @@ def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.f
 
     The difference is log p(right) - log p(wrong) in nats, each summed over the answer's tokens; the attention is a head's
     total to the antecedent from the prompt's last position, where the answer is predicted.
-
     Raises ValueError if a pair is longer than the model's context.
     """
     task, device = pair_task(pairs, {}), model.token_embedding.weight.device

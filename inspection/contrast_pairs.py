@@ -41,12 +41,8 @@ def make_contrast_pair(
 ) -> ContrastPair:
     """From character spans of `text` to token positions. A token belongs to a span if they overlap by a byte or more.
 
-    Args:
-        answer: the right answer, leading space included; the prompt ends before it.
-        antecedent: the mentions that decide the answer, all before it; empty if unknown.
-        wrong: the wrong answer, as it would be written in place of the right one.
-        nouns: those before the answer, if they are known.
-
+    `answer` is the right one, leading space included; `antecedent` the mentions that decide it, and `nouns` those before
+    it, both empty if unknown; `wrong` is written as it would be in place of the right answer.
     Raises ValueError if both answers are the same, or if the tokenizer merges prompt and answer or changes the text.
     """
 

@@ -47,10 +47,8 @@ def max_text_length(config: ModelConfig, n_texts: int) -> int:
 
 
 def held_out_texts(tokens: np.ndarray, document_starts: np.ndarray, length: int) -> list[NamedText]:
-    """Evenly spaced parts of the validation tokens, at most `length` of each and about `HELD_OUT_TOKENS` in all.
-
-    Each begins with a document where one is near, and ends with it unless that is short.
-    """
+    """Evenly spaced parts of the validation tokens, at most `length` of each and about `HELD_OUT_TOKENS` in all. Each begins
+    with a document where one is near, and ends with it unless that is short."""
     length = min(length, max(MIN_HELD_OUT, len(tokens) // HELD_OUT_TEXTS[0]))
     bounds, texts, end = np.append(document_starts, len(tokens)), [], 0
     n_texts = HELD_OUT_TEXTS[length < MIN_HELD_OUT]
@@ -69,12 +67,8 @@ def repeated_sequences(tokens: Sequence[int], first: int, length: int, seed: int
     """Sequences of random tokens, repeated once: `first, r1 .. rn, r1 .. rn`.
 
     The second copy can be predicted from the first one only, so they measure induction alone (Olsson et al. 2022,
-    "Argument 4"). The tokens of a sequence are distinct where there are enough of them.
-
-    Args:
-        tokens: to draw from: those of the corpus, as a model knows nothing about others.
-        first: the token that begins a text.
-        length: of a whole sequence, at most.
+    "Argument 4"). They are drawn from `tokens`, those of the corpus, as a model knows nothing about others, and are
+    distinct where there are enough of them. A sequence has at most `length` tokens.
     """
     pool = [token for token in tokens if token != first]
     n = min(REPEAT_LENGTH, (length - 1) // 2)
@@ -126,10 +120,7 @@ class EvalTexts:
 
     @staticmethod
     def load(path: Path, vocab_size: int, context: int) -> EvalTexts:
-        """Read the texts that `save` wrote, and check that they fit the model.
-
-        Raises UserError (exit code 4) if the file is missing or damaged.
-        """
+        """Read the texts that `save` wrote. Raises UserError (exit code 4) if they are missing, damaged or of another model."""
         with reading(path, "file of evaluation texts"):
             data = read_json(path)
             if data["format"] != FORMAT:
@@ -149,9 +140,8 @@ class EvalTexts:
 def pretrained_texts(tokenizer: Tokenizer, config: ModelConfig, prompts: str = "") -> EvalTexts:
     """Texts for a model whose training text is not at hand: repeated random tokens, and a user's prompts.
 
-    A model of more than `LARGE` parameters in its blocks gets few and short ones, so that ablation takes minutes.
-
-    Raises UserError as `read_user_prompts` does.
+    A model of more than `LARGE` parameters in its blocks gets few and short ones, so that ablation takes minutes. Raises
+    UserError as `read_user_prompts` does.
     """
     own: tuple[list[NamedText], list[ContrastPair]] = ([], [])
     if prompts:

@@ -152,10 +152,9 @@ def compute_findings(
 ) -> list[Finding]:
     """A finding for each score on which some head qualifies, supported ones first, then in the order of `FINDING_SCORES`.
 
-    Args:
-        ablations: measured at the last step of the timeline.
-        chosen: by score, a head that was chosen on one half of the contrast pairs, its score on the other half, and
-            that of a baseline, None for few pairs (`antecedent_score.py`); other scores take their best head.
+    `ablations` are of the last step of the timeline. `chosen` has by score a head that was chosen on one half of the
+    contrast pairs, its score on the other half, and that of a baseline, None for few pairs (`antecedent_score.py`);
+    other scores take their best head.
     """
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
     findings = []
@@ -174,11 +173,8 @@ def compute_findings(
 
 
 def text_finding(timeline: Timeline, ablations: AblationResults, uniform: Mapping[str, float]) -> TextFinding | None:
-    """The head that matters most on held-out text; None where there is too little text to choose and to measure it.
-
-    Args:
-        uniform: what uniform attention scores. The head is described by the score that exceeds this most.
-    """
+    """The head that matters most on held-out text; None where there is too little text to choose and to measure it. It is
+    described by the score that exceeds that of `uniform` attention most."""
     choose, judge = (ablations.measures.get(f"corpus.{half}") for half in ("choose", "judge"))
     last = {name: np.asarray(table) for name, table in timeline[max(timeline)].items()}
     scores = [name for name in last if name in uniform and SCORES[name].is_share and SCORES[name].texts == HELD_OUT]
@@ -231,10 +227,8 @@ def headline(findings: Sequence[Finding]) -> str:
 
 
 def save_findings(path: Path, findings: Sequence[Finding], **others: Any) -> None:
-    """Write the headline, all findings and `others` as JSON, atomically; an interval is [value, low, high].
-
-    Raises UserError (exit code 6) if the file cannot be written.
-    """
+    """Write the headline, all findings and `others` as JSON, atomically; an interval is [value, low, high]. Raises UserError
+    (exit code 6) if the file cannot be written."""
     entries = [asdict(f) | {"is_supported": f.is_supported, "summary": f.summary} for f in findings]
     data = {"headline": headline(findings), "findings": entries, **others}
     write_atomic(path, [json.dumps(data, indent=1).encode()])

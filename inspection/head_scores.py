@@ -67,10 +67,8 @@ SCORES: dict[str, HeadScore] = {}  # All scores of this file by name, in order o
 
 
 def head_score(**fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the head score of its name; `fields` are those of `HeadScore`.
-
-    A score on REPEATS is measured on held-out texts too, as `text.NAME`.
-    """
+    """Register the decorated function as the head score of its name; `fields` are those of `HeadScore`. A score on REPEATS is
+    measured on held-out texts too, as `text.NAME`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         score = SCORES[function.__name__] = HeadScore(function.__name__, **fields, compute=function)
@@ -275,10 +273,8 @@ def _open_brackets(text: str) -> Iterator[tuple[int, list[int]]]:
 def value_weighted(
     attention: Float[np.ndarray, "*batch S"], value_norms: Float[np.ndarray, "*#batch S"]
 ) -> NDArray[np.float64]:
-    """Attention weighted by value norms: |A_j v_j W_O|, divided by its sum (Kobayashi et al. 2020, section 3).
-
-    Attending to a short value vector changes little. nan where all value vectors are zero.
-    """
+    """Attention weighted by value norms: |A_j v_j W_O|, divided by its sum (Kobayashi et al. 2020, section 3); nan where all
+    value vectors are zero."""
     moved = attention.astype(np.float64) * value_norms
     total = moved.sum(axis=-1, keepdims=True)
     return np.divide(moved, total, out=np.full_like(moved, np.nan), where=total > 0)

@@ -146,10 +146,7 @@ def finding_tables(
     findings: Mapping[str, Any] | None, run: PageRun, scores: Mapping[str, Any], texts: Sequence[str]
 ) -> dict[str, Any]:
     """The headline, the findings about heads and scores that the run has, and the head and score that the page shows first.
-
-    Raises:
-        UserError: if the findings are malformed (exit code 4).
-    """
+    Raises UserError (exit code 4) if the findings are malformed."""
     try:
         findings = findings or NO_FINDINGS
         example = next(iter(findings.get("examples", [])), None)

@@ -24,11 +24,7 @@ class Encoder:
         self._left = limit
 
     def array(self, array: ArrayLike, dtype: str) -> list[str]:
-        """An array as its dtype and the base64 of its deflated bytes, in C order.
-
-        Raises:
-            OverflowError: if the arrays of the page exceed the limit.
-        """
+        """An array as its dtype and the base64 of its deflated bytes, in C order. Raises OverflowError beyond the limit."""
         data = zlib.compress(np.asarray(array).astype(DTYPES[dtype]).tobytes(), 6)
         text = base64.b64encode(data).decode("ascii")
         self._left -= len(text)

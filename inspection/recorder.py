@@ -136,11 +136,8 @@ class AttentionRecorder:
         scores: Mapping[str, ArrayLike] | None = None,
         sample: Sequence[int] = (),
     ) -> None:
-        """Write the attention file of a step; head scores are computed if they are not given.
-
-        Args:
-            sample: tokens of a text that the model wrote, recorded with all details.
-        """
+        """Write the attention file of a step; head scores are computed if they are not given. `sample` are tokens that the model
+        wrote, recorded with all details."""
         samples = [("sample", sample[-model.config.context :])] if sample else []
         records = capture_texts(model, samples, self.token_bytes, details=True)
         records += capture_texts(model, self.eval_texts.recorded_texts(), self.token_bytes)

@@ -130,10 +130,8 @@ def display_width(text: str) -> int:
 
 
 def heat_map(pattern: ArrayLike, tokens: Sequence[bytes], width: int) -> list[str]:
-    """One head (T, T) as rows of characters: row = query, column = key, darker = more attention.
-
-    Where not all columns fit into the width, of which at least 40 are used, only the last tokens are shown.
-    """
+    """One head (T, T) as rows of characters: row = query, column = key, darker = more attention. Only the last tokens are
+    shown where not all columns fit into the width, of which at least 40 are used."""
     levels = np.rint(np.nan_to_num(pattern) * (len(SHADES) - 1)).astype(int)
     T = len(levels)
     digits = len(str(T - 1))

@@ -65,9 +65,7 @@ class Verify(OutputOptions, DeviceOptions):
 def verify_attention_file(file: AttentionFile, loaded: LoadedModel, texts: EvalTexts | None = None) -> Iterator[Check]:
     """Compare with a model the hashes that a file records and, if they are equal, its patterns, losses and scores.
 
-    Args:
-        loaded: the model, and the `weights_sha256` and `tokenizer_sha256` that the file should record.
-        texts: on which the heads were scored; without it scores are not recomputed.
+    Without `texts`, on which the heads were scored, scores are not recomputed.
     """
     import torch
 
