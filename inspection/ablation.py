@@ -187,7 +187,6 @@ def random_others(heads: Sequence[Head], n_heads: int) -> list[list[Head]]:
 
 
 def _task_scores(model: GPT, task: EvalTask) -> Scores:
-    """The scores (N,) of a task's items."""
     scores = np.zeros(task.n_items)
     with inference_mode(model) as model:
         for batch in batches(model, task.texts):

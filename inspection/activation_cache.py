@@ -45,7 +45,6 @@ class ActivationCache:
 
 
 def blocks_of(model: GPT) -> list[Block]:
-    """The model's transformer blocks."""
     return [cast(Block, block) for block in model.blocks]
 
 

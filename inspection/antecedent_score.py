@@ -42,7 +42,6 @@ class AntecedentScore:
 
     @property
     def summary(self) -> str:
-        """The result in one line."""
         right = f"{self.kind}: right in {self.accuracy:.1%} of {self.count}"
         if self.head is None:
             return right

@@ -74,7 +74,6 @@ class AttentionRecord:
 
     @property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token."""
         return [self.vocabulary[token] for token in self.tokens.tolist()]
 
     @property
@@ -96,7 +95,6 @@ class AttentionRecord:
 
 
 def _token_ids(arrays: Mapping[str, NDArray[Any]]) -> list[int]:
-    """The token ids that a text's arrays name."""
     ids = [arrays[part].ravel() for part in ("tokens", "top_ids") if part in arrays]
     return np.unique(np.concatenate(ids)).tolist()
 

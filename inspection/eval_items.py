@@ -78,7 +78,6 @@ def _loss_task(name: str, texts: Sequence[tuple[tuple[int, ...], int]]) -> EvalT
 
 
 def _logit_diff_task(eval_texts: EvalTexts) -> EvalTask:
-    """The first pairs of each kind."""
     measures, chosen = dict[str, list[int]](), list[ContrastPair]()
     for pair in eval_texts.contrast_pairs:
         items = measures.setdefault(f"logit_diff.{pair.kind}", [])

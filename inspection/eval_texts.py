@@ -88,7 +88,6 @@ class EvalTexts:
     contrast_pairs: tuple[ContrastPair, ...] = ()
 
     def held_out(self) -> list[NamedText]:
-        """The held-out texts."""
         return [text for text in self.texts if text[0].startswith(HELD_OUT)]
 
     def prompts(self) -> list[NamedText]:
@@ -102,7 +101,6 @@ class EvalTexts:
         return [tokens for _, tokens in (*self.prompts(), *(held_out[k * len(held_out) // n] for k in range(n)))]
 
     def pairs_by_kind(self) -> dict[str, list[ContrastPair]]:
-        """The contrast pairs of each kind."""
         kinds: dict[str, list[ContrastPair]] = {}
         for pair in self.contrast_pairs:
             kinds.setdefault(pair.kind, []).append(pair)

@@ -23,5 +23,4 @@ class LoadedModel:
 
     @property
     def token_bytes(self) -> Callable[[int], bytes]:
-        """The bytes of a token id."""
         return self.tokenizer.token_bytes

@@ -49,7 +49,6 @@ class PageRun:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers and heads."""
         return self.files[-1].shape
 
     @property

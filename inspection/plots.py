@@ -65,7 +65,6 @@ def draw_figures(
 
 
 def _draw_grid(path: Path, run: RunFiles, step: int, name: str) -> None:
-    """All heads on one text."""
     text = find_text(run.read(step), name, f"step {step} of {run.folder}")
     draw_patterns(path, text.pattern(), text.token_bytes, f"step {step}: {text.name}")
 
@@ -100,7 +99,6 @@ def _places(finding: dict[str, Any]) -> list[tuple[str, int | None, str]]:
 
 
 def _draw_timeline(path: Path, run: RunFiles, score: str) -> None:
-    """The score, by default that of the finding."""
     (steps, scores), finding = run.head_scores, named_finding(run)
     name = match_name(score, scores, "score", str(run.folder)) if score else next(iter(scores), "")
     if finding and not score and finding["score"] in scores:

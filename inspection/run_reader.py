@@ -184,7 +184,6 @@ def _is_step(name: str) -> bool:
 
 
 def _not_a_run(path: Path) -> str:
-    """The message for a path without attention files."""
     if not os.path.isdir(path):
         return f"{path} is not a folder; give a run folder such as runs/quickstart"
     if inside := sorted(path.glob(f"*/{FOLDER}")):
