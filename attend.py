@@ -237,7 +237,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
             records = capture_texts(earlier.model, [(name, tokens)], earlier.token_bytes)
             files.append(AttentionFile(records, dict(earlier.metadata)))
     files.append(AttentionFile([record], dict(loaded.metadata)))
-    write_page(Path(f"{path}.html"), [PageRun(run.name, files)], None, None, name)
+    write_page(Path(f"{path}.html"), [PageRun(run.name, files, (), run)], None, None, name)
     print_lines(f"attention  {path}.safetensors", f"figure     {path}.png", f"page       {path}.html")
 
 

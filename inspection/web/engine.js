@@ -83,6 +83,7 @@ function softmax(scores) {
 const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
 const relu2 = (x) => Math.max(0, x) ** 2;
 const silu = (x) => x / (1 + Math.exp(-x));
+const ACTIVATIONS = { gelu, relu2 }; // besides SwiGLU
 
 // gpt.py
 
@@ -151,7 +152,7 @@ function mlp(config, weights, layer, x) {
       const at = Math.floor(k / F) * 2 * F + (k % F);
       active[k] = silu(hidden[at]) * hidden[at + F];
     }
-  } else active = hidden.map(config.activation === "gelu" ? gelu : relu2);
+  } else active = hidden.map(ACTIVATIONS[config.activation]);
   return linear(active, modules(weights, `${name}.down`), config.d_model);
 }
 

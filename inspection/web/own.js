@@ -13,7 +13,8 @@ const ownIds = async () => (written.text === state.own ? written.ids : backend.e
 // The tokens that the model gets: those at the end of the text that fit into its context, after what texts begin with.
 async function ownTokens() {
   const ids = [...page.model.prefix, ...await ownIds()];
-  return (ids.length ? ids : [0]).slice(-page.model.config.context);
+  const atLeastOne = ids.length ? ids : [...await backend.encode("\n"), 0].slice(0, 1); // as an empty prompt of sample.py
+  return atLeastOne.slice(-page.model.config.context);
 }
 
 // The index of the step nearest to the given one whose weights there are.
