@@ -8,6 +8,7 @@ import pytest
 
 from inspection.terminal import (
     BLOCKS,
+    JOINERS,
     SHADES,
     clearest_head,
     display_width,
@@ -38,17 +39,13 @@ def test_token_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "mark", "width", "alone"),
-    [
-        ("नमस्ते", "\u094d", 4, "\N{DOTTED CIRCLE}\u094d"),
-        ("re\u0301", "\u0301", 2, "\N{DOTTED CIRCLE}\u0301"),
-        ("می\u200cروم", "\u200c", 5, r"\u200c"),
-        ("👩\u200d👧", "\u200d", 4, r"\u200d"),
-    ],
+    ("word", "mark", "width"),
+    [("नमस्ते", "\u094d", 4), ("re\u0301", "\u0301", 2), ("می\u200cروم", "\u200c", 5), ("👩\u200d👧", "\u200d", 4)],
 )
-def test_marks_and_joiners_belong_to_the_character_before_them(word: str, mark: str, width: int, alone: str) -> None:
+def test_marks_and_joiners_belong_to_the_character_before_them(word: str, mark: str, width: int) -> None:
     assert token_text(word.encode()) == word and display_width(word) == width
-    assert token_text(f" {mark}".encode()) == "·" + alone
+    alone = ascii(mark)[1:-1] if mark in JOINERS else f"\N{DOTTED CIRCLE}{mark}"
+    assert token_text(f" {mark}".encode()) == f"·{alone}"
 
 
 def test_shades_and_blocks_become_ascii_where_the_encoding_lacks_them() -> None:
