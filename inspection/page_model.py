@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
+from common.errors import UserError, warn
 from common.files import read_json, reading, write_atomic
 from inspection.page_data import PageRun
-from inspection.page_encoding import Encoder
+from inspection.page_encoding import DTYPES, Encoder
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -63,12 +64,14 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
     encoder, snapshots = Encoder(limit), list[dict[str, Any]]()
     for step in dict.fromkeys([steps[-1], steps[0], *reversed(steps)]):
         if (path := folder / "attention" / FOLDER / f"{step:06d}.safetensors").is_file():
-            with reading(path, "file of weights", "delete it"):
-                arrays = load_file(path)
             try:
+                arrays = _load(path)
                 weights = {name: encoder.array(array, array.dtype.name) for name, array in arrays.items()}
             except OverflowError:
                 break
+            except UserError as error:
+                warn(f"skipping damaged weights: {error}")
+                continue
             snapshots.append({"step": step, "weights": weights})
     vocabulary = _vocabulary(tokenizer)
     if not snapshots or snapshots[0]["step"] != steps[-1] or not vocabulary:
@@ -76,6 +79,16 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
     end, last = len(vocabulary) - 1, run.files[-1]
     table = _describe(ModelConfig(**json.loads(last.metadata["config"])), end, [end] if starts_with_eot else [])
     return {**table, "vocab_size": len(vocabulary), "tokenizer": tokenizer, "snapshots": snapshots}, vocabulary
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    with reading(path, "file of weights"):
+        arrays = load_file(path)
+        if not {"token_embedding.weight", "means.heads", "means.mlps"} <= {*arrays}:
+            raise ValueError("it has no token embedding or no means")
+        if wrong := [name for name, array in arrays.items() if array.dtype.name not in DTYPES]:
+            raise ValueError(f"{wrong[0]} is {arrays[wrong[0]].dtype}")
+    return arrays
 
 
 def describe_model(loaded: LoadedModel, steps: Sequence[int]) -> PageModel:

@@ -66,9 +66,10 @@ function applyRope(x, heads, D, start, theta) {
   return y;
 }
 
-// softmax(qKᵀ / √D) of one query over keys 0 to its own position: later ones are masked (Vaswani et al. 2017, equation 1).
+// softmax(qKᵀ / √D) of the query at `position` (Vaswani et al. 2017, equation 1): q[qAt ...] and the keys of one head, which start
+// at kAt and are kStride apart.
 function attentionPattern(q, qAt, keys, kAt, kStride, D, position) {
-  const scores = new Float64Array(position + 1);
+  const scores = new Float64Array(position + 1); // the mask: there are no scores for later keys
   for (let j = 0; j <= position; j++) scores[j] = dotAt(q, qAt, keys, kAt + j * kStride, D) / Math.sqrt(D);
   return softmax(scores);
 }
@@ -99,9 +100,9 @@ function project(config, weights, name, x, start) {
   const { n_heads: H, n_kv_heads: G, d_head: D } = config;
   const N = (H + 2 * G) * D;
   const qkv = linear(x, modules(weights, `${name}.qkv`), N);
-  const columns = (from, to) => {
-    const part = new Float32Array((qkv.length / N) * (to - from) * D);
-    for (let row = 0, at = 0; row < qkv.length; row += N, at += (to - from) * D) part.set(qkv.subarray(row + from * D, row + to * D), at);
+  const columns = (from, to) => { // of heads `from` to `to`, (T, (to - from) D)
+    const [part, width] = [new Float32Array((qkv.length / N) * (to - from) * D), (to - from) * D];
+    for (let row = 0; row * N < qkv.length; row++) part.set(qkv.subarray(row * N + from * D, row * N + to * D), row * width);
     return part;
   };
   let [q, k] = [columns(0, H), columns(H, H + G)];
@@ -116,11 +117,12 @@ function project(config, weights, name, x, start) {
   return [q, k, columns(H + G, H + 2 * G)];
 }
 
-// Multi-head attention of the new positions over all so far: the heads' outputs (T, H D) before they are projected. The cache
-// of the layer keeps queries, keys, values and each head's pattern, row by row.
+// Multi-head attention in five steps, of the new positions over all so far: 1 project to queries, keys and values; 2 score every
+// query against every key; 3 scale; 4 mask and softmax; 5 the weighted sum of the values. Returns the heads' outputs (T, H D)
+// before they are projected. The cache of the layer keeps queries, keys, values and each head's pattern, row by row.
 function attention(config, weights, layer, x, start, cache) {
   const { n_heads: H, n_kv_heads: G, d_head: D } = config;
-  const [q, k, v] = project(config, weights, `blocks.${layer}.attention`, x, start);
+  const [q, k, v] = project(config, weights, `blocks.${layer}.attention`, x, start); // 1
   const T = q.length / (H * D);
   cache.queries.set(q, start * H * D);
   cache.keys.set(k, start * G * D);
@@ -129,10 +131,10 @@ function attention(config, weights, layer, x, start, cache) {
   for (let t = 0; t < T; t++) {
     for (let h = 0; h < H; h++) {
       const [position, group] = [start + t, Math.floor((h * G) / H) * D];
-      const row = attentionPattern(q, (t * H + h) * D, cache.keys, group, G * D, D, position);
+      const row = attentionPattern(q, (t * H + h) * D, cache.keys, group, G * D, D, position); // 2, 3, 4
       cache.patterns[h].set(row, (position * (position + 1)) / 2);
       const out = (t * H + h) * D;
-      row.forEach((weight, j) => {
+      row.forEach((weight, j) => { // 5
         for (let d = 0; d < D; d++) z[out + d] += weight * cache.values[j * G * D + group + d];
       });
     }

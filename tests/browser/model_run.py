@@ -30,7 +30,14 @@ def finding(head: list[int]) -> dict[str, object]:
 
 
 def make_page(folder: Path, preset: str, kind: str) -> tuple[GPT, Tokenizer, dict[str, torch.Tensor]]:
-    """Write `attention.html` for a model of each step; returns that of the last, with the weights and means in the page."""
+    """Write `attention.html`; returns the model of the last step, its tokenizer, and the weights and means in the page."""
+    run, *others = make_run(folder, preset, kind)
+    write_page(folder / "attention.html", [run], finding([1, 1]), None, "run")
+    return others[0], others[1], others[2]
+
+
+def make_run(folder: Path, preset: str, kind: str) -> tuple[PageRun, GPT, Tokenizer, dict[str, torch.Tensor]]:
+    """A run with a model for each step."""
     tokenizer, files = make_tokenizer(kind), []
     checkpoint = folder / "checkpoints" / f"{STEPS[-1]:06d}"
     checkpoint.mkdir(parents=True)
@@ -45,8 +52,7 @@ def make_page(folder: Path, preset: str, kind: str) -> tuple[GPT, Tokenizer, dic
         metadata = {"step": str(step), "config": json.dumps(asdict(model.config)), "vocab_size": str(model.vocab_size)}
         scores = {"antecedent.pronoun": np.full((model.config.n_layers, model.config.n_heads), 0.9, np.float32)}
         files.append(AttentionFile(records, metadata, scores))
-    write_page(folder / "attention.html", [PageRun("run", files, (), folder)], finding([1, 1]), None, "run")
     saved = {name: torch.from_numpy(array.astype(np.float32)) for name, array in load_file(path).items()}
     model.load_state_dict({name: saved.get(name, value) for name, value in model.state_dict().items()})
     model.tie_weights()
-    return model, tokenizer, saved
+    return PageRun("run", files, (), folder), model, tokenizer, saved
