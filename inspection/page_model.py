@@ -7,8 +7,10 @@ each row.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,12 +57,10 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
     """The model of a run, with the weights of as many steps as fit into `limit` characters: those of the last step, of step 0,
     then the newest. None if not even the first fit, or the run has none, or has a tokenizer that `web/tokenizer.js` does not
     know."""
-    steps, folder = run.steps, run.folder
-    if folder is None or not (saved := sorted(folder.glob("checkpoints/*/state.json"))):
+    steps, folder, last = run.steps, run.folder, run.files[-1]
+    if folder is None or not (found := _read_tokenizer(folder, last.metadata.get("tokenizer_sha256", ""))):
         return None, []
-    with reading(saved[-1].parent, "checkpoint"):
-        tokenizer = read_json(saved[-1].with_name("vocabulary.json"))
-        starts_with_eot = bool(read_json(saved[-1])["environment"]["starts_with_eot"])
+    tokenizer, starts_with_eot = found
     encoder, snapshots = Encoder(limit), list[dict[str, Any]]()
     for step in dict.fromkeys([steps[-1], steps[0], *reversed(steps)]):
         if (path := folder / "attention" / FOLDER / f"{step:06d}.safetensors").is_file():
@@ -73,12 +73,23 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
                 warn(f"skipping damaged weights: {error}")
                 continue
             snapshots.append({"step": step, "weights": weights})
-    vocabulary = _vocabulary(tokenizer)
+    with reading(folder, "run with weights"):
+        vocabulary, config = _vocabulary(tokenizer), ModelConfig(**json.loads(last.metadata["config"]))
     if not snapshots or snapshots[0]["step"] != steps[-1] or not vocabulary:
         return None, []
-    end, last = len(vocabulary) - 1, run.files[-1]
-    table = _describe(ModelConfig(**json.loads(last.metadata["config"])), end, [end] if starts_with_eot else [])
+    end = len(vocabulary) - 1
+    table = _describe(config, end, [end] if starts_with_eot else [])
     return {**table, "vocab_size": len(vocabulary), "tokenizer": tokenizer, "snapshots": snapshots}, vocabulary
+
+
+def _read_tokenizer(folder: Path, sha256: str) -> tuple[dict[str, Any], bool] | None:
+    """The tokenizer of that hash from a checkpoint, and whether texts start with end-of-text; None if all are damaged."""
+    for state in sorted(folder.glob("checkpoints/*/state.json"), reverse=True):
+        with suppress(UserError), reading(state.parent, "checkpoint"):
+            content = state.with_name("vocabulary.json").read_bytes()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return json.loads(content), bool(read_json(state)["environment"]["starts_with_eot"])
+    return None
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:

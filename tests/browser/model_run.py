@@ -50,6 +50,7 @@ def make_run(folder: Path, preset: str, kind: str) -> tuple[PageRun, GPT, Tokeni
         write_weights(path, model, [tokens, tokens[::-1]], 16 if step == STEPS[-1] else 8)
         records = capture_texts(model, [("pronoun 1", tokens)], tokenizer.token_bytes, details=True)
         metadata = {"step": str(step), "config": json.dumps(asdict(model.config)), "vocab_size": str(model.vocab_size)}
+        metadata["tokenizer_sha256"] = tokenizer.fingerprint()
         scores = {"antecedent.pronoun": np.full((model.config.n_layers, model.config.n_heads), 0.9, np.float32)}
         files.append(AttentionFile(records, metadata, scores))
     saved = {name: torch.from_numpy(array.astype(np.float32)) for name, array in load_file(path).items()}

@@ -1,11 +1,14 @@
 """The weights in a page: which steps fit, and files that are damaged or missing."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from common.errors import UserError
 from inspection.page_builder import NO_MODEL, write_page
 from inspection.page_data import PageRun
 from inspection.page_model import encode_model
@@ -48,6 +51,29 @@ def test_damaged_weights_are_skipped(run: PageRun, capsys: pytest.CaptureFixture
     del arrays["token_embedding.weight"]
     save_file(arrays, weights(run, STEPS[2]))
     assert steps_in(run) == []
+
+
+def test_tokenizer_of_an_intact_checkpoint_is_used(run: PageRun) -> None:
+    """A page is of the tokenizer that the attention file names; it has no model if every checkpoint is damaged."""
+    assert run.folder is not None
+    first, *others = sorted(run.folder.glob("checkpoints/*"))
+    shutil.copytree(first, run.folder / "checkpoints" / "999998")
+    for name in ("999998/vocabulary.json", "999998/state.json"):
+        path = run.folder / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[:-9])
+        assert steps_in(run) == [STEPS[2], STEPS[0], STEPS[1]]
+    (run.folder / "checkpoints/999998/vocabulary.json").write_text('{"kind": "char", "characters": "ab"}')
+    assert steps_in(run) == [STEPS[2], STEPS[0], STEPS[1]]
+    for folder in (first, *others):
+        (folder / "vocabulary.json").unlink()
+    assert steps_in(run) == []
+
+
+def test_malformed_metadata_is_one_line(run: PageRun) -> None:
+    last = run.files[-1]
+    run.files[-1] = replace(last, metadata={**last.metadata, "config": '{"n_layers": "two", "x": 1}'})
+    with pytest.raises(UserError, match="run with weights"):
+        encode_model(run, 1 << 30)
 
 
 def test_page_without_weights_says_so(run: PageRun, tmp_path: Path) -> None:
