@@ -211,7 +211,7 @@ def test_score_is_the_loss_of_the_text(run: Path, tmp_path: Path) -> None:
     ids = [checkpoint.tokenizer().end_of_text, *ids] if checkpoint.environment.starts_with_eot else ids
     for position, loss in enumerate(row["losses"][-len(ids) + 1 :], 1):
         start = max(0, (position - 1 - 8) // 8 * 8) if position > 16 else 0  # half of the context of 16
-        logits = model(torch.tensor([ids[start:position]]))[0, -1]
+        logits = model(torch.tensor([ids[start:position]]))[0, -1].detach()
         assert loss == pytest.approx(-float(logits.log_softmax(-1)[ids[position]]), abs=1e-4), position
     plain = script("sample.py", run, f"--score={tmp_path / 'text.txt'}").stdout
     assert f"{row['loss']:.4f} nats/token" in plain and f"{row['bits_per_byte']:.4f} bits/byte" in plain

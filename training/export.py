@@ -18,8 +18,8 @@ from model.gpt import GPT
 from model.huggingface import load_huggingface, save_huggingface, to_huggingface
 from training.checkpoint import Checkpoint
 from training.config import RunConfig, RunSettings, to_toml
+from training.device import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELING_FILE = "modeling_glass.py"
 SAMPLE = 'One day, the fox\'s 3 hens met: "Où?" 字 🌳\n\n  They ran.\t<end>'  # text on which token ids are compared
 LOGIT_TOLERANCE = 1e-4
@@ -31,10 +31,8 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[
     Raises UserError: what was written computes something else (exit code 4), or a package that checks it is missing (2).
     """
     tokenizer, model = checkpoint.tokenizer(), checkpoint.build_model(with_eager(checkpoint)).eval().to(DTYPES[dtype])
-    is_glass, ends = (
-        model.config.preset == "glass",
-        dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text),
-    )
+    is_glass = model.config.preset == "glass"
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
     try:
         save_huggingface(model, folder, **ends)
     except ValueError as error:
@@ -144,8 +142,10 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str) -> list[str]:
         quantization = getattr(gguf.GGMLQuantizationType, kind if tensor.dim() == 2 and ".wpe." not in name else "F32")
         written[ours] = gguf.quants.quantize(tensor.contiguous().numpy(), quantization)
         writer.add_tensor(ours, written[ours], raw_dtype=quantization)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     if found.keys() != written.keys() or not all(np.array_equal(found[n], data) for n, data in written.items()):
         raise UserError("the tensors that were read back from the GGUF file differ: nothing was exported", CHECKPOINT)
