@@ -57,8 +57,9 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
     """The model of a run, with the weights of as many steps as fit into `limit` characters: those of the last step, of step 0,
     then the newest. None if not even the first fit, or the run has none, or has a tokenizer that `web/tokenizer.js` does not
     know."""
-    steps, folder, last = run.steps, run.folder, run.files[-1]
-    if folder is None or not (found := _read_tokenizer(folder, last.metadata.get("tokenizer_sha256", ""))):
+    steps, folder = run.steps, run.folder
+    metadata = run.files[-1].metadata if run.files else {}
+    if folder is None or not (found := _read_tokenizer(folder, metadata.get("tokenizer_sha256", ""))):
         return None, []
     tokenizer, starts_with_eot = found
     encoder, snapshots = Encoder(limit), list[dict[str, Any]]()
@@ -74,7 +75,7 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
                 continue
             snapshots.append({"step": step, "weights": weights})
     with reading(folder, "run with weights"):
-        vocabulary, config = _vocabulary(tokenizer), ModelConfig(**json.loads(last.metadata["config"]))
+        vocabulary, config = _vocabulary(tokenizer), ModelConfig(**json.loads(metadata["config"]))
     if not snapshots or snapshots[0]["step"] != steps[-1] or not vocabulary:
         return None, []
     end = len(vocabulary) - 1
