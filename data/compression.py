@@ -5,11 +5,11 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from common.errors import DATA, UserError
 from common.files import write_atomic
 from data.text_files import BLOCK_BYTES, COMPRESSED, import_pyarrow, open_text
+from data.tokenizer import progress_bar
 
 
 def decompress(path: Path, cache: Path) -> Path:
@@ -25,14 +25,12 @@ def decompress(path: Path, cache: Path) -> Path:
 
 
 def _read(path: Path) -> Iterator[bytes]:
-    with open_text(path) as raw:
+    with open_text(path) as raw, progress_bar("decompressing", path.stat().st_size, True) as bar:
+        is_gzip = path.suffix.lower() == ".gz"
         try:
-            with gzip.open(raw) if path.suffix.lower() == ".gz" else _open_zstd(path, raw) as file:
+            with gzip.open(raw) if is_gzip else import_pyarrow(path).input_stream(raw, compression="zstd") as file:
                 while block := file.read(BLOCK_BYTES):
+                    bar.update(raw.tell() - bar.n)
                     yield block
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} is damaged: {error}; get it again", DATA) from error
-
-
-def _open_zstd(path: Path, raw: BinaryIO) -> Any:
-    return import_pyarrow(path).input_stream(raw, compression="zstd")
