@@ -22,12 +22,12 @@ HEADS, D_HEAD = 4, 64
 TYPING = """async (T) => {
   const ms = async (action) => { const start = performance.now(); await action(); return performance.now() - start; };
   const show = (own) => change({ text: OWN, own, query: Infinity, key: -1 });
-  const drawn = (own) => ms(async () => { await show(own); await new Promise(requestAnimationFrame); });
+  const timeToDraw = (own) => ms(async () => { await show(own); await new Promise(requestAnimationFrame); });
   let [text, atEnd, nearStart] = [page.own.repeat(5), [], []];
   while (backend.encode(text).length > T - 8) text = text.slice(0, -1);
   await show(text);
-  for (const letter of " and th") atEnd.push(await drawn(text += letter));
-  for (let k = 2; k < 9; k++) nearStart.push(await drawn(text.slice(0, k) + "x" + text.slice(k)));
+  for (const letter of " and th") atEnd.push(await timeToDraw(text += letter));
+  for (let k = 2; k < 9; k++) nearStart.push(await timeToDraw(text.slice(0, k) + "x" + text.slice(k)));
   return [atEnd, nearStart, [await ms(rankHeads)]];
 }"""
 

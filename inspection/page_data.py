@@ -166,7 +166,7 @@ def finding_tables(
 
 
 def own_text(findings: Sequence[Mapping[str, Any]], names: Sequence[str], file: AttentionFile) -> str:
-    """What stands in the field for the user's own text at first: the text of the first finding, or the last of the file."""
+    """The text with which the field for the user's own text starts: the text of the first finding, or the last of the file."""
     texts = {text.name: text for text in file.texts}
     places = [(names[entry["text"]], entry["query"]) for entry in findings if entry["text"] is not None]
     name, query = next((place for place in places if place[0] in texts), (file.texts[-1].name, None))

@@ -57,13 +57,17 @@ def test_tokenizer_of_an_intact_checkpoint_is_used(run: PageRun) -> None:
     """A page is of the tokenizer that the attention file names; it has no model if every checkpoint is damaged."""
     assert run.folder is not None
     first, *others = sorted(run.folder.glob("checkpoints/*"))
-    shutil.copytree(first, run.folder / "checkpoints" / "999998")
-    for name in ("999998/vocabulary.json", "999998/state.json"):
-        path = run.folder / "checkpoints" / name
-        path.write_bytes(path.read_bytes()[:-9])
-        assert steps_in(run) == [STEPS[2], STEPS[0], STEPS[1]]
-    (run.folder / "checkpoints/999998/vocabulary.json").write_text('{"kind": "char", "characters": "ab"}')
-    assert steps_in(run) == [STEPS[2], STEPS[0], STEPS[1]]
+    newest = shutil.copytree(first, run.folder / "checkpoints" / "999998")
+    for name, content in (
+        ("state.json", b"{"),
+        ("vocabulary.json", b'{"kind": "byte"'),
+        ("vocabulary.json", b'{"kind": "char", "characters": "ab"}'),  # of another tokenizer
+    ):
+        (newest / name).write_bytes(content)
+        model, _ = encode_model(run, 1 << 30)
+        assert model is not None and model["tokenizer"]["kind"] == "byte"
+        shutil.copy(first / name, newest)
+    shutil.rmtree(newest)
     for folder in (first, *others):
         (folder / "vocabulary.json").unlink()
     assert steps_in(run) == []
