@@ -1,6 +1,6 @@
 """Generated corpus "stories": short stories with known regularities and an exactly computed entropy.
 
-The grammar is the function `story`, below. It has six families of regularities (`KINDS`), each labelled where it occurs:
+The grammar is the function `story`, below. It has seven families of regularities (`KINDS`), each labelled where it occurs:
 the text before the answer leaves one possibility for it. `story_grammar.py` generates and computes the entropy.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from data import story_grammar
 from data.story_grammar import Pool, Split, Story, Writer, generate
 
-KINDS = ("pronoun", "agreement", "induction", "place", "cause", "crossing")
+KINDS = ("pronoun", "gender", "agreement", "induction", "place", "cause", "crossing")
 STORIES: dict[Split, int] = {"train": 15_000, "val": 1_500}  # Number of stories in each split.
 SEED = 1
 
@@ -21,14 +21,14 @@ def _words(rows: str, *fields: str, group: str = "", apart: bool = False, noun: 
     return Pool(tuple(tuple(row.split("/")) for row in rows.split(", ")), fields, group, apart, noun)
 
 
+_NAMES = (
+    "Mia/fox/yelped/she/She, Tom/bear/growled/he/He, Ann/hen/clucked/she/She, Ben/frog/croaked/he/He, "
+    "Sue/mouse/squeaked/she/She, Leo/mole/sniffed/he/He, Eve/duck/quacked/she/She, Gus/goat/bleated/he/He, "
+    "Pam/pig/grunted/she/She, Roy/dove/cooed/he/He"
+)
 POOLS = {
-    "name": _words(
-        "Mia/fox/she, Tom/bear/he, Ann/hen/she, Ben/frog/he, Sue/mouse/she, Leo/mole/he, "
-        "Eve/duck/she, Gus/goat/he, Pam/pig/she, Roy/dove/he",
-        *("kind", "he"),
-        group="he",
-        noun=True,
-    ),
+    "name": _words(_NAMES, "kind", "sound", "he", "He", group="he", noun=True),
+    "stranger": _words(_NAMES, "kind", "sound", "he", "He", group="he", apart=True, noun=True),
     "thing": _words(
         "kite/ball, ball/drum, drum/hat, hat/ring, ring/doll, "
         "doll/flute, flute/spoon, spoon/lamp, lamp/book, book/kite",
@@ -65,14 +65,15 @@ POOLS = {
 
 
 def story(w: Writer) -> None:
-    """A whole story: opening, a thing put away and looked for, two episodes in any order, ending.
+    """A whole story: a meeting or none, a thing put away and looked for, two episodes in any order, ending.
 
     A and B share their pronoun, so that meaning alone determines who `she` is, and A is always the one who finds, puts and
     gives. (With free roles and mixed pronouns a tiny model stayed at chance on half of the families.)
     """
-    w.write(
-        "<time:time> <A:name> the <A.kind> and <B:name!A> the <B.kind> <found:found> a <colour:colour> <thing:thing>."
-    )
+    w.draw("A", "name")
+    # Half of the stories begin with a meeting.
+    w.choose(lambda w, opening: opening(w), (_meeting,), (lambda w: None,))
+    w.write("<time:time> <A> the <A.kind> and <B:name!A> the <B.kind> <found:found> a <colour:colour> <thing:thing>.")
     # Who puts which thing where: the combination that may be held out (`Writer.draw`). One in ten is, the same share for
     # every name and thing, and no later probability depends on it: `entropy()` is the mean of -log p on both splits.
     w.write(" <A> put the <colour> <thing>")
@@ -87,6 +88,18 @@ def story(w: Writer) -> None:
     took = " At last they took the <colour> <thing> home."
     left = " In the end they left the <colour> <thing> there."
     w.choose(Writer.write, (took,), (left,))
+
+
+def _meeting(w: Writer) -> None:
+    """A meets C, who is of the other gender: `She` is one of them and `He` the other one."""
+    w.write("<A> the <A.kind> met <C:stranger!A> the <C.kind>.")
+    w.choose(_answers, ("A", "C"), ("C", "A"))
+
+
+def _answers(w: Writer, who: str, other: str) -> None:
+    w.write(f" <{who}.He> <{who}.sound>")
+    w.note("gender", f"{who}.sound", who, f"{other}.sound")
+    w.write(". ")
 
 
 def _two_episodes(w: Writer, first: Callable[[Writer], None]) -> None:

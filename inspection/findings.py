@@ -24,7 +24,10 @@ MIN_EFFECT = 0.02  # nats/token: the least effect on held-out loss, by its lower
 MIN_DISTINCT = 0.1  # a score this far above that of uniform attention describes a head
 FINDING_SCORES = (
     "induction",
-    *(ANTECEDENT + kind for kind in ("pronoun", "crossing", "induction", "place", "cause", "agreement", "own")),
+    *(
+        ANTECEDENT + kind
+        for kind in ("pronoun", "gender", "crossing", "induction", "place", "cause", "agreement", "own")
+    ),
     "duplicate_token",
     "previous_token",
 )

@@ -32,6 +32,7 @@ CONTRAST_PAIRS = "at most 16 contrast pairs (findings and report: all)"
 ANTECEDENT = "antecedent."  # Prefix of the scores that are measured on one kind of contrast pair: `antecedent.pronoun`.
 ANTECEDENTS: dict[str, str] = {
     "pronoun": "a pronoun's antecedent",
+    "gender": 'the animal that "she" or "he" refers to',
     "agreement": "the verb's subject",
     "induction": "the earlier mention of the next word",
     "place": "the place where the object was put",

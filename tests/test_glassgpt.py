@@ -38,7 +38,7 @@ class CountSteps:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a text of stories and, in runs/quickstart, a run of 20 steps on it, trained from Python."""
     folder, callback = tmp_path_factory.mktemp("python"), CountSteps()
-    book = "\n<|endoftext|>\n".join(story.text for story in stories("train", 120))
+    book = "\n<|endoftext|>\n".join(story.text for story in stories("train", 250))
     (folder / "my_book.txt").write_text(book)
     steps = {"train.steps": 20, "train.eval_every": 10, "train.save_every": 10, "log.sample_tokens": 8}
     run_dir = folder / "runs" / "quickstart"

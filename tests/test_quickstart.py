@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import glassgpt
 from common.files import read_metrics
 from data.config import cache_folder
 from data.stories import KINDS, POOLS, story
@@ -59,6 +61,21 @@ def test_headline_names_a_head_with_its_ablation_effect(quickstart: tuple[Path, 
     assert re.search(effect, headline), headline
     page = (quickstart[0] / "attention.html").read_text("utf-8")
     assert json.dumps(headline)[1:-1] in page and len(page) < 8_000_000
+
+
+def test_without_the_headline_s_head_she_may_be_another(quickstart: tuple[Path, str]) -> None:
+    (head,) = re.findall(r"^Since step \d+, head (L\dH\d)", quickstart[1], re.M)
+    run = glassgpt.open(quickstart[0])
+
+    (yelped,) = run.tokens(" yelped", start=False)
+
+    def probability() -> float:
+        p = np.exp(run.logits("Mia the fox met Tom the bear. She")[-1].astype(float))
+        return float(p[yelped] / p.sum())
+
+    before = probability()
+    with run.ablate(head):
+        assert before > 0.99 and probability() < 0.8
 
 
 def test_verify_recomputes_the_attention_files(quickstart: tuple[Path, str]) -> None:
