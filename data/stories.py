@@ -28,7 +28,7 @@ _NAMES = (
 )
 POOLS = {
     "name": _words(_NAMES, "kind", "sound", "he", "He", group="he", noun=True),
-    "stranger": _words(_NAMES, "kind", "sound", "he", "He", group="he", apart=True, noun=True),
+    "other_gender": _words(_NAMES, "kind", "sound", "he", "He", group="he", apart=True, noun=True),
     "thing": _words(
         "kite/ball, ball/drum, drum/hat, hat/ring, ring/doll, "
         "doll/flute, flute/spoon, spoon/lamp, lamp/book, book/kite",
@@ -92,7 +92,7 @@ def story(w: Writer) -> None:
 
 def _meeting(w: Writer) -> None:
     """A meets C, who is of the other gender: `She` is one of them and `He` the other one."""
-    w.write("<A> the <A.kind> met <C:stranger!A> the <C.kind>.")
+    w.write("<A> the <A.kind> met <C:other_gender!A> the <C.kind>.")
     w.choose(_answers, ("A", "C"), ("C", "A"))
 
 

@@ -44,7 +44,9 @@ function drawControls() {
   byId("head-name").textContent = headName(state.layer, state.head);
   const missing = shown === wanted ? "" : `This text is not stored at step ${wanted}; step ${shown} is shown. `;
   const cannot = "Attention cannot be compared: the other step or run lacks this head or text, or has other tokens.";
-  showMessage(missing + (state.compare && !comparing() ? `${cannot} Choose another text.` : ""));
+  const leftOut = state.text === OWN ? charactersWithoutToken(page.model.tokenizer, state.own) : [];
+  const unknown = leftOut.length ? `No token has the characters ${leftOut.slice(0, 20).join(" ")}; they are left out. ` : "";
+  showMessage(missing + unknown + (state.compare && !comparing() ? `${cannot} Choose another text.` : ""));
 }
 
 function showMessage(text) {

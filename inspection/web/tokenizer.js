@@ -26,6 +26,12 @@ function createTokenizer({ kind, characters, merged }) {
   return [(text) => words(text).flatMap((word) => encodeWord(toBytes(word), ranks)), bytesOf];
 }
 
+// The characters of a text, each once, that a `char` vocabulary does not have.
+function charactersWithoutToken(tokenizer, text) {
+  const characters = tokenizer?.kind === "char" ? Array.from(new Set(text.toWellFormed())) : [];
+  return characters.filter((character) => !tokenizer.characters.includes(character));
+}
+
 // Byte-pair encoding: merge the adjacent pair that forms the token with the smallest id, until none does.
 function encodeWord(parts, ranks) {
   const whole = ranks.get(parts.join(""));

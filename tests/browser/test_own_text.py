@@ -52,6 +52,18 @@ def test_typing_follows_and_steps_change_the_model(view: View) -> None:
     view.wait_for("own=Mia+the+fox+met+h%5B%5Dxm", f"step={STEPS[1]}")
 
 
+def test_characters_without_a_token_are_named(tmp_path: Path, open_page: OpenPage) -> None:
+    make_page(tmp_path, "gpt2", "char")
+    view = open_page(tmp_path / "attention.html")
+    view.page.fill("#own", "a ẞ b ẞ<i>😀")
+    view.wait_for(OWN)
+    assert "No token has the characters" in view.text("#message") and "ẞ" in view.text("#message")
+    assert view.text("#message").count("ẞ") == 1 and "😀" in view.text("#message")
+    view.page.fill("#own", "a b")
+    view.wait_for("own=a+b")
+    assert view.page.locator("#message").is_hidden()
+
+
 def test_switching_off_shows_before_and_after(view: View) -> None:
     before = predictions(view)
     view.page.focus("#text")
