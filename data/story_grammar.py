@@ -9,8 +9,8 @@ the text is the product of the probabilities of its choices.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
@@ -56,25 +56,16 @@ class Pool:
     group: str = ""
     apart: bool = False
     noun: bool = False
-    others: tuple[tuple[int, ...], ...] = field(init=False)
-    """For each row, those that can be drawn as another one: equally many, or the entropy would vary."""
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def others(self) -> list[list[int]]:
+        """For each row, those that can be drawn as another one: equally many, or the entropy would vary."""
         groups = [row[1 + self.fields.index(self.group)] if self.group else "" for row in self.rows]
-        numbered = list(enumerate(groups))
-        others = tuple(
-            tuple(j for j, other in numbered if (other != own if self.apart else other == own and j != i))
-            for i, own in numbered
-        )
+        others = []
+        for own, group in enumerate(groups):
+            others.append([row for row, g in enumerate(groups) if row != own and (g != group) == self.apart])
         assert len({len(rows) for rows in others}) == 1, "groups must be equally large"
-        object.__setattr__(self, "others", others)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def names(self, variable: str) -> tuple[str, ...]:
-        """Names of the words of a row drawn for the variable `x`: `x`, `x.field`, ..."""
-        return (variable, *(f"{variable}.{field}" for field in self.fields))
+        return others
 
 
 class Writer:
@@ -91,7 +82,7 @@ class Writer:
 
     def write(self, template: str) -> None:
         """`<x>` writes the word of x, `<x:pool>` draws it first, `<x:pool!y>` draws one other than that of y."""
-        for literal, variable, pool, unlike in _parse(template):
+        for literal, variable, pool, unlike in _SLOT.findall(template):
             if pool:
                 self.draw(variable, pool, unlike)
             self.append(literal, variable)
@@ -116,10 +107,10 @@ class Writer:
         square). The split `val` gets that row, `train` one of the others.
         """
         pool, held_out = self.pools[pool_name], -1
-        rows: Sequence[int] = pool.others[self.rows[unlike]] if unlike else range(len(pool))
+        rows: Sequence[int] = pool.others[self.rows[unlike]] if unlike else range(len(pool.rows))
         self.log_prob -= math.log(len(rows))
         if partners:
-            held_out = -sum(self.rows[partner] for partner in partners) % len(pool)
+            held_out = -sum(self.rows[partner] for partner in partners) % len(pool.rows)
             if self.split:
                 rows = [row for row in rows if (row == held_out) == (self.split == "val")]
         row = rows[self.pick(_EVEN[len(rows)])]
@@ -127,7 +118,8 @@ class Writer:
         self.rows[variable] = row
         if pool.noun:
             self.nouns.add(variable)
-        self.words.update(zip(pool.names(variable), pool.rows[row], strict=True))
+        names = (variable, *(f"{variable}.{field}" for field in pool.fields))
+        self.words.update(zip(names, pool.rows[row], strict=True))
 
     def choose(self, write: Callable[..., None], *cases: tuple[Any, ...], p: Sequence[float] = ()) -> None:
         """`write(self, *case)` for one of the cases, all equally likely unless `p` has their probabilities."""
@@ -158,7 +150,7 @@ class _EntropyCounter(Writer):
 
     def draw(self, variable: str, pool_name: str, unlike: str = "", partners: tuple[str, ...] = ()) -> None:
         pool = self.pools[pool_name]
-        self.nats += math.log(len(pool.others[0] if unlike else pool))
+        self.nats += math.log(len(pool.others[0] if unlike else pool.rows))
 
     def choose(self, write: Callable[..., None], *cases: tuple[Any, ...], p: Sequence[float] = ()) -> None:
         before, mean = self.nats, 0.0
@@ -174,19 +166,8 @@ class _EntropyCounter(Writer):
 
 _EVEN = tuple(tuple(option / n for option in range(1, n)) for n in range(64))
 """Cumulative probabilities of n equally likely options."""
-_SLOT = re.compile(r"<([\w.]+)(?::(\w+)(?:!([\w.]+))?)?>")
-
-
-@cache
-def _parse(template: str) -> list[tuple[str, str, str, str]]:
-    """The slots of a template, each with the literal text before it: (literal, variable, pool, unlike)."""
-    literal, *rest = _SLOT.split(template)
-    slots = []
-    while rest:
-        variable, pool, unlike, following, *rest = rest
-        slots.append((literal, variable, pool or "", unlike or ""))
-        literal = following
-    return [*slots, (literal, "", "", "")]
+_SLOT = re.compile(r"([^<]*)(?:<([\w.]+)(?::(\w+)(?:!([\w.]+))?)?>)?")
+"""Literal text and the slot after it, if there is one: `<variable:pool!unlike>`."""
 
 
 def generate(grammar: Callable[[Writer], None], pools: Mapping[str, Pool], pick: Pick, split: Split | None) -> Story:

@@ -58,7 +58,7 @@ def test_another_word_is_drawn_from_the_same_group() -> None:
     assert texts == ["Ann and Eve", "Ben and Leo", "Eve and Ann", "Leo and Ben"]
     assert entropy(grammar, pools) == pytest.approx(math.log(4))
     with pytest.raises(AssertionError, match="equally large"):
-        Pool((("Ann", "she"), ("Eve", "she"), ("Leo", "he")), ("he",), "he")
+        _ = Pool((("Ann", "she"), ("Eve", "she"), ("Leo", "he")), ("he",), "he").others
 
 
 @pytest.mark.parametrize("split", SPLITS)
