@@ -101,14 +101,15 @@ def next_logits(model: GPT, text: Int[Tensor, "B N"], cache: KVCache | None = No
 
 
 @torch.inference_mode()
-def generate_with_logits(
+def generate(
     model: GPT,
     prompt: Int[Tensor, "B N"],
     max_new_tokens: int,
     generator: torch.Generator,
     params: SamplingParams = SamplingParams(),
 ) -> Iterator[tuple[Int[Tensor, "B"], Float[Tensor, "B V"]]]:
-    """As `generate`; yields the model's logits, before any filter, as well."""
+    """Yield the next token of each row of `prompt`, which has at least one token, `max_new_tokens` times; and the model's
+    logits, before any filter."""
     cache = KVCache(model.config, len(prompt), model.token_embedding.weight)
     text = prompt
     for _ in range(max_new_tokens):
@@ -118,15 +119,3 @@ def generate_with_logits(
         tokens = sample_token(penalized, generator, params)
         text = torch.cat([text, tokens[:, None].to(text.device)], dim=1)
         yield tokens, logits
-
-
-def generate(
-    model: GPT,
-    prompt: Int[Tensor, "B N"],
-    max_new_tokens: int,
-    generator: torch.Generator,
-    params: SamplingParams = SamplingParams(),
-) -> Iterator[Int[Tensor, "B"]]:
-    """Yield the next token (B) of each row of `prompt`, which has at least one token, `max_new_tokens` times."""
-    for tokens, _ in generate_with_logits(model, prompt, max_new_tokens, generator, params):
-        yield tokens

@@ -9,7 +9,7 @@ import torch
 from common.errors import DISK_OR_MEMORY, UserError, escape_control_chars, warn
 from data.text_files import SEPARATOR
 from data.tokenizer import Tokenizer
-from model.generate import SamplingParams, generate_with_logits
+from model.generate import SamplingParams, generate
 from model.gpt import GPT
 from training.checkpoint import RunEnvironment
 
@@ -133,7 +133,7 @@ def generate_texts(
     device = model.token_embedding.weight.device
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)  # mps has no float64
     batch = torch.tensor(prompt, device=device).expand(len(texts), -1)
-    for tokens, logits in generate_with_logits(model, batch, max_new_tokens, generator, params):
+    for tokens, logits in generate(model, batch, max_new_tokens, generator, params):
         logprobs = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].tolist()
         for text, token, logprob in zip(texts, tokens.tolist(), logprobs, strict=True):
             if not text.finish_reason:

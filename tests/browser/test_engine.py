@@ -86,7 +86,7 @@ def test_greedy_text_is_that_of_python(made: Any, open_page: OpenPage) -> None:
     view = open_page(path)
     ids = [tokenizer.end_of_text, *tokenizer.encode("Mia the fox").tolist()]
     steps = generate(model, torch.tensor([ids]), 128 - len(ids), torch.Generator(), SamplingParams(temperature=0.0))
-    expected = [int(token) for token in steps]
+    expected = [int(token) for token, _ in steps]
     end = expected.index(tokenizer.end_of_text) if tokenizer.end_of_text in expected else len(expected)
     view.page.fill("#own", "Mia the fox")
     view.page.fill("#temperature", "0")

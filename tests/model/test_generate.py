@@ -27,7 +27,8 @@ SAMPLED, GREEDY = SamplingParams(), SamplingParams(temperature=0.0)
 
 def generated(model: GPT, prompt: Tensor, n: int, params: SamplingParams = SAMPLED, seed: int = 0) -> Tensor:
     """The new tokens (B, n)."""
-    return torch.stack(list(generate(model, prompt, n, torch.Generator().manual_seed(seed), params)), dim=1)
+    steps = generate(model, prompt, n, torch.Generator().manual_seed(seed), params)
+    return torch.stack([tokens for tokens, _ in steps], dim=1)
 
 
 @pytest.mark.parametrize(("preset", "attention"), list(zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)))
