@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     end_of_text: int
+    saved: Mapping[str, Any]  # JSON values from which `from_dict` makes the tokenizer again.
     prompt_prefix: tuple[int, ...] = ()  # What a foreign tokenizer puts before a prompt, such as Llama's `<s>`.
 
     @abstractmethod
@@ -55,10 +56,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def _token_bytes(self, token: int) -> bytes:
         """As `token_bytes`, for a token of the vocabulary."""
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values from which `from_dict` makes the tokenizer again."""
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, (n,) int64, never `end_of_text`. Lone surrogates (from undecodable bytes of a command line)
@@ -80,7 +77,7 @@ class Tokenizer(ABC):
 
     def to_json(self) -> bytes:
         """The saved form: JSON, one value a line."""
-        return json.dumps({"format": FORMAT, **self.to_dict()}, ensure_ascii=False, indent=0).encode() + b"\n"
+        return json.dumps({"format": FORMAT, **self.saved}, ensure_ascii=False, indent=0).encode() + b"\n"
 
     def fingerprint(self) -> str:
         """sha256 of the saved form: equal for tokenizers that encode alike."""
@@ -95,7 +92,7 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: str) -> None:
         if characters != "".join(sorted(set(characters))):
             raise ValueError("its characters are not a sorted set")
-        self.characters = characters
+        self.characters, self.saved = characters, {"kind": "char", "characters": characters}
         self.end_of_text = len(characters)
         self.vocab_size = self.end_of_text + 1
         self._ids = np.full(0x110000, -1, np.int32)
@@ -115,9 +112,6 @@ class CharTokenizer(Tokenizer):
     def _token_bytes(self, token: int) -> bytes:
         return self.characters[token : token + 1].encode()
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "char", "characters": self.characters}
-
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8; 256 is end-of-text."""
@@ -125,15 +119,13 @@ class ByteTokenizer(Tokenizer):
     name = "byte"
     vocab_size = 257
     end_of_text = 256
+    saved: Mapping[str, Any] = {"kind": "byte"}
 
     def _encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
     def _token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "byte"}
 
 
 class BPETokenizer(Tokenizer):
@@ -145,7 +137,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, encoding: tiktoken.Encoding, saved: dict[str, Any]) -> None:
         self.name, self.vocab_size, self.end_of_text = encoding.name, encoding.n_vocab, encoding.eot_token
-        self._encoding, self._saved = encoding, saved
+        self._encoding, self.saved = encoding, saved
         self.pattern: str = encoding._pat_str  # of pre-tokens; tiktoken has no public name for it
         self._special = {encoding.encode_single_token(special) for special in encoding.special_tokens_set}
 
@@ -195,9 +187,6 @@ class BPETokenizer(Tokenizer):
         except KeyError:  # an unused id
             return b""
 
-    def to_dict(self) -> dict[str, Any]:
-        return self._saved
-
 
 class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a `tokenizer.json`: byte-level BPE (GPT-2, Qwen, Llama 3), or of pieces with "▁" for a space (Llama 2).
@@ -221,7 +210,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             raise ValueError(str(error)) from error
-        self._saved = {"kind": "huggingface", "tokenizer": text, "vocab_size": vocab_size, "end_of_text": end_of_text}
+        self.saved = {"kind": "huggingface", "tokenizer": text, "vocab_size": vocab_size, "end_of_text": end_of_text}
         self.vocab_size, self.end_of_text = vocab_size, end_of_text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -254,9 +243,6 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._has_marks and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         return (piece.replace("▁", " ") if self._has_marks else piece).encode()
-
-    def to_dict(self) -> dict[str, Any]:
-        return self._saved
 
 
 def check_tokenizer_name(name: str) -> None:
@@ -379,7 +365,7 @@ def from_dict(saved: Any) -> Tokenizer:
             tokenizer = HuggingFaceTokenizer(saved["tokenizer"], saved["vocab_size"], saved["end_of_text"])
         case kind:
             raise ValueError(f"unknown kind {kind!r}")
-    if {"format": FORMAT, **tokenizer.to_dict()} != saved:  # another format, or tiktoken has changed the encoding
+    if {"format": FORMAT, **tokenizer.saved} != saved:  # another format, or tiktoken has changed the encoding
         raise ValueError(f"it differs from what {tokenizer.name} is saved as now")
     return tokenizer
 

@@ -10,7 +10,6 @@ from tokenizers.processors import TemplateProcessing
 from data.tokenizer import (
     GPT2_PATTERN,
     BPETokenizer,
-    ByteTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
@@ -30,7 +29,7 @@ def to_tokenizer_json(tokenizer: Tokenizer, starts_with_eot: bool = False) -> st
         starts_with_eot: put end-of-text before each text, as before each document of the training text.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        return str(tokenizer.to_dict()["tokenizer"])
+        return str(tokenizer.saved["tokenizer"])
     if isinstance(tokenizer, CharTokenizer):
         vocab = {character: i for i, character in enumerate(tokenizer.characters)}
         exported = HFTokenizer(models.BPE({**vocab, END_OF_TEXT: tokenizer.end_of_text}, []))
@@ -69,13 +68,11 @@ def _byte_level(tokenizer: Tokenizer) -> HFTokenizer:
     merges = [(names[left], names[right]) for left, right in parts]
     # As tiktoken does: a word that is a token is that token, whatever the merges say.
     exported = HFTokenizer(models.BPE(vocab, merges, ignore_merges=isinstance(tokenizer, BPETokenizer)))
-    pattern = GPT2_PATTERN if not isinstance(tokenizer, BPETokenizer) else tokenizer.pattern
-    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == GPT2_PATTERN)]
-    if isinstance(tokenizer, ByteTokenizer):
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    elif pattern != GPT2_PATTERN:
-        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
-    exported.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    pattern = tokenizer.pattern if isinstance(tokenizer, BPETokenizer) else ""
+    exported.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == GPT2_PATTERN)
+    if pattern not in ("", GPT2_PATTERN):
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        exported.pre_tokenizer = pre_tokenizers.Sequence([split, exported.pre_tokenizer])
     exported.decoder = decoders.ByteLevel()
     return exported
 

@@ -44,7 +44,7 @@ def test_token_ids_are_those_of_python(kind: str, open_page: OpenPage, page_path
     tokenizer, texts = make_tokenizer(kind), random_texts(400, kind)
     found = open_page(page_path).page.evaluate(
         "([saved, texts]) => { const [encode] = createTokenizer(saved); return texts.map((text) => encode(text)); }",
-        [tokenizer.to_dict(), texts],
+        [tokenizer.saved, texts],
     )
     assert found == [tokenizer.encode(text).tolist() for text in texts]
 

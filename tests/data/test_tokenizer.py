@@ -139,7 +139,7 @@ def test_damaged_file_is_one_clear_line(tmp_path: Path, damaged: bytes | dict[st
 
 def test_changed_tiktoken_encoding_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
-    path.write_text(json.dumps({"format": 1, **gpt2().to_dict(), "vocab_size": 50258}))
+    path.write_text(json.dumps({"format": 1, **gpt2().saved, "vocab_size": 50258}))
     with pytest.raises(UserError, match="differs from what gpt2 is") as caught:
         load_tokenizer(path)
     assert caught.value.exit_code == CHECKPOINT
