@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,20 +227,11 @@ def sample_text(texts: Sequence[TextRange], n_bytes: int) -> Iterator[str]:
 def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool) -> dict[str, int]:
     """Encode both splits into token files; the bytes of text of each."""
     text_bytes = {}
-    dtype = token_dtype(tokenizer.vocab_size)
     total = sum(text.n_bytes for text in corpus.train + corpus.val)
     with progress_bar("preparing tokens", total, progress) as bar:
-
-        def advance(result: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
-            bar.update(result[1])
-            return result
-
         for split, texts in (("train", corpus.train), ("val", corpus.val)):
-
-            def read(first: int, texts: Sequence[TextRange] = texts) -> Iterator[tuple[np.ndarray, int]]:
-                return map(advance, encode_all(texts, tokenizer, first))
-
-            n_documents, text_bytes[split] = write_split(folder, split, read, dtype, tokenizer.end_of_text)
+            encode_from = partial(encode_all, texts, tokenizer)
+            n_documents, text_bytes[split] = write_split(folder, split, encode_from, tokenizer, bar)
             if not n_documents:
                 raise UserError(f"the {split} split of {corpus.name} contains no text: give it more", DATA)
     return text_bytes

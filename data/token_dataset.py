@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common.files import write_atomic
+from data.tokenizer import Tokenizer
 
 PROGRESS = ".progress"  # suffix of the file that says how far a split is written
 SAVE_EVERY = 64  # results, of about a megabyte of text each
@@ -44,8 +46,8 @@ def write_split(
     folder: Path,
     split: str,
     read: Callable[[int], Iterable[tuple[np.ndarray, int]]],
-    dtype: np.dtype,
-    end_of_text: int,
+    tokenizer: Tokenizer,
+    bar: tqdm,
 ) -> tuple[int, int]:
     """Write the two files of a split; returns its number of documents and of bytes of text.
 
@@ -54,16 +56,18 @@ def write_split(
     Args:
         read: the results from the n-th on: tokens, each document followed by `end_of_text`, and the bytes that they encode.
     """
+    dtype = token_dtype(tokenizer.vocab_size)
     path, progress = folder / f"{split}.bin", folder / f"{split}{PROGRESS}"
     n_results, length, n_bytes = json.loads(progress.read_bytes()) if progress.exists() else (0, 1, 0)
     with path.open("r+b" if progress.exists() else "wb") as file:
         if n_results == 0:
-            file.write(np.array([end_of_text], dtype).data)
+            file.write(np.array([tokenizer.end_of_text], dtype).data)
         file.truncate(length * dtype.itemsize)
         file.seek(0, os.SEEK_END)
         for tokens, n in read(n_results):
             file.write(tokens.astype(dtype).data)
             n_results, length, n_bytes = n_results + 1, length + len(tokens), n_bytes + n
+            bar.update(n)
             if n_results % SAVE_EVERY == 0:
                 file.flush()
                 os.fsync(file.fileno())
@@ -71,7 +75,7 @@ def write_split(
     ends = []
     for start in range(0, length, BLOCK):  # read, not mapped: the pages of a map stay in memory
         block = np.fromfile(path, dtype, BLOCK, offset=start * dtype.itemsize)
-        ends.append(np.flatnonzero(block == end_of_text) + start)
+        ends.append(np.flatnonzero(block == tokenizer.end_of_text) + start)
     starts = np.concatenate(ends)[:-1]  # nothing starts at the last EOT
     np.save(folder / f"{split}_documents.npy", starts)
     write_atomic(progress, [json.dumps([n_results, length, n_bytes]).encode()])
