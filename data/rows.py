@@ -17,11 +17,7 @@ csv.field_size_limit(MAX_ROW_CHARACTERS)
 
 
 class RowError(ValueError):
-    """A row that cannot be read."""
-
-    def __init__(self, number: int, problem: object) -> None:
-        super().__init__(str(problem))
-        self.number = number
+    """A row that cannot be read: its number, and the problem."""
 
 
 def read_rows(path: Path, blocks: Iterable[str], field: str) -> Iterator[str]:
@@ -42,7 +38,8 @@ def read_rows(path: Path, blocks: Iterable[str], field: str) -> Iterator[str]:
                 warn(f"{path}: each row is a document, its '{field}'")
             yield _document(row, field, number)
     except RowError as error:
-        raise UserError(f"{path}, {what} {error.number} cannot be read: {str(error)[:300]}", DATA) from None
+        number, problem = error.args
+        raise UserError(f"{path}, {what} {number} cannot be read: {str(problem)[:300]}", DATA) from None
 
 
 def _document(row: Any, field: str, number: int) -> str:
