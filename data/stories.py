@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
 from data import story_grammar
-from data.story_grammar import Pool, Split, Story, Writer, generate
+from data.story_grammar import Pool, Split, Story, Writer
 
 KINDS = ("pronoun", "gender", "agreement", "induction", "place", "cause", "crossing")
 STORIES: dict[Split, int] = {"train": 15_000, "val": 1_500}  # Number of stories in each split.
@@ -167,7 +167,9 @@ def stories(split: Split, count: int, seed: int = SEED) -> Iterator[Story]:
         return bisect_right(cumulative, rng.random())
 
     for _ in range(count):
-        yield generate(story, POOLS, pick, split)
+        writer = Writer(POOLS, pick, split)
+        story(writer)
+        yield writer.story()
 
 
 def documents(split: Split) -> Iterator[str]:

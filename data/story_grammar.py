@@ -69,7 +69,10 @@ class Pool:
 
 
 class Writer:
-    """Writes one story: the text, its log-probability and the labels; `pick` makes every choice."""
+    """Writes one story: the text, its log-probability and the labels; `pick` makes every choice.
+
+    Without a split, it is any story of the full grammar.
+    """
 
     def __init__(self, pools: Mapping[str, Pool], pick: Pick, split: Split | None = None) -> None:
         self.pools, self.pick, self.split = pools, pick, split
@@ -113,7 +116,7 @@ class Writer:
             held_out = -sum(self.rows[partner] for partner in partners) % len(pool.rows)
             if self.split:
                 rows = [row for row in rows if (row == held_out) == (self.split == "val")]
-        row = rows[self.pick(_EVEN[len(rows)])]
+        row = rows[self.pick(tuple(option / len(rows) for option in range(1, len(rows))))]
         self.held_out |= row == held_out
         self.rows[variable] = row
         if pool.noun:
@@ -164,17 +167,8 @@ class _EntropyCounter(Writer):
         pass
 
 
-_EVEN = tuple(tuple(option / n for option in range(1, n)) for n in range(64))
-"""Cumulative probabilities of n equally likely options."""
 _SLOT = re.compile(r"([^<]*)(?:<([\w.]+)(?::(\w+)(?:!([\w.]+))?)?>)?")
 """Literal text and the slot after it, if there is one: `<variable:pool!unlike>`."""
-
-
-def generate(grammar: Callable[[Writer], None], pools: Mapping[str, Pool], pick: Pick, split: Split | None) -> Story:
-    """The story with the choices of `pick`; without a split, any story of the full grammar."""
-    writer = Writer(pools, pick, split)
-    grammar(writer)
-    return writer.story()
 
 
 def entropy(grammar: Callable[[Writer], None], pools: Mapping[str, Pool]) -> float:
