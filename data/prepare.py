@@ -190,7 +190,15 @@ def _write_folder(folder: Path, key: str, corpus: Corpus, config: DataConfig, pr
     folder.mkdir(exist_ok=True)
     if not (folder / VOCABULARY).exists():
         write_atomic(folder / VOCABULARY, [_train_tokenizer(corpus, config, progress).to_json()])
-    text_bytes = _write_splits(corpus, load_tokenizer(folder / VOCABULARY), folder, progress)
+    tokenizer = load_tokenizer(folder / VOCABULARY)
+    text_bytes = {}
+    total = sum(text.n_bytes for text in corpus.train + corpus.val)
+    with progress_bar("preparing tokens", total, progress) as bar:
+        for split, texts in (("train", corpus.train), ("val", corpus.val)):
+            encode_from = partial(encode_all, texts, tokenizer)
+            n_documents, text_bytes[split] = write_split(folder, split, encode_from, tokenizer, bar)
+            if not n_documents:
+                raise UserError(f"the {split} split of {corpus.name} contains no text: give it more", DATA)
     if _cache_key(corpus, config, progress) != key:
         raise UserError(f"{config.source} changed while it was prepared: start again", DATA)
     for path in folder.glob(f"*{PROGRESS}"):
@@ -222,19 +230,6 @@ def sample_text(texts: Sequence[TextRange], n_bytes: int) -> Iterator[str]:
                 yield piece.text
                 taken += len(piece.text)
             read += len(piece.text)
-
-
-def _write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool) -> dict[str, int]:
-    """Encode both splits into token files; the bytes of text of each."""
-    text_bytes = {}
-    total = sum(text.n_bytes for text in corpus.train + corpus.val)
-    with progress_bar("preparing tokens", total, progress) as bar:
-        for split, texts in (("train", corpus.train), ("val", corpus.val)):
-            encode_from = partial(encode_all, texts, tokenizer)
-            n_documents, text_bytes[split] = write_split(folder, split, encode_from, tokenizer, bar)
-            if not n_documents:
-                raise UserError(f"the {split} split of {corpus.name} contains no text: give it more", DATA)
-    return text_bytes
 
 
 def encode_all(texts: Iterable[TextRange], tokenizer: Tokenizer, first: int = 0) -> Iterator[tuple[np.ndarray, int]]:

@@ -43,11 +43,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_split(
-    folder: Path,
-    split: str,
-    read: Callable[[int], Iterable[tuple[np.ndarray, int]]],
-    tokenizer: Tokenizer,
-    bar: tqdm,
+    folder: Path, split: str, read: Callable[[int], Iterable[tuple[np.ndarray, int]]], tokenizer: Tokenizer, bar: tqdm
 ) -> tuple[int, int]:
     """Write the two files of a split; returns its number of documents and of bytes of text.
 
