@@ -24,18 +24,12 @@ def causal_bias(T: int, S: int, scores: Tensor) -> Float[Tensor, "T S"]:
     return scores.new_zeros(T, S).masked_fill_(~causal_mask(T, S, scores.device), -torch.inf)
 
 
-def attention_scores(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
-    """Scaled dot products QKᵀ / √D. The scale keeps their variance independent of D (Vaswani et al. 2017, 3.2.1)."""
-    scores = q @ k.transpose(-2, -1)
-    return scores / math.sqrt(q.shape[-1])
-
-
 def attention_pattern(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
     """softmax(QKᵀ / √D + mask): how much each query attends to each key (Vaswani et al. 2017, equation 1).
 
-    Each row sums to 1 and is exactly 0 for keys after the query.
+    Each row sums to 1 and is exactly 0 for keys after the query. The scale keeps the variance of the scores independent of D.
     """
-    scores = attention_scores(q, k)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     bias = causal_bias(q.shape[-2], k.shape[-2], scores)
     return (scores + bias).softmax(dim=-1)
 
