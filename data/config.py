@@ -47,10 +47,7 @@ class DataConfig:
 
 
 def cache_folder() -> Path:
-    """The folder for downloads and token files.
-
-    `$GLASSGPT_CACHE`, else `$XDG_CACHE_HOME/glassgpt`, else `~/.cache/glassgpt`. Raises UserError (6) without a home.
-    """
+    """`$GLASSGPT_CACHE`, else `$XDG_CACHE_HOME/glassgpt`, else `~/.cache/glassgpt`. Raises UserError (6) without a home."""
     if folder := os.environ.get("GLASSGPT_CACHE"):
         return Path(folder)
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

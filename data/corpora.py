@@ -27,7 +27,6 @@ GENERATED = {"stories": stories, "repeats": repeated_tokens}  # Generated corpor
 NAMED = (*GENERATED, "shakespeare")  # The values of `--data.source` that are no text of the user's own.
 SHAKESPEARE_VAL_FRACTION = 0.1  # The last tenth is the validation split, as in nanoGPT, so that losses are comparable.
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_FILE = "tinyshakespeare.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # A separator before a document with text: white space follows, then anything but another separator.
@@ -36,8 +35,6 @@ _DOCUMENT_START = re.compile(rb"\r?\n%b\r?\n\s*(?!%b)\S" % ((re.escape(SEPARATOR
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text for training and for validation."""
-
     name: str
     train: tuple[TextRange, ...]
     val: tuple[TextRange, ...]
@@ -129,11 +126,9 @@ def generated_files(name: str, cache: Path) -> tuple[Path, Path]:
 
 
 def download_shakespeare(cache: Path) -> Path:
-    """Tiny Shakespeare, downloaded if it is not in the cache; its sha256 is checked in either case.
-
-    Raises `UserError`: there is no such text, or a different one (3); the cache cannot be written (6).
-    """
-    path = cache / SHAKESPEARE_FILE
+    """Tiny Shakespeare, downloaded if it is not in the cache. Raises `UserError`: no such text, or a different one (3); a cache
+    that cannot be written (6)."""
+    path = cache / "tinyshakespeare.txt"
     try:
         if path.exists():
             data = path.read_bytes()

@@ -6,16 +6,17 @@ every file is in meta.json and checked at every start; a damaged folder is prepa
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,6 @@ JOB_CHARACTERS = 1024 * 1024  # Text that a thread encodes at a time.
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """A corpus as tokens."""
-
     name: str
     folder: Path
     tokenizer: Tokenizer
@@ -83,10 +82,7 @@ def prepare(config: DataConfig, progress: bool = True, verify: bool = True) -> T
 
 
 def check_min_length(data: TokenizedCorpus, context: int) -> None:
-    """Raise `UserError` (3) unless the training split has a full sequence, `context + 1` tokens.
-
-    The validation split may be shorter; its only sequence is then padded.
-    """
+    """Raise `UserError` (3) unless the training split has a full sequence. The validation split may be shorter."""
     n = len(data.train)
     if n < context + 1:
         raise UserError(
@@ -168,10 +164,7 @@ def _open(folder: Path, key: str, corpus: Corpus) -> TokenizedCorpus:
 
 
 def _build(folder: Path, key: str, corpus: Corpus, config: DataConfig, progress: bool) -> None:
-    """Write a prepared folder under a temporary name and rename it when it is complete.
-
-    What a killed process has written there is continued; a process that comes second waits for the first.
-    """
+    """Write a folder under a temporary name, where what a killed process has written is continued; rename it at the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, lock = folder.with_name(f"{folder.name}.partial"), FileLock(folder.with_name(f"{folder.name}.lock"))
     with lock:
@@ -195,7 +188,7 @@ def _write_folder(folder: Path, key: str, corpus: Corpus, config: DataConfig, pr
     total = sum(text.n_bytes for text in corpus.train + corpus.val)
     with progress_bar("preparing tokens", total, progress) as bar:
         for split, texts in (("train", corpus.train), ("val", corpus.val)):
-            encode_from = partial(encode_all, texts, tokenizer)
+            encode_from = functools.partial(encode_all, texts, tokenizer)
             n_documents, text_bytes[split] = write_split(folder, split, encode_from, tokenizer, bar)
             if not n_documents:
                 raise UserError(f"the {split} split of {corpus.name} contains no text: give it more", DATA)
@@ -213,14 +206,12 @@ def _write_folder(folder: Path, key: str, corpus: Corpus, config: DataConfig, pr
 
 def _train_tokenizer(corpus: Corpus, config: DataConfig, progress: bool) -> Tokenizer:
     """`char` needs all characters; for `bpe` a sample of the training text is enough."""
-    if config.tokenizer == "char":
-        texts: Iterable[str] = (piece.text for text in corpus.train + corpus.val for piece in read_documents(text))
-    else:
-        texts = sample_text(corpus.train, SAMPLE_BYTES)
+    is_char = config.tokenizer == "char"
+    texts = sample_text(corpus.train + corpus.val, math.inf) if is_char else sample_text(corpus.train, SAMPLE_BYTES)
     return train_tokenizer(config.tokenizer, config.vocab_size, texts, progress)
 
 
-def sample_text(texts: Sequence[TextRange], n_bytes: int) -> Iterator[str]:
+def sample_text(texts: Sequence[TextRange], n_bytes: float) -> Iterator[str]:
     """About `n_bytes` of the text, in pieces spread evenly over it; all of it if there is no more."""
     share = min(1.0, n_bytes / max(1, sum(text.n_bytes for text in texts)))
     read = taken = 0

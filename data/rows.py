@@ -23,9 +23,7 @@ class RowError(ValueError):
 def read_rows(path: Path, blocks: Iterable[str], field: str) -> Iterator[str]:
     """The documents of a file of rows: the field `field` of each, else `text` or `content`, else the longest of the first row.
 
-    Args:
-        blocks: the text of the file, which is not used for parquet.
-
+    `blocks` are the text of the file, which is not used for parquet.
     Raises `UserError` (3): a row that cannot be read or has no such text, with its number; a missing package.
     """
     kind = path.suffix.lower()
@@ -54,7 +52,6 @@ def _document(row: Any, field: str, number: int) -> str:
 
 
 def _choose_field(row: Any, number: int) -> str:
-    """The field of the text in a row."""
     if isinstance(row, str):
         return "text"
     texts = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, Mapping) else []

@@ -173,7 +173,6 @@ def stories(split: Split, count: int, seed: int = SEED) -> Iterator[Story]:
 
 
 def documents(split: Split) -> Iterator[str]:
-    """The texts of a split."""
     return (s.text for s in stories(split, STORIES[split]))
 
 

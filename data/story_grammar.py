@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
-CharSpan: TypeAlias = tuple[int, int]
+CharSpan: TypeAlias = tuple[int, int]  # start and end of a word with the space before it
 Split: TypeAlias = Literal["train", "val"]
 Pick: TypeAlias = Callable[[tuple[float, ...]], int]
 """Gets the cumulative probabilities of all options but the last, returns the number of the selected one."""
@@ -22,10 +22,7 @@ Pick: TypeAlias = Callable[[tuple[float, ...]], int]
 
 @dataclass(frozen=True)
 class Label:
-    """A word of a story that is determined by earlier words.
-
-    Spans are character offsets `(start, end)` into the text; a leading space belongs to the word.
-    """
+    """A word of a story that is determined by earlier words."""
 
     kind: str
     answer: CharSpan  # The word that is determined by the text before it.

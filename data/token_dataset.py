@@ -23,8 +23,6 @@ BLOCK = 1 << 22  # tokens that are searched at a time
 
 @dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """The tokens of one split."""
-
     tokens: np.ndarray  # (n,) uint16 or uint32, usually memory-mapped.
     document_starts: np.ndarray  # int64 positions of the EOT before each document, ascending, the first 0.
     n_bytes: int  # Bytes of UTF-8 text that the tokens encode, without end-of-text. For bits per byte.

@@ -34,15 +34,10 @@ MAX_PRETOKEN_BYTES = 252
 of 2, 3 and 4, so that a run of characters of one length in UTF-8 is cut between them."""
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """GPT-2's pre-tokenization pattern, with possessive quantifiers as in tiktoken: same matches, faster."""
-
-
-HUGGINGFACE_FILE = "tokenizer.json"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # in foreign files that do not say which token it is
 
 
 class Tokenizer(ABC):
-    """Interface of all tokenizers."""
-
     name: str
     vocab_size: int
     end_of_text: int
@@ -63,10 +58,8 @@ class Tokenizer(ABC):
         return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes of a token, which may be a part of a character.
-
-        Empty for `end_of_text`, other special tokens and unused ids. Raises `IndexError` outside the vocabulary.
-        """
+        """UTF-8 bytes of a token, which may be a part of a character; none for special tokens (`end_of_text`) and unused ids.
+        Raises `IndexError` outside the vocabulary."""
         if not 0 <= token < self.vocab_size:
             raise IndexError(f"token {token} is outside the vocabulary of {self.vocab_size}")
         return self._token_bytes(token)
@@ -283,30 +276,21 @@ def train_tokenizer(name: str, vocab_size: int, texts: Iterable[str], progress: 
 
 
 def tokenizer_of_folder(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run, of a checkpoint, or of a Hugging Face folder for a model of `vocab_size`.
-
-    Raises `UserError` (4) if the folder has none, or it is damaged.
-    """
+    """The tokenizer of a run, of a checkpoint, or of a Hugging Face folder. Raises `UserError` (4): none, or damaged."""
     if found := [*folder.glob("vocabulary.json"), *sorted(folder.glob("checkpoints/*/vocabulary.json"))]:
         return load_tokenizer(found[-1])
     return load_huggingface_tokenizer(folder, vocab_size)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what `Tokenizer.to_json` wrote.
-
-    Raises `UserError`: missing or damaged (4), a tiktoken encoding that cannot be downloaded (3).
-    """
+    """Read what `to_json` wrote. Raises `UserError`: missing or damaged (4), an encoding that cannot be downloaded (3)."""
     with reading(path, "tokenizer", "use another checkpoint"):
         return from_dict(read_json(path))
 
 
 def load_huggingface_tokenizer(folder: Path, vocab_size: int) -> HuggingFaceTokenizer:
-    """The tokenizer of a Hugging Face folder, for a model of `vocab_size`.
-
-    Raises `UserError` (4) if there is none, it is damaged, or it does not fit the model.
-    """
-    path = folder / HUGGINGFACE_FILE
+    """The tokenizer of a Hugging Face folder. Raises `UserError` (4): none, damaged, or more tokens than `vocab_size`."""
+    path = folder / "tokenizer.json"
     with reading(path, "Hugging Face tokenizer", f"save {path.name} there with transformers: save_pretrained"):
         text = path.read_text("utf-8") if path.exists() else _from_merges(folder)
         return HuggingFaceTokenizer(text, vocab_size, _find_end_of_text(folder, text))

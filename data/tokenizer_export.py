@@ -7,26 +7,16 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from data.tokenizer import (
-    GPT2_PATTERN,
-    BPETokenizer,
-    CharTokenizer,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    gpt2_byte_decoder,
-)
+from data.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, HuggingFaceTokenizer, Tokenizer, gpt2_byte_decoder
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def to_tokenizer_json(tokenizer: Tokenizer, starts_with_eot: bool = False) -> str:
-    """The content of `tokenizer.json`, with the same ids for the same text.
+    """The content of `tokenizer.json`, with the same ids for the same text; with `starts_with_eot`, end-of-text before each.
 
     There is one difference: `<|endoftext|>` within a text becomes the end-of-text token, as in all of transformers. A
     character that a `char` vocabulary lacks is left out.
-
-    Args:
-        starts_with_eot: put end-of-text before each text, as before each document of the training text.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return str(tokenizer.saved["tokenizer"])

@@ -80,10 +80,7 @@ def quantize_(model: GPT, dtype: WeightDtype) -> None:
     """Replace the linear layers of the blocks and the LM head, one after the other, to keep the peak memory low.
 
     Afterwards the model can be called, but neither trained nor saved. The token embedding stays fp32. So does a model
-    in fp32 that is small or not on a CPU, bit for bit.
-
-    Raises:
-        UserError: if PyTorch has no kernel for `dtype` on this device (exit code 2).
+    in fp32 that is small or not on a CPU, bit for bit. Raises `UserError` (2) if PyTorch has no kernel for `dtype` here.
     """
     has_fp16, has_onednn = torch.backends.quantized.engine in ("x86", "fbgemm"), torch.backends.mkldnn.is_available()
     is_on_cpu = model.token_embedding.weight.device.type == "cpu"
