@@ -27,9 +27,11 @@ def causal_bias(T: int, S: int, scores: Tensor) -> Float[Tensor, "T S"]:
 def attention_pattern(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) -> Float[Tensor, "B H T S"]:
     """softmax(QKᵀ / √D + mask): how much each query attends to each key (Vaswani et al. 2017, equation 1).
 
-    Each row sums to 1 and is exactly 0 for keys after the query. The scale keeps the variance of the scores independent of D.
+    Each row sums to 1 and is exactly 0 for keys after the query. The scale keeps the variance of the scores independent of
+    D (3.2.1).
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    scores = q @ k.transpose(-2, -1)
+    scores = scores / math.sqrt(q.shape[-1])
     bias = causal_bias(q.shape[-2], k.shape[-2], scores)
     return (scores + bias).softmax(dim=-1)
 
