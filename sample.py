@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from model.gpt import GPT
 
 BATCH_BYTES = 1 << 29  # of keys, values and probabilities of the texts that are generated at once
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "tokens", "seed")
+HELP = f"type a text to continue it; /set NAME VALUE ({', '.join(SETTINGS)}), /reset, /quit"
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,7 @@ def main(argv: list[str]) -> None:
 
         print_score(score_text(model, tokenizer, typed, trained.starts_with_eot), tokenizer, config.json)
     elif config.interactive:
-        from training.interactive import run_interactive
-
-        start = [tokenizer.end_of_text] if trained.starts_with_eot else list(tokenizer.prompt_prefix)
-
-        def write(settings: SampleConfig, history: list[int]) -> list[int]:
-            return write_text(model, tokenizer, settings, history)
-
-        def read(options: list[str]) -> SampleConfig:
-            return parse_options([*argv, *options])
-
-        run_interactive(read, start, lambda line: tokenizer.encode(line).tolist(), write)
+        run_interactive(model, tokenizer, argv, trained.starts_with_eot)
     else:
         write_samples(model, tokenizer, config, text, cut_prompt(prompt, model))
 
@@ -184,6 +177,40 @@ def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: 
             else:
                 whole = text + sample.text
                 print(f"--- {number} ---\n{escape_text(whole) if is_terminal else whole}")
+
+
+def run_interactive(model: GPT, tokenizer: Tokenizer, argv: list[str], starts_with_eot: bool) -> None:
+    """Continue what is typed; the next line continues both."""
+    print(HELP)
+    start = [tokenizer.end_of_text] if starts_with_eot else list(tokenizer.prompt_prefix)
+    config, history = parse_options(argv), list(start)
+    for line in read_lines():
+        command, *words = line.split(maxsplit=2) or [""]
+        try:
+            if command in ("/quit", "/exit"):
+                return
+            if command == "/reset":
+                history = list(start)
+            elif command == "/set" and words and words[0] in SETTINGS:
+                config = parse_options([*argv, f"--{'='.join(words)}"])
+                argv = [*argv, f"--{'='.join(words)}"]
+            elif command.startswith("/"):
+                print(HELP)
+            else:
+                history += tokenizer.encode(line).tolist()
+                history += write_text(model, tokenizer, config, history) if history else []
+        except UserError as error:
+            print(f"error: {error}")
+
+
+def read_lines() -> Iterator[str]:
+    """What is typed, line by line, until the end of the input (Ctrl-D)."""
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_interactive(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(
         ["/set temperature 0", "The fox", " met", "/set tokens x", "/set stop", "/reset", "The fox", "/quit", "never"]
     )
-    monkeypatch.setattr("training.interactive.read_lines", lambda: lines)
+    monkeypatch.setattr("sample.read_lines", lambda: lines)
     help, first, second, error, *more, again = script(
         "sample.py", run, "--interactive", "--tokens=6"
     ).stdout.splitlines()
