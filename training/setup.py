@@ -14,14 +14,7 @@ from common.errors import CHECKPOINT, DATA, UserError, quote_arg
 from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
-from training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    RunEnvironment,
-    TrainState,
-    model_weights,
-    open_checkpoint,
-)
+from training.checkpoint import Checkpoint, CheckpointWriter, RunEnvironment, TrainState, model_weights, open_checkpoint
 from training.config import RunConfig, to_toml
 from training.device import DistContext, advise_on_oom, compile_model, resolve_attention, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
