@@ -59,7 +59,6 @@ class SampleConfig:
     0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one line each."""
         problems = out_of_range(self, "--")
         problems += ["--stop is empty; name the text to stop before"] if "" in self.stop else []
         changed = {field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default}
@@ -99,7 +98,10 @@ def main(argv: list[str]) -> None:
     elif config.interactive:
         run_interactive(model, tokenizer, argv, trained.starts_with_eot)
     else:
-        write_samples(model, tokenizer, config, text, cut_prompt(prompt, model))
+        context = model.config.context
+        if len(prompt) > context:
+            warn(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used")
+        write_samples(model, tokenizer, config, text, prompt[-context:])
 
 
 def parse_options(argv: list[str]) -> SampleConfig:
@@ -125,13 +127,6 @@ def read_text(config: SampleConfig) -> str:
     if not text.strip():
         raise UserError(f"{name} is empty", DATA)
     return text.replace("\r\n", "\n").removesuffix("\n")
-
-
-def cut_prompt(prompt: list[int], model: GPT) -> list[int]:
-    """The end of the prompt that fits into the context."""
-    if len(prompt) > (context := model.config.context):
-        warn(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used")
-    return prompt[-context:]
 
 
 def sampling_params(config: SampleConfig) -> SamplingParams:
