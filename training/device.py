@@ -193,7 +193,6 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
 
 
 def compile_blocks(model: nn.Module) -> nn.Module:
-    """Compile each block of a GPT in place."""
     for block in cast(GPT, model).blocks:
         block.compile()
     return model

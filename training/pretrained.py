@@ -98,7 +98,6 @@ def init_options(config: RunConfig, typed: list[str]) -> list[str]:
 
 
 def describe_init(config: RunConfig) -> str:
-    """The line that is printed: what is fine-tuned, and how."""
     optim, muon = config.optim, f" and {config.optim.muon_lr:.2g}" if config.optim.optimizer == "muon" else ""
     return (
         f"init    {escape_control_chars(config.model.init)}: {config.model.preset} with its tokenizer; "
