@@ -2,7 +2,6 @@
 
 A `GPT` is trained as it is (one process), with gradients averaged over processes (DDP), or with parameters, gradients
 and optimizer state sharded over them (FSDP2, `train.sharding = "fsdp"`). All three compute the same gradient.
-`training/device.py` knows rank and device.
 """
 
 import contextlib
