@@ -36,7 +36,6 @@ class ExportConfig:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Dtype of the matrices.
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one line each."""
         if not self.out:
             return ["out is missing: python export.py RUN OUT"]
         return [f"{self.out} exists already; name a new one"] if os.path.lexists(self.out) else []

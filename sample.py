@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from model.gpt import GPT
 
 BATCH_BYTES = 1 << 29  # of keys, values and probabilities of the texts that are generated at once
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "tokens", "seed")
+HELP = f"type a text to continue it; /set NAME VALUE ({', '.join(SETTINGS)}), /reset, /quit"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,6 @@ class SampleConfig:
     0.01 %. int8 takes the least memory and encodes long prompts fastest, with the loss within 0.5 %. Both need an x86 CPU."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, one line each."""
         problems = out_of_range(self, "--")
         problems += ["--stop is empty; name the text to stop before"] if "" in self.stop else []
         changed = {field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default}
@@ -94,19 +96,12 @@ def main(argv: list[str]) -> None:
 
         print_score(score_text(model, tokenizer, typed, trained.starts_with_eot), tokenizer, config.json)
     elif config.interactive:
-        from training.interactive import run_interactive
-
-        start = [tokenizer.end_of_text] if trained.starts_with_eot else list(tokenizer.prompt_prefix)
-
-        def write(settings: SampleConfig, history: list[int]) -> list[int]:
-            return write_text(model, tokenizer, settings, history)
-
-        def read(options: list[str]) -> SampleConfig:
-            return parse_options([*argv, *options])
-
-        run_interactive(read, start, lambda line: tokenizer.encode(line).tolist(), write)
+        run_interactive(model, tokenizer, argv, trained.starts_with_eot)
     else:
-        write_samples(model, tokenizer, config, text, cut_prompt(prompt, model))
+        context = model.config.context
+        if len(prompt) > context:
+            warn(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used")
+        write_samples(model, tokenizer, config, text, prompt[-context:])
 
 
 def parse_options(argv: list[str]) -> SampleConfig:
@@ -132,13 +127,6 @@ def read_text(config: SampleConfig) -> str:
     if not text.strip():
         raise UserError(f"{name} is empty", DATA)
     return text.replace("\r\n", "\n").removesuffix("\n")
-
-
-def cut_prompt(prompt: list[int], model: GPT) -> list[int]:
-    """The end of the prompt that fits into the context."""
-    if len(prompt) > (context := model.config.context):
-        warn(f"the prompt has {len(prompt)} tokens; only the last {context} (the context) are used")
-    return prompt[-context:]
 
 
 def sampling_params(config: SampleConfig) -> SamplingParams:
@@ -184,6 +172,40 @@ def write_samples(model: GPT, tokenizer: Tokenizer, config: SampleConfig, text: 
             else:
                 whole = text + sample.text
                 print(f"--- {number} ---\n{escape_text(whole) if is_terminal else whole}")
+
+
+def run_interactive(model: GPT, tokenizer: Tokenizer, argv: list[str], starts_with_eot: bool) -> None:
+    """Continue what is typed; the next line continues both."""
+    print(HELP)
+    start = [tokenizer.end_of_text] if starts_with_eot else list(tokenizer.prompt_prefix)
+    config, history = parse_options(argv), list(start)
+    for line in read_lines():
+        command, *words = line.split(maxsplit=2) or [""]
+        try:
+            if command in ("/quit", "/exit"):
+                return
+            if command == "/reset":
+                history = list(start)
+            elif command == "/set" and words and words[0] in SETTINGS:
+                config = parse_options([*argv, f"--{'='.join(words)}"])
+                argv = [*argv, f"--{'='.join(words)}"]
+            elif command.startswith("/"):
+                print(HELP)
+            else:
+                history += tokenizer.encode(line).tolist()
+                history += write_text(model, tokenizer, config, history) if history else []
+        except UserError as error:
+            print(f"error: {error}")
+
+
+def read_lines() -> Iterator[str]:
+    """What is typed, line by line, until the end of the input (Ctrl-D)."""
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ def escape_control_chars(text: object, keep: str = "") -> str:
 
 
 def warn(message: str) -> None:
-    """Print one line on stderr."""
     print(escape_control_chars(message), file=sys.stderr, flush=True)
 
 
@@ -114,7 +113,6 @@ def exit_without_teardown(error: BaseException | None) -> NoReturn:
 
 
 def _run(main: Callable[[list[str]], object]) -> None:
-    """Call `main` and turn its errors into exit codes."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

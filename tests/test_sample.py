@@ -16,7 +16,7 @@ from tests.model.helpers import normal, random_model
 from tests.runs import TINY, error_line, script
 from training.checkpoint import RunEnvironment, open_checkpoint
 from training.device import get_dist_context
-from training.text_generation import StopFilter, encode_prompt, escape_text, generate_tokens, read_prompt
+from training.text_generation import GeneratedText, encode_prompt, escape_text, generate_tokens, read_prompt
 
 
 def train(folder: Path, text: str, *options: str) -> Path:
@@ -145,17 +145,25 @@ def test_stop_text_is_not_written(run: Path) -> None:
 
 
 @pytest.mark.parametrize("stops", [["ab"], ["aab", "b"], ["aaa"], ["xyz", "ya"]])
-def test_stop_filter_is_a_search_in_the_whole_text(stops: list[str]) -> None:
+def test_stopping_is_a_search_in_the_whole_text(stops: list[str]) -> None:
+    tokenizer = ByteTokenizer()
     for number in range(3**7):
         text, digits = "", number
         for _ in range(7):
             text, digits = text + "abx"[digits % 3], digits // 3
-        stop_filter = StopFilter(stops)
-        shown = "".join(stop_filter.feed(letter) for letter in text if not stop_filter.is_stopped)
-        shown += "" if stop_filter.is_stopped else stop_filter.feed("", is_last=True)
+        shown: list[str] = []
+        generated = GeneratedText(tokenizer, stops, shown.append)
+        for token in tokenizer.encode(text).tolist():
+            if not generated.finish_reason:
+                generated.add(token, 0.0)
+        if not generated.finish_reason:
+            generated.finish("length")
         ends = [text.index(stop) for stop in stops if stop in text]
         expected = text[: min((text.index(s) + len(s) for s in stops if s in text), default=7)]
-        assert shown == (text if not ends else expected[: min(expected.index(s) for s in stops if s in expected)])
+        assert generated.finish_reason == ("stop" if ends else "length") and "".join(shown) == generated.text
+        assert generated.text == (
+            text if not ends else expected[: min(expected.index(s) for s in stops if s in expected)]
+        )
 
 
 def test_json_lines(run: Path) -> None:
@@ -191,7 +199,7 @@ def test_interactive(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(
         ["/set temperature 0", "The fox", " met", "/set tokens x", "/set stop", "/reset", "The fox", "/quit", "never"]
     )
-    monkeypatch.setattr("training.interactive.read_lines", lambda: lines)
+    monkeypatch.setattr("sample.read_lines", lambda: lines)
     help, first, second, error, *more, again = script(
         "sample.py", run, "--interactive", "--tokens=6"
     ).stdout.splitlines()

@@ -91,7 +91,6 @@ class Checkpoint:
         return _read_tensors(self.folder / OPTIMIZER)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model was trained with."""
         tokenizer = load_tokenizer(path := self.folder / VOCABULARY)
         if tokenizer.vocab_size != self.vocab_size:
             raise UserError(
@@ -242,7 +241,6 @@ def provenance(model: GPT, tokenizer: Tokenizer, state: TrainState) -> dict[str,
 
 
 def sha256_of_file(path: Path) -> str:
-    """The sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

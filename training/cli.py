@@ -121,7 +121,6 @@ def split_options(args: list[str], flags: Collection[str] = ()) -> Iterator[tupl
 
 
 def _describe_unexpected(words: list[str], types: dict[str, Any]) -> str:
-    """The line about words that are neither options nor values."""
     hint = f"did you mean --{words[0]}? " if field_name(words[0].partition("=")[0]) in types else ""
     hint = f"did you mean ./{words[0]}? " if words[0].startswith("-") and os.path.exists(words[0]) else hint
     hint += "options begin with two dashes, a config file comes first, patterns and texts with spaces need quotes"

@@ -102,7 +102,6 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def problems(self) -> list[str]:
-        """What is wrong, one line each."""
         found = self.data.problems() + self.model.problems()
         for section in ("run", "optim", "train", "log"):
             found += ranges.out_of_range(getattr(self, section), f"{section}.")

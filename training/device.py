@@ -38,7 +38,6 @@ class DistContext:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     dtype_reason: str = ""  # why `dtype` was chosen, in a word or two
 
     @property
@@ -48,9 +47,7 @@ class DistContext:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Matrix products in `dtype`; parameters and reductions stay in fp32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy a CPU tensor to the device, asynchronously to a CUDA GPU."""
@@ -125,13 +122,12 @@ def get_dist_context(dtype: str = "auto", threads: int = 0, device: str = "auto"
     under torchrun it must be in `distributed.process_group`."""
     if threads:
         torch.set_num_threads(threads)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = resolve_device(device)
     if chosen.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     dtype, reason = auto_dtype(chosen) if dtype == "auto" else (dtype, "train.dtype")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return DistContext(chosen, DTYPES[dtype], rank, world_size, local_rank, reason)
+    return DistContext(chosen, DTYPES[dtype], rank, world_size, reason)
 
 
 def auto_dtype(device: torch.device) -> tuple[str, str]:
@@ -197,7 +193,6 @@ def compile_model(model: nn.Module, example: Tensor, ctx: DistContext) -> tuple[
 
 
 def compile_blocks(model: nn.Module) -> nn.Module:
-    """Compile each block of a GPT in place."""
     for block in cast(GPT, model).blocks:
         block.compile()
     return model

@@ -2,7 +2,6 @@
 
 A `GPT` is trained as it is (one process), with gradients averaged over processes (DDP), or with parameters, gradients
 and optimizer state sharded over them (FSDP2, `train.sharding = "fsdp"`). All three compute the same gradient.
-`training/device.py` knows rank and device.
 """
 
 import contextlib
@@ -99,16 +98,17 @@ def prepare_once(config: DataConfig, ctx: DistContext) -> TokenizedCorpus:
     """
     if ctx.world_size == 1:
         return prepare(config)
+    local_rank = int(os.environ["LOCAL_RANK"])
     # of this job and node; several nodes of torchrun can run on one machine
     user = os.getuid() if hasattr(os, "getuid") else "user"  # Windows has a folder for each user
     name = f"glassgpt-{user}-{os.environ['MASTER_PORT']}-{os.environ.get('GROUP_RANK', '0')}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
-    with lock if ctx.local_rank == 0 else contextlib.nullcontext():
+    with lock if local_rank == 0 else contextlib.nullcontext():
         ctx.all_reduce_max(0)  # whoever prepares has the lock now
-        if ctx.local_rank:
+        if local_rank:
             with lock:  # wait for it, then read the cache with the others
                 pass
-        return prepare(config, progress=ctx.is_main_process, verify=ctx.local_rank == 0)
+        return prepare(config, progress=ctx.is_main_process, verify=local_rank == 0)
 
 
 def wrap_model(model: GPT, ctx: DistContext, sharding: str) -> nn.Module:

@@ -32,6 +32,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[
     """
     tokenizer, model = checkpoint.tokenizer(), checkpoint.build_model(with_eager(checkpoint)).eval().to(DTYPES[dtype])
     is_glass = model.config.preset == "glass"
+    trust = ", trust_remote_code=True" if is_glass else ""
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
     try:
         save_huggingface(model, folder, **ends)
@@ -42,14 +43,13 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path, dtype: str) -> list[
         "generation_config.json": json.dumps(sampling, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(tokenizer_config(tokenizer, model.config.context), indent=2) + "\n",
         "tokenizer.json": to_tokenizer_json(tokenizer, checkpoint.environment.starts_with_eot),
-        "README.md": model_card(checkpoint, is_glass),
+        "README.md": model_card(checkpoint, trust),
     }
     for name, content in contents.items():
         (folder / name).write_text(content, "utf-8")
     if is_glass:
         shutil.copy(Path(model_config.__file__).parent / MODELING_FILE, folder)
     check_huggingface(model.float(), tokenizer, folder)
-    trust = ", trust_remote_code=True" if is_glass else ""
     custom = [f"preset glass is no architecture of transformers: OUT/{MODELING_FILE} computes it, and must be trusted"]
     return [
         "checked: the same logits and token ids as the checkpoint",
@@ -78,7 +78,7 @@ def check_huggingface(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         raise UserError("the exported tokenizer gives other token ids: nothing was exported", CHECKPOINT)
 
 
-def model_card(checkpoint: Checkpoint, is_glass: bool) -> str:
+def model_card(checkpoint: Checkpoint, trust: str) -> str:
     """README.md: what the model is, its loss, how to load it, and its config."""
     state, shape, data = checkpoint.state, checkpoint.config.model, checkpoint.config.data
     losses: dict[str, float] = {}
@@ -86,7 +86,6 @@ def model_card(checkpoint: Checkpoint, is_glass: bool) -> str:
         losses |= {name: line[name] for name in ("uniform", "unigram", "trigram", "floor") if name in line}
         if "val_loss" in line and line["step"] == state.step:
             losses["this model"] = line["val_loss"]
-    trust = ", trust_remote_code=True" if is_glass else ""
     data = replace(data, source=Path(data.source).name, val=Path(data.val).name, tokenizer=Path(data.tokenizer).name)
     run, model = RunSettings(seed=checkpoint.config.run.seed), replace(shape, init=Path(shape.init).name)
     config = to_toml(RunConfig(run, data, model, checkpoint.config.optim, checkpoint.config.train)).replace("```", "")

@@ -50,7 +50,6 @@ def parse_plan_option(argv: list[str]) -> tuple[list[str], tuple[GPU | None, int
 
 
 def parse_target(text: str) -> tuple[GPU, int]:
-    """Parse `h100` or `8xh100`."""
     count, name = re.fullmatch(r"(?:([1-9]\d{0,4})x)?(.*)", text.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if name not in GPUS:
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)

@@ -51,5 +51,4 @@ def chunks(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> list[tupl
 
 
 def cross_entropy(logits: Float[Tensor, "N V"], targets: Int[Tensor, "N"]) -> Float[Tensor, ""]:
-    """Sum over the rows."""
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -172,7 +172,6 @@ def print_line(text: str) -> None:
 
 
 def format_sample(metrics: Mapping[str, Any]) -> str:
-    """An entry of `samples.txt`."""
     return f"step {metrics['step']}\n{metrics['sample']}\n\n"
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training.distributed import distribute, full_tensor, is_dtensor
+from training.distributed import distribute, full_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # (a, b, c) of a x + b x³ + c x⁵, each Newton-Schulz step (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
@@ -61,7 +61,7 @@ def muon(
         adjusted_lr = lr * math.sqrt(max(1, rows / columns))
         for (parameter, _), update in zip(stack, orthogonalize(torch.stack(updates)), strict=True):
             parameter.mul_(1 - lr * weight_decay)
-            parameter.add_(distribute(update, parameter) if is_dtensor(parameter) else update, alpha=-adjusted_lr)
+            parameter.add_(distribute(update, parameter), alpha=-adjusted_lr)
 
 
 def stacks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:

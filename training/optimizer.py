@@ -97,7 +97,6 @@ class Optimizer:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
         for parameter in self.names:
             parameter.grad = None
 

@@ -67,7 +67,6 @@ def plan(config: RunConfig, target: tuple[GPU | None, int], name: str) -> None:
 
 
 def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) -> str:
-    """Corpus, model and steps."""
     train, model = config.train, config.model
     tokens = train.steps * train.batch_size * model.context
     epochs, known = "", "not prepared yet"
@@ -87,7 +86,6 @@ def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) 
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:
-    """A title, and a line for each row."""
     print("\n".join(["", title, *(f"  {label:<24}{value:>16}" for label, value in rows.items())]))
 
 
@@ -119,7 +117,6 @@ def print_memory(config: RunConfig, gpu: GPU | None, count: int, ctx: DistContex
 
 
 def physical_memory() -> int:
-    """Bytes of memory of this machine."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX of Windows: its length, then the total

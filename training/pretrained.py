@@ -84,9 +84,8 @@ def init_options(config: RunConfig, typed: list[str]) -> list[str]:
     source = open_model(config.model.init)
     shape, optim = source.config.model, source.config.optim
     values = {f"model.{name}": value for name, value in dataclasses.asdict(shape).items()}
-    for name in ("init", "dropout", "attention"):
+    for name in ("init", "dropout", "attention", "context"):
         del values[f"model.{name}"]
-    del values["model.context"]
     if fixed := sorted({*values, "data.tokenizer"} & option_names(typed)):
         raise UserError(f"--{fixed[0]} is that of --model.init {config.model.init}; leave it out")
     values |= {"data.tokenizer": source.folder, "model.context": shape.context}
@@ -94,13 +93,11 @@ def init_options(config: RunConfig, typed: list[str]) -> list[str]:
     values |= {"optim.lr": LR_RATIO * optim.lr, "optim.muon_lr": LR_RATIO * optim.muon_lr}
     if isinstance(source, PretrainedModel):
         values |= {"model.context": min(shape.context, MAX_CONTEXT), "train.batch_size": BATCH_SIZE}
-        values |= {"data.vocab_size": source.vocab_size}
-        values |= {"optim.optimizer": "adamw", "optim.lr": LR}
+        values |= {"data.vocab_size": source.vocab_size, "optim.optimizer": "adamw", "optim.lr": LR}
     return [f"--{name}={value}" for name, value in values.items()]
 
 
 def describe_init(config: RunConfig) -> str:
-    """The line that is printed: what is fine-tuned, and how."""
     optim, muon = config.optim, f" and {config.optim.muon_lr:.2g}" if config.optim.optimizer == "muon" else ""
     return (
         f"init    {escape_control_chars(config.model.init)}: {config.model.preset} with its tokenizer; "

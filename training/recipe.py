@@ -25,11 +25,6 @@ MANY_CHARACTERS, SAMPLE_BYTES = 1000, 200_000
 """A text with more different characters at its start, as Chinese and Japanese have, is encoded by character."""
 
 
-def recipe(n_bytes: int) -> tuple[int, float, float, int]:
-    """Vocabulary, dropout, weight decay and epochs for a text of so many bytes."""
-    return next(row[1:] for row in RECIPES if n_bytes < row[0])
-
-
 def has_many_characters(files: Iterable[Path], encoding: str) -> bool:
     """Whether the largest file begins with more than `MANY_CHARACTERS` different ones, of two bytes or more on average."""
     from data.text_copy import find_codec
@@ -55,7 +50,7 @@ def read_recipe(config: RunConfig, argv: list[str]) -> tuple[list[str], float, s
     files, given = find_files(config.data.source, config.data.encoding), option_names(argv)
     packed = (*COMPRESSED, ".parquet")
     n_bytes = sum(path.stat().st_size * (PACKED if path.suffix.lower() in packed else 1) for path in files)
-    vocab_size, dropout, weight_decay, epochs = recipe(n_bytes)
+    vocab_size, dropout, weight_decay, epochs = next(row[1:] for row in RECIPES if n_bytes < row[0])
     options = [f"--model.dropout={dropout}", f"--optim.weight_decay={weight_decay}"]
     if not given & {"data.vocab_size", "data.tokenizer"} and has_many_characters(files, config.data.encoding):
         options.insert(0, "--data.tokenizer=char")

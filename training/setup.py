@@ -14,14 +14,7 @@ from common.errors import CHECKPOINT, DATA, UserError, quote_arg
 from data.ngram_baseline import unlikeness
 from data.prepare import TokenizedCorpus
 from model.gpt import GPT
-from training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    RunEnvironment,
-    TrainState,
-    model_weights,
-    open_checkpoint,
-)
+from training.checkpoint import Checkpoint, CheckpointWriter, RunEnvironment, TrainState, model_weights, open_checkpoint
 from training.config import RunConfig, to_toml
 from training.device import DistContext, advise_on_oom, compile_model, resolve_attention, should_compile
 from training.distributed import gather_weights, is_fsdp, wrap_model
@@ -199,7 +192,7 @@ def describe_environment(trainer: Trainer, is_compiled: bool) -> RunEnvironment:
 
 
 def describe_resuming(trainer: Trainer, saved: Checkpoint) -> list[str]:
-    """What a resumed run does otherwise than its checkpoint: other options, another learning rate, or nothing to do."""
+    """What a resumed run does otherwise than its checkpoint: other options or settings, another learning rate, nothing."""
     old, new, step, lines = saved.config, trainer.config, saved.state.step, []
     before, now = dataclasses.asdict(old), dataclasses.asdict(new)
     if step < new.train.steps:
@@ -212,6 +205,9 @@ def describe_resuming(trainer: Trainer, saved: Checkpoint) -> list[str]:
         lines.append(f"resumed with other options: {', '.join(changed)}")
     if step >= new.train.steps:
         lines.append(f"the run has done its {step} steps; continue with --train.steps N")
+    then, today = saved.environment.settings, trainer.environment.settings
+    if changed := [f"{key} {then[key]} -> {today[key]}" for key in today if then.get(key, today[key]) != today[key]]:
+        lines.append(f"resumed with different settings; results may differ in the last bits: {', '.join(changed)}")
     return lines
 
 
@@ -244,7 +240,3 @@ def print_header(trainer: Trainer) -> None:
     if trainer.resumed_from:
         for line in describe_resuming(trainer, trainer.resumed_from):
             print_line(line)
-    before = trainer.resumed_from.environment.settings if trainer.resumed_from else now
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
-    if changed:
-        print_line(f"resumed with different settings; results may differ in the last bits: {', '.join(changed)}")

@@ -69,50 +69,36 @@ def check_token_count(n_samples: int, max_new_tokens: int) -> None:
         raise UserError(f"{total:,} tokens are too many: ask for at most {MAX_NEW_TOKENS:,} at once", DISK_OR_MEMORY)
 
 
-class StopFilter:
-    """Passes text on up to the first of some stop texts; holds back what may be the beginning of one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops, self.held, self.is_stopped = stops, "", False
-
-    def feed(self, text: str, is_last: bool = False) -> str:
-        """The text that can be shown now."""
-        self.held += text
-        if found := [self.held.index(stop) for stop in self.stops if stop in self.held]:
-            shown, self.held, self.is_stopped = self.held[: min(found)], "", True
-            return shown
-        starts = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
-        end = len(self.held) - (0 if is_last else max(starts, default=0))
-        shown, self.held = self.held[:end], self.held[end:]
-        return shown
-
-
 class GeneratedText:
     """A text while it is generated: its tokens, their log-probabilities, and why it ended."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], show: Callable[[str], object] | None = None) -> None:
-        self.tokenizer, self.filter, self.show = tokenizer, StopFilter(stops), show
+        self.tokenizer, self.stops, self.show = tokenizer, stops, show
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
         self.text, self.tokens, self.logprobs = "", list[int](), list[float]()
+        self.held = ""  # text that may be the beginning of a stop text
         self.finish_reason = ""  # while it is generated
 
     def add(self, token: int, logprob: float) -> None:
-        """Append a token."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self._extend(self.decoder.decode(self.tokenizer.token_bytes(token)))
-        if self.filter.is_stopped:
-            self.finish_reason = "stop"
-        elif token == self.tokenizer.end_of_text:
+        if token == self.tokenizer.end_of_text and not self.finish_reason:
             self.finish("end_of_text")
 
     def finish(self, reason: str) -> None:
-        """End the text."""
         self._extend(self.decoder.decode(b"", final=True), is_last=True)
-        self.finish_reason = "stop" if self.filter.is_stopped else reason
+        self.finish_reason = self.finish_reason or reason
 
     def _extend(self, text: str, is_last: bool = False) -> None:
-        shown = self.filter.feed(text, is_last)
+        """Add text up to the first stop text, and hold back what may be the beginning of one."""
+        self.held += text
+        if found := [self.held.index(stop) for stop in self.stops if stop in self.held]:
+            end, self.finish_reason = min(found), "stop"
+        else:
+            starts = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+            end = len(self.held) - (0 if is_last else max(starts, default=0))
+        shown, self.held = self.held[:end], self.held[end:]
         self.text += shown
         if self.show and shown:
             self.show(shown)

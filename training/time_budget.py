@@ -115,8 +115,8 @@ def with_size(
         **{"model.n_kv_heads": 0, "model.d_head": 0, "model.d_mlp": 0, "train.batch_size": batch_size},
         **{"train.micro_batch_size": 0, "train.eval_tokens": EVAL_TOKENS, **OPTIM},
     }
-    config = replace_options(config, {option: value for option, value in chosen.items() if option not in given})
-    return replace_options(config, {"train.minutes": 0.0})
+    own = {option: value for option, value in chosen.items() if option not in given}
+    return replace_options(config, {**own, "train.minutes": 0.0})
 
 
 def estimate_speed(speeds: dict[int, list[float]], i: int, assumed: float) -> float:

@@ -1,7 +1,4 @@
-"""TensorBoard and Weights & Biases (`log.tensorboard`, `log.wandb`): metrics, samples and plots of a run.
-
-Their failures never stop training.
-"""
+"""TensorBoard and Weights & Biases (`log.tensorboard`, `log.wandb`): metrics, samples and plots of a run."""
 
 from __future__ import annotations
 
@@ -42,10 +39,7 @@ def guarded(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class Tracker(Callback):
-    """Logs a run elsewhere. If that fails, one line is printed and training continues without it.
-
-    A subclass connects in `on_start`, sends in `log` and disconnects in `on_exit`.
-    """
+    """Logs a run elsewhere. If that fails, one line is printed and training continues without it."""
 
     name = ""
     has_failed = False

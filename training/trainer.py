@@ -170,11 +170,9 @@ class Trainer:
         return state.step >= train.steps or 0 < patience <= state.evals_without_improvement
 
     def provenance(self) -> dict[str, str]:
-        """Step, shape and hashes of the current model, for the metadata of an attention file."""
         return provenance(self.model, self.data.tokenizer, self.state)
 
     def notify(self, hook: str, *args: Any) -> None:
-        """Call a hook of every callback that has it."""
         for callback in self.callbacks:
             if (method := getattr(callback, hook, None)) is not None:
                 method(self, *args)
