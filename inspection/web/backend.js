@@ -23,7 +23,7 @@ function engineBackend({ config, vocab_size, tokenizer, snapshots }) {
       const result = { logits: stages.at(-1), lens: stages.map(largest) };
       if (layer < 0) return result;
       const loss = new Float32Array(ids.length).fill(NaN);
-      if (query > 0) loss[query] = -Math.log(softmax(Float64Array.from(logitsAt(cache.stream.at(-1), query - 1)))[ids[query]]);
+      if (query > 0) loss[query] = -Math.log(probabilities(logitsAt(cache.stream.at(-1), query - 1))[ids[query]]);
       return { ...result, loss, ...layerArrays(model, cache, layer, norms) };
     },
   };
@@ -39,14 +39,10 @@ function serverBackend({ steps }) {
     steps,
     encode: (text) => post("encode", { text }),
     decode: (ids) => post("decode", { ids }),
-    async run(request) {
-      const entries = Object.entries(await post("run", request));
-      return Object.fromEntries(await Promise.all(entries.map(async ([name, array]) => [name, await decode(array)])));
-    },
+    run: async (request) => decodeAll(await post("run", request)),
   };
 }
 
-const rowAt = (values, width, row) => values.subarray(row * width, (row + 1) * width);
 const largest = (values) => values.reduce((best, value, k) => (value > values[best] ? k : best), 0);
 
 // A function that returns the model, whose weights are decoded once. It has a cache for the whole model, and one for the model
@@ -55,16 +51,13 @@ function decodeModel(config, vocab_size, encoded) {
   let model = null;
   return async () => {
     if (model) return model;
-    const entries = Object.entries(encoded).map(async ([name, array]) => [name, await decode(array)]);
-    const [arrays, weights] = [Object.fromEntries(await Promise.all(entries)), {}];
+    const [arrays, weights] = [await decodeAll(encoded), {}];
     for (const [name, values] of Object.entries(arrays)) {
       const scale = arrays[`${name}.scale`];
       const K = scale && values.length / scale.length;
       weights[name] = scale ? Float32Array.from(values, (value, k) => value * scale[Math.floor(k / K)]) : values;
     }
-    const byLayer = (values) => range(config.n_layers).map((l) => rowAt(values, values.length / config.n_layers, l));
-    const means = { heads: byLayer(weights["means.heads"]), mlps: byLayer(weights["means.mlps"]) };
-    model = { config, vocab_size, weights, means };
+    model = { config, vocab_size, weights };
     return Object.assign(model, { whole: createCache(model), ablated: createCache(model) });
   };
 }
@@ -99,13 +92,5 @@ function valueNorms(values, W_O, { n_heads: H, d_head: D, d_model: C }, T) {
   });
 }
 
-// The indices of the five largest of some values, the largest first.
-function likely(values, count = 5) {
-  const best = [];
-  values.forEach((value, k) => {
-    if (best.length === count && value <= values[best[count - 1]]) return;
-    best.splice(best.findLastIndex((other) => values[other] >= value) + 1, 0, k);
-    best.length = Math.min(best.length, count);
-  });
-  return best;
-}
+// The indices of the largest of some values, the largest first.
+const likely = (values, count) => Array.from(values.keys()).sort((a, b) => values[b] - values[a]).slice(0, count);
