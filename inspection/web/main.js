@@ -2,11 +2,14 @@
 
 let requests = 0;
 
+// Whether the view is that of the state, not an older one while another is loading.
+const isLoaded = () => view?.key === viewKey();
+
 // Applies changes to the state, loads what they need, and draws. A comparison starts with a text that both sides have.
 async function change(changes, scroll = true) {
   Object.assign(state, changes);
   const request = ++requests;
-  if (!view || view.key !== viewKey()) {
+  if (!isLoaded()) {
     let loaded = await loadView();
     if (changes.compare && changes.text === undefined && !loaded.other) loaded = await loadComparable() ?? loaded;
     if (request !== requests) return; // the state changed again meanwhile
@@ -149,9 +152,9 @@ function listen() {
   });
   new IntersectionObserver((entries) => {
     walkthrough.visible = entries.at(-1).isIntersecting;
-    if (view) drawWalkthrough();
+    if (isLoaded()) drawWalkthrough();
   }, { rootMargin: "200px" }).observe(byId("walkthrough-section"));
-  new ResizeObserver(([{ contentRect: { width } }]) => view && width > 0 && drawMatrix()).observe(byId("matrix"));
+  new ResizeObserver(([{ contentRect: { width } }]) => isLoaded() && width > 0 && drawMatrix()).observe(byId("matrix"));
 }
 
 // A button for a finding: it selects the head, and a text on which the score is measured.

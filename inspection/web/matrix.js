@@ -114,7 +114,7 @@ function cellAt(event) {
 }
 
 function hoverMatrix(cell) {
-  if (String(cell) === String(matrix.hover)) return;
+  if (!isLoaded() || String(cell) === String(matrix.hover)) return;
   matrix.hover = cell;
   drawMatrix();
 }
