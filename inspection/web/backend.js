@@ -10,13 +10,14 @@
 function engineBackend({ config, vocab_size, tokenizer, snapshots }) {
   const [encode, bytesOf] = createTokenizer(tokenizer);
   const decoder = new TextDecoder();
-  const models = new Map(snapshots.map(({ step, weights }) => [step, decodeModel(config, vocab_size, weights)]));
+  const weightsAt = (step) => snapshots.find((snapshot) => snapshot.step === step).weights;
+  const models = {}; // promises, by step
   return {
     steps: snapshots.map(({ step }) => step),
     encode,
     decode: (ids) => decoder.decode(Uint8Array.from(ids.flatMap((id) => Array.from(bytesOf(id))))),
     async run({ step, ids, off, layer, query, norms }) {
-      const model = await models.get(step)();
+      const model = await (models[step] ??= decodeModel(config, vocab_size, weightsAt(step)));
       const cache = runModel(model, off === null ? model.whole : model.ablated, ids, off ?? {});
       const logitsAt = (x, t) => unembed(model, rowAt(x, config.d_model, t));
       const stages = cache.stream.map((x) => logitsAt(x, query));
@@ -45,21 +46,15 @@ function serverBackend({ steps }) {
 
 const largest = (values) => values.reduce((best, value, k) => (value > values[best] ? k : best), 0);
 
-// A function that returns the model, whose weights are decoded once. It has a cache for the whole model, and one for the model
-// with something switched off.
-function decodeModel(config, vocab_size, encoded) {
-  let model = null;
-  return async () => {
-    if (model) return model;
-    const [arrays, weights] = [await decodeAll(encoded), {}];
-    for (const [name, values] of Object.entries(arrays)) {
-      const scale = arrays[`${name}.scale`];
-      const K = scale && values.length / scale.length;
-      weights[name] = scale ? Float32Array.from(values, (value, k) => value * scale[Math.floor(k / K)]) : values;
-    }
-    model = { config, vocab_size, weights };
-    return Object.assign(model, { whole: createCache(model), ablated: createCache(model) });
-  };
+// The model, with a cache for the whole of it, and one for it with something switched off.
+async function decodeModel(config, vocab_size, encoded) {
+  const [arrays, weights] = [await decodeAll(encoded), {}];
+  for (const [name, values] of Object.entries(arrays)) {
+    const scale = arrays[`${name}.scale`];
+    const K = scale && values.length / scale.length;
+    weights[name] = scale ? Float32Array.from(values, (value, k) => value * scale[Math.floor(k / K)]) : values;
+  }
+  return { config, vocab_size, weights, whole: createCache(config), ablated: createCache(config) };
 }
 
 // What the page shows of one layer.

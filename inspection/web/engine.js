@@ -198,8 +198,7 @@ function unembed({ config, weights, vocab_size: V }, x) {
   return linear(norm(config, weights, "final_norm", x), { weight: head }, V);
 }
 
-function createCache({ config }) {
-  const { n_layers: L, n_heads: H, n_kv_heads: G, d_head: D, d_model: C, context } = config;
+function createCache({ n_layers: L, n_heads: H, n_kv_heads: G, d_head: D, d_model: C, context }) {
   const layers = range(L).map(() => ({
     queries: new Float32Array(context * H * D),
     keys: new Float32Array(context * G * D),
