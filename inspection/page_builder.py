@@ -34,23 +34,10 @@ FULL_TEXTS = 2  # The first texts keep every step when steps of the other texts 
 NO_MODEL = "The model is not in the page: to type your own text, run python attend.py serve RUN."
 WEB = Path(__file__).parent / "web"
 NAMES = (
-    *(
-        "dom",
-        "colours",
-        "data",
-        "engine",
-        "tokenizer",
-        "backend",
-        "own",
-        "state",
-        "attention",
-        "text",
-        "matrix",
-        "grid",
-    ),
-    *("timeline", "walkthrough", "experiments", "lesson", "main"),
+    "dom colours data engine tokenizer backend own state attention text matrix grid timeline walkthrough experiments "
+    "lesson main"
 )
-SCRIPTS = [f"{name}.js" for name in NAMES]  # in the order in which they run
+SCRIPTS = [f"{name}.js" for name in NAMES.split()]  # in the order in which they run
 
 
 def write_page(

@@ -12,18 +12,18 @@ function comparedWith() {
 }
 
 // The parts of the state that decide which patterns are loaded.
-function viewKey(text = state.text) {
-  const own = text === OWN ? [state.query, state.off, state.mode, state.value_weighted, state.own] : [];
-  return [text, state.step, state.layer, state.compare, ...own].join(" ");
+function viewKey() {
+  const own = state.text === OWN ? [state.query, state.off, state.mode, state.value_weighted, state.own] : [];
+  return [state.text, state.step, state.layer, state.compare, ...own].join(" ");
 }
 
 async function loadView(text = state.text) {
   const { layer, step } = state;
-  const [key, compared] = [viewKey(text), comparedWith()];
+  const compared = comparedWith();
   const loaded = await loadText(0, step, text, layer);
   const other = compared && await loadText(...compared, text, layer);
   const comparable = other?.pattern && String(other.tokens) === String(loaded.tokens);
-  return { key, ...loaded, other: comparable ? other : null };
+  return { ...loaded, other: comparable ? other : null };
 }
 
 // The view of the first text that both sides of a comparison have; undefined if there is none.
@@ -38,11 +38,11 @@ async function loadComparable() {
 const comparing = () => Boolean(view.other) && state.head < page.runs[view.other.run].heads;
 
 // How query i attends to keys 0 to i. Value-weighted: A[i, j] |v_j W_O|, normalised to sum 1 (Kobayashi et al. 2020).
-function attentionRow({ run, layer, T, pattern, value_norms: norms }, i, { head, value_weighted: weighted } = state) {
+function attentionRow({ T, pattern, value_norms: norms }, i, { head, value_weighted: weighted } = state) {
   const start = (head * T * (T + 1) + i * (i + 1)) / 2;
   const row = pattern.subarray(start, start + i + 1);
   if (!weighted) return row;
-  const products = row.map((weight, j) => weight * norms[(layer * page.runs[run].heads + head) * T + j]);
+  const products = row.map((weight, j) => weight * norms[head * T + j]);
   const total = sum(products);
   return total > 0 ? products.map((value) => value / total) : products;
 }

@@ -10,20 +10,21 @@
 function engineBackend({ config, vocab_size, tokenizer, snapshots }) {
   const [encode, bytesOf] = createTokenizer(tokenizer);
   const decoder = new TextDecoder();
-  const models = new Map(snapshots.map(({ step, weights }) => [step, decodeModel(config, vocab_size, weights)]));
+  const weightsAt = (step) => snapshots.find((snapshot) => snapshot.step === step).weights;
+  const models = {}; // promises, by step
   return {
     steps: snapshots.map(({ step }) => step),
     encode,
     decode: (ids) => decoder.decode(Uint8Array.from(ids.flatMap((id) => Array.from(bytesOf(id))))),
     async run({ step, ids, off, layer, query, norms }) {
-      const model = await models.get(step)();
+      const model = await (models[step] ??= decodeModel(config, vocab_size, weightsAt(step)));
       const cache = runModel(model, off === null ? model.whole : model.ablated, ids, off ?? {});
       const logitsAt = (x, t) => unembed(model, rowAt(x, config.d_model, t));
       const stages = cache.stream.map((x) => logitsAt(x, query));
       const result = { logits: stages.at(-1), lens: stages.map(largest) };
       if (layer < 0) return result;
       const loss = new Float32Array(ids.length).fill(NaN);
-      if (query > 0) loss[query] = -Math.log(softmax(Float64Array.from(logitsAt(cache.stream.at(-1), query - 1)))[ids[query]]);
+      if (query > 0) loss[query] = -Math.log(probabilities(logitsAt(cache.stream.at(-1), query - 1))[ids[query]]);
       return { ...result, loss, ...layerArrays(model, cache, layer, norms) };
     },
   };
@@ -39,34 +40,21 @@ function serverBackend({ steps }) {
     steps,
     encode: (text) => post("encode", { text }),
     decode: (ids) => post("decode", { ids }),
-    async run(request) {
-      const entries = Object.entries(await post("run", request));
-      return Object.fromEntries(await Promise.all(entries.map(async ([name, array]) => [name, await decode(array)])));
-    },
+    run: async (request) => decodeAll(await post("run", request)),
   };
 }
 
-const rowAt = (values, width, row) => values.subarray(row * width, (row + 1) * width);
 const largest = (values) => values.reduce((best, value, k) => (value > values[best] ? k : best), 0);
 
-// A function that returns the model, whose weights are decoded once. It has a cache for the whole model, and one for the model
-// with something switched off.
-function decodeModel(config, vocab_size, encoded) {
-  let model = null;
-  return async () => {
-    if (model) return model;
-    const entries = Object.entries(encoded).map(async ([name, array]) => [name, await decode(array)]);
-    const [arrays, weights] = [Object.fromEntries(await Promise.all(entries)), {}];
-    for (const [name, values] of Object.entries(arrays)) {
-      const scale = arrays[`${name}.scale`];
-      const K = scale && values.length / scale.length;
-      weights[name] = scale ? Float32Array.from(values, (value, k) => value * scale[Math.floor(k / K)]) : values;
-    }
-    const byLayer = (values) => range(config.n_layers).map((l) => rowAt(values, values.length / config.n_layers, l));
-    const means = { heads: byLayer(weights["means.heads"]), mlps: byLayer(weights["means.mlps"]) };
-    model = { config, vocab_size, weights, means };
-    return Object.assign(model, { whole: createCache(model), ablated: createCache(model) });
-  };
+// The model, with a cache for the whole of it, and one for it with something switched off.
+async function decodeModel(config, vocab_size, encoded) {
+  const [arrays, weights] = [await decodeAll(encoded), {}];
+  for (const [name, values] of Object.entries(arrays)) {
+    const scale = arrays[`${name}.scale`];
+    const K = scale && values.length / scale.length;
+    weights[name] = scale ? Float32Array.from(values, (value, k) => value * scale[Math.floor(k / K)]) : values;
+  }
+  return { config, vocab_size, weights, whole: createCache(config), ablated: createCache(config) };
 }
 
 // What the page shows of one layer.
@@ -99,13 +87,5 @@ function valueNorms(values, W_O, { n_heads: H, d_head: D, d_model: C }, T) {
   });
 }
 
-// The indices of the five largest of some values, the largest first.
-function likely(values, count = 5) {
-  const best = [];
-  values.forEach((value, k) => {
-    if (best.length === count && value <= values[best[count - 1]]) return;
-    best.splice(best.findLastIndex((other) => values[other] >= value) + 1, 0, k);
-    best.length = Math.min(best.length, count);
-  });
-  return best;
-}
+// The indices of the largest of some values, the largest first.
+const likely = (values, count) => Array.from(values.keys()).sort((a, b) => values[b] - values[a]).slice(0, count);

@@ -17,13 +17,21 @@ async function decode([dtype, base64]) {
   return DECODERS[dtype](await new Response(stream).arrayBuffer());
 }
 
+// The same of a table of arrays by name.
+async function decodeAll(arrays) {
+  const entries = Object.entries(arrays).map(async ([name, array]) => [name, await decode(array)]);
+  return Object.fromEntries(await Promise.all(entries));
+}
+
 // What the page holds of a text at a step, or null.
 const storedText = (run, step, text) => page.runs[run].steps[step].texts[text];
 
-// The index of the stored step nearest to the given one at which the run has this text; -1 if it never has.
+// The index of the stored step nearest to the given one at which the run has this text, or for the own text the weights; -1 if
+// it never has.
 function nearestStep(run, step, text) {
-  if (text === OWN) return run === 0 ? snapshotStep(step) : -1;
-  const stored = range(page.runs[run].steps.length).filter((k) => storedText(run, k, text));
+  const { steps } = page.runs[run];
+  const hasWeights = (k) => run === 0 && backend.steps.includes(steps[k].step);
+  const stored = range(steps.length).filter((k) => (text === OWN ? hasWeights(k) : storedText(run, k, text)));
   return nearest(stored, (k) => Math.abs(k - step)) ?? -1;
 }
 
@@ -33,9 +41,9 @@ async function loadText(run, wantedStep, text, layer) {
   if (step < 0) return null;
   if (text === OWN) return loadOwn(step, layer);
   const { length: T, first, arrays, layers } = storedText(run, step, text);
-  const encoded = Object.entries({ ...arrays, ...layers[layer] });
-  const decoded = await Promise.all(encoded.map(async ([name, array]) => [name, await decode(array)]));
-  return { run, step, text, layer, T, first, ...Object.fromEntries(decoded) };
+  const decoded = await decodeAll({ ...arrays, ...layers[layer] });
+  const value_norms = rowAt(decoded.value_norms, decoded.value_norms.length / page.runs[run].layers, layer);
+  return { run, step, text, layer, T, first, ...decoded, value_norms };
 }
 
 // A token in one line: a space as a dot, a line break as an arrow, undecodable bytes as \xNN.

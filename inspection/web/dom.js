@@ -13,6 +13,13 @@ function fill(element, attributes = {}, ...children) {
 const create = (tag, ...content) => fill(document.createElement(tag), ...content);
 const createSvg = (tag, ...content) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), ...content);
 
+const createButton = (attributes, ...content) => create("button", { type: "button", ...attributes }, ...content);
+
+// Downloads a file with this content.
+function download(name, type, content) {
+  create("a", { download: name, href: URL.createObjectURL(new Blob([content], { type })) }).click();
+}
+
 // A bar of which a share is coloured.
 function shareBar(share, colour) {
   const bar = create("span", { class: "bar", "aria-hidden": "true" });
@@ -40,6 +47,7 @@ function fixed(value, digits = 2) {
   return text.replace("-", Number(text) === 0 ? "" : "−");
 }
 
+const percentOf = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
 const signed = (value, digits = 2) => (value > 0 ? "+" : "") + fixed(value, digits);
 
 // A number of any size in a few characters.

@@ -45,25 +45,24 @@ function rmsNorm(x, { weight }, eps) {
   });
 }
 
-function mapRows(x, C, f) {
-  const y = new Float32Array(x.length);
-  for (let start = 0; start < x.length; start += C) y.set(f(x.subarray(start, start + C)), start);
+// f of each row of C numbers, which gives `width` numbers.
+function mapRows(x, C, f, width = C) {
+  const T = x.length / C;
+  const y = new Float32Array(T * width);
+  for (let t = 0; t < T; t++) y.set(f(rowAt(x, C, t), t), t * width);
   return y;
 }
 
+const rowAt = (x, C, t) => x.subarray(t * C, (t + 1) * C);
+
 // Rotate each pair (x_i, x_{i + D/2}) of each head by position * theta^(-2i/D) (Su et al. 2021, equation 15).
 function applyRope(x, heads, D, start, theta) {
-  const [y, half] = [new Float32Array(x.length), D / 2];
-  for (let at = 0; at < x.length; at += D) {
-    const position = start + Math.floor(at / (heads * D));
-    for (let i = 0; i < half; i++) {
-      const angle = position * theta ** ((-2 * i) / D);
-      const [cos, sin, a, b] = [Math.cos(angle), Math.sin(angle), x[at + i], x[at + half + i]];
-      y[at + i] = a * cos - b * sin;
-      y[at + half + i] = b * cos + a * sin;
-    }
-  }
-  return y;
+  const half = D / 2;
+  return mapRows(x, D, (row, n) => row.map((value, c) => {
+    const angle = (start + Math.floor(n / heads)) * theta ** ((-2 * (c % half)) / D);
+    const rotated = c < half ? -row[c + half] : row[c - half];
+    return value * Math.cos(angle) + rotated * Math.sin(angle);
+  }));
 }
 
 // softmax(qKᵀ / √D) of the query at `position` (Vaswani et al. 2017, equation 1): q[qAt ...] and the keys of one head, which start
@@ -81,10 +80,15 @@ function softmax(scores) {
   return exps.map((value) => value / total);
 }
 
+const probabilities = (logits) => softmax(Float64Array.from(logits));
+
 const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
 const relu2 = (x) => Math.max(0, x) ** 2;
 const silu = (x) => x / (1 + Math.exp(-x));
 const ACTIVATIONS = { gelu, relu2 }; // besides SwiGLU
+
+// SiLU of one half of each row times the other half (Shazeer 2020, equation 6).
+const swiglu = (x, F) => mapRows(x, 2 * F, (row) => row.subarray(0, F).map((value, k) => silu(value) * row[F + k]), F);
 
 // gpt.py
 
@@ -100,11 +104,7 @@ function project(config, weights, name, x, start) {
   const { n_heads: H, n_kv_heads: G, d_head: D } = config;
   const N = (H + 2 * G) * D;
   const qkv = linear(x, modules(weights, `${name}.qkv`), N);
-  const columns = (from, to) => { // of heads `from` to `to`, (T, (to - from) D)
-    const [part, width] = [new Float32Array((qkv.length / N) * (to - from) * D), (to - from) * D];
-    for (let row = 0; row * N < qkv.length; row++) part.set(qkv.subarray(row * N + from * D, row * N + to * D), row * width);
-    return part;
-  };
+  const columns = (from, to) => mapRows(qkv, N, (row) => row.subarray(from * D, to * D), (to - from) * D); // of heads
   let [q, k] = [columns(0, H), columns(H, H + G)];
   if (config.qk_norm) {
     q = rmsNorm(q, modules(weights, `${name}.q_norm`), config.norm_eps);
@@ -144,27 +144,19 @@ function attention(config, weights, layer, x, start, cache) {
 
 function mlp(config, weights, layer, x) {
   const name = `blocks.${layer}.mlp`;
-  const gates = config.activation === "swiglu" ? 2 : 1;
-  const F = config.d_mlp;
-  const hidden = linear(x, modules(weights, `${name}.up`), gates * F);
-  let active;
-  if (gates === 2) { // SiLU of one half times the other half (Shazeer 2020, equation 6)
-    active = new Float32Array(hidden.length / 2);
-    for (let k = 0; k < active.length; k++) {
-      const at = Math.floor(k / F) * 2 * F + (k % F);
-      active[k] = silu(hidden[at]) * hidden[at + F];
-    }
-  } else active = hidden.map(ACTIVATIONS[config.activation]);
-  return linear(active, modules(weights, `${name}.down`), config.d_model);
+  const gated = config.activation === "swiglu";
+  const [C, F] = [config.d_model, config.d_mlp];
+  const hidden = linear(x, modules(weights, `${name}.up`), gated ? 2 * F : F);
+  const active = gated ? swiglu(hidden, F) : hidden.map(ACTIVATIONS[config.activation]);
+  return linear(active, modules(weights, `${name}.down`), C);
 }
 
-// Replaces the outputs z (T, H D) of the heads that are off by 0, or by their means (H, D).
-function ablate(z, layer, D, off, means) {
-  const H = means.length / D;
+// Replaces the outputs z (T, H D) of the heads that are off by 0, or by their means (H D).
+function ablate(z, layer, { n_heads: H, d_head: D }, off, means) {
   for (let h = 0; h < H; h++) {
     const mode = off[headName(layer, h)];
     if (!mode) continue;
-    const mean = mode === "mean" ? means.subarray(h * D, (h + 1) * D) : new Float32Array(D);
+    const mean = mode === "mean" ? rowAt(means, D, h) : new Float32Array(D);
     for (let at = h * D; at < z.length; at += H * D) z.set(mean, at);
   }
 }
@@ -174,27 +166,26 @@ const add = (a, b) => a.map((value, k) => value + b[k]);
 // The residual stream before each layer and after the last, (L + 1) arrays (T, C), of the tokens from `start` on; what is
 // before them is in the cache. `off` names heads and MLPs that are switched off, such as { L1H3: "zero", "L0 MLP": "mean" }.
 function residualStream(model, tokens, start, cache, off) {
-  const { config, weights, means } = model;
+  const { config, weights } = model;
   const C = config.d_model;
   let x = new Float32Array(tokens.length * C);
   tokens.forEach((token, t) => {
-    const embedding = weights["token_embedding.weight"].subarray(token * C, (token + 1) * C);
-    const position = weights["position_embedding.weight"]?.subarray((start + t) * C, (start + t + 1) * C);
-    x.set(position ? add(embedding, position) : embedding, t * C);
+    const embedding = rowAt(weights["token_embedding.weight"], C, token);
+    const positions = weights["position_embedding.weight"];
+    x.set(positions ? add(embedding, rowAt(positions, C, start + t)) : embedding, t * C);
   });
   const stream = [x];
   range(config.n_layers).forEach((layer) => {
     const block = `blocks.${layer}`;
     const z = attention(config, weights, layer, norm(config, weights, `${block}.norm1`, x), start, cache.layers[layer]);
-    ablate(z, layer, config.d_head, off, means.heads[layer]);
-    cache.layers[layer].heads.set(z, start * config.n_heads * config.d_head);
+    ablate(z, layer, config, off, rowAt(weights["means.heads"], config.n_heads * config.d_head, layer));
     const attended = linear(z, modules(weights, `${block}.attention.out`), C);
     cache.layers[layer].attention.set(attended, start * C);
     x = add(x, attended);
     if (config.has_mlp) {
       const mode = off[`L${layer} MLP`];
       if (!mode) x = add(x, mlp(config, weights, layer, norm(config, weights, `${block}.norm2`, x)));
-      else if (mode === "mean") x = x.map((value, k) => value + means.mlps[layer][k % C]);
+      else if (mode === "mean") x = x.map((value, k) => value + weights["means.mlps"][layer * C + (k % C)]);
     }
     stream.push(x);
   });
@@ -207,13 +198,11 @@ function unembed({ config, weights, vocab_size: V }, x) {
   return linear(norm(config, weights, "final_norm", x), { weight: head }, V);
 }
 
-function createCache({ config }) {
-  const { n_layers: L, n_heads: H, n_kv_heads: G, d_head: D, d_model: C, context } = config;
+function createCache({ n_layers: L, n_heads: H, n_kv_heads: G, d_head: D, d_model: C, context }) {
   const layers = range(L).map(() => ({
     queries: new Float32Array(context * H * D),
     keys: new Float32Array(context * G * D),
     values: new Float32Array(context * G * D),
-    heads: new Float32Array(context * H * D), // what the heads write, before it is projected
     attention: new Float32Array(context * C), // what attention adds to the residual stream
     patterns: range(H).map(() => new Float32Array((context * (context + 1)) / 2)), // A[i, j] at i (i + 1) / 2 + j
   }));

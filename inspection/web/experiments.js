@@ -36,18 +36,17 @@ function drawExperiments() {
 
 // The likely next tokens of the own text, and how likely they were before something was switched off.
 function ownPredictionRows() {
-  const [now, before] = [view, view.before].map((each) => each && softmax(Float64Array.from(each.logits)));
-  const tokens = new Set([...likely(now), ...(before ? likely(before, 1) : [])]);
+  const [now, before] = [view, view.before].map((each) => each && probabilities(each.logits));
+  const tokens = new Set([...likely(now, 5), ...(before ? [largest(before)] : [])]);
   return Array.from(tokens, (token) => {
-    const button = (attributes, content) => create("button", { type: "button", ...attributes }, content);
-    const write = button({ class: "plain", "data-write": token, title: "continue with this token" }, tokenLabel(token));
-    const pin = button({ class: "plain pin", "data-pin": token, "aria-pressed": pins.includes(token),
+    const write = createButton({ class: "plain", "data-write": token, title: "continue with this token" }, tokenLabel(token));
+    const pin = createButton({ class: "plain pin", "data-pin": token, "aria-pressed": pins.includes(token),
       title: "compare two tokens", "aria-label": `compare ${spokenToken(token)}` }, "⚲");
     const attributes = { "data-token": token, "data-value": now[token], class: before ? "changed" : null };
-    const row = tokenRow(create("span", {}, write, pin), now[token], `${(100 * now[token]).toFixed(1)}\u00a0%`, attributes);
+    const row = tokenRow(create("span", {}, write, pin), now[token], percentOf(now[token]), attributes);
     if (before) {
       const kind = Math.abs(now[token] - before[token]) < 0.0005 ? null : now[token] < before[token] ? "falls" : "rises";
-      row.append(create("span", { class: `number ${kind ?? ""}` }, `was ${(100 * before[token]).toFixed(1)}\u00a0%`));
+      row.append(create("span", { class: `number ${kind ?? ""}` }, `was ${percentOf(before[token])}`));
     }
     return row;
   });
@@ -75,10 +74,10 @@ const rankingKey = () => [state.own, state.step, state.query].join(" ");
 // Zero-ablates each head alone, and sorts them by how much less likely that makes the most likely next token.
 async function rankHeads() {
   if (state.text !== OWN) await change(toOwn());
-  const [key, step, ids] = [rankingKey(), run.steps[view.step].step, (await ownTokens()).slice(0, state.query + 1)];
+  const [key, step, ids] = [rankingKey(), stepNumber(view.step), (await ownTokens()).slice(0, state.query + 1)];
   const logP = async (off) => {
     const { logits } = await backend.run({ step, ids, query: state.query, layer: -1, off });
-    return softmax(Float64Array.from(logits)).map(Math.log);
+    return probabilities(logits).map(Math.log);
   };
   const [whole, falls] = [await logP(null), []];
   const target = largest(whole);
@@ -90,8 +89,8 @@ async function rankHeads() {
   }
   byId("rank-heads").textContent = "Which head matters most here?";
   falls.sort((a, b) => b.fall - a.fall);
-  const buttons = falls.slice(0, 6).map(({ layer, head, fall }) => create("button",
-    { type: "button", "data-change": JSON.stringify({ layer, head, key: -1 }) }, `${headName(layer, head)} ${signed(-fall)}`));
+  const buttons = falls.slice(0, 6).map(({ layer, head, fall }) =>
+    createButton({ "data-change": JSON.stringify({ layer, head, key: -1 }) }, `${headName(layer, head)} ${signed(-fall)}`));
   byId("ranking").replaceChildren("log p of ", tokenLabel(target), " without each head alone, in nats, here: ", ...buttons);
   byId("ranking").dataset.key = key;
   drawExperiments();
@@ -110,7 +109,7 @@ function sampleToken(logits, { temperature, topK, seed }) {
   if (temperature === 0) return largest(logits);
   const order = topK ? likely(logits, topK) : Array.from(logits.keys());
   let left = random(seed);
-  const at = softmax(Float64Array.from(order, (token) => logits[token] / temperature)).findIndex((p) => (left -= p) < 0);
+  const at = probabilities(order.map((token) => logits[token] / temperature)).findIndex((p) => (left -= p) < 0);
   return order[Math.max(0, at)];
 }
 
@@ -143,8 +142,7 @@ function savePage() {
   const data = JSON.stringify({ ...JSON.parse(byId("page-data").textContent), hash: stateToHash() });
   const safe = data.replace(/[<>&]/g, (c) => `\\u00${c.charCodeAt(0).toString(16)}`);
   const html = pristine.replace(/(id="page-data">)[^]*?(<\/script>)/, (_, open, close) => open + safe + close);
-  const href = URL.createObjectURL(new Blob(["<!DOCTYPE html>\n", html], { type: "text/html" }));
-  create("a", { download: "attention.html", href }).click();
+  download("attention.html", "text/html", `<!DOCTYPE html>\n${html}`);
 }
 
 function togglePin(token) {
@@ -155,9 +153,6 @@ function togglePin(token) {
 }
 
 const EXPERIMENTS = {
-  "toggle-head": () => toggle(headName(state.layer, state.head)),
-  "toggle-mlp": () => toggle(mlpName(state.layer)),
-  "all-on": () => change({ off: "" }),
   "rank-heads": rankHeads,
   "write-on": writeOn,
   "save-page": savePage,

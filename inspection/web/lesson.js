@@ -4,8 +4,6 @@
 const LESSON = page.model && page.findings.find(({ supported, text }) => supported && text !== null);
 const lesson = { card: -1, text: "" };
 
-const percentOf = (p) => `${(100 * p).toFixed(1)}\u00a0%`;
-
 // Shows a card, and what it speaks of.
 async function showCard(card) {
   const [layer, head] = LESSON.head;
@@ -17,19 +15,18 @@ async function showCard(card) {
   }
   lesson.card = card;
   const off = card === 1 || card === 2 ? headName(layer, head) : "";
-  const step = snapshotStep(card === 3 ? 0 : run.steps.length - 1);
+  const step = nearestStep(0, card === 3 ? 0 : run.steps.length - 1, OWN);
   await change({ text: OWN, own: lesson.text, query: Infinity, key: -1, layer, head, score: LESSON.score, step, off, mode: "zero" });
 }
 
 // What a card says, with the numbers that the model computes now.
 function cardText(card) {
-  const p = (computed) => softmax(Float64Array.from(computed.logits));
-  const word = (computed) => {
-    const token = largest(computed.logits);
-    return [tokenLabel(token), ` (${percentOf(p(computed)[token])})`];
+  const word = ({ logits }) => {
+    const token = largest(logits);
+    return [tokenLabel(token), ` (${percentOf(probabilities(logits)[token])})`];
   };
   const [name, key] = [headName(...LESSON.head), selectedKey()];
-  const weight = percentOf(attentionRow(view, state.query, { head: state.head })[key]);
+  const weight = percentOf(storedRow(state.query)[key]);
   const seen = [tokenLabel(view.tokens[state.query]), ` gives ${weight} of its attention to `, tokenLabel(view.tokens[key])];
   return [
     ["Find the head that looks back. ", `In ${name}, `, ...seen, ". The model expects ", ...word(view), "."],

@@ -2,18 +2,21 @@
 
 let requests = 0;
 
+// Whether the view is that of the state, not an older one while another is loading.
+const isLoaded = () => view?.key === viewKey();
+
 // Applies changes to the state, loads what they need, and draws. A comparison starts with a text that both sides have.
 async function change(changes, scroll = true) {
   Object.assign(state, changes);
   const request = ++requests;
-  if (!view || view.key !== viewKey()) {
+  if (!isLoaded()) {
     let loaded = await loadView();
     if (changes.compare && changes.text === undefined && !loaded.other) loaded = await loadComparable() ?? loaded;
     if (request !== requests) return; // the state changed again meanwhile
     view = loaded;
+    if (view.text !== state.text) Object.assign(state, { text: view.text, query: -1, key: -1 });
     if (state.text === OWN) state.query = view.shown;
     view.key = viewKey();
-    if (view.text !== state.text) Object.assign(state, { text: view.text, query: -1, key: -1 });
   }
   if (state.query < 0 || state.query === Infinity) state.query = view.shown ?? initialQuery();
   state.query = Math.min(state.query, view.T - 1);
@@ -149,9 +152,9 @@ function listen() {
   });
   new IntersectionObserver((entries) => {
     walkthrough.visible = entries.at(-1).isIntersecting;
-    if (view) drawWalkthrough();
+    if (isLoaded()) drawWalkthrough();
   }, { rootMargin: "200px" }).observe(byId("walkthrough-section"));
-  new ResizeObserver(([{ contentRect: { width } }]) => view && width > 0 && drawMatrix()).observe(byId("matrix"));
+  new ResizeObserver(([{ contentRect: { width } }]) => isLoaded() && width > 0 && drawMatrix()).observe(byId("matrix"));
 }
 
 // A button for a finding: it selects the head, and a text on which the score is measured.
@@ -160,11 +163,11 @@ function findingButton(finding) {
   const selected = { layer, head, score, key: -1 };
   const step = text === null ? -1 : nearestStep(0, run.steps.length - 1, text);
   if (step >= 0) Object.assign(selected, { text, query: query ?? storedText(0, step, text).length - 1 });
-  const type = { type: "button", class: finding.supported ? "supported" : null };
   const name = create("strong", {}, headName(layer, head));
   const value = create("span", { class: "number" }, ` ${fixed(attention)}`);
-  const change = JSON.stringify(selected);
-  return create("button", { ...type, title: finding.summary, "data-change": change }, name, ` ${title}`, value);
+  const kind = finding.supported ? "supported" : null;
+  const attributes = { class: kind, title: finding.summary, "data-change": JSON.stringify(selected) };
+  return createButton(attributes, name, ` ${title}`, value);
 }
 
 function fillPage() {

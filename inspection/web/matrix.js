@@ -114,7 +114,7 @@ function cellAt(event) {
 }
 
 function hoverMatrix(cell) {
-  if (String(cell) === String(matrix.hover)) return;
+  if (!isLoaded() || String(cell) === String(matrix.hover)) return;
   matrix.hover = cell;
   drawMatrix();
 }
@@ -127,6 +127,5 @@ function downloadMatrix() {
   const font = { "font-family": "system-ui, sans-serif", "font-size": 10.5 };
   const svg = createSvg("svg", { width: size, height: size, ...font }, cells, ...matrixOverlay(matrix.layout, null));
   const name = `${headName(state.layer, state.head)}-${stepNumber(view.step)}-${page.texts[view.text]}`;
-  const file = new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" });
-  create("a", { download: `${name.replace(/[^\w-]+/g, "-")}.svg`, href: URL.createObjectURL(file) }).click();
+  download(`${name.replace(/[^\w-]+/g, "-")}.svg`, "image/svg+xml", new XMLSerializer().serializeToString(svg));
 }

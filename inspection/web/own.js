@@ -17,23 +17,14 @@ async function ownTokens() {
   return atLeastOne.slice(-page.model.config.context);
 }
 
-// The index of the step nearest to the given one whose weights there are.
-function snapshotStep(step) {
-  const stored = range(run.steps.length).filter((k) => backend.steps.includes(run.steps[k].step));
-  return nearest(stored, (k) => Math.abs(k - step));
-}
-
 // The own text as `loadText` returns a stored one; and the logits and the logit lens at the query, `before` anything was off.
-async function loadOwn(wantedStep, layer) {
-  const [k, ids] = [snapshotStep(wantedStep), await ownTokens()];
+async function loadOwn(step, layer) {
+  const ids = await ownTokens();
   const query = state.query < 0 ? ids.length - 1 : Math.min(state.query, ids.length - 1);
   const off = state.off ? switchedOff() : null;
-  const request = { step: run.steps[k].step, ids, query, layer, off, norms: state.value_weighted };
+  const request = { step: stepNumber(step), ids, query, layer, off, norms: state.value_weighted };
   const computed = await backend.run(request);
   const before = state.off ? await backend.run({ ...request, off: null, layer: -1 }) : null;
-  const { value_norms: norms = [] } = computed; // (H, T): those of the other layers are not needed
-  const value_norms = new Float32Array(run.layers * norms.length);
-  value_norms.set(norms, layer * norms.length);
-  const view = { run: 0, step: k, text: OWN, layer, T: ids.length, first: 0, tokens: Uint32Array.from(ids) };
-  return { ...computed, ...view, value_norms, before, shown: query };
+  const tokens = Uint32Array.from(ids);
+  return { ...computed, run: 0, step, text: OWN, layer, T: ids.length, first: 0, tokens, before, shown: query };
 }

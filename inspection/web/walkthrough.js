@@ -10,8 +10,7 @@ const sumVectors = (vectors, D) => Float64Array.from(range(D), (d) => sum(vector
 // The vectors (T, D) of one head, from an array (H, T, D), in double precision.
 function vectorsOf(array, head) {
   const D = array.length / (run.heads * view.T);
-  const start = (t) => (head * view.T + t) * D;
-  return range(view.T).map((t) => Float64Array.from(array.subarray(start(t), start(t + 1))));
+  return range(view.T).map((t) => Float64Array.from(rowAt(array, D, head * view.T + t)));
 }
 
 // softmax(q · k / √D) of the selected query over keys 0 to i, and the values weighted by it.
@@ -114,8 +113,7 @@ function outputProjection(D) {
   if (!view.attn_out) return parts;
   const C = view.attn_out.length / view.T;
   const text = `times W_O: ${C} numbers that layer ${view.layer} adds to the residual stream at this position`;
-  const projected = view.attn_out.slice(state.query * C, (state.query + 1) * C);
-  return [...parts, create("p", {}, text), vectorBars(projected, "attention output")];
+  return [...parts, create("p", {}, text), vectorBars(rowAt(view.attn_out, C, state.query), "attention output")];
 }
 
 // Where the last step has queries and keys, a button that goes there.
@@ -125,8 +123,7 @@ function missingSteps() {
   if (text < 0) return absent("Queries, keys and values are not stored in these files, so the steps cannot be shown.");
   const change = JSON.stringify({ step: run.steps.length - 1, text, query: -1, key: -1 });
   const where = `Go to step ${run.steps.at(-1).step}, text “${page.texts[text]}”`;
-  const button = create("button", { type: "button", "data-change": change }, where);
-  return absent("Queries and keys are not stored for this text and step. ", button);
+  return absent("Queries and keys are not stored for this text and step. ", createButton({ "data-change": change }, where));
 }
 
 function computedSteps(queryToken, keyToken) {

@@ -99,7 +99,7 @@ def test_weights_in_8_bits_are_near(made: Any, open_page: OpenPage) -> None:
     page = open_page(made[0]).page
     weights = page.evaluate(
         """async () => { const snapshot = page.model.snapshots.find(({ step }) => step === 0).weights;
-        const model = await decodeModel(page.model.config, page.model.vocab_size, snapshot)();
+        const model = await decodeModel(page.model.config, page.model.vocab_size, snapshot);
         return Array.from(model.weights["blocks.0.attention.out.weight"]); }"""
     )
     from tests.model.helpers import random_model

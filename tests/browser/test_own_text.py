@@ -52,6 +52,17 @@ def test_typing_follows_and_steps_change_the_model(view: View) -> None:
     view.wait_for("own=Mia+the+fox+met+h%5B%5Dxm", f"step={STEPS[1]}")
 
 
+def test_nothing_is_drawn_while_another_text_is_loading(view: View) -> None:
+    view.page.evaluate(
+        """() => { const { run } = backend;
+        backend.run = async (request) => { await new Promise((done) => setTimeout(done, 1000)); return run(request); }; }"""
+    )
+    view.page.fill("#own", "Mia the fox met Tom")
+    view.page.set_viewport_size({"width": 1000, "height": 700})
+    view.page.hover("#matrix")
+    view.wait_for("own=Mia+the+fox+met+Tom")
+
+
 def test_characters_without_a_token_are_named(tmp_path: Path, open_page: OpenPage) -> None:
     make_page(tmp_path, "gpt2", "char")
     view = open_page(tmp_path / "attention.html")
