@@ -34,21 +34,8 @@ FULL_TEXTS = 2  # The first texts keep every step when steps of the other texts 
 NO_MODEL = "The model is not in the page: to type your own text, run python attend.py serve RUN."
 WEB = Path(__file__).parent / "web"
 NAMES = (
-    *(
-        "dom",
-        "colours",
-        "data",
-        "engine",
-        "tokenizer",
-        "backend",
-        "own",
-        "state",
-        "attention",
-        "text",
-        "matrix",
-        "grid",
-    ),
-    *("timeline", "walkthrough", "experiments", "lesson", "main"),
+    *("dom", "colours", "data", "engine", "tokenizer", "backend", "own", "state", "attention", "text", "matrix"),
+    *("grid", "timeline", "walkthrough", "experiments", "lesson", "main"),
 )
 SCRIPTS = [f"{name}.js" for name in NAMES]  # in the order in which they run
 
@@ -79,15 +66,10 @@ def build_page(
     model: PageModel = (None, []),
     budget: int = PAGE_BYTES,
 ) -> tuple[bytes, list[str]]:
-    """The page of a run, and notes on what was left out. Raises UserError (4) if there is nothing to show, or the findings are
-    malformed.
+    """The page of a run, or of two to compare, and notes on what was left out to stay within `budget` bytes, if that can be.
 
-    Args:
-        runs: the run to show, and optionally a second one to compare it with.
-        findings: as in findings.json; its headline becomes the headline of the page.
-        ablations: the effects of ablating heads of the first run.
-        model: of the first run, to be run in the page or by a server.
-        budget: bytes of the page, as long as leaving out steps can achieve it.
+    `findings`, as in findings.json, `ablations` and `model`, to be run in the page or by a server, are of the first run.
+    Raises UserError (4) if there is nothing to show, or the findings are malformed.
     """
     kept = (replace(run, files=[f for f in run.files if f.texts]) for run in runs)
     if not (runs := [run for run in kept if run.files]):

@@ -35,7 +35,6 @@ class Summary(OutputOptions):
     """What the heads of a run attend to, and whether ablating them matters."""
 
     def result(self, context: Context) -> Result:
-        """The headline, what the run holds, and the best head for each score, at one step."""
         run = RunFiles.open(self.run)
         step, steps, findings = run.step(), run.steps, run.findings
         file = run.read(step)
@@ -85,7 +84,6 @@ class Heads(OutputOptions):
     score: str = ""  # One score: heads sorted, all effects; by default all scores.
 
     def result(self, context: Context) -> Result:
-        """All scores, or one in full."""
         run = RunFiles.open(self.run)
         step = run.step(self.step)
         file = run.read(step)
@@ -133,7 +131,6 @@ class Timeline(OutputOptions):
     score: str = ""  # One score, or `all`, of every head; by default the best head of each score. JSON holds all.
 
     def result(self, context: Context) -> Result:
-        """A sparkline for each head, or for the best head of each score."""
         run = RunFiles.open(self.run)
         steps, scores = run.head_scores
         names = _choose_scores(self.score.removesuffix("all"), scores, run, str(run.folder))
