@@ -48,10 +48,8 @@ def write_page(
     title: str,
     budget: int = PAGE_BYTES,
 ) -> list[str]:
-    """`build_page` with the weights in the first run's folder; writes the file, atomically. Returns the notes.
-
-    Raises UserError as `build_page`, and if the file cannot be written (6).
-    """
+    """Write `build_page`, with the weights in the first run's folder, atomically; returns the notes. Raises UserError as it
+    does, and if the file cannot be written (6)."""
     model = encode_model(runs[0], int(budget * MODEL_SHARE))
     page, notes = build_page(runs, findings, ablations, title, model, budget)
     write_atomic(Path(path), [page])

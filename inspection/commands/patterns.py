@@ -22,9 +22,6 @@ Rows = list[dict[str, Any]]
 Tables = dict[str, NDArray[np.float64]]  # (layers, heads), by name
 
 
-# token
-
-
 @dataclass(frozen=True)
 class Token(OutputOptions):
     """What a token attends to."""
@@ -126,9 +123,6 @@ def _token_lines(data: dict[str, Any], text: AttentionRecord, width: int) -> lis
     lines = ["".join(around[max(0, position - 12) : position + 6]), ""]
     lines += [f"token {position} {tokens[position]}: {loss}{followed}", likely, ""]
     return [*lines, *table(titles + [""] * (len(rows[0]) - 2), rows, max(width, 200)), ""]
-
-
-# compare
 
 
 @dataclass(frozen=True)

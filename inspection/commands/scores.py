@@ -27,9 +27,6 @@ of right and wrong answer, all others by the loss on held-out texts. `uniform`: 
 Antecedent scores are those of the report: from 8 pairs on, of the half of them on which the head was not chosen."""
 
 
-# summary
-
-
 @dataclass(frozen=True)
 class Summary(OutputOptions):
     """What the heads of a run attend to, and whether ablating them matters."""
@@ -71,9 +68,6 @@ def _best_heads(rows: Rows, width: int) -> list[str]:
         cells.append((name, row["head"], number(row["value"]) + "!" * bool(row["note"]), row["uniform"], *effects))
     explanation = ["", *paragraph(EXPLANATION, width)] if any(row["zero"] for row in rows) else []
     return [*table(titles, cells, max(width, 80), fixed=3), *explanation]
-
-
-# heads
 
 
 @dataclass(frozen=True)
@@ -119,9 +113,6 @@ def _one_score(rows: Rows, width: int) -> list[str]:
     if rows and rows[0]["measure"]:
         lines += ["", f"effects on {rows[0]['measure']} in {rows[0]['unit']}, with 95% intervals; positive is worse"]
     return lines
-
-
-# timeline
 
 
 @dataclass(frozen=True)
