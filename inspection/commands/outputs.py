@@ -86,9 +86,8 @@ class Ablate(DeviceOptions):
                 texts.save(Path(self.run) / FOLDER / "eval_texts.json")
             return Path(self.run), loaded, texts
         if self.prompts:
-            raise UserError(
-                "--prompts is for a Hugging Face folder; a run keeps the texts of its --log.prompts", CONFIG
-            )
+            problem = "--prompts is for a Hugging Face folder; a run keeps the texts of its --log.prompts"
+            raise UserError(problem, CONFIG)
         run = RunFiles.open(self.run)
         if not run.folder.is_dir():
             problem = f"{run.folder} is an attention file; ablation needs a run folder with a checkpoint"
