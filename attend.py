@@ -15,7 +15,6 @@ show what a run recorded at its evaluations:
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import os
 import re
@@ -115,7 +114,7 @@ def run_command(name: str, argv: list[str]) -> None:
     words = ["run", "other"] if command is Compare else ["run"]
     usage = f"python attend.py {name} RUN" + " [OTHER]" * (command is Compare)
     options = parse(command, argv, f"{command.__doc__}  {usage}", words)
-    load_on_device = functools.partial(load_model, device=getattr(options, "device", "auto"))
+    load_on_device = partial(load_model, device=getattr(options, "device", "auto"))
     result = options.result(Context(terminal_width(), load_on_device))
     if getattr(options, "json", False):
         print(terminal.to_json(result.data))

@@ -147,24 +147,20 @@ def read_attention_file(path: Path | str) -> AttentionFile:
     if not Path(path).is_file():  # a pipe or device may never end
         raise (UserError if Path(path).exists() else RemovedError)(f"{path} is not a file", CHECKPOINT)
     with reading(path, "attention file"), safe_open(path, framework="numpy") as file:
-        return _parse(file)
-
-
-def _parse(file: Any) -> AttentionFile:
-    metadata = json.loads((file.metadata() or {}).get("glassgpt", "{}"))
-    if metadata.pop("format", None) != FORMAT:
-        raise ValueError(f"its metadata does not name the format {FORMAT}")
-    names, vocabulary = metadata.pop("texts"), metadata.pop("token_bytes")
-    if not all(isinstance(value, str) for value in (*names, *metadata.values())):
-        raise ValueError("its metadata is malformed")
-    token_bytes = {int(token): text.encode("latin-1") for token, text in vocabulary.items()}
-    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    texts = [_record(k, name, arrays, token_bytes) for k, name in enumerate(names)]
-    scores = {name.removeprefix(SCORES): array for name, array in arrays.items() if name.startswith(SCORES)}
-    shapes = {text.value_norms.shape[:2] for text in texts} | {array.shape for array in scores.values()}
-    if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
-        raise ValueError("its texts and scores have different numbers of heads")
-    return AttentionFile(texts, metadata, scores)
+        metadata = json.loads((file.metadata() or {}).get("glassgpt", "{}"))
+        if metadata.pop("format", None) != FORMAT:
+            raise ValueError(f"its metadata does not name the format {FORMAT}")
+        names, vocabulary = metadata.pop("texts"), metadata.pop("token_bytes")
+        if not all(isinstance(value, str) for value in (*names, *metadata.values())):
+            raise ValueError("its metadata is malformed")
+        token_bytes = {int(token): text.encode("latin-1") for token, text in vocabulary.items()}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        texts = [_record(k, name, arrays, token_bytes) for k, name in enumerate(names)]
+        scores = {name.removeprefix(SCORES): array for name, array in arrays.items() if name.startswith(SCORES)}
+        shapes = {text.value_norms.shape[:2] for text in texts} | {array.shape for array in scores.values()}
+        if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+            raise ValueError("its texts and scores have different numbers of heads")
+        return AttentionFile(texts, metadata, scores)
 
 
 def _record(k: int, name: str, arrays: Mapping[str, NDArray[Any]], token_bytes: Mapping[int, bytes]) -> AttentionRecord:

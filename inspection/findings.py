@@ -22,15 +22,8 @@ from inspection.terminal import head_name
 ATTENTION_THRESHOLD = 0.5  # a head with at least this share of its attention on the tested tokens qualifies
 MIN_EFFECT = 0.02  # nats/token: the least effect on held-out loss, by its lower bound, of a head that stands out
 MIN_DISTINCT = 0.1  # a score this far above that of uniform attention describes a head
-FINDING_SCORES = (
-    "induction",
-    *(
-        ANTECEDENT + kind
-        for kind in ("pronoun", "gender", "crossing", "induction", "place", "cause", "agreement", "own")
-    ),
-    "duplicate_token",
-    "previous_token",
-)
+KINDS = "pronoun", "gender", "crossing", "induction", "place", "cause", "agreement", "own"
+FINDING_SCORES = ("induction", *(ANTECEDENT + kind for kind in KINDS), "duplicate_token", "previous_token")
 """The scores on which a head can qualify, the most informative ones first."""
 
 Head = tuple[int, int]  # (layer, head)
@@ -93,9 +86,8 @@ class Finding:
     @property
     def statement(self) -> str:
         """What the head attends to, and since when."""
-        return (
-            f"Since step {self.since}, head {head_name(*self.head)} {score_info(self.score).title} ({self.value:.2f})"
-        )
+        name, title = head_name(*self.head), score_info(self.score).title
+        return f"Since step {self.since}, head {name} {title} ({self.value:.2f})"
 
     @property
     def summary(self) -> str:

@@ -48,10 +48,8 @@ def write_page(
     title: str,
     budget: int = PAGE_BYTES,
 ) -> list[str]:
-    """`build_page` with the weights in the first run's folder; writes the file, atomically. Returns the notes.
-
-    Raises UserError as `build_page`, and if the file cannot be written (6).
-    """
+    """Write `build_page`, with the weights in the first run's folder, atomically; returns the notes. Raises UserError as it
+    does, and if the file cannot be written (6)."""
     model = encode_model(runs[0], int(budget * MODEL_SHARE))
     page, notes = build_page(runs, findings, ablations, title, model, budget)
     write_atomic(Path(path), [page])
@@ -66,15 +64,10 @@ def build_page(
     model: PageModel = (None, []),
     budget: int = PAGE_BYTES,
 ) -> tuple[bytes, list[str]]:
-    """The page of a run, and notes on what was left out. Raises UserError (4) if there is nothing to show, or the findings are
-    malformed.
+    """The page of a run, or of two to compare, and notes on what was left out to stay within `budget` bytes, if that can be.
 
-    Args:
-        runs: the run to show, and optionally a second one to compare it with.
-        findings: as in findings.json; its headline becomes the headline of the page.
-        ablations: the effects of ablating heads of the first run.
-        model: of the first run, to be run in the page or by a server.
-        budget: bytes of the page, as long as leaving out steps can achieve it.
+    `findings`, as in findings.json, `ablations` and `model`, to be run in the page or by a server, are of the first run.
+    Raises UserError (4) if there is nothing to show, or the findings are malformed.
     """
     kept = (replace(run, files=[f for f in run.files if f.texts]) for run in runs)
     if not (runs := [run for run in kept if run.files]):

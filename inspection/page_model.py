@@ -44,10 +44,8 @@ def write_weights(path: Path, model: GPT, texts: Sequence[Sequence[int]], bits: 
         weight = parameter.detach().float().cpu().numpy()
         if bits == 8 and weight.ndim == 2:
             scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / 127
-            arrays |= {
-                name: np.rint(weight / scale[:, None]).astype(np.int8),
-                f"{name}.scale": scale.astype(np.float32),
-            }
+            arrays[name] = np.rint(weight / scale[:, None]).astype(np.int8)
+            arrays[f"{name}.scale"] = scale.astype(np.float32)
         else:
             arrays[name] = weight.clip(-65504, 65504).astype(np.float16)
     write_atomic(path, [save(arrays)])

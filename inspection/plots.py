@@ -38,9 +38,6 @@ Guard = Callable[[Path], AbstractContextManager[object]]
 Series = tuple[str, Sequence[int], ArrayLike]  # A line over the training steps: name, steps, values.
 
 
-# All figures of a run
-
-
 def draw_figures(
     run: RunFiles, folder: Path, suffix: str, step: int, text: str = "", score: str = "", guard: Guard = nullcontext
 ) -> list[Path]:
@@ -143,9 +140,6 @@ def repeats_loss(run: RunFiles) -> Series | None:
     return ("loss on repeats", list(losses), list(losses.values())) if len(losses) > 1 else None
 
 
-# Patterns
-
-
 def draw_patterns(
     path: Path | str, pattern: ArrayLike, tokens: Sequence[bytes], title: str, note: str = "", query: int | None = None
 ) -> None:
@@ -205,9 +199,6 @@ def _draw_cells(axes: Axes, patterns: NDArray[Any], side: float, lefts: list[flo
     scale.figure.colorbar(ScalarMappable(cmap=colors), cax=scale, label="attention weight")
 
 
-# Patching
-
-
 def draw_patching(path: Path, patching: PatchingResult, token_bytes: Callable[[int], bytes], title: str) -> None:
     """The share of the logit difference that comes back: by layer and position, and by head, each above its control.
 
@@ -240,9 +231,6 @@ def draw_patching(path: Path, patching: PatchingResult, token_bytes: Callable[[i
             panel.set_yticks(range(L), [f"L{layer}" for layer in range(L)], fontsize=6.5)
             axes.text(0, top + 0.06, name, va="bottom")
             top -= L * cell + room
-
-
-# Series
 
 
 def score_timeline(path: Path | str, steps: Sequence[int], values: NDArray[np.float32], score: str, title: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from common.errors import UserError
 from inspection.ablation import Head, ablated, mean_outputs
 from inspection.activation_cache import blocks_of, inference_mode, run_with_cache
+from inspection.attention_file import DETAILS
 from inspection.attribution import run_layers
 from inspection.loaded_model import LoadedModel
 from inspection.page_encoding import Encoder
@@ -63,9 +64,7 @@ class Backend:
         arrays: dict[str, Any] = {"logits": lens[-1], "lens": lens.argmax(dim=-1)}
         if cache is not None:
             rows, columns = np.tril_indices(len(tokens))
-            arrays |= {
-                name: getattr(cache, name)[layer] for name in ("queries", "keys", "values", "value_norms", "attn_out")
-            }
+            arrays |= {name: getattr(cache, name)[layer] for name in (*DETAILS, "value_norms")}
             arrays |= {"pattern": cache.pattern[layer, :, rows, columns], "loss": np.append(np.nan, cache.loss)}
         encoder = Encoder(1 << 30)
         kinds = {name: "uint32" if name == "lens" else "float32" for name in arrays}
@@ -132,12 +131,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            "Cache-Control": "no-store",
-        }.items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(body)
 

@@ -163,7 +163,7 @@ def number(value: float | None, digits: int = 2, signed: bool = False) -> str:
     return text if float(text) else text.lstrip("+-")
 
 
-def interval(triple: Sequence[float] | None, digits: int = 2) -> str:
+def interval(triple: Sequence[float] | NDArray[np.float64] | None, digits: int = 2) -> str:
     """(value, low, high) as `+0.31 [+0.28, +0.35]`; `-` for None."""
     if triple is None:
         return "-"

@@ -25,7 +25,6 @@ class Page(RunOptions):
     megabytes: float = 8.0  # Size of the page: earlier steps are left out where it would be larger.
 
     def result(self, context: Context) -> Result:
-        """Build the page and list what it holds."""
         from inspection.page_builder import PageRun, write_page
 
         runs = [RunFiles.open(name) for name in (self.run, self.against) if name]
@@ -47,7 +46,6 @@ class Plot(RunOptions):
     step: int = DEFAULT  # The step whose patterns are drawn; by default the one whose heads were ablated.
 
     def result(self, context: Context) -> Result:
-        """Draw the figures for which the run has data."""
         run = RunFiles.open(self.run)
         folder = Path(self.out) if self.out else run.base_folder / "figures"
         paths = draw_figures(run, folder, self.format, run.step(self.step), self.text, self.score)
@@ -64,7 +62,6 @@ class Ablate(DeviceOptions):
     prompts: str = ""  # For a Hugging Face folder: a file of texts and contrast pairs, as for `train.py --log.prompts`.
 
     def result(self, context: Context) -> Result:
-        """Rewrite ablations, findings, figures and page; a step without an attention file gets one."""
         from inspection.recorder import AttentionRecorder
 
         folder, loaded, texts = self.load(context)
@@ -89,9 +86,8 @@ class Ablate(DeviceOptions):
                 texts.save(Path(self.run) / FOLDER / "eval_texts.json")
             return Path(self.run), loaded, texts
         if self.prompts:
-            raise UserError(
-                "--prompts is for a Hugging Face folder; a run keeps the texts of its --log.prompts", CONFIG
-            )
+            problem = "--prompts is for a Hugging Face folder; a run keeps the texts of its --log.prompts"
+            raise UserError(problem, CONFIG)
         run = RunFiles.open(self.run)
         if not run.folder.is_dir():
             problem = f"{run.folder} is an attention file; ablation needs a run folder with a checkpoint"
@@ -113,10 +109,8 @@ class Ablate(DeviceOptions):
         for name, effects in ablate_together(loaded.model, texts, heads).items():
             if name.startswith("corpus."):  # halves of the held-out texts, which only the findings need
                 continue
-            cells = [
-                interval(None if (t := effects.tables.get(key)) is None else t.tolist())
-                for key in ("zero", "control_zero", "mean", "control_mean")
-            ]
+            keys = ("zero", "control_zero", "mean", "control_mean")
+            cells = [interval(effects.tables.get(key)) for key in keys]
             rows.append([name, effects.count, effects.unit, effects.baseline, *cells])
         titles = ["measure", "items", "unit", "whole", "zero ablation", "control", "mean ablation", "control"]
         about = (

@@ -40,7 +40,6 @@ class Patch(OutputOptions, DeviceOptions):
         return super().problems() + [f"--{name} is missing; give a text in quotes" for name in missing]
 
     def result(self, context: Context) -> Result:
-        """Patch by layer and position, and by head."""
         from inspection.patching import patch_texts
 
         path = Path(self.run)

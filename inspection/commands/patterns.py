@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +22,6 @@ Rows = list[dict[str, Any]]
 Tables = dict[str, NDArray[np.float64]]  # (layers, heads), by name
 
 
-# token
-
-
 @dataclass(frozen=True)
 class Token(OutputOptions):
     """What a token attends to."""
@@ -42,7 +38,6 @@ class Token(OutputOptions):
         return super().problems() + ["--find and --position exclude each other"] * both
 
     def result(self, context: Context) -> Result:
-        """The strongest keys of one query in every head, its loss, and the next-token probabilities."""
         run = RunFiles.open(self.run)
         step = run.step(self.step)
         file = run.read(step)
@@ -130,9 +125,6 @@ def _token_lines(data: dict[str, Any], text: AttentionRecord, width: int) -> lis
     return [*lines, *table(titles + [""] * (len(rows[0]) - 2), rows, max(width, 200)), ""]
 
 
-# compare
-
-
 @dataclass(frozen=True)
 class Compare(OutputOptions):
     """Differences between two steps of a run, or two runs: the first minus the second. Heads of other seeds are matched."""
@@ -149,7 +141,6 @@ class Compare(OutputOptions):
         return super().problems()
 
     def result(self, context: Context) -> Result:
-        """Differences of scores and patterns, head by head."""
         runs, steps = self.sides()
         files = runs[0].read(steps[0]), runs[1].read(steps[1])
         if self.against_init and not json.loads(files[1].metadata.get("config", "{}")).get("init"):
@@ -171,7 +162,12 @@ class Compare(OutputOptions):
         left_out = ", ".join(name for name in names if name not in scores and name not in moved)
         notes = [f"only in one of the two, or a text of different tokens: {left_out}"] if left_out else []
         notes += [MATCHED] * matched
-        rows = _compare_rows(scores, moved, other)
+        rows = [
+            {"kind": kind, "name": name, "head": head_name(*head), "matched": other[head], "difference": float(value)}
+            for kind, tables in (("score", scores), ("moved", moved))
+            for name, values in tables.items()
+            for head, value in np.ndenumerate(values)
+        ]
         sources = [{"run": str(run.folder), "step": step} for run, step in zip(runs, steps, strict=True)]
         identical = not any(row["difference"] for row in rows)
         data = {"first": sources[0], "second": sources[1], "identical": identical, "differences": rows, "notes": notes}
@@ -196,16 +192,6 @@ class Compare(OutputOptions):
         if not self.other and self.against == DEFAULT:
             second = runs[0].step(0) if self.against_init else runs[0].steps[0]
         return runs, (first, second)
-
-
-def _compare_rows(scores: Tables, moved: Tables, other: Mapping[tuple[int, ...], str]) -> Rows:
-    """A row of `--json` for each score or text and each head; `other` names the head that it is compared with."""
-    return [
-        {"kind": kind, "name": name, "head": head_name(*head), "matched": other[head], "difference": float(value)}
-        for kind, tables in (("score", scores), ("moved", moved))
-        for name, table in tables.items()
-        for head, value in np.ndenumerate(table)
-    ]
 
 
 def _match_heads(

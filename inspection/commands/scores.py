@@ -27,15 +27,11 @@ of right and wrong answer, all others by the loss on held-out texts. `uniform`: 
 Antecedent scores are those of the report: from 8 pairs on, of the half of them on which the head was not chosen."""
 
 
-# summary
-
-
 @dataclass(frozen=True)
 class Summary(OutputOptions):
     """What the heads of a run attend to, and whether ablating them matters."""
 
     def result(self, context: Context) -> Result:
-        """The headline, what the run holds, and the best head for each score, at one step."""
         run = RunFiles.open(self.run)
         step, steps, findings = run.step(), run.steps, run.findings
         file = run.read(step)
@@ -74,9 +70,6 @@ def _best_heads(rows: Rows, width: int) -> list[str]:
     return [*table(titles, cells, max(width, 80), fixed=3), *explanation]
 
 
-# heads
-
-
 @dataclass(frozen=True)
 class Heads(OutputOptions):
     """The scores of all heads at one step, and the effects of ablating them."""
@@ -85,7 +78,6 @@ class Heads(OutputOptions):
     score: str = ""  # One score: heads sorted, all effects; by default all scores.
 
     def result(self, context: Context) -> Result:
-        """All scores, or one in full."""
         run = RunFiles.open(self.run)
         step = run.step(self.step)
         file = run.read(step)
@@ -123,9 +115,6 @@ def _one_score(rows: Rows, width: int) -> list[str]:
     return lines
 
 
-# timeline
-
-
 @dataclass(frozen=True)
 class Timeline(OutputOptions):
     """When in training each head learned what it does."""
@@ -133,7 +122,6 @@ class Timeline(OutputOptions):
     score: str = ""  # One score, or `all`, of every head; by default the best head of each score. JSON holds all.
 
     def result(self, context: Context) -> Result:
-        """A sparkline for each head, or for the best head of each score."""
         run = RunFiles.open(self.run)
         steps, scores = run.head_scores
         names = _choose_scores(self.score.removesuffix("all"), scores, run, str(run.folder))

@@ -22,7 +22,6 @@ class Serve(DeviceOptions):
     port: int = 0  # Port of 127.0.0.1; 0: a free one.
 
     def result(self, context: Context) -> Result:
-        """Serve until the process is stopped."""
         from inspection.eval_texts import pretrained_texts
         from inspection.page_builder import build_page
         from inspection.page_model import describe_model
@@ -39,9 +38,8 @@ class Serve(DeviceOptions):
             findings, ablation = run.findings, run.ablation
             texts = run.eval_texts(newest.model.vocab_size, newest.model.config.context)
         except (UserError, KeyError):  # no attention was recorded, or not of this step
-            records = capture_texts(
-                newest.model, [("a sentence", newest.encode(TEXT))], newest.token_bytes, details=True
-            )
+            sentence = [("a sentence", newest.encode(TEXT))]
+            records = capture_texts(newest.model, sentence, newest.token_bytes, details=True)
             page_run = PageRun(path.name, [AttentionFile(records, dict(newest.metadata))])
             findings = ablation = texts = None
         texts = texts or pretrained_texts(newest.tokenizer, newest.model.config)

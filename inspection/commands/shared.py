@@ -71,9 +71,8 @@ def parse_head(name: str, shape: tuple[int, int]) -> tuple[int, int]:
     """`L1H2` as (layer, head); `UserError` if a model of that shape (layers, heads) has no such head (exit code 2)."""
     layer, head = map(int, re.findall(r"\d+", name))
     if layer >= shape[0] or head >= shape[1]:
-        raise UserError(
-            f"there is no head {name}; the model has L0H0 to {head_name(shape[0] - 1, shape[1] - 1)}", CONFIG
-        )
+        last = head_name(shape[0] - 1, shape[1] - 1)
+        raise UserError(f"there is no head {name}; the model has L0H0 to {last}", CONFIG)
     return layer, head
 
 

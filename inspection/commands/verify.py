@@ -31,7 +31,6 @@ class Verify(OutputOptions, DeviceOptions):
     """Recompute attention files from their checkpoints and compare; the exit code is 4 if something differs."""
 
     def result(self, context: Context) -> Result:
-        """Check the attention files of all steps, or of the step that was opened."""
         run = RunFiles.open(self.run)
         root = run.folder if run.folder.is_dir() else run.folder.parent.parent  # of the attention file of a prompt
         checks: list[Check] = []
