@@ -4,14 +4,35 @@
 
 // functional.py
 
-// x Wᵀ + b, (T, K) -> (T, N), with W (N, K) as in nn.Linear.
+// x Wᵀ + b, (T, K) -> (T, N), with W (N, K) as in nn.Linear: two rows of x times two of W at once, or the last one twice.
 function linear(x, { weight, bias }, N) {
   const K = weight.length / N;
-  const y = new Float32Array((x.length / K) * N);
-  for (let start = 0, out = 0; start < x.length; start += K) {
-    for (let n = 0, at = 0; n < N; n++, at += K) y[out++] = dotAt(weight, at, x, start, K) + (bias ? bias[n] : 0);
+  const T = x.length / K;
+  const y = new Float32Array(T * N);
+  for (let t = 0; t < T; t += 2) {
+    for (let n = 0; n < N; n += 2) multiplyRows(x, t, Math.min(t + 1, T - 1), weight, n, Math.min(n + 1, N - 1), K, N, y);
   }
-  return y;
+  return bias ? mapRows(y, N, (row) => add(row, bias)) : y;
+}
+
+// y[t, n], y[t, m], y[u, n] and y[u, m] of y = x Wᵀ: faster together, since each number is loaded once for two products.
+function multiplyRows(x, t, u, W, n, m, K, N, y) {
+  const [xt, xu, Wn, Wm] = [t * K, u * K, n * K, m * K];
+  let [tn, tm, un, um] = [0, 0, 0, 0];
+  for (let k = 0; k < K; k++) {
+    const a = x[xt + k];
+    const b = x[xu + k];
+    const c = W[Wn + k];
+    const d = W[Wm + k];
+    tn += a * c;
+    tm += a * d;
+    un += b * c;
+    um += b * d;
+  }
+  y[t * N + n] = tn;
+  y[t * N + m] = tm;
+  y[u * N + n] = un;
+  y[u * N + m] = um;
 }
 
 // The dot product of `length` numbers of a and b, in four sums, which is faster than in one.
@@ -55,14 +76,19 @@ function mapRows(x, C, f, width = C) {
 
 const rowAt = (x, C, t) => x.subarray(t * C, (t + 1) * C);
 
-// Rotate each pair (x_i, x_{i + D/2}) of each head by position * theta^(-2i/D) (Su et al. 2021, equation 15).
-function applyRope(x, heads, D, start, theta) {
+// The cosines and sines (T, D) of the rotary angles, position * theta^(-2i/D), of T positions from `start` on.
+function precomputeRope(start, T, D, theta) {
+  const angles = Float64Array.from(range(T * D), (k) => (start + Math.floor(k / D)) * theta ** ((-2 * (k % (D / 2))) / D));
+  return { cos: angles.map(Math.cos), sin: angles.map(Math.sin) };
+}
+
+// Rotate each pair (x_i, x_{i + D/2}) of each head by its angle (Su et al. 2021, equation 15).
+function applyRope(x, heads, D, { cos, sin }) {
   const half = D / 2;
-  return mapRows(x, D, (row, n) => row.map((value, c) => {
-    const angle = (start + Math.floor(n / heads)) * theta ** ((-2 * (c % half)) / D);
-    const rotated = c < half ? -row[c + half] : row[c - half];
-    return value * Math.cos(angle) + rotated * Math.sin(angle);
-  }));
+  return mapRows(x, D, (row, n) => {
+    const at = Math.floor(n / heads) * D;
+    return row.map((value, c) => value * cos[at + c] + (c < half ? -row[c + half] : row[c - half]) * sin[at + c]);
+  });
 }
 
 // softmax(qKᵀ / √D) of the query at `position` (Vaswani et al. 2017, equation 1): q[qAt ...] and the keys of one head, which start
@@ -100,7 +126,7 @@ function norm(config, weights, name, x) {
 }
 
 // Queries, keys and values of each head, with QK norm and rotary embeddings where the preset has them.
-function project(config, weights, name, x, start) {
+function project(config, weights, name, x, rope) {
   const { n_heads: H, n_kv_heads: G, d_head: D } = config;
   const N = (H + 2 * G) * D;
   const qkv = linear(x, modules(weights, `${name}.qkv`), N);
@@ -110,19 +136,16 @@ function project(config, weights, name, x, start) {
     q = rmsNorm(q, modules(weights, `${name}.q_norm`), config.norm_eps);
     k = rmsNorm(k, modules(weights, `${name}.k_norm`), config.norm_eps);
   }
-  if (config.positions === "rotary") {
-    q = applyRope(q, H, D, start, config.rope_theta);
-    k = applyRope(k, G, D, start, config.rope_theta);
-  }
+  if (rope) [q, k] = [applyRope(q, H, D, rope), applyRope(k, G, D, rope)];
   return [q, k, columns(H + G, H + 2 * G)];
 }
 
 // Multi-head attention in five steps, of the new positions over all so far: 1 project to queries, keys and values; 2 score every
 // query against every key; 3 scale; 4 mask and softmax; 5 the weighted sum of the values. Returns the heads' outputs (T, H D)
 // before they are projected. The cache of the layer keeps queries, keys, values and each head's pattern, row by row.
-function attention(config, weights, layer, x, start, cache) {
+function attention(config, weights, layer, x, rope, start, cache) {
   const { n_heads: H, n_kv_heads: G, d_head: D } = config;
-  const [q, k, v] = project(config, weights, `blocks.${layer}.attention`, x, start); // 1
+  const [q, k, v] = project(config, weights, `blocks.${layer}.attention`, x, rope); // 1
   const T = q.length / (H * D);
   cache.queries.set(q, start * H * D);
   cache.keys.set(k, start * G * D);
@@ -175,9 +198,10 @@ function residualStream(model, tokens, start, cache, off) {
     x.set(positions ? add(embedding, rowAt(positions, C, start + t)) : embedding, t * C);
   });
   const stream = [x];
+  const rope = config.positions === "rotary" && precomputeRope(start, tokens.length, config.d_head, config.rope_theta);
   range(config.n_layers).forEach((layer) => {
     const block = `blocks.${layer}`;
-    const z = attention(config, weights, layer, norm(config, weights, `${block}.norm1`, x), start, cache.layers[layer]);
+    const z = attention(config, weights, layer, norm(config, weights, `${block}.norm1`, x), rope, start, cache.layers[layer]);
     ablate(z, layer, config, off, rowAt(weights["means.heads"], config.n_heads * config.d_head, layer));
     const attended = linear(z, modules(weights, `${block}.attention.out`), C);
     cache.layers[layer].attention.set(attended, start * C);
