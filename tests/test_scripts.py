@@ -44,11 +44,6 @@ def test_threads_wait_without_long_spinning(given: str | None, used: str, monkey
         assert os.environ["GOMP_SPINCOUNT"] == used
 
 
-def test_text_longer_than_the_context(run: Path) -> None:
-    done = script("sample.py", run, "--prompt", "The fox met the hen. The hen", "--tokens=60", "--temperature=0")
-    assert done.returncode == 0 and "context" in done.stderr  # the prompt alone is longer than 16 characters
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

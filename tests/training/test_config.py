@@ -80,9 +80,12 @@ def test_nearest_option_is_named(typed: str, answer: str) -> None:
             ["--run.resume=run", "--run.dir=other"],
             "--run.resume continues in run: leave out --run.dir, or resume a copy",
         ),
+        (["--train.minutes=2", "--train.steps=100"], "train.minutes and train.steps both"),
+        (["--train.minutes=nan"], "train.minutes is nan"),
+        (["--optim.decay_at=3-x"], "such as '300 450' or empty"),
     ],
 )
-def test_misplaced_words_are_one_line(
+def test_misplaced_or_contradicting_words_are_one_line(
     argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
