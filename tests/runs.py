@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from common.errors import run_main
+import pytest
+
+from common.errors import UserError, run_main
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +60,27 @@ def process(
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
     )
+
+
+def output(name: str, *argv: object) -> str:
+    """What a script prints that must end well."""
+    done = script(name, *argv)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python(program: str, *argv: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a program text in a process of its own."""
+    command = [sys.executable, "-c", program, *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **env})
+
+
+@contextlib.contextmanager
+def user_error(code: int, match: str = "") -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """A `UserError` of one line with this exit code must be raised."""
+    with pytest.raises(UserError, match=match) as caught:
+        yield caught
+    assert caught.value.exit_code == code and len(str(caught.value).splitlines()) == 1, caught.value
 
 
 def error_line(done: subprocess.CompletedProcess[str], code: int) -> str:

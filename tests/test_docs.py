@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import check_command
-from tests.runs import ROOT, TINY, script
+from tests.runs import ROOT, TINY, output
 from tests.test_pretrained import TEXT, save_model
 
 GUIDES = ("python", "fine_tuning", "exporting", "large_data", "from_nanogpt", "troubleshooting")
@@ -51,8 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuned = (f"--model.init={place / 'gpt2_folder'}", *own[-1:], "--train.batch_size=2")
     runs = {"quickstart": (), "book": own, "parts": own, "gpt2": (*own, "--model.preset=gpt2", "--data.tokenizer=byte")}
     for name, options in {**runs, "tuned": tuned}.items():
-        done = script("train.py", *options, *short, f"--run.dir={place / 'runs' / name}")
-        assert done.returncode == 0, done.stderr
+        output("train.py", *options, *short, f"--run.dir={place / 'runs' / name}")
     return place
 
 
@@ -74,8 +73,7 @@ def test_every_command_runs(command: str, place: Path, tmp_path: Path, monkeypat
         )
     if name == "export.py":
         argv[1] = os.fspath(tmp_path / argv[1])
-    done = script(name, *argv)
-    assert done.returncode == 0 and done.stdout, done.stderr
+    assert output(name, *argv)
     shutil.rmtree(tmp_path)  # dozens of runs
 
 

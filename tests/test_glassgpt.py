@@ -3,11 +3,9 @@
 import doctest
 import html
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,10 @@ import pytest
 import torch
 
 import glassgpt
-from common.errors import CHECKPOINT, CONFIG, UserError
+from common.errors import CHECKPOINT, CONFIG
 from data.stories import stories
 from inspection.head_scores import previous_token
-from tests.runs import ROOT, script
+from tests.runs import ROOT, output, python, user_error
 
 TEXT = "One day Ann the hen found a red kite."
 OPTIONS = {"model.n_layers": 2, "model.n_heads": 4, "model.d_model": 128, "model.context": 64, "train.batch_size": 8}
@@ -66,23 +64,19 @@ def test_notebook(folder: Path) -> None:
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code) and len(code[0]["source"]) <= 10
     program = "\n".join("".join(cell["source"]) for cell in code)
-    done = python(program, folder)
+    done = python(program, cwd=folder, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert "without head L1H3" in done.stdout
-
-
-def python(program: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command, env = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_import_beside_a_folder_named_data(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "values.csv").touch()
-    done = python("import sys, glassgpt, data.tokenizer; sys.exit('torch' in sys.modules)", tmp_path)
+    beside = partial(python, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = beside("import sys, glassgpt, data.tokenizer; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
     (tmp_path / "data" / "__init__.py").touch()
-    done = python("import glassgpt", tmp_path)
+    done = beside("import glassgpt")
     assert "hides GlassGPT's own 'data': rename it" in done.stderr.splitlines()[-1]
 
 
@@ -125,8 +119,8 @@ def test_mean_is_that_of_the_whole_model(run: glassgpt.Run) -> None:
 
 
 def test_sample_is_that_of_the_command(run: glassgpt.Run) -> None:
-    done = script("sample.py", run.folder, "--prompt=One day", "--tokens=12", "--temperature=1.5", "--seed=3")
-    assert run.sample("One day", tokens=12, temperature=1.5, seed=3) + "\n" == done.stdout
+    text = output("sample.py", run.folder, "--prompt=One day", "--tokens=12", "--temperature=1.5", "--seed=3")
+    assert run.sample("One day", tokens=12, temperature=1.5, seed=3) + "\n" == text
 
 
 def test_own_score(run: glassgpt.Run) -> None:
@@ -161,6 +155,5 @@ def test_mistakes_are_one_line(run: glassgpt.Run, tmp_path: Path) -> None:
         (lambda: run.patch("One day", "One", right=" Ann", wrong=" Sue"), CONFIG, "the clean text has 3 tokens"),
     ]
     for call, code, message in mistakes:
-        with pytest.raises(UserError, match=message) as error:
+        with user_error(code, message):
             call()
-        assert error.value.exit_code == code and "\n" not in str(error.value)

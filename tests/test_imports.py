@@ -1,14 +1,13 @@
 """The import rules between packages, and the length of functions; pyproject.toml has the rules that ruff checks."""
 
 import ast
-import subprocess
 import sys
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.runs import ROOT, python
+
 SCRIPTS = ("train", "sample", "attend", "export", "glassgpt")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "common": ("common",),
@@ -77,7 +76,7 @@ def test_settings_are_parsed_without_torch() -> None:
     program = (
         f"import sys, {WITHOUT_TORCH}; sys.exit(sorted({{'torch', 'numpy', 'matplotlib'}} & set(sys.modules)) or 0)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = python(program)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from common.errors import UserError
 from common.files import read_metrics
 from data.tokenizer import ByteTokenizer
-from tests.runs import TINY, error_line, script
+from tests.runs import TINY, error_line, output, script
 from training.pretrained import initial_model, open_model
 
 TEXT = "The fox met the hen at the well. The hen saw the fox and ran. Ünder the 🌳 they met again.\n" * 40
@@ -84,9 +84,8 @@ def test_sample_writes_the_greedy_text_of_transformers(saved: Any) -> None:
     prompt = tokenizer("The fox 🌳", return_tensors="pt")
     with torch.no_grad():
         expected = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
-    done = script("sample.py", folder, "--prompt=The fox 🌳", "--temperature=0", "--tokens=40")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
+    text = output("sample.py", folder, "--prompt=The fox 🌳", "--temperature=0", "--tokens=40")
+    assert text == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
 
 
 def test_every_inspection_works_on_it(foreign: Path, tmp_path: Path) -> None:
@@ -97,9 +96,8 @@ def test_every_inspection_works_on_it(foreign: Path, tmp_path: Path) -> None:
     assert f"python attend.py ablate {foreign}" in line
     commands = (f"ablate --prompts={tmp_path / 'prompts.txt'}", "summary", "heads", "verify", "page", "plot", "token")
     for command, *options in map(str.split, commands):
-        done = script("attend.py", command, foreign, *options)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        assert "all checks passed" in done.stdout or command != "verify"
+        printed = output("attend.py", command, foreign, *options)
+        assert "all checks passed" in printed or command != "verify"
     assert (foreign / "attention.html").is_file() and (foreign / "attention" / "ablations.json").is_file()
 
 
@@ -117,9 +115,8 @@ def test_fine_tuning_starts_with_the_loss_of_the_source(saved: Any, foreign: Pat
     changed = script("attend.py", "compare", tmp_path / "run", "--against_init")
     assert "fine-tuning moved the attention of these heads most: L" in changed.stdout, changed.stderr
     shutil.rmtree(foreign)  # the run has all that it needs
-    resumed = script("train.py", f"--run.resume={tmp_path / 'run'}", "--train.steps=4")
-    assert resumed.returncode == 0, resumed.stderr
-    assert script("sample.py", tmp_path / "run", "--prompt=The fox", "--tokens=3").returncode == 0
+    output("train.py", f"--run.resume={tmp_path / 'run'}", "--train.steps=4")
+    output("sample.py", tmp_path / "run", "--prompt=The fox", "--tokens=3")
 
 
 def test_fine_tuning_can_be_planned(foreign: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +126,7 @@ def test_fine_tuning_can_be_planned(foreign: Path, book: Path, tmp_path: Path, m
 
 
 def test_run_is_continued_on_another_text(book: Path, tmp_path: Path) -> None:
-    first = script("train.py", *TINY, f"--data.source={book}", f"--run.dir={tmp_path / 'first'}")
-    assert first.returncode == 0, first.stderr
+    output("train.py", *TINY, f"--data.source={book}", f"--run.dir={tmp_path / 'first'}")
     (tmp_path / "other.txt").write_text("The fox saw the well. They met the hen.\n" * 50)
     done = tune(tmp_path / "first", tmp_path / "other.txt", tmp_path / "second")
     assert done.returncode == 0, done.stderr

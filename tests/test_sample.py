@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.tokenizer import ByteTokenizer
 from model.generate import SamplingParams
 from tests.model.helpers import normal, random_model
-from tests.runs import TINY, error_line, script
+from tests.runs import TINY, error_line, output, script
 from training.checkpoint import RunEnvironment, open_checkpoint
 from training.device import get_dist_context
 from training.text_generation import GeneratedText, encode_prompt, escape_text, generate_tokens, read_prompt
@@ -21,8 +21,7 @@ from training.text_generation import GeneratedText, encode_prompt, escape_text, 
 
 def train(folder: Path, text: str, *options: str) -> Path:
     (folder / "text.txt").write_text(text)
-    done = script("train.py", *TINY, *options, f"--data.source={folder / 'text.txt'}", f"--run.dir={folder / 'run'}")
-    assert done.returncode == 0, done.stderr
+    output("train.py", *TINY, *options, f"--data.source={folder / 'text.txt'}", f"--run.dir={folder / 'run'}")
     return folder / "run"
 
 
@@ -238,7 +237,12 @@ def test_score_is_the_loss_of_the_text(run: Path, tmp_path: Path) -> None:
         ("--stop=", "--stop is empty"),
         ("--min_p=1.5", "--min_p is 1.5"),
         ("--repetition_penalty=0", "--repetition_penalty is 0.0"),
+        ("--temperature -0.5", "--temperature is -0.5"),
+        ("--top_p 0", "--top_p is 0"),
+        ("--samples 0", "--samples is 0"),
+        ("--temprature 1", "did you mean --temperature?"),
+        ("--max_new_tokens 1", "did you mean --tokens?"),
     ],
 )
-def test_options_that_exclude_each_other(options: str, words: str) -> None:
+def test_unusable_options_are_one_line(options: str, words: str) -> None:
     assert words in error_line(script("sample.py", "nowhere", *options.split()), 2)

@@ -10,9 +10,7 @@ import pytest
 
 import attend
 from common.errors import quote_arg
-from tests.runs import ROOT, TINY, error_line, process, script
-
-EMOJI = "\N{FOX FACE}"
+from tests.runs import ROOT, TINY, error_line, output, process, python, script
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scripts")
     for k in range(6):
         (root / f"text{k}.txt").write_text(f"Tale {k}. The fox met the hen. The hen met the fox. " * 8)
-    done = script("train.py", *TINY, f"--data.source={root / '*.txt'}", f"--run.dir={root / 'run'}")
-    assert done.returncode == 0, done.stderr
+    output("train.py", *TINY, f"--data.source={root / '*.txt'}", f"--run.dir={root / 'run'}")
     return root / "run"
 
 
@@ -34,6 +31,10 @@ def test_same_seed_same_text(run: Path) -> None:
     assert len({script("sample.py", run, "--temperature=0", f"--seed={s}", *options).stdout for s in (1, 2)}) == 1
 
 
+def test_character_that_the_vocabulary_lacks_is_named(run: Path) -> None:
+    assert "\N{FOX FACE}" in error_line(script("sample.py", run, "--prompt=a \N{FOX FACE}"), 2)
+
+
 @pytest.mark.parametrize(("given", "used"), [(None, "1000"), ("7", "7")])
 def test_threads_wait_without_long_spinning(given: str | None, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", given or "")  # restored at the end of the test
@@ -42,26 +43,6 @@ def test_threads_wait_without_long_spinning(given: str | None, used: str, monkey
     for name in ("train.py", "sample.py", "attend.py", "export.py"):
         assert script(name, "--help").returncode == script(name, "-h").returncode == 0
         assert os.environ["GOMP_SPINCOUNT"] == used
-
-
-def test_text_longer_than_the_context(run: Path) -> None:
-    done = script("sample.py", run, "--prompt", "The fox met the hen. The hen", "--tokens=60", "--temperature=0")
-    assert done.returncode == 0 and "context" in done.stderr  # the prompt alone is longer than 16 characters
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--prompt", f"a {EMOJI}"], EMOJI),
-        (["--temperature", "-0.5"], "--temperature is -0.5"),
-        (["--top_p", "0"], "--top_p is 0"),
-        (["--samples", "0"], "--samples is 0"),
-        (["--temprature", "1"], "did you mean --temperature?"),
-        (["--max_new_tokens", "1"], "did you mean --tokens?"),
-    ],
-)
-def test_sample_refuses_in_one_line(run: Path, argv: list[str], words: str) -> None:
-    assert words in error_line(script("sample.py", run, *argv), 2)
 
 
 @pytest.mark.parametrize("name", ["sample.py", "attend.py"])
@@ -81,6 +62,9 @@ def test_every_option_has_its_help(words: str) -> None:
     shown = script(f"{name}.py", *command, "--help").stdout
     options = re.findall(r"(--[\w.-]+) [^\n]*?[\s│]+(\S[^\n]*)", shown)
     assert options and not [option for option, text in options if text.startswith("(default")]
+    if name == "attend":
+        assert f"python attend.py {''.join(command) or '[COMMAND]'} RUN" in shown and "A run folder" in shown
+        assert command or all(word in shown for word in (*attend.COMMANDS, "--prompt"))
 
 
 def test_ascii_terminal(run: Path) -> None:
@@ -118,8 +102,7 @@ def test_scripts_need_nothing_that_windows_lacks(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     train = ("train.py", *TINY, f"--data.source={tmp_path / 'fox.txt'}", f"--run.dir={run}", "--train.steps=2")
     for argv in (train, ("sample.py", run), ("attend.py", "summary", run)):
-        command = [sys.executable, "-c", ON_WINDOWS, *argv]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = python(ON_WINDOWS, *argv)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "peak_memory_mb" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.errors import UserError
 from data import corpora, stories
 from data.config import DataConfig
 from data.corpora import Corpus
 from tests.data.texts import data_error, documents, write
+from tests.runs import user_error
 
 
 def open_corpus(source: Path | str, val_fraction: float, cache: Path, **options: Any) -> Corpus:
@@ -156,9 +156,8 @@ def test_separate_validation_text(texts: Path, cache: Path) -> None:
         (texts, texts, 3, "all of data.source"),
         ("stories", texts, 2, "text of your own"),
     ):
-        with pytest.raises(UserError, match=words) as caught:
+        with user_error(code, words):
             open_corpus(source, 0.2, cache, val=str(val))
-        assert caught.value.exit_code == code
 
 
 def test_stories_are_written_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.config import DataConfig
-from data.prepare import TokenizedCorpus, prepare
 from data.text_copy import plain_text
 from data.text_files import SEPARATOR
-from tests.data.texts import data_error, write
+from tests.data.texts import data_error, prepared, write
 
 DOCUMENTS = [f'Row {i}: the "fox", the hen,\nand a 🌳 {"x" * i}.' for i in range(40)]
 
@@ -55,21 +53,15 @@ PACK = {
 }
 
 
-def tokens(source: Path, cache: Path, **options: Any) -> TokenizedCorpus:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLASSGPT_CACHE", str(cache))
-        return prepare(DataConfig(source=str(source), tokenizer="byte", **options), progress=False)
-
-
 @pytest.mark.parametrize("packed", PACK)
 @pytest.mark.parametrize("name", FILES)
 def test_every_door_leads_to_the_same_tokens(name: str, packed: str, tmp_path: Path) -> None:
-    expected = tokens(write(tmp_path / "plain.txt", FILES["a.txt"]), tmp_path / "cache")
+    expected = prepared(write(tmp_path / "plain.txt", FILES["a.txt"]), tmp_path / "cache")
     path = write(tmp_path / "in" / f"{name}{packed}", PACK[packed](FILES[name]))
     for source in (path, path.parent, path.parent / "*"):
         if (name.endswith(".json") and source == path.parent and not packed) or (name, source) == ("a.txt", path):
             continue  # in a folder, plain .json is code
-        found = tokens(source, tmp_path / "cache")
+        found = prepared(source, tmp_path / "cache")
         assert np.array_equal(found.train.tokens, expected.train.tokens)
         assert np.array_equal(found.val.tokens, expected.val.tokens)
 
@@ -77,19 +69,19 @@ def test_every_door_leads_to_the_same_tokens(name: str, packed: str, tmp_path: P
 def test_field_is_chosen_or_named(tmp_path: Path) -> None:
     rows = [{"title": f"T{i}" * 9, "text": f"text {i}", "n": i} for i in range(9)]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    assert b"text 0" in bytes(tokens(path, tmp_path / "c").train.tokens.astype(np.uint8))
-    assert b"T0T0" in bytes(tokens(path, tmp_path / "c", field="title").train.tokens.astype(np.uint8))
+    assert b"text 0" in bytes(prepared(path, tmp_path / "c").train.tokens.astype(np.uint8))
+    assert b"T0T0" in bytes(prepared(path, tmp_path / "c", field="title").train.tokens.astype(np.uint8))
 
 
 def test_separator_in_a_row_does_not_split_it(tmp_path: Path) -> None:
     rows = [{"text": f"one\n{SEPARATOR}\ntwo {i}"} for i in range(20)]
-    corpus = tokens(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), tmp_path / "c")
+    corpus = prepared(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), tmp_path / "c")
     assert corpus.train.n_documents + corpus.val.n_documents == 20
 
 
 def test_json_that_is_no_list_of_rows_is_text(tmp_path: Path) -> None:
     path = write(tmp_path / "package.json", json.dumps({"name": "fox", "numbers": list(range(99))}, indent=1))
-    assert b'"numbers"' in bytes(tokens(path, tmp_path / "c").train.tokens.astype(np.uint8))
+    assert b'"numbers"' in bytes(prepared(path, tmp_path / "c").train.tokens.astype(np.uint8))
 
 
 def test_memory_of_a_long_list_is_constant(tmp_path: Path) -> None:
@@ -139,10 +131,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_file_is_one_clear_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
     file, data, options, words = BAD[name]
-    monkeypatch.setattr("tests.data.texts.DataConfig", lambda **given: DataConfig(**{**given, **options}))
-    assert words in data_error(write(tmp_path / file, data), tmp_path / "cache")
+    assert words in data_error(write(tmp_path / file, data), tmp_path / "cache", **options)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
@@ -194,7 +185,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_dataset_of_the_hub(source: str, train: str, val: str, hub: Path) -> None:
-    corpus = tokens(source, hub / "cache")  # type: ignore[arg-type]
+    corpus = prepared(source, hub / "cache")  # type: ignore[arg-type]
     texts = [bytes(split.tokens.astype(np.uint8)).decode("latin-1") for split in (corpus.train, corpus.val)]
     assert train in texts[0] and val in texts[1]
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from common.errors import DATA, UserError
 from data.config import DataConfig
-from data.prepare import prepare
 from data.text_copy import plain_text
 from data.text_files import SEPARATOR, TextRange, find_files, guess_encoding, read_documents
 from tests.data.texts import data_error, documents, write, write_range
+from tests.runs import user_error
 
 FRAGMENTS = [
     SEPARATOR, f"\n{SEPARATOR}\n", f"\r\n{SEPARATOR}\r\n", "<|endof", f"x{SEPARATOR}", "\n", "\r\n", " ", "   ",
@@ -90,9 +90,8 @@ def test_invalid_utf8_is_reported_with_its_offset(
         data.decode()
     except UnicodeDecodeError as error:
         offset = error.start
-    with pytest.raises(UserError, match=rf"text\.txt.* \(byte 0x{data[offset]:02x} at offset {offset}\)") as caught:
+    with user_error(DATA, rf"text\.txt.* \(byte 0x{data[offset]:02x} at offset {offset}\)"):
         list(read_documents(write_range(path, data), block_bytes))
-    assert caught.value.exit_code == DATA
 
 
 @pytest.mark.parametrize(
@@ -114,13 +113,8 @@ def test_unusable_file_is_one_clear_line(tmp_path: Path, data: bytes, expected: 
 @pytest.mark.parametrize("name", ["rows.jsonl", "blank.txt", "mark.txt", "letter.txt"])
 def test_text_that_is_empty_when_read_is_one_clear_line(tmp_path: Path, name: str) -> None:
     data = {"rows.jsonl": b"\n\n", "blank.txt": b" \n\n\t\n", "mark.txt": b"\xff\xfe", "letter.txt": b"x"}[name]
-    config = DataConfig(
-        source=str(write(tmp_path / name, data)), tokenizer="bpe", lines="off" if name == "letter.txt" else "on"
-    )
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"contains no text") as caught:
-        patch.setenv("GLASSGPT_CACHE", str(tmp_path / "cache"))
-        prepare(config, progress=False)
-    assert caught.value.exit_code == DATA
+    path, lines = write(tmp_path / name, data), "off" if name == "letter.txt" else "on"
+    assert "contains no text" in data_error(path, tmp_path / "cache", tokenizer="bpe", lines=lines)
 
 
 def test_source_without_files_says_what_is_accepted(tmp_path: Path) -> None:

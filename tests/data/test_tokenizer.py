@@ -18,6 +18,7 @@ from data import stories
 from data.text_files import read_documents
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tests.data.texts import PROSE, no_network, write_range
+from tests.runs import user_error
 
 SPECIAL = "<|endoftext|>"
 FRAGMENTS = [SPECIAL, " the", "the", "'s", "  ", "\r\n", "😀", "é", "12", "word ", "<|"]
@@ -103,9 +104,8 @@ def test_invalid_text_and_bytes_become_replacement_characters(any_tokenizer: Tok
 def test_char() -> None:
     char = train_tokenizer("char", 0, ["bc", "ac"])
     assert char.encode("abc").tolist() == [0, 1, 2], "ids follow code points"
-    with pytest.raises(UserError, match=r"'é' at position 1, '\\x1b' at position 3, '\S+' at") as caught:
+    with user_error(CONFIG, r"'é' at position 1, '\\x1b' at position 3, '\S+' at"):
         char.encode("aéb\x1b\U0010ffff")
-    assert caught.value.exit_code == CONFIG
     with pytest.raises(UserError, match="and 995 more"):
         char.encode("z" * 1000)
 
@@ -140,9 +140,8 @@ def test_damaged_file_is_one_clear_line(tmp_path: Path, damaged: bytes | dict[st
 def test_changed_tiktoken_encoding_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
     path.write_text(json.dumps({"format": 1, **gpt2().saved, "vocab_size": 50258}))
-    with pytest.raises(UserError, match="differs from what gpt2 is") as caught:
+    with user_error(CHECKPOINT, "differs from what gpt2 is"):
         load_tokenizer(path)
-    assert caught.value.exit_code == CHECKPOINT
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300, 700])
@@ -188,9 +187,9 @@ def test_vocabulary_of_text_without_breaks_takes_seconds(alphabet: str) -> None:
 
 @pytest.mark.parametrize(("name", "nearest"), [("gtp2", "gpt2"), ("cl100k", "cl100k_base"), ("x\x1b", "char")])
 def test_unknown_name_gets_suggestions(name: str, nearest: str) -> None:
-    with pytest.raises(UserError, match=f"nearest are: .*{nearest}") as caught:
+    with user_error(CONFIG, f"nearest are: .*{nearest}") as caught:
         train_tokenizer(name, 0, [])
-    assert caught.value.exit_code == CONFIG and str(caught.value).isprintable()
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(("response", "why"), [(no_network, "ConnectionError"), (lambda *_: b"?", "ValueError")])
@@ -200,6 +199,5 @@ def test_failed_download_is_one_clear_line(
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", response)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    with pytest.raises(UserError, match=rf"encoding cl100k_base \({why}.*TIKTOKEN_CACHE_DIR") as caught:
+    with user_error(DATA, rf"encoding cl100k_base \({why}.*TIKTOKEN_CACHE_DIR"):
         train_tokenizer("cl100k_base", 0, [])
-    assert caught.value.exit_code == DATA

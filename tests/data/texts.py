@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from common.errors import DATA, UserError
+from common.errors import DATA
 from data.config import DataConfig
-from data.prepare import prepare
+from data.prepare import TokenizedCorpus, prepare
 from data.text_files import TextRange, read_documents
+from tests.runs import user_error
 
 PROSE = (
     "She didn't say what they'd seen: 12 foxes, 3,141 bears — and one über-owl!\r\n\r\n"
@@ -41,13 +43,18 @@ def documents(texts: Iterable[TextRange], block_bytes: int = 1 << 20) -> list[st
     return joined
 
 
-def data_error(source: str | Path, cache: Path) -> str:
-    """The message for an unusable source: one line, exit code 3."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+def prepared(source: str | Path, cache: Path, tokenizer: str = "byte", **options: Any) -> TokenizedCorpus:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLASSGPT_CACHE", str(cache))
-        prepare(DataConfig(source=str(source), tokenizer="byte"), progress=False)
+        return prepare(DataConfig(source=str(source), tokenizer=tokenizer, **options), progress=False)
+
+
+def data_error(source: str | Path, cache: Path, **options: Any) -> str:
+    """The message for an unusable source: one line, exit code 3."""
+    with user_error(DATA) as caught:
+        prepared(source, cache, **options)
     message = str(caught.value)
-    assert caught.value.exit_code == DATA and message.isprintable() and len(message) < 400
+    assert message.isprintable() and len(message) < 400
     return message
 
 

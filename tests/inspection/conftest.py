@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import TINY, script
+from tests.runs import TINY, output
 
 PROMPTS = "The hen met the fox. The\nThe hen met the fox. The\t hen\t fox\nThe fox met the hen. The\t fox\t hen\n"
 
@@ -16,6 +16,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "text.txt").write_text("The fox met the hen. The hen met the fox. " * 60)
     (root / "prompts.txt").write_text(PROMPTS)
     options = (f"--data.source={root / 'text.txt'}", f"--log.prompts={root / 'prompts.txt'}", "--model.context=32")
-    done = script("train.py", *TINY, *options, f"--run.dir={root / 'run'}")
-    assert done.returncode == 0, done.stderr
+    output("train.py", *TINY, *options, f"--run.dir={root / 'run'}")
     return root / "run"

@@ -22,7 +22,6 @@ of zero. All other heads attend uniformly and write nothing; the MLPs are zero.
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,12 +37,12 @@ LEAD = 60.0
 """The margin of the matching score, and of the right logit, over all others."""
 
 
-def handmade(V: int = 30, n_layers: Literal[1, 2] = 2, attention: Literal["eager", "sdpa"] = "eager") -> GPT:
-    """The model for texts that begin with token 0; with one layer, only its first layer, which predicts nothing."""
+def handmade(V: int = 30) -> GPT:
+    """The model for texts that begin with token 0."""
     sizes = [V, V, T, V, 1, 2]
     width, D = sum(sizes), max(V, T)
     shape = {"n_heads": 3, "d_model": width, "d_head": D, "d_mlp": 1}
-    model = GPT(ModelConfig("gpt2", n_layers, context=T, attention=attention, **shape), V)
+    model = GPT(ModelConfig("gpt2", 2, context=T, attention="eager", **shape), V)
     token, mirror, position, before, balance, anchor = torch.arange(width).split(sizes)
     eye, scale = torch.eye, LEAD * math.sqrt(D)
     with torch.no_grad():
@@ -63,13 +62,12 @@ def handmade(V: int = 30, n_layers: Literal[1, 2] = 2, attention: Literal["eager
         key[:T, position] = eye(T)
         value[:V, token] = eye(V)
         out[before, :V], out[balance, :V] = eye(V), torch.tensor(-1.0)
-        if n_layers == 2:
-            query, key, value, out = _head(model, *INDUCTION)
-            query[:V, token] = 2 * scale * eye(V)  # this position's token ...
-            key[:V, before] = eye(V)  # ... is the token before that one
-            key[:V, position[0]] = 0.5  # half a match with any token: the default target
-            value[1:V, token] = eye(V)[1:]  # all tokens but token 0
-            out[token, :V], out[balance, :V] = eye(V), torch.tensor(-1.0)
+        query, key, value, out = _head(model, *INDUCTION)
+        query[:V, token] = 2 * scale * eye(V)  # this position's token ...
+        key[:V, before] = eye(V)  # ... is the token before that one
+        key[:V, position[0]] = 0.5  # half a match with any token: the default target
+        value[1:V, token] = eye(V)[1:]  # all tokens but token 0
+        out[token, :V], out[balance, :V] = eye(V), torch.tensor(-1.0)
     return model.eval()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import NON_FINITE, UserError
+from common.errors import NON_FINITE
 from inspection import ablation, eval_items
 from inspection.ablation import ablate_together, loss_increases, random_others, run_ablations
 from inspection.contrast_pairs import ContrastPair
@@ -24,6 +24,7 @@ from model.gpt import GPT
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade, repeats
 from tests.inspection.test_activation_cache import snapshot
 from tests.model.helpers import random_model, random_tokens
+from tests.runs import user_error
 
 V, N, COUNT = 30, 12, 5
 """Vocabulary of the handmade model, tokens of a copy, and number of repeated sequences."""
@@ -202,9 +203,8 @@ def test_non_finite_model_is_an_error() -> None:
     model = random_model("glass")
     with torch.no_grad():
         model.final_norm.weight[3] = math.nan
-    with pytest.raises(UserError, match="not finite") as error:
+    with user_error(NON_FINITE, "not finite"):
         run_ablations(model, eval_texts())
-    assert error.value.exit_code == NON_FINITE
 
 
 def test_heads_ablated_together() -> None:

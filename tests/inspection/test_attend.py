@@ -1,12 +1,10 @@
 """attend.py: every command prints what the files of a run hold, as text and JSON, and one line for a mistake."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +18,7 @@ from inspection.ablation_results import TABLES
 from inspection.attention_file import AttentionFile, AttentionRecord, read_attention_file, write_attention_file
 from inspection.run_reader import RunFiles
 from inspection.terminal import DISCLAIMER, strongest_attention
-from tests.runs import ROOT, error_line, script
+from tests.runs import error_line, output, python, script
 
 STEPS = [0, 3, 6]
 HEADS = ["L0H0", "L0H1", "L1H0", "L1H1"]
@@ -32,10 +30,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def text(*argv: object) -> str:
-    done = script("attend.py", *argv)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+text = partial(output, "attend.py")
 
 
 def data(*argv: object) -> Any:
@@ -439,15 +434,6 @@ WITHOUT_TORCH = "import sys, attend, common.errors as e; e.run_main(attend.main)
 
 @pytest.mark.parametrize("name", ["summary", "heads", "token", "timeline", "compare"])
 def test_reading_needs_neither_torch_nor_unicode(trained: Path, name: str) -> None:
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    command = [sys.executable, "-c", WITHOUT_TORCH, name, str(trained)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=env)
+    done = python(WITHOUT_TORCH, name, trained, PYTHONIOENCODING="ascii", LC_ALL="C")
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and "L1H1" in done.stdout
-
-
-@pytest.mark.parametrize("name", [*attend.COMMANDS, ""])
-def test_every_command_has_help(name: str) -> None:
-    output = text(*name.split(), "--help")
-    assert f"python attend.py {name or '[COMMAND]'} RUN" in output and "A run folder" in output
-    assert name or all(word in output for word in (*attend.COMMANDS, "--prompt"))

@@ -18,6 +18,7 @@ from common.errors import CHECKPOINT, UserError
 from inspection.activation_cache import ActivationCache, run_with_cache
 from inspection.attention_file import DETAILS, AttentionRecord, read_attention_file, write_attention_file
 from tests.model import helpers
+from tests.runs import user_error
 
 LENGTHS = {"a story": 24, "one token": 1, "näme\n": 7}
 SCORES = {"induction": np.arange(8.0).reshape(2, 4), "antecedent.pronoun": np.full((2, 4), np.nan)}
@@ -97,9 +98,8 @@ def test_pattern_keys_and_values_agree_with_transformers(tmp_path: Path, preset:
 
 
 def refused(path: Path, match: str = "not a readable attention file") -> None:
-    with pytest.raises(UserError, match=match) as error:
+    with user_error(CHECKPOINT, match):
         read_attention_file(path)
-    assert error.value.exit_code == CHECKPOINT and "\n" not in str(error.value)
 
 
 Arrays, Metadata = dict[str, Any], dict[str, Any]

@@ -24,6 +24,7 @@ from inspection.eval_texts import (
     read_user_prompts,
     repeated_sequences,
 )
+from tests.runs import user_error
 
 END = 0
 PAIR = ContrastPair("pronoun", (END, 5, 6, 7), (1,), (5,), (6,), (2,))
@@ -84,9 +85,9 @@ def test_damaged_file_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) 
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError) as error:
+    with user_error(4) as error:
         EvalTexts.load(path, 100, 64)
-    assert error.value.exit_code == 4 and "\n" not in str(error.value) and str(path) in str(error.value)
+    assert str(path) in str(error.value)
 
 
 def prompts(
@@ -131,9 +132,8 @@ def test_prompts_are_texts_or_contrast_pairs(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_prompt_is_named(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
+    with user_error(2, message):
         prompts(tmp_path, text)
-    assert error.value.exit_code == 2 and "\n" not in str(error.value)
 
 
 def test_unknown_character_of_a_prompt_is_named_with_its_line(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import attend
 from inspection.attention_file import read_attention_file
 from inspection.head_scores import value_weighted
 from model import functional
-from tests.runs import ROOT
+from tests.runs import ROOT, python
 
 GUIDE = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", GUIDE, re.M | re.S)
@@ -58,6 +56,6 @@ def test_reading_example_runs_without_torch(trained: Path) -> None:
     (example,) = [block for _, block in BLOCKS if "inspection.attention_file import" in block]
     code = re.sub(r"runs/quickstart/attention/\d+\.safetensors", path.as_posix(), example)
     code = "import sys; sys.modules['torch'] = None\n" + code
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{read_attention_file(path).texts[0].name} ")

@@ -5,8 +5,6 @@
 
 import base64
 import json
-import subprocess
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from inspection.page_builder import PageRun, write_page
 from inspection.page_encoding import DTYPES
 from inspection.terminal import display_pieces
 from tests.browser import example_run
+from tests.runs import python, user_error
 
 
 class Page:
@@ -153,12 +152,11 @@ def test_tokens_are_shown_safely() -> None:
 def test_errors_are_one_line(tmp_path: Path) -> None:
     malformed = {"headline": "x", "findings": [{}]}
     for steps, findings, message in ((0, None, "nothing to show"), (3, malformed, "findings are malformed")):
-        with pytest.raises(UserError, match=message) as caught:
+        with user_error(CHECKPOINT, message):
             Page(tmp_path, example_run.files()[:steps], findings=findings)
-        assert caught.value.exit_code == CHECKPOINT and not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
 
 
 def test_page_needs_no_torch_and_all_scripts() -> None:
-    program = "import sys; sys.modules['torch'] = None; import inspection.page_builder"
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=60)
+    assert not python("import sys; sys.modules['torch'] = None; import inspection.page_builder").returncode
     assert {path.name for path in page_builder.WEB.glob("*.js")} == set(page_builder.SCRIPTS)

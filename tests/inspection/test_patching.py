@@ -14,7 +14,7 @@ from inspection.attribution import run_layers
 from inspection.patching import PatchingResult, activation_patching, patch_texts, patched
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade
 from tests.model.helpers import random_model, random_tokens
-from tests.runs import error_line, script
+from tests.runs import error_line, output, script, user_error
 
 A, B, C, D = 3, 5, 7, 9
 CLEAN, CORRUPT = [0, A, B, D, C, A], [0, D, B, A, C, A]
@@ -59,9 +59,8 @@ def test_patching_everything_restores_the_clean_logit_difference(preset: str) ->
 
 
 def test_equal_texts_are_refused() -> None:
-    with pytest.raises(UserError, match=r"the logit difference is 60\.000 on both texts") as error:
+    with user_error(CONFIG, r"the logit difference is 60\.000 on both texts"):
         activation_patching(handmade(), CLEAN, CLEAN, (B, C))
-    assert error.value.exit_code == CONFIG
 
 
 def encode(text: str) -> list[int]:
@@ -86,16 +85,15 @@ TEXTS = "--clean=The hen met the f", "--corrupt=The fox met the h", "--right=ox"
 
 def test_command(trained: Path, tmp_path: Path) -> None:
     figure = tmp_path / "patch.png"
-    done = script("attend.py", "patch", trained, *TEXTS, f"--out={figure}")
-    assert done.returncode == 0, done.stderr
-    assert figure.read_bytes().startswith(b"\x89PNG") and str(figure) in done.stdout
+    printed = output("attend.py", "patch", trained, *TEXTS, f"--out={figure}")
+    assert figure.read_bytes().startswith(b"\x89PNG") and str(figure) in printed
     data = json.loads(script("attend.py", "patch", trained, *TEXTS, f"--out={figure}", "--json").stdout)
     T = len(data["clean_tokens"])
     assert len("The hen met the f") + 1 == T  # after end-of-text
     assert np.shape(data["residual"]) == np.shape(data["residual_control"]) == (2, T)
     assert np.shape(data["heads"]) == np.shape(data["heads_control"]) == (2, 2)
-    assert f"{data['clean']:+.2f} nats on the clean text" in done.stdout
-    cells = re.findall(r"(-?[\d.]+) \((-?[\d.]+)\)", done.stdout)
+    assert f"{data['clean']:+.2f} nats on the clean text" in printed
+    cells = re.findall(r"(-?[\d.]+) \((-?[\d.]+)\)", printed)
     shares, controls = np.array(cells, dtype=float)[-4:].T
     assert shares == pytest.approx(np.ravel(data["heads"]), abs=0.006)
     assert controls == pytest.approx(np.ravel(data["heads_control"]), abs=0.006)

@@ -14,7 +14,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from matplotlib import font_manager, image
 
-from common.errors import CONFIG, DISK_OR_MEMORY, UserError
+from common.errors import CONFIG, DISK_OR_MEMORY
 from inspection.plots import (
     FUTURE,
     draw_figures,
@@ -27,6 +27,7 @@ from inspection.plots import (
 )
 from inspection.run_reader import RunFiles
 from tests.inspection.test_terminal import WORDS, random_pattern
+from tests.runs import user_error
 
 AWKWARD = ["$x_1$", "_", "🦊", "日本", "\n", "\x1b[31m", "\\frac{", "$", "<&>", " ", "\u202e", "\ud800"]
 TOKENS = [word.encode("utf-8", "surrogatepass") for word in AWKWARD]
@@ -185,6 +186,5 @@ def test_equal_input_gives_equal_bytes_whatever_the_users_style(tmp_path: Path, 
 
 @pytest.mark.parametrize(("path", "code"), [("train.py/one.png", DISK_OR_MEMORY), ("one.bmp", CONFIG)])
 def test_wrong_suffix_and_folder_are_user_errors(path: str, code: int) -> None:
-    with pytest.raises(UserError, match="one") as caught:
+    with user_error(code, "one"):
         draw_patterns(path, np.ones((1, 1, 1, 1)), [b"a"], "t")
-    assert caught.value.exit_code == code

@@ -80,23 +80,6 @@ def test_rows_sum_to_one_and_future_is_zero(T: int, S: int, scale: float) -> Non
     assert torch.equal(pattern.argmax(-1), best)
 
 
-def test_rope_rotates_each_pair() -> None:
-    """Pair i as a complex number is multiplied by exp(i · position · theta^(-2i/D))."""
-    x, D, theta = normal(1, 1, 12, 6), 6, 50.0
-    rotated = functional.apply_rope(x, *functional.precompute_rope(torch.arange(12), D, theta))
-    for i in range(D // 2):
-        factor = torch.polar(torch.ones(12), torch.arange(12) * theta ** (-2 * i / D))
-        expected = torch.complex(x[..., i], x[..., i + D // 2]) * factor
-        same(torch.complex(rotated[..., i], rotated[..., i + D // 2]), expected, 1e-5)
-
-
-def test_kv_groups_are_neighbouring_heads() -> None:
-    """Query heads 0, 1, 2 attend with key/value head 0; heads 3, 4, 5 with head 1."""
-    x = normal(2, 2, 5, 4)
-    assert torch.equal(functional.repeat_kv(x, 6), x[:, [0, 0, 0, 1, 1, 1]])
-    assert functional.repeat_kv(x, 2) is x
-
-
 @pytest.mark.parametrize("T", [4, 1])
 def test_sdpa_dropout_keeps_mean(T: int) -> None:
     torch.manual_seed(0)

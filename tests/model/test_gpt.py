@@ -3,8 +3,6 @@
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +18,7 @@ from model.gpt import GPT, CausalSelfAttention
 from model.kv_cache import KVCache
 from tests.model import helpers
 from tests.model.helpers import PRESETS, SHAPES, VOCAB, random_model, random_tokens, relative_difference, same
-from tests.runs import ROOT
+from tests.runs import python
 from training.device import DistContext, compile_model
 
 each_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -271,7 +269,7 @@ def test_compiled_model(pair: str) -> None:
     """In its own process, without the shape checks of the tests, which would break the graph."""
     check = f"check_compiled({pair})" if pair else "check_compiled_gradients_are_deterministic()"
     program = f"from tests.model import test_gpt; test_gpt.{check}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = python(program)
     assert done.returncode == 0, done.stderr
 
 

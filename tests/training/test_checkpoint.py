@@ -21,6 +21,7 @@ from common.files import retry_if_removed
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from model.config import ModelConfig
 from model.gpt import GPT
+from tests.runs import user_error
 from training import checkpoint
 from training.checkpoint import (
     FILES,
@@ -130,9 +131,8 @@ def test_checkpoint_is_chosen(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert {which: open_checkpoint(tmp_path, which).state.step for which in chosen} == chosen
     assert open_checkpoint(tmp_path / "checkpoints" / "000007").state.step == 7
     for which in ("4", "bset", "-1", "9" * 5000, "\x1b"):
-        with pytest.raises(UserError, match=r"has best, last, 0, 3, 5, 7$") as caught:
+        with user_error(CONFIG, r"has best, last, 0, 3, 5, 7$"):
             open_checkpoint(tmp_path, which)
-        assert caught.value.exit_code == CONFIG
     shutil.rmtree(tmp_path / "checkpoints" / "000005")
     assert open_checkpoint(tmp_path).state.step == 7 and "step 7 is used, not the best" in capfd.readouterr().err
 
@@ -180,9 +180,9 @@ def test_saving_a_step_again_replaces_it(name: str, tmp_path: Path) -> None:
 def test_nonfinite_numbers_are_never_saved(where: str, bad: float, tmp_path: Path) -> None:
     weights, state = ({name: value.clone() for name, value in table.items()} for table in tensors())
     (weights[UP] if where == "weights" else state[f"{UP}/exp_avg"]).view(-1)[-1] = bad
-    with pytest.raises(UserError, match=UP) as caught:
+    with user_error(NON_FINITE, UP):
         CheckpointWriter(tmp_path, 1).save(RunConfig(), TrainState(3), weights, state, ByteTokenizer(), ENVIRONMENT)
-    assert caught.value.exit_code == NON_FINITE and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what a save does to the disk; tests/faults/test_saves.py interrupts it at every operation ----
@@ -220,9 +220,9 @@ def test_disk_that_does_not_keep_the_data(tmp_path: Path, monkeypatch: pytest.Mo
         write(writer, 1)
     write(writer, 1)
     monkeypatch.setattr("training.checkpoint._write_manifest", damage)
-    with pytest.raises(UserError, match=r"model\.safetensors.* continue with --run.resume") as caught:
+    with user_error(DISK_OR_MEMORY, r"model\.safetensors.* continue with --run.resume"):
         write(writer, 2, config=OTHER)
-    assert caught.value.exit_code == DISK_OR_MEMORY and names(tmp_path) == ["000001"]
+    assert names(tmp_path) == ["000001"]
     assert open_checkpoint(tmp_path).config != OTHER
 
 

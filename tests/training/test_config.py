@@ -1,8 +1,6 @@
 """Options: every mistake is reported at once, with the right name, before torch is imported."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import CHECKPOINT, CONFIG, DATA, UserError
 from data.config import DataConfig
-from tests.runs import ROOT
+from tests.runs import ROOT, python
 from training.cli import option_types
 from training.config import LogConfig, OptimConfig, RunConfig, RunSettings, parse_train, read_toml, to_toml
 from training.run_dir import save_config
@@ -80,9 +78,12 @@ def test_nearest_option_is_named(typed: str, answer: str) -> None:
             ["--run.resume=run", "--run.dir=other"],
             "--run.resume continues in run: leave out --run.dir, or resume a copy",
         ),
+        (["--train.minutes=2", "--train.steps=100"], "train.minutes and train.steps both"),
+        (["--train.minutes=nan"], "train.minutes is nan"),
+        (["--optim.decay_at=3-x"], "such as '300 450' or empty"),
     ],
 )
-def test_misplaced_words_are_one_line(
+def test_misplaced_or_contradicting_words_are_one_line(
     argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -221,7 +222,7 @@ def test_mistakes_are_answered_without_torch(argv: list[str]) -> None:
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: assert not {'torch', 'matplotlib', 'wandb'} & set(sys.modules), 'heavy import'"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = python(code, *argv)
     refused = DATA if "no text found" in done.stderr else CONFIG
     assert done.returncode == (0 if "--help" in argv else refused), done.stderr
     assert "Traceback" not in done.stderr and "heavy import" not in done.stderr

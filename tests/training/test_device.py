@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import CONFIG, DISK_OR_MEMORY, UserError
+from common.errors import CONFIG, DISK_OR_MEMORY
 from model.config import ModelConfig
 from model.gpt import GPT
+from tests.runs import user_error
 from training import device
 from training.config import TrainConfig
 from training.device import advise_on_oom
@@ -30,9 +31,9 @@ def test_device_is_chosen_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     for name, found in (("mps", torch.backends.mps), ("cuda", torch.cuda)):
         monkeypatch.setattr(found, "is_available", lambda: False)
-        with pytest.raises(UserError, match=f"there is no {name} device: PyTorch .* use auto or cpu") as caught:
+        with user_error(CONFIG, f"there is no {name} device: PyTorch .* use auto or cpu"):
             device.get_dist_context(device=name)
-        assert caught.value.exit_code == CONFIG and device.resolve_device() == CPU
+        assert device.resolve_device() == CPU
         monkeypatch.setattr(found, "is_available", lambda: True)
         assert device.resolve_device(name).type == name and device.resolve_device("cpu") == CPU
     assert device.resolve_device() == torch.device("cuda", 3)
@@ -97,8 +98,7 @@ def fail(error: Exception) -> None:
 )
 def test_out_of_memory_names_the_micro_batch_to_try(exhaust: Callable[[], object]) -> None:
     for rows, advice in ((16, r"--train\.micro_batch_size 8, .* 64, or a sm"), (1, r"at once: lower .*sharding")):
-        with pytest.raises(UserError, match=advice) as caught, advise_on_oom(rows, 64):
+        with user_error(DISK_OR_MEMORY, advice), advise_on_oom(rows, 64):
             exhaust()
-        assert caught.value.exit_code == DISK_OR_MEMORY
     with pytest.raises(RuntimeError, match="shapes"), advise_on_oom(16, 64):
         raise RuntimeError("shapes do not fit")

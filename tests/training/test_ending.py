@@ -1,22 +1,13 @@
 """How a script starts and ends: exit codes, signals, exit handlers, and what it imports."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from common.errors import RANK_ZERO_SECONDS
-from tests.runs import ROOT, TINY
-
-
-def python(program: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *argv]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
-
+from tests.runs import TINY, python
 
 ENDING = """
 import atexit, gc, sys

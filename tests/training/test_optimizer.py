@@ -50,21 +50,13 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_saved_state_is_restored_and_must_fit_the_model(name: Any) -> None:
-    def train(model: GPT, optimizer: Optimizer) -> None:
-        for _ in range(2):
-            model(torch.arange(8)[None]).square().mean().backward()
-            optimizer.step()
-
-    model, other = GPT(MODEL, 257), GPT(MODEL, 257)
-    optimizer, restored = (Optimizer(m, OptimConfig(optimizer=name)) for m in (model, other))
-    train(model, optimizer)
-    other.load_state_dict(model.state_dict())
-    state = {key: value.clone() for key, value in optimizer.state_dict().items()}
-    restored.load_state_dict(state)
-    train(model, optimizer)
-    train(other, restored)
-    assert all(map(torch.equal, model.parameters(), other.parameters()))
+def test_saved_state_must_fit_the_model(name: Any) -> None:
+    """tests/training/test_train.py restores what fits."""
+    model = GPT(MODEL, 257)
+    optimizer = Optimizer(model, OptimConfig(optimizer=name))
+    model(torch.arange(8)[None]).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
     key = next(key for key, value in state.items() if value.dim() == 2)
     for wrong in ({**state, "other.weight/exp_avg": torch.zeros(3, 5)}, {**state, key: torch.zeros(3, 5)}, {}):
         with pytest.raises(ValueError):

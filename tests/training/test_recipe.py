@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from data.prepare import prepare
-from tests.runs import ROOT, script
+from tests.runs import ROOT, output
 from training import time_budget
 from training.config import parse_train, read_toml
 from training.recipe import read_recipe
@@ -22,10 +22,9 @@ def test_own_text_is_trained_by_its_recipe(text: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(time_budget, "measure_step", lambda *args: 0.01)
     shape = ("--model.n_layers=1", "--model.d_model=16", "--model.context=32", "--train.batch_size=8")
     typed = (*shape, "--log.attention=off", "--model.dropout=0.4")
-    done = script("train.py", *typed, f"--data.source={text}", f"--run.dir={text.parent / 'run'}")
-    assert done.returncode == 0, done.stderr
+    printed = output("train.py", *typed, f"--data.source={text}", f"--run.dir={text.parent / 'run'}")
     line = "recipe  3 kB of text: vocabulary 512, dropout 0.4, weight decay 2, at most 30 epochs"
-    assert done.stdout.startswith(f"{line}\nplan    2 min")
+    assert printed.startswith(f"{line}\nplan    2 min")
     config = parse_train([str(text.parent / "run" / "config.toml")])[0]
     assert (config.data.vocab_size, config.model.dropout, config.optim.weight_decay) == (512, 0.4, 2.0)
     assert (config.model.d_model, config.model.context, config.train.batch_size, config.train.minutes) == (16, 32, 8, 0)

@@ -3,14 +3,12 @@
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from common.errors import CONFIG, DATA, IN_USE, UserError
-from tests.runs import ROOT, TINY, error_line, script
+from tests.runs import TINY, error_line, python, script
 from training.config import RunConfig, RunSettings
 from training.run_dir import lock_folder, open_run_dir, save_config
 
@@ -56,9 +54,8 @@ def test_folder_in_use_is_refused_before_torch_is_imported(tmp_path: Path) -> No
         "try: train.main([f'--run.dir={sys.argv[1]}'])\n"
         "except UserError as error: print(error.exit_code, 'torch' in sys.modules, error)\n"
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
     with lock_folder(tmp_path):
-        out = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout
+        out = python(program, tmp_path).stdout
     assert out.startswith(f"{IN_USE} False ") and f"in use by process {os.getpid()};" in out
     with lock_folder(tmp_path):
         pass

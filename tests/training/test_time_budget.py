@@ -168,19 +168,6 @@ def test_short_texts_and_several_processes_are_refused(monkeypatch: pytest.Monke
         choose(minutes(2), corpus(), ctx=replace(CPU, world_size=2))
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--train.minutes=2", "--train.steps=100"], "train.minutes and train.steps both"),
-        (["--train.minutes=nan"], "train.minutes is nan"),
-        (["--optim.decay_at=3-x"], "such as '300 450' or empty"),
-    ],
-)
-def test_contradicting_options_are_named(words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        parse_train(words)
-
-
 def test_other_steps_make_a_new_schedule(tmp_path: Path) -> None:
     config = replace_options(RunConfig(), {"train.steps": 600, "optim.decay_at": "300 500"})
     (tmp_path / "config.toml").write_text(to_toml(config))

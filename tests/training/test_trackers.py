@@ -121,10 +121,9 @@ def test_real_wandb_offline(tmp_path: Path) -> None:
     (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     folder = tmp_path / "run"
     argv = (*TINY, "--log.attention=off", f"--data.source={tmp_path}/fox.txt", f"--run.dir={folder}")
-    done = script("train.py", *argv, "--log.wandb=offline", "--run.stop_at_step=4")
-    assert done.returncode == 0 and "wandb" not in done.stderr, done.stderr
-    done = script("train.py", f"--run.resume={folder}")
-    assert done.returncode == 0 and "wandb" not in done.stderr, done.stderr
+    for options in ((*argv, "--log.wandb=offline", "--run.stop_at_step=4"), (f"--run.resume={folder}",)):
+        done = script("train.py", *options)
+        assert done.returncode == 0 and "wandb" not in done.stderr, done.stderr
     assert script("sample.py", folder, "--tokens=5").returncode == 0
     paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(paths) == 2 and len({path.name for path in paths}) == 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from common.files import read_metrics
 from inspection.attention_file import read_attention_file
-from tests.runs import TINY, error_line, script
+from tests.runs import TINY, error_line, output, script
 from training.checkpoint import TrainState, open_checkpoint, sha256_of_file, sha256_of_weights
 from training.device import get_dist_context
 from training.metrics import MetricsLogger
@@ -32,10 +32,7 @@ VARIANTS = {
 TIMING = {"tokens_per_second", "mfu", "peak_memory_mb"}
 
 
-def train(*options: object) -> str:
-    done = script("train.py", *options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+train = partial(output, "train.py")
 
 
 @pytest.fixture(scope="module")
