@@ -76,7 +76,7 @@ def python(program: str, *argv: object, cwd: Path = ROOT, **env: str) -> subproc
 
 
 @contextlib.contextmanager
-def user_error(code: int, match: str = "") -> Iterator[pytest.ExceptionInfo[UserError]]:
+def user_error(code: int, match: str | None = None) -> Iterator[pytest.ExceptionInfo[UserError]]:
     """A `UserError` of one line with this exit code must be raised."""
     with pytest.raises(UserError, match=match) as caught:
         yield caught

@@ -244,8 +244,10 @@ def test_killed_run_resumes_with_its_saved_options(tmp_path: Path) -> None:
     trainer.callbacks = [plan, kill, Checkpointer(config, trainer.ctx)]
     with pytest.raises(ZeroDivisionError):
         trainer.run()
-    resumed: Any = SimpleNamespace(config=parse_train([f"--run.resume={tmp_path}"])[0])
-    assert resumed.config.train.steps == 9 and not describe_resuming(resumed, open_checkpoint(tmp_path, "last"))
+    saved = open_checkpoint(tmp_path, "last")
+    config = parse_train([f"--run.resume={tmp_path}"])[0]
+    resumed: Any = SimpleNamespace(config=config, environment=saved.environment)
+    assert config.train.steps == 9 and not describe_resuming(resumed, saved)
 
 
 @pytest.mark.slow
