@@ -1,7 +1,7 @@
 """Generated corpus "stories": short stories with known regularities and an exactly computed entropy.
 
-The grammar is the function `story`, below. It has seven families of regularities (`KINDS`), each labelled where it occurs:
-the text before the answer leaves one possibility for it. `story_grammar.py` generates and computes the entropy.
+The grammar is the function `story`, below; `story_grammar.py` generates from it and computes the entropy. In a story, words of
+seven kinds (`KINDS`) are determined by the text before them. Each is an answer, labelled with the earlier word that decides it.
 """
 
 import random
@@ -68,14 +68,14 @@ def story(w: Writer) -> None:
     """A whole story: a meeting or none, a thing put away and looked for, two episodes in any order, ending.
 
     A and B share their pronoun, so that meaning alone determines who `she` is, and A is always the one who finds, puts and
-    gives. (With free roles and mixed pronouns a tiny model stayed at chance on half of the families.)
+    gives. (Where either could, and their pronouns could differ, a tiny model only guessed on half of the kinds.)
     """
     w.draw("A", "name")
     # Half of the stories begin with a meeting.
     w.choose(lambda w, opening: opening(w), (_meeting,), (lambda w: None,))
     w.write("<time:time> <A> the <A.kind> and <B:name!A> the <B.kind> <found:found> a <colour:colour> <thing:thing>.")
-    # Who puts which thing where: the combination that may be held out (`Writer.draw`). One in ten is, the same share for
-    # every name and thing, and no later probability depends on it: `entropy()` is the mean of -log p on both splits.
+    # Who puts which thing where (`Writer.draw`): for each A and thing one of the ten containers is only in the held-out
+    # stories. No later choice depends on it, so `entropy()` is the mean of -log p on both splits.
     w.write(" <A> put the <colour> <thing>")
     w.note("induction", "thing", "thing", "thing.other")
     w.draw("box", "box", partners=("A", "thing"))
@@ -91,7 +91,7 @@ def story(w: Writer) -> None:
 
 
 def _meeting(w: Writer) -> None:
-    """A meets C, who is of the other gender: `She` is one of them and `He` the other one."""
+    """A meets C, who is of the other gender, and one of the two makes its sound: `She` or `He` decides which."""
     w.write("<A> the <A.kind> met <C:other_gender!A> the <C.kind>.")
     w.choose(_answers, ("A", "C"), ("C", "A"))
 

@@ -1,8 +1,8 @@
 """Head ablation: how the loss and the logit difference change when a head's output is replaced.
 
 Zero ablation sets the head's output to 0; mean ablation sets it to its mean over a reference set, which leaves later
-layers what they are used to (Wang et al. 2022, section 3.1). Effects are positive where ablating hurts. A head without
-effect may still do something: another one may do the same (Wang et al. 2022, "backup" heads).
+layers what they are used to (Wang et al. 2023, section 3.1). Effects are positive where ablating hurts. A head without
+effect may still do something: another one may do the same (Wang et al. 2023, "backup" heads).
 """
 
 import random
