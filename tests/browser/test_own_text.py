@@ -63,6 +63,17 @@ def test_nothing_is_drawn_while_another_text_is_loading(view: View) -> None:
     view.wait_for("own=Mia+the+fox+met+Tom")
 
 
+def test_typing_replaces_the_example_only(path: Path, open_page: OpenPage) -> None:
+    view = open_page(path)
+    assert view.page.input_value("#own")
+    for expected in ("Mia", "MiaMia"):
+        view.page.click("#own", position={"x": 300, "y": 12})  # after the text
+        view.page.wait_for_timeout(50)
+        view.page.keyboard.type("Mia")
+        assert view.page.input_value("#own") == expected
+        view.page.locator("#own").blur()
+
+
 def test_characters_without_a_token_are_named(tmp_path: Path, open_page: OpenPage) -> None:
     make_page(tmp_path, "gpt2", "char")
     view = open_page(tmp_path / "attention.html")
