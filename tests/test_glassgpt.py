@@ -72,11 +72,11 @@ def test_notebook(folder: Path) -> None:
 def test_import_beside_a_folder_named_data(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "values.csv").touch()
-    beside = partial(python, cwd=tmp_path, PYTHONPATH=str(ROOT))
-    done = beside("import sys, glassgpt, data.tokenizer; sys.exit('torch' in sys.modules)")
+    elsewhere = partial(python, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = elsewhere("import sys, glassgpt, data.tokenizer; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
     (tmp_path / "data" / "__init__.py").touch()
-    done = beside("import glassgpt")
+    done = elsewhere("import glassgpt")
     assert "hides GlassGPT's own 'data': rename it" in done.stderr.splitlines()[-1]
 
 
