@@ -4,35 +4,41 @@
 
 // functional.py
 
-// x Wᵀ + b, (T, K) -> (T, N), with W (N, K) as in nn.Linear: two rows of x times two of W at once, or the last one twice.
+// x Wᵀ + b, (T, K) -> (T, N), with W (N, K) as in nn.Linear: four rows of x times two of W at once, the last ones repeated.
 function linear(x, { weight, bias }, N) {
   const K = weight.length / N;
-  const T = x.length / K;
-  const y = new Float32Array(T * N);
-  for (let t = 0; t < T; t += 2) {
-    for (let n = 0; n < N; n += 2) multiplyRows(x, t, Math.min(t + 1, T - 1), weight, n, Math.min(n + 1, N - 1), K, N, y);
+  const last = x.length / K - 1;
+  const y = new Float32Array((last + 1) * N);
+  for (let t = 0; t <= last; t += 4) {
+    const [t1, t2, t3] = [Math.min(t + 1, last), Math.min(t + 2, last), Math.min(t + 3, last)];
+    for (let n = 0; n < N; n += 2) multiplyRows(x, t, t1, t2, t3, weight, n, Math.min(n + 1, N - 1), K, N, y);
   }
   return bias ? mapRows(y, N, (row) => add(row, bias)) : y;
 }
 
-// y[t, n], y[t, m], y[u, n] and y[u, m] of y = x Wᵀ: faster together, since each number is loaded once for two products.
-function multiplyRows(x, t, u, W, n, m, K, N, y) {
-  const [xt, xu, Wn, Wm] = [t * K, u * K, n * K, m * K];
-  let [tn, tm, un, um] = [0, 0, 0, 0];
+// Columns n and m of rows t0 to t3 of y = x Wᵀ: faster together, since each number is loaded once for several products.
+function multiplyRows(x, t0, t1, t2, t3, W, n, m, K, N, y) {
+  const x0 = t0 * K, x1 = t1 * K, x2 = t2 * K, x3 = t3 * K, wn = n * K, wm = m * K;
+  let n0 = 0, n1 = 0, n2 = 0, n3 = 0, m0 = 0, m1 = 0, m2 = 0, m3 = 0;
   for (let k = 0; k < K; k++) {
-    const a = x[xt + k];
-    const b = x[xu + k];
-    const c = W[Wn + k];
-    const d = W[Wm + k];
-    tn += a * c;
-    tm += a * d;
-    un += b * c;
-    um += b * d;
+    const a = x[x0 + k], b = x[x1 + k], c = x[x2 + k], d = x[x3 + k], v = W[wn + k], w = W[wm + k];
+    n0 += a * v;
+    n1 += b * v;
+    n2 += c * v;
+    n3 += d * v;
+    m0 += a * w;
+    m1 += b * w;
+    m2 += c * w;
+    m3 += d * w;
   }
-  y[t * N + n] = tn;
-  y[t * N + m] = tm;
-  y[u * N + n] = un;
-  y[u * N + m] = um;
+  y[t0 * N + n] = n0;
+  y[t1 * N + n] = n1;
+  y[t2 * N + n] = n2;
+  y[t3 * N + n] = n3;
+  y[t0 * N + m] = m0;
+  y[t1 * N + m] = m1;
+  y[t2 * N + m] = m2;
+  y[t3 * N + m] = m3;
 }
 
 // The dot product of `length` numbers of a and b, in four sums, which is faster than in one.
@@ -53,8 +59,9 @@ function dotAt(a, i, b, j, length) {
 function layerNorm(x, { weight, bias }, eps) {
   return mapRows(x, weight.length, (row) => {
     const mean = sum(row) / row.length;
-    const scale = 1 / Math.sqrt(row.reduce((total, value) => total + (value - mean) ** 2, 0) / row.length + eps);
-    return row.map((value, c) => (value - mean) * scale * weight[c] + (bias ? bias[c] : 0));
+    const centred = row.map((value) => value - mean);
+    const scale = 1 / Math.sqrt(dotAt(centred, 0, centred, 0, row.length) / row.length + eps);
+    return centred.map((value, c) => value * scale * weight[c] + (bias ? bias[c] : 0));
   });
 }
 
@@ -100,16 +107,18 @@ function attentionPattern(q, qAt, keys, kAt, kStride, D, position) {
 }
 
 function softmax(scores) {
-  const max = scores.reduce((a, b) => Math.max(a, b));
-  const exps = scores.map((score) => Math.exp(score - max));
-  const total = sum(exps);
-  return exps.map((value) => value / total);
+  let [max, total] = [-Infinity, 0];
+  for (const score of scores) max = Math.max(max, score);
+  const result = new Float64Array(scores.length);
+  for (let k = 0; k < scores.length; k++) total += result[k] = Math.exp(scores[k] - max);
+  for (let k = 0; k < scores.length; k++) result[k] /= total;
+  return result;
 }
 
 const probabilities = (logits) => softmax(Float64Array.from(logits));
 
 const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
-const relu2 = (x) => Math.max(0, x) ** 2;
+const relu2 = (x) => (x > 0 ? x * x : 0);
 const silu = (x) => x / (1 + Math.exp(-x));
 const ACTIVATIONS = { gelu, relu2 }; // besides SwiGLU
 
@@ -151,15 +160,16 @@ function attention(config, weights, layer, x, rope, start, cache) {
   cache.keys.set(k, start * G * D);
   cache.values.set(v, start * G * D);
   const z = new Float32Array(T * H * D);
+  const { values } = cache;
   for (let t = 0; t < T; t++) {
     for (let h = 0; h < H; h++) {
       const [position, group] = [start + t, Math.floor((h * G) / H) * D];
       const row = attentionPattern(q, (t * H + h) * D, cache.keys, group, G * D, D, position); // 2, 3, 4
       cache.patterns[h].set(row, (position * (position + 1)) / 2);
       const out = (t * H + h) * D;
-      row.forEach((weight, j) => { // 5
-        for (let d = 0; d < D; d++) z[out + d] += weight * cache.values[j * G * D + group + d];
-      });
+      for (let j = 0; j <= position; j++) { // 5
+        for (let d = 0, at = j * G * D + group; d < D; d++) z[out + d] += row[j] * values[at + d];
+      }
     }
   }
   return z;
