@@ -146,11 +146,9 @@ function listen() {
     const cell = cellAt(event);
     if (cell) change({ query: cell[0], key: cell[1] <= cell[0] ? cell[1] : -1, pinned: true });
   });
-  byId("timeline").addEventListener("pointermove", hoverTimeline);
-  byId("timeline").addEventListener("pointerleave", () => hoverTimeline(null));
-  byId("timeline").addEventListener("click", (event) => {
-    const { step, line: { layer, head } } = timelineAt(event);
-    change({ step, layer, head, key: -1 });
+  byId("timeline").addEventListener("click", ({ offsetX, currentTarget }) => {
+    const at = (offsetX / currentTarget.clientWidth) * 400; // in the picture
+    change({ step: nearest(range(run.steps.length), (k) => Math.abs(timeline.x(stepNumber(k)) - at)) });
   });
   new IntersectionObserver((entries) => {
     walkthrough.visible = entries.at(-1).isIntersecting;

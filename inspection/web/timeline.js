@@ -1,7 +1,7 @@
 // A score over training: a line per head, the selected head emphasised.
 
 const PLOT = { left: 30, right: 356, top: 7, bottom: 104 }; // in a picture of 400 x 124
-const timeline = { score: "", x: null, y: null, lines: [] };
+const timeline = { score: "", x: null, y: null };
 
 const evaluationsOf = (run) => (run.timeline.length > run.steps.length ? run.timeline : run.steps);
 
@@ -32,10 +32,7 @@ function buildTimeline() {
   const x = (step) => left + ((step - first) / (last - first || 1)) * (right - left);
   const y = (value) => bottom - ((value - low) / (high - low)) * (bottom - top);
   Object.assign(timeline, { score: state.score, x, y });
-  timeline.lines = allHeads.map((head) => {
-    const points = scorePoints(run, head);
-    return { ...head, points, path: createSvg("path", { d: linePath(points), class: "other-head" }) };
-  });
+  const lines = allHeads.map((head) => createSvg("path", { d: linePath(scorePoints(run, head)), class: "other-head" }));
   const tick = (x, y, anchor, text) => createSvg("text", { x, y, class: "tick", "text-anchor": anchor }, text);
   const scores = ticks(low, high, 3).flatMap((value) => [
     createSvg("line", { x1: left, x2: right, y1: y(value), y2: y(value), class: "border" }),
@@ -44,53 +41,27 @@ function buildTimeline() {
   const round = last > first ? ticks(first, last, 4) : [first];
   const steps = round.map((step) => tick(x(step), bottom + 14, "middle", step));
   const marks = createSvg("g", { id: "timeline-marks" });
-  byId("timeline").replaceChildren(...scores, ...steps, ...timeline.lines.map(({ path }) => path), marks);
+  byId("timeline").replaceChildren(...scores, ...steps, ...lines, marks);
 }
 
 function drawTimeline() {
   byId("training").hidden = evaluationsOf(run).length < 2;
   if (timeline.score !== state.score) buildTimeline();
   const { x, y } = timeline;
-  const line = timeline.lines.find(({ layer, head }) => layer === state.layer && head === state.head);
+  const points = scorePoints(run, state);
   const now = x(stepNumber(state.step));
-  const value = scoreAt(run.steps[state.step], line.layer, line.head);
+  const value = scoreAt(run.steps[state.step], state.layer, state.head);
   const marks = [
-    createSvg("path", { d: linePath(line.points), class: "selected-head" }),
-    createSvg("path", { d: secondRun ? linePath(scorePoints(secondRun, line)) : "", class: "second-run" }),
+    createSvg("path", { d: linePath(points), class: "selected-head" }),
+    createSvg("path", { d: secondRun ? linePath(scorePoints(secondRun, state)) : "", class: "second-run" }),
     createSvg("line", { x1: now, x2: now, y1: PLOT.top, y2: PLOT.bottom, class: "now" }),
   ];
   if (value !== null) marks.push(createSvg("circle", { cx: now, cy: y(value), r: 3.5, class: "dot" }));
-  const last = line.points.at(-1);
-  const name = headName(line.layer, line.head);
+  const last = points.at(-1);
+  const name = headName(state.layer, state.head);
   if (last) marks.push(createSvg("text", { x: PLOT.right + 5, y: y(last[1]) + 4, class: "name" }, name));
   byId("timeline-marks").replaceChildren(...marks);
-  drawTimelineReadout(line, state.step);
-}
-
-function drawTimelineReadout({ layer, head }, k) {
-  const value = scoreAt(run.steps[k], layer, head);
   const score = create("strong", {}, value === null ? "not measured" : fixed(value, 3));
   const second = secondRun ? `; dashed: ${secondRun.label}` : "";
-  byId("timeline-readout").replaceChildren(`step ${stepNumber(k)}: ${headName(layer, head)} `, score, second);
-}
-
-// The stored step and the head's line nearest to the pointer.
-function timelineAt(event) {
-  const box = byId("timeline").getBoundingClientRect();
-  const px = ((event.clientX - box.left) / box.width) * 400;
-  const py = ((event.clientY - box.top) / box.height) * 124;
-  const step = nearest(range(run.steps.length), (k) => Math.abs(timeline.x(stepNumber(k)) - px));
-  const line = nearest(timeline.lines, ({ layer, head }) => {
-    const value = scoreAt(run.steps[step], layer, head);
-    return value === null ? Infinity : Math.abs(timeline.y(value) - py);
-  });
-  return { step, line };
-}
-
-function hoverTimeline(event) {
-  for (const { path } of timeline.lines) path.classList.remove("hover");
-  if (!event) return drawTimeline();
-  const { step, line } = timelineAt(event);
-  line.path.classList.add("hover");
-  return drawTimelineReadout(line, step);
+  byId("timeline-readout").replaceChildren(`step ${stepNumber(state.step)}: ${name} `, score, second);
 }

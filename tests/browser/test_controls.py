@@ -52,6 +52,8 @@ def test_step_slider_and_lists(page_path: Path, open_page: OpenPage) -> None:
             assert view.grid() == pytest.approx(file.scores[score].ravel(), rel=1e-4)
             assert f"{file.scores[score][1, 2]:.3f}" in view.text("#head-score")
             assert f"step {step}: L1H2 {file.scores[score][1, 2]:.3f}" in view.text("#timeline-readout")
+    view.page.locator("#timeline").click(position={"x": 40, "y": 40})
+    view.wait_for("step=100")
     view.page.select_option("#text-choice", "2")
     view.wait_for("text=pronoun+1")
     assert view.page.locator("#text .tok").count() == 8
