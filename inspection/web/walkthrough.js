@@ -79,15 +79,6 @@ function softmaxTable({ scores, exps, pattern }, stored, key) {
   return create("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "softmax" }, table);
 }
 
-function agreement(pattern, stored, key) {
-  const differences = stored.map((weight, j) => Math.abs(weight - pattern[j]));
-  const out = create("p", { id: "step-agreement" },
-    `recomputed ${fixed(pattern[key], 5)}, stored ${fixed(stored[key], 5)}; `,
-    `difference ${compact(differences[key])}, at most ${compact(largestOf(differences))} over all keys`);
-  Object.assign(out.dataset, { recomputed: pattern[key], stored: stored[key], largest: largestOf(differences) });
-  return out;
-}
-
 // The three largest weighted values, the sum of the others, and the sum of all, on one scale.
 function weightedValues({ pattern, weighted, output }) {
   const top = topKeys(pattern, 3);
@@ -132,7 +123,6 @@ function computedSteps(queryToken, keyToken) {
   const { q, allScores, scores, max, total, pattern } = computed;
   const k = computed.keys[key];
   const products = q.map((value, d) => value * k[d]);
-  const stored = Float64Array.from(storedRow(state.query));
   const product = fixed(sum(products), 4);
   const scaled = `${product} / √${q.length} = ${product} / ${fixed(Math.sqrt(q.length), 3)} = `;
   const masked = view.T - state.query - 1;
@@ -148,7 +138,7 @@ function computedSteps(queryToken, keyToken) {
     "Causal mask": [create("p", {}, maskText), vectorBars(allScores, "scores of all keys", bars)],
     "Softmax over all keys": [
       formula(`exp(${fixed(scores[key], 3)} − ${fixed(max, 3)}) / ${fixed(total, 4)} = `, fixed(pattern[key], 4)),
-      agreement(pattern, stored, key), softmaxTable(computed, stored, key)],
+      softmaxTable(computed, storedRow(state.query), key)],
     "Weighted sum of the values": weightedValues(computed),
     "All heads concatenated, then projected": outputProjection(q.length),
   };

@@ -80,7 +80,7 @@ class View:
 
     def open_walkthrough(self) -> None:
         self.page.locator("#walkthrough-section").scroll_into_view_if_needed()
-        self.page.wait_for_selector("#step-agreement")
+        self.page.wait_for_selector("#walkthrough tr[data-key]")
 
 
 OpenPage = Callable[..., View]
