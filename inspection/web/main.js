@@ -60,12 +60,6 @@ function showMessage(text) {
 const moveQuery = (query) => change({ query: clamp(query, 0, view.T - 1), key: -1 });
 const moveStep = (by) => change({ step: clamp(state.step + by, 0, run.steps.length - 1) });
 
-// The next head, across layers.
-function nextHead(by) {
-  const k = state.layer * run.heads + state.head + by + allHeads.length;
-  return change({ ...allHeads[k % allHeads.length], key: -1 });
-}
-
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 // An arrow key moves the head in the grid, query or key in the matrix, and the query token anywhere else.
@@ -76,8 +70,8 @@ async function moveByArrow(target, [rows, columns]) {
     await change({ layer, head, key: -1 });
     return byId("grid").querySelector("[tabindex='0']").focus();
   }
-  if (!target.closest("#matrix")) return moveQuery(rows ? tokenInLine(rows) : state.query + columns);
-  return rows ? moveQuery(state.query + rows) : change({ key: clamp(selectedKey() + columns, 0, state.query) });
+  if (rows || !target.closest("#matrix")) return moveQuery(state.query + rows + columns);
+  return change({ key: clamp(selectedKey() + columns, 0, state.query) });
 }
 
 const KEYS = {
@@ -87,8 +81,6 @@ const KEYS = {
   Escape: () => change({ pinned: false, key: -1 }),
   "[": () => moveStep(-1),
   "]": () => moveStep(1),
-  h: () => nextHead(-1),
-  l: () => nextHead(1),
   v: () => change({ value_weighted: !state.value_weighted }),
   c: () => change({ compare: state.compare ? "" : secondRun ? "run" : String(stepNumber(0)) }),
   d: downloadMatrix,

@@ -83,12 +83,3 @@ function drawQuery() {
   list("attends-to", attentionRows(), comparing() ? "no difference" : "nothing");
   list("predictions", state.text === OWN ? ownPredictionRows() : predictionRows(), "not stored in this file");
 }
-
-// The nearest token in the line above (-1) or below (+1).
-function tokenInLine(direction) {
-  const query = textPanel.spans[state.query];
-  const down = (span) => (span.offsetTop - query.offsetTop) * direction;
-  const others = textPanel.spans.filter((span) => down(span) > 4);
-  const span = nearest(others, (other) => down(other) * 10 + Math.abs(other.offsetLeft - query.offsetLeft));
-  return textPanel.spans.indexOf(span ?? query);
-}

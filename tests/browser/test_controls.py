@@ -17,7 +17,7 @@ from tests.browser.conftest import OpenPage
 pytestmark = pytest.mark.browser
 START = "#text=held-out+1&step=200&head=L0H1&query=5&score=induction"
 KEYS = {
-    "body": "ArrowRight query=6, ArrowLeft query=5, ] step=400, [ step=200, l head=L0H2, h head=L0H1, Home query=0, "
+    "body": "ArrowRight query=6, ArrowDown query=7, ArrowUp query=6, ArrowLeft query=5, ] step=400, [ step=200, Home query=0, "
     "ArrowLeft query=0, End query=15, ArrowRight query=15, v value_weighted=1, c compare=100, Enter pinned=1",
     "#grid [aria-selected=true]": "ArrowRight head=L0H2, ArrowDown head=L1H2, ArrowLeft head=L1H1, ArrowUp head=L0H1",
     "#matrix": "ArrowUp query=14, ArrowRight key=, ArrowDown query=15",
