@@ -14,15 +14,6 @@ function linePath(points) {
   return points.map(([step, value], k) => `${k ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("");
 }
 
-// About `count` round numbers between low and high.
-function ticks(low, high, count) {
-  const rough = (high - low) / count || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const unit = [1, 2, 5, 10].find((multiple) => multiple * power >= rough) * power;
-  const first = Math.ceil(low / unit);
-  return range(Math.floor(high / unit + 1e-6) - first + 1).map((k) => (first + k) * unit);
-}
-
 // The axes, and a line per head; `timeline.x` and `timeline.y` map steps and scores to the picture.
 function buildTimeline() {
   const { left, right, top, bottom } = PLOT;
@@ -34,12 +25,11 @@ function buildTimeline() {
   Object.assign(timeline, { score: state.score, x, y });
   const lines = allHeads.map((head) => createSvg("path", { d: linePath(scorePoints(run, head)), class: "other-head" }));
   const tick = (x, y, anchor, text) => createSvg("text", { x, y, class: "tick", "text-anchor": anchor }, text);
-  const scores = ticks(low, high, 3).flatMap((value) => [
+  const scores = [low, (low + high) / 2, high].flatMap((value) => [
     createSvg("line", { x1: left, x2: right, y1: y(value), y2: y(value), class: "border" }),
     tick(left - 5, y(value) + 3.5, "end", Number(value.toPrecision(3))),
   ]);
-  const round = last > first ? ticks(first, last, 4) : [first];
-  const steps = round.map((step) => tick(x(step), bottom + 14, "middle", step));
+  const steps = [first, last].map((step) => tick(x(step), bottom + 14, "middle", step));
   const marks = createSvg("g", { id: "timeline-marks" });
   byId("timeline").replaceChildren(...scores, ...steps, ...lines, marks);
 }
