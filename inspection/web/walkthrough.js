@@ -1,6 +1,8 @@
 // The walk-through: the selected attention weight computed again, step by step, from the query and keys that the model
 // used, and what the head adds to the residual stream. Drawn last, and only while it is visible.
 
+const NOT_STORED = "Queries and keys are not stored for this text and step. A page has them for the sample of the last step, if " +
+  "there is one, and for your own text, if the page runs the model.";
 const walkthrough = { visible: false, drawn: "" };
 
 const dot = (a, b) => sum(a.map((value, d) => value * b[d]));
@@ -107,16 +109,6 @@ function outputProjection(D) {
   return [...parts, create("p", {}, text), vectorBars(rowAt(view.attn_out, C, state.query), "attention output")];
 }
 
-// Where the last step has queries and keys, a button that goes there.
-function missingSteps() {
-  const absent = (...text) => [create("li", { class: "absent" }, ...text)];
-  const text = run.steps.at(-1).texts.findIndex((stored) => stored?.layers[0].queries);
-  if (text < 0) return absent("Queries, keys and values are not stored in these files, so the steps cannot be shown.");
-  const change = JSON.stringify({ step: run.steps.length - 1, text, query: -1, key: -1 });
-  const where = `Go to step ${run.steps.at(-1).step}, text “${page.texts[text]}”`;
-  return absent("Queries and keys are not stored for this text and step. ", createButton({ "data-change": change }, where));
-}
-
 function computedSteps(queryToken, keyToken) {
   const key = selectedKey();
   const computed = computeAttention(state.head);
@@ -154,5 +146,6 @@ function drawWalkthrough() {
   const [query, key] = labels(18);
   const head = `${headName(state.layer, state.head)}, step ${stepNumber(view.step)}: `;
   byId("walkthrough-head").replaceChildren(head, query, " attends to ", key);
-  byId("walkthrough").replaceChildren(...(view.queries ? computedSteps(...labels(14)) : missingSteps()));
+  const steps = view.queries ? computedSteps(...labels(14)) : [create("li", { class: "absent" }, NOT_STORED)];
+  byId("walkthrough").replaceChildren(...steps);
 }
