@@ -97,10 +97,8 @@ function weightedValues({ pattern, weighted, output }) {
 
 function outputProjection(D) {
   const concatenated = range(run.heads).flatMap((head) => Array.from(computeAttention(head).output));
-  const names = range(run.heads).map((h) =>
-    create("span", { class: h === state.head ? "selected" : null }, run.heads <= 16 ? headName(view.layer, h) : ""));
   const parts = [
-    create("div", { class: "head-names" }, ...names),
+    create("p", {}, `the outputs of heads 0 to ${run.heads - 1}; that of ${headName(view.layer, state.head)} is marked`),
     vectorBars(concatenated, "outputs of all heads", { marked: [state.head * D, (state.head + 1) * D] }),
   ];
   if (!view.attn_out) return parts;
@@ -117,17 +115,14 @@ function computedSteps(queryToken, keyToken) {
   const products = q.map((value, d) => value * k[d]);
   const product = fixed(sum(products), 4);
   const scaled = `${product} / √${q.length} = ${product} / ${fixed(Math.sqrt(q.length), 3)} = `;
-  const masked = view.T - state.query - 1;
-  const maskText = masked
-    ? `${masked} later ${masked === 1 ? "key is" : "keys are"} masked: the score becomes −∞, and exp(−∞) is 0.`
-    : "This is the last token: no key is later, so nothing is masked.";
+  const mask = `Later keys (here ${view.T - scores.length}) are masked: the score becomes −∞, and exp(−∞) is 0.`;
   const bars = { marked: [key, key + 1], masked: state.query + 1, note: `score ${compact(allScores[key])}` };
   const steps = {
     "Query and key": [create("p", {}, "q of ", queryToken, ", k of ", keyToken, ", and their product ",
       "in each dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k, products)],
     "Dot product": [formula("q · k = the sum of the products = ", product, "step-product")],
     "Scaled by √d_head": [formula(scaled, fixed(scores[key], 4), "step-score")],
-    "Causal mask": [create("p", {}, maskText), vectorBars(allScores, "scores of all keys", bars)],
+    "Causal mask": [create("p", {}, mask), vectorBars(allScores, "scores of all keys", bars)],
     "Softmax over all keys": [
       formula(`exp(${fixed(scores[key], 3)} − ${fixed(max, 3)}) / ${fixed(total, 4)} = `, fixed(pattern[key], 4)),
       softmaxTable(computed, storedRow(state.query), key)],
