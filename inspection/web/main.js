@@ -174,6 +174,7 @@ function fillPage() {
   options("score", Object.entries(page.scores).map(([name, { title }]) => [name, title]));
   const otherRun = secondRun ? [["run", secondRun.label]] : [];
   options("compare", [["", "nothing"], ...otherRun, ...run.steps.map(({ step }) => [step, `step ${step}`])]);
+  byId("second-run").textContent = secondRun ? `dashed: ${secondRun.label}` : "";
   byId("step").max = run.steps.length - 1;
   byId("step").disabled = run.steps.length < 2;
 }

@@ -51,7 +51,4 @@ function drawTimeline() {
   const name = headName(state.layer, state.head);
   if (last) marks.push(createSvg("text", { x: PLOT.right + 5, y: y(last[1]) + 4, class: "name" }, name));
   byId("timeline-marks").replaceChildren(...marks);
-  const score = create("strong", {}, value === null ? "not measured" : fixed(value, 3));
-  const second = secondRun ? `; dashed: ${secondRun.label}` : "";
-  byId("timeline-readout").replaceChildren(`step ${stepNumber(state.step)}: ${name} `, score, second);
 }
