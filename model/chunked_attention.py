@@ -1,4 +1,4 @@
-"""Memory-efficient attention and MLP for training; on CPUs in bf16 also the fastest.
+"""Memory-efficient attention and MLP for training; on CPUs in bf16 also the fastest. The plain steps are in functional.py.
 
 Attention processes a chunk of queries at a time, each against only the keys that it may attend to (Rabe & Staats
 2021). Large intermediate results are recomputed in the backward pass, as in Dao et al. 2022, algorithm 4.

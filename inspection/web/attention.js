@@ -1,5 +1,5 @@
 // The attention that is shown: the patterns of one layer on one text, and those it is compared with. Every drawing
-// takes its numbers from here, so that all of them agree.
+// takes its numbers from here, so that all of them agree. The five steps that compute attention are in engine.js.
 
 let view = null; // as loadText returns it, with `other`: the same to compare with, or null
 
