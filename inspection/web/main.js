@@ -143,7 +143,7 @@ function listen() {
     change({ step: nearest(range(run.steps.length), (k) => Math.abs(timeline.x(stepNumber(k)) - at)) });
   });
   new IntersectionObserver((entries) => {
-    walkthrough.visible = entries.at(-1).isIntersecting;
+    walkthroughVisible = entries.at(-1).isIntersecting;
     if (isLoaded()) drawWalkthrough();
   }, { rootMargin: "200px" }).observe(byId("walkthrough-section"));
   new ResizeObserver(([{ contentRect: { width } }]) => isLoaded() && width > 0 && drawMatrix()).observe(byId("matrix"));

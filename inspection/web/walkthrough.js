@@ -3,7 +3,7 @@
 
 const NOT_STORED = "Queries and keys are not stored for this text and step. A page has them for the sample of the last step, if " +
   "there is one, and for your own text, if the page runs the model.";
-const walkthrough = { visible: false, drawn: "" };
+let walkthroughVisible = false;
 
 const dot = (a, b) => sum(a.map((value, d) => value * b[d]));
 const largestOf = (values) => values.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
@@ -134,9 +134,7 @@ function computedSteps(queryToken, keyToken) {
 }
 
 function drawWalkthrough() {
-  const drawn = [view.key, view.step, state.head, state.query, selectedKey()].join(" ");
-  if (!walkthrough.visible || walkthrough.drawn === drawn) return;
-  walkthrough.drawn = drawn;
+  if (!walkthroughVisible) return;
   const labels = (length) => [state.query, selectedKey()].map((position) => tokenLabel(view.tokens[position], length));
   const [query, key] = labels(18);
   const head = `${headName(state.layer, state.head)}, step ${stepNumber(view.step)}: `;
