@@ -5,6 +5,7 @@ const NOT_STORED = "Queries and keys are not stored for this text and step. A pa
   "there is one, and for your own text, if the page runs the model.";
 let walkthroughVisible = false;
 
+const labelAt = (position) => tokenLabel(view.tokens[position]);
 const dot = (a, b) => sum(a.map((value, d) => value * b[d]));
 const largestOf = (values) => values.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
 const sumVectors = (vectors, D) => Float64Array.from(range(D), (d) => sum(vectors.map((vector) => vector[d])));
@@ -107,8 +108,7 @@ function outputProjection(D) {
   return [...parts, create("p", {}, text), vectorBars(rowAt(view.attn_out, C, state.query), "attention output")];
 }
 
-function computedSteps(queryToken, keyToken) {
-  const key = selectedKey();
+function computedSteps(key) {
   const computed = computeAttention(state.head);
   const { q, allScores, scores, max, total, pattern } = computed;
   const k = computed.keys[key];
@@ -118,8 +118,8 @@ function computedSteps(queryToken, keyToken) {
   const mask = `Later keys (here ${view.T - scores.length}) are masked: the score becomes −∞, and exp(−∞) is 0.`;
   const bars = { marked: [key, key + 1], masked: state.query + 1, note: `score ${compact(allScores[key])}` };
   const steps = {
-    "Query and key": [create("p", {}, "q of ", queryToken, ", k of ", keyToken, ", and their product ",
-      "in each dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k, products)],
+    "Query and key": [create("p", {}, "q of ", labelAt(state.query), ", k of ", labelAt(key), ", and their product in each ",
+      "dimension (after normalisation and RoPE where the model has them)"), dimensionCards(q, k, products)],
     "Dot product": [formula("q · k = the sum of the products = ", product, "step-product")],
     "Scaled by √d_head": [formula(scaled, fixed(scores[key], 4), "step-score")],
     "Causal mask": [create("p", {}, mask), vectorBars(allScores, "scores of all keys", bars)],
@@ -135,10 +135,9 @@ function computedSteps(queryToken, keyToken) {
 
 function drawWalkthrough() {
   if (!walkthroughVisible) return;
-  const labels = (length) => [state.query, selectedKey()].map((position) => tokenLabel(view.tokens[position], length));
-  const [query, key] = labels(18);
+  const key = selectedKey();
   const head = `${headName(state.layer, state.head)}, step ${stepNumber(view.step)}: `;
-  byId("walkthrough-head").replaceChildren(head, query, " attends to ", key);
-  const steps = view.queries ? computedSteps(...labels(14)) : [create("li", { class: "absent" }, NOT_STORED)];
+  byId("walkthrough-head").replaceChildren(head, labelAt(state.query), " attends to ", labelAt(key));
+  const steps = view.queries ? computedSteps(key) : [create("li", { class: "absent" }, NOT_STORED)];
   byId("walkthrough").replaceChildren(...steps);
 }
