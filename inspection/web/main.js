@@ -130,7 +130,7 @@ function listen() {
   document.addEventListener("input", onInput);
   window.addEventListener("hashchange", () => location.hash !== stateToHash() && change(stateFromHash(location.hash)));
   // What is typed takes the place of the page's example, but not of what was typed before.
-  byId("own").addEventListener("focus", ({ target }) => target.value === page.own && setTimeout(() => target.select()));
+  byId("own").addEventListener("focus", ({ target }) => setTimeout(() => target.value === page.own && target.select()));
   byId("text").addEventListener("pointerover", onHoverText);
   byId("matrix").addEventListener("pointermove", (event) => hoverMatrix(cellAt(event)));
   byId("matrix").addEventListener("pointerleave", () => hoverMatrix(null));
