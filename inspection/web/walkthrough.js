@@ -1,8 +1,8 @@
 // The walk-through: the selected attention weight computed again, step by step, from the query and keys that the model
 // used, and what the head adds to the residual stream. Drawn last, and only while it is visible.
 
-const NOT_STORED = "Queries and keys are not stored for this text and step. A page has them for the sample of the last step, if " +
-  "there is one, and for your own text, if the page runs the model.";
+const NOT_STORED = "Queries and keys are not stored for this text and step. A page has them for the sample of the last step, " +
+  "if there is one, and for your own text, if the page runs the model.";
 let walkthroughVisible = false;
 
 const labelAt = (position) => tokenLabel(view.tokens[position]);
