@@ -49,6 +49,8 @@ def _embeddings(model: GPT, tokens: Int[Tensor, "B T"]) -> dict[str, Float[Tenso
     if model.position_embedding is not None:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         parts["position embedding"] = model.position_embedding(positions)[None]
+    if model.ngram_embedding is not None:
+        parts["n-gram embedding"] = model.ngram_embedding(tokens)
     return parts
 
 

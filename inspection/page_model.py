@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from model.gpt import GPT
 
 FOLDER = "weights"
-SIZES = "n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "context"
+SIZES = "n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "context", "ngrams", "ngram_rows"
 PageModel = tuple[dict[str, Any] | None, list[bytes]]  # a table for the page, and the vocabulary
 
 

@@ -55,6 +55,8 @@ class ModelConfig:
     norm: Literal["preset", "none", "layer", "rms"] = "preset"  # none: without norm of queries and keys, too.
     positions: Literal["preset", "none", "learned", "rotary"] = "preset"  # Position embeddings.
     mlp: Literal["preset", "none"] = "preset"  # none: an attention-only model.
+    ngrams: PositiveInt = 1  # Longest n-gram with an embedding of its own, added to the token's; 1: none.
+    ngram_rows: PositiveInt = 8192  # Rows of the embedding of each length, which n-grams share by a hash.
     tie_embeddings: bool = True  # The LM head shares its weights with the token embedding.
     norm_eps: NonNegativeFloat = 0.0  # Added to the variance in norms; 0 means the preset's.
     rope_theta: NonNegativeFloat = 0.0  # Base of the rotary angles; 0 means the preset's.
@@ -85,7 +87,8 @@ class ModelConfig:
     @property
     def description(self) -> str:
         """The preset, options that differ from it, and sizes."""
-        options = {"norm": self.norm, "positions": self.positions, "MLP": self.mlp}
+        n_grams = f"up to {self.ngrams}" if self.ngrams > 1 else "preset"
+        options = {"norm": self.norm, "positions": self.positions, "MLP": self.mlp, "n-grams": n_grams}
         changes = ", ".join(f"{name} {value}" for name, value in options.items() if value != "preset")
         return (
             f"{self.preset}{changes and f' ({changes})'}: {self.n_layers} layers, {self.n_heads} heads, "

@@ -19,6 +19,7 @@ from model.chunked_attention import checkpointed_mlp, chunked_attention
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 
+NGRAM_MULTIPLIER = 1_000_003  # of the hash: a prime
 Rope = tuple[Tensor, Tensor]  # cosines and sines (T, D) of the rotary position embeddings
 
 
@@ -141,6 +142,26 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
+class NgramEmbedding(nn.Module):
+    """The sum of an embedding of the last two tokens, of the last three, ..., of the last n (Pagnoni et al. 2024, section 3.2.1).
+
+    The n-grams of one length share the rows of a table by a hash. Token V stands for what is before the text.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size, self.rows = vocab_size, config.ngram_rows
+        self.tables = nn.ModuleList(nn.Embedding(self.rows, config.d_model) for _ in range(config.ngrams - 1))
+
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
+        row, embeddings = tokens, []
+        for distance, table in enumerate(self.tables, start=1):
+            earlier = F.pad(tokens, (distance, 0), value=self.vocab_size)[:, : tokens.shape[1]]
+            row = (row * NGRAM_MULTIPLIER + earlier) % self.rows
+            embeddings.append(table(row))
+        return torch.stack(embeddings).sum(dim=0)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP if there is one, each added to the residual stream."""
 
@@ -178,6 +199,7 @@ class GPT(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.context, config.d_model) if learned else None
+        self.ngram_embedding = NgramEmbedding(config, vocab_size) if config.ngrams > 1 else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = make_norm(config)
@@ -204,7 +226,9 @@ class GPT(nn.Module):
                 nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
                 continue
             std = preset.embedding_std if name == "token_embedding.weight" else 0.02
-            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            if name.startswith("ngram_embedding"):
+                std = 0.0
+            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
                 std = 0.0 if preset.zero_outputs else 0.02 / math.sqrt(2 * self.config.n_layers)
             nn.init.normal_(parameter, std=std, generator=generator)
         if not isinstance(self.final_norm, nn.Identity):
@@ -223,6 +247,8 @@ class GPT(nn.Module):
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
+        if self.ngram_embedding is not None:
+            x = x + self.ngram_embedding(tokens if cache is None else cache.update_tokens(tokens))[:, -T:]
         x, rope = self.dropout(x), self.rope(positions)
         for block in self.blocks:
             x = block(x, rope, cache)

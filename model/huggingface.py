@@ -152,6 +152,8 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     free = replace(PRESETS[config.preset], norm_eps=architecture.norm_eps, rope_theta=architecture.rope_theta)
     if architecture != free:
         raise ValueError(f"Hugging Face's {config.preset} has no options norm, positions and mlp; leave them at preset")
+    if config.ngrams > 1:
+        raise ValueError("Hugging Face has no n-gram embeddings; train with model.ngrams 1")
     standard = config.n_kv_heads == config.n_heads and config.n_heads * config.d_head == config.d_model
     if config.preset == "gpt2" and not standard:
         raise ValueError(

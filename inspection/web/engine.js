@@ -196,19 +196,33 @@ function ablate(z, layer, { n_heads: H, d_head: D }, off, means) {
 
 const add = (a, b) => a.map((value, k) => value + b[k]);
 
+const NGRAM_MULTIPLIER = 1_000_003; // of the hash
+
+// The embedding (C) of the token at position t: its own, that of the position, and those of the n-grams that end there.
+function embed({ config, weights, vocab_size: V }, tokens, t) {
+  const C = config.d_model;
+  let x = rowAt(weights["token_embedding.weight"], C, tokens[t]);
+  const positions = weights["position_embedding.weight"];
+  if (positions) x = add(x, rowAt(positions, C, t));
+  let row = tokens[t];
+  for (let n = 2; n <= config.ngrams; n++) {
+    const earlier = tokens[t - n + 1] ?? V;
+    row = (row * NGRAM_MULTIPLIER + earlier) % config.ngram_rows;
+    x = add(x, rowAt(weights[`ngram_embedding.tables.${n - 2}.weight`], C, row));
+  }
+  return x;
+}
+
 // The residual stream before each layer and after the last, (L + 1) arrays (T, C), of the tokens from `start` on; what is
 // before them is in the cache. `off` names heads and MLPs that are switched off, such as { L1H3: "zero", "L0 MLP": "mean" }.
 function residualStream(model, tokens, start, cache, off) {
   const { config, weights } = model;
   const C = config.d_model;
-  let x = new Float32Array(tokens.length * C);
-  tokens.forEach((token, t) => {
-    const embedding = rowAt(weights["token_embedding.weight"], C, token);
-    const positions = weights["position_embedding.weight"];
-    x.set(positions ? add(embedding, rowAt(positions, C, start + t)) : embedding, t * C);
-  });
+  const T = tokens.length - start;
+  let x = new Float32Array(T * C);
+  range(T).forEach((t) => x.set(embed(model, tokens, start + t), t * C));
   const stream = [x];
-  const rope = config.positions === "rotary" && precomputeRope(start, tokens.length, config.d_head, config.rope_theta);
+  const rope = config.positions === "rotary" && precomputeRope(start, T, config.d_head, config.rope_theta);
   range(config.n_layers).forEach((layer) => {
     const block = `blocks.${layer}`;
     const z = attention(config, weights, layer, norm(config, weights, `${block}.norm1`, x), rope, start, cache.layers[layer]);
@@ -251,7 +265,7 @@ function runModel(model, cache, tokens, off = {}) {
   let start = 0;
   while (start < tokens.length && tokens[start] === cache.tokens[start]) start++;
   if (start < tokens.length) {
-    const stream = residualStream(model, tokens.slice(start), start, cache, off);
+    const stream = residualStream(model, tokens, start, cache, off);
     stream.forEach((x, layer) => cache.stream[layer].set(x, start * model.config.d_model));
   }
   cache.tokens = Array.from(tokens);

@@ -24,7 +24,7 @@ RUN = """async ([step, ids, off, layer, query]) => {
 Run = Any
 
 
-@pytest.fixture(scope="module", params=["glass char", "gpt2 byte", "qwen3 bpe", "llama bpe"])
+@pytest.fixture(scope="module", params=["glass char", "gpt2 byte", "qwen3 bpe", "llama bpe", "n-grams char"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     preset, kind = request.param.split()
     folder = tmp_path_factory.mktemp("run")
@@ -104,7 +104,8 @@ def test_weights_in_8_bits_are_near(made: Any, open_page: OpenPage) -> None:
     )
     from tests.model.helpers import random_model
 
-    model = random_model(made[1].config.preset, seed=0, vocab_size=made[1].vocab_size, context=128)
+    changes = {name: getattr(made[1].config, name) for name in ("ngrams", "ngram_rows")}
+    model = random_model(made[1].config.preset, seed=0, vocab_size=made[1].vocab_size, context=128, **changes)
     weight = model.blocks[0].attention.out.weight.detach()
     error = (torch.tensor(weights).view_as(weight) - weight).abs()
     assert (error <= weight.abs().amax(dim=1, keepdim=True) / 253).all() and error.max() > 0

@@ -47,4 +47,6 @@ def test_logit_lens_ends_with_the_models_logits(preset: str) -> None:
         embedded = model.token_embedding(TEXT)
         if model.position_embedding is not None:
             embedded = embedded + model.position_embedding(torch.arange(T))
+        if model.ngram_embedding is not None:
+            embedded = embedded + model.ngram_embedding(TEXT[None])[0]
         torch.testing.assert_close(lens[0], model.lm_head(model.final_norm(embedded)), rtol=0, atol=1e-5)

@@ -29,6 +29,7 @@ SHAPES = {
         "glass", 2, n_heads=3, d_model=30, context=16, mlp="none", norm="none", positions="none"
     ),
     "gpt2 rms rotary": ModelConfig("gpt2", 2, n_heads=3, d_model=36, context=16, norm="rms", positions="rotary"),
+    "n-grams": ModelConfig("glass", 2, n_heads=3, d_model=30, context=16, ngrams=4, ngram_rows=97),
 }
 
 

@@ -31,7 +31,9 @@ def generated(model: GPT, prompt: Tensor, n: int, params: SamplingParams = SAMPL
     return torch.stack([tokens for tokens, _ in steps], dim=1)
 
 
-@pytest.mark.parametrize(("preset", "attention"), list(zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True)))
+@pytest.mark.parametrize(
+    ("preset", "attention"), [*zip(PRESETS, ATTENTION_IMPLEMENTATIONS, strict=True), ("n-grams", "sdpa")]
+)
 def test_greedy_takes_the_most_likely_token(preset: str, attention: Any) -> None:
     """In a batch of three, several contexts long: the same as without a cache."""
     model, text = random_model(preset, attention, context=16, n_layers=1), random_tokens(3, 5)

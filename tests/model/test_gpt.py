@@ -117,6 +117,19 @@ def test_untied_head_and_what_is_left_out_have_no_parameters_of_their_own() -> N
     assert names == {"token_embedding", "qkv", "out"}
 
 
+def test_ngram_embedding_depends_on_the_last_tokens_only() -> None:
+    embedding, tokens = random_model("n-grams").ngram_embedding, random_tokens(1, 9)
+    untrained = GPT(SHAPES["n-grams"], VOCAB).ngram_embedding
+    assert embedding is not None and untrained is not None
+    assert not any(parameter.any() for parameter in untrained.parameters())
+    changed = tokens.clone()
+    changed[0, 2] += 1
+    is_changed = (embedding(tokens) != embedding(changed)).any(dim=-1)[0]
+    assert is_changed.tolist() == [False] * 2 + [True] * 4 + [False] * 3
+    again = torch.cat([tokens, tokens], dim=1)
+    assert torch.equal(embedding(again)[:, 9 + 3 :], embedding(tokens)[:, 3:])
+
+
 def test_attention_without_positions_and_mlp_sees_a_bag_of_tokens() -> None:
     """The order of earlier tokens does not matter to one layer; without its output, the logits are WE WU (Elhage et al.
     2021, "Zero-Layer Transformers")."""

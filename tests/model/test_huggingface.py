@@ -220,6 +220,7 @@ def test_wrong_tensors_are_named(preset: str) -> None:
         ("gpt2", {"n_kv_heads": 2}, "no grouped key/value heads"),
         ("gpt2", {"d_head": 10}, "no head size"),
         ("gpt2", {"norm": "rms"}, "no options norm, positions and mlp"),
+        ("glass", {"ngrams": 2}, "no n-gram embeddings"),
         ("llama", {"mlp": "none", "d_mlp": 0}, "no options norm, positions and mlp"),
     ],
 )
