@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,10 @@ from safetensors.numpy import save
 
 from common.errors import CHECKPOINT, RemovedError, UserError
 from common.files import reading, write_atomic
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+    from model.gpt import GPT
 
 FORMAT = "glassgpt-attention-1"
 TOP_K = 5  # Number of most likely next tokens that are kept for each position.
@@ -113,6 +117,21 @@ class AttentionFile:
         """(layers, heads) of the model; (0, 0) for an empty file."""
         shapes = [*(text.value_norms.shape for text in self.texts), *(values.shape for values in self.scores.values())]
         return (shapes[0][0], shapes[0][1]) if shapes else (0, 0)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model of a checkpoint, with what an attention file records about it."""
+
+    model: GPT
+    step: int
+    metadata: Mapping[str, str]
+    tokenizer: Tokenizer
+    encode: Callable[[str], list[int]]  # Text -> tokens, after end-of-text if the training documents began with it.
+
+    @property
+    def token_bytes(self) -> Callable[[int], bytes]:
+        return self.tokenizer.token_bytes
 
 
 def write_attention_file(

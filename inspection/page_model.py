@@ -27,7 +27,7 @@ from inspection.page_encoding import DTYPES, Encoder
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from inspection.loaded_model import LoadedModel
+    from inspection.attention_file import LoadedModel
     from model.gpt import GPT
 
 FOLDER = "weights"

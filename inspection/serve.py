@@ -19,9 +19,8 @@ from torch import Tensor
 from common.errors import UserError
 from inspection.ablation import Head, ablated, mean_outputs
 from inspection.activation_cache import blocks_of, inference_mode, run_with_cache
-from inspection.attention_file import DETAILS
+from inspection.attention_file import DETAILS, LoadedModel
 from inspection.attribution import run_layers
-from inspection.loaded_model import LoadedModel
 from inspection.page_encoding import Encoder
 
 MAX_BODY = 1 << 20  # bytes of a request
