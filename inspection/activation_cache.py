@@ -36,12 +36,12 @@ class ActivationCache:
     pattern: Float32[Tensor, "L H T T"]
     value_norms: Float32[Tensor, "L H T"]  # |v_j W_O|: how much a head can add to the residual stream by attending to j
     loss: Float32[Tensor, " T-1"]  # -log p of each token after the first, in nats
+    top_ids: Int64[Tensor, "T N"]  # the `TOP_K` most likely next tokens, most likely first
+    top_probs: Float32[Tensor, "T N"]
     queries: Float32[Tensor, "L H T D"] | None = None  # this and the next three as in `LayerHook`
     keys: Float32[Tensor, "L H T D"] | None = None
     values: Float32[Tensor, "L H T D"] | None = None
     attn_out: Float32[Tensor, "L T C"] | None = None
-    top_ids: Int64[Tensor, "T N"] | None = None  # the `TOP_K` most likely next tokens, most likely first
-    top_probs: Float32[Tensor, "T N"] | None = None
 
 
 def blocks_of(model: GPT) -> list[Block]:

@@ -59,12 +59,12 @@ class AttentionRecord:
     loss: NDArray[np.float32]
     value_norms: NDArray[np.float32]
     pattern_tril: NDArray[np.floating[Any]]
+    top_ids: NDArray[np.int32]
+    top_probs: NDArray[np.float32]
     queries: NDArray[np.floating[Any]] | None = None
     keys: NDArray[np.floating[Any]] | None = None
     values: NDArray[np.floating[Any]] | None = None
     attn_out: NDArray[np.float32] | None = None
-    top_ids: NDArray[np.int32] | None = None
-    top_probs: NDArray[np.float32] | None = None
 
     @staticmethod
     def from_cache(name: str, cache: Any, token_bytes: Callable[[int], bytes]) -> AttentionRecord:
@@ -81,10 +81,8 @@ class AttentionRecord:
         return [self.vocabulary[token] for token in self.tokens.tolist()]
 
     @property
-    def top_tokens(self) -> list[list[tuple[bytes, float]]] | None:
+    def top_tokens(self) -> list[list[tuple[bytes, float]]]:
         """For each position the most likely next tokens, most likely first: (bytes, probability)."""
-        if self.top_ids is None or self.top_probs is None:
-            return None
         rows = zip(self.top_ids.tolist(), self.top_probs.tolist(), strict=True)
         return [[(self.vocabulary[token], p) for token, p in zip(*row, strict=True)] for row in rows]
 
@@ -99,8 +97,7 @@ class AttentionRecord:
 
 
 def _token_ids(arrays: Mapping[str, NDArray[Any]]) -> list[int]:
-    ids = [arrays[part].ravel() for part in ("tokens", "top_ids") if part in arrays]
-    return np.unique(np.concatenate(ids)).tolist()
+    return np.unique(np.concatenate([arrays["tokens"], arrays["top_ids"].ravel()])).tolist()
 
 
 @dataclass(frozen=True)
@@ -191,6 +188,4 @@ def _record(k: int, name: str, arrays: Mapping[str, NDArray[Any]], token_bytes: 
         dims = zip(SHAPES[part].split(), array.shape, strict=True)
         if T < 1 or any(sizes.setdefault(dim, n) != n for dim, n in dims):
             raise ValueError(f"text {k}: the shape of {part} does not fit the others")
-    if ("top_ids" in parts) != ("top_probs" in parts):
-        raise ValueError(f"text {k} has only one of top_ids and top_probs")
     return AttentionRecord(name, {token: token_bytes[token] for token in _token_ids(parts)}, **parts)
