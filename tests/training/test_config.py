@@ -41,12 +41,6 @@ def test_all_problems_are_reported_at_once() -> None:
     )
 
 
-def test_missing_tensorboard_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (line,) = problems("--log.tensorboard=on")
-    assert line.endswith("pip install tensorboard") and parse_train([])[0].log.tensorboard == "off"
-
-
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
