@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -30,7 +29,7 @@ from tyro.conf import Positional
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, quote_arg, run_main, warn
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, run_main, warn
 from common.files import retry_if_removed
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
@@ -86,15 +85,13 @@ def main(argv: list[str]) -> None:
 
 
 def check_command(argv: list[str]) -> None:
-    """Raise `UserError` for a first word that is neither a command nor a path, if it looks like a command."""
+    """Raise `UserError` if another word follows the first, which is not a command."""
     words = [value or "" for option, value in split_options(argv) if not option and value != "-h"]
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
-    is_name = bool(words) and "/" not in words[0] and not (not near and re.fullmatch(r"[\w.-]+", words[0], re.ASCII))
-    if words and not os.path.exists(words[0]) and (len(words) > 1 or is_name):
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise UserError(f"{words[0]!r} is neither a run folder nor a command; {hint}")
-    if len(words) > 1 and words[1] in COMMANDS:
-        raise UserError(f"the command comes first: python attend.py {words[1]} {quote_arg(words[0])}")
+    if len(words) > 1:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        others = f"the commands are {', '.join(COMMANDS)}, and texts with spaces need quotes"
+        hint = f"did you mean {near[0]}?" if near else others
+        raise UserError(f"{words[0]!r} comes before {words[1]!r}, but is not a command; {hint}")
 
 
 def print_lines(*lines: str) -> None:

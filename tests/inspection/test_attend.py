@@ -331,7 +331,8 @@ def test_run_is_found_from_its_parts(trained: Path) -> None:
 
 MISTAKES = {
     "sumary .": "did you mean summary?",
-    ". summary": "the command comes first: python attend.py summary .",
+    ". summary": "'.' comes before 'summary', but is not a command; the commands are summary, ",
+    "RUN --prompt One day": "comes before 'day', but is not a command; the commands are ",
     ". --top=0": "it must be at least 1",
     "token . --head=1.2": "such as L1H2",
     "token . --find=a --position=2": "exclude each other",
