@@ -126,9 +126,9 @@ class Run:
         from inspection.activation_cache import blocks_of, inference_mode, run_with_cache
         from inspection.attribution import run_layers
 
-        tokens, H = self._ids(text), self.model.config.n_heads
-        cache = run_with_cache(self.model, tokens, details=True)
-        with inference_mode(self.model) as model:
+        model, tokens, H = self.model, self._ids(text), self.model.config.n_heads
+        cache = run_with_cache(model, tokens, details=True)
+        with inference_mode(model):
             layers = list(run_layers(model, tokens[None]))
             weights = [block.attention.out.weight.unflatten(1, (H, -1)) for block in blocks_of(model)]
             heads = [layer.z[0].unflatten(-1, (H, -1)) for layer in layers]

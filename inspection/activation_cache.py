@@ -5,7 +5,6 @@ model unchanged. Shapes: B texts, L layers, H heads, T positions, V vocabulary, 
 A[l, h, i, j] is how much query i attends to key j; it is 0 for j > i, and each row sums to 1.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,24 +48,20 @@ def blocks_of(model: GPT) -> list[Block]:
 
 
 @contextmanager
-def inference_mode(model: GPT) -> Iterator[GPT]:
-    """The model with eager attention, without dropout, autograd and autocast; all flags are restored afterwards. A model in
-    half precision is copied to fp32."""
-    if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
-        model = copy.deepcopy(model).float()
+def inference_mode(model: GPT) -> Iterator[None]:
+    """Run the model with eager attention, without dropout, autograd and autocast; afterwards it is as before."""
     implementations = [(block.attention, block.attention.attention_implementation) for block in blocks_of(model)]
-    training = [(module, module.training) for module in model.modules()]
+    was_training = model.training
     try:
         for attention, _ in implementations:
             attention.attention_implementation = "eager"
         model.eval()
         with torch.no_grad(), torch.autocast(model.token_embedding.weight.device.type, enabled=False):
-            yield model
+            yield
     finally:
         for attention, implementation in implementations:
             attention.attention_implementation = implementation
-        for module, mode in training:
-            module.training = mode  # one by one: model.train() would also switch modules that were in eval mode
+        model.train(was_training)
 
 
 def check_tokens(model: GPT, tokens: Int[Tensor, "B T"]) -> None:
@@ -85,7 +80,7 @@ def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hook: LayerHook) -> F
     on the right, which no earlier position attends to. Raises ValueError like `check_tokens`.
     """
     check_tokens(model, tokens)
-    with inference_mode(model) as model, ExitStack() as handles:
+    with inference_mode(model), ExitStack() as handles:
         for layer, block in enumerate(blocks_of(model)):
             _register(handles, layer, block, hook)
         logits: Tensor = model(tokens.to(model.token_embedding.weight.device))
@@ -134,8 +129,8 @@ def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bo
     kept: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in texts]
 
     def keep(layer: int, activations: dict[str, Tensor]) -> None:
-        values, out = activations["values"], blocks_of(model)[layer].attention.out.weight
-        activations["value_norms"] = value_norms(values, out.to(values.dtype))
+        out = blocks_of(model)[layer].attention.out.weight
+        activations["value_norms"] = value_norms(activations["values"], out)
         for name in names:
             for text, T, part in zip(kept, lengths, activations[name], strict=True):
                 part = part[:T] if name == "attn_out" else part[:, :T, :T] if name == "pattern" else part[:, :T]

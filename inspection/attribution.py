@@ -79,7 +79,7 @@ def direct_logit_attribution(
     `L0 attention bias`, `L0 MLP`, `final norm bias`, ... They add up to the model's logit within 1e-4 in fp32 and 1e-9
     in double precision. Raises ValueError like `check_tokens`.
     """
-    with inference_mode(model) as model:
+    with inference_mode(model):
         # Only the last position is kept: all positions of all layers would be large.
         layers = [
             (layer.z[0, -1], layer.mlp_out[0, -1], layer.resid_post[0, -1]) for layer in run_layers(model, tokens[None])
@@ -108,7 +108,7 @@ def logit_lens(model: GPT, tokens: Int[Tensor, " T"]) -> Float[Tensor, "Lplus1 T
     From nostalgebraist 2020, "interpreting GPT: the logit lens". The last row is the model's logits, bit for bit.
     Raises ValueError like `check_tokens`.
     """
-    with inference_mode(model) as model:
+    with inference_mode(model):
         layers = list(run_layers(model, tokens[None]))
         stages = [layers[0].resid_pre, *(layer.resid_post for layer in layers)]
         return torch.cat([model.lm_head(model.final_norm(stage)) for stage in stages]).cpu()

