@@ -94,9 +94,12 @@ class Run:
 
     def logits(self, text: Text) -> ndarray:
         """The logits (T, V) of the token after each one. Raises ValueError if the text is longer than the context."""
-        from inspection.activation_cache import run_with_hooks
+        from inspection.activation_cache import check_tokens, inference_mode
 
-        return run_with_hooks(self.model, self._ids(text)[None], lambda layer, activations: None)[0].cpu().numpy()
+        tokens = self._ids(text)[None]
+        check_tokens(self.model, tokens)
+        with inference_mode(self.model):
+            return self.model(tokens.to(self.model.token_embedding.weight.device))[0].cpu().numpy()
 
     def attention(self, text: Text) -> dict[str, ndarray]:
         """What the model computes on a text, by name; ValueError if it is longer than the context.
@@ -107,20 +110,20 @@ class Run:
         """
         import torch
 
-        from inspection.activation_cache import blocks_of, inference_mode, run_with_cache
-        from inspection.attribution import run_layers
+        from inspection.activation_cache import blocks_of, inference_mode, run_layers
 
         model, tokens, H = self.model, self._ids(text), self.model.config.n_heads
-        cache = run_with_cache(model, tokens, details=True)
         with inference_mode(model):
             layers = list(run_layers(model, tokens[None]))
             weights = [block.attention.out.weight.unflatten(1, (H, -1)) for block in blocks_of(model)]
             heads = [layer.z[0].unflatten(-1, (H, -1)) for layer in layers]
             outputs = [torch.einsum("thd,chd->htc", *each) for each in zip(heads, weights, strict=True)]
         residual = [layers[0].resid_pre[0], *(layer.resid_post[0] for layer in layers)]
-        computed = {"head_outputs": torch.stack(outputs), "residual": torch.stack(residual)}
-        names = ("tokens", "pattern", "queries", "keys", "values")
-        return {name: value.cpu().numpy() for name, value in ({n: getattr(cache, n) for n in names} | computed).items()}
+        names = ("pattern", "queries", "keys", "values")
+        arrays = {"tokens": tokens}
+        arrays |= {name: torch.stack([getattr(layer, name)[0] for layer in layers]) for name in names}
+        arrays |= {"head_outputs": torch.stack(outputs), "residual": torch.stack(residual)}
+        return {name: array.cpu().numpy() for name, array in arrays.items()}
 
     def sample(self, prompt: str = "", **options: Any) -> str:
         """The prompt and its continuation. `options` are those of `sample.py`, such as `tokens`, `temperature`, `top_k`, `top_p`,

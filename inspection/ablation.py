@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from common.errors import NON_FINITE, UserError
 from inspection.ablation_results import AblationEffects, AblationResults, bootstrap
-from inspection.activation_cache import blocks_of, inference_mode, pad
-from inspection.attribution import LayerActivations, run_layers
+from inspection.activation_cache import LayerActivations, blocks_of, inference_mode, pad, run_layers
 from inspection.eval_items import EvalTask, GatherIndex, batches, eval_tasks
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT

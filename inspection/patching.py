@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import CONFIG, UserError
-from inspection.activation_cache import blocks_of, inference_mode
-from inspection.attribution import LayerActivations, run_layers
+from inspection.activation_cache import LayerActivations, blocks_of, inference_mode, run_layers
 from model.gpt import GPT
 
 CONTROLS = 8  # texts over which the control is averaged

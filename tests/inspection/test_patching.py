@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from common.errors import CONFIG, UserError
-from inspection.activation_cache import blocks_of, inference_mode
-from inspection.attribution import run_layers
+from inspection.activation_cache import blocks_of, inference_mode, run_layers
 from inspection.patching import PatchingResult, activation_patching, patch_texts, patched
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade
 from tests.model.helpers import random_model, random_tokens
