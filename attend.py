@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -30,7 +29,7 @@ from tyro.conf import Positional
 if sys.flags.safe_path:  # python -P, python -I
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.errors import CHECKPOINT, DISK_OR_MEMORY, RemovedError, UserError, quote_arg, run_main, warn
+from common.errors import CHECKPOINT, DISK_OR_MEMORY, UserError, run_main, warn
 from common.files import retry_if_removed
 from inspection import terminal
 from inspection.attention_file import AttentionFile, AttentionRecord, write_attention_file
@@ -86,15 +85,13 @@ def main(argv: list[str]) -> None:
 
 
 def check_command(argv: list[str]) -> None:
-    """Raise `UserError` for a first word that is neither a command nor a path, if it looks like a command."""
+    """Raise `UserError` if another word follows the first, which is not a command."""
     words = [value or "" for option, value in split_options(argv) if not option and value != "-h"]
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
-    is_name = bool(words) and "/" not in words[0] and not (not near and re.fullmatch(r"[\w.-]+", words[0], re.ASCII))
-    if words and not os.path.exists(words[0]) and (len(words) > 1 or is_name):
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise UserError(f"{words[0]!r} is neither a run folder nor a command; {hint}")
-    if len(words) > 1 and words[1] in COMMANDS:
-        raise UserError(f"the command comes first: python attend.py {words[1]} {quote_arg(words[0])}")
+    if len(words) > 1:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        others = f"the commands are {', '.join(COMMANDS)}, and texts with spaces need quotes"
+        hint = f"did you mean {near[0]}?" if near else others
+        raise UserError(f"{words[0]!r} comes before {words[1]!r}, but is not a command; {hint}")
 
 
 def print_lines(*lines: str) -> None:
@@ -211,10 +208,8 @@ def print_next_token(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> Non
 
 
 def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedModel, cache: ActivationCache) -> None:
-    """Write an attention file, a figure of all heads, and a page over the kept checkpoints, named by step and text."""
+    """Write an attention file, a figure of all heads, and a page, named by step and text."""
     from inspection.page_builder import PageRun, write_page
-    from inspection.recorder import capture_texts
-    from training.checkpoint import list_checkpoints, read_checkpoint
 
     run, tokens = checkpoint.run_dir, cache.tokens.tolist()
     name = options.prompt or f"generated, seed {options.seed}"
@@ -224,18 +219,7 @@ def write_files(options: AttendOptions, checkpoint: Checkpoint, loaded: LoadedMo
     record = AttentionRecord.from_cache(name, cache, loaded.token_bytes)
     write_attention_file(Path(f"{path}.safetensors"), [record], loaded.metadata, dtype=options.dtype)
     draw_patterns(Path(f"{path}.png"), cache.pattern.numpy(), record.token_bytes, f"step {loaded.step}: {name[:60]}")
-    files = []
-    for folder in list_checkpoints(run / "checkpoints"):
-        if int(folder.name) < loaded.step:
-            try:
-                earlier = load(read_checkpoint(folder), options.device)
-            except UserError as error:
-                if not isinstance(error, RemovedError):
-                    warn(f"skipping a damaged checkpoint: {error}")
-                continue
-            records = capture_texts(earlier.model, [(name, tokens)], earlier.token_bytes)
-            files.append(AttentionFile(records, dict(earlier.metadata)))
-    files.append(AttentionFile([record], dict(loaded.metadata)))
+    files = [AttentionFile([record], dict(loaded.metadata))]
     write_page(Path(f"{path}.html"), [PageRun(run.name, files, (), run)], None, None, name)
     print_lines(f"attention  {path}.safetensors", f"figure     {path}.png", f"page       {path}.html")
 

@@ -6,7 +6,6 @@ Importing it loads no torch. Shapes: L layers, H heads, T tokens, C model width,
 from __future__ import annotations
 
 import html
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,21 +19,7 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
-ROOT = Path(__file__).resolve().parent
 Text = str | Sequence[int]  # A text, which `Run.tokens` turns into tokens, or its tokens.
-
-
-def _check_not_hidden(*names: str) -> None:
-    """Raise ImportError if other modules would be imported in place of ours; a folder of data files hides nothing."""
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec and spec.origin and ROOT not in Path(spec.origin).resolve().parents[:2]:
-            raise ImportError(
-                f"{spec.origin} hides GlassGPT's own {name!r}: rename it, or start Python in another folder"
-            )
-
-
-_check_not_hidden("common", "data", "inspection", "model", "training")
 
 
 def open(path: str | Path, step: int | str | None = None) -> Run:
@@ -55,7 +40,6 @@ def train(config: str | Path = "", options: Mapping[str, Any] | None = None, cal
 
     Raises UserError as the command does; SystemExit after Ctrl-C, once the checkpoint is written.
     """
-    _check_not_hidden("train")
     from train import main
 
     words = [str(config)] if str(config) else []
@@ -110,9 +94,12 @@ class Run:
 
     def logits(self, text: Text) -> ndarray:
         """The logits (T, V) of the token after each one. Raises ValueError if the text is longer than the context."""
-        from inspection.activation_cache import run_with_hooks
+        from inspection.activation_cache import check_tokens, inference_mode
 
-        return run_with_hooks(self.model, self._ids(text)[None], lambda layer, activations: None)[0].cpu().numpy()
+        tokens = self._ids(text)[None]
+        check_tokens(self.model, tokens)
+        with inference_mode(self.model):
+            return self.model(tokens.to(self.model.token_embedding.weight.device))[0].cpu().numpy()
 
     def attention(self, text: Text) -> dict[str, ndarray]:
         """What the model computes on a text, by name; ValueError if it is longer than the context.
@@ -123,25 +110,24 @@ class Run:
         """
         import torch
 
-        from inspection.activation_cache import blocks_of, inference_mode, run_with_cache
-        from inspection.attribution import run_layers
+        from inspection.activation_cache import blocks_of, inference_mode, run_layers
 
-        tokens, H = self._ids(text), self.model.config.n_heads
-        cache = run_with_cache(self.model, tokens, details=True)
-        with inference_mode(self.model) as model:
+        model, tokens, H = self.model, self._ids(text), self.model.config.n_heads
+        with inference_mode(model):
             layers = list(run_layers(model, tokens[None]))
             weights = [block.attention.out.weight.unflatten(1, (H, -1)) for block in blocks_of(model)]
             heads = [layer.z[0].unflatten(-1, (H, -1)) for layer in layers]
             outputs = [torch.einsum("thd,chd->htc", *each) for each in zip(heads, weights, strict=True)]
         residual = [layers[0].resid_pre[0], *(layer.resid_post[0] for layer in layers)]
-        computed = {"head_outputs": torch.stack(outputs), "residual": torch.stack(residual)}
-        names = ("tokens", "pattern", "queries", "keys", "values")
-        return {name: value.cpu().numpy() for name, value in ({n: getattr(cache, n) for n in names} | computed).items()}
+        names = ("pattern", "queries", "keys", "values")
+        arrays = {"tokens": tokens}
+        arrays |= {name: torch.stack([getattr(layer, name)[0] for layer in layers]) for name in names}
+        arrays |= {"head_outputs": torch.stack(outputs), "residual": torch.stack(residual)}
+        return {name: array.cpu().numpy() for name, array in arrays.items()}
 
     def sample(self, prompt: str = "", **options: Any) -> str:
         """The prompt and its continuation. `options` are those of `sample.py`, such as `tokens`, `temperature`, `top_k`, `top_p`,
         `stop` (a tuple) and `seed`; the same seed gives the same text. Raises UserError for a bad value."""
-        _check_not_hidden("sample")
         from common.errors import UserError
         from sample import SampleConfig, sampling_params
         from training.text_generation import GeneratedText, check_token_count, generate_texts

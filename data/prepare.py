@@ -5,7 +5,6 @@ hash of what the tokens depend on: the sha256 of every text, the byte ranges of 
 every file is in meta.json and checked at every start; a damaged folder is prepared again. `tokens-<key>.partial/` is unfinished.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -92,17 +91,6 @@ def check_min_length(data: TokenizedCorpus, context: int) -> None:
         )
 
 
-def find_prepared(config: DataConfig) -> TokenizedCorpus | None:
-    """The tokens of a corpus if they are in the cache and undamaged; encodes nothing."""
-    cache = cache_folder().absolute()
-    with contextlib.suppress(UserError):
-        corpus = open_corpus(config, cache)
-        key = _cache_key(corpus, config)
-        if not _find_damage(folder := cache / f"tokens-{key}", key):
-            return _open(folder, key, corpus)
-    return None
-
-
 def expected_vocab_size(config: DataConfig) -> tuple[int, str]:
     """Vocabulary size of a corpus that is not prepared yet, and where it comes from. Raises `UserError` (2)."""
     encodings = {"gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}  # known without a download
@@ -110,7 +98,7 @@ def expected_vocab_size(config: DataConfig) -> tuple[int, str]:
         case "byte":
             return 257, "256 bytes and end-of-text"
         case "bpe":
-            return config.vocab_size, "as requested; a small text gives fewer"
+            return config.vocab_size, "the largest possible; a small text gives fewer"
         case "char":
             return 97, "assumed: an English keyboard, a newline, end-of-text"
         case name:

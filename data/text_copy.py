@@ -4,16 +4,26 @@ A copy is UTF-8 text. Its documents are the rows or lines, with a separator afte
 """
 
 import codecs
+import gzip
 import hashlib
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import warn
+from common.errors import DATA, UserError, warn
 from common.files import remove_temporary_files, write_atomic
-from data.compression import decompress
 from data.rows import ROWS, lines_of, read_rows
-from data.text_files import BLOCK_BYTES, SEPARATOR, TextRange, is_utf8, open_text, read_blocks
+from data.text_files import (
+    BLOCK_BYTES,
+    COMPRESSED,
+    SEPARATOR,
+    TextRange,
+    import_pyarrow,
+    is_utf8,
+    open_text,
+    read_blocks,
+)
 from data.tokenizer import progress_bar
 
 START_BYTES = 65_536  # of a file that say how it is read
@@ -60,6 +70,30 @@ def plain_text(path: Path, encoding: str, lines: str, cache: Path, field: str = 
             texts = _shuffled_lines(texts, path)
         write_atomic(copy, (text.encode() for text in texts))
     return copy
+
+
+def decompress(path: Path, cache: Path) -> Path:
+    """The file itself, or if it is compressed its copy without the suffix. Raises `UserError`: damaged (3), no space (6)."""
+    if path.suffix.lower() not in COMPRESSED:
+        return path
+    with open_text(path) as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()[:20]
+    copy = cache / f"text-{key}" / path.stem
+    if not copy.exists():
+        write_atomic(copy, _decompressed(path))
+    return copy
+
+
+def _decompressed(path: Path) -> Iterator[bytes]:
+    with open_text(path) as raw, progress_bar("decompressing", path.stat().st_size, True) as bar:
+        is_gzip = path.suffix.lower() == ".gz"
+        try:
+            with gzip.open(raw) if is_gzip else import_pyarrow(path).input_stream(raw, compression="zstd") as file:
+                while block := file.read(BLOCK_BYTES):
+                    bar.update(raw.tell() - bar.n)
+                    yield block
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged: {error}; get it again", DATA) from error
 
 
 def find_codec(start: bytes, encoding: str) -> str:

@@ -292,7 +292,9 @@ def load_huggingface_tokenizer(folder: Path, vocab_size: int) -> HuggingFaceToke
     """The tokenizer of a Hugging Face folder. Raises `UserError` (4): none, damaged, or more tokens than `vocab_size`."""
     path = folder / "tokenizer.json"
     with reading(path, "Hugging Face tokenizer", f"save {path.name} there with transformers: save_pretrained"):
-        text = path.read_text("utf-8") if path.exists() else _from_merges(folder)
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        text = path.read_text("utf-8")
         return HuggingFaceTokenizer(text, vocab_size, _find_end_of_text(folder, text))
 
 
@@ -312,21 +314,6 @@ def _find_end_of_text(folder: Path, text: str) -> int:
         if isinstance(found, int):
             return found
     raise ValueError("no file names its end-of-text token (eos_token)")
-
-
-def _from_merges(folder: Path) -> str:
-    """The content of `tokenizer.json` for GPT-2's older files, `vocab.json` and `merges.txt`."""
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import decoders, models, pre_tokenizers
-
-    names = [str(folder / name) for name in ("vocab.json", "merges.txt")]
-    if not all(map(Path.is_file, map(Path, names))) or read_json(folder / "config.json")["model_type"] != "gpt2":
-        raise ValueError("there is no such file")  # other models split text otherwise
-    tokenizer = HFTokenizer(models.BPE.from_file(*names))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return str(tokenizer.to_str())
 
 
 def from_dict(saved: Any) -> Tokenizer:

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from common.errors import NON_FINITE, UserError
 from inspection.ablation_results import AblationEffects, AblationResults, bootstrap
-from inspection.activation_cache import blocks_of, inference_mode, pad
-from inspection.attribution import LayerActivations, run_layers
+from inspection.activation_cache import LayerActivations, blocks_of, inference_mode, pad, run_layers
 from inspection.eval_items import EvalTask, GatherIndex, batches, eval_tasks
 from inspection.eval_texts import EvalTexts
 from model.gpt import GPT
@@ -56,7 +55,7 @@ def ablated(model: GPT, heads: Iterable[Head], means: Float[Tensor, "L H D"] | N
 
 def mean_outputs(model: GPT, texts: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "L H D"], Float[Tensor, "L C"]]:
     """The mean outputs of each head and of each MLP over all positions of all texts, in the model's precision, on the CPU."""
-    with inference_mode(model) as model:
+    with inference_mode(model):
         L, H, D, C = model.config.n_layers, model.config.n_heads, model.config.d_head, model.config.d_model
         heads, mlps = torch.zeros(L, H * D, dtype=torch.float64), torch.zeros(L, C, dtype=torch.float64)
         for batch in batches(model, texts):
@@ -101,7 +100,7 @@ def ablation_effects(model: GPT, task: EvalTask, on_pass: Callable[[], object] =
     N, L, H, D = task.n_items, model.config.n_layers, model.config.n_heads, model.config.d_head
     scores, effects = np.zeros(N), np.zeros((N, 2, L, H))
     means = mean_head_outputs(model, task.reference)
-    with inference_mode(model) as model:
+    with inference_mode(model):
         for batch in batches(model, task.texts):
             tokens = pad([task.texts[row] for row in batch])
             index = GatherIndex(task, batch, tokens.shape[1], model.token_embedding.weight.device)
@@ -121,7 +120,7 @@ def ablation_effects(model: GPT, task: EvalTask, on_pass: Callable[[], object] =
 def loss_increases(model: GPT, texts: Sequence[Sequence[int]], layer: int, head: int) -> list[NDArray[np.float32]]:
     """How much zero ablation of a head raises the loss of each token after the first, (T-1,) in nats, of each text."""
     rows = [torch.tensor([text], device=model.token_embedding.weight.device) for text in texts]
-    with inference_mode(model) as model:
+    with inference_mode(model):
         before = [F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in rows]
         with ablated(model, [(layer, head)]):
             after = [F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in rows]
@@ -188,7 +187,7 @@ def random_others(heads: Sequence[Head], n_heads: int) -> list[list[Head]]:
 
 def _task_scores(model: GPT, task: EvalTask) -> Scores:
     scores = np.zeros(task.n_items)
-    with inference_mode(model) as model:
+    with inference_mode(model):
         for batch in batches(model, task.texts):
             tokens = pad([task.texts[row] for row in batch]).to(model.token_embedding.weight.device)
             index = GatherIndex(task, batch, tokens.shape[1], tokens.device)

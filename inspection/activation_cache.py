@@ -1,31 +1,39 @@
-"""Attention as the model computes it: a hook for each layer, and a cache of what it gets.
+"""What the model computes: `run_layers` yields the activations of each layer, `run_with_cache` keeps those of attention.
 
-`run_with_hooks` hands what each layer's attention computes to a function; `run_with_cache` keeps it. Both leave the
-model unchanged. Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size.
+Both leave the model unchanged. Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size.
 A[l, h, i, j] is how much query i attends to key j; it is 0 for j > i, and each row sums to 1.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from functools import reduce
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from inspection.attention_file import DETAILS, TOP_K
 from model import functional
-from model.gpt import GPT, Block
+from model.gpt import GPT, Block, Rope
 
-LayerHook = Callable[[int, dict[str, Tensor]], None]
-"""Called once for each layer, with its number and what it has just computed, on the model's device.
 
-By name: `pattern` (B, H, T, T); `queries`, `keys` and `values` (B, H, T, D), queries and keys after QK norm and rotary
-embedding, shared heads repeated; `attn_out` (B, T, C), what the layer's attention adds to the residual stream.
-"""
+@dataclass(frozen=True)
+class LayerActivations:
+    """What one layer computes, on the model's device."""
+
+    resid_pre: Float[Tensor, "B T C"]  # the residual stream before the layer
+    queries: Float[Tensor, "B H T D"]  # after QK norm and rotary embedding, as the keys
+    keys: Float[Tensor, "B H T D"]  # shared heads are repeated, also of the values
+    values: Float[Tensor, "B H T D"]
+    pattern: Float[Tensor, "B H T T"]
+    z: Float[Tensor, "B T HD"]  # the heads' outputs, concatenated, before `attention.out` projects them
+    attn_out: Float[Tensor, "B T C"]  # what the layer's attention adds to the residual stream
+    mlp_out: Float[Tensor, "B T C"]
+    resid_post: Float[Tensor, "B T C"]
+    rope: Rope | None  # the rotary angles, the same in every layer
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,12 @@ class ActivationCache:
     pattern: Float32[Tensor, "L H T T"]
     value_norms: Float32[Tensor, "L H T"]  # |v_j W_O|: how much a head can add to the residual stream by attending to j
     loss: Float32[Tensor, " T-1"]  # -log p of each token after the first, in nats
-    queries: Float32[Tensor, "L H T D"] | None = None  # this and the next three as in `LayerHook`
+    top_ids: Int64[Tensor, "T N"]  # the `TOP_K` most likely next tokens, most likely first
+    top_probs: Float32[Tensor, "T N"]
+    queries: Float32[Tensor, "L H T D"] | None = None  # this and the next three as in `LayerActivations`
     keys: Float32[Tensor, "L H T D"] | None = None
     values: Float32[Tensor, "L H T D"] | None = None
     attn_out: Float32[Tensor, "L T C"] | None = None
-    top_ids: Int64[Tensor, "T N"] | None = None  # the `TOP_K` most likely next tokens, most likely first
-    top_probs: Float32[Tensor, "T N"] | None = None
 
 
 def blocks_of(model: GPT) -> list[Block]:
@@ -49,24 +57,20 @@ def blocks_of(model: GPT) -> list[Block]:
 
 
 @contextmanager
-def inference_mode(model: GPT) -> Iterator[GPT]:
-    """The model with eager attention, without dropout, autograd and autocast; all flags are restored afterwards. A model in
-    half precision is copied to fp32."""
-    if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
-        model = copy.deepcopy(model).float()
+def inference_mode(model: GPT) -> Iterator[None]:
+    """Run the model with eager attention, without dropout, autograd and autocast; afterwards it is as before."""
     implementations = [(block.attention, block.attention.attention_implementation) for block in blocks_of(model)]
-    training = [(module, module.training) for module in model.modules()]
+    was_training = model.training
     try:
         for attention, _ in implementations:
             attention.attention_implementation = "eager"
         model.eval()
         with torch.no_grad(), torch.autocast(model.token_embedding.weight.device.type, enabled=False):
-            yield model
+            yield
     finally:
         for attention, implementation in implementations:
             attention.attention_implementation = implementation
-        for module, mode in training:
-            module.training = mode  # one by one: model.train() would also switch modules that were in eval mode
+        model.train(was_training)
 
 
 def check_tokens(model: GPT, tokens: Int[Tensor, "B T"]) -> None:
@@ -78,37 +82,45 @@ def check_tokens(model: GPT, tokens: Int[Tensor, "B T"]) -> None:
         raise ValueError(f"a token is outside the model's vocabulary of {model.vocab_size}")
 
 
-def run_with_hooks(model: GPT, tokens: Int[Tensor, "B T"], hook: LayerHook) -> Float32[Tensor, "B T V"]:
-    """Run the model in fp32 with eager attention, without autograd, calling the hook for each layer.
+def run_layers(model: GPT, tokens: Int[Tensor, "B T"]) -> Iterator[LayerActivations]:
+    """Run the blocks one by one, in `inference_mode`; yields each layer's activations. Shorter texts are padded on the right,
+    which no earlier position attends to. Raises ValueError like `check_tokens`.
 
-    The hook should keep only what it needs: the activations of all layers together are large. Shorter texts are padded
-    on the right, which no earlier position attends to. Raises ValueError like `check_tokens`.
+    Keep only what is needed: the activations of all layers together are large.
     """
     check_tokens(model, tokens)
-    with inference_mode(model) as model, ExitStack() as handles:
-        for layer, block in enumerate(blocks_of(model)):
-            _register(handles, layer, block, hook)
-        logits: Tensor = model(tokens.to(model.token_embedding.weight.device))
-        return logits.float()
+    tokens = tokens.to(model.token_embedding.weight.device)
+    rope = model.rope(torch.arange(tokens.shape[1], device=tokens.device))
+    x = reduce(torch.add, embeddings(model, tokens).values())
+    for block in blocks_of(model):
+        attention, seen = block.attention, dict[nn.Module, tuple[Tensor, ...]]()
 
+        def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor, seen: Any = seen) -> None:
+            seen[module] = (*args, out)
 
-def _register(handles: ExitStack, layer: int, block: Block, hook: LayerHook) -> None:
-    attention, activations = block.attention, dict[str, Tensor]()
-
-    def on_qkv(module: object, args: object, qkv: Tensor) -> None:
+        with ExitStack() as handles:
+            for module in (attention.qkv, attention.pattern, attention.out):
+                handles.enter_context(module.register_forward_hook(see))
+            attn_out = attention(block.norm1(x), rope)
+        (_, qkv), (queries, keys, pattern), (z, _) = seen.values()
         H, G = attention.n_heads, attention.n_kv_heads
-        values = qkv.unflatten(-1, (H + 2 * G, -1))[..., H + G :, :].transpose(1, 2)
-        activations["values"] = functional.repeat_kv(values, H)
+        values = functional.repeat_kv(qkv.unflatten(-1, (H + 2 * G, -1))[..., H + G :, :].transpose(1, 2), H)
+        resid_mid = x + attn_out
+        mlp_out = block.mlp_out(resid_mid)
+        resid_post = resid_mid + mlp_out
+        yield LayerActivations(x, queries, keys, values, pattern, z, attn_out, mlp_out, resid_post, rope)
+        x = resid_post
 
-    def on_pattern(module: object, args: tuple[Tensor, Tensor], out: Tensor) -> None:
-        activations.update(queries=args[0], keys=args[1], pattern=out)
 
-    def on_out(module: object, args: object, out: Tensor) -> None:
-        hook(layer, {**activations, "attn_out": out})
-        activations.clear()
-
-    for module, function in ((attention.qkv, on_qkv), (attention.pattern, on_pattern), (attention.out, on_out)):
-        handles.enter_context(module.register_forward_hook(function))  # type: ignore[arg-type]
+def embeddings(model: GPT, tokens: Int[Tensor, "B T"]) -> dict[str, Float[Tensor, "_ T C"]]:
+    """The embeddings by name; their sum is the residual stream before layer 0."""
+    parts = {"token embedding": model.token_embedding(tokens)}
+    if model.position_embedding is not None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        parts["position embedding"] = model.position_embedding(positions)[None]
+    if model.ngram_embedding is not None:
+        parts["n-gram embedding"] = model.ngram_embedding(tokens)
+    return parts
 
 
 def pad(texts: Sequence[Sequence[int]]) -> Int64[Tensor, "B T"]:
@@ -132,16 +144,15 @@ def run_with_cache_batch(model: GPT, texts: Sequence[Sequence[int]], details: bo
     tokens, lengths = pad(texts), list(map(len, texts))
     names = ("pattern", "value_norms", *(DETAILS if details else ()))
     kept: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in texts]
-
-    def keep(layer: int, activations: dict[str, Tensor]) -> None:
-        values, out = activations["values"], blocks_of(model)[layer].attention.out.weight
-        activations["value_norms"] = value_norms(values, out.to(values.dtype))
-        for name in names:
-            for text, T, part in zip(kept, lengths, activations[name], strict=True):
-                part = part[:T] if name == "attn_out" else part[:, :T, :T] if name == "pattern" else part[:, :T]
-                text[name].append(part.float().cpu())
-
-    all_logits = run_with_hooks(model, tokens, keep).cpu()
+    with inference_mode(model):
+        for block, layer in zip(blocks_of(model), run_layers(model, tokens), strict=True):
+            norms = value_norms(layer.values, block.attention.out.weight)
+            for name in names:
+                batch = norms if name == "value_norms" else getattr(layer, name)
+                for text, T, part in zip(kept, lengths, batch, strict=True):
+                    part = part[:T] if name == "attn_out" else part[:, :T, :T] if name == "pattern" else part[:, :T]
+                    text[name].append(part.float().cpu())
+        all_logits = model.lm_head(model.final_norm(layer.resid_post)).float().cpu()
     caches = []
     for k, (T, layers) in enumerate(zip(lengths, kept, strict=True)):
         activations = {name: torch.stack(layers.pop(name)) for name in names}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,10 @@ from safetensors.numpy import save
 
 from common.errors import CHECKPOINT, RemovedError, UserError
 from common.files import reading, write_atomic
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+    from model.gpt import GPT
 
 FORMAT = "glassgpt-attention-1"
 TOP_K = 5  # Number of most likely next tokens that are kept for each position.
@@ -55,12 +59,12 @@ class AttentionRecord:
     loss: NDArray[np.float32]
     value_norms: NDArray[np.float32]
     pattern_tril: NDArray[np.floating[Any]]
+    top_ids: NDArray[np.int32]
+    top_probs: NDArray[np.float32]
     queries: NDArray[np.floating[Any]] | None = None
     keys: NDArray[np.floating[Any]] | None = None
     values: NDArray[np.floating[Any]] | None = None
     attn_out: NDArray[np.float32] | None = None
-    top_ids: NDArray[np.int32] | None = None
-    top_probs: NDArray[np.float32] | None = None
 
     @staticmethod
     def from_cache(name: str, cache: Any, token_bytes: Callable[[int], bytes]) -> AttentionRecord:
@@ -77,10 +81,8 @@ class AttentionRecord:
         return [self.vocabulary[token] for token in self.tokens.tolist()]
 
     @property
-    def top_tokens(self) -> list[list[tuple[bytes, float]]] | None:
+    def top_tokens(self) -> list[list[tuple[bytes, float]]]:
         """For each position the most likely next tokens, most likely first: (bytes, probability)."""
-        if self.top_ids is None or self.top_probs is None:
-            return None
         rows = zip(self.top_ids.tolist(), self.top_probs.tolist(), strict=True)
         return [[(self.vocabulary[token], p) for token, p in zip(*row, strict=True)] for row in rows]
 
@@ -95,8 +97,7 @@ class AttentionRecord:
 
 
 def _token_ids(arrays: Mapping[str, NDArray[Any]]) -> list[int]:
-    ids = [arrays[part].ravel() for part in ("tokens", "top_ids") if part in arrays]
-    return np.unique(np.concatenate(ids)).tolist()
+    return np.unique(np.concatenate([arrays["tokens"], arrays["top_ids"].ravel()])).tolist()
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,21 @@ class AttentionFile:
         """(layers, heads) of the model; (0, 0) for an empty file."""
         shapes = [*(text.value_norms.shape for text in self.texts), *(values.shape for values in self.scores.values())]
         return (shapes[0][0], shapes[0][1]) if shapes else (0, 0)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model of a checkpoint, with what an attention file records about it."""
+
+    model: GPT
+    step: int
+    metadata: Mapping[str, str]
+    tokenizer: Tokenizer
+    encode: Callable[[str], list[int]]  # Text -> tokens, after end-of-text if the training documents began with it.
+
+    @property
+    def token_bytes(self) -> Callable[[int], bytes]:
+        return self.tokenizer.token_bytes
 
 
 def write_attention_file(
@@ -172,6 +188,4 @@ def _record(k: int, name: str, arrays: Mapping[str, NDArray[Any]], token_bytes: 
         dims = zip(SHAPES[part].split(), array.shape, strict=True)
         if T < 1 or any(sizes.setdefault(dim, n) != n for dim, n in dims):
             raise ValueError(f"text {k}: the shape of {part} does not fit the others")
-    if ("top_ids" in parts) != ("top_probs" in parts):
-        raise ValueError(f"text {k} has only one of top_ids and top_probs")
     return AttentionRecord(name, {token: token_bytes[token] for token in _token_ids(parts)}, **parts)

@@ -5,53 +5,12 @@ A logit is a sum of what each embedding, head and MLP wrote to the residual stre
 Shapes: B texts, L layers, H heads, T positions, V vocabulary, C model width, D head size.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import reduce
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from inspection.activation_cache import blocks_of, check_tokens, inference_mode
-from model.gpt import GPT, LayerNorm, Rope
-
-
-@dataclass(frozen=True)
-class LayerActivations:
-    """What one layer computes: the residual stream before and after it, and what it adds."""
-
-    resid_pre: Float[Tensor, "B T C"]
-    z: Float[Tensor, "B T HD"]  # the heads' outputs, concatenated, before `attention.out` projects them
-    mlp_out: Float[Tensor, "B T C"]
-    resid_post: Float[Tensor, "B T C"]
-    rope: Rope | None  # the rotary angles, the same in every layer
-
-
-def run_layers(model: GPT, tokens: Int[Tensor, "B T"]) -> Iterator[LayerActivations]:
-    """Run the blocks one by one; yields each layer's activations. Raises ValueError like `check_tokens`."""
-    check_tokens(model, tokens)
-    tokens = tokens.to(model.token_embedding.weight.device)
-    rope = model.rope(torch.arange(tokens.shape[1], device=tokens.device))
-    x = reduce(torch.add, _embeddings(model, tokens).values())
-    for block in blocks_of(model):
-        z: list[Tensor] = []
-        with block.attention.out.register_forward_pre_hook(lambda module, args, z=z: z.append(args[0])):  # type: ignore[misc]
-            resid_mid = x + block.attention(block.norm1(x), rope)
-        mlp_out = block.mlp_out(resid_mid)
-        yield LayerActivations(x, z[0], mlp_out, resid_mid + mlp_out, rope)
-        x = resid_mid + mlp_out
-
-
-def _embeddings(model: GPT, tokens: Int[Tensor, "B T"]) -> dict[str, Float[Tensor, "_ T C"]]:
-    """The embeddings by name; their sum is the residual stream before layer 0."""
-    parts = {"token embedding": model.token_embedding(tokens)}
-    if model.position_embedding is not None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        parts["position embedding"] = model.position_embedding(positions)[None]
-    if model.ngram_embedding is not None:
-        parts["n-gram embedding"] = model.ngram_embedding(tokens)
-    return parts
+from inspection.activation_cache import blocks_of, embeddings, inference_mode, run_layers
+from model.gpt import GPT, LayerNorm
 
 
 def _direction(model: GPT, x: Float[Tensor, " C"], token: int) -> tuple[Float[Tensor, " C"], Float[Tensor, ""] | None]:
@@ -81,7 +40,7 @@ def direct_logit_attribution(
     `L0 attention bias`, `L0 MLP`, `final norm bias`, ... They add up to the model's logit within 1e-4 in fp32 and 1e-9
     in double precision. Raises ValueError like `check_tokens`.
     """
-    with inference_mode(model) as model:
+    with inference_mode(model):
         # Only the last position is kept: all positions of all layers would be large.
         layers = [
             (layer.z[0, -1], layer.mlp_out[0, -1], layer.resid_post[0, -1]) for layer in run_layers(model, tokens[None])
@@ -89,8 +48,8 @@ def direct_logit_attribution(
         final = layers[-1][2]
         chosen = int(model.lm_head(model.final_norm(final)).argmax()) if token is None else token
         direction, norm_bias = _direction(model, final, chosen)
-        embeddings = _embeddings(model, tokens[None].to(final.device))
-        parts = {name: x[0, -1] @ direction for name, x in embeddings.items()}
+        embedded = embeddings(model, tokens[None].to(final.device))
+        parts = {name: x[0, -1] @ direction for name, x in embedded.items()}
         for number, (block, (z, mlp_out, _)) in enumerate(zip(blocks_of(model), layers, strict=True)):
             out = block.attention.out
             by_head = (z * (direction @ out.weight)).unflatten(-1, (block.attention.n_heads, -1)).sum(dim=-1)
@@ -110,7 +69,7 @@ def logit_lens(model: GPT, tokens: Int[Tensor, " T"]) -> Float[Tensor, "Lplus1 T
     From nostalgebraist 2020, "interpreting GPT: the logit lens". The last row is the model's logits, bit for bit.
     Raises ValueError like `check_tokens`.
     """
-    with inference_mode(model) as model:
-        layers = list(run_layers(model, tokens[None]))
-        stages = [layers[0].resid_pre, *(layer.resid_post for layer in layers)]
+    with inference_mode(model):
+        layers = [(layer.resid_pre, layer.resid_post) for layer in run_layers(model, tokens[None])]
+        stages = [layers[0][0], *(resid_post for _, resid_post in layers)]
         return torch.cat([model.lm_head(model.final_norm(stage)) for stage in stages]).cpu()

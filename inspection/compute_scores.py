@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inspection.activation_cache import pad, run_with_hooks
+from inspection.activation_cache import inference_mode, pad, run_layers
 from inspection.contrast_pairs import ContrastPair
 from inspection.eval_items import GatherIndex, pair_task
 from inspection.eval_texts import EvalTexts
@@ -29,13 +29,12 @@ def compute_head_scores(model: GPT, eval_texts: EvalTexts, token_bytes: TokenByt
     finite, is left out."""
     layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.n_layers)]
     for measured_on, texts in ((REPEATS, eval_texts.repeats), (HELD_OUT, eval_texts.scored_texts())):
-
-        def hook(layer: int, activations: dict[str, Tensor]) -> None:
-            values = _query_values(activations["pattern"], texts, token_bytes, measured_on)  # noqa: B023
-            layers[layer] |= {name: value.mean(dim=-1) for name, value in values.items()}
-
-        if texts:
-            run_with_hooks(model, pad(texts), hook)
+        if not texts:
+            continue
+        with inference_mode(model):
+            for means, layer in zip(layers, run_layers(model, pad(texts)), strict=True):
+                values = _query_values(layer.pattern, texts, token_bytes, measured_on)
+                means |= {name: value.mean(dim=-1) for name, value in values.items()}
     scores = {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
     scores |= {s.name: s.compute(model) for s in SCORES.values() if s.texts == PARAMETERS and s.compute}
     pairs = [p for kind in eval_texts.pairs_by_kind().values() for p in kind[:SCORED_PAIRS] if p.antecedent]
@@ -50,13 +49,11 @@ def compute_head_score(
 ) -> Float[Tensor, "L H"]:
     """One score of every head, like those of `head_scores.py`: the mean over the queries of all texts."""
     layers: list[Tensor] = []
-
-    def hook(layer: int, activations: dict[str, Tensor]) -> None:
-        pairs = zip(activations["pattern"].cpu(), texts, strict=True)
-        values = [score(pattern[:, : len(text), : len(text)], torch.tensor(text)) for pattern, text in pairs]
-        layers.append(torch.cat(values, dim=-1).mean(dim=-1))
-
-    run_with_hooks(model, pad(texts), hook)
+    with inference_mode(model):
+        for layer in run_layers(model, pad(texts)):
+            pairs = zip(layer.pattern.cpu(), texts, strict=True)
+            values = [score(pattern[:, : len(text), : len(text)], torch.tensor(text)) for pattern, text in pairs]
+            layers.append(torch.cat(values, dim=-1).mean(dim=-1))
     return torch.stack(layers)
 
 
@@ -103,11 +100,11 @@ def score_pairs(model: GPT, pairs: Sequence[ContrastPair]) -> tuple[NDArray[np.f
         is_antecedent = torch.zeros(len(items), tokens.shape[1], device=device)
         for row, item in zip(is_antecedent, items, strict=True):
             row[list(pairs[item].antecedent)] = 1
-
-        def hook(layer: int, activations: dict[str, Tensor]) -> None:
-            pattern = activations["pattern"][rows, :, positions]  # noqa: B023
-            attention[items, layer] = (pattern * is_antecedent[:, None]).sum(dim=-1).cpu()  # noqa: B023
-
         index = GatherIndex(task, batch, tokens.shape[1], device)
-        logit_diffs += index.score(index.gather(run_with_hooks(model, tokens, hook)), len(pairs))
+        with inference_mode(model):
+            for number, layer in enumerate(run_layers(model, tokens)):
+                pattern = layer.pattern[rows, :, positions]
+                attention[items, number] = (pattern * is_antecedent[:, None]).sum(dim=-1).cpu()
+            logits = model.lm_head(model.final_norm(layer.resid_post))
+        logit_diffs += index.score(index.gather(logits), len(pairs))
     return logit_diffs, attention

@@ -151,7 +151,7 @@ def _text(text: AttentionRecord, tokens: int, qkv: str, encoder: Encoder) -> dic
     first = max(0, T - tokens) if tokens else 0
     norms = np.nan_to_num(np.asarray(text.value_norms, np.float64)[..., first:], posinf=0, neginf=0)
     norms /= np.maximum(norms.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    top = [pair for row in (text.top_tokens or [])[first:] for pair in row]
+    top = [pair for row in text.top_tokens[first:] for pair in row]
     pattern = text.pattern_tril[..., np.tril_indices(T)[1] >= first]
     layers = [{"pattern": encoder.array(layer, "float16")} for layer in pattern]
     for name in ("queries", "keys", "values", "attn_out"):

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from inspection.ablation_results import AblationResults
 from inspection.attention_file import AttentionFile
 from inspection.findings import ATTENTION_THRESHOLD, LABEL_NOTES, LABELS, ablation_label, measure_for_score
 from inspection.head_scores import ANTECEDENT, HELD_OUT, REPEATS, HeadScore, score_info
+from inspection.terminal import json_values
 
 MAX_ATTENTION = HeadScore(
     "max_attention",
@@ -32,6 +34,7 @@ EFFECTS = {
 }
 """What an ablation effect is, by measure; for all other measures it is the decrease of the logit difference."""
 TIMELINE_POINTS = 200
+numbers = partial(json_values, digits=7)  # as many as the page needs
 NO_FINDINGS: Mapping[str, Any] = {"headline": "What each attention head attends to, token by token.", "findings": []}
 
 
@@ -71,15 +74,6 @@ def file_scores(file: AttentionFile) -> Mapping[str, NDArray[np.floating[Any]]]:
         return file.scores
     every = np.concatenate([text.pattern()[:, :, 1:].max(axis=-1) for text in file.texts], axis=-1, dtype=np.float64)
     return {MAX_ATTENTION.name: every.mean(axis=-1) if every.size else np.full(every.shape[:2], np.nan)}
-
-
-def numbers(values: Any) -> Any:
-    """Numbers as JSON, in tables, arrays or lists too: 7 significant digits; None where not finite (not measured)."""
-    if isinstance(values, Mapping):
-        return {name: numbers(value) for name, value in values.items()}
-    if isinstance(values, np.ndarray | list):
-        return [numbers(value) for value in values]
-    return float(f"{values:.7g}") if math.isfinite(values) else None
 
 
 def describe_scores(runs: Sequence[PageRun], ablations: AblationResults | None) -> dict[str, Any]:

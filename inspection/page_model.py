@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,15 +21,17 @@ from safetensors.numpy import load_file, save
 
 from common.errors import UserError, warn
 from common.files import read_json, reading, write_atomic
+from data.tokenizer import Tokenizer, from_dict
 from inspection.page_data import PageRun
 from inspection.page_encoding import DTYPES, Encoder
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from inspection.loaded_model import LoadedModel
+    from inspection.attention_file import LoadedModel
     from model.gpt import GPT
 
 FOLDER = "weights"
+KINDS = "char", "byte", "bpe"  # of the tokenizers that `web/tokenizer.js` knows
 SIZES = "n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "context", "ngrams", "ngram_rows"
 PageModel = tuple[dict[str, Any] | None, list[bytes]]  # a table for the page, and the vocabulary
 
@@ -73,21 +75,21 @@ def encode_model(run: PageRun, limit: int) -> PageModel:
                 continue
             snapshots.append({"step": step, "weights": weights})
     with reading(folder, "run with weights"):
-        vocabulary, config = _vocabulary(tokenizer), ModelConfig(**json.loads(metadata["config"]))
-    if not snapshots or snapshots[0]["step"] != steps[-1] or not vocabulary:
+        config = ModelConfig(**json.loads(metadata["config"]))
+    if not snapshots or snapshots[0]["step"] != steps[-1]:
         return None, []
-    end = len(vocabulary) - 1
-    table = _describe(config, end, [end] if starts_with_eot else [])
-    return {**table, "vocab_size": len(vocabulary), "tokenizer": tokenizer, "snapshots": snapshots}, vocabulary
+    table, vocabulary = _describe(config, tokenizer, [tokenizer.end_of_text] if starts_with_eot else [])
+    return {**table, "tokenizer": dict(tokenizer.saved), "snapshots": snapshots}, vocabulary
 
 
-def _read_tokenizer(folder: Path, sha256: str) -> tuple[dict[str, Any], bool] | None:
-    """The tokenizer of that hash from a checkpoint, and whether texts start with end-of-text; None if all are damaged."""
+def _read_tokenizer(folder: Path, sha256: str) -> tuple[Tokenizer, bool] | None:
+    """The tokenizer of that hash from a checkpoint, and whether texts start with end-of-text; None if all are damaged, or
+    it is of another kind than `KINDS`."""
     for state in sorted(folder.glob("checkpoints/*/state.json"), reverse=True):
         with suppress(UserError), reading(state.parent, "checkpoint"):
             content = state.with_name("vocabulary.json").read_bytes()
-            if hashlib.sha256(content).hexdigest() == sha256:
-                return json.loads(content), bool(read_json(state)["environment"]["starts_with_eot"])
+            if hashlib.sha256(content).hexdigest() == sha256 and (saved := json.loads(content))["kind"] in KINDS:
+                return from_dict(saved), bool(read_json(state)["environment"]["starts_with_eot"])
     return None
 
 
@@ -103,24 +105,14 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
 
 def describe_model(loaded: LoadedModel, steps: Sequence[int]) -> PageModel:
     """A model that a server runs at `steps`."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    prefix = loaded.encode("a")[: -len(tokenizer.encode("a"))]
-    table = _describe(model.config, tokenizer.end_of_text, prefix) | {"vocab_size": model.vocab_size}
-    return {**table, "steps": list(steps)}, [loaded.token_bytes(token) for token in range(model.vocab_size)]
+    prefix = loaded.encode("a")[: -len(loaded.tokenizer.encode("a"))]
+    table, vocabulary = _describe(loaded.model.config, loaded.tokenizer, prefix)
+    return {**table, "steps": list(steps)}, vocabulary
 
 
-def _describe(config: ModelConfig, end_of_text: int, prefix: Sequence[int]) -> dict[str, Any]:
+def _describe(config: ModelConfig, tokenizer: Tokenizer, prefix: Sequence[int]) -> tuple[dict[str, Any], list[bytes]]:
     """What is the same whoever runs the model; `prefix` are the tokens before each text."""
     sizes = {name: getattr(config, name) for name in SIZES} | asdict(config.architecture)
-    return {"config": sizes, "end_of_text": end_of_text, "prefix": list(prefix)}
-
-
-def _vocabulary(tokenizer: Mapping[str, Any]) -> list[bytes]:
-    """The bytes of each token; empty for another kind of tokenizer."""
-    match tokenizer["kind"]:
-        case "char":
-            return [*(character.encode() for character in tokenizer["characters"]), b""]
-        case "byte" | "bpe":
-            merged = [token.encode("latin-1") for token in tokenizer.get("merged", ())]
-            return [*(bytes([byte]) for byte in range(256)), *merged, b""]
-    return []
+    table = {"config": sizes, "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+    vocabulary = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+    return {**table, "prefix": list(prefix)}, vocabulary

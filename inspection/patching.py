@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import CONFIG, UserError
-from inspection.activation_cache import blocks_of, inference_mode
-from inspection.attribution import LayerActivations, run_layers
+from inspection.activation_cache import LayerActivations, blocks_of, inference_mode, run_layers
 from model.gpt import GPT
 
 CONTROLS = 8  # texts over which the control is averaged
@@ -90,7 +89,7 @@ def activation_patching(model: GPT, clean: Sequence[int], corrupt: Sequence[int]
     Raises UserError (exit code 2) if the model has the same logit difference on both texts; ValueError like
     `check_tokens`.
     """
-    with inference_mode(model) as model:
+    with inference_mode(model):
         clean_layers, layers = (list(run_layers(model, torch.tensor([text]))) for text in (clean, corrupt))
         before, after = (float(_logit_diffs(model, each[-1].resid_post, answers)) for each in (clean_layers, layers))
         if not abs(before - after) >= MIN_DIFFERENCE:

@@ -11,7 +11,6 @@ Needs NumPy only, apart from `RunFiles.eval_texts`.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -201,14 +200,12 @@ def _not_a_run(path: Path) -> str:
 
 
 def match_name(name: str, names: Iterable[str], what: str, where: str) -> str:
-    """`name` if it is among `names`; else `UserError` with the nearest and all of them (exit code 2)."""
+    """`name` if it is among `names`; else `UserError` with all of them (exit code 2)."""
     known = list(names)
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
     options = f"it has {', '.join(known)}" if known else f"it has no {what}"
-    raise UserError(f"{where} has no {what} {name!r}; {hint}{options}", CONFIG)
+    raise UserError(f"{where} has no {what} {name!r}; {options}", CONFIG)
 
 
 def find_text(file: AttentionFile, name: str, where: str) -> AttentionRecord:

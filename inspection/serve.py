@@ -18,10 +18,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from inspection.ablation import Head, ablated, mean_outputs
-from inspection.activation_cache import blocks_of, inference_mode, run_with_cache
-from inspection.attention_file import DETAILS
-from inspection.attribution import run_layers
-from inspection.loaded_model import LoadedModel
+from inspection.activation_cache import blocks_of, inference_mode, run_layers, run_with_cache
+from inspection.attention_file import DETAILS, LoadedModel
 from inspection.page_encoding import Encoder
 
 MAX_BODY = 1 << 20  # bytes of a request
@@ -57,8 +55,8 @@ class Backend:
         tokens, model = torch.tensor([int(token) for token in request["ids"]]), self.model(step).model
         with self.lock, ExitStack() as stack, inference_mode(model):
             self.switch_off(step, request["off"] or {}, stack)
-            layers = list(run_layers(model, tokens[None]))
-            stages = [layers[0].resid_pre[0, query], *(each.resid_post[0, query] for each in layers)]
+            layers = [(each.resid_pre[0, query], each.resid_post[0, query]) for each in run_layers(model, tokens[None])]
+            stages = [layers[0][0], *(resid_post for _, resid_post in layers)]
             lens = model.lm_head(model.final_norm(torch.stack(stages))).cpu()
             cache = run_with_cache(model, tokens, details=True) if layer >= 0 else None
         arrays: dict[str, Any] = {"logits": lens[-1], "lens": lens.argmax(dim=-1)}

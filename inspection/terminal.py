@@ -206,15 +206,18 @@ def sparkline(values: ArrayLike, low: float, high: float, width: int = 60) -> st
     return line
 
 
-def _finite(value: Any) -> Any:
-    """A value of mappings, lists and numbers with None for nan and infinity."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def json_values(values: Any, digits: int = 17) -> Any:
+    """A value, in mappings, lists or arrays too, as JSON takes it: numbers of so many significant digits (17 are all of a
+    float), None where not finite (not measured)."""
+    if isinstance(values, Mapping):
+        return {key: json_values(value, digits) for key, value in values.items()}
+    if isinstance(values, list | tuple | np.ndarray):
+        return [json_values(value, digits) for value in values]
+    if not isinstance(values, float | np.floating):
+        return values
+    return float(f"{values:.{digits}g}") if math.isfinite(values) else None
 
 
 def to_json(data: Mapping[str, Any]) -> str:
     """Indented JSON in ASCII; nan and infinity become null."""
-    return json.dumps(_finite(data), indent=1, allow_nan=False)
+    return json.dumps(json_values(data), indent=1, allow_nan=False)

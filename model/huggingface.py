@@ -283,8 +283,7 @@ def load_huggingface(folder: str | Path, attention: AttentionImplementation = "e
 def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
     """The tensors of a folder by name, as slices that are not read yet, of files that `files` closes."""
     has_index = not (folder / WEIGHTS_FILE).exists() and (folder / INDEX_FILE).exists()
-    weight_map = read_json(folder / INDEX_FILE)["weight_map"] if has_index else {}
-    names = sorted(set(weight_map.values())) if has_index else [WEIGHTS_FILE]
+    names = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values())) if has_index else [WEIGHTS_FILE]
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if pickled and not has_index and not (folder / WEIGHTS_FILE).exists():
         raise UserError(f"{folder}: {TO_CONVERT.format(escape_control_chars(', '.join(pickled[:3])))}", CHECKPOINT)
@@ -295,7 +294,5 @@ def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
         # Read, not mapped, for a mapped file that shrinks ends the process (SIGBUS).
         file = files.enter_context(safe_open(folder / name, "pt", backend="pread"))
         for key in file.keys():  # noqa: SIM118
-            if has_index and weight_map.get(key) != name:
-                raise ValueError(f"{escape_control_chars(key)} is in {name}, which is not where {INDEX_FILE} has it")
             tensors[key] = file.get_slice(key)
     return tensors

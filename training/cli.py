@@ -35,10 +35,6 @@ ALIASES = {
     "start": "prompt",
 }
 """Options of nanoGPT and Hugging Face, by their last part, whose counterpart here is not the most similar name."""
-NO_EQUIVALENT = {
-    "num_train_epochs": "give --train.steps; an epoch is training tokens / (train.batch_size * model.context) steps",
-    "bias": "model.preset decides: gpt2 has biases, the others have none",
-}
 PATHS = (
     *("run.dir", "run.resume", "model.init", "data.tokenizer", "data.source", "data.val", "log.prompts", "prompts"),
     *("out", "against", "attend"),
@@ -156,8 +152,6 @@ def _convert(option: str, value: str | None, types: dict[str, Any]) -> Any:
 def _suggestion(name: str, types: dict[str, Any]) -> str:
     """What to type instead of an unknown option: the alias, the option with that last part, or the nearest name."""
     last = name.rsplit(".", 1)[-1]
-    if last in NO_EQUIVALENT and "train.steps" in types:
-        return f"there is none like it: {NO_EQUIVALENT[last]}"
     candidates = [ALIASES.get(last, ""), *(key for key in types if key.rsplit(".", 1)[-1] == last)]
     candidates += difflib.get_close_matches(name, types, n=1)
     nearest = next((key for key in candidates if key in types), None)

@@ -7,7 +7,6 @@ before them: defaults < file < command line. Imports no torch, so that a mistype
 import dataclasses
 import difflib
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -176,8 +175,6 @@ def parse_train(argv: list[str], description: str = "") -> tuple[RunConfig, str]
     # Not in `problems`: a checkpoint may be read elsewhere.
     if config.log.prompts and not resumed and not os.path.isfile(config.log.prompts):
         raise UserError(f"log.prompts is {config.log.prompts!r}; there is no such file")
-    if config.log.tensorboard == "on" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("log.tensorboard needs a package that is not installed: pip install tensorboard")
     if config.run.threads > (cores := os.cpu_count() or 1):
         raise UserError(f"run.threads is {config.run.threads}; it must be at most {cores}, the cores of this machine")
     if all(os.path.exists(os.path.join(config.data.source, name)) for name in ("config.toml", "checkpoints")):

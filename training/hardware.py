@@ -1,6 +1,5 @@
 """GPUs by name for `train.py --plan 8xh100`, and the parsing of that option, which needs no torch."""
 
-import difflib
 import re
 from typing import NamedTuple
 
@@ -52,7 +51,5 @@ def parse_plan_option(argv: list[str]) -> tuple[list[str], tuple[GPU | None, int
 def parse_target(text: str) -> tuple[GPU, int]:
     count, name = re.fullmatch(r"(?:([1-9]\d{0,4})x)?(.*)", text.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if name not in GPUS:
-        near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"--plan does not know GPU {text!r}; {hint}known: {', '.join(GPUS)}; 8xh100 for eight")
+        raise UserError(f"--plan does not know GPU {text!r}; known: {', '.join(GPUS)}; 8xh100 for eight")
     return GPUS[name], int(count or 1)

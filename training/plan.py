@@ -1,7 +1,7 @@
 """`train.py --plan`: parameters, FLOPs, memory and time of a run on this machine or on GPUs by name, without training.
 
-It reads the config and a corpus that is prepared already, and prints one page. Memory is a formula; time
-is measured here (`time_budget.measure_step`), or assumes a share of the peak of a GPU, or of this machine for a large model.
+It prepares no text, and prints one page. Memory is a formula; time is measured here (`time_budget.measure_step`),
+or assumes a share of the peak of a GPU, or of this machine for a large model.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.errors import UserError, escape_control_chars
 from data.corpora import NAMED
 from data.hub import PREFIX
-from data.prepare import TokenizedCorpus, expected_vocab_size, find_prepared
+from data.prepare import expected_vocab_size
 from data.text_files import find_files
 from model.chunked_attention import CHUNK_SIZE, RECOMPUTE_ABOVE
 from model.config import ModelConfig
@@ -52,11 +52,9 @@ def plan(config: RunConfig, target: tuple[GPU | None, int], name: str) -> None:
         ctx = replace(ctx, device=torch.device("cuda"), dtype=DTYPES[dtype])
         where = f"{count} x {gpu.name}, {dtype}"
     config = replace(config, model=resolve_attention(config.model, ctx.device, ctx.dtype))
-    is_remote = config.data.source.startswith(PREFIX)  # a plan downloads nothing
-    corpus = None if is_remote else find_prepared(config.data)
-    vocab_size, source = (corpus.tokenizer.vocab_size, "") if corpus else expected_vocab_size(config.data)
+    vocab_size, source = expected_vocab_size(config.data)
     print(f"plan       {escape_control_chars(name)} on {where}, {config.model.attention} attention")
-    print(heading(config, corpus, f"{vocab_size:,}" + (f" ({source})" if source else "")))
+    print(heading(config, f"{vocab_size:,} ({source})"))
     parts = count_parameters(config.model, vocab_size)
     print_table("parameters", {part: f"{n:,}" for part, n in {**parts, "total": sum(parts.values())}.items()})
     step, tokens = step_flops(config, vocab_size), config.train.batch_size * config.model.context
@@ -66,22 +64,19 @@ def plan(config: RunConfig, target: tuple[GPU | None, int], name: str) -> None:
         print_time(config, gpu, count, ctx, vocab_size)
 
 
-def heading(config: RunConfig, corpus: TokenizedCorpus | None, vocabulary: str) -> str:
+def heading(config: RunConfig, vocabulary: str) -> str:
     train, model = config.train, config.model
     tokens = train.steps * train.batch_size * model.context
-    epochs, known = "", "not prepared yet"
+    missing = ""
     try:
         if config.data.source not in NAMED and not config.data.source.startswith(PREFIX):
             find_files(config.data.source, config.data.encoding)
     except UserError:
-        known = "no such text on this machine"
-    if corpus is not None:
-        known = f"{len(corpus.train):,} training tokens"
-        epochs = f", {tokens / max(1, len(corpus.train)):.2f} epochs"
+        missing = ": no such text on this machine"
     return (
-        f"data       {escape_control_chars(config.data.source)}: {known}; vocabulary of {vocabulary}\n"
+        f"data       {escape_control_chars(config.data.source)}{missing}; vocabulary of {vocabulary}\n"
         f"model      {model.description}\n"
-        f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: {tokens:,} tokens{epochs}"
+        f"run        {train.steps:,} steps of {train.batch_size} x {model.context} tokens: {tokens:,} tokens"
     )
 
 

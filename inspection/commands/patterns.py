@@ -44,7 +44,6 @@ class Token(OutputOptions):
         text = find_text(file, self.text, f"step {step} of {run.folder}")
         position, notes = self.find_position(text, file.texts)
         rows = self.strongest_keys(text, position)
-        top = text.top_tokens[position] if text.top_tokens is not None else None
         data: dict[str, Any] = {
             "run": str(run.folder),
             "step": step,
@@ -54,7 +53,9 @@ class Token(OutputOptions):
             "loss": float(text.loss[position - 1]) if position else None,
             "value_weighted": self.value_weighted,
             "attention": rows,
-            "next_tokens": top and [{"token": token_text(token, " "), "probability": p} for token, p in top],
+            "next_tokens": [
+                {"token": token_text(token, " "), "probability": p} for token, p in text.top_tokens[position]
+            ],
             "disclaimer": DISCLAIMER,
         }
         where = f"{run.folder}, step {step}, text {text.name!r}"
@@ -108,9 +109,7 @@ def _token_lines(data: dict[str, Any], text: AttentionRecord, width: int) -> lis
     around[position] = f"[{around[position]}]"
     loss = f"loss {data['loss']:.3f} nats" if position else "the first token, which has no loss"
     followed = f", followed by {tokens[position + 1]}" if position + 1 < len(tokens) else ""
-    likely = "the next-token probabilities were not kept in this file"
-    if text.top_tokens is not None:
-        likely = "next: " + ", ".join(f"{quote_token(token)} {p:.1%}" for token, p in text.top_tokens[position])
+    likely = ", ".join(f"{quote_token(token)} {p:.1%}" for token, p in text.top_tokens[position])
     cells: dict[str, list[str]] = {}
     for row in data["attention"]:
         distance = f"{row['distance']} back" if row["distance"] else "itself"
@@ -121,7 +120,7 @@ def _token_lines(data: dict[str, Any], text: AttentionRecord, width: int) -> lis
         rows = [[head, key] for head, keys in cells.items() for key in keys]
     titles = ["head", "attends to" + (" (weights times value norms)" if data["value_weighted"] else "")]
     lines = ["".join(around[max(0, position - 12) : position + 6]), ""]
-    lines += [f"token {position} {tokens[position]}: {loss}{followed}", likely, ""]
+    lines += [f"token {position} {tokens[position]}: {loss}{followed}", f"next: {likely}", ""]
     return [*lines, *table(titles + [""] * (len(rows[0]) - 2), rows, max(width, 200)), ""]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from common.errors import CONFIG, UserError
-from inspection.loaded_model import LoadedModel
+from inspection.attention_file import LoadedModel
 from inspection.terminal import head_name
 
 HEAD = r"L\d{1,6}H\d{1,6}"

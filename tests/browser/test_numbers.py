@@ -72,7 +72,7 @@ def test_loss_and_predictions(page_path: Path, open_page: OpenPage) -> None:
     text = FILES[2].texts[1]
     assert f"loss {text.loss[4]:.2f} nats" in view.text("#query-details")
     rows = view.page.locator("#predictions li").all_inner_texts()
-    assert text.top_tokens is not None and len(rows) == 5
+    assert len(rows) == 5
     for row, (token, probability) in zip(rows, text.top_tokens[5], strict=True):
         assert f"{100 * probability:.1f}"[:-1] in row and token.decode().strip() in row
     view.press("Home", "query=0")

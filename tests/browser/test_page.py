@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import glassgpt
-from inspection.attention_file import AttentionFile, AttentionRecord
+from inspection.attention_file import AttentionFile
 from inspection.page_builder import PageRun, write_page
 from tests.browser import example_run
 from tests.browser.conftest import OpenPage
@@ -109,14 +109,13 @@ def test_screen_reader(page_path: Path, open_page: OpenPage) -> None:
     assert all(page.get_by_role(role, name=name).count() == 1 for role, name in roles.items())
 
 
-def test_page_without_scores_predictions_or_ablation(open_page: OpenPage, tmp_path: Path) -> None:
+def test_page_without_scores_and_ablation(open_page: OpenPage, tmp_path: Path) -> None:
     text = example_run.record("a line", example_run.WORDS, 3, False)
-    bare = AttentionRecord("a line", text.vocabulary, text.tokens, text.loss, text.value_norms, text.pattern_tril)
-    write_page(tmp_path / "page.html", [PageRun("run", [AttentionFile([bare], {})])], None, None, "a line")
+    write_page(tmp_path / "page.html", [PageRun("run", [AttentionFile([text], {})])], None, None, "a line")
     view = open_page(tmp_path / "page.html")
     largest = text.pattern()[:, :, 1:].max(axis=-1)
     assert view.grid() == pytest.approx(largest.mean(axis=-1).ravel(), abs=1e-3)
-    assert "not stored" in view.text("#predictions") and "not measured" in view.text("#ablation")
+    assert "not measured" in view.text("#ablation")
 
 
 def test_page_in_a_notebook(browser: Any, page_path: Path, tmp_path: Path) -> None:

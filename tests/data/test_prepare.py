@@ -20,7 +20,6 @@ from data.prepare import (
     encode,
     encode_all,
     expected_vocab_size,
-    find_prepared,
     prepare,
     sample_text,
 )
@@ -111,14 +110,7 @@ def test_key_has_what_the_tokens_depend_on(book: Path) -> None:
     assert key() == key(vocab_size=300), "only of bpe"
 
 
-def test_lookup_finds_what_is_prepared_and_writes_nothing(book: Path, cache: Path) -> None:
-    config = DataConfig(source=str(book), tokenizer="bpe", vocab_size=300)
-    assert find_prepared(config) is None and not cache.exists()
-    corpus = prepare(config, progress=False)
-    found = find_prepared(config)
-    assert found is not None and found.folder == corpus.folder and tokens_of(found.train) == tokens_of(corpus.train)
-    flip_a_bit(corpus.folder / "val.bin")
-    assert find_prepared(config) is None and find_prepared(DataConfig(source="nowhere.txt")) is None
+def test_expected_vocab_size() -> None:
     for tokenizer, size in {"byte": 257, "char": 97, "gpt2": 50_257, "bpe": 1024}.items():
         assert expected_vocab_size(DataConfig(tokenizer=tokenizer))[0] == size
     with pytest.raises(UserError, match="nearest are: gpt2"):

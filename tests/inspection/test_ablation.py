@@ -147,7 +147,6 @@ def test_loss_increases_are_the_effect_token_by_token() -> None:
 
 def check_no_trace() -> None:
     model = random_model("gpt2", "sdpa", dropout=0.3).train()
-    model.blocks[0].mlp.eval()
     before = snapshot(model)
     run_ablations(model, eval_texts())
     loss_increases(model, reference_texts("corpus"), 0, 0)

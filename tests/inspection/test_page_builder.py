@@ -53,7 +53,7 @@ def test_arrays_are_exact(tmp_path: Path) -> None:
     for file, step in zip(files, page.steps, strict=True):
         for text, entry in zip(file.texts, step["texts"], strict=True):
             arrays = entry["arrays"]
-            top_tokens, top_probs = zip(*[pair for row in text.top_tokens or [] for pair in row], strict=True)
+            top_tokens, top_probs = zip(*[pair for row in text.top_tokens for pair in row], strict=True)
             for name, tokens in (("tokens", text.token_bytes), ("top_tokens", top_tokens)):
                 pieces = [page.table["vocabulary"][k] for k in decode(arrays[name])]
                 assert pieces == [display_pieces(token) for token in tokens]

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from common.errors import CONFIG, UserError
-from inspection.activation_cache import blocks_of, inference_mode
-from inspection.attribution import run_layers
+from inspection.activation_cache import blocks_of, inference_mode, run_layers
 from inspection.patching import PatchingResult, activation_patching, patch_texts, patched
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade
 from tests.model.helpers import random_model, random_tokens
@@ -47,7 +46,7 @@ def test_handmade() -> None:
 def test_patching_everything_restores_the_clean_logit_difference(preset: str) -> None:
     model, (clean, corrupt) = random_model(preset), random_tokens(2, 9).tolist()
     result = activation_patching(model, clean, corrupt, (1, 2))
-    with inference_mode(model) as model:
+    with inference_mode(model):
         layers = list(run_layers(model, torch.tensor([corrupt])))
         for number, layer in enumerate(run_layers(model, torch.tensor([clean]))):
             for mask, expected in ((True, result.clean), (False, result.corrupt)):

@@ -1,12 +1,10 @@
 """How a script starts and ends: exit codes, signals, exit handlers, and what it imports."""
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from common.errors import RANK_ZERO_SECONDS
 from tests.runs import TINY, python
 
 ENDING = """
@@ -46,17 +44,6 @@ def test_signal_during_an_import_exits_without_traceback(tmp_path: Path) -> None
     program = ENDING.format("try: import slow_module\n    except BaseException: print('lost')")
     done = python(program, PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "ran", "")
-
-
-@pytest.mark.parametrize(
-    ("rank", "least", "err"), [("1", RANK_ZERO_SECONDS, "error (process 1): no\n"), ("0", 0.0, "error: no\n")]
-)
-def test_config_error_is_reported_once_across_ranks(rank: str, least: float, err: str) -> None:
-    """torchrun ends all processes once one has ended: the others wait for the first to report."""
-    start = time.monotonic()
-    done = python(ENDING.format("raise UserError('no')"), RANK=rank, LOCAL_RANK=rank)
-    assert (done.returncode, done.stderr) == (2, err)
-    assert time.monotonic() - start >= least
 
 
 FIRST_STEP = """

@@ -15,8 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.runs import TINY, script
 from tests.training.helpers import make_trainer
 from training.checkpoint import TrainState
-from training.trackers import TensorBoardTracker, WandbTracker
+from training.trackers import TensorBoardTracker, Tracker, WandbTracker
 from training.trainer import Trainer
+
+TENSORBOARD = "torch.utils.tensorboard"
 
 
 @pytest.fixture
@@ -49,12 +51,21 @@ def test_failing_wandb_prints_one_line_and_training_continues(
     assert capsys.readouterr().err == line
 
 
-def test_missing_wandb_is_one_line(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("tracker", "module"), [(WandbTracker, "wandb"), (TensorBoardTracker, TENSORBOARD)])
+def test_missing_package_is_one_line(
+    tracker: type[Tracker],
+    module: str,
+    trainer: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, module, None)
+    trainer.callbacks = [tracker()]
     trainer.run()
-    assert trainer.state.step == 6 and capsys.readouterr().err.startswith("wandb failed (ModuleNotFoundError: ")
+    line = capsys.readouterr().err
+    assert (
+        trainer.state.step == 6 and line.startswith(f"{tracker.name} failed (ModuleNotFoundError: ") and module in line
+    )
 
 
 def test_keys_and_steps(trainer: Trainer, tmp_path: Path, wandb: MagicMock) -> None:
