@@ -6,6 +6,7 @@ Importing it loads no torch. Shapes: L layers, H heads, T tokens, C model width,
 from __future__ import annotations
 
 import html
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,21 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
+ROOT = Path(__file__).resolve().parent
 Text = str | Sequence[int]  # A text, which `Run.tokens` turns into tokens, or its tokens.
+
+
+def _check_not_hidden(*names: str) -> None:
+    """Raise ImportError if other modules would be imported in place of ours; a folder of data files hides nothing."""
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec and spec.origin and ROOT not in Path(spec.origin).resolve().parents[:2]:
+            raise ImportError(
+                f"{spec.origin} hides GlassGPT's own {name!r}: rename it, or start Python in another folder"
+            )
+
+
+_check_not_hidden("common", "data", "inspection", "model", "training")
 
 
 def open(path: str | Path, step: int | str | None = None) -> Run:
@@ -40,6 +55,7 @@ def train(config: str | Path = "", options: Mapping[str, Any] | None = None, cal
 
     Raises UserError as the command does; SystemExit after Ctrl-C, once the checkpoint is written.
     """
+    _check_not_hidden("train")
     from train import main
 
     words = [str(config)] if str(config) else []
@@ -128,6 +144,7 @@ class Run:
     def sample(self, prompt: str = "", **options: Any) -> str:
         """The prompt and its continuation. `options` are those of `sample.py`, such as `tokens`, `temperature`, `top_k`, `top_p`,
         `stop` (a tuple) and `seed`; the same seed gives the same text. Raises UserError for a bad value."""
+        _check_not_hidden("sample")
         from common.errors import UserError
         from sample import SampleConfig, sampling_params
         from training.text_generation import GeneratedText, check_token_count, generate_texts

@@ -5,6 +5,7 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,12 @@ def test_notebook(folder: Path) -> None:
 def test_import_beside_a_folder_named_data(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "values.csv").touch()
-    program = "import sys, glassgpt, data.tokenizer; sys.exit('torch' in sys.modules)"
-    done = python(program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    elsewhere = partial(python, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = elsewhere("import sys, glassgpt, data.tokenizer; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
+    (tmp_path / "data" / "__init__.py").touch()
+    done = elsewhere("import glassgpt")
+    assert "hides GlassGPT's own 'data': rename it" in done.stderr.splitlines()[-1]
 
 
 def test_start_token(run: glassgpt.Run) -> None:
