@@ -78,8 +78,8 @@ function drawQuery() {
   byId("query-details").textContent = `position ${view.first + i}, ${loss}${state.pinned ? ", pinned" : ""}`;
   const title = state.value_weighted ? "attends to (value-weighted)" : "attends to";
   byId("attends-to-title").textContent = comparing() ? "difference, in points" : title;
-  const list = (id, rows, absent) =>
-    byId(id).replaceChildren(...(rows.length ? rows : [create("li", { class: "absent" }, absent)]));
-  list("attends-to", attentionRows(), comparing() ? "no difference" : "nothing");
-  list("predictions", state.text === OWN ? ownPredictionRows() : predictionRows(), "not stored in this file");
+  const rows = attentionRows();
+  const absent = create("li", { class: "absent" }, comparing() ? "no difference" : "nothing");
+  byId("attends-to").replaceChildren(...(rows.length ? rows : [absent]));
+  byId("predictions").replaceChildren(...(state.text === OWN ? ownPredictionRows() : predictionRows()));
 }
