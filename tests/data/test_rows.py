@@ -127,13 +127,19 @@ BAD = {
     "no zst": ("a.txt.zst", b"text " * 99, {}, "a.txt.zst is damaged: "),
     "no rows": ("a.jsonl.gz", gzip.compress(b""), {}, "contains no text"),
     "empty shard": ("a.parquet", parquet_bytes({"text": []}), {}, "contains no text"),
+    "chat with an id": ("a.jsonl", b'{"messages": [{"role": "user"}], "id": "abc"}', {}, "its 'messages' is no text"),
+    "number": ("a.jsonl", b'{"n": 1}', {}, "line 1 cannot be read: it has no field of text"),
 }
+ROWS_OF_NO_TEXT = ("{", '{"text": null, "id": "abc"}', '{"text": 1}', '{"other": "text"}', "[]", "[" * 99999)
+for row in (*ROWS_OF_NO_TEXT, '{"text": "\\ud800"}', '{"text": "\\u0000"}'):
+    BAD[row[:20]] = ("a.jsonl", GOOD + b"\n" + row.encode(), {}, "a.jsonl, line 3 cannot be read")
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
     file, data, options, words = BAD[name]
     assert words in data_error(write(tmp_path / file, data), tmp_path / "cache", **options)
+    assert words == "contains no text" or not [*tmp_path.glob("cache/*/*")]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])

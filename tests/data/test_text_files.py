@@ -261,31 +261,6 @@ def test_rows_of_json_are_documents(
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        *(
-            "{",
-            '{"text": null, "id": "abc"}',
-            '{"text": 1}',
-            '{"other": "text"}',
-            "[]",
-            '{"text": "\\ud800"}',
-            '{"text": "\\u0000"}',
-            "[" * 99999,
-        ),
-    ],
-)
-def test_bad_row_is_one_clear_line(tmp_path: Path, row: str) -> None:
-    path = write(tmp_path / "rows.jsonl", '{"text": "good"}\n\n' + row + "\n")
-    assert "rows.jsonl, line 3 cannot be read" in data_error(path, tmp_path / "cache")
-    assert not [*tmp_path.glob("cache/*/*")]
-    path = write(tmp_path / "rows.jsonl", '{"messages": [{"role": "user"}], "id": "abc"}')  # not the ids
-    assert "rows.jsonl, line 1 cannot be read: its 'messages' is no text" in data_error(path, tmp_path / "cache")
-    path = write(tmp_path / "rows.jsonl", '{"n": 1}')
-    assert "rows.jsonl, line 1 cannot be read: it has no field of text" in data_error(path, tmp_path / "cache")
-
-
 def test_folder_is_read_as_what_most_of_it_is(tmp_path: Path) -> None:
     """Prose, or source code with a README."""
     folder = tmp_path / "src"
