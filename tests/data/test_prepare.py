@@ -24,7 +24,7 @@ from data.prepare import (
     sample_text,
 )
 from data.text_files import Piece
-from data.token_dataset import TokenSplit, token_dtype
+from data.token_dataset import token_dtype
 from data.tokenizer import ByteTokenizer
 from tests.data.texts import write, write_range
 from tests.runs import user_error
@@ -49,17 +49,6 @@ def prepared(path: Path, tokenizer: str = "byte", **options: Any) -> TokenizedCo
     return prepare(DataConfig(source=str(path), tokenizer=tokenizer, **options), progress=False)
 
 
-def prepare_error(path: Path, match: str) -> int:
-    with pytest.raises(UserError, match=match) as caught:
-        prepared(path)
-    assert "\n" not in str(caught.value)
-    return caught.value.exit_code
-
-
-def tokens_of(split: TokenSplit) -> list[int]:
-    return split.tokens.tolist()
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -78,14 +67,14 @@ def test_tokens_are_the_documents_between_ends_of_text(
     n_val = corpus.val.n_documents
     assert 1 <= n_val <= 3
     border = starts[-n_val]
-    assert tokens_of(corpus.train) == tokens[: border + 1] and tokens_of(corpus.val) == tokens[border:]
+    assert corpus.train.tokens.tolist() == tokens[: border + 1] and corpus.val.tokens.tolist() == tokens[border:]
     assert corpus.train.document_starts.tolist() == starts[:-n_val]
     assert corpus.val.document_starts.tolist() == [start - border for start in starts[-n_val:]]
     assert corpus.train.n_bytes + corpus.val.n_bytes == sum(len(text.encode()) for text in texts)
     assert corpus.train.tokens.dtype == np.uint16 and isinstance(corpus.train.tokens, np.memmap)
     assert {path.name for path in corpus.folder.iterdir()} == {*FILES}
     trained = prepared(book, "bpe", vocab_size=300, val_fraction=0.3)
-    assert trained.tokenizer.decode(tokens_of(trained.val)) == "".join(texts[-n_val:])
+    assert trained.tokenizer.decode(trained.val.tokens.tolist()) == "".join(texts[-n_val:])
 
 
 def test_documents_in_pieces_and_large_ids() -> None:
@@ -98,7 +87,7 @@ def test_second_run_encodes_nothing(book: Path, monkeypatch: pytest.MonkeyPatch)
     first = prepared(book)
     monkeypatch.setattr(data.prepare, "encode_all", None)
     second = prepared(book.rename(book.with_name("moved.txt")))
-    assert second.folder == first.folder and tokens_of(second.train) == tokens_of(first.train)
+    assert second.folder == first.folder and second.train.tokens.tolist() == first.train.tokens.tolist()
 
 
 def test_key_has_what_the_tokens_depend_on(book: Path) -> None:
@@ -164,7 +153,9 @@ def test_text_that_changes_while_preparing(book: Path, cache: Path, monkeypatch:
             yield result
 
     monkeypatch.setattr(data.prepare, "encode_all", encode_and_change)
-    assert prepare_error(book, "changed while") == DATA and not [*cache.iterdir()]
+    with user_error(DATA, "changed while"):
+        prepared(book)
+    assert not [*cache.iterdir()]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -198,7 +189,8 @@ def test_damaged_folder_is_prepared_again(
 def test_unwritable_cache_names_the_variable(book: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(book.parent)
     monkeypatch.setenv("GLASSGPT_CACHE", str(book / "cache"))
-    assert prepare_error(Path(source), f"cannot write .*{book}/cache.*GLASSGPT_CACHE") == DISK_OR_MEMORY
+    with user_error(DISK_OR_MEMORY, f"cannot write .*{book}/cache.*GLASSGPT_CACHE"):
+        prepared(Path(source))
 
 
 def test_too_short_text_says_how_much_is_needed(tmp_path: Path) -> None:
@@ -221,7 +213,7 @@ def test_second_process_waits_for_the_first(book: Path, cache: Path, monkeypatch
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(prepared, [book, book])
     assert first.folder == second.folder and [*cache.iterdir()] == [first.folder] and len(calls) == 2
-    assert tokens_of(first.train) == tokens_of(second.train)
+    assert first.train.tokens.tolist() == second.train.tokens.tolist()
 
 
 @pytest.mark.parametrize("after", [1, 5, 9, 19])

@@ -72,21 +72,14 @@ def change_state(folder: Path, **sections: Any) -> None:
     update_manifest(folder)
 
 
-def use(run: Path) -> None:
-    """Read everything in the newest checkpoint, as sampling and resuming do."""
-    found = open_checkpoint(run)
-    found.tokenizer()
-    found.optimizer_state()
-    found.load_model(CTX)(torch.zeros(1, 4, dtype=torch.long))
-
-
 def refused(run: Path) -> str:
-    """The one line that says why a run's checkpoints cannot be used."""
-    with pytest.raises(UserError) as caught:
-        use(run)
-    line = str(caught.value)
-    assert caught.value.exit_code == CHECKPOINT and "\n" not in line, line
-    return line
+    """The one line that says why a run's newest checkpoint cannot be read whole, as sampling and resuming do."""
+    with user_error(CHECKPOINT) as caught:
+        found = open_checkpoint(run)
+        found.tokenizer()
+        found.optimizer_state()
+        found.load_model(CTX)(torch.zeros(1, 4, dtype=torch.long))
+    return str(caught.value)
 
 
 def names(run: Path) -> list[str]:
