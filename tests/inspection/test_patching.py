@@ -10,7 +10,7 @@ import torch
 
 from common.errors import CONFIG, UserError
 from inspection.activation_cache import blocks_of, inference_mode, run_layers
-from inspection.patching import PatchingResult, activation_patching, patch_texts, patched
+from inspection.patching import activation_patching, patch_texts, patched
 from tests.inspection.handmade import INDUCTION, LEAD, PREVIOUS, handmade
 from tests.model.helpers import random_model, random_tokens
 from tests.runs import error_line, output, script, user_error
@@ -20,10 +20,10 @@ CLEAN, CORRUPT = [0, A, B, D, C, A], [0, D, B, A, C, A]
 """After `A B ... A` comes B, after `A C ... A` comes C."""
 
 
-def check_handmade() -> PatchingResult:
+def test_handmade() -> None:
     """Both heads bring all of it back, the others nothing. With one of two positions patched, A is after both B and C, or
     after none: the logit difference is 0, half of the way from -LEAD to LEAD."""
-    result = activation_patching(handmade(), CLEAN, CORRUPT, (B, C))
+    result, again = (activation_patching(handmade(), CLEAN, CORRUPT, (B, C)) for _ in range(2))
     assert (result.clean, result.corrupt) == pytest.approx((LEAD, -LEAD), abs=1e-3)
     heads, residual = np.zeros((2, 3)), np.zeros((2, 6))
     heads[PREVIOUS] = heads[INDUCTION] = 1
@@ -33,13 +33,8 @@ def check_handmade() -> PatchingResult:
     others = np.ones((2, 3), dtype=bool)
     others[PREVIOUS] = others[INDUCTION] = False
     assert not result.heads_control[others].any() and (result.heads_control[~others] < 0.8).all()
-    return result
-
-
-def test_handmade() -> None:
-    first, again = check_handmade(), check_handmade()
-    assert np.array_equal(first.heads_control, again.heads_control)
-    assert np.array_equal(first.residual_control, again.residual_control)
+    assert np.array_equal(result.heads_control, again.heads_control)
+    assert np.array_equal(result.residual_control, again.residual_control)
 
 
 @pytest.mark.parametrize("preset", ["glass", "gpt2", "qwen3"])
