@@ -14,6 +14,7 @@ from inspection.page_builder import PageRun, write_page
 from inspection.page_model import write_weights
 from inspection.recorder import capture_texts
 from model.gpt import GPT
+from tests.browser import example_run
 from tests.model.helpers import random_model
 
 STEPS = (0, 10, 20)
@@ -24,16 +25,12 @@ def make_tokenizer(kind: str) -> Tokenizer:
     return train_tokenizer(kind, 300, [TEXT, "Ünder 字🌳!\n\t'll 12"])
 
 
-def finding(head: list[int]) -> dict[str, object]:
-    entry = {"head": head, "score": "antecedent.pronoun", "value": 0.9, "is_supported": True, "summary": "It matters."}
-    return {"headline": "Head L1H1 matters.", "findings": [entry]}
-
-
 def make_page(folder: Path, preset: str, kind: str) -> tuple[GPT, Tokenizer, dict[str, torch.Tensor]]:
     """Write `attention.html`; returns the model of the last step, its tokenizer, and the weights and means in the page."""
-    run, *others = make_run(folder, preset, kind)
-    write_page(folder / "attention.html", [run], finding([1, 1]), None, "run")
-    return others[0], others[1], others[2]
+    run, model, tokenizer, saved = make_run(folder, preset, kind)
+    entry = example_run.finding([1, 1], "antecedent.pronoun", 0.9, True, "It matters.")
+    write_page(folder / "attention.html", [run], {"headline": "Head L1H1 matters.", "findings": [entry]}, None, "run")
+    return model, tokenizer, saved
 
 
 def make_run(folder: Path, preset: str, kind: str) -> tuple[PageRun, GPT, Tokenizer, dict[str, torch.Tensor]]:
