@@ -51,6 +51,12 @@ def at_step_6(reference: Reference, tmp_path_factory: pytest.TempPathFactory) ->
     return reference.stopped_at(6, tmp_path_factory.mktemp("at") / "6")
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that is yet to start."""
+    return tmp_path / "run"
+
+
 @pytest.hookimpl(tryfirst=True)  # before those without the marker are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -92,11 +92,6 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     return make
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 def check_near(run: Path, reference: Path) -> None:
     """Every loss within 1e-5: the same batches in another number of processes."""
     for a, b in zip(numbers(run), numbers(reference), strict=True):

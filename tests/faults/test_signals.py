@@ -19,7 +19,7 @@ import pytest
 from inspection.attention_file import read_attention_file
 from tests.faults.harness import FAULTY, Reference, checkpoints, committed, named, numbers, steps_done
 from tests.faults.hook import Hook
-from tests.faults.processes import Running, allowed, launch, proc, run_script, start, train
+from tests.faults.processes import Running, launch, proc, run_script, start, train
 
 SOON = 10.0
 """Seconds within which a run that was asked to stop has saved and exited."""
@@ -46,11 +46,12 @@ def check_stopped(run: Path, code: int, number: int, err: str = "") -> None:
             numbers(run)
 
 
-def stop(running: Running, number: int, run: Path) -> None:
-    """Send a signal, and check that the run ends in time with the right exit code."""
+def stop(running: Running, number: int, run: Path, within: float = SOON) -> str:
+    """Send a signal, and check that the run ends in time with the right exit code; its stderr."""
     running.send(number)
-    done = running.end(SOON)
+    done = running.end(within)
     check_stopped(run, done.returncode, number, done.stderr)
+    return done.stderr
 
 
 MOMENTS = {
@@ -69,9 +70,8 @@ SAVED = {"sample": 8, "attention file": 8, "plot": 12, "page": 12}
 
 @BOTH
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_signal_while_something_is_written(moment: str, number: int, reference: Reference, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    hook = dataclasses.replace(MOMENTS[moment], at=MOMENTS[moment].at or 1, do=signal.Signals(number).name)
+def test_signal_while_something_is_written(moment: str, number: int, reference: Reference, run: Path) -> None:
+    hook = dataclasses.replace(MOMENTS[moment], do=signal.Signals(number).name)
     done = run_script(*reference.argv, f"--run.dir={run}", hook=hook)
     check_stopped(run, done.returncode, number, done.stderr)
     assert committed(run) >= SAVED.get(moment, -1)
@@ -79,8 +79,8 @@ def test_signal_while_something_is_written(moment: str, number: int, reference: 
 
 
 @BOTH
-def test_signal_while_the_corpus_is_prepared(number: int, reference: Reference, tmp_path: Path) -> None:
-    run, cache = tmp_path / "run", tmp_path / "cache"
+def test_signal_while_the_corpus_is_prepared(number: int, reference: Reference, run: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
     hook = Hook(2, signal.Signals(number).name, "open", str(cache))
     env = {"GLASSGPT_CACHE": str(cache)}
     done = run_script(*reference.argv, f"--run.dir={run}", hook=hook, env=env)
@@ -92,29 +92,23 @@ def test_signal_while_the_corpus_is_prepared(number: int, reference: Reference, 
 
 
 @BOTH
-def test_signal_while_a_vocabulary_is_trained(number: int, tmp_path: Path) -> None:
-    text, run = tmp_path / "base.txt", tmp_path / "run"
+def test_signal_while_a_vocabulary_is_trained(number: int, run: Path, tmp_path: Path) -> None:
+    text = tmp_path / "base.txt"
     text.write_text("".join(random.Random(0).choices([chr(0x4E00 + i) for i in range(1000)], k=6_000_000)))
     running = train(f"--data.source={text}", f"--run.dir={run}", env={"GLASSGPT_CACHE": str(tmp_path / "cache")})
     running.until(lambda: any(tmp_path.glob("cache/*.partial")), "training of the vocabulary")
     time.sleep(1)
-    running.send(number)
-    done = running.end(SOON / 2)
-    check_stopped(run, done.returncode, number, done.stderr)
-    assert not done.stderr and {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".partial"}
+    assert not stop(running, number, run, SOON / 2)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".partial"}
 
 
 @BOTH
 @pytest.mark.parametrize("library", ["libtorch_python", "safetensors_rust"])
-def test_signal_during_imports(library: str, number: int, corpus: Path, tmp_path: Path) -> None:
+def test_signal_during_imports(library: str, number: int, corpus: Path, run: Path) -> None:
     """Libraries in the order in which a start loads them."""
-    run = tmp_path / "run"
     running = train(*FAULTY, f"--data.source={corpus}", f"--run.dir={run}")
     running.until(lambda: library in proc(running.pid, "maps"), library)
-    running.send(number)
-    done = running.end(SOON)
-    check_stopped(run, done.returncode, number, done.stderr)
-    assert not done.stderr and not (run / "config.toml").exists()
+    assert not stop(running, number, run) and not (run / "config.toml").exists()
 
 
 def start_slow(slow: Reference, run: Path) -> Running:
@@ -130,9 +124,8 @@ def start_slow(slow: Reference, run: Path) -> Running:
     [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGINT, 0.05), (signal.SIGTERM, 0.6)],
     ids=["SIGTERM", "SIGINT", "SIGINT twice", "SIGTERM twice"],
 )
-def test_signal_in_a_step(number: int, again: float, slow: Reference, tmp_path: Path) -> None:
+def test_signal_in_a_step(number: int, again: float, slow: Reference, run: Path) -> None:
     """The step is finished and saved, also if the signal comes again: a terminal and torchrun both deliver a Ctrl-C."""
-    run = tmp_path / "run"
     running = start_slow(slow, run)
     if again:
         running.send(number)
@@ -144,24 +137,18 @@ def test_signal_in_a_step(number: int, again: float, slow: Reference, tmp_path: 
     slow.resume(run)
 
 
-def test_second_interrupt_exits_at_once(slow: Reference, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_second_interrupt_exits_at_once(slow: Reference, run: Path) -> None:
     running = start_slow(slow, run)
     running.send(signal.SIGINT)
     time.sleep(0.4)
     assert running.poll() is None, "the step was too short for this test"
-    began = time.monotonic()
-    running.send(signal.SIGINT)
-    done = running.end()
-    assert time.monotonic() - began < allowed(1)
-    check_stopped(run, done.returncode, signal.SIGINT, done.stderr)
+    stop(running, signal.SIGINT, run, within=1)
     assert committed(run) == 0
     slow.resume(run)
 
 
-def test_closed_terminal_saves_and_stops(slow: Reference, tmp_path: Path) -> None:
+def test_closed_terminal_saves_and_stops(slow: Reference, run: Path) -> None:
     """The kernel sends SIGHUP, and whatever is printed from then on fails."""
-    run = tmp_path / "run"
     master, terminal = pty.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     running = train(*slow.argv, f"--run.dir={run}", **streams, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
@@ -174,9 +161,9 @@ def test_closed_terminal_saves_and_stops(slow: Reference, tmp_path: Path) -> Non
     slow.resume(run)
 
 
-def test_ignored_signals_stay_ignored(reference: Reference, tmp_path: Path) -> None:
+def test_ignored_signals_stay_ignored(reference: Reference, run: Path) -> None:
     """`nohup` ignores SIGHUP, and a shell ignores SIGINT for what a script starts with `&`."""
-    run, command = tmp_path / "run", (sys.executable, "train.py", *reference.argv, f"--run.dir={tmp_path / 'run'}")
+    command = (sys.executable, "train.py", *reference.argv, f"--run.dir={run}")
     running = launch("sh", "-c", 'trap "" HUP INT; exec "$@"', "sh", *command)
     running.until(lambda: steps_done(run) > 0, "the loop")
     for number in (signal.SIGHUP, signal.SIGINT):
@@ -185,9 +172,8 @@ def test_ignored_signals_stay_ignored(reference: Reference, tmp_path: Path) -> N
     reference.check(run)
 
 
-def test_closed_pipe_does_not_stop_training(slow: Reference, tmp_path: Path) -> None:
+def test_closed_pipe_does_not_stop_training(slow: Reference, run: Path) -> None:
     """`train.py | head -3`"""
-    run = tmp_path / "run"
     reader, pipe = os.pipe()
     running = train(*slow.argv, f"--run.dir={run}", stdout=pipe)
     os.close(pipe)

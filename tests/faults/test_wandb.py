@@ -13,8 +13,7 @@ from training.trackers import TIMEOUT_SECONDS
 pytest.importorskip("wandb")
 
 
-def test_unreachable_server_costs_one_line_and_its_timeout(reference: Reference, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_unreachable_server_costs_one_line_and_its_timeout(reference: Reference, run: Path, tmp_path: Path) -> None:
     env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "HOME": str(tmp_path)}
     start = time.monotonic()
     done = train(*reference.argv, f"--run.dir={run}", "--log.wandb=online", env=env).end()
@@ -26,8 +25,7 @@ def test_unreachable_server_costs_one_line_and_its_timeout(reference: Reference,
     assert line.startswith("wandb failed (CommError: ") and line.endswith("training continues without it")
 
 
-def test_ctrl_c_with_wandb_saves_and_exits_with_130(reference: Reference, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_ctrl_c_with_wandb_saves_and_exits_with_130(reference: Reference, run: Path) -> None:
     running = train(*reference.argv, f"--run.dir={run}", "--log.wandb=offline", "--train.steps=100000")
     running.until(lambda: steps_done(run) > 3, "some steps")
     running.send(signal.SIGINT)
