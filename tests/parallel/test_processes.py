@@ -18,14 +18,14 @@ from training.device import DistContext
 
 pytestmark = pytest.mark.slow
 
+PROGRAM = ("-m", "tests.parallel.programs")
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-def torchrun(count: int, program: str, folder: Path) -> None:
+def torchrun(count: int, *command: object) -> None:
     agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
-    command = [*agent, "-m", "tests.parallel.programs", program, str(folder)]
-    env = {**os.environ, **THREADS}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    env, argv = {**os.environ, **THREADS}, [*agent, *map(str, command)]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -40,9 +40,9 @@ def change(weights: dict[str, Tensor], before: dict[str, Tensor]) -> Tensor:
 
 def test_ddp_and_fsdp_train_like_one_process(tmp_path: Path) -> None:
     """DDP and FSDP on 2 processes against one; then their checkpoints in FSDP on 4 and 1 processes, bit for bit."""
-    torchrun(2, "write", tmp_path)
+    torchrun(2, *PROGRAM, "write", tmp_path)
     for count in (4, 1):
-        torchrun(count, "read", tmp_path)
+        torchrun(count, *PROGRAM, "read", tmp_path)
     ctx = DistContext(torch.device("cpu"), torch.float32)
     for name in ("none", "fsdp"):
         first, model = tiny_model().state_dict(), tiny_model()
@@ -60,7 +60,7 @@ def test_ddp_and_fsdp_train_like_one_process(tmp_path: Path) -> None:
 
 
 def test_gradients_are_exact_and_reduced_in_the_last_micro_batch_only(tmp_path: Path) -> None:
-    torchrun(2, "gradients", tmp_path)
+    torchrun(2, *PROGRAM, "gradients", tmp_path)
     assert result(tmp_path, "gradients") == {
         f"{sharding} {compiled}": {"counts": [0, 0, last], "is_exact": True, "compiled": compiled}
         for sharding, last in (("none", 1), ("fsdp", 2))
@@ -69,7 +69,7 @@ def test_gradients_are_exact_and_reduced_in_the_last_micro_batch_only(tmp_path: 
 
 
 def test_processes_agree(tmp_path: Path) -> None:
-    torchrun(3, "agree", tmp_path)
+    torchrun(3, *PROGRAM, "agree", tmp_path)
     for rank in range(3):
         found = result(tmp_path, f"agree-{rank}")
         assert found["sum"] == 4.5 and found["max"] == 10
@@ -79,16 +79,10 @@ def test_processes_agree(tmp_path: Path) -> None:
 
 def test_three_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
     """Sums of three rounded otherwise would show here; those of two are the same in any order."""
-
-    def train_py(*options: object) -> None:
-        agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3")
-        done = subprocess.run([*agent, "train.py", *map(str, options)], cwd=ROOT, env={**os.environ, **THREADS})
-        assert done.returncode == 0
-
-    options = [*TINY, "--train.batch_size=12", "--log.attention=off"]
-    train_py(*options, f"--run.dir={tmp_path / 'whole'}")
-    train_py(*options, f"--run.dir={tmp_path / 'parts'}", "--run.stop_at_step=2")
-    train_py(f"--run.resume={tmp_path / 'parts'}")
+    new = ("train.py", *TINY, "--train.batch_size=12", "--log.attention=off")
+    torchrun(3, *new, f"--run.dir={tmp_path / 'whole'}")
+    torchrun(3, *new, f"--run.dir={tmp_path / 'parts'}", "--run.stop_at_step=2")
+    torchrun(3, "train.py", f"--run.resume={tmp_path / 'parts'}")
     for name in ("model.safetensors", "optimizer.safetensors"):
         whole, parts = (tmp_path / run / "checkpoints" / "000006" / name for run in ("whole", "parts"))
         assert whole.read_bytes() == parts.read_bytes()
