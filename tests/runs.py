@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,12 @@ def python(program: str, *argv: object, cwd: Path = ROOT, **env: str) -> subproc
     """Run a program text in a process of its own."""
     command = [sys.executable, "-c", program, *map(str, argv)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **env})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ RUN = """async ([step, ids, off, layer, query]) => {
   const result = await backend.run({ step, ids, off, layer, query, norms: true });
   return Object.fromEntries(Object.entries(result).map(([name, values]) => [name, Array.from(values)]));
 }"""
-Run = Any
 
 
 @pytest.fixture(scope="module", params=["glass char", "gpt2 byte", "qwen3 bpe", "llama bpe", "n-grams char"])

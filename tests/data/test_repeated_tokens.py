@@ -5,17 +5,15 @@ import math
 from collections import Counter
 from functools import cache
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 
 from data import repeated_tokens as repeats
 from data.dataloader import pack_documents
 from data.prepare import prepare
+from tests.runs import ROOT
 from training.config import parse_train
 from training.report import baseline_losses
-
-ROOT = Path(__file__).parents[2]
 
 
 @cache

@@ -5,7 +5,6 @@ Most tests start the processes one by one, as SLURM does; the rest start torchru
 
 import functools
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 from common.errors import CONFIG, DATA, IN_USE, LOST_PROCESS
 from tests.faults.harness import CORPUS, FAULTY, Reference, checkpoints, committed, named, numbers, steps_done
 from tests.faults.processes import Running, environment, kill, launch, living, nobody_left, start
-from tests.runs import ROOT
+from tests.runs import ROOT, free_port
 
 SOON = 10.0
 """Seconds in which a job that was asked to stop must save and end."""
@@ -34,12 +33,6 @@ SHARED = (
 """A run with steps long enough to be interrupted. AdamW, because Muon rounds to bf16, which enlarges differences in the
 last digits between different numbers of processes."""
 References = Callable[[str], Reference]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environments(world_size: int) -> list[dict[str, str]]:

@@ -1,6 +1,5 @@
 """The distributed code in a single process, and the rules of `training/device.py` that it shares."""
 
-import socket
 from collections.abc import Iterator
 from typing import cast
 
@@ -12,7 +11,7 @@ from torch import nn
 from common.errors import LOST_PROCESS, UserError
 from model.gpt import GPT
 from tests.parallel.programs import tiny_model, tiny_optimizer, train
-from tests.runs import user_error
+from tests.runs import free_port, user_error
 from training.device import DistContext, get_dist_context
 from training.distributed import (
     clip_grad_norm,
@@ -43,10 +42,7 @@ OTHER = [
 @pytest.fixture
 def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The environment of a job of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in env.items():
         monkeypatch.setenv(name, str(value))
     yield
