@@ -167,7 +167,6 @@ def test_names_and_folders_without_a_model(tmp_path: Path, book: Path, monkeypat
             and "check the name" in line
         )
     (tmp_path / "empty").mkdir()
-    assert "has no checkpoint" in error_line(script("sample.py", "empty"), 4)
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
     assert "bert" in error_line(script("sample.py", "empty"), 4)
     assert "bert" in error_line(tune(tmp_path / "empty", book, tmp_path / "run"), 4)

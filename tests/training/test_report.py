@@ -20,8 +20,6 @@ from training.report import Losses, advice, load_best, longest_run, table
 
 REFERENCES = {"uniform": 7.0, "unigram": 6.0, "trigram": 5.0}
 GOOD = Losses(step=60, val=4.5, num_targets=100, train=4.4, epochs=2)
-
-
 LATER = Losses(step=540, val=10.3, num_targets=100, train=0.1, epochs=18)
 
 
