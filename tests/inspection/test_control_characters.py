@@ -63,7 +63,7 @@ def test_training_output_is_escaped(training: tuple[Path, subprocess.CompletedPr
         (("sample.py", NAME), 4),
         (("sample.py", "RUN", f"--prompt=The {HOSTILE}", "--tokens=30", "--samples=2", "--temperature=2"), 0),
         (("sample.py", "RUN", f"--prompt=\u05d0{HOSTILE}"), 2),
-        (("attend.py", NAME), 2),
+        (("attend.py", NAME), 4),
         (("attend.py", "RUN"), 0),
         pytest.param(("attend.py", "RUN", "--prompt", f"The fox {HOSTILE}", "--top=2"), 0, marks=pytest.mark.slow),
         (("attend.py", "token", "RUN", "--text", "line 1" + HOSTILE, "--find", CONTROLS[:7]), 0),
