@@ -221,6 +221,8 @@ def print_header(trainer: Trainer) -> None:
     compiled = "compiled" if now["compiled"] == "yes" else "not compiled"
     start = f"from step {trainer.state.step} " if trainer.state.step else ""
     exports = "; exports with custom code (gpt2, qwen3, llama: without)" * (shape.preset == "glass")
+    if shape.ngrams > 1 or {shape.norm, shape.positions, shape.mlp} != {"preset"}:
+        exports = "; cannot be exported"
     n_documents, n_train, n_val = data.train.n_documents, len(data.train), len(data.val) - 1
     print_line(
         f"data    {data.name}: {n_documents:,} document{'s' * (n_documents != 1)}, {n_train:,} training tokens, {n_val:,} "

@@ -137,7 +137,10 @@ def test_log_attention_off_leaves_nothing_of_it(run: Path, new: tuple[str, ...],
 
 
 def test_smallest_models_run_to_the_end(new: tuple[str, ...], tmp_path: Path) -> None:
-    train(*new, "--model.context=1", "--log.sample_tokens=0", f"--run.dir={tmp_path / 'short'}")
+    out = train(
+        *new, "--model.context=1", "--model.ngrams=2", "--log.sample_tokens=0", f"--run.dir={tmp_path / 'short'}"
+    )
+    assert "(n-grams up to 2)" in out and "; cannot be exported\n" in out
     assert not (tmp_path / "short" / "attention.html").exists()
     (tmp_path / "lines.txt").write_text("the lazy dog\nthe fox\t fox\t dog\n")
     prompts = f"--log.prompts={tmp_path / 'lines.txt'}"
