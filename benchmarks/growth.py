@@ -1,6 +1,6 @@
 """How costs grow with size: a step with the model and the context, and preparing, evaluating, the page, processes.
 
-python -m benchmarks.growth                  # half an hour on two cores; --record also draws docs/images/growth.png
+python -m benchmarks.growth                  # ten minutes on two cores; --record also draws docs/images/growth.png
 python -m benchmarks.growth model evaluations
 
 Each series grows in one quantity only. `exponent` is the slope of log(cost) over log(size) from the size before: 1 is linear.
@@ -120,7 +120,9 @@ def draw(series: dict[str, list[Point]], path: Path) -> None:
 
     with figure(path, "Seconds over size, relative to the smallest", "dashed: linear") as axes:
         axes.set(xscale="log", yscale="log", xlabel="size", ylabel="seconds")
-        axes.axline((1, 1), slope=1, color="gray", linestyle="--", linewidth=0.8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
+        axes.axline((1, 1), (10, 10), color="gray", linestyle="--", linewidth=0.8)
         for name, points in series.items():
             sizes, seconds = ([point[k] / points[0][k] for point in points] for k in (1, 2))
             axes.plot(sizes, seconds, marker="o", markersize=3, label=name)
