@@ -13,7 +13,7 @@ MULTIPLIER = 1_000_003  # of the hash: a prime
 class NgramEmbedding(nn.Module):
     """The sum of an embedding of the last two tokens, of the last three, ..., of the last n (Pagnoni et al. 2024, section 3.2.1).
 
-    The n-grams of one length share the rows of a table by a hash. Token V stands for what is before the text.
+    The n-grams of one length share the rows of a table by a hash. Positions before the text count as token V.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
