@@ -110,7 +110,7 @@ def test_lm_head_is_tied(preset: str) -> None:
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 
-def test_untied_head_and_what_is_left_out_have_no_parameters_of_their_own() -> None:
+def test_parameters_of_untied_and_attention_only_models() -> None:
     model = random_model("gpt2 untied")
     assert not torch.equal(model.lm_head.weight, model.token_embedding.weight)
     names = {name.split(".")[-2] for name, _ in random_model("attention only").named_parameters()}
