@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,17 +22,14 @@ RECOMPUTE_ABOVE = 1 << 22  # results of more elements than this are recomputed i
 
 
 def chunked_attention(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T D"], dropout: float = 0.0
+    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T D"]
 ) -> Float[Tensor, "B H T D"]:
-    """`attention_pattern(q, k) @ v` in the dtype of `v`, for grouped keys and values too.
-
-    Entries of the pattern are dropped with probability `dropout`, drawn from torch's default generator.
-    """
+    """`attention_pattern(q, k) @ v` in the dtype of `v`, for grouped keys and values too."""
     k, v = functional.repeat_kv(k, q.shape[1]), functional.repeat_kv(v, q.shape[1])
     if torch.compiler.is_compiling():  # the compiler generates faster code from the plain formula
-        return F.dropout(functional.attention_pattern(q, k), dropout) @ v
+        return functional.attention_pattern(q, k) @ v
     with torch.autocast(q.device.type, enabled=False):  # autocast on GPUs would compute the softmax in fp32
-        y: Tensor = ChunkedAttention.apply(q.to(v.dtype), k.to(v.dtype), v, dropout)
+        y: Tensor = ChunkedAttention.apply(q.to(v.dtype), k.to(v.dtype), v)
     return y
 
 
@@ -56,47 +52,37 @@ class ChunkedAttention(torch.autograd.Function):
     """Attention that holds one chunk of the pattern P = softmax(S) at a time, in both passes.
 
     The backward pass computes, from dY: dV = Pᵀ dY, dP = dY Vᵀ, dS = P ∘ (dP - rowsum(dP ∘ P)), dQ = dS K / √D and
-    dK = dSᵀ Q / √D. Dropout masks are kept, one byte per entry.
+    dK = dSᵀ Q / √D.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Float[Tensor, "B H T D"]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B H T D"]:
         B, H, T, D = q.shape
         y = q.new_empty(B, T, H, D).transpose(1, 2)  # this layout lets the caller concatenate the heads without a copy
         patterns: list[Tensor] = []
-        masks: list[Tensor] = []
         for rows, keys in chunk_slices(T):
             pattern = chunk_pattern(q[:, :, rows], k[:, :, keys])
             if B * H * T * T <= RECOMPUTE_ABOVE:
                 patterns.append(pattern)
-            if dropout:
-                masks.append(torch.empty_like(pattern, dtype=torch.bool).bernoulli_(1 - dropout))
-                pattern = pattern * masks[-1] / (1 - dropout)
             y[:, :, rows] = pattern @ v[:, :, keys]
-        ctx.save_for_backward(q, k, v, *patterns, *masks)
-        ctx.n_patterns, ctx.dropout = len(patterns), dropout
+        ctx.save_for_backward(q, k, v, *patterns)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Float[Tensor, "B H T D"]) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, *saved = ctx.saved_tensors
-        patterns, masks = saved[: ctx.n_patterns], saved[ctx.n_patterns :]
+    def backward(ctx: Any, dy: Float[Tensor, "B H T D"]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *patterns = ctx.saved_tensors
         B, H, T, D = q.shape
         dq, dk, dv = q.new_zeros(3, B, T, H, D).transpose(2, 3)
         for i, (rows, keys) in enumerate(chunk_slices(T)):
             pattern = patterns[i] if patterns else chunk_pattern(q[:, :, rows], k[:, :, keys])
             dp = dy[:, :, rows] @ v[:, :, keys].transpose(-2, -1)
-            dropped = pattern
-            if ctx.dropout:
-                dropped = pattern * masks[i] / (1 - ctx.dropout)
-                dp = dp * masks[i] / (1 - ctx.dropout)
-            dv[:, :, keys] += dropped.transpose(-2, -1) @ dy[:, :, rows]
+            dv[:, :, keys] += pattern.transpose(-2, -1) @ dy[:, :, rows]
             # a private kernel for want of a public one: the written-out formula would read memory four times
             ds = torch.ops.aten._softmax_backward_data(dp, pattern, -1, pattern.dtype).mul_(1 / math.sqrt(D))
             dq[:, :, rows] = ds @ k[:, :, keys]
             dk[:, :, keys] += ds.transpose(-2, -1) @ q[:, :, rows]
-        return dq, dk, dv, None
+        return dq, dk, dv
 
 
 def checkpointed_mlp(

@@ -37,18 +37,18 @@ def attention_pattern(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"]) 
 
 
 def sdpa(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"], dropout: float = 0.0
+    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"]
 ) -> Float[Tensor, "B H T D"]:
-    """`attention_pattern(q, k) @ v` in one kernel, for grouped keys and values, and dropout of the pattern, too."""
+    """`attention_pattern(q, k) @ v` in one kernel, for grouped keys and values too."""
     (H, T), (G, S) = q.shape[1:3], k.shape[1:3]
     if T == 1:  # decoding: the heads of a group become the queries of one head, so that keys are not repeated
         grouped = q.reshape(-1, G, H // G, q.shape[-1])
-        return F.scaled_dot_product_attention(grouped, k, v, dropout_p=dropout).reshape(q.shape)
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
     k, v = repeat_kv(k, H), repeat_kv(v, H)
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # is_causal aligns the mask with the first key; with a KV cache the queries are the last positions
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, S, q.device), dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, S, q.device))
 
 
 def repeat_kv(x: Float[Tensor, "B G S D"], n_heads: int) -> Float[Tensor, "B H S D"]:

@@ -149,8 +149,7 @@ def estimate_memory(
 def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     """Bytes that one layer keeps per token for the backward pass, after Korthikanti et al. 2022, section 4.1.
 
-    Products are of elements of `size` bytes (2 or 4). A test compares it with the tensors that autograd keeps (within
-    15%). Not included: on a CPU, sdpa with dropout falls back to a kernel that keeps the attention pattern.
+    Products are of elements of `size` bytes (2 or 4). A test compares it with the tensors that autograd keeps (within 15%).
     """
     preset, context, d_model, d_mlp = config.architecture, config.context, config.d_model, config.d_mlp
     q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
@@ -173,10 +172,6 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     recomputed = chunked and rows * context * d_mlp > RECOMPUTE_ABOVE
     hidden = {"gelu": (5, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
     kept += size * (pattern + hidden * d_mlp)
-    if config.dropout:
-        kept += size * (sublayers * d_model + (2 * pattern if eager else 0)) + (
-            config.n_heads * context // 2 if chunked else 0
-        )
     return kept
 
 

@@ -52,29 +52,8 @@ def test_chunked_matches_formula(T: int, H: int, n_kv_heads: int) -> None:
 
 
 @pytest.mark.usefixtures("limits")
-def test_gradcheck_with_dropout() -> None:
-    """The backward pass drops the entries that the forward pass dropped, though patterns are recomputed."""
-
-    def attention(*inputs: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return chunked.chunked_attention(*inputs, dropout=0.4)
-
-    inputs = qkv(1, 2, 6, 2)
-    assert not torch.allclose(attention(*inputs), plain_attention(*inputs))
-    assert torch.autograd.gradcheck(attention, inputs)
-
-
-@pytest.mark.usefixtures("limits")
-def test_dropout_keeps_mean_and_drops_its_share() -> None:
-    q, k, _ = (x.detach().expand(3000, -1, -1, -1) for x in qkv(1, 2, 7, 7))
-    identity = torch.eye(7, dtype=torch.double).expand_as(q)  # as values, so that the output is the pattern
-    torch.manual_seed(3)
-    patterns = chunked.chunked_attention(q, k, identity, 0.3)
-    same(patterns.mean(dim=0), functional.attention_pattern(q[:1], k[:1])[0], 0.05)
-    mask = functional.causal_mask(7, 7, q.device).expand_as(patterns)
-    assert abs((patterns[mask] == 0).double().mean().item() - 0.3) < 0.01
-    assert (patterns[~mask] == 0).all()
-    assert not torch.equal(patterns[:, 0], patterns[:, 1]) and not torch.equal(patterns[0], patterns[1])
+def test_gradcheck() -> None:
+    assert torch.autograd.gradcheck(chunked.chunked_attention, qkv(1, 2, 6, 2))
 
 
 def test_large_patterns_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from model import functional
 from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
-from model.gpt import GPT, CausalSelfAttention
+from model.gpt import GPT, CausalSelfAttention, Dropout
 from model.kv_cache import KVCache
 from tests.model import helpers
 from tests.model.helpers import PRESETS, SHAPES, VOCAB, random_model, random_tokens, relative_difference, same
@@ -180,14 +180,18 @@ def test_dropout_is_active_in_training_only(preset: str, attention: Any) -> None
         assert torch.equal(plain.train()(tokens), plain.eval()(tokens))
 
 
-def test_dropout_is_where_gpt2_has_it() -> None:
-    """After the embeddings, and on the outputs of each attention and each MLP."""
+def test_dropout_drops_features_of_whole_sequences() -> None:
+    """After the embeddings, and on the outputs of each attention and each MLP. What is kept is scaled, so that the mean stays."""
     model = random_model("gpt2", dropout=0.5).train()
-    shares: list[float] = []
-    for dropout in helpers.modules_of(model, torch.nn.Dropout):
-        dropout.register_forward_hook(lambda m, i, out: shares.append((out == 0).float().mean().item()))
-    model(random_tokens(4, 24))
-    assert shares == pytest.approx([0.5] * (1 + 2 * model.config.n_layers), abs=0.05)
+    calls: list[tuple[Tensor, Tensor]] = []
+    for dropout in helpers.modules_of(model, Dropout):
+        dropout.register_forward_hook(lambda m, inputs, out: calls.append((inputs[0], out)))
+    model(random_tokens(64, 8))
+    assert len(calls) == 1 + 2 * model.config.n_layers
+    for x, out in calls:
+        is_kept = (out != 0).all(dim=1, keepdim=True)
+        assert torch.equal(out, 2 * x * is_kept)
+        assert abs(is_kept.float().mean() - 0.5) < 0.05 and (is_kept[0] != is_kept[1]).any()
 
 
 @each_shape

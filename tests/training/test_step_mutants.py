@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data import dataloader
 from data.dataloader import IGNORE_INDEX, Batch, get_batch
-from model.gpt import GPT
+from model.gpt import GPT, Dropout
 from tests.model.helpers import relative_difference
 from tests.training.helpers import OPTIM, TRAIN, corpus, make_trainer
 from training import trainer as loop
@@ -85,7 +85,7 @@ def dropout_masks(step: int, seed: int) -> list[Tensor]:
     """Which activations a step drops when `seed` was the global generator's before it."""
     trainer, masks = make_trainer(dropout=0.5, state=TrainState(step=step)), []
     for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, Dropout):
             module.register_forward_hook(lambda m, inputs, out: masks.append(out == 0))
     torch.random.default_generator.manual_seed(seed)
     trainer.train_step()
