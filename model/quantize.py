@@ -72,8 +72,13 @@ class Int8Linear(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min(1e-30)
-        y = torch.ops.quantized.linear_dynamic(x / largest, self.packed, reduce_range=True) * largest
+        if (
+            x.numel() == x.shape[-1]
+        ):  # one position: the kernel's scale will do, which saves an eighth of a token's time
+            y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+        else:
+            largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min(1e-30)
+            y = torch.ops.quantized.linear_dynamic(x / largest, self.packed, reduce_range=True) * largest
         return y if self.bias is None else y + self.bias
 
 
