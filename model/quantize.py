@@ -72,9 +72,8 @@ class Int8Linear(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
-        if (
-            x.numel() == x.shape[-1]
-        ):  # one position: the kernel's scale will do, which saves an eighth of a token's time
+        if x.numel() == x.shape[-1]:
+            # The kernel chooses the scale of a single position, which saves an eighth of a token's time.
             y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
         else:
             largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min(1e-30)
