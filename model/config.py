@@ -51,7 +51,7 @@ class ModelConfig:
     d_head: NonNegativeInt = 0  # Size of an attention head; 0 means d_model / n_heads.
     d_mlp: NonNegativeInt = 0  # Hidden size of the MLP; 0 means the preset's multiple of d_model.
     context: PositiveInt = 128  # Context length in tokens.
-    dropout: BelowOne = 0.0  # Dropout probability during training, of a feature in a whole sequence.
+    dropout: BelowOne = 0.0  # Dropout probability in training, of a feature of a block's outputs in a whole sequence.
     norm: Literal["preset", "none", "layer", "rms"] = "preset"  # none: without norm of queries and keys, too.
     positions: Literal["preset", "none", "learned", "rotary"] = "preset"  # Position embeddings.
     mlp: Literal["preset", "none"] = "preset"  # none: an attention-only model.

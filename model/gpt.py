@@ -189,7 +189,6 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.context, config.d_model) if learned else None
         self.ngram_embedding = NgramEmbedding(config, vocab_size) if config.ngrams > 1 else None
-        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = make_norm(config)
         self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
@@ -238,7 +237,7 @@ class GPT(nn.Module):
             x = x + self.position_embedding(positions)
         if self.ngram_embedding is not None:
             x = x + self.ngram_embedding(tokens if cache is None else cache.update_tokens(tokens))[:, -T:]
-        x, rope = self.dropout(x), self.rope(positions)
+        rope = self.rope(positions)
         for block in self.blocks:
             x = block(x, rope, cache)
         if cache is not None:

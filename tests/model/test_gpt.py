@@ -181,13 +181,13 @@ def test_dropout_is_active_in_training_only(preset: str, attention: Any) -> None
 
 
 def test_dropout_drops_features_of_whole_sequences() -> None:
-    """After the embeddings, and on the outputs of each attention and each MLP. What is kept is scaled, so that the mean stays."""
+    """On the outputs of each attention and each MLP. What is kept is scaled, so that the mean stays."""
     model = random_model("gpt2", dropout=0.5).train()
     calls: list[tuple[Tensor, Tensor]] = []
     for dropout in helpers.modules_of(model, Dropout):
         dropout.register_forward_hook(lambda m, inputs, out: calls.append((inputs[0], out)))
     model(random_tokens(64, 8))
-    assert len(calls) == 1 + 2 * model.config.n_layers
+    assert len(calls) == 2 * model.config.n_layers
     for x, out in calls:
         is_kept = (out != 0).all(dim=1, keepdim=True)
         assert torch.equal(out, 2 * x * is_kept)
