@@ -1,8 +1,9 @@
 """Batches as a pure function of (seed, step): a resumed run needs no loader state.
 
 A training sequence is `context + 1` tokens: the first `context` are the input, the last `context` the targets. The
-sequences of a split are chosen so that every token but the very first is a target exactly once an epoch, and a
-document is read from its start wherever possible.
+sequences of a split are chosen so that every token but the very first is a target exactly once, and a document is read
+from its start wherever possible. From the second epoch on, long documents are divided at other places in each epoch, so
+that a token is predicted from other contexts.
 """
 
 from array import array
@@ -26,6 +27,7 @@ class PackedSequences:
 
     starts: np.ndarray  # int64, position of each sequence's first input token, ascending.
     counts: np.ndarray  # int64, number of valid targets of each sequence, the first ones: 1 to `context`.
+    continues: np.ndarray  # bool, whether each sequence starts inside a document.
     context: int
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ def pack_documents(split: TokenSplit, context: int) -> PackedSequences:
     ordinal = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     starts = np.repeat(bounds[documents], repeats) + ordinal * context
     # A sequence's targets are valid up to the start of the next: none is left out, none is valid twice.
-    return PackedSequences(starts, np.diff(np.append(starts, last)), context)
+    return PackedSequences(starts, np.diff(np.append(starts, last)), ordinal > 0, context)
 
 
 def _chain(next_document: np.ndarray, end: int) -> np.ndarray:
@@ -88,22 +90,25 @@ def get_batch(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Batch:
-    """The batch of a step, or this rank's part of it: `batch_size / world_size` rows of `context` tokens.
+) -> tuple[Batch, int]:
+    """The batch of a step, or this rank's part of it, `batch_size / world_size` rows; and the valid targets of all ranks.
 
     Row r of step s is entry s * batch_size + r of an endless stream of epochs; each epoch is a permutation of all
     sequences drawn from (seed, epoch).
     """
-    rows = batch_size // world_size
-    return read_sequences(split, sequences, sample_indices(sequences, seed, step, batch_size)[rank * rows :][:rows])
-
-
-def sample_indices(sequences: PackedSequences, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """Indices of the sequences in the whole batch of a step, (batch_size,) int64, in order of rows."""
-    n = len(sequences)
+    n, rows = len(sequences), batch_size // world_size
     epochs, positions = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-    parts = [epoch_permutation(seed, epoch, n)[positions[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
-    return np.concatenate(parts)
+    parts = [
+        select_sequences(
+            sequences,
+            epoch_permutation(seed, epoch, n)[positions[epochs == epoch]],
+            epoch_offset(seed, epoch, sequences.context),
+        )
+        for epoch in np.unique(epochs).tolist()
+    ]
+    starts, counts = np.concatenate(parts, axis=1)
+    own = slice(rank * rows, (rank + 1) * rows)
+    return read_sequences(split, starts[own], counts[own], sequences.context), int(counts.sum())
 
 
 @lru_cache(maxsize=2)
@@ -112,14 +117,29 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def read_sequences(split: TokenSplit, sequences: PackedSequences, indices: np.ndarray) -> Batch:
-    """The sequences `indices` as a batch; those that extend past the split are padded with end-of-text."""
-    context = sequences.context
-    rows = np.full((len(indices), context + 1), split.tokens[-1], dtype=np.int64)
-    for row, start in zip(rows, sequences.starts[indices].tolist(), strict=True):
+def epoch_offset(seed: int, epoch: int, context: int) -> int:
+    """How many tokens earlier the sequences that continue a document start in an epoch; 0 in the first."""
+    return int(np.random.default_rng((seed, epoch, context)).integers(context)) if epoch else 0
+
+
+def select_sequences(sequences: PackedSequences, indices: np.ndarray, offset: int = 0) -> Int64[np.ndarray, "2 B"]:
+    """Starts and counts of some sequences, of which those that continue a document start `offset` tokens earlier.
+
+    Each target is valid at most once. Where a sequence would be longer than the context, its last ones are left out.
+    """
+    start_shift = offset * sequences.continues[indices]
+    end_shift = offset * sequences.continues[(indices + 1) % len(sequences)]  # the first continues none
+    counts = np.minimum(sequences.counts[indices] + start_shift - end_shift, sequences.context)
+    return np.stack([sequences.starts[indices] - start_shift, counts])
+
+
+def read_sequences(split: TokenSplit, starts: np.ndarray, counts: np.ndarray, context: int) -> Batch:
+    """Sequences with these starts and numbers of valid targets; past the end of the split they have end-of-text."""
+    rows = np.full((len(starts), context + 1), split.tokens[-1], dtype=np.int64)
+    for row, start in zip(rows, starts.tolist(), strict=True):
         tokens = split.tokens[start : start + context + 1]
         row[: len(tokens)] = tokens
-    is_valid = np.arange(context) < sequences.counts[indices][:, None]
+    is_valid = np.arange(context) < counts[:, None]
     targets = np.where(is_valid, rows[:, 1:], IGNORE_INDEX)
     return Batch(torch.from_numpy(np.ascontiguousarray(rows[:, :-1])), torch.from_numpy(targets))
 

@@ -193,9 +193,7 @@ class Trainer:
     def read_batch(self, step: int) -> tuple[Batch, int]:
         """This process's rows of a step's batch, and how many valid targets the whole batch has."""
         seed, size, ctx = self.config.run.seed, self.config.train.batch_size, self.ctx
-        rows = dataloader.get_batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
-        indices = dataloader.sample_indices(self.train_sequences, seed, step, size)
-        return rows, int(self.train_sequences.counts[indices].sum())
+        return dataloader.get_batch(self.data.train, self.train_sequences, seed, step, size, ctx.rank, ctx.world_size)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its loss (before the update), learning rate and gradient norm."""
@@ -300,7 +298,8 @@ class Trainer:
                 if stop is not None and ctx.all_reduce_max(stop.signum):
                     return math.nan, 0
                 chosen = own[first : first + rows]
-                batch = dataloader.read_sequences(data, sequences, chosen if len(chosen) else indices[:1])
+                starts, counts = dataloader.select_sequences(sequences, chosen if len(chosen) else indices[:1])
+                batch = dataloader.read_sequences(data, starts, counts, sequences.context)
                 with ctx.autocast():
                     logits = model(ctx.to_device(batch.tokens))
                 if len(chosen):

@@ -29,7 +29,7 @@ STEPS = TRAIN.steps
 
 def batch_of(trainer: Trainer, step: int) -> Batch:
     seed, size = trainer.config.run.seed, trainer.config.train.batch_size
-    return get_batch(trainer.data.train, trainer.train_sequences, seed, step, size)
+    return get_batch(trainer.data.train, trainer.train_sequences, seed, step, size)[0]
 
 
 def mean_loss(model: GPT, rows: Batch) -> Tensor:
@@ -107,7 +107,8 @@ def check_evaluation() -> None:
     result = trainer.validation_loss(trainer.eval_subset)
     assert trainer.model.training and all(p.grad is None for p in trainer.model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    rows = dataloader.read_sequences(trainer.data.val, trainer.val_sequences, trainer.eval_subset)
+    starts, counts = dataloader.select_sequences(trainer.val_sequences, trainer.eval_subset)
+    rows = dataloader.read_sequences(trainer.data.val, starts, counts, trainer.val_sequences.context)
     counts = (rows.targets != IGNORE_INDEX).sum(dim=1)
     assert len(counts.unique()) > 1 and len(counts) % 3, "with equal counts a mean of means would be right"
     trainer.model.eval()
