@@ -2,8 +2,8 @@
 
 A training sequence is `context + 1` tokens: the first `context` are the input, the last `context` the targets. The
 sequences of a split are chosen so that every token but the very first is a target exactly once, and a document is read
-from its start wherever possible. From the second epoch on, long documents are divided at other places in each epoch, so
-that a token is predicted from other contexts.
+from its start wherever possible. Later epochs divide long documents at other places, so that a token is predicted from
+other contexts; up to a sequence of targets at the end of such a document is then left out.
 """
 
 from array import array
@@ -18,6 +18,7 @@ from torch import Tensor
 from common.errors import DATA, UserError
 from data.token_dataset import TokenSplit
 
+LONG_DOCUMENT = 16  # sequences; what later epochs leave out of a shorter one would matter
 IGNORE_INDEX = -1  # target without a loss: padding, or a part of a document that another sequence reads whole
 
 
@@ -27,7 +28,7 @@ class PackedSequences:
 
     starts: np.ndarray  # int64, position of each sequence's first input token, ascending.
     counts: np.ndarray  # int64, number of valid targets of each sequence, the first ones: 1 to `context`.
-    continues: np.ndarray  # bool, whether each sequence starts inside a document.
+    is_movable: np.ndarray  # bool, whether each sequence starts inside a long document.
     context: int
 
     def __len__(self) -> int:
@@ -69,7 +70,8 @@ def pack_documents(split: TokenSplit, context: int) -> PackedSequences:
     ordinal = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     starts = np.repeat(bounds[documents], repeats) + ordinal * context
     # A sequence's targets are valid up to the start of the next: none is left out, none is valid twice.
-    return PackedSequences(starts, np.diff(np.append(starts, last)), ordinal > 0, context)
+    is_movable = (ordinal > 0) & (np.repeat(inside[documents], repeats) >= LONG_DOCUMENT)
+    return PackedSequences(starts, np.diff(np.append(starts, last)), is_movable, context)
 
 
 def _chain(next_document: np.ndarray, end: int) -> np.ndarray:
@@ -118,17 +120,17 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def epoch_offset(seed: int, epoch: int, context: int) -> int:
-    """How many tokens earlier the sequences that continue a document start in an epoch; 0 in the first."""
+    """How many tokens earlier the sequences inside long documents start in an epoch; 0 in the first."""
     return int(np.random.default_rng((seed, epoch, context)).integers(context)) if epoch else 0
 
 
 def select_sequences(sequences: PackedSequences, indices: np.ndarray, offset: int = 0) -> Int64[np.ndarray, "2 B"]:
-    """Starts and counts of some sequences, of which those that continue a document start `offset` tokens earlier.
+    """Starts and counts of some sequences, of which those inside long documents start `offset` tokens earlier.
 
-    Each target is valid at most once. Where a sequence would be longer than the context, its last ones are left out.
+    Each target is valid at most once: where a sequence would be longer than the context, its last targets are left out.
     """
-    start_shift = offset * sequences.continues[indices]
-    end_shift = offset * sequences.continues[(indices + 1) % len(sequences)]  # the first continues none
+    start_shift = offset * sequences.is_movable[indices]
+    end_shift = offset * sequences.is_movable[(indices + 1) % len(sequences)]  # the first one is not movable
     counts = np.minimum(sequences.counts[indices] + start_shift - end_shift, sequences.context)
     return np.stack([sequences.starts[indices] - start_shift, counts])
 

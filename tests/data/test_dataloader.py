@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.dataloader import (
     IGNORE_INDEX,
+    LONG_DOCUMENT,
     Batch,
     PackedSequences,
     epoch_offset,
@@ -100,34 +101,35 @@ def test_consecutive_steps_walk_through_the_epochs(batch_size: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(document_lengths, contexts, st.data())
+@given(st.lists(st.integers(1, 120), min_size=1, max_size=30), st.integers(1, 7), st.data())
 def test_sequences_that_start_earlier_have_each_target_at_most_once(
     lengths: list[int], context: int, data: st.DataObject
 ) -> None:
     split, offset = split_of(lengths), data.draw(st.integers(0, context - 1))
     sequences = pack_documents(split, context)
-    batch = read(split, sequences, offset)
-    valid = batch.targets != IGNORE_INDEX
-    assert valid.any(dim=1).all(), "no sequence is empty"
-    targets = batch.targets[valid][batch.targets[valid] != EOT].tolist()
-    assert len(set(targets)) == len(targets)
-    assert sum(lengths) - len(targets) <= offset * sequences.continues.sum(), (
-        "at most `offset` are left out of a sequence"
-    )
-    own_starts = batch.tokens[:, 0][torch.from_numpy(~sequences.continues)]
-    assert (own_starts == EOT).all(), "a document is still read from its start"
+    starts, counts = select_sequences(sequences, np.arange(len(sequences)), offset)
+    assert counts.min() >= 1 and counts.max() <= context
+    positions = np.concatenate([np.arange(start + 1, start + n + 1) for start, n in zip(starts, counts, strict=True)])
+    assert len(set(positions)) == len(positions) and set(positions) <= {*range(1, len(split))}
+    movable, left_out = sequences.is_movable, len(split) - 1 - len(positions)
+    ends = int((movable & ~np.append(movable[1:], False)).sum())
+    assert left_out <= offset * ends and left_out * LONG_DOCUMENT <= len(split), "only at the end of a long document"
+    assert starts[~movable].tolist() == sequences.starts[~movable].tolist()
+    document = np.searchsorted(split.document_starts, starts[movable], side="right") - 1
+    assert all(lengths[i] >= LONG_DOCUMENT * context for i in document)
 
 
 def test_later_epochs_divide_a_long_document_elsewhere() -> None:
-    split = split_of([1000])
-    sequences, firsts = pack_documents(split, 64), []
-    for epoch in range(4):
-        steps = range(epoch * len(sequences), (epoch + 1) * len(sequences))
-        rows = torch.cat([get_batch(split, sequences, 1, step, 1)[0].tokens[:, 0] for step in steps])
-        offset = epoch_offset(1, epoch, 64)
-        assert sorted(rows.tolist()) == [0, *range(64 - offset, 1000 - offset, 64)]
-        firsts.append(offset)
-    assert firsts[0] == 0 and len(set(firsts)) == 4
+    split = split_of([999])
+    sequences, n = pack_documents(split, 50), 20
+    offsets = [epoch_offset(1, epoch, 50) for epoch in range(4)]
+    assert offsets == [0, 13, 4, 42], "resuming an older run relies on it"
+    rows = [get_batch(split, sequences, 1, step, 1)[0].tokens for step in range(4 * n)]
+    for epoch, offset in enumerate(offsets):
+        firsts = [int(row[0, 0]) for row in rows[epoch * n : (epoch + 1) * n]]
+        assert sorted(firsts) == [0, *range(50 - offset, 1000 - offset, 50)]
+    across, _ = get_batch(split, sequences, 1, 6, 3)  # rows 18 to 20: two of the first epoch, one of the second
+    assert torch.equal(across.tokens, torch.cat(rows[18:21]))
 
 
 def test_order_of_a_seed_never_changes() -> None:
