@@ -44,17 +44,21 @@ model = GPT(GPTConfig(dropout=0.0, bias=False, **shape)).to(device)
 optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
 train_model = torch.compile(model) if compiled == "compiled" else model
 T = shape["block_size"]
-def step():
+def get_batch():
     at = torch.randint(len(tokens) - T, (rows,))
-    x = torch.stack([tokens[i : i + T] for i in at]).to(device)
-    y = torch.stack([tokens[i + 1 : i + T + 1] for i in at]).to(device)
+    pair = [torch.stack([tokens[i + j : i + j + T] for i in at]) for j in (0, 1)]
+    return [t.pin_memory().to(device, non_blocking=True) for t in pair] if device == "cuda" else pair
+batch = get_batch()
+def step():
+    global batch
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        _, loss = train_model(x, y)
+        _, loss = train_model(*batch)
+    batch = get_batch()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return loss
 def peak():
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
@@ -65,7 +69,8 @@ print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "mat
 for line in sys.stdin:
     start = time.perf_counter()
     for _ in range(int(line)):
-        step()
+        loss = step()
+    loss.item()
     print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": peak()}), flush=True)
 """
 """A worker that takes steps like its train.py, with its model and optimizer, on tokens from a .npy file.

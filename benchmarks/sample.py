@@ -48,19 +48,20 @@ for line in sys.stdin:
 """
 
 
-def prompt(batch: int, length: int) -> Tensor:
-    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(2))
+def prompt(batch: int, length: int, device: str = "cpu") -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(2)).to(device)
 
 
-def ours(dtype: WeightDtype) -> Generate:
+def ours(dtype: WeightDtype, device: str = "cpu") -> Generate:
     """Seconds of our `generate` for (texts, tokens of the prompt, tokens to sample)."""
-    model = GPT(SHAPE, VOCAB).eval()
+    model = GPT(SHAPE, VOCAB).eval().to(device)
     quantize_(model, dtype)
 
     def run(batch: int, length: int, count: int) -> float:
+        generator = torch.Generator(device).manual_seed(1)
         start = time.perf_counter()
-        for _ in generate(model, prompt(batch, length), count, torch.Generator().manual_seed(1), SamplingParams(0.8)):
-            pass
+        steps = list(generate(model, prompt(batch, length, device), count, generator, SamplingParams(0.8)))
+        steps[-1][0].cpu()  # waits for a GPU
         return time.perf_counter() - start
 
     return run

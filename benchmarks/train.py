@@ -7,7 +7,7 @@
 configs/shakespeare_char.toml, fewer layers and embeddings of n-grams, and once more without these and with as many steps
 as nanoGPT's time allows. The clock covers the whole command up to its loss; losses are over the whole validation split.
 
-`speed` measures steps on random tokens: of 10.65 M parameters on a CPU, of GPT-2's 124 M in bf16 on a GPU.
+`speed` measures steps of 10.65 M parameters on random tokens. benchmarks/gpu.py measures them on a GPU.
 """
 
 import json
@@ -60,7 +60,6 @@ class Shape:
 
 
 CPU_SHAPE = Shape("cpu", 6, 6, 384, 256, 16, 65)
-GPU_SHAPE = Shape("cuda", 12, 12, 768, 1024, 32, 50304)
 STEPS = 4  # in a round
 SAME_MODEL = ("--model.preset=gpt2", "--optim.optimizer=adamw")
 
@@ -143,15 +142,14 @@ def measure_speed(clone: Path | None, rounds: int, compiled: bool, out: common.R
 
     from benchmarks.steps import write_random_tokens
 
-    shape = GPU_SHAPE if torch.cuda.is_available() else CPU_SHAPE
+    shape = CPU_SHAPE
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         tokens = Path(folder) / "tokens.npy"
         write_random_tokens(tokens, shape.vocab_size)
         workers = start_workers(clone, compiled, shape, tokens, stack)
         asks = {name: partial(worker.ask, STEPS) for name, worker in workers.items()}
         results: dict[str, list[dict[str, Any]]] = common.interleave(asks, rounds)
-    sizes = (4096, 8192) if shape.device == "cuda" else (1024, 2048, 3072)
-    peak = max(common.matmul_flops((n, n, n), torch.bfloat16, shape.device) for n in sizes)
+    peak = max(common.matmul_flops((n, n, n), torch.bfloat16) for n in (1024, 2048, 3072))
     out.add(f"Large bf16 matrix products: {peak / 1e9:,.0f} GFLOP/s.")
     out.add(f"{shape}: medians of {rounds} interleaved rounds of {STEPS} steps.")
     tokens_per_round = STEPS * shape.batch_size * shape.context
