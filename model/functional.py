@@ -92,8 +92,8 @@ def apply_rope(
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in the tanh approximation that GPT-2 uses (Hendrycks & Gimpel 2016, section 2)."""
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    """GELU in the tanh approximation that GPT-2 uses (Hendrycks & Gimpel 2016, section 2), with 1 + tanh(y) = 2σ(2y)."""
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
 
 
 def relu2(x: Tensor) -> Tensor:

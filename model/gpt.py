@@ -130,8 +130,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         preset = config.architecture
-        self.kind, self.eager = preset.activation, config.attention == "eager"
-        self.checkpointed = config.attention == "chunked"
+        self.kind, self.attention_implementation = preset.activation, config.attention
         gates = 2 if self.kind == "swiglu" else 1
         self.up = nn.Linear(config.d_model, gates * config.d_mlp, bias=preset.biases)
         self.down = nn.Linear(config.d_mlp, config.d_model, bias=preset.biases)
@@ -141,14 +140,17 @@ class MLP(nn.Module):
         if self.kind == "relu2":
             return functional.relu2(hidden)
         if self.kind == "gelu":
-            return functional.gelu(hidden) if self.eager else F.gelu(hidden, approximate="tanh")
+            written_out = self.attention_implementation == "eager" or torch.compiler.is_compiling()  # faster compiled
+            return functional.gelu(hidden) if written_out else F.gelu(hidden, approximate="tanh")
         gate, up = hidden.chunk(2, dim=-1)
-        return (functional.silu(gate) if self.eager else F.silu(gate)) * up
+        return (functional.silu(gate) if self.attention_implementation == "eager" else F.silu(gate)) * up
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        if self.checkpointed:
-            return checkpointed_mlp(self.activation, self.up(x), self.down)
-        return self.down(self.activation(self.up(x)))
+        if self.attention_implementation != "chunked":
+            return self.down(self.activation(self.up(x)))
+        if self.kind == "relu2":  # the gradients of ReLU and square both need the ReLU's output only
+            return checkpointed_mlp(torch.square, self.up(x).relu(), self.down)
+        return checkpointed_mlp(self.activation, self.up(x), self.down)
 
 
 class Block(nn.Module):
@@ -246,10 +248,9 @@ class GPT(nn.Module):
 
     def rope(self, positions: Int[Tensor, "T"]) -> Rope | None:
         """The rotary angles of these positions, if the model has any."""
-        preset = self.config.architecture
-        if preset.positions != "rotary":
+        if self.config.architecture.positions != "rotary":
             return None
-        return functional.precompute_rope(positions, self.config.d_head, preset.rope_theta)
+        return functional.precompute_rope(positions, self.config.d_head, self.config.architecture.rope_theta)
 
 
 class _SkipInit(TorchFunctionMode):

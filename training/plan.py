@@ -170,7 +170,7 @@ def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     elif chunked and rows * config.n_heads * context**2 <= RECOMPUTE_ABOVE:
         pattern = config.n_heads * (context + min(context, CHUNK_SIZE)) // 2
     recomputed = chunked and rows * context * d_mlp > RECOMPUTE_ABOVE
-    hidden = {"gelu": (5, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
+    hidden = {"gelu": (3, 2), "relu2": (2, 2), "swiglu": (5, 4)}[preset.activation][not eager] - recomputed
     kept += size * (pattern + hidden * d_mlp)
     return kept
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import chunked_attention
 from model.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
 from model.gpt import GPT
 from tests.runs import ROOT, TINY, error_line, script
@@ -73,22 +77,32 @@ def test_parameters_and_states_take_the_planned_memory(preset: str, optimizer: s
     assert planned["optimizer"] == n_bytes(value for _, value in state.state_dict().items() if value.dim())
 
 
+class RecordStorages(TorchDispatchMode):
+    """The storages of all results of operations that happen in it, each with its size in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[tuple[StorageWeakRef, torch.Size, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.storages.append((StorageWeakRef(storage), x.shape, storage.nbytes()))
+        return result
+
+
 def kept_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
-    """Bytes that autograd keeps up to the LM head, each storage once, without parameters and their copies."""
-    model, storages, alive = GPT(config, V), dict[int, int](), []
-    pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes in use between forward and backward pass of all but the LM head, without parameters and their copies."""
+    model, tokens, record = GPT(config, V), torch.zeros(rows, config.context, dtype=torch.long), RecordStorages()
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
     shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in pointers and tensor.shape not in shapes:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)  # so that no other storage takes its address
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, replace(CPU, dtype=dtype).autocast():
-        model.hidden_states(torch.zeros(rows, config.context, dtype=torch.long))
-    return sum(storages.values())
+    with record, replace(CPU, dtype=dtype).autocast():
+        y = model.hidden_states(tokens)
+    kept = {ref.cdata: size for ref, shape, size in record.storages if not ref.expired() and shape not in shapes}
+    assert y.grad_fn is not None
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
@@ -100,6 +114,18 @@ def test_activations_are_what_autograd_keeps(preset: str, attention: str, dtype:
         two = replace(config, n_layers=2)
         layer = kept_bytes(two, dtype, 4) - kept_bytes(config, dtype, 4)
         assert activation_bytes(config, 4, dtype.itemsize) * 4 * context == pytest.approx(layer, rel=0.15)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_large_activations_are_not_kept(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = shape(preset, "chunked", d_model=64, context=64, dropout=0.1)
+    with_all = kept_bytes(config, BF16, 4)
+    for module in (chunked_attention, planning):
+        monkeypatch.setattr(module, "RECOMPUTE_ABOVE", 0)
+    two = kept_bytes(replace(config, n_layers=2), BF16, 4)
+    one = kept_bytes(config, BF16, 4)
+    assert one < with_all
+    assert activation_bytes(config, 4, 2) * 4 * 64 == pytest.approx(two - one, rel=0.15)
 
 
 @pytest.mark.parametrize(
