@@ -49,7 +49,7 @@ def chunk_pattern(q: Float[Tensor, "B H R D"], k: Float[Tensor, "B H S D"]) -> F
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Attention that holds one chunk of the pattern P = softmax(S) at a time, in both passes.
+    """Attention that computes one chunk of the pattern P = softmax(S) at a time; small patterns are kept for the backward pass.
 
     The backward pass computes, from dY: dV = Pᵀ dY, dP = dY Vᵀ, dS = P ∘ (dP - rowsum(dP ∘ P)), dQ = dS K / √D and
     dK = dSᵀ Q / √D.
@@ -59,10 +59,10 @@ class ChunkedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B H T D"]:
         B, H, T, D = q.shape
         y = q.new_empty(B, T, H, D).transpose(1, 2)  # this layout lets the caller concatenate the heads without a copy
-        patterns: list[Tensor] = []
+        keep, patterns = B * H * T * T <= RECOMPUTE_ABOVE, list[Tensor]()
         for rows, keys in chunk_slices(T):
             pattern = chunk_pattern(q[:, :, rows], k[:, :, keys])
-            if B * H * T * T <= RECOMPUTE_ABOVE:
+            if keep:
                 patterns.append(pattern)
             y[:, :, rows] = pattern @ v[:, :, keys]
         ctx.save_for_backward(q, k, v, *patterns)
@@ -90,7 +90,7 @@ def checkpointed_mlp(
 ) -> Float[Tensor, "*batch C"]:
     """`down(activation(hidden))` that recomputes a large activation in the backward pass instead of keeping it.
 
-    Cheaper than `torch.utils.checkpoint`, which would repeat the matrix product of `down` too.
+    `torch.utils.checkpoint` took as much memory as no recomputation (benchmarks/NOTES.md).
     """
     active = activation(hidden)
     if active.numel() <= RECOMPUTE_ABOVE or torch.compiler.is_compiling():  # the compiler decides about recomputation

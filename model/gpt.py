@@ -2,7 +2,7 @@
 
 It maps tokens to logits. Loss, optimizer, tokenizer and files are elsewhere; the formulas are in `model/functional.py`.
 
-Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D = d_head, F = d_mlp, V vocabulary.
+Shapes: B batch, T positions, C = d_model, H heads, G key/value heads, D = d_head, F = d_mlp, GF = F or 2F, V vocabulary.
 """
 
 import math
