@@ -40,7 +40,7 @@ def measure_steps(shape: Shape, clone: Path | None, rounds: int, peak: float) ->
         for mode, switch in (("eager", "off"), ("compiled", "on")):
             command = [*train, f"--train.compile={switch}"]
             commands[f"ours, {mode}"] = ([*command, *SAME_MODEL], common.ROOT)
-            commands[f"ours with its own model and Muon, {mode}"] = (command, common.ROOT)
+            commands[f"our default model and Muon, {mode}"] = (command, common.ROOT)
             if clone:
                 theirs = [shape.nanogpt, str(tokens), str(shape.batch_size), shape.device, mode]
                 copy = stack.enter_context(nanogpt.copied(clone))

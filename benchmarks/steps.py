@@ -57,7 +57,8 @@ def run(argv: list[str]) -> None:
         trainer = build_trainer(config, ctx, load_corpus(Path(tokens), int(vocab_size)))
         for _ in range(2):
             trainer.train_step()
-        settings = f"{str(ctx.dtype).removeprefix('torch.')}, {trainer.model.config.attention} attention"
+        attention = "written-out" if config.train.compile == "on" else trainer.model.config.attention
+        settings = f"{str(ctx.dtype).removeprefix('torch.')}, {attention} attention"
         named = trainer.model.named_parameters()
         optimizer = Stopwatch(trainer.optimizer.step)
         trainer.optimizer.step = optimizer  # type: ignore[method-assign]

@@ -130,7 +130,7 @@ def start_workers(
     for mode in ["eager", *["compiled"] * compiled]:
         switch = f"--train.compile={'on' if mode == 'compiled' else 'off'}"
         workers[f"ours, {mode}"] = stack.enter_context(common.Worker([*ours, *SAME_MODEL, switch]))
-        workers[f"ours with its own model and Muon, {mode}"] = stack.enter_context(common.Worker([*ours, switch]))
+        workers[f"our default model and Muon, {mode}"] = stack.enter_context(common.Worker([*ours, switch]))
         if clone:
             folder = stack.enter_context(nanogpt.copied(clone))
             workers[f"nanoGPT, {mode}"] = stack.enter_context(common.Worker([*theirs, mode], folder))
@@ -153,8 +153,12 @@ def measure_speed(clone: Path | None, rounds: int, compiled: bool, out: common.R
         }
         results = common.interleave(asks | {k: partial(worker.ask, STEPS) for k, worker in workers.items()}, rounds)
     peak = middle(results.pop("peak"), "flops")
-    out.add(f"Large bf16 matrix products: {peak / 1e9:,.0f} GFLOP/s.")
-    out.add(f"{shape}: medians of {rounds} interleaved rounds of {STEPS} steps.")
+    out.add(f"Large bf16 matrix products, the peak of MFU: {peak / 1e9:,.0f} GFLOP/s.")
+    sizes = f"{shape.n_layers} layers, {shape.n_heads} heads, d_model {shape.d_model}, vocabulary {shape.vocab_size}"
+    batch = f"{shape.batch_size} x {shape.context} random tokens"
+    out.add(
+        f"GPT-2 with AdamW but where named: {sizes}; {batch}. Medians of {rounds} interleaved rounds of {STEPS} steps."
+    )
     tokens_per_round = STEPS * shape.batch_size * shape.context
     speed = {name: tokens_per_round / middle(all_of, "seconds") for name, all_of in results.items()}
     memory = {name: max(r["megabytes"] for r in all_of) for name, all_of in results.items()}
@@ -162,13 +166,13 @@ def measure_speed(clone: Path | None, rounds: int, compiled: bool, out: common.R
     for name, worker in workers.items():
         cost = common.train_flops_per_token(worker.ready["matrices"], shape.n_layers, shape.d_model, shape.context)
         mfu[name] = speed[name] * cost / peak
-        settings = worker.ready.get("settings", "nanoGPT's own")
+        settings = worker.ready.get("settings", "float32")
         optimizer = ""
-        if name.startswith("ours"):
+        if "nanoGPT" not in name:
             shares[name] = median(r["optimizer"] / r["seconds"] for r in results[name])
             optimizer = f"{shares[name]:.1%}"
         rows.append((name, settings, f"{speed[name]:,.0f}", f"{mfu[name]:.0%}", f"{memory[name]:,.0f}", optimizer))
-    out.add(common.table(("", "settings", "tokens/s", "MFU", "peak MB", "optimizer"), rows))
+    out.add(common.table(("", "settings", "tokens/s", "MFU", "peak MB", "in the optimizer"), rows))
     if clone:
         targets = speed_targets(speed, mfu, memory)
         targets += [common.target(f"optimizer, {name}", share, 0.05, True) for name, share in shares.items()]
