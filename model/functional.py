@@ -20,7 +20,7 @@ def causal_mask(T: int, S: int, device: torch.device) -> Bool[Tensor, "T S"]:
 
 
 def causal_bias(T: int, S: int, scores: Tensor) -> Float[Tensor, "T S"]:
-    """`causal_mask` to be added to the scores: 0 where it is True, -inf where it is False. Faster than to mask all scores."""
+    """`causal_mask` to be added to the scores: 0 where it is True, -inf where it is False. Faster than masking all scores."""
     return scores.new_zeros(T, S).masked_fill_(~causal_mask(T, S, scores.device), -torch.inf)
 
 

@@ -140,7 +140,7 @@ class MLP(nn.Module):
         if self.kind == "relu2":
             return functional.relu2(hidden)
         if self.kind == "gelu":
-            written_out = self.attention_implementation == "eager" or torch.compiler.is_compiling()  # faster compiled
+            written_out = self.attention_implementation == "eager" or torch.compiler.is_compiling()  # then faster
             return functional.gelu(hidden) if written_out else F.gelu(hidden, approximate="tanh")
         gate, up = hidden.chunk(2, dim=-1)
         return (functional.silu(gate) if self.attention_implementation == "eager" else F.silu(gate)) * up

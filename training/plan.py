@@ -149,7 +149,7 @@ def estimate_memory(
 def activation_bytes(config: ModelConfig, rows: int, size: int) -> int:
     """Bytes that one layer keeps per token for the backward pass, after Korthikanti et al. 2022, section 4.1.
 
-    Products are of elements of `size` bytes (2 or 4). A test compares it with the tensors that autograd keeps (within 15%).
+    Products are of elements of `size` bytes (2 or 4). A test compares it with memory in use after a forward pass (within 15%).
     """
     preset, context, d_model, d_mlp = config.architecture, config.context, config.d_model, config.d_mlp
     q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head

@@ -108,7 +108,7 @@ def kept_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_activations_are_what_autograd_keeps(preset: str, attention: str, dtype: torch.dtype) -> None:
+def test_activations_are_what_a_forward_pass_keeps(preset: str, attention: str, dtype: torch.dtype) -> None:
     for n_kv_heads, d_mlp, context, dropout in ((2, 96, 128, 0.0), (4, 160, 64, 0.1)):
         config = shape(preset, attention, n_kv_heads, d_model=64, d_mlp=d_mlp, context=context, dropout=dropout)
         two = replace(config, n_layers=2)
